@@ -2,12 +2,13 @@
 
     python bench/cpu_layers.py --model resnet50 --batch 1 --dtype float32 --filter 3x3
 
-A layer is convolution, batch norm, residual add where the block has one, and ReLU where the block has
-one. The three ways are eager PyTorch (one kernel each), oneDNN's fused convolution as Inductor calls
-it (`mkldnn::_convolution_pointwise`, batch norm folded into prepacked weights beforehand), and
-`fused_resnet.functional.conv_bn_act`. Calls are interleaved, times are medians. Bytes count each of
-input, weight, residual and output once, so GB/s is a lower bound on the traffic; the tensors of a layer
-stay in the last-level cache between calls where they fit, which is kinder than a whole model is.
+A layer is convolution, batch norm, residual add where the block has one, and ReLU where the block
+has one. The three ways are eager PyTorch (one kernel each), oneDNN's fused convolution as
+Inductor calls it (`mkldnn::_convolution_pointwise`, batch norm folded into prepacked weights
+beforehand), and `fused_resnet.functional.conv_bn_act`. Calls are interleaved, times are medians.
+Bytes count each of input, weight, residual and output once, so GB/s is a lower bound on the
+traffic; the tensors of a layer stay in the last-level cache between calls where they fit, which
+is kinder than a whole model is.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Layer:
 
 
 def layers_of(model_name: str, image_size: int) -> dict[Layer, list[str]]:
-    """The distinct convolution layers of a torchvision ResNet and the module paths that share each."""
+    """The distinct convolution layers of a torchvision ResNet, each with its module paths."""
     model = torchvision.models.get_model(model_name).eval()
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
     convolutions = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
@@ -130,7 +131,7 @@ class Case:
         self._fold()
 
     def _fold(self) -> None:
-        """Folds batch norm into the weight in float32 and prepacks it as Inductor's freezing does."""
+        """Folds batch norm into the weight in float32, and prepacks as Inductor's freezing does."""
         layer = self.layer
         scale = self.bn_weight * torch.rsqrt(self.var + EPS)
         folded = (self.weight.float() * scale[:, None, None, None]).to(self.weight.dtype)
@@ -140,6 +141,7 @@ class Case:
         )  # fmt: skip
 
     def eager(self) -> torch.Tensor:
+        """One kernel each, in place where torchvision's blocks are."""
         layer = self.layer
         out = F.conv2d(
             self.input, self.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups
@@ -150,6 +152,7 @@ class Case:
         return F.relu_(out) if layer.activation == "relu" else out
 
     def onednn(self) -> torch.Tensor:
+        """Inductor's fused convolution, with the add and the ReLU as post-ops."""
         layer = self.layer
         shape = (layer.padding, layer.stride, layer.dilation, layer.groups)
         if self.residual is None:
@@ -162,6 +165,7 @@ class Case:
         )  # fmt: skip
 
     def ours(self) -> torch.Tensor:
+        """This package's operator on the raw parameters."""
         layer = self.layer
         return ours.conv_bn_act(
             self.input, self.weight, self.mean, self.var, self.bn_weight, self.bn_bias, EPS,
@@ -185,13 +189,18 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
+    """Median time of a call and relative error against float64."""
+
     ms: float
     error: float
 
 
 def measure(case: Case, rounds: int, seconds_per_turn: float) -> dict[str, Measured]:
-    """Median time of each way, turns interleaved; a turn repeats short calls so that the clock's
-    own cost and the neighbour's cache footprint do not show."""
+    """Median time of each way, turns interleaved.
+
+    A turn repeats short calls, so that neither the clock's own cost nor what the previous way left
+    in the caches shows.
+    """
     ways: dict[str, Callable[[], torch.Tensor]] = {"eager": case.eager, "oneDNN": case.onednn}
     if ours is not None:
         ways["ours"] = case.ours
@@ -233,8 +242,8 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=170)
-    title = f"{arguments.model}, batch {arguments.batch}, {arguments.dtype}, {arguments.threads} threads"
-    table = Table(title=title, header_style="bold")
+    what = (arguments.model, f"batch {arguments.batch}", arguments.dtype)
+    table = Table(title=", ".join((*what, f"{arguments.threads} threads")), header_style="bold")
     table.add_column("layer")
     table.add_column("n", justify="right")
     for way in WAYS:

@@ -1,0 +1,541 @@
+"""Runs one torchvision model eager, compiled and fused on the same input, side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import datetime
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from . import backends, environment, swap
+from .inputs import InvalidArgumentError, build_input, build_model, first_line
+from .measure import Latency, PeakMemory, interleave, synchronize, threads
+
+SCHEMA = "fused_resnet.results/1"
+DTYPES = ("float32", "bfloat16", "float16")
+# The promise of the library is 1.5 times eager's error in the same dtype. Of somebody else's
+# engine we only ask that it computes the same thing at the precision it was told to.
+ERROR_FACTOR_OURS = 1.5
+ERROR_FACTOR_OTHERS = 10.0
+# So small that thousands of timed steps leave the weights, and with them the work, as they were.
+LEARNING_RATE = 1e-6
+
+Call = Callable[[], torch.Tensor]
+Engine = Callable[[torch.nn.Module, torch.Tensor, "Case"], Call]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is compared, on which input, and how it is measured.
+
+    Attributes:
+        model: name of a torchvision residual network.
+        batch: images in the input; None for as many as `images` has, or one.
+        dtype: "float32", "bfloat16" or "float16", of parameters, buffers and input alike.
+        device: "cpu", "cuda" or "cuda:N".
+        images: paths of the user's images; the photograph that ships with matplotlib when empty.
+        backend: the fused model's backend; None for the library's own choice.
+        train: time a training step (forward, backward, SGD) in place of an inference pass.
+        compile: also run the eager model under `torch.compile`.
+        threads: torch's CPU threads; None for torch's default.
+        rounds: how often each candidate is timed.
+        weights: see `inputs.build_model`.
+        seed: of weights, labels and crops.
+        memory: measure the peak memory as well.
+    """
+
+    model: str
+    batch: int | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    images: tuple[str, ...] = ()
+    backend: str | None = None
+    train: bool = False
+    compile: bool = False
+    threads: int | None = None
+    rounds: int = 30
+    weights: str | None = None
+    seed: int = 0
+    memory: bool = True
+
+    def check(self) -> None:
+        """Raises InvalidArgumentError for the first argument that cannot be used."""
+        if self.dtype not in DTYPES:
+            raise InvalidArgumentError(
+                f"--dtype is {self.dtype!r}, must be one of {', '.join(DTYPES)}"
+            )
+        for name in ("batch", "rounds", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidArgumentError(f"--{name} is {value}, must be at least 1")
+        if len(self.images) > self.batch_size:
+            raise InvalidArgumentError(
+                f"--batch is {self.batch}, must be at least the {len(self.images)} images given"
+            )
+        self._check_device()
+        self._check_backend()
+
+    def _check_device(self) -> None:
+        kind, _, index = self.device.partition(":")
+        if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+            raise InvalidArgumentError(f"--device is {self.device!r}, must be cpu, cuda or cuda:N")
+        if kind == "cuda":
+            if not torch.cuda.is_available():
+                why = "is built without CUDA" if torch.version.cuda is None else "finds no GPU"
+                raise InvalidArgumentError(
+                    f"--device is {self.device!r}, but torch {torch.__version__} {why}"
+                )
+            if index and int(index) >= torch.cuda.device_count():
+                count = torch.cuda.device_count()
+                raise InvalidArgumentError(
+                    f"--device is {self.device!r}, but torch finds {count} GPU(s)"
+                )
+
+    def _check_backend(self) -> None:
+        if self.backend is None:
+            return
+        available = backends.available()
+        if self.backend not in available:
+            known = ", ".join(available)
+            raise InvalidArgumentError(f"--backend is {self.backend!r}, must be one of {known}")
+        if available[self.backend] != "yes":
+            reason = available[self.backend]
+            raise InvalidArgumentError(f"--backend is {self.backend!r}, which cannot run: {reason}")
+
+    @property
+    def batch_size(self) -> int:
+        """Images in the input."""
+        return self.batch if self.batch is not None else max(1, len(self.images))
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device of model and input."""
+        return torch.device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of model and input."""
+        return getattr(torch, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """A candidate's first result against float64's.
+
+    Attributes:
+        error: norm of the logits' difference over the norm of float64's logits.
+        gradient_error: the same of all parameters' gradients as one vector; None in inference.
+        top5: share of float64's five highest classes that are among the candidate's, mean over
+            the batch.
+    """
+
+    error: float
+    gradient_error: float | None
+    top5: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One row of the table; the fields are None when it was `skipped`, for the reason it holds."""
+
+    name: str
+    skipped: str | None = None
+    latency: Latency | None = None
+    accuracy: Accuracy | None = None
+    peak_memory: int | None = None
+    ratio_to_eager: float | None = None
+    wrong: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What `compare` found: the case, its candidates, eager first, and what was fused."""
+
+    case: Case
+    threads: int
+    candidates: tuple[Candidate, ...]
+    fused: tuple[str, ...]
+    interrupted: bool
+
+    def images_per_second(self, candidate: Candidate) -> float:
+        """Throughput at the candidate's median latency."""
+        return 1e3 * self.case.batch_size / candidate.latency.median
+
+
+def eager(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
+    """The model as torchvision has it."""
+    return _step(model, model, input, case)
+
+
+def compiled(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
+    """The model under `torch.compile` with its default options."""
+    torch._dynamo.reset()  # models of one class share its cache, and its limit of recompilations
+    return _step(model, torch.compile(model), input, case)
+
+
+def fused(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
+    """The model after `fuse`, on the case's backend."""
+    call = _step(model, swap.fuse(model), input, case)
+    if case.backend is None:
+        return call
+
+    def on_backend() -> torch.Tensor:
+        with backends.use_backend(case.backend):
+            return call()
+
+    return on_backend
+
+
+ENGINES: dict[str, Engine] = {"eager": eager, "torch.compile": compiled, "fused": fused}
+
+
+def engines_of(case: Case) -> dict[str, Engine]:
+    """The candidates a case asks for."""
+    names = ENGINES if case.compile else [name for name in ENGINES if name != "torch.compile"]
+    return {name: ENGINES[name] for name in names}
+
+
+def compare(
+    case: Case,
+    engines: Mapping[str, Engine] | None = None,
+    *,
+    settle: float = 0.0,
+    progress: Progress = lambda stage, done, total: None,
+) -> Result:
+    """Checks every engine's output against float64, then times them interleaved.
+
+    Weights and input are rounded to the case's dtype before float64 sees them, so the errors are
+    those of the computation alone. Inference runs in eval mode under `torch.inference_mode`;
+    input and weights are channels_last.
+
+    Args:
+        case: what to run.
+        engines: name to engine, "eager" among them; `engines_of(case)` when None. An engine takes
+            a model of its own and the input and returns the call to time. One that raises is
+            skipped, except eager and fused.
+        settle: see `measure.interleave`.
+        progress: told the stage's name, the steps done and the steps in all.
+
+    Raises:
+        InvalidArgumentError: the case cannot be run.
+        KeyboardInterrupt: interrupted before a full round was timed. Later, the result says so.
+    """
+    case.check()
+    engines = dict(engines or engines_of(case))
+    stages = 2 + len(engines) * (2 if case.memory else 1)
+    total, done = stages + case.rounds, 0
+
+    def stage(name: str) -> None:
+        nonlocal done
+        progress(name, done, total)
+        done += 1
+
+    with threads(case.threads):
+        stage("model and input")
+        model, input = _prepare(case)
+        stage("float64 reference")
+        truth = _truth(model, input, case)
+
+        calls: dict[str, Call] = {}
+        accuracy: dict[str, Accuracy] = {}
+        skipped: dict[str, str] = {}
+        what_is_fused: tuple[str, ...] = ()
+        for name, engine in engines.items():
+            stage(f"{name}: build and check")
+            own = copy.deepcopy(model)
+            try:
+                calls[name] = engine(own, input, case)
+                accuracy[name] = _accuracy(calls[name], own, truth, case)
+            except Exception as error:
+                if name in ("eager", "fused"):
+                    raise
+                skipped[name] = f"{type(error).__name__}: {first_line(error)}"
+                calls.pop(name, None)
+                continue
+            if name == "fused":
+                with backends.use_backend(case.backend) if case.backend else _nothing():
+                    what_is_fused = _summary(swap.report(own))
+
+        memory: dict[str, int | None] = {}
+        for name in engines if case.memory else ():
+            stage(f"{name}: peak memory")
+            if name in calls and name in ENGINES:
+                memory[name] = _peak_memory(name, case)
+
+        def on_round(finished: int) -> None:
+            progress("timing", stages + finished, total)
+
+        latencies, interrupted = interleave(
+            calls, case.rounds, case.torch_device, settle=settle, on_round=on_round
+        )
+        used_threads = torch.get_num_threads()
+
+    candidates = []
+    for name in engines:
+        if name in skipped:
+            candidates.append(Candidate(name, skipped=skipped[name]))
+            continue
+        factor = ERROR_FACTOR_OURS if name == "fused" else ERROR_FACTOR_OTHERS
+        candidates.append(
+            Candidate(
+                name,
+                latency=latencies[name],
+                accuracy=accuracy[name],
+                peak_memory=memory.get(name),
+                ratio_to_eager=latencies[name].median / latencies["eager"].median,
+                wrong=_is_wrong(accuracy[name], accuracy["eager"], factor, case.torch_dtype),
+            )
+        )
+    return Result(case, used_threads, tuple(candidates), what_is_fused, interrupted)
+
+
+_nothing = contextlib.nullcontext
+
+
+def _prepare(case: Case) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The model in the case's mode, and the input; in its dtype, on its device, channels_last."""
+    where = {"device": case.torch_device, "dtype": case.torch_dtype}
+    nhwc = {"memory_format": torch.channels_last}
+    model = build_model(case.model, case.weights, case.seed).to(**where, **nhwc).train(case.train)
+    input = build_input(case.model, case.images, case.batch_size, case.seed).to(**where, **nhwc)
+    return model, input
+
+
+def _labels(logits: torch.Tensor, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(logits.shape[1], (logits.shape[0],), generator=generator)
+    return labels.to(logits.device)
+
+
+def _step(
+    owner: torch.nn.Module, forward: Callable[..., torch.Tensor], input: torch.Tensor, case: Case
+) -> Call:
+    """The timed call: an inference pass, or a training step on `owner`'s parameters."""
+    if not case.train:
+        inference = torch.inference_mode()(forward)
+        return lambda: inference(input)
+
+    optimizer = torch.optim.SGD(owner.parameters(), lr=LEARNING_RATE, momentum=0.9)
+    labels: torch.Tensor | None = None
+
+    def training_step() -> torch.Tensor:
+        nonlocal labels
+        optimizer.zero_grad(set_to_none=True)
+        logits = forward(input)
+        if labels is None:
+            labels = _labels(logits, case.seed)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        F.cross_entropy(wide, labels).backward()
+        optimizer.step()
+        return logits.detach()
+
+    return training_step
+
+
+@dataclasses.dataclass(frozen=True)
+class _Truth:
+    logits: torch.Tensor
+    gradients: torch.Tensor | None
+
+
+def _truth(model: torch.nn.Module, input: torch.Tensor, case: Case) -> _Truth:
+    """Logits, and in training the gradients as one vector, of the same model in float64."""
+    wide = copy.deepcopy(model).double()
+    if case.train:
+        logits = eager(wide, input.double(), case)()
+        return _Truth(logits, _gradients(wide))
+    # Image by image: eval mode mixes none, and float64 activations of a batch are large.
+    logits = torch.cat([eager(wide, image.double(), case)() for image in input.split(1)])
+    return _Truth(logits, None)
+
+
+def _gradients(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+
+
+def _accuracy(call: Call, own: torch.nn.Module, truth: _Truth, case: Case) -> Accuracy:
+    logits = call().detach().double().to(truth.logits.device)
+    classes = min(5, logits.shape[1])
+    top = logits.topk(classes).indices
+    expected = truth.logits.topk(classes).indices
+    shared = (top[:, :, None] == expected[:, None, :]).any(dim=2).double().mean().item()
+    gradient_error = None
+    if truth.gradients is not None:
+        gradient_error = _relative_error(_gradients(own), truth.gradients)
+    return Accuracy(_relative_error(logits, truth.logits), gradient_error, shared)
+
+
+def _relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((result - truth).norm() / truth.norm()).item()
+
+
+def _is_wrong(own: Accuracy, eager: Accuracy, factor: float, dtype: torch.dtype) -> bool:
+    """Whether an error is more than `factor` times eager's plus one rounding of the dtype."""
+    floor = torch.finfo(dtype).eps
+    for error, base in ((own.error, eager.error), (own.gradient_error, eager.gradient_error)):
+        if error is None or not math.isfinite(base):
+            continue
+        if not error <= factor * base + floor:
+            return True
+    return False
+
+
+def _summary(report: Sequence[object]) -> tuple[str, ...]:
+    """One line for each way in which the report's modules run, most frequent first."""
+    ways = Counter(
+        (record.kind, record.backend if record.fused else f"left alone: {record.reason}")
+        for record in report
+    )
+    return tuple(f"{count} x {kind}: {way}" for (kind, way), count in ways.most_common())
+
+
+def _peak_memory(name: str, case: Case) -> int | None:
+    """Peak memory of an engine; on the CPU in a process of its own, None if that died."""
+    if case.torch_device.type == "cuda":
+        with torch.cuda.device(case.torch_device):
+            return _peak_memory_here(name, case)
+    request = {"path": sys.path, "name": name, "case": dataclasses.asdict(case)}
+    child = subprocess.run(
+        [sys.executable, "-c", _CHILD], input=json.dumps(request), capture_output=True, text=True
+    )
+    return int(child.stdout.split()[-1]) if child.returncode == 0 else None
+
+
+# The path comes first: the child must import the package that runs here, not one in the current
+# folder.
+_CHILD = """
+import json, sys
+request = json.load(sys.stdin)
+sys.path[:] = request["path"]
+from fused_resnet import compare
+case = compare.Case(**request["case"])
+print(compare._peak_memory_here(request["name"], case))
+"""
+
+
+def _peak_memory_here(name: str, case: Case) -> int:
+    """What the model's passes add to the memory that holds the model and the input.
+
+    Counted: activations, gradients and optimizer state, prepacked weights and kept buffers, a
+    library's scratch memory. Not counted: what only the first pass needs, and what the library or
+    the compiler loads once for any model (a tiny one runs before counting starts).
+    """
+    with threads(case.threads):
+        model, input = _prepare(case)
+        tiny = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 16, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+        )
+        where = {"device": input.device, "dtype": input.dtype}
+        ENGINES[name](tiny.to(**where), input[:1, :, :16, :16], case)()
+        synchronize(input.device)
+        memory = PeakMemory(input.device)
+        call = ENGINES[name](model, input, case)
+        call()
+        synchronize(input.device)
+        memory.restart()
+        for _ in range(3):
+            call()
+        synchronize(input.device)
+        return memory.bytes()
+
+
+def document(
+    results: Sequence[Result], command: str, root: Path = environment.ROOT
+) -> dict[str, object]:
+    """The results as JSON, schema "fused_resnet.results/1".
+
+    Top level: `schema`, `date` (UTC, ISO 8601), `command`, `commit` (null when not known,
+    "-dirty" when the sources differed from it), `versions` (name to version or null), `device`
+    (`environment.describe_device`), `cases`.
+
+    A case: `model`, `batch`, `dtype`, `device`, `mode` ("inference" or "training"),
+    `memory_format`, `weights` ("random" or what was given), `seed`, `images` (paths; empty for
+    the default photograph), `backend` (null for the library's choice), `threads`, `rounds` (those
+    timed), `interrupted`, `fused` (lines that say what ran how), `candidates`.
+
+    A candidate: `name`, `skipped` (null, or why it did not run; then the rest is null),
+    `latency_ms` (`median`, `p10`, `p90`, `samples`), `images_per_second`, `ratio_to_eager` (of
+    the median latencies), `peak_memory_bytes` (above model and input, null when not measured),
+    `error` and `gradient_error` (relative to float64, `Accuracy`; null when not finite or, for
+    the gradient, in inference), `top5_agreement` (0 to 1), `wrong` (error above the factor of
+    eager's that `ERROR_FACTOR_OURS` and `ERROR_FACTOR_OTHERS` allow).
+
+    `root` is the folder whose commit is recorded.
+    """
+    device = results[0].case.torch_device
+    return {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "commit": environment.commit(root),
+        "versions": environment.versions(),
+        "device": environment.describe_device(device),
+        "cases": [_case_document(result) for result in results],
+    }
+
+
+def _case_document(result: Result) -> dict[str, object]:
+    case = result.case
+    return {
+        "model": case.model,
+        "batch": case.batch_size,
+        "dtype": case.dtype,
+        "device": case.device,
+        "mode": "training" if case.train else "inference",
+        "memory_format": "channels_last",
+        "weights": case.weights or "random",
+        "seed": case.seed,
+        "images": list(case.images),
+        "backend": case.backend,
+        "threads": result.threads,
+        "rounds": len(result.candidates[0].latency.samples),
+        "interrupted": result.interrupted,
+        "fused": list(result.fused),
+        "candidates": [_candidate_document(result, one) for one in result.candidates],
+    }
+
+
+def _candidate_document(result: Result, candidate: Candidate) -> dict[str, object]:
+    latency, accuracy = candidate.latency, candidate.accuracy
+    fields: dict[str, object] = {"name": candidate.name, "skipped": candidate.skipped}
+    if latency is None or accuracy is None:
+        rest = ("latency_ms", "images_per_second", "ratio_to_eager", "peak_memory_bytes", "error")
+        return fields | dict.fromkeys((*rest, "gradient_error", "top5_agreement", "wrong"))
+    return fields | {
+        "latency_ms": {
+            "median": latency.median,
+            "p10": latency.quantile(0.1),
+            "p90": latency.quantile(0.9),
+            "samples": list(latency.samples),
+        },
+        "images_per_second": result.images_per_second(candidate),
+        "ratio_to_eager": candidate.ratio_to_eager,
+        "peak_memory_bytes": candidate.peak_memory,
+        "error": _finite(accuracy.error),
+        "gradient_error": _finite(accuracy.gradient_error),
+        "top5_agreement": accuracy.top5,
+        "wrong": candidate.wrong,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def write_json(document: Mapping[str, object], path: Path) -> None:
+    """Writes strict JSON, complete or not at all."""
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)

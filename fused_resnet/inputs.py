@@ -1,0 +1,155 @@
+"""Models and images for the comparison: torchvision's by name, the user's by path."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import PIL.Image
+import torch
+import torchvision
+
+from .testing import randomize_
+
+
+class InvalidArgumentError(ValueError):
+    """An argument the user can correct; the message is one line and names it."""
+
+
+def known_models() -> list[str]:
+    """Names of the models in torchvision whose residual blocks this package replaces."""
+    include = ["resnet*", "resnext*", "wide_resnet*"]
+    return torchvision.models.list_models(module=torchvision.models, include=include)
+
+
+def build_model(name: str, weights: str | None, seed: int) -> torch.nn.Module:
+    """A torchvision model in float32 on the CPU.
+
+    Args:
+        name: one of `known_models()`.
+        weights: None for seeded random parameters and batch-norm statistics; the name of one of
+            torchvision's weights for the model (`IMAGENET1K_V2`, downloaded unless cached); or
+            the path of a file that holds a state_dict, bare or under "state_dict" or "model".
+        seed: of the random parameters.
+
+    Raises:
+        InvalidArgumentError: unknown model, or weights that cannot be had, read, or loaded strictly.
+    """
+    if name not in known_models():
+        known = ", ".join(known_models())
+        raise InvalidArgumentError(f"MODEL is {name!r}, must be one of {known}")
+    if weights is None:
+        model = torchvision.models.get_model(name)
+        return randomize_(model, seed)
+    if Path(weights).is_file():
+        return _model_from_file(name, Path(weights))
+    entries = torchvision.models.get_model_weights(name).__members__
+    if weights not in entries:
+        known = ", ".join([*entries, "the path of a checkpoint"])
+        raise InvalidArgumentError(f"--weights is {weights!r}, for {name} must be one of {known}")
+    try:
+        return torchvision.models.get_model(name, weights=entries[weights])
+    except OSError as error:  # URLError among them
+        raise InvalidArgumentError(
+            f"--weights is {weights!r}, which could not be downloaded: {first_line(error)}"
+        ) from None
+
+
+def _model_from_file(name: str, path: Path) -> torch.nn.Module:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise InvalidArgumentError(
+            f"--weights is {str(path)!r}, which torch.load cannot read: {first_line(error)}"
+        ) from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not isinstance(state.get("fc.weight"), torch.Tensor):
+        raise InvalidArgumentError(
+            f"--weights is {str(path)!r}, which holds no state_dict of {name} (no 'fc.weight')"
+        )
+    model = torchvision.models.get_model(name, num_classes=state["fc.weight"].shape[0])
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InvalidArgumentError(
+            f"--weights is {str(path)!r}, MODEL is {name!r}: {reason}"
+        ) from None
+    return model
+
+
+def sample_photograph() -> Path:
+    """The portrait of Grace Hopper that ships with matplotlib.
+
+    Raises:
+        InvalidArgumentError: matplotlib, or its sample data, is not installed.
+    """
+    spec = importlib.util.find_spec("matplotlib")
+    if spec is not None and spec.origin is not None:
+        path = Path(spec.origin).parent / "mpl-data" / "sample_data" / "grace_hopper.jpg"
+        if path.is_file():
+            return path
+    raise InvalidArgumentError(
+        "--image is not given and the default photograph is missing: pip install matplotlib"
+    )
+
+
+def load_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
+    """Reads an RGB image.
+
+    Raises:
+        InvalidArgumentError: there is no such file, or Pillow cannot read it as an image.
+    """
+    path = os.fspath(path)
+    if not os.path.exists(path):
+        raise InvalidArgumentError(f"--image is {path!r}, which does not exist")
+    if os.path.isdir(path):
+        raise InvalidArgumentError(
+            f"--image is {path!r}, which is a directory, must be an image file"
+        )
+    try:
+        with PIL.Image.open(path) as image:
+            return image.convert("RGB")
+    except PIL.UnidentifiedImageError:
+        reason = "not an image that Pillow can read"
+    # Damaged files raise nearly anything from inside Pillow's decoders.
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        reason = f"not readable: {first_line(error)}"
+    raise InvalidArgumentError(f"--image is {path!r}, which is {reason}")
+
+
+def build_input(model: str, images: Sequence[str], batch: int, seed: int) -> torch.Tensor:
+    """A batch of photographs as the model's ImageNet weights expect them.
+
+    Each image goes through torchvision's transforms (resize, centre crop, normalise). Where the
+    batch is larger than the list, the images come again as random crops, so that no two inputs
+    are the same.
+
+    Returns:
+        float32, (batch, 3, 224, 224).
+    """
+    entries = torchvision.models.get_model_weights(model)
+    preset = entries.DEFAULT.transforms()
+    size = preset.crop_size[0]
+    loaded = [load_image(path) for path in images or [sample_photograph()]]
+    tensors = [preset(image) for image in loaded[:batch]]
+    generator = torch.Generator().manual_seed(seed)
+    while len(tensors) < batch:
+        image = loaded[len(tensors) % len(loaded)]
+        scale, left, top = torch.rand(3, generator=generator).tolist()
+        side = (0.4 + 0.5 * scale) * min(image.size)
+        x, y = left * (image.width - side), top * (image.height - side)
+        crop = image.resize((size, size), PIL.Image.BILINEAR, (x, y, x + side, y + side))
+        tensors.append(preset(crop))
+    return torch.stack(tensors)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
