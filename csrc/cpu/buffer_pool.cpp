@@ -1,0 +1,136 @@
+#include "buffer_pool.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <iterator>
+#include <mutex>
+#include <new>
+#include <unordered_map>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fused_resnet::cpu {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+// After so many allocations the bound on cached memory is measured anew.
+constexpr int64_t kWindow = 1024;
+
+// Four sizes to each power of two: at most a fifth of a buffer is unused.
+size_t size_class(size_t bytes) {
+  size_t step = 1024;
+  while (bytes > step * 8) step *= 2;
+  return (bytes + step - 1) / step * step;
+}
+
+void* system_allocate(size_t bytes) {
+  const bool huge = bytes >= kHugePage;
+  const size_t alignment = huge ? kHugePage : 64;
+  void* memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  if (memory == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+  if (huge) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
+class Pool {
+ public:
+  void* allocate(size_t bytes) {
+    const size_t size = size_class(std::max<size_t>(bytes, 1));
+    {
+      std::lock_guard lock(mutex_);
+      if (++allocations_ % kWindow == 0) start_window();
+      live_ += size;
+      window_peak_ = std::max(window_peak_, live_);
+      // The most recently released one is the likeliest to be in a cache.
+      for (auto block = free_.rbegin(); block != free_.rend(); ++block) {
+        if (block->size != size) continue;
+        void* memory = block->memory;
+        free_.erase(std::next(block).base());
+        cached_ -= size;
+        size_of_[memory] = size;
+        return memory;
+      }
+      ++system_allocations_;
+    }
+    void* memory = nullptr;
+    try {
+      memory = system_allocate(size);
+    } catch (const std::bad_alloc&) {
+      trim(0);
+      memory = system_allocate(size);
+    }
+    std::lock_guard lock(mutex_);
+    size_of_[memory] = size;
+    return memory;
+  }
+
+  void release(void* memory) {
+    std::lock_guard lock(mutex_);
+    const auto entry = size_of_.find(memory);
+    const size_t size = entry->second;
+    size_of_.erase(entry);
+    live_ -= size;
+    free_.push_back({memory, size});
+    cached_ += size;
+    // Live and cached memory together stay within twice the recent peak.
+    trim_locked(std::max(window_peak_, previous_peak_));
+  }
+
+  void trim(size_t keep) {
+    std::lock_guard lock(mutex_);
+    trim_locked(keep);
+  }
+
+  PoolStatistics statistics() {
+    std::lock_guard lock(mutex_);
+    return {static_cast<int64_t>(live_), static_cast<int64_t>(cached_), system_allocations_};
+  }
+
+ private:
+  struct Block {
+    void* memory;
+    size_t size;
+  };
+
+  void start_window() {
+    previous_peak_ = window_peak_;
+    window_peak_ = live_;
+    trim_locked(previous_peak_);
+  }
+
+  // The least recently used go first.
+  void trim_locked(size_t keep) {
+    size_t dropped = 0;
+    for (; dropped < free_.size() && cached_ > keep; ++dropped) {
+      cached_ -= free_[dropped].size;
+      std::free(free_[dropped].memory);
+    }
+    free_.erase(free_.begin(), free_.begin() + static_cast<std::ptrdiff_t>(dropped));
+  }
+
+  std::mutex mutex_;
+  std::vector<Block> free_;  // in the order of their release
+  std::unordered_map<void*, size_t> size_of_;
+  size_t live_ = 0, cached_ = 0, window_peak_ = 0, previous_peak_ = 0;
+  int64_t allocations_ = 0, system_allocations_ = 0;
+};
+
+// Never destroyed: tensors may outlive static destruction.
+Pool& pool() {
+  static Pool* instance = new Pool;
+  return *instance;
+}
+
+}  // namespace
+
+void* pool_allocate(size_t bytes) { return pool().allocate(bytes); }
+void pool_release(void* memory) { pool().release(memory); }
+PoolStatistics pool_statistics() { return pool().statistics(); }
+void pool_trim() { pool().trim(0); }
+
+}  // namespace fused_resnet::cpu

@@ -1,0 +1,93 @@
+// The native convolution of the CPU backend: implicit GEMM with batch norm, shortcut and ReLU in the
+// epilogue.
+//
+//   out[n,k,p,q] = act(scale[k] * sum_{c,r,s} in[n, c, p*stride+r*dil-pad, q*stride+s*dil-pad]
+//                                             * w[k,c,r,s]  +  shift[k]  +  residual[n,k,p,q])
+//
+// Memory traffic: input, packed weight and residual are read once from memory (a weight that exceeds
+// the second-level cache once per chunk of output rows), the output is written once.
+//
+// Three files, in the order a call runs through them:
+//   conv_bn_act.cpp   the operator: checks, scale and shift, the split into tasks, threads
+//   conv_kernel.inl   one task: gather the input rows into a slab, then tiles of the product; it is
+//                     compiled once per instruction set, by conv_avx512.cpp and conv_avx2.cpp
+//   conv.h            what those two share
+#pragma once
+
+#include <cstdint>
+
+namespace fused_resnet::cpu {
+
+// The most taps of a filter that a task keeps offsets for.
+constexpr int64_t kMaxRuns = 1024;
+
+enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
+
+// Element strides of a 4-d tensor, in the order (N, C, H, W), or (N, K, P, Q) for outputs.
+struct Strides {
+  int64_t n, c, h, w;
+};
+
+struct MaxPool {
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+  int64_t P, Q;  // size of the pooled output
+};
+
+struct Conv {
+  // C and K count channels of all groups. P x Q is the convolution's own output, before any pooling.
+  int64_t N, C, H, W, K, R, S, P, Q;
+  int64_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
+  // A pointwise convolution whose pixels are evenly spaced in all three tensors is run over "rows"
+  // of consecutive pixels, whatever the image's width: H, W, P and Q then describe those rows and the
+  // last one of an image holds only last_w == last_q pixels. Otherwise last_w == W, last_q == Q.
+  int64_t last_w, last_q;
+  Strides in, out, res;
+  const void* input;
+  const float* weight;  // packed, see weight_offset()
+  const float* scale;   // block_k-padded per group
+  const float* shift;   // likewise
+  const void* residual;  // null: none
+  void* output;
+  Dtype dtype;  // of input, residual and output; everything between is float32
+  bool relu;
+  bool has_pool;
+  MaxPool pool;
+
+  int64_t group_c() const { return C / groups; }
+  int64_t group_k() const { return K / groups; }
+  int64_t reduction() const { return R * S * group_c(); }
+  bool pointwise() const { return R == 1 && S == 1; }
+};
+
+// A unit of work: some output rows (counted over all images: row = n * P + p, or n * pool.P + p with
+// pooling) times some blocks of output channels of one group.
+struct Task {
+  int64_t row_begin, row_end;
+  int64_t block_begin, block_end;
+  int64_t group;
+};
+
+// One instruction set's kernels.
+struct ConvIsa {
+  const char* name;
+  int64_t block_k;  // output channels computed together; the packed weight's innermost extent
+  // Bytes of scratch memory run() needs for a task.
+  int64_t (*scratch_bytes)(const Conv&, const Task&);
+  void (*run)(const Conv&, const Task&, void* scratch);
+};
+
+#if defined(__x86_64__)
+extern const ConvIsa kConvAvx512;
+extern const ConvIsa kConvAvx2;
+#endif
+
+inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The packed weight is [groups][blocks of K][R][S][C][block_k] float32, zero where K ends inside a
+// block.
+inline int64_t weight_offset(const Conv& conv, int64_t block_k, int64_t group, int64_t block) {
+  const int64_t blocks = div_up(conv.group_k(), block_k);
+  return (group * blocks + block) * conv.reduction() * block_k;
+}
+
+}  // namespace fused_resnet::cpu

@@ -1,0 +1,47 @@
+// The native convolution for AVX2 with FMA and F16C: tiles of 2 x 3 pixels by 16 output channels, 12
+// of the 16 registers.
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#include <immintrin.h>
+
+#include "conv.h"
+
+#define FR_VECTOR_BYTES 32
+#define FR_TILE_PIXELS 3
+
+namespace fused_resnet::cpu {
+namespace {
+
+typedef float Vec __attribute__((vector_size(FR_VECTOR_BYTES)));
+
+inline __attribute__((always_inline)) Vec broadcast(float x) { return (Vec)_mm256_set1_ps(x); }
+
+inline __attribute__((always_inline)) Vec load_f16(const uint16_t* p) {
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+inline __attribute__((always_inline)) void store_f16(uint16_t* p, Vec v) {
+  const __m128i half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+}
+
+}  // namespace
+}  // namespace fused_resnet::cpu
+
+#include "conv_kernel.inl"
+
+namespace fused_resnet::cpu {
+const ConvIsa kConvAvx2 = {"avx2", kBlockK, scratch_bytes, run};
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif

@@ -1,0 +1,48 @@
+// The native convolution for AVX-512 (F, BW, DQ, VL): tiles of 2 x 7 pixels by 32 output channels, 28
+// of the 32 registers.
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#endif
+
+#include <immintrin.h>
+
+#include "conv.h"
+
+#define FR_VECTOR_BYTES 64
+#define FR_TILE_PIXELS 7
+
+namespace fused_resnet::cpu {
+namespace {
+
+typedef float Vec __attribute__((vector_size(FR_VECTOR_BYTES)));
+
+inline __attribute__((always_inline)) Vec broadcast(float x) { return (Vec)_mm512_set1_ps(x); }
+
+inline __attribute__((always_inline)) Vec load_f16(const uint16_t* p) {
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+inline __attribute__((always_inline)) void store_f16(uint16_t* p, Vec v) {
+  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+}
+
+}  // namespace
+}  // namespace fused_resnet::cpu
+
+#include "conv_kernel.inl"
+
+namespace fused_resnet::cpu {
+const ConvIsa kConvAvx512 = {"avx512", kBlockK, scratch_bytes, run};
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif

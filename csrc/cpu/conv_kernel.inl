@@ -1,0 +1,594 @@
+// One task of the native convolution, for the instruction set of the including file, which defines
+//   FR_VECTOR_BYTES   width of a vector register
+//   FR_TILE_PIXELS    pixels in one group of a register tile; a tile has one or two groups
+//   FR_CONV_ISA       name of the exported ConvIsa
+// and what the vector extension has no expression for: broadcast(), load_f16() and store_f16(). No standard header beyond <cstdint> may be
+// included here: an inline library function compiled for this instruction set could replace the
+// portable one at link time.
+//
+// Reading order, which is execution order: gather -> product -> epilogue -> pool -> run.
+
+namespace fused_resnet::cpu {
+namespace {
+
+constexpr int kLanes = FR_VECTOR_BYTES / 4;
+constexpr int kVectors = 2;  // vectors of output channels in a tile
+constexpr int kBlockK = kVectors * kLanes;
+constexpr int kTilePixels = FR_TILE_PIXELS;
+constexpr int kGroups = 2;
+
+typedef float Vec __attribute__((vector_size(FR_VECTOR_BYTES)));
+typedef float VecUnaligned __attribute__((vector_size(FR_VECTOR_BYTES), aligned(4)));
+typedef int32_t VecInt __attribute__((vector_size(FR_VECTOR_BYTES)));
+typedef uint32_t VecUint __attribute__((vector_size(FR_VECTOR_BYTES)));
+typedef uint16_t VecHalf __attribute__((vector_size(FR_VECTOR_BYTES / 2)));
+typedef uint16_t VecHalfUnaligned __attribute__((vector_size(FR_VECTOR_BYTES / 2), aligned(2)));
+
+#define FR_INLINE inline __attribute__((always_inline))
+#define FR_UNROLL _Pragma("GCC unroll 16")
+
+// Element types: storage and its conversion to and from float32, a vector at a time.
+
+struct Float32 {
+  using Storage = float;
+  static FR_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
+  static FR_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
+};
+
+struct BFloat16 {
+  using Storage = uint16_t;
+  static FR_INLINE Vec load(const uint16_t* p) {
+    const VecHalf raw = *reinterpret_cast<const VecHalfUnaligned*>(p);
+    return (Vec)(__builtin_convertvector(raw, VecUint) << 16);
+  }
+  static FR_INLINE void store(uint16_t* p, Vec v) {
+    const VecUint bits = (VecUint)v;
+    const VecUint nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    // Rounding would carry a NaN's mantissa into infinity or beyond.
+    const VecUint rounded = v != v ? (VecUint{} + 0x7fc0u) : nearest_even;
+    *reinterpret_cast<VecHalfUnaligned*>(p) = __builtin_convertvector(rounded, VecHalf);
+  }
+};
+
+struct Float16 {
+  using Storage = uint16_t;
+  static FR_INLINE Vec load(const uint16_t* p) { return load_f16(p); }
+  static FR_INLINE void store(uint16_t* p, Vec v) { store_f16(p, v); }
+};
+
+template <class T>
+FR_INLINE float load_one(const typename T::Storage* p) {
+  alignas(64) typename T::Storage lane[kLanes] = {};
+  lane[0] = *p;
+  return T::load(lane)[0];
+}
+
+template <>
+FR_INLINE float load_one<Float32>(const float* p) {
+  return *p;
+}
+
+template <class T>
+FR_INLINE void store_one(typename T::Storage* p, float value) {
+  alignas(64) typename T::Storage lane[kLanes];
+  T::store(lane, broadcast(value));
+  *p = lane[0];
+}
+
+template <>
+FR_INLINE void store_one<Float32>(float* p, float value) {
+  *p = value;
+}
+
+// `x <= 0 ? 0 : x` rather than max(x, 0): a NaN compares false and stays.
+FR_INLINE Vec relu(Vec x) { return x <= 0.0f ? Vec{} : x; }
+FR_INLINE float relu(float x) { return x <= 0.0f ? 0.0f : x; }
+
+// ---- gather: input rows -> slab ---------------------------------------------------------------
+
+// The slab holds the input pixels a task reads, as float32 [row][column][channel of the group], with
+// the padding written out as zeros. In it every tap of the filter is a constant offset, and the taps
+// of one filter row are one run of S * C consecutive values.
+struct Slab {
+  int64_t columns;
+  int64_t pitch;               // floats in a row
+  int64_t row_step, col_step;  // input pixels between neighbours in the slab
+  int64_t p_step, q_step;      // slab rows and columns between neighbouring outputs
+
+  explicit Slab(const Conv& conv) {
+    // Of a strided pointwise convolution's input only the pixels that are read are gathered.
+    const bool sample_rows = conv.R == 1, sample_cols = conv.S == 1;
+    row_step = sample_rows ? conv.stride_h : 1;
+    col_step = sample_cols ? conv.stride_w : 1;
+    p_step = sample_rows ? 1 : conv.stride_h;
+    q_step = sample_cols ? 1 : conv.stride_w;
+    columns = (conv.Q - 1) * q_step + (conv.S - 1) * conv.dil_w + 1;
+    pitch = columns * conv.group_c();
+  }
+
+  int64_t rows(const Conv& conv, int64_t p_count) const {
+    return (p_count - 1) * p_step + (conv.R - 1) * conv.dil_h + 1;
+  }
+};
+
+FR_INLINE void zero(float* dst, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) Float32::store(dst + i, Vec{});
+  for (; i < count; ++i) dst[i] = 0.0f;
+}
+
+template <class T>
+FR_INLINE void convert_run(float* dst, const typename T::Storage* src, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) Float32::store(dst + i, T::load(src + i));
+  for (; i < count; ++i) dst[i] = load_one<T>(src + i);
+}
+
+// Channels that are not adjacent in memory: pixels of one channel are read along the row.
+template <class T>
+void transpose_row(float* dst, const typename T::Storage* src, const Conv& conv, int64_t count,
+                   int64_t col_step) {
+  const int64_t channels = conv.group_c(), step = col_step * conv.in.w;
+  for (int64_t c = 0; c < channels; ++c) {
+    const typename T::Storage* pixel = src + c * conv.in.c;
+    for (int64_t j = 0; j < count; ++j) dst[j * channels + c] = load_one<T>(pixel + j * step);
+  }
+}
+
+template <class T>
+void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int64_t p_end,
+            int64_t group, float* dst) {
+  using Storage = typename T::Storage;
+  const int64_t channels = conv.group_c();
+  const int64_t rows = slab.rows(conv, p_end - p_begin);
+  // Columns [first, last) of a slab row lie inside the image.
+  const int64_t first = conv.pad_w > 0 ? div_up(conv.pad_w, slab.col_step) : 0;
+  int64_t last = div_up(conv.W + conv.pad_w, slab.col_step);
+  if (last > slab.columns) last = slab.columns;
+  const int64_t count = last > first ? last - first : 0;
+
+  const Storage* image =
+      static_cast<const Storage*>(conv.input) + n * conv.in.n + group * channels * conv.in.c;
+  for (int64_t i = 0; i < rows; ++i, dst += slab.pitch) {
+    const int64_t h = p_begin * conv.stride_h - conv.pad_h + i * slab.row_step;
+    if (h < 0 || h >= conv.H || count == 0) {
+      zero(dst, slab.pitch);
+      continue;
+    }
+    const Storage* src =
+        image + h * conv.in.h + (first * slab.col_step - conv.pad_w) * conv.in.w;
+    float* inside = dst + first * channels;
+    const int64_t present = h + 1 == conv.H && count > conv.last_w ? conv.last_w : count;
+    zero(dst, first * channels);
+    if (conv.in.c != 1) {
+      transpose_row<T>(inside, src, conv, present, slab.col_step);
+    } else if (slab.col_step == 1 && conv.in.w == channels) {
+      convert_run<T>(inside, src, present * channels);
+    } else {
+      for (int64_t j = 0; j < present; ++j) {
+        convert_run<T>(inside + j * channels, src + j * slab.col_step * conv.in.w, channels);
+      }
+    }
+    zero(inside + count * channels, (slab.columns - last) * channels);
+  }
+}
+
+// ---- product and epilogue ----------------------------------------------------------------------
+
+// Up to two groups of `pixels` output pixels, each group evenly spaced in every tensor.
+struct Tile {
+  const float* in[kGroups];
+  int64_t out[kGroups], res[kGroups];  // element offsets of the first pixel, channel 0
+  int32_t pixels, groups;
+};
+
+struct Product {
+  int64_t pixel_stride;  // floats between a tile's pixels in the slab (or the input itself)
+  int64_t runs, run_length;
+  const int64_t* run_offset;
+  // Weights to bring into the second-level cache meanwhile, a line for every step of the product;
+  // a step of 0 asks for nothing.
+  const float* prefetch;
+  int64_t prefetch_step;
+};
+
+// Where results go. `channels` counts the valid ones of this block.
+template <class T>
+struct Epilogue {
+  const float *scale, *shift;
+  const typename T::Storage* residual;
+  typename T::Storage* output;
+  int64_t out_pixel, res_pixel, out_channel, res_channel;
+  int64_t channels;
+  bool relu, vectorised;
+};
+
+// Any strides and any number of channels, one value at a time.
+template <class T, int kPixels>
+__attribute__((noinline)) void store_strided(const float* tile, int64_t width, int64_t out,
+                                             int64_t res, const Epilogue<T>& e) {
+  for (int64_t k = 0; k < e.channels; ++k) {
+    for (int64_t i = 0; i < kPixels; ++i) {
+      float y = tile[i * width + k];
+      if (e.residual) {
+        y += load_one<T>(e.residual + res + i * e.res_pixel + k * e.res_channel);
+      }
+      store_one<T>(e.output + out + i * e.out_pixel + k * e.out_channel, e.relu ? relu(y) : y);
+    }
+  }
+}
+
+// kG groups of kM pixels times kV vectors of output channels. With AVX-512 and kM = 7 that is 28
+// accumulators, 2 registers of weights and 1 input value broadcast to all lanes: 28 multiply-adds for
+// 16 loads, so the two multiply-add units are what limits it.
+template <class T, int kG, int kM, int kV>
+void multiply(const Product& product, const Tile& tile, const float* weight,
+              const Epilogue<T>& e) {
+  const int64_t stride = product.pixel_stride;
+  Vec acc[kG][kM][kV];
+  FR_UNROLL for (int g = 0; g < kG; ++g) FR_UNROLL for (int i = 0; i < kM; ++i)
+      FR_UNROLL for (int v = 0; v < kV; ++v) acc[g][i][v] = Vec{};
+
+  if (e.residual && e.vectorised) {
+    // It is needed in a thousand cycles or so; by then it has arrived.
+    FR_UNROLL for (int g = 0; g < kG; ++g) FR_UNROLL for (int i = 0; i < kM; ++i) {
+      __builtin_prefetch(e.residual + tile.res[g] + i * e.res_pixel);
+      __builtin_prefetch(e.residual + tile.res[g] + i * e.res_pixel + (kV - 1) * kLanes);
+    }
+  }
+
+  const float* prefetch = product.prefetch;
+  for (int64_t run = 0; run < product.runs; ++run) {
+    const float* in0 = tile.in[0] + product.run_offset[run];
+    const float* in1 = tile.in[kG - 1] + product.run_offset[run];
+    for (int64_t j = 0; j < product.run_length; ++j) {
+      Vec w[kV];
+      FR_UNROLL for (int v = 0; v < kV; ++v) w[v] = Float32::load(weight + v * kLanes);
+      FR_UNROLL for (int g = 0; g < kG; ++g) FR_UNROLL for (int i = 0; i < kM; ++i) {
+        const Vec x = broadcast((g == 0 ? in0 : in1)[i * stride]);
+        FR_UNROLL for (int v = 0; v < kV; ++v) acc[g][i][v] += x * w[v];
+      }
+      __builtin_prefetch(prefetch, 0, 2);
+      prefetch += product.prefetch_step;
+      ++in0;
+      ++in1;
+      weight += kBlockK;
+    }
+  }
+
+  FR_UNROLL for (int v = 0; v < kV; ++v) {
+    const Vec scale = Float32::load(e.scale + v * kLanes);
+    const Vec shift = Float32::load(e.shift + v * kLanes);
+    FR_UNROLL for (int g = 0; g < kG; ++g) FR_UNROLL for (int i = 0; i < kM; ++i)
+        acc[g][i][v] = acc[g][i][v] * scale + shift;
+  }
+  if (!e.vectorised) {
+    FR_UNROLL for (int g = 0; g < kG; ++g) {
+      alignas(64) float spill[kM][kV * kLanes];
+      FR_UNROLL for (int i = 0; i < kM; ++i) FR_UNROLL for (int v = 0; v < kV; ++v)
+          Float32::store(&spill[i][v * kLanes], acc[g][i][v]);
+      store_strided<T, kM>(&spill[0][0], kV * kLanes, tile.out[g], tile.res[g], e);
+    }
+    return;
+  }
+  FR_UNROLL for (int g = 0; g < kG; ++g) FR_UNROLL for (int i = 0; i < kM; ++i) {
+    typename T::Storage* out = e.output + tile.out[g] + i * e.out_pixel;
+    FR_UNROLL for (int v = 0; v < kV; ++v) {
+      Vec y = acc[g][i][v];
+      if (e.residual) y += T::load(e.residual + tile.res[g] + i * e.res_pixel + v * kLanes);
+      if (e.relu) y = relu(y);
+      T::store(out + v * kLanes, y);
+    }
+  }
+}
+
+template <class T>
+using Multiply = void (*)(const Product&, const Tile&, const float*, const Epilogue<T>&);
+
+// multiply<> for a tile of `groups` x `pixels` and `vectors` of output channels.
+template <class T, int kG, int kV, int kM = 1>
+Multiply<T> multiply_for_pixels(int pixels) {
+  if constexpr (kM < kTilePixels) {
+    if (pixels > kM) return multiply_for_pixels<T, kG, kV, kM + 1>(pixels);
+  }
+  return multiply<T, kG, kM, kV>;
+}
+
+template <class T>
+Multiply<T> multiply_for(int groups, int pixels, int vectors) {
+  if (vectors == 1) {
+    return groups == 1 ? multiply_for_pixels<T, 1, 1>(pixels) : multiply_for_pixels<T, 2, 1>(pixels);
+  }
+  return groups == 1 ? multiply_for_pixels<T, 1, 2>(pixels) : multiply_for_pixels<T, 2, 2>(pixels);
+}
+
+// ---- a task ------------------------------------------------------------------------------------
+
+// A float32 pointwise convolution reads its pixels where they are.
+bool reads_input_in_place(const Conv& conv) {
+  return conv.dtype == Dtype::kFloat32 && conv.pointwise() && conv.stride_h == 1 &&
+         conv.stride_w == 1 && conv.pad_h == 0 && conv.pad_w == 0 && conv.in.c == 1;
+}
+
+// Cuts rows into groups of at most kTilePixels and pairs groups of equal length, so that nearly every
+// tile is two groups high whatever the width of the image.
+struct TileList {
+  Tile* tiles;
+  int64_t count = 0;
+  int64_t waiting[kTilePixels + 1];
+
+  explicit TileList(Tile* storage) : tiles(storage) {
+    for (int64_t& w : waiting) w = -1;
+  }
+
+  static int64_t capacity(int64_t rows, int64_t q) { return rows * div_up(q, kTilePixels); }
+
+  void add(const float* in, int64_t out, int64_t res, int64_t pixels) {
+    int64_t& partner = waiting[pixels];
+    const bool paired = partner >= 0;
+    Tile& tile = tiles[paired ? partner : count];
+    const int g = paired ? 1 : 0;
+    tile.in[g] = in;
+    tile.out[g] = out;
+    tile.res[g] = res;
+    tile.pixels = static_cast<int32_t>(pixels);
+    tile.groups = g + 1;
+    partner = paired ? -1 : count++;
+  }
+
+  void add_row(const float* in, int64_t in_step, int64_t out, int64_t out_step, int64_t res,
+               int64_t res_step, int64_t q) {
+    const int64_t parts = div_up(q, kTilePixels);
+    for (int64_t part = 0, begin = 0; part < parts; ++part) {
+      const int64_t end = q * (part + 1) / parts;
+      add(in + begin * in_step, out + begin * out_step, res + begin * res_step, end - begin);
+      begin = end;
+    }
+  }
+};
+
+// All tiles against all blocks of output channels of the task. The block is the outer loop: its
+// weights are read from memory once and from the cache for every further tile.
+template <class T>
+void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, int64_t pixel_stride,
+                    int64_t slab_pitch, Epilogue<T> e) {
+  const int64_t channels = conv.group_c();
+  int64_t offsets[kMaxRuns];
+  Product product;
+  product.pixel_stride = pixel_stride;
+  product.run_offset = offsets;
+  if (conv.dil_w == 1 || conv.S == 1) {
+    product.runs = conv.R;
+    product.run_length = conv.S * channels;
+    for (int64_t r = 0; r < conv.R; ++r) offsets[r] = r * conv.dil_h * slab_pitch;
+  } else {
+    product.runs = conv.R * conv.S;
+    product.run_length = channels;
+    for (int64_t r = 0; r < conv.R; ++r) {
+      for (int64_t s = 0; s < conv.S; ++s) {
+        offsets[r * conv.S + s] = r * conv.dil_h * slab_pitch + s * conv.dil_w * channels;
+      }
+    }
+  }
+
+  const int64_t group_k = conv.group_k(), blocks = div_up(group_k, kBlockK);
+  const Epilogue<T> base = e;
+  for (int64_t block = task.block_begin; block < task.block_end; ++block) {
+    const int64_t k = block * kBlockK, padded = (task.group * blocks) * kBlockK + k;
+    const int64_t valid = group_k - k < kBlockK ? group_k - k : kBlockK;
+    const int vectors = valid <= kLanes ? 1 : 2;
+    const int64_t channel = task.group * group_k + k;
+    e.scale = conv.scale + padded;
+    e.shift = conv.shift + padded;
+    e.output = base.output + channel * base.out_channel;
+    e.residual = base.residual ? base.residual + channel * base.res_channel : nullptr;
+    e.channels = valid;
+    e.vectorised = valid == vectors * kLanes && base.out_channel == 1 &&
+                   (!base.residual || base.res_channel == 1);
+    const float* weight = conv.weight + weight_offset(conv, kBlockK, task.group, block);
+    // Without help the first tile of a block would wait for its weights; so the first tiles of a block
+    // ask for the next one's, half of them each.
+    const bool has_next = block + 1 < task.block_end;
+    Multiply<T> kernel = nullptr;
+    int32_t groups = 0, pixels = 0;
+    for (int64_t t = 0; t < list.count; ++t) {
+      const Tile& tile = list.tiles[t];
+      const bool ahead = has_next && t < kVectors;
+      product.prefetch = ahead ? weight + (kVectors + t) * conv.reduction() * kLanes : weight;
+      product.prefetch_step = ahead ? kLanes : 0;
+      if (tile.groups != groups || tile.pixels != pixels) {
+        groups = tile.groups;
+        pixels = tile.pixels;
+        kernel = multiply_for<T>(groups, pixels, vectors);
+      }
+      kernel(product, tile, weight, e);
+    }
+  }
+}
+
+int64_t image_row_count(const Conv& conv, const Task& task) {
+  if (!conv.has_pool) return task.row_end - task.row_begin;
+  return (task.row_end - task.row_begin - 1) * conv.pool.stride_h + conv.pool.kernel_h;
+}
+
+// Scratch memory: [tiles][slab][convolution rows awaiting the pool].
+struct Scratch {
+  Tile* tiles;
+  float *slab, *conv_rows;
+  int64_t bytes;
+
+  Scratch(const Conv& conv, const Task& task, void* memory) {
+    const int64_t rows = image_row_count(conv, task);
+    const int64_t tile_bytes =
+        round_up(TileList::capacity(rows, conv.Q) * static_cast<int64_t>(sizeof(Tile)));
+    int64_t slab_bytes = 0;
+    if (!reads_input_in_place(conv)) {
+      // A task that crosses images gathers the rows above and below for each of them.
+      const Slab shape(conv);
+      const int64_t images = conv.has_pool ? 1 : (task.row_end - 1) / conv.P - task.row_begin / conv.P + 1;
+      slab_bytes = round_up((rows * shape.p_step + images * ((conv.R - 1) * conv.dil_h + 1)) *
+                            shape.pitch * 4);
+    }
+    const int64_t conv_row_bytes = conv.has_pool ? round_up(rows * conv.Q * conv.K * 4) : 0;
+    char* base = static_cast<char*>(memory);
+    tiles = reinterpret_cast<Tile*>(base);
+    slab = reinterpret_cast<float*>(base + tile_bytes);
+    conv_rows = reinterpret_cast<float*>(base + tile_bytes + slab_bytes);
+    bytes = tile_bytes + slab_bytes + conv_row_bytes;
+  }
+
+  static int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+};
+
+int64_t scratch_bytes(const Conv& conv, const Task& task) {
+  return Scratch(conv, task, nullptr).bytes;
+}
+
+// Tiles of rows [p_begin, p_end) of image n; the slab is filled for them. Returns the slab's end.
+template <class T>
+float* add_rows(const Conv& conv, const Task& task, int64_t n, int64_t p_begin, int64_t p_end,
+                const Strides& out, int64_t out_base, float* slab_memory, TileList& list) {
+  const int64_t res_base = n * conv.res.n;
+  if (reads_input_in_place(conv)) {
+    const float* image = static_cast<const float*>(conv.input) + n * conv.in.n +
+                         task.group * conv.group_c();
+    for (int64_t p = p_begin; p < p_end; ++p) {
+      list.add_row(image + p * conv.in.h, conv.in.w, out_base + (p - p_begin) * out.h, out.w,
+                   res_base + p * conv.res.h, conv.res.w, p + 1 == conv.P ? conv.last_q : conv.Q);
+    }
+    return slab_memory;
+  }
+  const Slab slab(conv);
+  gather<T>(conv, slab, n, p_begin, p_end, task.group, slab_memory);
+  for (int64_t p = p_begin; p < p_end; ++p) {
+    list.add_row(slab_memory + (p - p_begin) * slab.p_step * slab.pitch,
+                 slab.q_step * conv.group_c(), out_base + (p - p_begin) * out.h, out.w,
+                 res_base + p * conv.res.h, conv.res.w, p + 1 == conv.P ? conv.last_q : conv.Q);
+  }
+  return slab_memory + slab.rows(conv, p_end - p_begin) * slab.pitch;
+}
+
+template <class T>
+void run_conv(const Conv& conv, const Task& task, void* memory) {
+  const Scratch scratch(conv, task, memory);
+  TileList list(scratch.tiles);
+  float* slab_memory = scratch.slab;
+  for (int64_t row = task.row_begin; row < task.row_end;) {
+    const int64_t n = row / conv.P, p = row % conv.P;
+    const int64_t rest = conv.P - p, wanted = task.row_end - row;
+    const int64_t count = wanted < rest ? wanted : rest;
+    slab_memory = add_rows<T>(conv, task, n, p, p + count, conv.out,
+                              n * conv.out.n + p * conv.out.h, slab_memory, list);
+    row += count;
+  }
+  const bool in_place = reads_input_in_place(conv);
+  const Slab slab(conv);
+  Epilogue<T> e{};
+  e.output = static_cast<typename T::Storage*>(conv.output);
+  e.residual = static_cast<const typename T::Storage*>(conv.residual);
+  e.out_pixel = conv.out.w;
+  e.out_channel = conv.out.c;
+  e.res_pixel = conv.res.w;
+  e.res_channel = conv.res.c;
+  e.relu = conv.relu;
+  multiply_tiles<T>(conv, task, list, in_place ? conv.in.w : slab.q_step * conv.group_c(),
+                    slab.pitch, e);
+}
+
+// Maximum over one window of convolution outputs; a NaN anywhere in it is the result.
+template <class T>
+void pool_pixel(const float* rows, int64_t row_pitch, int64_t h_count, int64_t w_count, int64_t K,
+                typename T::Storage* out, int64_t out_channel) {
+  int64_t k = 0;
+  if (out_channel == 1) {
+    for (; k + kLanes <= K; k += kLanes) {
+      Vec best = Float32::load(rows + k);
+      for (int64_t h = 0; h < h_count; ++h) {
+        for (int64_t w = 0; w < w_count; ++w) {
+          const Vec x = Float32::load(rows + h * row_pitch + w * K + k);
+          best = (x <= best) | (best != best) ? best : x;
+        }
+      }
+      T::store(out + k, best);
+    }
+  }
+  for (; k < K; ++k) {
+    float best = rows[k];
+    for (int64_t h = 0; h < h_count; ++h) {
+      for (int64_t w = 0; w < w_count; ++w) {
+        const float x = rows[h * row_pitch + w * K + k];
+        if (!(x <= best) && best == best) best = x;
+      }
+    }
+    store_one<T>(out + k * out_channel, best);
+  }
+}
+
+// The stem: convolution rows go to scratch memory and leave it pooled.
+template <class T>
+void run_conv_pool(const Conv& conv, const Task& task, void* memory) {
+  const MaxPool& pool = conv.pool;
+  for (int64_t row = task.row_begin; row < task.row_end;) {
+    const int64_t n = row / pool.P, p = row % pool.P;
+    const int64_t rest = pool.P - p, wanted = task.row_end - row;
+    const int64_t count = wanted < rest ? wanted : rest;
+    int64_t h_begin = p * pool.stride_h - pool.pad_h;
+    int64_t h_end = (p + count - 1) * pool.stride_h - pool.pad_h + pool.kernel_h;
+    h_begin = h_begin < 0 ? 0 : h_begin;
+    h_end = h_end > conv.P ? conv.P : h_end;
+
+    const Scratch scratch(conv, task, memory);
+    TileList list(scratch.tiles);
+    const int64_t row_pitch = conv.Q * conv.K;
+    const Strides rows_layout{0, 1, row_pitch, conv.K};
+    add_rows<T>(conv, task, n, h_begin, h_end, rows_layout, 0, scratch.slab, list);
+    const Slab slab(conv);
+    Epilogue<Float32> e{};
+    e.output = scratch.conv_rows;
+    e.out_pixel = conv.K;
+    e.out_channel = 1;
+    e.relu = conv.relu;
+    const int64_t pixel_stride =
+        reads_input_in_place(conv) ? conv.in.w : slab.q_step * conv.group_c();
+    multiply_tiles<Float32>(conv, task, list, pixel_stride, slab.pitch, e);
+
+    for (int64_t i = p; i < p + count; ++i) {
+      int64_t h0 = i * pool.stride_h - pool.pad_h, h1 = h0 + pool.kernel_h;
+      h0 = h0 < 0 ? 0 : h0;
+      h1 = h1 > conv.P ? conv.P : h1;
+      for (int64_t j = 0; j < pool.Q; ++j) {
+        int64_t w0 = j * pool.stride_w - pool.pad_w, w1 = w0 + pool.kernel_w;
+        w0 = w0 < 0 ? 0 : w0;
+        w1 = w1 > conv.Q ? conv.Q : w1;
+        typename T::Storage* out = static_cast<typename T::Storage*>(conv.output) +
+                                   n * conv.out.n + i * conv.out.h + j * conv.out.w;
+        pool_pixel<T>(scratch.conv_rows + (h0 - h_begin) * row_pitch + w0 * conv.K, row_pitch,
+                      h1 - h0, w1 - w0, conv.K, out, conv.out.c);
+      }
+    }
+    row += count;
+  }
+}
+
+template <class T>
+void run_as(const Conv& conv, const Task& task, void* memory) {
+  if (conv.has_pool) {
+    run_conv_pool<T>(conv, task, memory);
+  } else {
+    run_conv<T>(conv, task, memory);
+  }
+}
+
+void run(const Conv& conv, const Task& task, void* memory) {
+  switch (conv.dtype) {
+    case Dtype::kFloat32:
+      return run_as<Float32>(conv, task, memory);
+    case Dtype::kBFloat16:
+      return run_as<BFloat16>(conv, task, memory);
+    case Dtype::kFloat16:
+      return run_as<Float16>(conv, task, memory);
+  }
+}
+
+}  // namespace
+}  // namespace fused_resnet::cpu

@@ -1,0 +1,17 @@
+// Which vector instructions this processor has, asked once at run time.
+//
+// Files named *_avx2.cpp and *_avx512.cpp are compiled for those instructions. They are entered
+// only through a function pointer chosen here, keep everything else in an anonymous namespace and
+// include no header with inline functions: the linker keeps one copy of an inline function, and if
+// that were the one compiled for AVX-512, it would run everywhere.
+#pragma once
+
+namespace fused_resnet {
+
+enum class Isa { baseline, avx2, avx512 };  // avx2: with FMA and F16C; avx512: F, BW, DQ and VL
+
+// The best of the processor's, capped by ATEN_CPU_CAPABILITY (default, avx2, avx512) as torch's own
+// kernels are.
+Isa cpu_isa();
+
+}  // namespace fused_resnet

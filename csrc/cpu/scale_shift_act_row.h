@@ -1,0 +1,101 @@
+// The row kernels of scale_shift_act and the one loop they are instances of.
+//
+// No header but <cstdint>'s C twin is included and everything with a body is in an anonymous
+// namespace, because the including files are compiled for different instruction sets (cpu/isa.h).
+#pragma once
+
+#include <stdint.h>
+
+namespace fused_resnet {
+
+// output[i] = act(input[i] * scale[c] + shift[c] + residual[i]) for i < n, where c is i, or 0 when
+// `one_channel`. All rows are dense; `residual` may be null. `scale` and `shift` are float, double
+// for the float64 kernel.
+using ScaleShiftActRow = void (*)(const void* input, const void* scale, const void* shift,
+                                  const void* residual, void* output, int64_t n, bool one_channel,
+                                  bool relu);
+
+struct ScaleShiftActRows {
+  ScaleShiftActRow float16, bfloat16, float32, float64;
+};
+
+extern const ScaleShiftActRows scale_shift_act_baseline;
+extern const ScaleShiftActRows scale_shift_act_avx2;
+extern const ScaleShiftActRows scale_shift_act_avx512;
+
+namespace {
+
+// `V` describes a vector of V::width values held as V::Register: elements are V::Element in memory
+// and V::Parameter in arithmetic. Partial loads and stores touch `count` elements only.
+template <class V, bool kOneChannel, bool kResidual, bool kRelu>
+void scale_shift_act_loop(const typename V::Element* input, const typename V::Parameter* scale,
+                          const typename V::Parameter* shift, const typename V::Element* residual,
+                          typename V::Element* output, int64_t n) {
+  const auto finish = [](typename V::Register x, typename V::Register scale_c,
+                         typename V::Register shift_c, typename V::Register shortcut) {
+    x = V::multiply_add(x, scale_c, shift_c);
+    if (kResidual) x = V::add(x, shortcut);
+    return kRelu ? V::relu(x) : x;
+  };
+  const typename V::Register first_scale = V::broadcast(*scale), first_shift = V::broadcast(*shift);
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) {
+    const auto x = V::load(input + i);
+    V::store(output + i, finish(x, kOneChannel ? first_scale : V::load_parameter(scale + i),
+                                kOneChannel ? first_shift : V::load_parameter(shift + i),
+                                kResidual ? V::load(residual + i) : x));
+  }
+  const int64_t rest = n - i;
+  if (rest > 0) {
+    const auto x = V::load(input + i, rest);
+    V::store(output + i,
+             finish(x, kOneChannel ? first_scale : V::load_parameter(scale + i, rest),
+                    kOneChannel ? first_shift : V::load_parameter(shift + i, rest),
+                    kResidual ? V::load(residual + i, rest) : x),
+             rest);
+  }
+}
+
+template <class V>
+void scale_shift_act_row(const void* input, const void* scale, const void* shift,
+                         const void* residual, void* output, int64_t n, bool one_channel,
+                         bool relu) {
+  using Loop = void (*)(const typename V::Element*, const typename V::Parameter*,
+                        const typename V::Parameter*, const typename V::Element*,
+                        typename V::Element*, int64_t);
+  static constexpr Loop loops[2][2][2] = {
+      {{scale_shift_act_loop<V, false, false, false>, scale_shift_act_loop<V, false, false, true>},
+       {scale_shift_act_loop<V, false, true, false>, scale_shift_act_loop<V, false, true, true>}},
+      {{scale_shift_act_loop<V, true, false, false>, scale_shift_act_loop<V, true, false, true>},
+       {scale_shift_act_loop<V, true, true, false>, scale_shift_act_loop<V, true, true, true>}}};
+  if (n <= 0) return;
+  loops[one_channel][residual != nullptr][relu](static_cast<const typename V::Element*>(input),
+                                                static_cast<const typename V::Parameter*>(scale),
+                                                static_cast<const typename V::Parameter*>(shift),
+                                                static_cast<const typename V::Element*>(residual),
+                                                static_cast<typename V::Element*>(output), n);
+}
+
+// Copies `count` < N elements into a zeroed vector's worth, for the vectors without masks.
+template <typename T, int N>
+struct Padded {
+  alignas(64) T values[N] = {};
+  Padded() = default;
+  Padded(const T* source, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) values[i] = source[i];
+  }
+  void copy_to(T* target, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) target[i] = values[i];
+  }
+};
+
+// Elements of two bytes are told apart by type; the bits are IEEE binary16 and bfloat16.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+}  // namespace
+}  // namespace fused_resnet
