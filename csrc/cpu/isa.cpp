@@ -18,16 +18,10 @@ Isa detect() {
 #else
   const Isa best = Isa::baseline;
 #endif
-  const char* value = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string capability = value ? value : "";
-  const Isa cap = capability == "default" ? Isa::baseline
-                  : capability == "avx2"  ? Isa::avx2
-                                          : Isa::avx512;
+  const char* wanted = std::getenv("FUSED_RESNET_CPU_ISA");
+  const std::string limit = wanted ? wanted : "";
+  const Isa cap = limit == "none" ? Isa::baseline : limit == "avx2" ? Isa::avx2 : Isa::avx512;
   return best < cap ? best : cap;
-}
-
-std::string cpu_isa_op() {
-  return isa_name(cpu_isa());
 }
 
 }  // namespace

@@ -10,8 +10,7 @@ namespace fused_resnet {
 
 enum class Isa { baseline, avx2, avx512 };  // avx2: with FMA and F16C; avx512: F, BW, DQ and VL
 
-// The best of the processor's, capped by ATEN_CPU_CAPABILITY (default, avx2, avx512) as torch's own
-// kernels are.
+// The best the processor has, or less where FUSED_RESNET_CPU_ISA (avx2, none) says so.
 Isa cpu_isa();
 
 }  // namespace fused_resnet

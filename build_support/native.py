@@ -1,0 +1,178 @@
+"""The `build_ext` command that compiles `fused_resnet._C` and, where nvcc is found, `_cuda`.
+
+Both are plain shared libraries on the LibTorch stable ABI and the C++ standard library: no Python
+symbols, so one file serves every CPython, and no C++ symbols of torch, so one file serves every
+torch from 2.11. `torch.utils.cpp_extension` is not used because it needs an importable torch, takes
+CUDA_HOME from the folder of whatever `nvcc` is on PATH, and refuses an nvcc of another CUDA
+release; the stable ABI and a static CUDA runtime make the last a non-issue.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+from toolchain import (
+    OLDEST_TORCH,
+    BuildError,
+    Nvcc,
+    Torch,
+    choose_cuda,
+    cuda_architectures,
+    find_nvcc,
+    find_torch,
+    gencode_flags,
+    max_jobs,
+)
+
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DNDEBUG"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# A file whose stem ends so is compiled for these instructions and must be entered only after a
+# run-time check (csrc/cpu/isa.h); everything else runs on any x86-64. GCC's own AVX-512 header sets
+# off its warnings about uninitialised variables (GCC bug 105593).
+ISA_FLAGS = {
+    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512": [
+        "-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
+        "-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized",
+    ],
+}  # fmt: skip
+
+
+class BuildNative(build_ext):
+    """Compiles each source that changed since the last build, MAX_JOBS at a time."""
+
+    def run(self) -> None:
+        """Find the tools, build what can be built, and record what was."""
+        torch = find_torch()
+        if torch is None:
+            raise BuildError(f"fused_resnet needs torch >= {OLDEST_TORCH} to build, found none")
+        self.torch: Torch = torch
+        self.nvcc: Nvcc | None = find_nvcc()
+        self.cxx = shlex.split(os.environ.get("CXX", "c++"))
+        self.jobs = max_jobs()
+        reason = choose_cuda(torch, self.nvcc)
+        self.architectures = [] if reason or not self.nvcc else cuda_architectures(self.nvcc)
+        if reason:
+            self._leave_out("fused_resnet._cuda")
+            print(f"fused_resnet: building without CUDA kernels (_cuda): {reason}", flush=True)
+        super().run()
+        self._write_build_info(reason)
+
+    def _leave_out(self, name: str) -> None:
+        # An earlier build may have left its library where this one's files are collected from.
+        for folder in (Path(self.build_lib), Path(self.get_ext_fullpath(name)).parents[1]):
+            (folder / self.get_ext_filename(name)).unlink(missing_ok=True)
+        self.extensions = [ext for ext in self.extensions if ext.name != name]
+
+    def _write_build_info(self, reason: str | None) -> None:
+        info = {
+            "torch": self.torch.version,
+            "compiler": _first_line([*self.cxx, "--version"]),
+            "machine": platform.machine(),
+            "cuda": None
+            if reason or not self.nvcc
+            else {"nvcc": self.nvcc.version, "architectures": self.architectures},
+            "no_cuda_reason": reason,
+        }
+        package = Path(self.get_ext_fullpath("fused_resnet._C")).parent
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link one library."""
+        is_cuda = ext.name.endswith("_cuda")
+        folder = Path(self.build_temp) / ext.name
+        compile_command = self._nvcc_command if is_cuda else self._cxx_command
+        chosen = [source for source in map(Path, ext.sources) if _runs_here(source)]
+        # Compilations share the job slots with nvcc's own threads, one an architecture.
+        threads = max(1, self.jobs // max(1, len(chosen)))
+
+        def compile_one(source: Path) -> Path:
+            obj = folder / source.with_suffix(source.suffix + ".o")
+            command = compile_command(source, obj, threads)
+            if _is_stale(obj, command):
+                print(f"fused_resnet: {ext.name}: compiling {source}", flush=True)
+                _run(command, obj)
+            return obj
+
+        with ThreadPoolExecutor(self.jobs) as pool:
+            objects = list(pool.map(compile_one, chosen))
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _run(self._link_command(objects, output, is_cuda), None)
+
+    def _includes(self) -> list[str]:
+        # -isystem keeps warnings in torch's headers out of the log.
+        include = self.torch.root / "include"
+        return ["-Icsrc", "-isystem", str(include)]
+
+    def _cxx_command(self, source: Path, obj: Path, threads: int) -> list[str]:
+        return [
+            *self.cxx, *CXX_FLAGS, *DEFINES, *_isa_flags(source), *self._includes(),
+            "-MMD", "-MF", f"{obj}.d", "-c", str(source), "-o", str(obj),
+        ]  # fmt: skip
+
+    def _nvcc_command(self, source: Path, obj: Path, threads: int) -> list[str]:
+        assert self.nvcc is not None
+        host = ["-ccbin", self.cxx[0]] if "CXX" in os.environ else []
+        return [
+            self.nvcc.path, *host, "-std=c++20", "-O3", "-DUSE_CUDA", *DEFINES,
+            "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr",
+            f"--threads={threads}", *gencode_flags(self.architectures), *self._includes(),
+            "-MMD", "-MF", f"{obj}.d", "-c", str(source), "-o", str(obj),
+        ]  # fmt: skip
+
+    def _link_command(self, objects: list[Path], output: Path, is_cuda: bool) -> list[str]:
+        common = ["-shared", *map(str, objects), "-o", str(output), f"-L{self.torch.root / 'lib'}"]
+        if not is_cuda:
+            return [*self.cxx, *common, "-ltorch_cpu"]
+        assert self.nvcc is not None
+        # nvcc knows where its own runtime is. The static one makes the library independent of the
+        # CUDA release torch was built with, and loadable without a driver.
+        return [self.nvcc.path, *common, "-ltorch_cuda", "-ltorch_cpu", "--cudart=static"]
+
+
+def _runs_here(source: Path) -> bool:
+    return platform.machine() in ("x86_64", "AMD64") or not _isa_flags(source)
+
+
+def _isa_flags(source: Path) -> list[str]:
+    return next((flags for end, flags in ISA_FLAGS.items() if source.stem.endswith(end)), [])
+
+
+def _is_stale(obj: Path, command: list[str]) -> bool:
+    stamp, depfile = Path(f"{obj}.cmd"), Path(f"{obj}.d")
+    if not (obj.exists() and stamp.exists() and depfile.exists()):
+        return True
+    if stamp.read_text() != shlex.join(command):
+        return True
+    # "object: dependency dependency \": spaces inside a path are escaped.
+    rule = depfile.read_text().replace("\\\n", " ").replace("\\ ", "\0")
+    inputs = [Path(word.replace("\0", " ")) for word in rule.split()[1:]]
+    built = obj.stat().st_mtime
+    return any(not path.exists() or path.stat().st_mtime > built for path in inputs)
+
+
+def _run(command: list[str], obj: Path | None) -> None:
+    if obj:
+        obj.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{obj}.cmd").unlink(missing_ok=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:
+        raise BuildError(f"{shlex.join(command)}\n{done.stdout}")
+    print(done.stdout, end="", flush=True)
+    if obj:
+        Path(f"{obj}.cmd").write_text(shlex.join(command))
+
+
+def _first_line(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.partition("\n")[0]
