@@ -217,9 +217,22 @@ def doctor() -> None:
         built = torch.version.cuda
         reason = f"built for CUDA {built}, finds no GPU" if built else "built without CUDA"
         section("GPU", {"none": f"torch is {reason}"})
-    section("backends", backends.available())
-    section("compiled parts", _native.build_info())
+    choice = {"FUSED_RESNET_BACKEND": os.environ.get("FUSED_RESNET_BACKEND", "not set")}
+    section("backends", {**backends.available(), **choice})
+    section("compiled parts", _compiled_parts())
     console.print(grid)
+
+
+def _compiled_parts() -> dict[str, object]:
+    info = _native.build_info()
+    cuda = info["cuda"]
+    parts = {"_C": f"for {info['machine']}, by {info['compiler']}, against torch {info['torch']}"}
+    if cuda is None:
+        parts["_cuda"] = f"not built: {info['no_cuda_reason']}"
+    else:
+        parts["_cuda"] = f"for {', '.join(cuda['architectures'])}, by nvcc {cuda['nvcc']}"
+    parts["_cuda loaded"] = _native.cuda_status
+    return parts
 
 
 # click's class, wherever this version of typer keeps it.

@@ -74,7 +74,7 @@ def usable_cores() -> int:
 
 
 def commit(root: Path = ROOT) -> str | None:
-    """Short hash of the checkout at `root`, with `-dirty` when the package's sources differ from it.
+    """Short hash of the checkout at `root`, with `-dirty` when its sources have changed since.
 
     None when `root` is not a checkout of this package (site-packages, say).
     """

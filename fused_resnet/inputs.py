@@ -36,13 +36,16 @@ def build_model(name: str, weights: str | None, seed: int) -> torch.nn.Module:
         seed: of the random parameters.
 
     Raises:
-        InvalidArgumentError: unknown model, or weights that cannot be had, read, or loaded strictly.
+        InvalidArgumentError: unknown model, or weights that cannot be had, read, or loaded
+            strictly.
     """
     if name not in known_models():
         known = ", ".join(known_models())
         raise InvalidArgumentError(f"MODEL is {name!r}, must be one of {known}")
     if weights is None:
-        model = torchvision.models.get_model(name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = torchvision.models.get_model(name)
         return randomize_(model, seed)
     if Path(weights).is_file():
         return _model_from_file(name, Path(weights))

@@ -1,0 +1,118 @@
+"""Other people's inference engines as candidates of `fused_resnet.compare`: OpenVINO, ONNX Runtime.
+
+Both get the same weights and input as eager PyTorch, the same number of threads, one stream, and
+the precision of the case spelled out: OpenVINO otherwise picks bfloat16 or float16 by itself on
+CPUs that have them, and would win a float32 comparison by not running it.
+
+Threads: PyTorch's OpenMP workers, OpenVINO's TBB workers and ONNX Runtime's own pool all spin for
+some milliseconds after their work, on the cores that the next candidate needs. So `SETTLE`
+seconds are slept before each timed call, which is longer than any of them spins, and ONNX Runtime
+is told to stop spinning when a run ends. All candidates of a run pay the same pause.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+
+import torch
+
+from fused_resnet.compare import Call, Case
+
+SETTLE = 0.05
+
+
+def openvino(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
+    """OpenVINO's CPU plugin, latency hint, on the model converted from PyTorch directly.
+
+    Parameters are those of `model`, so in bfloat16 they are rounded already; OpenVINO takes them as
+    float32 and rounds to the precision of the hint, which loses nothing.
+    """
+    import openvino as ov
+
+    if case.train or input.device.type != "cpu":
+        raise NotImplementedError("runs inference on the CPU only")
+    # Converting a model reports usage over the network otherwise.
+    os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
+    wide, example = model.float(), input.float().contiguous()
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        converted = ov.convert_model(wide, example_input=example, input=[tuple(example.shape)])
+    precision = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[case.dtype]
+    compiled = ov.Core().compile_model(
+        converted,
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+        },
+    )
+    request = compiled.create_infer_request()
+    array = example.numpy()
+
+    def call() -> torch.Tensor:
+        # Shared memory is not owned by OpenVINO: holding `array` here is what keeps it alive.
+        request.set_input_tensor(ov.Tensor(array, shared_memory=True))
+        request.infer()
+        return torch.from_numpy(request.get_output_tensor().data.copy())
+
+    return call
+
+
+def onnx_runtime(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
+    """ONNX Runtime's CPU provider, all graph optimisations on; it has no bfloat16 convolution."""
+    import onnxruntime
+
+    if case.train or input.device.type != "cpu":
+        raise NotImplementedError("runs inference on the CPU only")
+    if case.dtype != "float32":
+        raise NotImplementedError(f"its CPU provider has no {case.dtype} convolution")
+    example = input.contiguous()
+    exported = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # The exporter built on torch.export needs another package and gives the same graph here.
+        torch.onnx.export(model, (example,), exported, dynamo=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        exported.getvalue(), options, providers=["CPUExecutionProvider"]
+    )
+    name, array = session.get_inputs()[0].name, example.numpy()
+
+    def call() -> torch.Tensor:
+        (logits,) = session.run(None, {name: array})
+        return torch.from_numpy(logits)
+
+    return call
+
+
+def compiled_frozen(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
+    """`torch.compile` with Inductor's freezing: weights are constants, folded and prepacked."""
+    if case.train:
+        raise NotImplementedError("freezing is for inference")
+    frozen = torch.compile(model)
+
+    @torch.no_grad()
+    def call() -> torch.Tensor:
+        return frozen(input)
+
+    # Dynamo asks the global option, not torch.compile's `options`, whether parameters are
+    # constants.
+    with torch._inductor.config.patch(freezing=True):
+        call()
+    return call
+
+
+ENGINES = {
+    "torch.compile, frozen": compiled_frozen,
+    "OpenVINO": openvino,
+    "ONNX Runtime": onnx_runtime,
+}
