@@ -1,0 +1,23 @@
+"""Residual networks with fewer passes over memory: fused drop-in blocks for torchvision's ResNets."""
+
+from . import _native  # noqa: F401  registers the compiled operators, or says how to build them
+from . import backends, functional, reference
+from .backends import use_backend
+from .blocks import BasicBlock, Bottleneck, ResNet
+from .swap import fuse, report, unfuse
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "ResNet",
+    "__version__",
+    "backends",
+    "functional",
+    "fuse",
+    "reference",
+    "report",
+    "unfuse",
+    "use_backend",
+]

@@ -1,0 +1,137 @@
+"""The backends and the choice between them.
+
+A backend is a module with these functions, named and ordered as the operators in `ops/`:
+`conv_bn_act`, `conv_bn_act_max_pool`, `batch_norm_act_training`, `batch_norm_act_inference`, plus
+`available() -> str`, `explain(operator, ...) -> str` and, if it caches anything made from
+parameters, `release(tensors)`. Their arguments are checked before they get there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import cpu, cuda, reference
+
+_TRITON_STATUS = "this version has no Triton kernels"
+_MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda}
+_NAMES = ("reference", "cpu", "triton", "cuda")
+
+_chosen: ContextVar[str | None] = ContextVar("fused_resnet_backend", default=None)
+# None until the first use, so that a bad FUSED_RESNET_BACKEND does not break `import` and `doctor`.
+_from_environment: str | None = None
+
+
+def available() -> dict[str, str]:
+    """Every backend's name, mapped to "yes" or the reason why it cannot run here."""
+    return {name: _status(name) for name in _NAMES}
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Makes one backend run every operator it has a kernel for, in this thread or task.
+
+    What it cannot run (tensors of another device) runs as the reference does.
+
+    Args:
+        name: a key of `available()`.
+
+    Raises:
+        ValueError: the name is unknown, or that backend cannot run here.
+    """
+    token = _chosen.set(_checked(name, "use_backend: name"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def choose(device_type: str) -> ModuleType:
+    """The backend that runs operators on tensors of a device type ("cpu", "cuda", ...)."""
+    name = _chosen.get()
+    if name is None:
+        name = _environment_choice()
+        if name == "":
+            return _default(device_type)
+    if name == device_type or name == "reference":
+        return _MODULES[name]
+    return reference
+
+
+def explain(
+    operator: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    weight_shape: Sequence[int] = (),
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> str:
+    """Which kernels would run an operator: "cpu: library convolution + scale_shift_act".
+
+    Args:
+        operator: the operator's name.
+        device: where its tensors are.
+        dtype: of its input.
+        weight_shape: (K, C / groups, R, S) of a convolution.
+        stride: of a convolution, as are the rest.
+        padding: see `stride`.
+        dilation: see `stride`.
+        groups: see `stride`.
+    """
+    return choose(device.type).explain(
+        operator,
+        device=device,
+        dtype=dtype,
+        weight_shape=weight_shape,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+
+
+def release(tensors: Iterable[Tensor]) -> None:
+    """Tells the backends to drop whatever they cached for these parameters and buffers."""
+    tensors = list(tensors)
+    for module in _MODULES.values():
+        if hasattr(module, "release"):
+            module.release(tensors)
+
+
+def _status(name: str) -> str:
+    return _TRITON_STATUS if name == "triton" else _MODULES[name].available()
+
+
+def _checked(name: str, argument: str) -> str:
+    if name not in _NAMES:
+        raise ValueError(f"{argument} is {name!r}, must be one of {', '.join(_NAMES)}")
+    status = _status(name)
+    if status != "yes":
+        raise ValueError(f"{argument} is {name!r}, which cannot run here: {status}")
+    return name
+
+
+def _environment_choice() -> str:
+    """FUSED_RESNET_BACKEND as it was at the first use; "" where it is not set."""
+    global _from_environment
+    if _from_environment is None:
+        name = os.environ.get("FUSED_RESNET_BACKEND", "")
+        _from_environment = _checked(name, "FUSED_RESNET_BACKEND") if name else ""
+    return _from_environment
+
+
+def _default(device_type: str) -> ModuleType:
+    if device_type == "cpu":
+        return cpu
+    if device_type == "cuda" and cuda.available() == "yes":
+        return cuda
+    return reference

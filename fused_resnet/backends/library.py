@@ -1,0 +1,157 @@
+"""The library's convolution and statistics, finished in one pass by `scale_shift_act`.
+
+What the CPU and CUDA backends share, and fall back on where they have no kernel of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.layout import contiguous_like_eager
+from ..ops.scale_shift_act import scale_shift_act
+
+
+def scale_and_shift(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Batch norm as one multiply-add: `scale = weight / sqrt(var + eps)`, `shift = bias - mean scale`.
+
+    Args:
+        mean: (C,).
+        var: (C,).
+        weight: (C,) or None for ones.
+        bias: (C,) or None for zeros.
+        eps: added to `var`.
+        dtype: the dtype of the normalised tensor; the result is float64 for float64, else float32.
+    """
+    accumulate = torch.float64 if dtype is torch.float64 else torch.float32
+    scale = (var.to(accumulate) + eps).rsqrt_()
+    if weight is not None:
+        scale = scale * weight
+    shift = mean * scale
+    shift = shift.neg_() if bias is None else bias - shift
+    return scale.to(accumulate), shift.to(accumulate)
+
+
+def conv_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The library's convolution, then batch norm, residual and activation in one pass."""
+    out = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    scale, shift = scale_and_shift(running_mean, running_var, bn_weight, bn_bias, eps, out.dtype)
+    return scale_shift_act(out, scale, shift, residual, activation)
+
+
+def conv_bn_act_max_pool(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> Tensor:
+    """`conv_bn_act`, then the library's pooling."""
+    out = conv_bn_act(
+        input,
+        weight,
+        running_mean,
+        running_var,
+        bn_weight,
+        bn_bias,
+        eps,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        None,
+        activation,
+    )
+    return F.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
+
+
+def batch_norm_act_inference(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Batch norm with the running statistics, residual and activation in one pass."""
+    scale, shift = scale_and_shift(running_mean, running_var, weight, bias, eps, input.dtype)
+    return scale_shift_act(contiguous_like_eager(input), scale, shift, residual, activation)
+
+
+def batch_norm_act_training(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The library's batch statistics, then normalise, residual and activation in one pass.
+
+    Returns:
+        The output, and the mean (C,) and biased variance (C,) of the batch, float64 for a float64
+        input and float32 for any other.
+    """
+    input = contiguous_like_eager(input)
+    mean, var = batch_statistics(input)
+    scale, shift = scale_and_shift(mean, var, weight, bias, eps, input.dtype)
+    return scale_shift_act(input, scale, shift, residual, activation), mean, var
+
+
+def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over all dimensions but the second, in float32 (float64)."""
+    accumulate = torch.float64 if input.dtype is torch.float64 else torch.float32
+    channels = input.size(1)
+    if input.numel() == 0:
+        zeros = torch.zeros(channels, dtype=accumulate, device=input.device)
+        return zeros, zeros.clone()
+    if input.device.type == "cuda":
+        # cuDNN-free and single-pass (Welford); float32 results for any input.
+        return torch.batch_norm_update_stats(input, None, None, 0.0)
+    # With float32 running statistics a half-precision input gets float32 results.
+    scratch = torch.zeros(2, channels, dtype=accumulate, device=input.device)
+    return torch.batch_norm_update_stats(input, scratch[0], scratch[1], 0.0)
+
+
+def explain(operator: str) -> str:
+    """The kernels that run an operator, without the backend's name."""
+    return {
+        "conv_bn_act": "library convolution + scale_shift_act",
+        "conv_bn_act_max_pool": "library convolution + scale_shift_act + library pooling",
+        "batch_norm_act_inference": "scale_shift_act",
+        "batch_norm_act_training": "library statistics + scale_shift_act",
+    }[operator]

@@ -1,0 +1,345 @@
+"""`BasicBlock`, `Bottleneck` and `ResNet` whose forward passes run fused.
+
+They add nothing to a module but its class, so that `fuse` and `unfuse` need only assign classes.
+What the fused way does not cover runs exactly as torchvision's, found out anew in every forward
+pass: `obstacle` says what keeps a module from it, `input_obstacle` what keeps an input, and a single
+convolution or norm whose arguments do not fit runs unfused inside `conv_norm_act`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules.module import _has_any_global_hook
+from torchvision.models import resnet
+from torchvision.ops import FrozenBatchNorm2d
+
+from . import backends, functional, ops
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+CONV_NORM_NAMES: dict[type[nn.Module], tuple[tuple[str, str], ...]] = {
+    resnet.BasicBlock: (("conv1", "bn1"), ("conv2", "bn2")),
+    resnet.Bottleneck: (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")),
+    resnet.ResNet: (("conv1", "bn1"),),
+}
+"""Which attributes of torchvision's classes are convolutions, and the norms that follow them."""
+
+
+class _Fused(nn.Module):
+    """What the fused classes have in common: they let go of what backends made of their tensors."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        _release(self)
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        _release(self)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        _release(self)
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class BasicBlock(_Fused, resnet.BasicBlock):
+    """torchvision's `BasicBlock`, each convolution running with its norm, add and ReLU in one.
+
+    Takes its arguments, has its parameters and buffers, and computes what it computes.
+    """
+
+    _unfused_forward = resnet.BasicBlock.forward
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if torch.jit.is_scripting():
+            return self._unfused_forward(x)
+        else:  # noqa: RET505 TorchScript leaves out a branch, not what follows a return
+            return _block_forward(self, x)
+
+
+class Bottleneck(_Fused, resnet.Bottleneck):
+    """torchvision's `Bottleneck`, each convolution running with its norm, add and ReLU in one.
+
+    Takes its arguments, has its parameters and buffers, and computes what it computes.
+    """
+
+    _unfused_forward = resnet.Bottleneck.forward
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if torch.jit.is_scripting():
+            return self._unfused_forward(x)
+        else:
+            return _block_forward(self, x)
+
+
+class ResNet(_Fused, resnet.ResNet):
+    """torchvision's `ResNet`, the convolution, norm, ReLU and max-pool of its stem running in one.
+
+    Its blocks are fused or not by their own classes: `ResNet(fused_resnet.Bottleneck, [3, 4, 6, 3])`.
+    """
+
+    _unfused_forward_impl = resnet.ResNet._forward_impl
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._unfused_forward_impl(x)
+        else:
+            return _resnet_forward(self, x)
+
+
+def _block_forward(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
+    names = CONV_NORM_NAMES[_torchvision_class(block)]
+    if obstacle(block) is not None or input_obstacle(x) is not None:
+        return block._unfused_forward(x)
+    modules = block._modules
+    relu = modules["relu"]
+    out = x
+    for conv, norm in names[:-1]:
+        out = conv_norm_act(modules[conv], modules[norm], out, None, relu)
+    conv, norm = names[-1]
+    return conv_norm_act(modules[conv], modules[norm], out, _shortcut(modules["downsample"], x), relu)
+
+
+def _shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
+    if downsample is None:
+        return x
+    if downsample_obstacle(downsample) is not None:
+        return downsample(x)
+    conv, norm = downsample._modules.values()
+    return conv_norm_act(conv, norm, x, None, None)
+
+
+def _resnet_forward(model: ResNet, x: Tensor) -> Tensor:
+    if obstacle(model) is not None or input_obstacle(x) is not None:
+        return model._unfused_forward_impl(x)
+    modules = model._modules
+    x = stem(modules["conv1"], modules["bn1"], modules["relu"], modules["maxpool"], x)
+    x = model.layer1(x)
+    x = model.layer2(x)
+    x = model.layer3(x)
+    x = model.layer4(x)
+    x = model.avgpool(x)
+    return model.fc(torch.flatten(x, 1))
+
+
+def stem(conv: nn.Conv2d, norm: nn.Module, relu: nn.ReLU, maxpool: nn.Module, x: Tensor) -> Tensor:
+    """`maxpool(relu(norm(conv(x))))`."""
+    if pool_obstacle(maxpool) is None and not uses_batch_statistics(norm):
+        arguments = conv_arguments(conv, norm, x)
+        pool = pool_arguments(maxpool)
+        name = "conv_bn_act_max_pool"
+        if (
+            functional.conv_error(name, *arguments, None, "relu") is None
+            and functional.pool_error(name, *arguments, *pool) is None
+            and keeps_dtype(norm, x)
+        ):
+            return functional.run_conv_bn_act_max_pool(*arguments, "relu", *pool)
+    return maxpool(conv_norm_act(conv, norm, x, None, relu))
+
+
+def conv_norm_act(
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d | FrozenBatchNorm2d,
+    x: Tensor,
+    residual: Tensor | None,
+    relu: nn.ReLU | None,
+) -> Tensor:
+    """`relu(norm(conv(x)) + residual)`, in one where the arguments allow, without hooks.
+
+    Where they do not, this calls the modules, which then raise what they raise.
+    """
+    activation = "none" if relu is None else "relu"
+    if uses_batch_statistics(norm):
+        return _norm_act(norm, conv(x), residual, relu)
+    arguments = conv_arguments(conv, norm, x)
+    if functional.conv_error(
+        "conv_bn_act", *arguments, residual, activation
+    ) is None and keeps_dtype(norm, x):
+        return ops.conv_bn_act(*arguments, residual, activation)
+    return _unfused_norm_act(norm, conv(x), residual, relu)
+
+
+def _norm_act(
+    norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, relu: nn.ReLU | None
+) -> Tensor:
+    """`relu(norm(x) + residual)` with batch statistics; the bookkeeping is `BatchNorm2d.forward`'s."""
+    activation = "none" if relu is None else "relu"
+    tracks = not norm.training or norm.track_running_stats
+    running_mean = norm.running_mean if tracks else None
+    running_var = norm.running_var if tracks else None
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    tensors = (x, running_mean, running_var, norm.weight, norm.bias, True)
+    error = functional.batch_norm_error(
+        "batch_norm_act", *tensors, momentum, norm.eps, residual, activation
+    )
+    if error is not None or x.dim() != 4:
+        return _unfused_norm_act(norm, x, residual, relu)
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    return functional.run_batch_norm_act(*tensors, momentum, norm.eps, residual, activation)
+
+
+def _unfused_norm_act(
+    norm: nn.Module, x: Tensor, residual: Tensor | None, relu: nn.ReLU | None
+) -> Tensor:
+    x = norm(x)
+    if residual is not None:
+        x += residual
+    return x if relu is None else relu(x)
+
+
+def uses_batch_statistics(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> bool:
+    """Whether the norm's next forward pass normalises with the batch's own statistics."""
+    if type(norm) is FrozenBatchNorm2d:
+        return False
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def keeps_dtype(norm: nn.Module, x: Tensor) -> bool:
+    """Whether the norm's output has the dtype of the convolution's, as a fused one's has.
+
+    `FrozenBatchNorm2d` multiplies and adds, so float32 buffers make a 16-bit tensor float32.
+    """
+    if type(norm) is not FrozenBatchNorm2d:
+        return True
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    return norm.weight.dtype is (torch.get_autocast_dtype(device) if autocast else x.dtype)
+
+
+def conv_arguments(conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d, x: Tensor) -> tuple:
+    """The first twelve arguments of the operator `conv_bn_act`."""
+    return (
+        x,
+        conv.weight,
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        conv.bias,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+    )
+
+
+def pool_arguments(maxpool: nn.MaxPool2d) -> tuple[tuple[int, int], ...]:
+    """Kernel size, stride and padding as pairs."""
+    values = (maxpool.kernel_size, maxpool.stride, maxpool.padding)
+    return tuple(value if isinstance(value, tuple) else (value, value) for value in values)
+
+
+def input_obstacle(x: Tensor) -> str | None:
+    """Why an input makes a module run unfused, or None."""
+    if type(x) not in _PLAIN_TENSORS:
+        return f"input is a {type(x).__name__}"
+    if functional.transforms_active():
+        return "a functorch transform or forward-mode differentiation is active"
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return "the model is being traced for TorchScript or ONNX"
+    return None
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why a block or a network's stem runs unfused whatever its input, or None."""
+    return structure_obstacle(module) or hook_obstacle(module)
+
+
+def structure_obstacle(module: nn.Module) -> str | None:
+    """What a block or a stem is made of that has no fused form, or None."""
+    modules = module._modules
+    for conv_name, norm_name in CONV_NORM_NAMES[_torchvision_class(module)]:
+        reason = _conv_norm_obstacle(modules.get(conv_name), modules.get(norm_name))
+        if reason is not None:
+            conv_or_norm, reason = reason
+            return f"{norm_name if conv_or_norm else conv_name} is {reason}"
+    relu = modules.get("relu")
+    if type(relu) is not nn.ReLU:
+        return f"relu is {_a(relu)}"
+    return None
+
+
+def hook_obstacle(module: nn.Module) -> str | None:
+    """Which hooks inside a block or a stem must fire, or None."""
+    if _has_any_global_hook():
+        return "global module hooks are registered"
+    modules = module._modules
+    for pair in CONV_NORM_NAMES[_torchvision_class(module)]:
+        for name in pair:
+            if reason := _call_obstacle(modules[name]):
+                return f"{name} {reason}"
+    if reason := _call_obstacle(modules["relu"]):
+        return f"relu {reason}"
+    return None
+
+
+def downsample_obstacle(downsample: nn.Module) -> str | None:
+    """Why a block's projection runs as the module it is, or None."""
+    if type(downsample) is not nn.Sequential or len(downsample._modules) != 2:
+        return f"downsample is {_a(downsample)}, not a convolution and a norm"
+    conv, norm = downsample._modules.values()
+    if reason := _conv_norm_obstacle(conv, norm):
+        index, what = reason
+        return f"downsample.{index} is {what}"
+    for name, module in (("", downsample), (".0", conv), (".1", norm)):
+        if reason := _call_obstacle(module):
+            return f"downsample{name} {reason}"
+    return None
+
+
+def pool_obstacle(maxpool: nn.Module) -> str | None:
+    """Why a stem's pooling is not part of its convolution, or None."""
+    if type(maxpool) is not nn.MaxPool2d:
+        return f"maxpool is {_a(maxpool)}"
+    if maxpool.ceil_mode or maxpool.return_indices or maxpool.dilation not in (1, (1, 1)):
+        return "maxpool has ceil_mode, return_indices or dilation"
+    if reason := _call_obstacle(maxpool):
+        return f"maxpool {reason}"
+    return None
+
+
+def _conv_norm_obstacle(conv: nn.Module | None, norm: nn.Module | None) -> tuple[int, str] | None:
+    """Which of the two (0 or 1) has no fused form, and what it is."""
+    if type(conv) is not nn.Conv2d:
+        return 0, _a(conv)
+    if conv.padding_mode != "zeros":
+        return 0, f"a Conv2d with padding_mode={conv.padding_mode!r}"
+    if isinstance(conv.padding, str):
+        return 0, f"a Conv2d with padding={conv.padding!r}"
+    if type(norm) is not nn.BatchNorm2d and type(norm) is not FrozenBatchNorm2d:
+        return 1, _a(norm)
+    return None
+
+
+def _call_obstacle(module: nn.Module) -> str | None:
+    """What besides the class's own forward calling this module would run."""
+    state = module.__dict__
+    for hooks in _HOOKS:
+        if state[hooks]:
+            return "carries hooks"
+    return "has a forward of its own" if "forward" in state else None
+
+
+def _torchvision_class(module: nn.Module) -> type[nn.Module]:
+    for torchvision_class in CONV_NORM_NAMES:
+        if isinstance(module, torchvision_class):
+            return torchvision_class
+    raise TypeError(f"{_a(module)} is not one of torchvision's residual modules")
+
+
+def _a(module: nn.Module | None) -> str:
+    return "missing" if module is None else f"a {type(module).__name__}"
+
+
+def _release(module: nn.Module) -> None:
+    backends.release([*module.parameters(), *module.buffers()])

@@ -1,0 +1,19 @@
+"""The operators, one file each: schema, fake kernel, autograd, autocast, in that order.
+
+Each file's function calls its operator; what an operator computes is in `reference.py` under the
+same name, and what computes it is in `backends/`, again under the same name.
+"""
+
+from .batch_norm_act_inference import batch_norm_act_inference
+from .batch_norm_act_training import batch_norm_act_training
+from .conv_bn_act import conv_bn_act
+from .conv_bn_act_max_pool import conv_bn_act_max_pool
+from .scale_shift_act import scale_shift_act
+
+__all__ = [
+    "batch_norm_act_inference",
+    "batch_norm_act_training",
+    "conv_bn_act",
+    "conv_bn_act_max_pool",
+    "scale_shift_act",
+]

@@ -1,0 +1,115 @@
+"""`batch_norm_act_inference`: batch norm with running statistics, residual add and activation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .gradients import act_backward, like, norm_backward
+from .layout import contiguous_like_eager
+from .registration import (
+    autocast_residual,
+    library,
+    needs_grad,
+    nothing_intercepts,
+    register_autocast,
+    register_autograd,
+)
+
+library.define(
+    "batch_norm_act_inference(Tensor input, Tensor running_mean, Tensor running_var, "
+    "Tensor? weight, Tensor? bias, float eps, Tensor? residual, str activation) -> Tensor"
+)
+_operator = torch.ops.fused_resnet.batch_norm_act_inference.default
+
+
+def batch_norm_act_inference(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Calls the operator. See `reference.batch_norm_act` for what it computes."""
+    arguments = (input, running_mean, running_var, weight, bias, eps, residual, activation)
+    tensors = (input, running_mean, running_var, weight, bias, residual)
+    if not nothing_intercepts(*tensors):
+        return _operator(*arguments)
+    if needs_grad(*tensors):
+        return _BatchNormActInference.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _kernel(*arguments)
+
+
+def _kernel(input: Tensor, *arguments: Any) -> Tensor:
+    return backends.choose(input.device.type).batch_norm_act_inference(input, *arguments)
+
+
+library.impl("batch_norm_act_inference", _kernel, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fused_resnet::batch_norm_act_inference", lib=library)
+def _fake(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return torch.empty_like(contiguous_like_eager(input))
+
+
+class _BatchNormActInference(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = batch_norm_act_inference(*arguments)
+        input, running_mean, running_var, weight, bias, ctx.eps, _, ctx.activation = arguments
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(
+            input if ctx.needs_input_grad[3] else None,
+            running_mean,
+            running_var,
+            weight,
+            output if ctx.activation == "relu" else None,
+        )
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, running_mean, running_var, weight, output = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        grad = act_backward(grad, output, ctx.activation)
+        grad_input, grad_weight, grad_bias = norm_backward(
+            grad,
+            input,
+            weight,
+            running_mean,
+            running_var,
+            ctx.eps,
+            False,
+            (need[0], need[3], need[4]),
+        )
+        return (
+            grad_input,
+            None,
+            None,
+            like(grad_weight, weight.dtype) if need[3] else None,
+            like(grad_bias, ctx.bias_dtype) if need[4] else None,
+            None,
+            grad if need[6] else None,
+            None,
+        )
+
+
+register_autograd("batch_norm_act_inference", _BatchNormActInference)
+register_autocast("batch_norm_act_inference", autocast_residual(6))

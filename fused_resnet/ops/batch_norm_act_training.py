@@ -1,0 +1,105 @@
+"""`batch_norm_act_training`: batch norm with the batch's statistics, residual add and activation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .gradients import accumulation_dtype, act_backward, like, norm_backward
+from .layout import contiguous_like_eager
+from .registration import (
+    autocast_residual,
+    library,
+    needs_grad,
+    nothing_intercepts,
+    register_autocast,
+    register_autograd,
+)
+
+library.define(
+    "batch_norm_act_training(Tensor input, Tensor? weight, Tensor? bias, float eps, "
+    "Tensor? residual, str activation) -> (Tensor output, Tensor mean, Tensor var)"
+)
+_operator = torch.ops.fused_resnet.batch_norm_act_training.default
+
+
+def batch_norm_act_training(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Calls the operator. See `reference.batch_norm_act` for what it computes.
+
+    Returns:
+        The output, and the batch's mean (C,) and biased variance (C,), which are not
+        differentiable: float64 for a float64 input, float32 for any other.
+    """
+    arguments = (input, weight, bias, eps, residual, activation)
+    tensors = (input, weight, bias, residual)
+    if not nothing_intercepts(*tensors):
+        return _operator(*arguments)
+    if needs_grad(*tensors):
+        return _BatchNormActTraining.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _kernel(*arguments)
+
+
+def _kernel(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return backends.choose(input.device.type).batch_norm_act_training(input, *arguments)
+
+
+library.impl("batch_norm_act_training", _kernel, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fused_resnet::batch_norm_act_training", lib=library)
+def _fake(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = input.new_empty(input.size(1), dtype=accumulation_dtype(input.dtype))
+    return torch.empty_like(contiguous_like_eager(input)), mean, torch.empty_like(mean)
+
+
+class _BatchNormActTraining(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output, mean, var = batch_norm_act_training(*arguments)
+        input, weight, bias, ctx.eps, _, ctx.activation = arguments
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(mean, var)
+        ctx.save_for_backward(
+            input, weight, mean, var, output if ctx.activation == "relu" else None
+        )
+        return output, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, var, output = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        grad = act_backward(grad, output, ctx.activation)
+        grad_input, grad_weight, grad_bias = norm_backward(
+            grad, input, weight, mean, var, ctx.eps, True, need[:3]
+        )
+        return (
+            grad_input if need[0] else None,
+            like(grad_weight, weight.dtype) if need[1] else None,
+            like(grad_bias, ctx.bias_dtype) if need[2] else None,
+            None,
+            grad if need[4] else None,
+            None,
+        )
+
+
+register_autograd("batch_norm_act_training", _BatchNormActTraining)
+register_autocast("batch_norm_act_training", autocast_residual(4))

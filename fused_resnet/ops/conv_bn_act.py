@@ -1,0 +1,166 @@
+"""`conv_bn_act`: convolution, batch norm with running statistics, residual add and activation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .gradients import act_backward, conv_norm_backward
+from .registration import (
+    autocast_tensor,
+    library,
+    needs_grad,
+    nothing_intercepts,
+    register_autocast,
+    register_autograd,
+)
+
+library.define(
+    "conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tensor running_var, "
+    "Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, int[2] stride, int[2] padding, "
+    "int[2] dilation, int groups, Tensor? residual, str activation) -> Tensor"
+)
+_operator = torch.ops.fused_resnet.conv_bn_act.default
+
+
+def conv_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Calls the operator. See `reference.conv_bn_act` for what it computes."""
+    arguments = (
+        input,
+        weight,
+        running_mean,
+        running_var,
+        bn_weight,
+        bn_bias,
+        eps,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        residual,
+        activation,
+    )
+    tensors = (input, weight, running_mean, running_var, bn_weight, bn_bias, bias, residual)
+    if not nothing_intercepts(*tensors):
+        return _operator(*arguments)
+    if needs_grad(*tensors):
+        return _ConvBnAct.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _kernel(*arguments)
+
+
+def _kernel(input: Tensor, *arguments: Any) -> Tensor:
+    return backends.choose(input.device.type).conv_bn_act(input, *arguments)
+
+
+library.impl("conv_bn_act", _kernel, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fused_resnet::conv_bn_act", lib=library)
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+class _ConvBnAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = conv_bn_act(*arguments)
+        (
+            input,
+            weight,
+            running_mean,
+            running_var,
+            bn_weight,
+            bn_bias,
+            ctx.eps,
+            bias,
+            ctx.stride,
+            ctx.padding,
+            ctx.dilation,
+            ctx.groups,
+            _,
+            ctx.activation,
+        ) = arguments
+        ctx.bn_bias_dtype = None if bn_bias is None else bn_bias.dtype
+        ctx.save_for_backward(
+            input,
+            weight,
+            running_mean,
+            running_var,
+            bn_weight,
+            bias if ctx.needs_input_grad[4] else None,
+            output if ctx.activation == "relu" else None,
+        )
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, running_mean, running_var, bn_weight, bias, output = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        grad = act_backward(grad, output, ctx.activation)
+        gradients = conv_norm_backward(
+            grad,
+            input,
+            weight,
+            running_mean,
+            running_var,
+            bn_weight,
+            ctx.bn_bias_dtype,
+            ctx.eps,
+            bias,
+            ctx.stride,
+            ctx.padding,
+            ctx.dilation,
+            ctx.groups,
+            need[:8],
+        )
+        return *gradients, None, None, None, None, grad if need[12] else None, None
+
+
+register_autograd("conv_bn_act", _ConvBnAct)
+
+
+def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:
+    return tuple(
+        autocast_tensor(argument, dtype, device_type) if index in (0, 1, 7, 12) else argument
+        for index, argument in enumerate(arguments)
+    )
+
+
+register_autocast("conv_bn_act", _cast)

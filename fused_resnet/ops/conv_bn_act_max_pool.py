@@ -1,0 +1,168 @@
+"""`conv_bn_act_max_pool`: convolution, batch norm, activation and max-pool: the stem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends, reference
+from .gradients import act_backward, aten, conv_norm_backward
+from .registration import (
+    autocast_tensor,
+    library,
+    needs_grad,
+    nothing_intercepts,
+    register_autocast,
+    register_autograd,
+)
+
+library.define(
+    "conv_bn_act_max_pool(Tensor input, Tensor weight, Tensor running_mean, Tensor running_var, "
+    "Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, int[2] stride, int[2] padding, "
+    "int[2] dilation, int groups, str activation, int[2] pool_kernel_size, int[2] pool_stride, "
+    "int[2] pool_padding) -> Tensor"
+)
+_operator = torch.ops.fused_resnet.conv_bn_act_max_pool.default
+
+
+def conv_bn_act_max_pool(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> Tensor:
+    """Calls the operator. See `reference.conv_bn_act_max_pool` for what it computes."""
+    arguments = (
+        input,
+        weight,
+        running_mean,
+        running_var,
+        bn_weight,
+        bn_bias,
+        eps,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+        pool_kernel_size,
+        pool_stride,
+        pool_padding,
+    )
+    tensors = (input, weight, running_mean, running_var, bn_weight, bn_bias, bias)
+    if not nothing_intercepts(*tensors):
+        return _operator(*arguments)
+    if needs_grad(*tensors):
+        return _ConvBnActMaxPool.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _kernel(*arguments)
+
+
+def _kernel(input: Tensor, *arguments: Any) -> Tensor:
+    return backends.choose(input.device.type).conv_bn_act_max_pool(input, *arguments)
+
+
+library.impl("conv_bn_act_max_pool", _kernel, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fused_resnet::conv_bn_act_max_pool", lib=library)
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> Tensor:
+    out = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return F.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
+
+
+class _ConvBnActMaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = conv_bn_act_max_pool(*arguments)
+        *tensors, ctx.eps, bias = arguments[:8]
+        ctx.convolution = arguments[8:12]
+        ctx.activation = arguments[12]
+        ctx.pool = arguments[13:]
+        ctx.save_for_backward(*tensors, bias)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Neither what is pooled nor where its maxima are is kept, so both are computed again.
+        input, weight, running_mean, running_var, bn_weight, bn_bias, bias = ctx.saved_tensors
+        with torch.no_grad():
+            pooled = reference.conv_bn_act(
+                input,
+                weight,
+                running_mean,
+                running_var,
+                bn_weight,
+                bn_bias,
+                ctx.eps,
+                bias,
+                *ctx.convolution,
+                activation=ctx.activation,
+            )
+            _, indices = aten.max_pool2d_with_indices(pooled, *ctx.pool)
+        grad = aten.max_pool2d_with_indices_backward(
+            grad, pooled, *ctx.pool, (1, 1), False, indices
+        )
+        grad = act_backward(grad, pooled, ctx.activation)
+        gradients = conv_norm_backward(
+            grad,
+            input,
+            weight,
+            running_mean,
+            running_var,
+            bn_weight,
+            None if bn_bias is None else bn_bias.dtype,
+            ctx.eps,
+            bias,
+            *ctx.convolution,
+            ctx.needs_input_grad[:8],
+        )
+        return *gradients, *(None,) * 8
+
+
+register_autograd("conv_bn_act_max_pool", _ConvBnActMaxPool)
+
+
+def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:
+    return tuple(
+        autocast_tensor(argument, dtype, device_type) if index in (0, 1, 7) else argument
+        for index, argument in enumerate(arguments)
+    )
+
+
+register_autocast("conv_bn_act_max_pool", _cast)

@@ -1,0 +1,153 @@
+"""The pieces the operators' backward formulas share, all of them differentiable themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which tensors of `dtype` are computed with."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def act_backward(grad: Tensor, output: Tensor | None, activation: str) -> Tensor:
+    """The gradient before the activation; NaN in the output lets the gradient pass, as in torch."""
+    if activation == "none":
+        return grad
+    return aten.threshold_backward(grad, output.detach(), 0)
+
+
+def norm_backward(
+    grad: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    training: bool,
+    mask: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of batch norm in its input, weight and bias, each where `mask` asks for it.
+
+    Args:
+        grad: of the output.
+        input: the normalised tensor; may be None where neither `training` nor `mask[1]` is set.
+        weight: (C,) or None.
+        mean: (C,), of the batch when training.
+        var: (C,), biased, of the batch when training.
+        eps: added to `var`.
+        training: whether `mean` and `var` are functions of the input.
+        mask: which gradients to compute.
+
+    Returns:
+        The gradients; those of the weight and bias in the accumulation dtype.
+    """
+    accumulate = accumulation_dtype(grad.dtype)
+    mean, var = mean.to(accumulate), var.to(accumulate)
+    weight = None if weight is None else weight.to(accumulate)
+    if training or mask[1]:
+        invstd = (var + eps).rsqrt()
+        statistics = (None, None, mean, invstd) if training else (mean, var, None, None)
+        return aten.native_batch_norm_backward(grad, input, weight, *statistics, training, eps, mask)
+    per_channel = (1, -1) + (1,) * (grad.dim() - 2)
+    grad_input = grad_bias = None
+    if mask[0]:
+        scale = (var + eps).rsqrt()
+        scale = scale if weight is None else scale * weight
+        grad_input = (grad * scale.view(per_channel)).to(grad.dtype)
+    if mask[2]:
+        grad_bias = channel_sum(grad)
+    return grad_input, None, grad_bias
+
+
+def channel_sum(grad: Tensor) -> Tensor:
+    """Sum over all dimensions but the second, in the accumulation dtype."""
+    return grad.sum((0, *range(2, grad.dim())), dtype=accumulation_dtype(grad.dtype))
+
+
+def like(grad: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """`grad` in the dtype of what it is the gradient of."""
+    return None if grad is None else grad.to(dtype)
+
+
+def conv_norm_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias_dtype: torch.dtype | None,
+    eps: float,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    need: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `batch_norm(conv2d(input, weight, bias), ...)` with running statistics.
+
+    The convolution's output is computed again, and only where `bn_weight` needs a gradient.
+
+    Args:
+        grad: of the batch norm's output.
+        input: as the others, what `ops.conv_bn_act` was called with.
+        weight: see `input`.
+        running_mean: see `input`.
+        running_var: see `input`.
+        bn_weight: see `input`.
+        bn_bias_dtype: the dtype of its `bn_bias`.
+        eps: see `input`.
+        bias: see `input`; needed only where `bn_weight` needs a gradient.
+        stride: see `input`.
+        padding: see `input`.
+        dilation: see `input`.
+        groups: see `input`.
+        need: whether the gradient is needed, for the operator's first eight arguments.
+
+    Returns:
+        The gradients of the operator's first eight arguments, None where not needed.
+    """
+    conv_mask = (need[0], need[1], need[7])
+    conv = torch.conv2d(input, weight, bias, stride, padding, dilation, groups) if need[4] else None
+    grad_conv, grad_bn_weight, grad_bn_bias = norm_backward(
+        grad,
+        conv,
+        bn_weight,
+        running_mean,
+        running_var,
+        eps,
+        False,
+        (any(conv_mask), need[4], need[5]),
+    )
+    grad_input = grad_weight = grad_bias = None
+    if any(conv_mask):
+        grad_input, grad_weight, grad_bias = aten.convolution_backward(
+            grad_conv,
+            input,
+            weight,
+            [weight.size(0)],
+            stride,
+            padding,
+            dilation,
+            False,
+            (0, 0),
+            groups,
+            conv_mask,
+        )
+    return (
+        grad_input,
+        grad_weight,
+        None,
+        None,
+        like(grad_bn_weight, bn_weight.dtype) if need[4] else None,
+        like(grad_bn_bias, bn_bias_dtype) if need[5] else None,
+        None,
+        grad_bias,
+    )

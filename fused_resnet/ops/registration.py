@@ -1,0 +1,92 @@
+"""How the operators are registered and called.
+
+An operator's kernels are plain Python functions put into the dispatcher by `Library.impl`. A call
+through it costs some 10 microseconds, which 53 convolutions a forward pass would feel, so the
+functions in `ops/` go around it where nothing in it has a say (`nothing_intercepts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+library = torch.library.Library("fused_resnet", "FRAGMENT")
+
+_PLAIN_TYPES = frozenset({Tensor, Parameter, type(None)})
+
+
+def nothing_intercepts(*tensors: Tensor | None) -> bool:
+    """Whether the dispatcher would do no more than call autograd and the kernel."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_any_autocast_enabled()
+        and _PLAIN_TYPES.issuperset(map(type, tensors))
+    )
+
+
+def needs_grad(*arguments: Any) -> bool:
+    """Whether autograd has to record a call with these arguments."""
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+
+
+def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
+    """Makes `function`, whose arguments are the operator's, its derivative.
+
+    `torch.library.register_autograd` does the same at five times the cost of a call.
+    """
+    operator = getattr(torch.ops.fused_resnet, name).default
+
+    def autograd(*arguments: Any) -> Any:
+        if needs_grad(*arguments):
+            return function.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    library.impl(name, autograd, "Autograd")
+
+
+def register_autocast(name: str, cast: Callable[[torch.dtype, str, tuple], tuple]) -> None:
+    """Makes `cast(dtype, device_type, arguments)` prepare an operator's arguments under autocast."""
+    operator = getattr(torch.ops.fused_resnet, name).default
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def autocast(*arguments: Any, device_type: str = device_type, keys: Any = keys) -> Any:
+            dtype = torch.get_autocast_dtype(device_type)
+            arguments = cast(dtype, device_type, arguments)
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return operator(*arguments)
+
+        library.impl(name, autocast, key)
+
+
+def autocast_tensor(tensor: Tensor | None, dtype: torch.dtype, device_type: str) -> Tensor | None:
+    """`tensor` as autocast hands it to `conv2d`: float64 and other devices' tensors stay as they are."""
+    if (
+        tensor is None
+        or not tensor.is_floating_point()
+        or tensor.dtype is torch.float64
+        or tensor.device.type != device_type
+    ):
+        return tensor
+    return tensor.to(dtype)
+
+
+def autocast_residual(index: int) -> Callable[[torch.dtype, str, tuple], tuple]:
+    """The preparation of an operator that, like `batch_norm`, computes in its input's dtype.
+
+    `index` is the residual's, which an in-place add would bring to the input's dtype too.
+    """
+
+    def cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:
+        input, residual = arguments[0], arguments[index]
+        if residual is None or residual.dtype is input.dtype:
+            return arguments
+        return *arguments[:index], residual.to(input.dtype), *arguments[index + 1 :]
+
+    return cast
