@@ -7,4 +7,15 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   m.def(
       "scale_shift_act(Tensor input, Tensor scale, Tensor shift, Tensor? residual=None, "
       "str activation=\"relu\") -> Tensor");
+
+  // The CPU backend's convolution. Internal: fused_resnet/backends/cpu.py is the only caller.
+  m.def("conv_isa() -> str");
+  m.def("pack_conv_weight(Tensor weight, int groups) -> Tensor");
+  m.def(
+      "conv_bn_act_packed(Tensor input, Tensor weight, Tensor packed, Tensor running_mean, "
+      "Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, "
+      "int stride_h, int stride_w, int pad_h, int pad_w, int dil_h, int dil_w, int groups, "
+      "Tensor? residual, bool relu, int[] max_pool) -> Tensor");
+  m.def("cpu_pool_statistics() -> int[]");
+  m.def("cpu_pool_trim() -> ()");
 }

@@ -1,4 +1,4 @@
-#include "buffer_pool.h"
+#include "cpu/buffer_pool.h"
 
 #include <algorithm>
 #include <cstdlib>

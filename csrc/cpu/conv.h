@@ -50,14 +50,21 @@ struct Conv {
   void* output;
   Dtype dtype;  // of input, residual and output; everything between is float32
   bool relu;
+  // Groups of so few output channels that several share a vector. The slab then holds every input
+  // value once for each lane it is multiplied in, and the groups count as one.
+  bool expanded;
   bool has_pool;
   MaxPool pool;
-
-  int64_t group_c() const { return C / groups; }
-  int64_t group_k() const { return K / groups; }
-  int64_t reduction() const { return R * S * group_c(); }
-  bool pointwise() const { return R == 1 && S == 1; }
 };
+
+// Functions here are static: files that include this one are compiled for different processors, and
+// the linker must not pick one of their copies for all.
+static inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t work_groups(const Conv& conv) { return conv.expanded ? 1 : conv.groups; }
+static inline int64_t group_c(const Conv& conv) { return conv.C / conv.groups; }
+static inline int64_t group_k(const Conv& conv) { return conv.K / work_groups(conv); }
+static inline int64_t reduction(const Conv& conv) { return conv.R * conv.S * group_c(conv); }
+static inline bool is_pointwise(const Conv& conv) { return conv.R == 1 && conv.S == 1; }
 
 // A unit of work: some output rows (counted over all images: row = n * P + p, or n * pool.P + p with
 // pooling) times some blocks of output channels of one group.
@@ -70,6 +77,7 @@ struct Task {
 // One instruction set's kernels.
 struct ConvIsa {
   const char* name;
+  int64_t lanes;    // of a vector of float32
   int64_t block_k;  // output channels computed together; the packed weight's innermost extent
   // Bytes of scratch memory run() needs for a task.
   int64_t (*scratch_bytes)(const Conv&, const Task&);
@@ -81,13 +89,17 @@ extern const ConvIsa kConvAvx512;
 extern const ConvIsa kConvAvx2;
 #endif
 
-inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Whether groups of c input and k output channels are expanded. Then a vector of output channels
+// belongs to whole groups, whose input channels fit a vector too.
+static inline bool is_expanded(int64_t groups, int64_t c, int64_t k, int64_t lanes) {
+  return groups > 1 && k < lanes && lanes % k == 0 && c <= k;
+}
 
-// The packed weight is [groups][blocks of K][R][S][C][block_k] float32, zero where K ends inside a
-// block.
-inline int64_t weight_offset(const Conv& conv, int64_t block_k, int64_t group, int64_t block) {
-  const int64_t blocks = div_up(conv.group_k(), block_k);
-  return (group * blocks + block) * conv.reduction() * block_k;
+// The packed weight is [work_groups][blocks of K][R][S][C][block_k] float32, zero where K ends inside
+// a block. Expanded groups use blocks of one vector, others of ConvIsa::block_k.
+static inline int64_t weight_offset(const Conv& conv, int64_t block_k, int64_t group, int64_t block) {
+  const int64_t blocks = div_up(group_k(conv), block_k);
+  return (group * blocks + block) * reduction(conv) * block_k;
 }
 
 }  // namespace fused_resnet::cpu

@@ -2,15 +2,9 @@
 // of the 16 registers.
 #if defined(__x86_64__)
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c")
-#endif
-
 #include <immintrin.h>
 
-#include "conv.h"
+#include "cpu/conv.h"
 
 #define FR_VECTOR_BYTES 32
 #define FR_TILE_PIXELS 3
@@ -34,14 +28,10 @@ inline __attribute__((always_inline)) void store_f16(uint16_t* p, Vec v) {
 }  // namespace
 }  // namespace fused_resnet::cpu
 
-#include "conv_kernel.inl"
+#include "cpu/conv_kernel.inl"
 
 namespace fused_resnet::cpu {
-const ConvIsa kConvAvx2 = {"avx2", kBlockK, scratch_bytes, run};
+const ConvIsa kConvAvx2 = {"avx2", kLanes, kBlockK, scratch_bytes, run};
 }
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
 
 #endif

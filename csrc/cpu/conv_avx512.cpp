@@ -2,16 +2,9 @@
 // of the 32 registers.
 #if defined(__x86_64__)
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
-#endif
-
 #include <immintrin.h>
 
-#include "conv.h"
+#include "cpu/conv.h"
 
 #define FR_VECTOR_BYTES 64
 #define FR_TILE_PIXELS 7
@@ -35,14 +28,10 @@ inline __attribute__((always_inline)) void store_f16(uint16_t* p, Vec v) {
 }  // namespace
 }  // namespace fused_resnet::cpu
 
-#include "conv_kernel.inl"
+#include "cpu/conv_kernel.inl"
 
 namespace fused_resnet::cpu {
-const ConvIsa kConvAvx512 = {"avx512", kBlockK, scratch_bytes, run};
+const ConvIsa kConvAvx512 = {"avx512", kLanes, kBlockK, scratch_bytes, run};
 }
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
 
 #endif

@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -20,8 +19,9 @@
 #include <string>
 #include <vector>
 
-#include "buffer_pool.h"
-#include "conv.h"
+#include "cpu/buffer_pool.h"
+#include "cpu/conv.h"
+#include "cpu/isa.h"
 
 namespace fused_resnet::cpu {
 namespace {
@@ -31,28 +31,19 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The best instruction set of this machine, or null. FUSED_RESNET_CPU_ISA (avx512, avx2, none) lowers
-// it, for tests and comparisons.
+// The kernels for this machine, or null.
 const ConvIsa* conv_isa() {
-  static const ConvIsa* isa = []() -> const ConvIsa* {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    const char* wanted = std::getenv("FUSED_RESNET_CPU_ISA");
-    const std::string limit = wanted ? wanted : "avx512";
-    if (limit == "none") return nullptr;
-    if (limit != "avx2" && __builtin_cpu_supports("avx512f") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
+  switch (cpu_isa()) {
+    case Isa::avx512:
       return &kConvAvx512;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
+    case Isa::avx2:
       return &kConvAvx2;
-    }
+    case Isa::baseline:
+      return nullptr;
+  }
 #endif
-    return nullptr;
-  }();
-  return isa;
+  return nullptr;
 }
 
 std::string conv_isa_name() { return conv_isa() ? conv_isa()->name : ""; }
@@ -95,26 +86,29 @@ Tensor pool_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>
 // ---- weight packing ----------------------------------------------------------------------------
 
 struct WeightShape {
-  int64_t K, C, R, S, groups;  // C counts the channels of one group
+  int64_t K, C, R, S;  // C counts the channels of one group
   Strides stride;
+  bool expanded;
+  int64_t groups, block_k;  // of the packed weight: expanded groups count as one
 
   WeightShape(const Tensor& weight, int64_t group_count)
       : K(weight.size(0)), C(weight.size(1)), R(weight.size(2)), S(weight.size(3)),
-        groups(group_count),
-        stride{weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)} {}
+        stride{weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
+        expanded(K > 0 && is_expanded(group_count, C, K / group_count, conv_isa()->lanes)),
+        groups(expanded ? 1 : group_count),
+        block_k(expanded ? conv_isa()->lanes : conv_isa()->block_k) {}
 
-  int64_t blocks(int64_t block_k) const { return div_up(K / groups, block_k); }
-  int64_t packed_size(int64_t block_k) const {
-    return groups * blocks(block_k) * R * S * C * block_k;
-  }
+  int64_t blocks() const { return div_up(K / groups, block_k); }
+  int64_t packed_size() const { return groups * blocks() * R * S * C * block_k; }
   int64_t source(int64_t k, int64_t c, int64_t r, int64_t s) const {
     return k * stride.n + c * stride.c + r * stride.h + s * stride.w;
   }
 };
 
 template <class T>
-void pack(const T* source, const WeightShape& shape, int64_t block_k, float* packed) {
-  const int64_t group_k = shape.K / shape.groups, blocks = shape.blocks(block_k);
+void pack(const T* source, const WeightShape& shape, float* packed) {
+  const int64_t block_k = shape.block_k, blocks = shape.blocks();
+  const int64_t group_k = shape.K / shape.groups;
   torch::stable::parallel_for(0, shape.groups * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k0 = i % blocks * block_k, channel = i / blocks * group_k + k0;
@@ -138,11 +132,11 @@ void pack(const T* source, const WeightShape& shape, int64_t block_k, float* pac
 // two together by storage and version; this also sees updates that leave no version behind, such as
 // `weight.data.mul_(0.9)`.
 template <class T>
-bool is_packed_from(const T* source, const WeightShape& shape, int64_t block_k,
-                    const float* packed) {
+bool is_packed_from(const T* source, const WeightShape& shape, const float* packed) {
   constexpr int64_t kSamples = 48;
   const int64_t count = shape.K * shape.C * shape.R * shape.S;
-  const int64_t group_k = shape.K / shape.groups, blocks = shape.blocks(block_k);
+  const int64_t group_k = shape.K / shape.groups, blocks = shape.blocks();
+  const int64_t block_k = shape.block_k;
   const int64_t samples = std::min(count, kSamples);
   for (int64_t i = 0; i < samples; ++i) {
     int64_t rest = samples == 1 ? 0 : i * (count - 1) / (samples - 1);
@@ -173,28 +167,25 @@ void check_weight(const Tensor& weight, int64_t groups) {
 Tensor pack_conv_weight(Tensor weight, int64_t groups) {
   check_weight(weight, groups);
   const WeightShape shape(weight, groups);
-  const int64_t block_k = conv_isa()->block_k;
-  Tensor packed = pool_tensor({shape.packed_size(block_k)}, {1}, ScalarType::Float);
+  Tensor packed = pool_tensor({shape.packed_size()}, {1}, ScalarType::Float);
   with_element_type(weight, "weight", [&](const auto* source) {
-    pack(source, shape, block_k, static_cast<float*>(packed.mutable_data_ptr()));
+    pack(source, shape, static_cast<float*>(packed.mutable_data_ptr()));
   });
   return packed;
 }
 
 // Packs again if the weight changed behind its version counter's back.
-void refresh_packed(const Tensor& weight, int64_t groups, Tensor& packed) {
-  const WeightShape shape(weight, groups);
-  const int64_t block_k = conv_isa()->block_k;
-  STD_TORCH_CHECK(packed.numel() == shape.packed_size(block_k), "conv_bn_act: packed has ",
-                  packed.numel(), " elements, weight needs ", shape.packed_size(block_k));
+void refresh_packed(const Tensor& weight, const WeightShape& shape, Tensor& packed) {
+  STD_TORCH_CHECK(packed.numel() == shape.packed_size(), "conv_bn_act: packed has ",
+                  packed.numel(), " elements, weight needs ", shape.packed_size());
   if (weight.numel() == 0) return;
   with_element_type(weight, "weight", [&](const auto* source) {
     float* destination = static_cast<float*>(packed.mutable_data_ptr());
-    if (is_packed_from(source, shape, block_k, destination)) return;
+    if (is_packed_from(source, shape, destination)) return;
     static std::mutex mutex;
     std::lock_guard lock(mutex);
-    if (!is_packed_from(source, shape, block_k, destination)) {
-      pack(source, shape, block_k, destination);
+    if (!is_packed_from(source, shape, destination)) {
+      pack(source, shape, destination);
     }
   });
 }
@@ -207,9 +198,10 @@ struct ScaleShift {
   std::vector<float> values;
   const float *scale, *shift;
 
-  ScaleShift(int64_t K, int64_t groups, int64_t block_k, const Tensor& mean, const Tensor& var,
+  ScaleShift(const WeightShape& shape, const Tensor& mean, const Tensor& var,
              const std::optional<Tensor>& weight, const std::optional<Tensor>& beta, double eps,
              const std::optional<Tensor>& bias) {
+    const int64_t K = shape.K, groups = shape.groups;
     std::vector<double> a(K), b(K), other(K);
     read(var, "running_var", K, a);
     for (double& v : a) v = 1.0 / std::sqrt(v + eps);
@@ -227,7 +219,7 @@ struct ScaleShift {
       read(*beta, "bn_bias", K, other);
       for (int64_t k = 0; k < K; ++k) b[k] += other[k];
     }
-    const int64_t group_k = K / groups, padded = div_up(group_k, block_k) * block_k;
+    const int64_t group_k = K / groups, padded = shape.blocks() * shape.block_k;
     values.assign(2 * groups * padded, 0.0f);
     scale = values.data();
     shift = scale + groups * padded;
@@ -257,7 +249,7 @@ bool evenly_spaced(const Strides& s, int64_t width) { return s.h == width * s.w;
 
 // A pointwise convolution does not care where a row of the image ends.
 void flatten_pixels(Conv& conv) {
-  if (!conv.pointwise() || conv.has_pool || conv.stride_h != 1 || conv.stride_w != 1 ||
+  if (!is_pointwise(conv) || conv.has_pool || conv.stride_h != 1 || conv.stride_w != 1 ||
       conv.pad_h != 0 || conv.pad_w != 0 || !evenly_spaced(conv.in, conv.W) ||
       !evenly_spaced(conv.out, conv.Q) ||
       (conv.residual != nullptr && !evenly_spaced(conv.res, conv.Q))) {
@@ -282,26 +274,28 @@ struct Split {
 Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   const int64_t item = conv.dtype == Dtype::kFloat32 ? 4 : 2;
   const int64_t rows = conv.N * (conv.has_pool ? conv.pool.P : conv.P);
-  const int64_t blocks = div_up(conv.group_k(), block_k);
-  const int64_t weight_bytes = conv.reduction() * conv.group_k() * 4;
+  const int64_t blocks = div_up(group_k(conv), block_k);
+  // A task on expanded groups has one block of output channels, and gathers the input for it alone.
+  const int64_t task_k = conv.expanded ? block_k : group_k(conv);
+  const int64_t weight_bytes = reduction(conv) * group_k(conv) * 4;
   const int64_t halo = conv.has_pool ? conv.pool.stride_h : 1;
   const int64_t row_bytes =
-      halo * (conv.stride_h * conv.W * conv.group_c() * 4 +
-              conv.Q * conv.group_k() * (conv.has_pool ? 4 : item) * (conv.residual ? 2 : 1));
+      halo * (conv.stride_h * conv.W * group_c(conv) * (conv.expanded ? block_k : 1) * 4 +
+              conv.Q * task_k * (conv.has_pool ? 4 : item) * (conv.residual ? 2 : 1));
   const bool heavy = weight_bytes > l2_bytes() / 2;
 
   Split s;
-  s.block_tasks = 1;
-  if (!conv.has_pool && (heavy || rows < 2 * threads)) s.block_tasks = std::min(threads, blocks);
+  s.block_tasks = conv.expanded ? blocks : 1;
+  if (!conv.has_pool && !conv.expanded && (heavy || rows < 2 * threads)) s.block_tasks = std::min(threads, blocks);
   s.blocks = div_up(blocks, s.block_tasks);
   s.block_tasks = div_up(blocks, s.blocks);
 
   // Two blocks of weights, the current and the next, share the cache with the rows.
-  const int64_t block_bytes = conv.reduction() * block_k * 4;
+  const int64_t block_bytes = reduction(conv) * block_k * 4;
   const int64_t budget = std::clamp(l2_bytes() - 2 * block_bytes, l2_bytes() / 8, l2_bytes() / 2);
   const int64_t most = std::clamp<int64_t>(budget / std::max<int64_t>(row_bytes, 1), 1,
                                            std::max<int64_t>(rows, 1));
-  const int64_t row_threads = std::max<int64_t>(1, threads / (s.block_tasks * conv.groups));
+  const int64_t row_threads = std::max<int64_t>(1, threads / (s.block_tasks * work_groups(conv)));
   double best = 0;
   for (int64_t r = most; r >= 1; --r) {
     // Time in units of the ideal: the busiest thread's share, the rows of halo gathered again by
@@ -342,10 +336,11 @@ void* scratch_memory(int64_t bytes) {
 void run_tasks(const Conv& conv) {
   const ConvIsa& isa = *conv_isa();
   const int64_t threads = torch::stable::get_num_threads();
-  const Split s = split(conv, isa.block_k, threads);
+  const int64_t block_k = conv.expanded ? isa.lanes : isa.block_k;
+  const Split s = split(conv, block_k, threads);
   const int64_t rows = conv.N * (conv.has_pool ? conv.pool.P : conv.P);
-  const int64_t blocks = div_up(conv.group_k(), isa.block_k);
-  const int64_t tasks = s.row_tasks * s.block_tasks * conv.groups;
+  const int64_t blocks = div_up(group_k(conv), block_k);
+  const int64_t tasks = s.row_tasks * s.block_tasks * work_groups(conv);
   std::atomic<int64_t> next{0};
   auto worker = [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
@@ -380,6 +375,19 @@ Dtype kernel_dtype(const Tensor& input) {
 
 Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
+// Whether the strides are those of channels_last, ties broken as torch breaks them.
+bool is_channels_last(const Tensor& t) {
+  int64_t least = 0;
+  if (t.stride(1) == 0) return false;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) == 0 || t.stride(d) < least) return false;
+    // N x C x 1 x 1 with all strides alike is contiguous.
+    if (d == 0 && least == t.stride(1)) return false;
+    least = t.stride(d) * std::max<int64_t>(t.size(d), 1);
+  }
+  return true;
+}
+
 Tensor empty_output(const Conv& conv, int64_t P, int64_t Q, ScalarType dtype, bool channels_last) {
   const std::vector<int64_t> sizes = {conv.N, conv.K, P, Q};
   const std::vector<int64_t> strides =
@@ -393,7 +401,7 @@ Tensor conv_bn_act_packed(Tensor input, Tensor weight, Tensor packed, Tensor run
                           std::optional<Tensor> bn_bias, double eps, std::optional<Tensor> bias,
                           int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
                           int64_t dil_h, int64_t dil_w, int64_t groups,
-                          std::optional<Tensor> residual, bool relu, bool channels_last,
+                          std::optional<Tensor> residual, bool relu,
                           std::vector<int64_t> max_pool) {
   check_weight(weight, groups);
   STD_TORCH_CHECK(input.dim() == 4, "conv_bn_act: input has ", input.dim(),
@@ -446,11 +454,13 @@ Tensor conv_bn_act_packed(Tensor input, Tensor weight, Tensor packed, Tensor run
     Q = pool.Q = (Q + 2 * pool.pad_w - pool.kernel_w) / pool.stride_w + 1;
   }
 
-  Tensor output = empty_output(conv, P, Q, input.scalar_type(), channels_last);
+  Tensor output = empty_output(conv, P, Q, input.scalar_type(),
+                               is_channels_last(input) || is_channels_last(weight));
   if (output.numel() == 0) return output;
-  refresh_packed(weight, groups, packed);
-  const ScaleShift bn(conv.K, groups, conv_isa()->block_k, running_mean, running_var, bn_weight,
-                      bn_bias, eps, bias);
+  const WeightShape shape(weight, groups);
+  refresh_packed(weight, shape, packed);
+  const ScaleShift bn(shape, running_mean, running_var, bn_weight, bn_bias, eps, bias);
+  conv.expanded = shape.expanded;
   conv.in = strides_of(input);
   conv.out = strides_of(output);
   conv.input = input.const_data_ptr();
@@ -478,20 +488,8 @@ std::vector<int64_t> cpu_pool_statistics() {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet, m) {
-  m.def("cpu_isa() -> str");
-  m.def("cpu_pool_statistics() -> int[]");
-  m.def("cpu_pool_trim() -> ()");
-  m.def("pack_conv_weight(Tensor weight, int groups) -> Tensor");
-  m.def(
-      "conv_bn_act_packed(Tensor input, Tensor weight, Tensor packed, Tensor running_mean, Tensor "
-      "running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, int stride_h, int "
-      "stride_w, int pad_h, int pad_w, int dil_h, int dil_w, int groups, Tensor? residual, bool "
-      "relu, bool channels_last, int[] max_pool) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&conv_isa_name));
+  m.impl("conv_isa", TORCH_BOX(&conv_isa_name));
   m.impl("cpu_pool_statistics", TORCH_BOX(&cpu_pool_statistics));
   m.impl("cpu_pool_trim", TORCH_BOX(&pool_trim));
 }

@@ -14,6 +14,7 @@ namespace {
 constexpr int kLanes = FR_VECTOR_BYTES / 4;
 constexpr int kVectors = 2;  // vectors of output channels in a tile
 constexpr int kBlockK = kVectors * kLanes;
+int64_t block_k(const Conv& conv) { return conv.expanded ? kLanes : kBlockK; }
 constexpr int kTilePixels = FR_TILE_PIXELS;
 constexpr int kGroups = 2;
 
@@ -88,10 +89,11 @@ FR_INLINE float relu(float x) { return x <= 0.0f ? 0.0f : x; }
 
 // The slab holds the input pixels a task reads, as float32 [row][column][channel of the group], with
 // the padding written out as zeros. In it every tap of the filter is a constant offset, and the taps
-// of one filter row are one run of S * C consecutive values.
+// of one filter row are one run of S * C consecutive values. For expanded groups "value" is a vector:
+// lane k of it is the input channel that meets output channel k of the task's block.
 struct Slab {
   int64_t columns;
-  int64_t pitch;               // floats in a row
+  int64_t pixel, pitch;        // floats in a pixel and in a row
   int64_t row_step, col_step;  // input pixels between neighbours in the slab
   int64_t p_step, q_step;      // slab rows and columns between neighbouring outputs
 
@@ -103,7 +105,8 @@ struct Slab {
     p_step = sample_rows ? 1 : conv.stride_h;
     q_step = sample_cols ? 1 : conv.stride_w;
     columns = (conv.Q - 1) * q_step + (conv.S - 1) * conv.dil_w + 1;
-    pitch = columns * conv.group_c();
+    pixel = group_c(conv) * (conv.expanded ? kLanes : 1);
+    pitch = columns * pixel;
   }
 
   int64_t rows(const Conv& conv, int64_t p_count) const {
@@ -128,18 +131,42 @@ FR_INLINE void convert_run(float* dst, const typename T::Storage* src, int64_t c
 template <class T>
 void transpose_row(float* dst, const typename T::Storage* src, const Conv& conv, int64_t count,
                    int64_t col_step) {
-  const int64_t channels = conv.group_c(), step = col_step * conv.in.w;
+  const int64_t channels = group_c(conv), step = col_step * conv.in.w;
   for (int64_t c = 0; c < channels; ++c) {
     const typename T::Storage* pixel = src + c * conv.in.c;
     for (int64_t j = 0; j < count; ++j) dst[j * channels + c] = load_one<T>(pixel + j * step);
   }
 }
 
+// One pixel of a block of expanded groups: `channels` input channels, of which output channel k meets
+// k / group_k * group_c and the ones that follow.
+template <class T>
+void expand_pixel(float* dst, const typename T::Storage* src, const Conv& conv, int64_t channels) {
+  const int64_t c_per_group = group_c(conv), k_per_group = conv.K / conv.groups;
+  VecInt source;
+  for (int k = 0; k < kLanes; ++k) source[k] = static_cast<int32_t>(k / k_per_group * c_per_group);
+  Vec pixel;
+  if (conv.in.c == 1 && channels == kLanes) {
+    pixel = T::load(src);
+  } else {
+    pixel = Vec{};
+    for (int64_t c = 0; c < channels; ++c) pixel[c] = load_one<T>(src + c * conv.in.c);
+  }
+  for (int64_t c = 0; c < c_per_group; ++c) {
+    Float32::store(dst + c * kLanes, __builtin_shuffle(pixel, source + static_cast<int32_t>(c)));
+  }
+}
+
 template <class T>
 void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int64_t p_end,
-            int64_t group, float* dst) {
+            const Task& task, float* dst) {
   using Storage = typename T::Storage;
-  const int64_t channels = conv.group_c();
+  int64_t channels = group_c(conv), first_channel = task.group * channels;
+  if (conv.expanded) {
+    const int64_t per_block = kLanes / (conv.K / conv.groups) * channels;
+    first_channel = task.block_begin * per_block;
+    channels = conv.C - first_channel < per_block ? conv.C - first_channel : per_block;
+  }
   const int64_t rows = slab.rows(conv, p_end - p_begin);
   // Columns [first, last) of a slab row lie inside the image.
   const int64_t first = conv.pad_w > 0 ? div_up(conv.pad_w, slab.col_step) : 0;
@@ -148,7 +175,7 @@ void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int6
   const int64_t count = last > first ? last - first : 0;
 
   const Storage* image =
-      static_cast<const Storage*>(conv.input) + n * conv.in.n + group * channels * conv.in.c;
+      static_cast<const Storage*>(conv.input) + n * conv.in.n + first_channel * conv.in.c;
   for (int64_t i = 0; i < rows; ++i, dst += slab.pitch) {
     const int64_t h = p_begin * conv.stride_h - conv.pad_h + i * slab.row_step;
     if (h < 0 || h >= conv.H || count == 0) {
@@ -157,10 +184,15 @@ void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int6
     }
     const Storage* src =
         image + h * conv.in.h + (first * slab.col_step - conv.pad_w) * conv.in.w;
-    float* inside = dst + first * channels;
+    float* inside = dst + first * slab.pixel;
     const int64_t present = h + 1 == conv.H && count > conv.last_w ? conv.last_w : count;
-    zero(dst, first * channels);
-    if (conv.in.c != 1) {
+    zero(dst, first * slab.pixel);
+    if (conv.expanded) {
+      for (int64_t j = 0; j < present; ++j) {
+        expand_pixel<T>(inside + j * slab.pixel, src + j * slab.col_step * conv.in.w, conv,
+                        channels);
+      }
+    } else if (conv.in.c != 1) {
       transpose_row<T>(inside, src, conv, present, slab.col_step);
     } else if (slab.col_step == 1 && conv.in.w == channels) {
       convert_run<T>(inside, src, present * channels);
@@ -169,7 +201,7 @@ void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int6
         convert_run<T>(inside + j * channels, src + j * slab.col_step * conv.in.w, channels);
       }
     }
-    zero(inside + count * channels, (slab.columns - last) * channels);
+    zero(inside + count * slab.pixel, (slab.columns - last) * slab.pixel);
   }
 }
 
@@ -220,8 +252,9 @@ __attribute__((noinline)) void store_strided(const float* tile, int64_t width, i
 
 // kG groups of kM pixels times kV vectors of output channels. With AVX-512 and kM = 7 that is 28
 // accumulators, 2 registers of weights and 1 input value broadcast to all lanes: 28 multiply-adds for
-// 16 loads, so the two multiply-add units are what limits it.
-template <class T, int kG, int kM, int kV>
+// 16 loads, so the two multiply-add units are what limits it. With kExpanded the slab holds vectors,
+// and each meets one vector of weights: 15 loads for 14 multiply-adds.
+template <class T, bool kExpanded, int kG, int kM, int kV>
 void multiply(const Product& product, const Tile& tile, const float* weight,
               const Epilogue<T>& e) {
   const int64_t stride = product.pixel_stride;
@@ -245,14 +278,15 @@ void multiply(const Product& product, const Tile& tile, const float* weight,
       Vec w[kV];
       FR_UNROLL for (int v = 0; v < kV; ++v) w[v] = Float32::load(weight + v * kLanes);
       FR_UNROLL for (int g = 0; g < kG; ++g) FR_UNROLL for (int i = 0; i < kM; ++i) {
-        const Vec x = broadcast((g == 0 ? in0 : in1)[i * stride]);
+        const float* in = (g == 0 ? in0 : in1) + i * stride;
+        const Vec x = kExpanded ? Float32::load(in) : broadcast(*in);
         FR_UNROLL for (int v = 0; v < kV; ++v) acc[g][i][v] += x * w[v];
       }
       __builtin_prefetch(prefetch, 0, 2);
       prefetch += product.prefetch_step;
-      ++in0;
-      ++in1;
-      weight += kBlockK;
+      in0 += kExpanded ? kLanes : 1;
+      in1 += kExpanded ? kLanes : 1;
+      weight += kExpanded ? kLanes : kBlockK;
     }
   }
 
@@ -286,27 +320,33 @@ template <class T>
 using Multiply = void (*)(const Product&, const Tile&, const float*, const Epilogue<T>&);
 
 // multiply<> for a tile of `groups` x `pixels` and `vectors` of output channels.
-template <class T, int kG, int kV, int kM = 1>
+template <class T, bool kExpanded, int kG, int kV, int kM = 1>
 Multiply<T> multiply_for_pixels(int pixels) {
   if constexpr (kM < kTilePixels) {
-    if (pixels > kM) return multiply_for_pixels<T, kG, kV, kM + 1>(pixels);
+    if (pixels > kM) return multiply_for_pixels<T, kExpanded, kG, kV, kM + 1>(pixels);
   }
-  return multiply<T, kG, kM, kV>;
+  return multiply<T, kExpanded, kG, kM, kV>;
 }
 
 template <class T>
-Multiply<T> multiply_for(int groups, int pixels, int vectors) {
-  if (vectors == 1) {
-    return groups == 1 ? multiply_for_pixels<T, 1, 1>(pixels) : multiply_for_pixels<T, 2, 1>(pixels);
+Multiply<T> multiply_for(bool expanded, int groups, int pixels, int vectors) {
+  if (expanded) {
+    return groups == 1 ? multiply_for_pixels<T, true, 1, 1>(pixels)
+                       : multiply_for_pixels<T, true, 2, 1>(pixels);
   }
-  return groups == 1 ? multiply_for_pixels<T, 1, 2>(pixels) : multiply_for_pixels<T, 2, 2>(pixels);
+  if (vectors == 1) {
+    return groups == 1 ? multiply_for_pixels<T, false, 1, 1>(pixels)
+                       : multiply_for_pixels<T, false, 2, 1>(pixels);
+  }
+  return groups == 1 ? multiply_for_pixels<T, false, 1, 2>(pixels)
+                     : multiply_for_pixels<T, false, 2, 2>(pixels);
 }
 
 // ---- a task ------------------------------------------------------------------------------------
 
 // A float32 pointwise convolution reads its pixels where they are.
 bool reads_input_in_place(const Conv& conv) {
-  return conv.dtype == Dtype::kFloat32 && conv.pointwise() && conv.stride_h == 1 &&
+  return conv.dtype == Dtype::kFloat32 && !conv.expanded && is_pointwise(conv) && conv.stride_h == 1 &&
          conv.stride_w == 1 && conv.pad_h == 0 && conv.pad_w == 0 && conv.in.c == 1;
 }
 
@@ -350,34 +390,33 @@ struct TileList {
 // All tiles against all blocks of output channels of the task. The block is the outer loop: its
 // weights are read from memory once and from the cache for every further tile.
 template <class T>
-void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, int64_t pixel_stride,
-                    int64_t slab_pitch, Epilogue<T> e) {
-  const int64_t channels = conv.group_c();
+void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, Epilogue<T> e) {
+  const Slab slab(conv);
   int64_t offsets[kMaxRuns];
   Product product;
-  product.pixel_stride = pixel_stride;
+  product.pixel_stride = reads_input_in_place(conv) ? conv.in.w : slab.q_step * slab.pixel;
   product.run_offset = offsets;
   if (conv.dil_w == 1 || conv.S == 1) {
     product.runs = conv.R;
-    product.run_length = conv.S * channels;
-    for (int64_t r = 0; r < conv.R; ++r) offsets[r] = r * conv.dil_h * slab_pitch;
+    product.run_length = conv.S * group_c(conv);
+    for (int64_t r = 0; r < conv.R; ++r) offsets[r] = r * conv.dil_h * slab.pitch;
   } else {
     product.runs = conv.R * conv.S;
-    product.run_length = channels;
+    product.run_length = group_c(conv);
     for (int64_t r = 0; r < conv.R; ++r) {
       for (int64_t s = 0; s < conv.S; ++s) {
-        offsets[r * conv.S + s] = r * conv.dil_h * slab_pitch + s * conv.dil_w * channels;
+        offsets[r * conv.S + s] = r * conv.dil_h * slab.pitch + s * conv.dil_w * slab.pixel;
       }
     }
   }
 
-  const int64_t group_k = conv.group_k(), blocks = div_up(group_k, kBlockK);
+  const int64_t width = block_k(conv), channels = group_k(conv), blocks = div_up(channels, width);
   const Epilogue<T> base = e;
   for (int64_t block = task.block_begin; block < task.block_end; ++block) {
-    const int64_t k = block * kBlockK, padded = (task.group * blocks) * kBlockK + k;
-    const int64_t valid = group_k - k < kBlockK ? group_k - k : kBlockK;
+    const int64_t k = block * width, padded = task.group * blocks * width + k;
+    const int64_t valid = channels - k < width ? channels - k : width;
     const int vectors = valid <= kLanes ? 1 : 2;
-    const int64_t channel = task.group * group_k + k;
+    const int64_t channel = task.group * channels + k;
     e.scale = conv.scale + padded;
     e.shift = conv.shift + padded;
     e.output = base.output + channel * base.out_channel;
@@ -385,21 +424,21 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, in
     e.channels = valid;
     e.vectorised = valid == vectors * kLanes && base.out_channel == 1 &&
                    (!base.residual || base.res_channel == 1);
-    const float* weight = conv.weight + weight_offset(conv, kBlockK, task.group, block);
+    const float* weight = conv.weight + weight_offset(conv, width, task.group, block);
     // Without help the first tile of a block would wait for its weights; so the first tiles of a block
     // ask for the next one's, half of them each.
-    const bool has_next = block + 1 < task.block_end;
+    const bool has_next = !conv.expanded && block + 1 < task.block_end;
     Multiply<T> kernel = nullptr;
     int32_t groups = 0, pixels = 0;
     for (int64_t t = 0; t < list.count; ++t) {
       const Tile& tile = list.tiles[t];
       const bool ahead = has_next && t < kVectors;
-      product.prefetch = ahead ? weight + (kVectors + t) * conv.reduction() * kLanes : weight;
+      product.prefetch = ahead ? weight + (kVectors + t) * reduction(conv) * kLanes : weight;
       product.prefetch_step = ahead ? kLanes : 0;
       if (tile.groups != groups || tile.pixels != pixels) {
         groups = tile.groups;
         pixels = tile.pixels;
-        kernel = multiply_for<T>(groups, pixels, vectors);
+        kernel = multiply_for<T>(conv.expanded, groups, pixels, vectors);
       }
       kernel(product, tile, weight, e);
     }
@@ -451,7 +490,7 @@ float* add_rows(const Conv& conv, const Task& task, int64_t n, int64_t p_begin, 
   const int64_t res_base = n * conv.res.n;
   if (reads_input_in_place(conv)) {
     const float* image = static_cast<const float*>(conv.input) + n * conv.in.n +
-                         task.group * conv.group_c();
+                         task.group * group_c(conv);
     for (int64_t p = p_begin; p < p_end; ++p) {
       list.add_row(image + p * conv.in.h, conv.in.w, out_base + (p - p_begin) * out.h, out.w,
                    res_base + p * conv.res.h, conv.res.w, p + 1 == conv.P ? conv.last_q : conv.Q);
@@ -459,10 +498,10 @@ float* add_rows(const Conv& conv, const Task& task, int64_t n, int64_t p_begin, 
     return slab_memory;
   }
   const Slab slab(conv);
-  gather<T>(conv, slab, n, p_begin, p_end, task.group, slab_memory);
+  gather<T>(conv, slab, n, p_begin, p_end, task, slab_memory);
   for (int64_t p = p_begin; p < p_end; ++p) {
     list.add_row(slab_memory + (p - p_begin) * slab.p_step * slab.pitch,
-                 slab.q_step * conv.group_c(), out_base + (p - p_begin) * out.h, out.w,
+                 slab.q_step * slab.pixel, out_base + (p - p_begin) * out.h, out.w,
                  res_base + p * conv.res.h, conv.res.w, p + 1 == conv.P ? conv.last_q : conv.Q);
   }
   return slab_memory + slab.rows(conv, p_end - p_begin) * slab.pitch;
@@ -481,8 +520,6 @@ void run_conv(const Conv& conv, const Task& task, void* memory) {
                               n * conv.out.n + p * conv.out.h, slab_memory, list);
     row += count;
   }
-  const bool in_place = reads_input_in_place(conv);
-  const Slab slab(conv);
   Epilogue<T> e{};
   e.output = static_cast<typename T::Storage*>(conv.output);
   e.residual = static_cast<const typename T::Storage*>(conv.residual);
@@ -491,8 +528,7 @@ void run_conv(const Conv& conv, const Task& task, void* memory) {
   e.res_pixel = conv.res.w;
   e.res_channel = conv.res.c;
   e.relu = conv.relu;
-  multiply_tiles<T>(conv, task, list, in_place ? conv.in.w : slab.q_step * conv.group_c(),
-                    slab.pitch, e);
+  multiply_tiles<T>(conv, task, list, e);
 }
 
 // Maximum over one window of convolution outputs; a NaN anywhere in it is the result.
@@ -542,15 +578,12 @@ void run_conv_pool(const Conv& conv, const Task& task, void* memory) {
     const int64_t row_pitch = conv.Q * conv.K;
     const Strides rows_layout{0, 1, row_pitch, conv.K};
     add_rows<T>(conv, task, n, h_begin, h_end, rows_layout, 0, scratch.slab, list);
-    const Slab slab(conv);
     Epilogue<Float32> e{};
     e.output = scratch.conv_rows;
     e.out_pixel = conv.K;
     e.out_channel = 1;
     e.relu = conv.relu;
-    const int64_t pixel_stride =
-        reads_input_in_place(conv) ? conv.in.w : slab.q_step * conv.group_c();
-    multiply_tiles<Float32>(conv, task, list, pixel_stride, slab.pitch, e);
+    multiply_tiles<Float32>(conv, task, list, e);
 
     for (int64_t i = p; i < p + count; ++i) {
       int64_t h0 = i * pool.stride_h - pool.pad_h, h1 = h0 + pool.kernel_h;

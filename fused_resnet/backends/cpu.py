@@ -1,0 +1,249 @@
+"""The CPU backend: a native convolution with everything after it in its epilogue.
+
+What the native convolution does not cover goes to the library's, finished by `scale_shift_act`.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import library
+from .library import batch_norm_act_inference, batch_norm_act_training
+
+__all__ = [
+    "available",
+    "batch_norm_act_inference",
+    "batch_norm_act_training",
+    "conv_bn_act",
+    "conv_bn_act_max_pool",
+    "empty_cache",
+    "explain",
+    "release",
+]
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The filter's taps the kernel keeps offsets for, kMaxRuns in csrc/cpu/conv.h.
+_MOST_TAPS = 1024
+
+_ISA: str = torch.ops.fused_resnet.conv_isa()
+_conv_bn_act_packed = torch.ops.fused_resnet.conv_bn_act_packed.default
+_pack_conv_weight = torch.ops.fused_resnet.pack_conv_weight.default
+
+
+def available() -> str:
+    """Always "yes": the package does not import without its host library."""
+    return "yes"
+
+
+def explain(
+    operator: str,
+    *,
+    dtype: torch.dtype,
+    weight_shape: Sequence[int] = (),
+    groups: int = 1,
+    **_: object,
+) -> str:
+    """How this backend runs an operator; see `backends.explain`."""
+    if operator.startswith("conv_bn_act"):
+        pooled = operator == "conv_bn_act_max_pool"
+        if _is_native(dtype, tuple(weight_shape), groups) and not (pooled and groups > 1):
+            return f"cpu: native convolution ({_ISA})"
+    return "cpu: " + library.explain(operator)
+
+
+def conv_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """One pass: see csrc/cpu/conv.h for the formula and the memory traffic."""
+    if not _is_native(input.dtype, weight.shape, groups):
+        return library.conv_bn_act(
+            input,
+            weight,
+            running_mean,
+            running_var,
+            bn_weight,
+            bn_bias,
+            eps,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            residual,
+            activation,
+        )
+    return _conv_bn_act_packed(
+        input,
+        weight,
+        _packed(weight, groups),
+        running_mean,
+        running_var,
+        bn_weight,
+        bn_bias,
+        eps,
+        bias,
+        *stride,
+        *padding,
+        *dilation,
+        groups,
+        residual,
+        activation == "relu",
+        (),
+    )
+
+
+def conv_bn_act_max_pool(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> Tensor:
+    """One pass: the convolution's rows are pooled while they are in the cache."""
+    if groups > 1 or not _is_native(input.dtype, weight.shape, groups):
+        return library.conv_bn_act_max_pool(
+            input,
+            weight,
+            running_mean,
+            running_var,
+            bn_weight,
+            bn_bias,
+            eps,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            activation,
+            pool_kernel_size,
+            pool_stride,
+            pool_padding,
+        )
+    return _conv_bn_act_packed(
+        input,
+        weight,
+        _packed(weight, groups),
+        running_mean,
+        running_var,
+        bn_weight,
+        bn_bias,
+        eps,
+        bias,
+        *stride,
+        *padding,
+        *dilation,
+        groups,
+        None,
+        activation == "relu",
+        (*pool_kernel_size, *pool_stride, *pool_padding),
+    )
+
+
+def release(tensors: Iterable[Tensor]) -> None:
+    """Drops the packed copies of these weights."""
+    for tensor in tensors:
+        _cache.pop(id(tensor), None)
+
+
+def empty_cache() -> None:
+    """Returns to the system the memory kept for coming outputs, and drops every packed weight."""
+    _cache.clear()
+    torch.ops.fused_resnet.cpu_pool_trim()
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_native(dtype: torch.dtype, weight_shape: tuple[int, ...], groups: int) -> bool:
+    if not _ISA or dtype not in _NATIVE_DTYPES:
+        return False
+    if dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        # The library multiplies bfloat16 in matrix registers, the native kernel in vectors.
+        return False
+    K, group_c, R, S = weight_shape
+    if R * S > _MOST_TAPS:
+        return False
+    group_k = K // groups
+    lanes = 16 if _ISA == "avx512" else 8
+    # Groups either fill vectors of output channels by themselves or share one evenly.
+    shares_a_vector = group_k < lanes and lanes % group_k == 0 and group_c <= group_k
+    return groups == 1 or group_k % lanes == 0 or shares_a_vector
+
+
+class _Entry(NamedTuple):
+    weight: weakref.ref[Tensor]
+    # Held so that no other weight can come to lie at the same address while the entry lives.
+    storage: torch.UntypedStorage
+    pointer: int
+    version: int
+    groups: int
+    packed: Tensor
+
+
+_cache: dict[int, _Entry] = {}
+
+
+def _packed(weight: Tensor, groups: int) -> Tensor:
+    """The weight in the kernel's layout, made once per storage and version of `weight`.
+
+    Its values are the weight's own, since batch norm is applied in the epilogue; so nothing else can
+    make a packed weight stale.
+    """
+    key = id(weight)
+    entry = _cache.get(key)
+    if (
+        entry is not None
+        and entry.weight() is weight
+        and entry.pointer == weight.data_ptr()
+        and entry.groups == groups
+        and not weight.is_inference()
+        and entry.version == weight._version
+    ):
+        return entry.packed
+    packed = _pack_conv_weight(weight, groups)
+    if not weight.is_inference():  # such a tensor has no version to tell changes by
+        forget = functools.partial(_forget, key)
+        _cache[key] = _Entry(
+            weakref.ref(weight, forget),
+            weight.untyped_storage(),
+            weight.data_ptr(),
+            weight._version,
+            groups,
+            packed,
+        )
+    return packed
+
+
+def _forget(key: int, dead: weakref.ref[Tensor]) -> None:
+    entry = _cache.get(key)
+    # The address may already belong to another weight.
+    if entry is not None and entry.weight is dead:
+        del _cache[key]
