@@ -103,7 +103,7 @@ def _block_forward(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
     for conv, norm in names[:-1]:
         out = conv_norm_act(modules[conv], modules[norm], out, None, relu)
     conv, norm = names[-1]
-    return conv_norm_act(modules[conv], modules[norm], out, _shortcut(modules["downsample"], x), relu)
+    return conv_norm_act(modules[conv], modules[norm], out, _shortcut(block.downsample, x), relu)
 
 
 def _shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:

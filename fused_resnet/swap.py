@@ -199,7 +199,7 @@ def _ways(module: nn.Module, base: type[nn.Module]) -> Iterator[tuple[str, str]]
         return
     for conv, norm in blocks.CONV_NORM_NAMES[base]:
         yield _way("conv_bn_act", conv, children[conv], children[norm])
-    downsample = children["downsample"]
+    downsample = module.downsample
     if downsample is not None:
         reason = blocks.downsample_obstacle(downsample)
         if reason:
