@@ -1,0 +1,116 @@
+"""What the whole suite shares: its backends, threads, seeds, and the closing summary.
+
+A test that takes the `backend` fixture runs once for every backend that `backends.available()` says
+"yes" to, on the device that backend computes on here: a new backend joins the suite by becoming
+available.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+import fused_resnet
+from fused_resnet import backends
+
+# The suite imports the installed package, so its own directory is not on the path by itself.
+sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("support")
+
+torch.set_num_threads(2)
+
+hypothesis.settings.register_profile(
+    "suite",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=False,
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture,
+        hypothesis.HealthCheck.too_slow,
+    ],
+)
+hypothesis.settings.load_profile("suite")
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A backend as this machine runs it: on tensors of `device`, `how` the summary says."""
+
+    name: str
+    device: str
+    how: str
+
+
+def usable_runners() -> list[Runner]:
+    """The backends to run over, in the order `backends.available()` lists them."""
+    gpu = torch.cuda.is_available()
+    how_without_gpu = {"triton": "interpreted", "cuda": "on the host"}
+    runners = []
+    for name, state in backends.available().items():
+        if state != "yes":
+            continue
+        if name in how_without_gpu and gpu:
+            runners.append(Runner(name, "cuda", "on a GPU"))
+        else:
+            runners.append(Runner(name, "cpu", how_without_gpu.get(name, "on the CPU")))
+    return runners
+
+
+RUNNERS = usable_runners()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", RUNNERS, ids=lambda runner: runner.name, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[Runner]:
+    """The backend under test, chosen for the duration of the test."""
+    runner: Runner = request.param
+    request.node.user_properties.append(("backend", runner.name))
+    with fused_resnet.use_backend(runner.name):
+        yield runner
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """Every test starts from the same seed, thread count and gradient mode, whatever ran before."""
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    yield
+    assert torch.is_grad_enabled(), "the test left gradients disabled"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    outcomes: dict[str, Counter[str]] = {}
+    for outcome in ("passed", "failed", "skipped", "xfailed", "xpassed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for key, name in getattr(report, "user_properties", []):
+                if key == "backend":
+                    outcomes.setdefault(name, Counter())[outcome] += 1
+
+    terminalreporter.section("backends")
+    terminalreporter.write_line(
+        f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    how = {runner.name: runner.how for runner in RUNNERS}
+    for name, state in backends.available().items():
+        if name in how:
+            counts = outcomes.get(name, Counter())
+            ran = ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) or "no test selected"
+            terminalreporter.write_line(f"{name:<10} ran {how[name]}: {ran}")
+        else:
+            terminalreporter.write_line(f"{name:<10} did not run: {state}")
+    if chosen := os.environ.get("FUSED_RESNET_BACKEND"):
+        terminalreporter.write_line(f"FUSED_RESNET_BACKEND={chosen}")

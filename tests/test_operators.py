@@ -1,0 +1,333 @@
+"""The registered operators: opcheck on each, fake kernels, dispatch."""
+
+import itertools
+
+import pytest
+import torch
+from support import (
+    DTYPES,
+    STEM_POOL,
+    ConvShape,
+    assert_same_bits,
+    assert_within_bound,
+    dtype_id,
+    make_conv_case,
+)
+
+from fused_resnet import backends
+
+NAMESPACE = "fused_resnet"
+# Native operators that only a backend calls, on tensors it made: no derivative, no tracing.
+INTERNAL = {"cpu_isa"}
+
+
+def operators():
+    """Every operator registered under our namespace."""
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted({n.partition("::")[2] for n in names if n.startswith(f"{NAMESPACE}::")})
+
+
+def conv_arguments(case, pool=None):
+    pair = lambda v: [v, v] if isinstance(v, int) else list(v)  # noqa: E731
+    arguments = [
+        case.input,
+        case.weight,
+        case.running_mean,
+        case.running_var,
+        case.bn_weight,
+        case.bn_bias,
+        case.eps,
+        case.bias,
+        pair(case.stride),
+        pair(case.padding),
+        pair(case.dilation),
+        case.groups,
+    ]
+    if pool is None:
+        return (*arguments, case.residual, case.activation)
+    return (
+        *arguments,
+        case.activation,
+        *(pair(pool[n]) for n in ("kernel_size", "stride", "padding")),
+    )
+
+
+def require_grad(arguments, indices):
+    return tuple(
+        a.requires_grad_() if i in indices and isinstance(a, torch.Tensor) else a
+        for i, a in enumerate(arguments)
+    )
+
+
+def conv_samples(device, dtype, pool=None):
+    for shape, residual, bias, grad, memory_format in [
+        (ConvShape(8, 12, (1, 1)), True, False, True, torch.channels_last),
+        (
+            ConvShape(8, 8, (3, 3), (2, 2), (1, 1), (1, 1), 2),
+            False,
+            True,
+            True,
+            torch.contiguous_format,
+        ),
+        (ConvShape(3, 16, (7, 7), (2, 2), (3, 3)), False, False, False, torch.channels_last),
+    ]:
+        case = make_conv_case(
+            shape,
+            size=(9, 10),
+            dtype=dtype,
+            residual=residual,
+            bias=bias,
+            memory_format=memory_format,
+            pool=pool,
+            device=device,
+        )
+        arguments = conv_arguments(case, pool)
+        yield require_grad(arguments, {0, 1, 4, 5, 7, 12} if grad else set())
+
+
+def batch_norm_samples(device, dtype, training):
+    parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    for affine, residual, grad in itertools.product([True, False], repeat=3):
+        x = torch.randn(3, 6, 5, 4, device=device).to(dtype).to(memory_format=torch.channels_last)
+        weight = torch.rand(6, device=device, dtype=parameter_dtype) + 0.5 if affine else None
+        bias = torch.randn(6, device=device, dtype=parameter_dtype) if affine else None
+        z = torch.randn(3, 6, 5, 4, device=device).to(dtype) if residual else None
+        statistics = [] if training else [torch.zeros(6), torch.ones(6)]
+        statistics = [s.to(device, parameter_dtype) for s in statistics]
+        arguments = (x, *statistics, weight, bias, 1e-5, z, "relu")
+        skip = len(statistics)
+        indices = {0, 1 + skip, 2 + skip, 4 + skip}
+        yield require_grad(arguments, indices if grad else set())
+
+
+def scale_shift_samples(device, dtype):
+    parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    for residual, activation in itertools.product([True, False], ["relu", "none"]):
+        x = torch.randn(2, 6, 5, 4, device=device).to(dtype)
+        scale, shift = torch.randn(2, 6, device=device, dtype=parameter_dtype).unbind(0)
+        z = torch.randn(2, 6, 5, 4, device=device).to(dtype) if residual else None
+        yield (x, scale.clone(), shift.clone(), z, activation)
+
+
+def samples(name, device, dtype):
+    if name == "conv_bn_act":
+        return conv_samples(device, dtype)
+    if name == "conv_bn_act_max_pool":
+        return conv_samples(device, dtype, STEM_POOL)
+    if name == "batch_norm_act_training":
+        return batch_norm_samples(device, dtype, True)
+    if name == "batch_norm_act_inference":
+        return batch_norm_samples(device, dtype, False)
+    if name == "scale_shift_act":
+        return scale_shift_samples(device, dtype)
+    raise KeyError(name)
+
+
+@pytest.mark.parametrize("name", [n for n in operators() if n not in INTERNAL])
+def test_every_operator_has_samples(name):
+    """A new operator fails here until it is given samples for opcheck."""
+    assert list(samples(name, "cpu", torch.float32))
+
+
+PUBLIC = [
+    "conv_bn_act",
+    "conv_bn_act_max_pool",
+    "batch_norm_act_training",
+    "batch_norm_act_inference",
+    "scale_shift_act",
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_opcheck(backend, name, dtype):
+    """Schema, autograd registration, fake kernel and AOT dispatch with dynamic shapes."""
+    operator = getattr(torch.ops.fused_resnet, name).default
+    for arguments in samples(name, backend.device, dtype):
+        tests = [
+            "test_schema",
+            "test_autograd_registration",
+            "test_faketensor",
+            "test_aot_dispatch_dynamic",
+        ]
+        torch.library.opcheck(operator, arguments, test_utils=tests)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", PUBLIC)
+def test_opcheck_quick(backend, name):
+    operator = getattr(torch.ops.fused_resnet, name).default
+    torch.library.opcheck(operator, next(iter(samples(name, backend.device, torch.float32))))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_fake_kernels_predict_shape_dtype_and_strides(backend, name, dtype):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    operator = getattr(torch.ops.fused_resnet, name).default
+    for arguments in samples(name, backend.device, dtype):
+        with torch.no_grad():
+            real = operator(*arguments)
+        with FakeTensorMode() as mode, torch.no_grad():
+            fake = operator(
+                *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments)
+            )
+        real, fake = (r if isinstance(r, tuple) else (r,) for r in (real, fake))
+        assert len(real) == len(fake)
+        for ours, predicted in zip(real, fake, strict=True):
+            assert predicted.shape == ours.shape
+            assert predicted.dtype == ours.dtype
+            assert predicted.device == ours.device
+            assert predicted.stride() == ours.stride()
+
+
+def test_meta_tensors(backend):
+    for name in PUBLIC:
+        operator = getattr(torch.ops.fused_resnet, name).default
+        arguments = next(iter(samples(name, "cpu", torch.float32)))
+        out = operator(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
+        out = out[0] if isinstance(out, tuple) else out
+        assert out.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_schemas_alias_nothing(name):
+    """Functional operators: no argument is written to, no output is a view."""
+    schema = getattr(torch.ops.fused_resnet, name).default._schema
+    assert not schema.is_mutable
+    assert all(r.alias_info is None for r in schema.returns)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_operator_and_the_function_agree(backend, name):
+    """Called through the dispatcher or through functional.py: the same kernel, the same bits."""
+    from fused_resnet import functional
+
+    operator = getattr(torch.ops.fused_resnet, name).default
+    if name not in ("conv_bn_act", "conv_bn_act_max_pool"):
+        pytest.skip("only the convolutions have a function with the operator's arguments")
+    pool = STEM_POOL if name.endswith("pool") else None
+    case = make_conv_case(
+        ConvShape(16, 24, (3, 3), (1, 1), (1, 1)), pool=pool, device=backend.device
+    )
+    through_dispatcher = operator(*conv_arguments(case, pool))
+    assert_same_bits(case.fused(), through_dispatcher)
+    assert functional.conv_bn_act.__doc__
+
+
+@pytest.mark.quick
+def test_available_lists_every_backend():
+    states = backends.available()
+    assert set(states) == {"reference", "cpu", "triton", "cuda"}
+    assert states["reference"] == states["cpu"] == "yes"
+    assert all(isinstance(state, str) and state for state in states.values())
+
+
+@pytest.mark.quick
+def test_unknown_backend_names_the_known_ones():
+    import fused_resnet
+
+    with pytest.raises(ValueError) as raised, fused_resnet.use_backend("tpu"):
+        pass
+    for word in ("tpu", *backends.available()):
+        assert word in str(raised.value)
+
+
+def test_an_unavailable_backend_says_why():
+    import fused_resnet
+
+    for name, state in backends.available().items():
+        if state != "yes":
+            with pytest.raises(ValueError) as raised, fused_resnet.use_backend(name):
+                pass
+            assert name in str(raised.value)
+            assert state in str(raised.value)
+
+
+@pytest.mark.quick
+def test_use_backend_nests_and_restores():
+    import fused_resnet
+
+    seen = lambda: backends.choose("cpu").__name__.rpartition(".")[2]  # noqa: E731
+    default = seen()
+    assert default == "cpu"
+    with fused_resnet.use_backend("reference"):
+        assert seen() == "reference"
+        with fused_resnet.use_backend("cpu"):
+            assert seen() == "cpu"
+        assert seen() == "reference"
+    assert seen() == default
+    with pytest.raises(KeyError), fused_resnet.use_backend("reference"):
+        raise KeyError
+    assert seen() == default
+
+
+def test_use_backend_is_per_thread():
+    import threading
+
+    import fused_resnet
+
+    seen = []
+    with fused_resnet.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backends.choose("cpu").__name__))
+        thread.start()
+        thread.join()
+    assert seen == ["fused_resnet.backends.cpu"]
+
+
+def test_backends_really_differ():
+    """`use_backend` changes what runs: the reference's operators show in the profile."""
+    import fused_resnet
+
+    case = make_conv_case(ConvShape(32, 32, (3, 3), (1, 1), (1, 1)))
+    names = {}
+    for name in ("reference", "cpu"):
+        with (
+            fused_resnet.use_backend(name),
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+        ):
+            case.fused()
+        names[name] = {event.key for event in profile.key_averages()}
+    assert "aten::batch_norm" in names["reference"]
+    assert "aten::batch_norm" not in names["cpu"]
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_environment_variable(name):
+    from support import run_python
+
+    code = """
+        from fused_resnet import backends
+        print(backends.choose("cpu").__name__)
+        """
+    assert run_python(code, FUSED_RESNET_BACKEND=name).strip() == f"fused_resnet.backends.{name}"
+
+
+def test_a_wrong_environment_variable():
+    from support import run_python
+
+    out = run_python(
+        """
+        import fused_resnet, support, torch
+        try:
+            support.make_conv_case(support.ConvShape(4, 4, (1, 1))).fused()
+        except ValueError as error:
+            print(error)
+        """,
+        FUSED_RESNET_BACKEND="abacus",
+    )
+    for word in ("FUSED_RESNET_BACKEND", "abacus", "reference", "cpu"):
+        assert word in out
+
+
+def test_backends_agree():
+    """The two backends of this machine, each within its rounding bound of the other's result."""
+    import fused_resnet
+
+    case = make_conv_case(ConvShape(32, 32, (3, 3), (1, 1), (1, 1)))
+    with fused_resnet.use_backend("reference"):
+        expected = case.fused()
+    with fused_resnet.use_backend("cpu"):
+        assert_within_bound(case.fused(), expected.double(), 2 * case.rounding_bound())
