@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 from .gradients import accumulation_dtype, act_backward, channel_sum
 from .registration import library, needs_grad
@@ -36,9 +35,7 @@ def _fake(
     residual: Tensor | None = None,
     activation: str = "relu",
 ) -> Tensor:
-    if is_non_overlapping_and_dense_or_false(input):
-        return torch.empty_like(input)
-    return torch.empty_like(input, memory_format=torch.contiguous_format)
+    return torch.empty_like(input)
 
 
 class _ScaleShiftAct(torch.autograd.Function):
