@@ -128,9 +128,17 @@ Pool& pool() {
 
 }  // namespace
 
-void* pool_allocate(size_t bytes) { return pool().allocate(bytes); }
-void pool_release(void* memory) { pool().release(memory); }
-PoolStatistics pool_statistics() { return pool().statistics(); }
-void pool_trim() { pool().trim(0); }
+void* pool_allocate(size_t bytes) {
+  return pool().allocate(bytes);
+}
+void pool_release(void* memory) {
+  pool().release(memory);
+}
+PoolStatistics pool_statistics() {
+  return pool().statistics();
+}
+void pool_trim() {
+  pool().trim(0);
+}
 
 }  // namespace fused_resnet::cpu

@@ -3,8 +3,8 @@
 // A freshly mapped page costs more than the arithmetic that fills it: with the system's allocator a
 // ResNet-50 at batch 8 spends a tenth of its time in page faults, because freed activations go back
 // to the operating system. The pool keeps them: a tensor's memory returns here when its last
-// reference dies, wherever that happens, and serves the next layer that fits. What is kept is bounded
-// by the most that was in use at once in the recent past.
+// reference dies, wherever that happens, and serves the next layer that fits. What is kept is
+// bounded by the most that was in use at once in the recent past.
 #pragma once
 
 #include <cstddef>

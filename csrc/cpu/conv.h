@@ -1,11 +1,11 @@
-// The native convolution of the CPU backend: implicit GEMM with batch norm, shortcut and ReLU in the
-// epilogue.
+// The native convolution of the CPU backend: implicit GEMM with batch norm, shortcut and ReLU in
+// the epilogue.
 //
 //   out[n,k,p,q] = act(scale[k] * sum_{c,r,s} in[n, c, p*stride+r*dil-pad, q*stride+s*dil-pad]
 //                                             * w[k,c,r,s]  +  shift[k]  +  residual[n,k,p,q])
 //
-// Memory traffic: input, packed weight and residual are read once from memory (a weight that exceeds
-// the second-level cache once per chunk of output rows), the output is written once.
+// Memory traffic: input, packed weight and residual are read once from memory (a weight that
+// exceeds the second-level cache once per chunk of output rows), the output is written once.
 //
 // Three files, in the order a call runs through them:
 //   conv_bn_act.cpp   the operator: checks, scale and shift, the split into tasks, threads
@@ -34,18 +34,20 @@ struct MaxPool {
 };
 
 struct Conv {
-  // C and K count channels of all groups. P x Q is the convolution's own output, before any pooling.
+  // C and K count channels of all groups. P x Q is the convolution's own output, before any
+  // pooling.
   int64_t N, C, H, W, K, R, S, P, Q;
   int64_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
   // A pointwise convolution whose pixels are evenly spaced in all three tensors is run over "rows"
-  // of consecutive pixels, whatever the image's width: H, W, P and Q then describe those rows and the
-  // last one of an image holds only last_w == last_q pixels. Otherwise last_w == W, last_q == Q.
+  // of consecutive pixels, whatever the image's width: H, W, P and Q then describe those rows and
+  // the last one of an image holds only last_w == last_q pixels. Otherwise last_w == W, last_q ==
+  // Q.
   int64_t last_w, last_q;
   Strides in, out, res;
   const void* input;
-  const float* weight;  // packed, see weight_offset()
-  const float* scale;   // block_k-padded per group
-  const float* shift;   // likewise
+  const float* weight;   // packed, see weight_offset()
+  const float* scale;    // block_k-padded per group
+  const float* shift;    // likewise
   const void* residual;  // null: none
   void* output;
   Dtype dtype;  // of input, residual and output; everything between is float32
@@ -59,15 +61,27 @@ struct Conv {
 
 // Functions here are static: files that include this one are compiled for different processors, and
 // the linker must not pick one of their copies for all.
-static inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t work_groups(const Conv& conv) { return conv.expanded ? 1 : conv.groups; }
-static inline int64_t group_c(const Conv& conv) { return conv.C / conv.groups; }
-static inline int64_t group_k(const Conv& conv) { return conv.K / work_groups(conv); }
-static inline int64_t reduction(const Conv& conv) { return conv.R * conv.S * group_c(conv); }
-static inline bool is_pointwise(const Conv& conv) { return conv.R == 1 && conv.S == 1; }
+static inline int64_t div_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+static inline int64_t work_groups(const Conv& conv) {
+  return conv.expanded ? 1 : conv.groups;
+}
+static inline int64_t group_c(const Conv& conv) {
+  return conv.C / conv.groups;
+}
+static inline int64_t group_k(const Conv& conv) {
+  return conv.K / work_groups(conv);
+}
+static inline int64_t reduction(const Conv& conv) {
+  return conv.R * conv.S * group_c(conv);
+}
+static inline bool is_pointwise(const Conv& conv) {
+  return conv.R == 1 && conv.S == 1;
+}
 
-// A unit of work: some output rows (counted over all images: row = n * P + p, or n * pool.P + p with
-// pooling) times some blocks of output channels of one group.
+// A unit of work: some output rows (counted over all images: row = n * P + p, or n * pool.P + p
+// with pooling) times some blocks of output channels of one group.
 struct Task {
   int64_t row_begin, row_end;
   int64_t block_begin, block_end;
@@ -95,9 +109,10 @@ static inline bool is_expanded(int64_t groups, int64_t c, int64_t k, int64_t lan
   return groups > 1 && k < lanes && lanes % k == 0 && c <= k;
 }
 
-// The packed weight is [work_groups][blocks of K][R][S][C][block_k] float32, zero where K ends inside
-// a block. Expanded groups use blocks of one vector, others of ConvIsa::block_k.
-static inline int64_t weight_offset(const Conv& conv, int64_t block_k, int64_t group, int64_t block) {
+// The packed weight is [work_groups][blocks of K][R][S][C][block_k] float32, zero where K ends
+// inside a block. Expanded groups use blocks of one vector, others of ConvIsa::block_k.
+static inline int64_t weight_offset(const Conv& conv, int64_t block_k, int64_t group,
+                                    int64_t block) {
   const int64_t blocks = div_up(group_k(conv), block_k);
   return (group * blocks + block) * reduction(conv) * block_k;
 }

@@ -1,5 +1,5 @@
-// The native convolution for AVX2 with FMA and F16C: tiles of 2 x 3 pixels by 16 output channels, 12
-// of the 16 registers.
+// The native convolution for AVX2 with FMA and F16C: tiles of 2 x 3 pixels by 16 output channels,
+// 12 of the 16 registers.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -14,7 +14,9 @@ namespace {
 
 typedef float Vec __attribute__((vector_size(FR_VECTOR_BYTES)));
 
-inline __attribute__((always_inline)) Vec broadcast(float x) { return (Vec)_mm256_set1_ps(x); }
+inline __attribute__((always_inline)) Vec broadcast(float x) {
+  return (Vec)_mm256_set1_ps(x);
+}
 
 inline __attribute__((always_inline)) Vec load_f16(const uint16_t* p) {
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -1,5 +1,5 @@
-// The native convolution for AVX-512 (F, BW, DQ, VL): tiles of 2 x 7 pixels by 32 output channels, 28
-// of the 32 registers.
+// The native convolution for AVX-512 (F, BW, DQ, VL): tiles of 2 x 7 pixels by 32 output channels,
+// 28 of the 32 registers.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -14,10 +14,13 @@ namespace {
 
 typedef float Vec __attribute__((vector_size(FR_VECTOR_BYTES)));
 
-inline __attribute__((always_inline)) Vec broadcast(float x) { return (Vec)_mm512_set1_ps(x); }
+inline __attribute__((always_inline)) Vec broadcast(float x) {
+  return (Vec)_mm512_set1_ps(x);
+}
 
 inline __attribute__((always_inline)) Vec load_f16(const uint16_t* p) {
-  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff,
+                                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
 inline __attribute__((always_inline)) void store_f16(uint16_t* p, Vec v) {

@@ -46,7 +46,9 @@ const ConvIsa* conv_isa() {
   return nullptr;
 }
 
-std::string conv_isa_name() { return conv_isa() ? conv_isa()->name : ""; }
+std::string conv_isa_name() {
+  return conv_isa() ? conv_isa()->name : "";
+}
 
 int64_t l2_bytes() {
   static const int64_t bytes = [] {
@@ -92,7 +94,10 @@ struct WeightShape {
   int64_t groups, block_k;  // of the packed weight: expanded groups count as one
 
   WeightShape(const Tensor& weight, int64_t group_count)
-      : K(weight.size(0)), C(weight.size(1)), R(weight.size(2)), S(weight.size(3)),
+      : K(weight.size(0)),
+        C(weight.size(1)),
+        R(weight.size(2)),
+        S(weight.size(3)),
         stride{weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
         expanded(K > 0 && is_expanded(group_count, C, K / group_count, conv_isa()->lanes)),
         groups(expanded ? 1 : group_count),
@@ -128,9 +133,9 @@ void pack(const T* source, const WeightShape& shape, float* packed) {
   });
 }
 
-// Compares a sample of the weight, spread evenly over it, with its packed copy. The caller keeps the
-// two together by storage and version; this also sees updates that leave no version behind, such as
-// `weight.data.mul_(0.9)`.
+// Compares a sample of the weight, spread evenly over it, with its packed copy. The caller keeps
+// the two together by storage and version; this also sees updates that leave no version behind,
+// such as `weight.data.mul_(0.9)`.
 template <class T>
 bool is_packed_from(const T* source, const WeightShape& shape, const float* packed) {
   constexpr int64_t kSamples = 48;
@@ -147,7 +152,8 @@ bool is_packed_from(const T* source, const WeightShape& shape, const float* pack
     const int64_t c = rest % shape.C, k = rest / shape.C;
     const int64_t in_group = k % group_k;
     const int64_t at =
-        ((((k / group_k * blocks + in_group / block_k) * shape.R + r) * shape.S + s) * shape.C + c) *
+        ((((k / group_k * blocks + in_group / block_k) * shape.R + r) * shape.S + s) * shape.C +
+         c) *
             block_k +
         in_group % block_k;
     const float value = static_cast<float>(source[shape.source(k, c, r, s)]);
@@ -157,7 +163,8 @@ bool is_packed_from(const T* source, const WeightShape& shape, const float* pack
 }
 
 void check_weight(const Tensor& weight, int64_t groups) {
-  STD_TORCH_CHECK(conv_isa() != nullptr, "conv_bn_act: this processor has neither AVX2 nor AVX-512");
+  STD_TORCH_CHECK(conv_isa() != nullptr,
+                  "conv_bn_act: this processor has neither AVX2 nor AVX-512");
   STD_TORCH_CHECK(weight.dim() == 4, "conv_bn_act: weight has ", weight.dim(),
                   " dimensions, it must have 4");
   STD_TORCH_CHECK(groups > 0 && weight.size(0) % groups == 0, "conv_bn_act: groups is ", groups,
@@ -176,8 +183,8 @@ Tensor pack_conv_weight(Tensor weight, int64_t groups) {
 
 // Packs again if the weight changed behind its version counter's back.
 void refresh_packed(const Tensor& weight, const WeightShape& shape, Tensor& packed) {
-  STD_TORCH_CHECK(packed.numel() == shape.packed_size(), "conv_bn_act: packed has ",
-                  packed.numel(), " elements, weight needs ", shape.packed_size());
+  STD_TORCH_CHECK(packed.numel() == shape.packed_size(), "conv_bn_act: packed has ", packed.numel(),
+                  " elements, weight needs ", shape.packed_size());
   if (weight.numel() == 0) return;
   with_element_type(weight, "weight", [&](const auto* source) {
     float* destination = static_cast<float*>(packed.mutable_data_ptr());
@@ -192,8 +199,8 @@ void refresh_packed(const Tensor& weight, const WeightShape& shape, Tensor& pack
 
 // ---- batch norm --------------------------------------------------------------------------------
 
-// y = (x + bias - mean) / sqrt(var + eps) * weight + beta, written as x * scale + shift: in float64,
-// rounded once. Both are laid out in the kernel's blocks of channels.
+// y = (x + bias - mean) / sqrt(var + eps) * weight + beta, written as x * scale + shift: in
+// float64, rounded once. Both are laid out in the kernel's blocks of channels.
 struct ScaleShift {
   std::vector<float> values;
   const float *scale, *shift;
@@ -245,7 +252,9 @@ struct ScaleShift {
 // Consecutive pixels to a row of a flattened pointwise convolution: two groups of a tile.
 constexpr int64_t kFlatRow = 14;
 
-bool evenly_spaced(const Strides& s, int64_t width) { return s.h == width * s.w; }
+bool evenly_spaced(const Strides& s, int64_t width) {
+  return s.h == width * s.w;
+}
 
 // A pointwise convolution does not care where a row of the image ends.
 void flatten_pixels(Conv& conv) {
@@ -269,8 +278,9 @@ struct Split {
 
 // Two ways to share the work out, by what is larger. Heavy weights, late in a network: each thread
 // takes some of the output channels and all pixels, so that it reads only its part of the weights.
-// Light weights, early in a network: each task takes some rows and all channels, few enough that the
-// rows it reads, writes and adds fit the second-level cache, and their halo is not gathered twice.
+// Light weights, early in a network: each task takes some rows and all channels, few enough that
+// the rows it reads, writes and adds fit the second-level cache, and their halo is not gathered
+// twice.
 Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   const int64_t item = conv.dtype == Dtype::kFloat32 ? 4 : 2;
   const int64_t rows = conv.N * (conv.has_pool ? conv.pool.P : conv.P);
@@ -286,15 +296,16 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
 
   Split s;
   s.block_tasks = conv.expanded ? blocks : 1;
-  if (!conv.has_pool && !conv.expanded && (heavy || rows < 2 * threads)) s.block_tasks = std::min(threads, blocks);
+  if (!conv.has_pool && !conv.expanded && (heavy || rows < 2 * threads))
+    s.block_tasks = std::min(threads, blocks);
   s.blocks = div_up(blocks, s.block_tasks);
   s.block_tasks = div_up(blocks, s.blocks);
 
   // Two blocks of weights, the current and the next, share the cache with the rows.
   const int64_t block_bytes = reduction(conv) * block_k * 4;
   const int64_t budget = std::clamp(l2_bytes() - 2 * block_bytes, l2_bytes() / 8, l2_bytes() / 2);
-  const int64_t most = std::clamp<int64_t>(budget / std::max<int64_t>(row_bytes, 1), 1,
-                                           std::max<int64_t>(rows, 1));
+  const int64_t most =
+      std::clamp<int64_t>(budget / std::max<int64_t>(row_bytes, 1), 1, std::max<int64_t>(rows, 1));
   const int64_t row_threads = std::max<int64_t>(1, threads / (s.block_tasks * work_groups(conv)));
   double best = 0;
   for (int64_t r = most; r >= 1; --r) {
@@ -302,7 +313,8 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
     // every task, and what a thread that falls behind can hand over to the others.
     const int64_t rounds = div_up(div_up(rows, r), row_threads);
     const double share = static_cast<double>(rounds * r * row_threads) / static_cast<double>(rows);
-    const double halo_cost = 0.02 * static_cast<double>(conv.R - 1) / static_cast<double>(r * conv.stride_h);
+    const double halo_cost =
+        0.02 * static_cast<double>(conv.R - 1) / static_cast<double>(r * conv.stride_h);
     const double straggler_cost = row_threads > 1 ? 0.05 / static_cast<double>(rounds) : 0.0;
     const double cost = share + halo_cost + straggler_cost;
     if (r == most || cost < best) {
@@ -373,7 +385,9 @@ Dtype kernel_dtype(const Tensor& input) {
   }
 }
 
-Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+Strides strides_of(const Tensor& t) {
+  return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
 
 // Whether the strides are those of channels_last, ties broken as torch breaks them.
 bool is_channels_last(const Tensor& t) {
@@ -411,8 +425,9 @@ Tensor conv_bn_act_packed(Tensor input, Tensor weight, Tensor packed, Tensor run
                   ")");
   STD_TORCH_CHECK(input.scalar_type() == weight.scalar_type(),
                   "conv_bn_act: input and weight must have one dtype");
-  STD_TORCH_CHECK(stride_h > 0 && stride_w > 0 && dil_h > 0 && dil_w > 0 && pad_h >= 0 && pad_w >= 0,
-                  "conv_bn_act: stride and dilation must be positive, padding not negative");
+  STD_TORCH_CHECK(
+      stride_h > 0 && stride_w > 0 && dil_h > 0 && dil_w > 0 && pad_h >= 0 && pad_w >= 0,
+      "conv_bn_act: stride and dilation must be positive, padding not negative");
 
   Conv conv{};
   conv.N = input.size(0);
@@ -488,13 +503,15 @@ std::vector<int64_t> cpu_pool_statistics() {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CompositeExplicitAutograd, m)
+{
   m.impl("conv_isa", TORCH_BOX(&conv_isa_name));
   m.impl("cpu_pool_statistics", TORCH_BOX(&cpu_pool_statistics));
   m.impl("cpu_pool_trim", TORCH_BOX(&pool_trim));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m)
+{
   m.impl("pack_conv_weight", TORCH_BOX(&pack_conv_weight));
   m.impl("conv_bn_act_packed", TORCH_BOX(&conv_bn_act_packed));
 }

@@ -2,9 +2,9 @@
 //   FR_VECTOR_BYTES   width of a vector register
 //   FR_TILE_PIXELS    pixels in one group of a register tile; a tile has one or two groups
 //   FR_CONV_ISA       name of the exported ConvIsa
-// and what the vector extension has no expression for: broadcast(), load_f16() and store_f16(). No standard header beyond <cstdint> may be
-// included here: an inline library function compiled for this instruction set could replace the
-// portable one at link time.
+// and what the vector extension has no expression for: broadcast(), load_f16() and store_f16(). No
+// standard header beyond <cstdint> may be included here: an inline library function compiled for
+// this instruction set could replace the portable one at link time.
 //
 // Reading order, which is execution order: gather -> product -> epilogue -> pool -> run.
 
@@ -14,7 +14,9 @@ namespace {
 constexpr int kLanes = FR_VECTOR_BYTES / 4;
 constexpr int kVectors = 2;  // vectors of output channels in a tile
 constexpr int kBlockK = kVectors * kLanes;
-int64_t block_k(const Conv& conv) { return conv.expanded ? kLanes : kBlockK; }
+int64_t block_k(const Conv& conv) {
+  return conv.expanded ? kLanes : kBlockK;
+}
 constexpr int kTilePixels = FR_TILE_PIXELS;
 constexpr int kGroups = 2;
 
@@ -26,7 +28,8 @@ typedef uint16_t VecHalf __attribute__((vector_size(FR_VECTOR_BYTES / 2)));
 typedef uint16_t VecHalfUnaligned __attribute__((vector_size(FR_VECTOR_BYTES / 2), aligned(2)));
 
 #define FR_INLINE inline __attribute__((always_inline))
-#define FR_UNROLL _Pragma("GCC unroll 16")
+// An unrolled loop.
+#define FR_FOR(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); ++i)
 
 // Element types: storage and its conversion to and from float32, a vector at a time.
 
@@ -82,15 +85,19 @@ FR_INLINE void store_one<Float32>(float* p, float value) {
 }
 
 // `x <= 0 ? 0 : x` rather than max(x, 0): a NaN compares false and stays.
-FR_INLINE Vec relu(Vec x) { return x <= 0.0f ? Vec{} : x; }
-FR_INLINE float relu(float x) { return x <= 0.0f ? 0.0f : x; }
+FR_INLINE Vec relu(Vec x) {
+  return x <= 0.0f ? Vec{} : x;
+}
+FR_INLINE float relu(float x) {
+  return x <= 0.0f ? 0.0f : x;
+}
 
 // ---- gather: input rows -> slab ---------------------------------------------------------------
 
-// The slab holds the input pixels a task reads, as float32 [row][column][channel of the group], with
-// the padding written out as zeros. In it every tap of the filter is a constant offset, and the taps
-// of one filter row are one run of S * C consecutive values. For expanded groups "value" is a vector:
-// lane k of it is the input channel that meets output channel k of the task's block.
+// The slab holds the input pixels a task reads, as float32 [row][column][channel of the group],
+// with the padding written out as zeros. In it every tap of the filter is a constant offset, and
+// the taps of one filter row are one run of S * C consecutive values. For expanded groups "value"
+// is a vector: lane k of it is the input channel that meets output channel k of the task's block.
 struct Slab {
   int64_t columns;
   int64_t pixel, pitch;        // floats in a pixel and in a row
@@ -138,8 +145,8 @@ void transpose_row(float* dst, const typename T::Storage* src, const Conv& conv,
   }
 }
 
-// One pixel of a block of expanded groups: `channels` input channels, of which output channel k meets
-// k / group_k * group_c and the ones that follow.
+// One pixel of a block of expanded groups: `channels` input channels, of which output channel k
+// meets k / group_k * group_c and the ones that follow.
 template <class T>
 void expand_pixel(float* dst, const typename T::Storage* src, const Conv& conv, int64_t channels) {
   const int64_t c_per_group = group_c(conv), k_per_group = conv.K / conv.groups;
@@ -182,8 +189,7 @@ void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int6
       zero(dst, slab.pitch);
       continue;
     }
-    const Storage* src =
-        image + h * conv.in.h + (first * slab.col_step - conv.pad_w) * conv.in.w;
+    const Storage* src = image + h * conv.in.h + (first * slab.col_step - conv.pad_w) * conv.in.w;
     float* inside = dst + first * slab.pixel;
     const int64_t present = h + 1 == conv.H && count > conv.last_w ? conv.last_w : count;
     zero(dst, first * slab.pixel);
@@ -251,23 +257,24 @@ __attribute__((noinline)) void store_strided(const float* tile, int64_t width, i
 }
 
 // kG groups of kM pixels times kV vectors of output channels. With AVX-512 and kM = 7 that is 28
-// accumulators, 2 registers of weights and 1 input value broadcast to all lanes: 28 multiply-adds for
-// 16 loads, so the two multiply-add units are what limits it. With kExpanded the slab holds vectors,
-// and each meets one vector of weights: 15 loads for 14 multiply-adds.
+// accumulators, 2 registers of weights and 1 input value broadcast to all lanes: 28 multiply-adds
+// for 16 loads, so the two multiply-add units are what limits it. With kExpanded the slab holds
+// vectors, and each meets one vector of weights: 15 loads for 14 multiply-adds.
 template <class T, bool kExpanded, int kG, int kM, int kV>
-void multiply(const Product& product, const Tile& tile, const float* weight,
-              const Epilogue<T>& e) {
+void multiply(const Product& product, const Tile& tile, const float* weight, const Epilogue<T>& e) {
   const int64_t stride = product.pixel_stride;
   Vec acc[kG][kM][kV];
-  FR_UNROLL for (int g = 0; g < kG; ++g) FR_UNROLL for (int i = 0; i < kM; ++i)
-      FR_UNROLL for (int v = 0; v < kV; ++v) acc[g][i][v] = Vec{};
+  FR_FOR (g, kG)
+    FR_FOR (i, kM)
+      FR_FOR (v, kV) acc[g][i][v] = Vec{};
 
   if (e.residual && e.vectorised) {
     // It is needed in a thousand cycles or so; by then it has arrived.
-    FR_UNROLL for (int g = 0; g < kG; ++g) FR_UNROLL for (int i = 0; i < kM; ++i) {
-      __builtin_prefetch(e.residual + tile.res[g] + i * e.res_pixel);
-      __builtin_prefetch(e.residual + tile.res[g] + i * e.res_pixel + (kV - 1) * kLanes);
-    }
+    FR_FOR (g, kG)
+      FR_FOR (i, kM) {
+        __builtin_prefetch(e.residual + tile.res[g] + i * e.res_pixel);
+        __builtin_prefetch(e.residual + tile.res[g] + i * e.res_pixel + (kV - 1) * kLanes);
+      }
   }
 
   const float* prefetch = product.prefetch;
@@ -276,12 +283,13 @@ void multiply(const Product& product, const Tile& tile, const float* weight,
     const float* in1 = tile.in[kG - 1] + product.run_offset[run];
     for (int64_t j = 0; j < product.run_length; ++j) {
       Vec w[kV];
-      FR_UNROLL for (int v = 0; v < kV; ++v) w[v] = Float32::load(weight + v * kLanes);
-      FR_UNROLL for (int g = 0; g < kG; ++g) FR_UNROLL for (int i = 0; i < kM; ++i) {
-        const float* in = (g == 0 ? in0 : in1) + i * stride;
-        const Vec x = kExpanded ? Float32::load(in) : broadcast(*in);
-        FR_UNROLL for (int v = 0; v < kV; ++v) acc[g][i][v] += x * w[v];
-      }
+      FR_FOR (v, kV) w[v] = Float32::load(weight + v * kLanes);
+      FR_FOR (g, kG)
+        FR_FOR (i, kM) {
+          const float* in = (g == 0 ? in0 : in1) + i * stride;
+          const Vec x = kExpanded ? Float32::load(in) : broadcast(*in);
+          FR_FOR (v, kV) acc[g][i][v] += x * w[v];
+        }
       __builtin_prefetch(prefetch, 0, 2);
       prefetch += product.prefetch_step;
       in0 += kExpanded ? kLanes : 1;
@@ -290,30 +298,31 @@ void multiply(const Product& product, const Tile& tile, const float* weight,
     }
   }
 
-  FR_UNROLL for (int v = 0; v < kV; ++v) {
+  FR_FOR (v, kV) {
     const Vec scale = Float32::load(e.scale + v * kLanes);
     const Vec shift = Float32::load(e.shift + v * kLanes);
-    FR_UNROLL for (int g = 0; g < kG; ++g) FR_UNROLL for (int i = 0; i < kM; ++i)
-        acc[g][i][v] = acc[g][i][v] * scale + shift;
+    FR_FOR (g, kG)
+      FR_FOR (i, kM) acc[g][i][v] = acc[g][i][v] * scale + shift;
   }
   if (!e.vectorised) {
-    FR_UNROLL for (int g = 0; g < kG; ++g) {
+    FR_FOR (g, kG) {
       alignas(64) float spill[kM][kV * kLanes];
-      FR_UNROLL for (int i = 0; i < kM; ++i) FR_UNROLL for (int v = 0; v < kV; ++v)
-          Float32::store(&spill[i][v * kLanes], acc[g][i][v]);
+      FR_FOR (i, kM)
+        FR_FOR (v, kV) Float32::store(&spill[i][v * kLanes], acc[g][i][v]);
       store_strided<T, kM>(&spill[0][0], kV * kLanes, tile.out[g], tile.res[g], e);
     }
     return;
   }
-  FR_UNROLL for (int g = 0; g < kG; ++g) FR_UNROLL for (int i = 0; i < kM; ++i) {
-    typename T::Storage* out = e.output + tile.out[g] + i * e.out_pixel;
-    FR_UNROLL for (int v = 0; v < kV; ++v) {
-      Vec y = acc[g][i][v];
-      if (e.residual) y += T::load(e.residual + tile.res[g] + i * e.res_pixel + v * kLanes);
-      if (e.relu) y = relu(y);
-      T::store(out + v * kLanes, y);
+  FR_FOR (g, kG)
+    FR_FOR (i, kM) {
+      typename T::Storage* out = e.output + tile.out[g] + i * e.out_pixel;
+      FR_FOR (v, kV) {
+        Vec y = acc[g][i][v];
+        if (e.residual) y += T::load(e.residual + tile.res[g] + i * e.res_pixel + v * kLanes);
+        if (e.relu) y = relu(y);
+        T::store(out + v * kLanes, y);
+      }
     }
-  }
 }
 
 template <class T>
@@ -346,12 +355,13 @@ Multiply<T> multiply_for(bool expanded, int groups, int pixels, int vectors) {
 
 // A float32 pointwise convolution reads its pixels where they are.
 bool reads_input_in_place(const Conv& conv) {
-  return conv.dtype == Dtype::kFloat32 && !conv.expanded && is_pointwise(conv) && conv.stride_h == 1 &&
-         conv.stride_w == 1 && conv.pad_h == 0 && conv.pad_w == 0 && conv.in.c == 1;
+  return conv.dtype == Dtype::kFloat32 && !conv.expanded && is_pointwise(conv) &&
+         conv.stride_h == 1 && conv.stride_w == 1 && conv.pad_h == 0 && conv.pad_w == 0 &&
+         conv.in.c == 1;
 }
 
-// Cuts rows into groups of at most kTilePixels and pairs groups of equal length, so that nearly every
-// tile is two groups high whatever the width of the image.
+// Cuts rows into groups of at most kTilePixels and pairs groups of equal length, so that nearly
+// every tile is two groups high whatever the width of the image.
 struct TileList {
   Tile* tiles;
   int64_t count = 0;
@@ -425,16 +435,17 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, Ep
     e.vectorised = valid == vectors * kLanes && base.out_channel == 1 &&
                    (!base.residual || base.res_channel == 1);
     const float* weight = conv.weight + weight_offset(conv, width, task.group, block);
-    // Without help the first tile of a block would wait for its weights; so the first tiles of a block
-    // ask for the next one's, half of them each.
+    // Without help the first tile of a block would wait for its weights. So the first tiles ask for
+    // the next block's, one line in a step of the product.
     const bool has_next = !conv.expanded && block + 1 < task.block_end;
+    const int64_t line = kLanes, lines = reduction(conv);
     Multiply<T> kernel = nullptr;
     int32_t groups = 0, pixels = 0;
     for (int64_t t = 0; t < list.count; ++t) {
       const Tile& tile = list.tiles[t];
-      const bool ahead = has_next && t < kVectors;
-      product.prefetch = ahead ? weight + (kVectors + t) * reduction(conv) * kLanes : weight;
-      product.prefetch_step = ahead ? kLanes : 0;
+      const bool ahead = has_next && t * line < kBlockK;
+      product.prefetch = ahead ? weight + (kBlockK + t * line) * lines : weight;
+      product.prefetch_step = ahead ? line : 0;
       if (tile.groups != groups || tile.pixels != pixels) {
         groups = tile.groups;
         pixels = tile.pixels;
@@ -464,7 +475,8 @@ struct Scratch {
     if (!reads_input_in_place(conv)) {
       // A task that crosses images gathers the rows above and below for each of them.
       const Slab shape(conv);
-      const int64_t images = conv.has_pool ? 1 : (task.row_end - 1) / conv.P - task.row_begin / conv.P + 1;
+      const int64_t images =
+          conv.has_pool ? 1 : (task.row_end - 1) / conv.P - task.row_begin / conv.P + 1;
       slab_bytes = round_up((rows * shape.p_step + images * ((conv.R - 1) * conv.dil_h + 1)) *
                             shape.pitch * 4);
     }
@@ -489,8 +501,8 @@ float* add_rows(const Conv& conv, const Task& task, int64_t n, int64_t p_begin, 
                 const Strides& out, int64_t out_base, float* slab_memory, TileList& list) {
   const int64_t res_base = n * conv.res.n;
   if (reads_input_in_place(conv)) {
-    const float* image = static_cast<const float*>(conv.input) + n * conv.in.n +
-                         task.group * group_c(conv);
+    const float* image =
+        static_cast<const float*>(conv.input) + n * conv.in.n + task.group * group_c(conv);
     for (int64_t p = p_begin; p < p_end; ++p) {
       list.add_row(image + p * conv.in.h, conv.in.w, out_base + (p - p_begin) * out.h, out.w,
                    res_base + p * conv.res.h, conv.res.w, p + 1 == conv.P ? conv.last_q : conv.Q);
@@ -500,9 +512,9 @@ float* add_rows(const Conv& conv, const Task& task, int64_t n, int64_t p_begin, 
   const Slab slab(conv);
   gather<T>(conv, slab, n, p_begin, p_end, task, slab_memory);
   for (int64_t p = p_begin; p < p_end; ++p) {
-    list.add_row(slab_memory + (p - p_begin) * slab.p_step * slab.pitch,
-                 slab.q_step * slab.pixel, out_base + (p - p_begin) * out.h, out.w,
-                 res_base + p * conv.res.h, conv.res.w, p + 1 == conv.P ? conv.last_q : conv.Q);
+    list.add_row(slab_memory + (p - p_begin) * slab.p_step * slab.pitch, slab.q_step * slab.pixel,
+                 out_base + (p - p_begin) * out.h, out.w, res_base + p * conv.res.h, conv.res.w,
+                 p + 1 == conv.P ? conv.last_q : conv.Q);
   }
   return slab_memory + slab.rows(conv, p_end - p_begin) * slab.pitch;
 }
@@ -593,8 +605,8 @@ void run_conv_pool(const Conv& conv, const Task& task, void* memory) {
         int64_t w0 = j * pool.stride_w - pool.pad_w, w1 = w0 + pool.kernel_w;
         w0 = w0 < 0 ? 0 : w0;
         w1 = w1 > conv.Q ? conv.Q : w1;
-        typename T::Storage* out = static_cast<typename T::Storage*>(conv.output) +
-                                   n * conv.out.n + i * conv.out.h + j * conv.out.w;
+        typename T::Storage* out = static_cast<typename T::Storage*>(conv.output) + n * conv.out.n +
+                                   i * conv.out.h + j * conv.out.w;
         pool_pixel<T>(scratch.conv_rows + (h0 - h_begin) * row_pitch + w0 * conv.K, row_pitch,
                       h1 - h0, w1 - w0, conv.K, out, conv.out.c);
       }
