@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -34,11 +34,25 @@ def _callback() -> None:
     """Keeps `compare` and `doctor` subcommands."""
 
 
+def _whole_number(help: str) -> Any:
+    """An integer option; typer's own names the option but not always the value it was given."""
+
+    def parse(text: str) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not an integer") from None
+
+    return typer.Option(help=help, parser=parse, metavar="N")
+
+
 @app.command()
 def compare(
-    model: Annotated[str, typer.Argument(help="A torchvision residual network, e.g. resnet50.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A torchvision residual network, e.g. resnet50.")
+    ],
     batch: Annotated[
-        int | None, typer.Option(help="Images in the input; the number given when not said.")
+        int | None, _whole_number("Images in the input; by default as many as --image names.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
@@ -54,13 +68,15 @@ def compare(
     compile: Annotated[
         bool, typer.Option("--compile", help="Also run the model under torch.compile.")
     ] = False,
-    threads: Annotated[int | None, typer.Option(help="torch's CPU threads.")] = None,
-    rounds: Annotated[int, typer.Option(help="How often each candidate is timed.")] = 30,
+    threads: Annotated[
+        int | None, _whole_number("CPU threads of torch; its own choice by default.")
+    ] = None,
+    rounds: Annotated[int, _whole_number("How often each candidate is timed.")] = 30,
     weights: Annotated[
         str | None,
         typer.Option(help="torchvision's name or a checkpoint's path; else seeded random."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of random weights, labels and crops.")] = 0,
+    seed: Annotated[int, _whole_number("Of random weights, labels and crops.")] = 0,
     memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the results here, as PNG.")] = None,
@@ -81,21 +97,26 @@ def compare(
         weights=weights, seed=seed, memory=memory,
     )  # fmt: skip
 
-    console = Console()
-    with Progress(
+    console, bar_console = Console(), Console(stderr=True)
+    progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=bar_console,
         transient=True,
-    ) as bar:
-        task = bar.add_task("start", total=None)
-        result = comparison.compare(
-            case,
-            progress=lambda stage, done, total: bar.update(
-                task, description=escape(stage), completed=done, total=total
-            ),
-        )
+        disable=not bar_console.is_terminal,
+    )
+    try:
+        with progress as bar:
+            task = bar.add_task("start", total=None)
+            result = comparison.compare(
+                case,
+                progress=lambda stage, done, total: bar.update(
+                    task, description=escape(stage), completed=done, total=total
+                ),
+            )
+    except KeyboardInterrupt:
+        raise typer.Exit(_fail("interrupted before anything was timed", 130)) from None
     _print_result(console, result)
     if json is not None:
         command = shlex.join(["fused-resnet", *sys.argv[1:]])
@@ -127,7 +148,8 @@ def _print_result(console: Console, result: comparison.Result) -> None:
     case = result.case
     mode = "training step" if case.train else "inference"
     where = environment.describe_device(case.torch_device)["name"]
-    threads = f", {result.threads} threads" if case.torch_device.type == "cpu" else ""
+    plural = "s" if result.threads > 1 else ""
+    threads = f", {result.threads} thread{plural}" if case.torch_device.type == "cpu" else ""
     rounds = len(result.candidates[0].latency.samples)
 
     table = Table(
@@ -249,7 +271,7 @@ def main() -> None:
     except (MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(_fail(f"out of memory: {first_line(error)}", 1))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_fail("interrupted before anything was timed", 130))
+        sys.exit(_fail("interrupted", 130))
     sys.exit(code if isinstance(code, int) else 0)
 
 
