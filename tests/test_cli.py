@@ -48,6 +48,7 @@ def picture(path: Path, size: tuple[int, int] = (90, 60)) -> Path:
     return path
 
 
+@pytest.mark.quick
 def test_compare_prints_and_writes_the_same(run: Run, tmp_path: Path) -> None:
     written, drawn = tmp_path / "results.json", tmp_path / "results.png"
     code, out, err = run(
@@ -147,6 +148,7 @@ def test_random_model_depends_on_the_seed_alone() -> None:
     assert not torch.equal(first.bn1.running_mean, other.bn1.running_mean)
 
 
+@pytest.mark.quick
 def test_input_is_what_torchvision_makes_of_the_images(tmp_path: Path) -> None:
     image = picture(tmp_path / "own.png", (300, 200))
     transforms = torchvision.models.ResNet50_Weights.DEFAULT.transforms()
@@ -212,6 +214,7 @@ def bad_arguments(tmp_path: Path) -> list[tuple[tuple[object, ...], tuple[str, .
     ]
 
 
+@pytest.mark.quick
 def test_bad_arguments_get_one_line(run: Run, tmp_path: Path) -> None:
     for arguments, parts in bad_arguments(tmp_path):
         code, out, err = run("compare", *arguments)
@@ -256,6 +259,7 @@ def test_plot_without_matplotlib_fails_first(
     assert "pip install matplotlib" in err
 
 
+@pytest.mark.quick
 def test_doctor(run: Run) -> None:
     code, out, err = run("doctor")
     assert code == 0, err
