@@ -133,31 +133,26 @@ void pack(const T* source, const WeightShape& shape, float* packed) {
   });
 }
 
-// Compares a sample of the weight, spread evenly over it, with its packed copy. The caller keeps
-// the two together by storage and version; this also sees updates that leave no version behind,
-// such as `weight.data.mul_(0.9)`.
+// Compares a sample of the weight, spread over all of its dimensions, with its packed copy. The
+// caller keeps the two together by storage and version; this also sees updates that leave no
+// version behind, such as `weight.data.mul_(0.9)`.
 template <class T>
 bool is_packed_from(const T* source, const WeightShape& shape, const float* packed) {
-  constexpr int64_t kSamples = 48;
-  const int64_t count = shape.K * shape.C * shape.R * shape.S;
+  constexpr int64_t kSamples = 32;
   const int64_t group_k = shape.K / shape.groups, blocks = shape.blocks();
   const int64_t block_k = shape.block_k;
-  const int64_t samples = std::min(count, kSamples);
-  for (int64_t i = 0; i < samples; ++i) {
-    int64_t rest = samples == 1 ? 0 : i * (count - 1) / (samples - 1);
-    const int64_t s = rest % shape.S;
-    rest /= shape.S;
-    const int64_t r = rest % shape.R;
-    rest /= shape.R;
-    const int64_t c = rest % shape.C, k = rest / shape.C;
-    const int64_t in_group = k % group_k;
-    const int64_t at =
-        ((((k / group_k * blocks + in_group / block_k) * shape.R + r) * shape.S + s) * shape.C +
-         c) *
-            block_k +
-        in_group % block_k;
+  for (int64_t i = 0; i < kSamples; ++i) {
+    // Odd multiples of i visit every one of the kSamples parts of a dimension.
+    const int64_t k = shape.K * i / kSamples;
+    const int64_t c = shape.C * (11 * i % kSamples) / kSamples;
+    const int64_t r = shape.R * (7 * i % kSamples) / kSamples;
+    const int64_t s = shape.S * (19 * i % kSamples) / kSamples;
+    const int64_t group = shape.groups == 1 ? 0 : k / group_k, in_group = k - group * group_k;
+    const int64_t block = group * blocks + in_group / block_k;
+    const int64_t tap = (block * shape.R + r) * shape.S + s;
+    const float copy = packed[(tap * shape.C + c) * block_k + in_group % block_k];
     const float value = static_cast<float>(source[shape.source(k, c, r, s)]);
-    if (std::memcmp(&value, packed + at, sizeof value) != 0) return false;
+    if (std::memcmp(&value, &copy, sizeof value) != 0) return false;
   }
   return true;
 }
