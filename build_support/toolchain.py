@@ -158,7 +158,7 @@ def cuda_architectures(nvcc: Nvcc, environ: Mapping[str, str] = os.environ) -> l
 
 
 def gencode_flags(architectures: list[str]) -> list[str]:
-    """nvcc's flags for what `cuda_architectures` returned."""
+    """The nvcc flags for what `cuda_architectures` returned."""
     flags = []
     for arch in architectures:
         number = _digits(arch.removesuffix("+PTX"))
