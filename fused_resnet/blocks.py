@@ -8,6 +8,8 @@ convolution or norm whose arguments do not fit runs unfused inside `conv_norm_ac
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +34,12 @@ CONV_NORM_NAMES: dict[type[nn.Module], tuple[tuple[str, str], ...]] = {
 """Which attributes of torchvision's classes are convolutions, and the norms that follow them."""
 
 
+def _named(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    """A copy of a method that TorchScript can compile beside the one that overrides it."""
+    copy = types.FunctionType(function.__code__, function.__globals__, name)
+    return functools.update_wrapper(copy, function, ("__module__", "__annotations__"), ())
+
+
 class _Fused(nn.Module):
     """What the fused classes have in common: they let go of what backends made of their tensors."""
 
@@ -54,7 +62,7 @@ class BasicBlock(_Fused, resnet.BasicBlock):
     Takes its arguments, has its parameters and buffers, and computes what it computes.
     """
 
-    _unfused_forward = resnet.BasicBlock.forward
+    _unfused_forward = _named(resnet.BasicBlock.forward, "_unfused_forward")
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         if torch.jit.is_scripting():
@@ -69,7 +77,7 @@ class Bottleneck(_Fused, resnet.Bottleneck):
     Takes its arguments, has its parameters and buffers, and computes what it computes.
     """
 
-    _unfused_forward = resnet.Bottleneck.forward
+    _unfused_forward = _named(resnet.Bottleneck.forward, "_unfused_forward")
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         if torch.jit.is_scripting():
@@ -84,7 +92,7 @@ class ResNet(_Fused, resnet.ResNet):
     Its blocks are fused or not by their own classes: `ResNet(fused_resnet.Bottleneck, [3, 4, 6, 3])`.
     """
 
-    _unfused_forward_impl = resnet.ResNet._forward_impl
+    _unfused_forward_impl = _named(resnet.ResNet._forward_impl, "_unfused_forward_impl")
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -200,7 +208,10 @@ def uses_batch_statistics(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> bool:
     """Whether the norm's next forward pass normalises with the batch's own statistics."""
     if type(norm) is FrozenBatchNorm2d:
         return False
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
+    if norm.training:
+        return True
+    buffers = norm._buffers
+    return buffers["running_mean"] is None and buffers["running_var"] is None
 
 
 def keeps_dtype(norm: nn.Module, x: Tensor) -> bool:
@@ -217,20 +228,39 @@ def keeps_dtype(norm: nn.Module, x: Tensor) -> bool:
 
 def conv_arguments(conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d, x: Tensor) -> tuple:
     """The first twelve arguments of the operator `conv_bn_act`."""
-    return (
-        x,
-        conv.weight,
-        norm.running_mean,
-        norm.running_var,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-        conv.bias,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-    )
+    # Looked up where modules keep them: `module.weight` takes ten times as long.
+    buffers = norm._buffers
+    affine = buffers if type(norm) is FrozenBatchNorm2d else norm._parameters
+    try:
+        return (
+            x,
+            conv._parameters["weight"],
+            buffers["running_mean"],
+            buffers["running_var"],
+            affine["weight"],
+            affine["bias"],
+            norm.eps,
+            conv._parameters["bias"],
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
+    except KeyError:  # the replicas of nn.DataParallel have plain attributes
+        return (
+            x,
+            conv.weight,
+            norm.running_mean,
+            norm.running_var,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            conv.bias,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
 
 
 def pool_arguments(maxpool: nn.MaxPool2d) -> tuple[tuple[int, int], ...]:
@@ -245,7 +275,9 @@ def input_obstacle(x: Tensor) -> str | None:
         return f"input is a {type(x).__name__}"
     if functional.transforms_active():
         return "a functorch transform or forward-mode differentiation is active"
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    if torch.jit.is_tracing() or (
+        torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+    ):
         return "the model is being traced for TorchScript or ONNX"
     return None
 
@@ -338,7 +370,10 @@ def _torchvision_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _a(module: nn.Module | None) -> str:
-    return "missing" if module is None else f"a {type(module).__name__}"
+    if module is None:
+        return "missing"
+    name = type(module).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def _release(module: nn.Module) -> None:

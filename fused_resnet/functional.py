@@ -384,6 +384,8 @@ def conv_error(
             return _not_a_tensor(name, what, tensor)
         if tensor.dim() != 4:
             return ValueError(f"{name}: {what} has {tensor.dim()} dimensions, must have 4")
+        if tensor.layout is not torch.strided:
+            return _layout_error(name, what, tensor)
     N, C, _, _ = input.shape
     K, group_channels, R, S = weight.shape
     if not isinstance(groups, int):
@@ -515,6 +517,8 @@ def batch_norm_error(
     shape = input.shape
     if len(shape) < 2:
         return ValueError(f"{name}: input has {len(shape)} dimensions, must have at least 2")
+    if input.layout is not torch.strided:
+        return _layout_error(name, "input", input)
     if not isinstance(momentum, (int, float)):
         return TypeError(f"{name}: momentum is {momentum!r}, must be a number")
     if training:
@@ -604,6 +608,8 @@ def _act_error(
             return _dtype_error(name, "residual", residual, f"that of input, {input.dtype}")
         if residual.device != input.device:
             return _device_error(name, "residual", residual, input.device)
+        if residual.layout is not torch.strided:
+            return _layout_error(name, "residual", residual)
     return None
 
 
@@ -613,6 +619,10 @@ def _autocasts(device: torch.device) -> bool:
 
 def _not_a_tensor(name: str, what: str, value: object) -> TypeError:
     return TypeError(f"{name}: {what} is a {type(value).__name__}, must be a Tensor")
+
+
+def _layout_error(name: str, what: str, tensor: Tensor) -> TypeError:
+    return TypeError(f"{name}: {what} has layout {tensor.layout}, must have {torch.strided}")
 
 
 def _shape_error(name: str, what: str, tensor: Tensor, shape: Sequence[int]) -> ValueError:

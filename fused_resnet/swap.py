@@ -195,7 +195,7 @@ def _ways(module: nn.Module, base: type[nn.Module]) -> Iterator[tuple[str, str]]
         operator = "conv_bn_act" if reason else "conv_bn_act_max_pool"
         yield _way(operator, "conv1", children["conv1"], children["bn1"])
         if reason:
-            yield "eager", reason
+            yield "eager pooling", reason
         return
     for conv, norm in blocks.CONV_NORM_NAMES[base]:
         yield _way("conv_bn_act", conv, children[conv], children[norm])
@@ -203,7 +203,7 @@ def _ways(module: nn.Module, base: type[nn.Module]) -> Iterator[tuple[str, str]]
     if downsample is not None:
         reason = blocks.downsample_obstacle(downsample)
         if reason:
-            yield "eager", reason
+            yield "eager downsample", reason
         else:
             yield _way("conv_bn_act", "downsample.0", *downsample._modules.values())
 

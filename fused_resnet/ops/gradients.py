@@ -50,6 +50,9 @@ def norm_backward(
     accumulate = accumulation_dtype(grad.dtype)
     mean, var = mean.to(accumulate), var.to(accumulate)
     weight = None if weight is None else weight.to(accumulate)
+    if grad.numel() == 0:  # aten's kernel divides by the number of values
+        zeros = mean.new_zeros(grad.size(1))
+        return torch.empty_like(grad), zeros, zeros
     if training or mask[1]:
         invstd = (var + eps).rsqrt()
         statistics = (None, None, mean, invstd) if training else (mean, var, None, None)

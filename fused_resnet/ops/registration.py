@@ -31,7 +31,11 @@ def nothing_intercepts(*tensors: Tensor | None) -> bool:
 
 def needs_grad(*arguments: Any) -> bool:
     """Whether autograd has to record a call with these arguments."""
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+    if torch.is_grad_enabled():
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.requires_grad:
+                return True
+    return False
 
 
 def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
