@@ -4,10 +4,11 @@ Both get the same weights and input as eager PyTorch, the same number of threads
 the precision of the case spelled out: OpenVINO otherwise picks bfloat16 or float16 by itself on
 CPUs that have them, and would win a float32 comparison by not running it.
 
-Threads: PyTorch's OpenMP workers, OpenVINO's TBB workers and ONNX Runtime's own pool all spin for
-some milliseconds after their work, on the cores that the next candidate needs. So `SETTLE`
-seconds are slept before each timed call, which is longer than any of them spins, and ONNX Runtime
-is told to stop spinning when a run ends. All candidates of a run pay the same pause.
+Threads: PyTorch's OpenMP workers, OpenVINO's TBB workers and ONNX Runtime's own pool may all spin
+for a few milliseconds after their work, on the cores that the next candidate needs. So `SETTLE`
+seconds are slept before each timed call; the CPU time a process uses in such a pause showed that
+all of them have stopped well before it ends. ONNX Runtime is told to stop spinning when a run
+ends as well. All candidates of a run pay the same pause.
 """
 
 from __future__ import annotations
