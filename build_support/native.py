@@ -32,8 +32,9 @@ from toolchain import (
     max_jobs,
 )
 
-DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DNDEBUG"]
-CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
+CXX_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+NVCC_FLAGS = ["-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # A file whose stem ends so is compiled for these instructions and must be entered only after a
 # run-time check (csrc/cpu/isa.h); everything else runs on any x86-64. GCC's own AVX-512 header sets
 # off its warnings about uninitialised variables (GCC bug 105593).
@@ -92,12 +93,12 @@ class BuildNative(build_ext):
         folder = Path(self.build_temp) / ext.name
         compile_command = self._nvcc_command if is_cuda else self._cxx_command
         chosen = [source for source in map(Path, ext.sources) if _runs_here(source)]
-        # Compilations share the job slots with nvcc's own threads, one an architecture.
-        threads = max(1, self.jobs // max(1, len(chosen)))
+        # nvcc compiles for several architectures at a time; its threads share the jobs.
+        self.threads_per_file = max(1, self.jobs // max(1, len(chosen)))
 
         def compile_one(source: Path) -> Path:
             obj = folder / source.with_suffix(source.suffix + ".o")
-            command = compile_command(source, obj, threads)
+            command = compile_command(source, obj)
             if _is_stale(obj, command):
                 print(f"fused_resnet: {ext.name}: compiling {source}", flush=True)
                 _run(command, obj)
@@ -109,25 +110,23 @@ class BuildNative(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         _run(self._link_command(objects, output, is_cuda), None)
 
-    def _includes(self) -> list[str]:
+    def _common_flags(self, source: Path, obj: Path) -> list[str]:
         # -isystem keeps warnings in torch's headers out of the log.
-        include = self.torch.root / "include"
-        return ["-Icsrc", "-isystem", str(include)]
-
-    def _cxx_command(self, source: Path, obj: Path, threads: int) -> list[str]:
         return [
-            *self.cxx, *CXX_FLAGS, *DEFINES, *_isa_flags(source), *self._includes(),
+            "-std=c++20", "-O3", "-DNDEBUG", TARGET, "-Icsrc",
+            "-isystem", str(self.torch.root / "include"),
             "-MMD", "-MF", f"{obj}.d", "-c", str(source), "-o", str(obj),
         ]  # fmt: skip
 
-    def _nvcc_command(self, source: Path, obj: Path, threads: int) -> list[str]:
+    def _cxx_command(self, source: Path, obj: Path) -> list[str]:
+        return [*self.cxx, *CXX_FLAGS, *_isa_flags(source), *self._common_flags(source, obj)]
+
+    def _nvcc_command(self, source: Path, obj: Path) -> list[str]:
         assert self.nvcc is not None
         host = ["-ccbin", self.cxx[0]] if "CXX" in os.environ else []
         return [
-            self.nvcc.path, *host, "-std=c++20", "-O3", "-DUSE_CUDA", *DEFINES,
-            "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr",
-            f"--threads={threads}", *gencode_flags(self.architectures), *self._includes(),
-            "-MMD", "-MF", f"{obj}.d", "-c", str(source), "-o", str(obj),
+            self.nvcc.path, *host, *NVCC_FLAGS, f"--threads={self.threads_per_file}",
+            *gencode_flags(self.architectures), *self._common_flags(source, obj),
         ]  # fmt: skip
 
     def _link_command(self, objects: list[Path], output: Path, is_cuda: bool) -> list[str]:

@@ -304,7 +304,7 @@ def test_files_for_newer_processors_share_no_functions_with_the_rest(tmp_path):
     include = ["-I", str(ROOT / "csrc"), "-isystem", str(Path(torch.__file__).parent / "include")]
     for source in sources:
         obj = str(tmp_path / "object.o")
-        flags = ["-std=c++20", *native.DEFINES, *native._isa_flags(source), *include]
+        flags = ["-std=c++20", native.TARGET, *native._isa_flags(source), *include]
         output("c++", "-O0", *flags, "-c", str(source), "-o", obj)
         weak = re.findall(r"^\S* [WVu] (.*)$", output("nm", "-C", obj), re.MULTILINE)
         assert not weak, f"{source.name}: {weak}"
