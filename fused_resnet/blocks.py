@@ -106,12 +106,33 @@ def _block_forward(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
     if obstacle(block) is not None or input_obstacle(x) is not None:
         return block._unfused_forward(x)
     modules = block._modules
+    out = _whole_block(
+        [(modules[conv], modules[norm]) for conv, norm in names], block.downsample, x
+    )
+    if out is not None:
+        return out
     relu = modules["relu"]
     out = x
     for conv, norm in names[:-1]:
         out = conv_norm_act(modules[conv], modules[norm], out, None, relu)
     conv, norm = names[-1]
     return conv_norm_act(modules[conv], modules[norm], out, _shortcut(block.downsample, x), relu)
+
+
+def _whole_block(
+    pairs: list[tuple[nn.Module, nn.Module]], downsample: nn.Module | None, x: Tensor
+) -> Tensor | None:
+    """All of a block in one call of its backend, or None where it has to run in steps."""
+    if downsample is not None:
+        if downsample_obstacle(downsample) is not None:
+            return None
+        pairs.append(tuple(downsample._modules.values()))
+    layers = []
+    for conv, norm in pairs:
+        if uses_batch_statistics(norm) or not keeps_dtype(norm, x):
+            return None
+        layers.append(conv_arguments(conv, norm, x)[1:])
+    return ops.residual_block(x, layers, downsample is not None)
 
 
 def _shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
@@ -275,9 +296,7 @@ def input_obstacle(x: Tensor) -> str | None:
         return f"input is a {type(x).__name__}"
     if functional.transforms_active():
         return "a functorch transform or forward-mode differentiation is active"
-    if torch.jit.is_tracing() or (
-        torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
-    ):
+    if torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):
         return "the model is being traced for TorchScript or ONNX"
     return None
 

@@ -50,6 +50,9 @@ struct Conv {
   const float* shift;    // likewise
   const void* residual;  // null: none
   void* output;
+  // The packed weight that is wanted after this one, to be brought into the cache; may be null.
+  const float* next_weight;
+  int64_t next_weight_size;
   Dtype dtype;  // of input, residual and output; everything between is float32
   bool relu;
   // Groups of so few output channels that several share a vector. The slab then holds every input

@@ -397,6 +397,13 @@ struct TileList {
   }
 };
 
+// What a task prefetches when its own weights are through: its share of the next layer's. Threads
+// that divide the output channels among them do so in the next layer too.
+const float* next_layer(const Conv& conv, const Task& task, int64_t blocks) {
+  if (conv.next_weight == nullptr || conv.expanded) return nullptr;
+  return conv.next_weight + conv.next_weight_size * task.block_begin / blocks;
+}
+
 // All tiles against all blocks of output channels of the task. The block is the outer loop: its
 // weights are read from memory once and from the cache for every further tile.
 template <class T>
@@ -435,17 +442,19 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, Ep
     e.vectorised = valid == vectors * kLanes && base.out_channel == 1 &&
                    (!base.residual || base.res_channel == 1);
     const float* weight = conv.weight + weight_offset(conv, width, task.group, block);
-    // Without help the first tile of a block would wait for its weights. So the first tiles ask for
-    // the next block's, one line in a step of the product.
-    const bool has_next = !conv.expanded && block + 1 < task.block_end;
-    const int64_t line = kLanes, lines = reduction(conv);
+    // Without help the first tile of a block would wait for its weights. So while the tiles of one
+    // block run, the next block is asked for, a part of it by each of the first tiles.
+    const float* next = block + 1 < task.block_end ? weight + width * reduction(conv)
+                                                   : next_layer(conv, task, blocks);
+    int64_t parts = 1;
+    while (parts < 8 && parts * 2 <= list.count) parts *= 2;
     Multiply<T> kernel = nullptr;
     int32_t groups = 0, pixels = 0;
     for (int64_t t = 0; t < list.count; ++t) {
       const Tile& tile = list.tiles[t];
-      const bool ahead = has_next && t * line < kBlockK;
-      product.prefetch = ahead ? weight + (kBlockK + t * line) * lines : weight;
-      product.prefetch_step = ahead ? line : 0;
+      const bool ahead = next != nullptr && t < parts;
+      product.prefetch = ahead ? next + t * (width / parts) * reduction(conv) : weight;
+      product.prefetch_step = ahead ? width / parts : 0;
       if (tile.groups != groups || tile.pixels != pixels) {
         groups = tile.groups;
         pixels = tile.pixels;

@@ -25,14 +25,18 @@ __all__ = [
     "empty_cache",
     "explain",
     "release",
+    "residual_block",
 ]
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The filter's taps the kernel keeps offsets for, kMaxRuns in csrc/cpu/conv.h.
 _MOST_TAPS = 1024
 
+# Stands for a tensor that is not there, in a list of tensors.
+_ABSENT = torch.empty(0)
 _ISA: str = torch.ops.fused_resnet.conv_isa()
 _conv_bn_act_packed = torch.ops.fused_resnet.conv_bn_act_packed.default
+_residual_block_packed = torch.ops.fused_resnet.residual_block_packed.default
 _pack_conv_weight = torch.ops.fused_resnet.pack_conv_weight.default
 
 
@@ -167,6 +171,45 @@ def conv_bn_act_max_pool(
         activation == "relu",
         (*pool_kernel_size, *pool_stride, *pool_padding),
     )
+
+
+def residual_block(input: Tensor, layers: Sequence[tuple], has_projection: bool) -> Tensor | None:
+    """A whole block in one call: see csrc/cpu/residual_block.cpp, and `ops.residual_block`."""
+    tensors: list[Tensor] = []
+    numbers: list[int] = []
+    epsilons: list[float] = []
+    dtype = input.dtype
+    for (
+        weight,
+        running_mean,
+        running_var,
+        bn_weight,
+        bn_bias,
+        eps,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+    ) in layers:
+        if not _is_native(dtype, weight.shape, groups):
+            return None
+        tensors += (
+            weight,
+            _packed(weight, groups),
+            running_mean,
+            running_var,
+            _ABSENT if bn_weight is None else bn_weight,
+            _ABSENT if bn_bias is None else bn_bias,
+            _ABSENT if bias is None else bias,
+        )
+        numbers += (*stride, *padding, *dilation, groups)
+        epsilons.append(eps)
+    try:
+        return _residual_block_packed(input, tensors, numbers, epsilons, has_projection)
+    except RuntimeError:
+        # Shapes, dtypes or devices that do not go together: step by step the reason comes out.
+        return None
 
 
 def release(tensors: Iterable[Tensor]) -> None:

@@ -8,6 +8,7 @@ from .batch_norm_act_inference import batch_norm_act_inference
 from .batch_norm_act_training import batch_norm_act_training
 from .conv_bn_act import conv_bn_act
 from .conv_bn_act_max_pool import conv_bn_act_max_pool
+from .residual_block import residual_block
 from .scale_shift_act import scale_shift_act
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "batch_norm_act_training",
     "conv_bn_act",
     "conv_bn_act_max_pool",
+    "residual_block",
     "scale_shift_act",
 ]

@@ -1,0 +1,461 @@
+#include "cpu/conv_layer.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <mutex>
+
+#include "cpu/buffer_pool.h"
+#include "cpu/isa.h"
+
+namespace fused_resnet::cpu {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The kernels for this machine, or null.
+const ConvIsa* conv_isa() {
+#if defined(__x86_64__)
+  switch (cpu_isa()) {
+    case Isa::avx512:
+      return &kConvAvx512;
+    case Isa::avx2:
+      return &kConvAvx2;
+    case Isa::baseline:
+      return nullptr;
+  }
+#endif
+  return nullptr;
+}
+
+int64_t l2_bytes() {
+  static const int64_t bytes = [] {
+    const long reported = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return reported > 0 ? static_cast<int64_t>(reported) : int64_t{1} << 20;
+  }();
+  return bytes;
+}
+
+namespace {
+
+template <class F>
+auto with_element_type(const Tensor& tensor, const char* name, F&& f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return f(static_cast<const float*>(tensor.const_data_ptr()));
+    case ScalarType::Double:
+      return f(static_cast<const double*>(tensor.const_data_ptr()));
+    case ScalarType::BFloat16:
+      return f(static_cast<const BFloat16*>(tensor.const_data_ptr()));
+    case ScalarType::Half:
+      return f(static_cast<const Half*>(tensor.const_data_ptr()));
+    default:
+      STD_TORCH_CHECK(false, "conv_bn_act: ", name, " must be a floating-point tensor");
+  }
+}
+
+// ---- weight packing ----------------------------------------------------------------------------
+
+struct WeightShape {
+  int64_t K, C, R, S;  // C counts the channels of one group
+  Strides stride;
+  bool expanded;
+  int64_t groups, block_k;  // of the packed weight: expanded groups count as one
+
+  WeightShape(const Tensor& weight, int64_t group_count)
+      : K(weight.size(0)),
+        C(weight.size(1)),
+        R(weight.size(2)),
+        S(weight.size(3)),
+        stride{weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
+        expanded(K > 0 && is_expanded(group_count, C, K / group_count, conv_isa()->lanes)),
+        groups(expanded ? 1 : group_count),
+        block_k(expanded ? conv_isa()->lanes : conv_isa()->block_k) {}
+
+  int64_t blocks() const { return div_up(K / groups, block_k); }
+  int64_t packed_size() const { return groups * blocks() * R * S * C * block_k; }
+  int64_t source(int64_t k, int64_t c, int64_t r, int64_t s) const {
+    return k * stride.n + c * stride.c + r * stride.h + s * stride.w;
+  }
+};
+
+template <class T>
+void pack(const T* source, const WeightShape& shape, float* packed) {
+  const int64_t block_k = shape.block_k, blocks = shape.blocks();
+  const int64_t group_k = shape.K / shape.groups;
+  torch::stable::parallel_for(0, shape.groups * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t k0 = i % blocks * block_k, channel = i / blocks * group_k + k0;
+      const int64_t valid = std::min(block_k, group_k - k0);
+      float* out = packed + i * shape.R * shape.S * shape.C * block_k;
+      for (int64_t r = 0; r < shape.R; ++r) {
+        for (int64_t s = 0; s < shape.S; ++s) {
+          for (int64_t c = 0; c < shape.C; ++c, out += block_k) {
+            for (int64_t k = 0; k < valid; ++k) {
+              out[k] = static_cast<float>(source[shape.source(channel + k, c, r, s)]);
+            }
+            std::fill(out + valid, out + block_k, 0.0f);
+          }
+        }
+      }
+    }
+  });
+}
+
+// Compares a sample of the weight, spread over all of its dimensions, with its packed copy. The
+// caller keeps the two together by storage and version; this also sees updates that leave no
+// version behind, such as `weight.data.mul_(0.9)`.
+template <class T>
+bool is_packed_from(const T* source, const WeightShape& shape, const float* packed) {
+  constexpr int64_t kSamples = 32;
+  const int64_t group_k = shape.K / shape.groups, blocks = shape.blocks();
+  const int64_t block_k = shape.block_k;
+  for (int64_t i = 0; i < kSamples; ++i) {
+    // Odd multiples of i visit every one of the kSamples parts of a dimension.
+    const int64_t k = shape.K * i / kSamples;
+    const int64_t c = shape.C * (11 * i % kSamples) / kSamples;
+    const int64_t r = shape.R * (7 * i % kSamples) / kSamples;
+    const int64_t s = shape.S * (19 * i % kSamples) / kSamples;
+    const int64_t group = shape.groups == 1 ? 0 : k / group_k, in_group = k - group * group_k;
+    const int64_t block = group * blocks + in_group / block_k;
+    const int64_t tap = (block * shape.R + r) * shape.S + s;
+    const float copy = packed[(tap * shape.C + c) * block_k + in_group % block_k];
+    const float value = static_cast<float>(source[shape.source(k, c, r, s)]);
+    if (std::memcmp(&value, &copy, sizeof value) != 0) return false;
+  }
+  return true;
+}
+
+void check_weight(const Tensor& weight, int64_t groups) {
+  STD_TORCH_CHECK(conv_isa() != nullptr,
+                  "conv_bn_act: this processor has neither AVX2 nor AVX-512");
+  STD_TORCH_CHECK(weight.dim() == 4, "conv_bn_act: weight has ", weight.dim(),
+                  " dimensions, it must have 4");
+  STD_TORCH_CHECK(groups > 0 && weight.size(0) % groups == 0, "conv_bn_act: groups is ", groups,
+                  ", it must divide weight's ", weight.size(0), " output channels");
+}
+
+// Packs again if the weight changed behind its version counter's back.
+void refresh_packed(const Tensor& weight, const WeightShape& shape, const Tensor& packed) {
+  STD_TORCH_CHECK(packed.numel() == shape.packed_size(), "conv_bn_act: packed has ", packed.numel(),
+                  " elements, weight needs ", shape.packed_size());
+  if (weight.numel() == 0) return;
+  with_element_type(weight, "weight", [&](const auto* source) {
+    float* destination = static_cast<float*>(packed.mutable_data_ptr());
+    if (is_packed_from(source, shape, destination)) return;
+    static std::mutex mutex;
+    std::lock_guard lock(mutex);
+    if (!is_packed_from(source, shape, destination)) {
+      pack(source, shape, destination);
+    }
+  });
+}
+
+// ---- batch norm --------------------------------------------------------------------------------
+
+void read_channels(const Tensor& source, const char* name, std::vector<double>& out) {
+  const int64_t K = static_cast<int64_t>(out.size());
+  STD_TORCH_CHECK(source.dim() == 1 && source.size(0) == K, "conv_bn_act: ", name, " has ",
+                  source.numel(), " elements, weight has ", K, " output channels");
+  const int64_t stride = source.stride(0);
+  with_element_type(source, name, [&](const auto* p) {
+    for (int64_t k = 0; k < K; ++k) out[k] = static_cast<double>(p[k * stride]);
+  });
+}
+
+// y = (x + bias - mean) / sqrt(var + eps) * weight + beta, written as x * scale + shift: in
+// float64, rounded once. Returns all scales, then all shifts, in the kernel's blocks of channels.
+std::vector<float> scale_and_shift(const ConvLayer& layer, const WeightShape& shape) {
+  const int64_t K = shape.K;
+  std::vector<double> scale(K), shift(K), other(K);
+  read_channels(layer.running_var, "running_var", scale);
+  for (double& v : scale) v = 1.0 / std::sqrt(v + layer.eps);
+  if (layer.bn_weight) {
+    read_channels(*layer.bn_weight, "bn_weight", other);
+    for (int64_t k = 0; k < K; ++k) scale[k] *= other[k];
+  }
+  read_channels(layer.running_mean, "running_mean", shift);
+  if (layer.bias) {
+    read_channels(*layer.bias, "bias", other);
+    for (int64_t k = 0; k < K; ++k) shift[k] -= other[k];
+  }
+  for (int64_t k = 0; k < K; ++k) shift[k] *= -scale[k];
+  if (layer.bn_bias) {
+    read_channels(*layer.bn_bias, "bn_bias", other);
+    for (int64_t k = 0; k < K; ++k) shift[k] += other[k];
+  }
+  const int64_t group_k = K / shape.groups, padded = shape.blocks() * shape.block_k;
+  std::vector<float> blocked(2 * shape.groups * padded, 0.0f);
+  for (int64_t group = 0; group < shape.groups; ++group) {
+    for (int64_t k = 0; k < group_k; ++k) {
+      blocked[group * padded + k] = static_cast<float>(scale[group * group_k + k]);
+      blocked[(shape.groups + group) * padded + k] = static_cast<float>(shift[group * group_k + k]);
+    }
+  }
+  return blocked;
+}
+
+// As F.batch_norm has it: the weight's dtype for all, or float32 for all beside 16-bit weights.
+void check_norm_dtypes(const ConvLayer& layer) {
+  const ScalarType dtype = layer.running_mean.scalar_type(), input = layer.weight.scalar_type();
+  const bool alike = layer.running_var.scalar_type() == dtype &&
+                     (!layer.bn_weight || layer.bn_weight->scalar_type() == dtype) &&
+                     (!layer.bn_bias || layer.bn_bias->scalar_type() == dtype);
+  STD_TORCH_CHECK(alike && (dtype == input || dtype == ScalarType::Float),
+                  "conv_bn_act: the batch-norm tensors must all have weight's dtype, or float32");
+  STD_TORCH_CHECK(!layer.bias || layer.bias->scalar_type() == input,
+                  "conv_bn_act: bias must have weight's dtype");
+}
+
+Dtype kernel_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "conv_bn_act: input must be float32, bfloat16 or float16");
+  }
+}
+
+}  // namespace
+
+Tensor pack_conv_weight(Tensor weight, int64_t groups) {
+  check_weight(weight, groups);
+  const WeightShape shape(weight, groups);
+  Tensor packed = pool_tensor({shape.packed_size()}, {1}, ScalarType::Float);
+  with_element_type(weight, "weight", [&](const auto* source) {
+    pack(source, shape, static_cast<float*>(packed.mutable_data_ptr()));
+  });
+  return packed;
+}
+
+PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W,
+                             ScalarType dtype)
+    : conv{} {
+  const Tensor& weight = layer.weight;
+  check_weight(weight, layer.groups);
+  STD_TORCH_CHECK(C == weight.size(1) * layer.groups, "conv_bn_act: weight has ",
+                  weight.size(1) * layer.groups, " input channels, input has ", C,
+                  " (groups=", layer.groups, ")");
+  STD_TORCH_CHECK(dtype == weight.scalar_type(),
+                  "conv_bn_act: input and weight must have one dtype");
+  STD_TORCH_CHECK(layer.stride_h > 0 && layer.stride_w > 0 && layer.dil_h > 0 && layer.dil_w > 0 &&
+                      layer.pad_h >= 0 && layer.pad_w >= 0,
+                  "conv_bn_act: stride and dilation must be positive, padding not negative");
+  conv.N = N;
+  conv.C = C;
+  conv.H = H;
+  conv.W = conv.last_w = W;
+  conv.K = weight.size(0);
+  conv.R = weight.size(2);
+  conv.S = weight.size(3);
+  conv.stride_h = layer.stride_h;
+  conv.stride_w = layer.stride_w;
+  conv.pad_h = layer.pad_h;
+  conv.pad_w = layer.pad_w;
+  conv.dil_h = layer.dil_h;
+  conv.dil_w = layer.dil_w;
+  conv.groups = layer.groups;
+  conv.dtype = kernel_dtype(dtype);
+  const int64_t filter_h = conv.dil_h * (conv.R - 1) + 1, padded_h = H + 2 * conv.pad_h;
+  const int64_t filter_w = conv.dil_w * (conv.S - 1) + 1, padded_w = W + 2 * conv.pad_w;
+  STD_TORCH_CHECK(conv.R > 0 && conv.S > 0 && padded_h >= filter_h && padded_w >= filter_w,
+                  "conv_bn_act: the filter, ", filter_h, " x ", filter_w,
+                  ", is larger than the padded input, ", padded_h, " x ", padded_w);
+  STD_TORCH_CHECK(conv.R * conv.S <= kMaxRuns, "conv_bn_act: weight has ", conv.R * conv.S,
+                  " taps, at most ", kMaxRuns, " are supported");
+  conv.P = (padded_h - filter_h) / conv.stride_h + 1;
+  conv.Q = conv.last_q = (padded_w - filter_w) / conv.stride_w + 1;
+
+  check_norm_dtypes(layer);
+  const WeightShape shape(weight, layer.groups);
+  refresh_packed(weight, shape, layer.packed);
+  scale_shift_ = scale_and_shift(layer, shape);
+  conv.weight = static_cast<const float*>(layer.packed.const_data_ptr());
+  conv.scale = scale_shift_.data();
+  conv.shift = conv.scale + scale_shift_.size() / 2;
+  conv.expanded = shape.expanded;
+}
+
+// ---- tasks -------------------------------------------------------------------------------------
+
+namespace {
+
+// Consecutive pixels to a row of a flattened pointwise convolution: two groups of a tile.
+constexpr int64_t kFlatRow = 14;
+
+bool evenly_spaced(const Strides& s, int64_t width) {
+  return s.h == width * s.w;
+}
+
+// A pointwise convolution does not care where a row of the image ends.
+void flatten_pixels(Conv& conv) {
+  if (!is_pointwise(conv) || conv.has_pool || conv.stride_h != 1 || conv.stride_w != 1 ||
+      conv.pad_h != 0 || conv.pad_w != 0 || !evenly_spaced(conv.in, conv.W) ||
+      !evenly_spaced(conv.out, conv.Q) ||
+      (conv.residual != nullptr && !evenly_spaced(conv.res, conv.Q))) {
+    return;
+  }
+  const int64_t pixels = conv.P * conv.Q;
+  conv.W = conv.Q = std::min(kFlatRow, pixels);
+  conv.H = conv.P = div_up(pixels, conv.Q);
+  conv.last_w = conv.last_q = pixels - (conv.P - 1) * conv.Q;
+  for (Strides* s : {&conv.in, &conv.out, &conv.res}) s->h = conv.Q * s->w;
+}
+
+struct Split {
+  int64_t rows, row_tasks;      // output rows in a task, tasks along the rows
+  int64_t blocks, block_tasks;  // likewise blocks of output channels
+};
+
+// Two ways to share the work out, by what is larger. Heavy weights, late in a network: each thread
+// takes some of the output channels and all pixels, so that it reads only its part of the weights.
+// Light weights, early in a network: each task takes some rows and all channels, few enough that
+// the rows it reads, writes and adds fit the second-level cache, and their halo is not gathered
+// twice.
+Split split(const Conv& conv, int64_t block_k, int64_t threads) {
+  const int64_t item = conv.dtype == Dtype::kFloat32 ? 4 : 2;
+  const int64_t rows = conv.N * (conv.has_pool ? conv.pool.P : conv.P);
+  const int64_t blocks = div_up(group_k(conv), block_k);
+  // A task on expanded groups has one block of output channels, and gathers the input for it alone.
+  const int64_t task_k = conv.expanded ? block_k : group_k(conv);
+  const int64_t weight_bytes = reduction(conv) * group_k(conv) * 4;
+  const int64_t halo = conv.has_pool ? conv.pool.stride_h : 1;
+  const int64_t row_bytes =
+      halo * (conv.stride_h * conv.W * group_c(conv) * (conv.expanded ? block_k : 1) * 4 +
+              conv.Q * task_k * (conv.has_pool ? 4 : item) * (conv.residual ? 2 : 1));
+  const bool heavy = weight_bytes > l2_bytes() / 2;
+
+  Split s;
+  s.block_tasks = conv.expanded ? blocks : 1;
+  if (!conv.has_pool && !conv.expanded && (heavy || rows < 2 * threads))
+    s.block_tasks = std::min(threads, blocks);
+  s.blocks = div_up(blocks, s.block_tasks);
+  s.block_tasks = div_up(blocks, s.blocks);
+
+  // Two blocks of weights, the current and the next, share the cache with the rows.
+  const int64_t block_bytes = reduction(conv) * block_k * 4;
+  const int64_t budget = std::clamp(l2_bytes() - 2 * block_bytes, l2_bytes() / 8, l2_bytes() / 2);
+  const int64_t most =
+      std::clamp<int64_t>(budget / std::max<int64_t>(row_bytes, 1), 1, std::max<int64_t>(rows, 1));
+  const int64_t row_threads = std::max<int64_t>(1, threads / (s.block_tasks * work_groups(conv)));
+  double best = 0;
+  for (int64_t r = most; r >= 1; --r) {
+    // Time in units of the ideal: the busiest thread's share, the rows of halo gathered again by
+    // every task, and what a thread that falls behind can hand over to the others.
+    const int64_t rounds = div_up(div_up(rows, r), row_threads);
+    const double share = static_cast<double>(rounds * r * row_threads) / static_cast<double>(rows);
+    const double halo_cost =
+        0.02 * static_cast<double>(conv.R - 1) / static_cast<double>(r * conv.stride_h);
+    const double straggler_cost = row_threads > 1 ? 0.05 / static_cast<double>(rounds) : 0.0;
+    const double cost = share + halo_cost + straggler_cost;
+    if (r == most || cost < best) {
+      best = cost;
+      s.rows = r;
+    }
+  }
+  s.row_tasks = div_up(rows, s.rows);
+  return s;
+}
+
+// Scratch memory of a thread, kept between calls.
+void* scratch_memory(int64_t bytes) {
+  struct Buffer {
+    void* memory = nullptr;
+    int64_t size = 0;
+    ~Buffer() {
+      if (memory) pool_release(memory);
+    }
+  };
+  thread_local Buffer buffer;
+  if (buffer.size < bytes) {
+    if (buffer.memory) pool_release(buffer.memory);
+    buffer.memory = nullptr;
+    buffer.memory = pool_allocate(static_cast<size_t>(bytes));
+    buffer.size = bytes;
+  }
+  return buffer.memory;
+}
+
+}  // namespace
+
+void run_conv(Conv conv) {
+  if (conv.N == 0) return;
+  flatten_pixels(conv);
+  const ConvIsa& isa = *conv_isa();
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t block_k = conv.expanded ? isa.lanes : isa.block_k;
+  const Split s = split(conv, block_k, threads);
+  const int64_t rows = conv.N * (conv.has_pool ? conv.pool.P : conv.P);
+  const int64_t blocks = div_up(group_k(conv), block_k);
+  const int64_t tasks = s.row_tasks * s.block_tasks * work_groups(conv);
+  std::atomic<int64_t> next{0};
+  auto worker = [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      Task task;
+      // Rows vary fastest: a thread goes on with the weights it has in its cache.
+      const int64_t row_task = i % s.row_tasks, rest = i / s.row_tasks;
+      task.row_begin = row_task * s.rows;
+      task.row_end = std::min(rows, task.row_begin + s.rows);
+      task.block_begin = rest % s.block_tasks * s.blocks;
+      task.block_end = std::min(blocks, task.block_begin + s.blocks);
+      task.group = rest / s.block_tasks;
+      isa.run(conv, task, scratch_memory(isa.scratch_bytes(conv, task)));
+    }
+  };
+  torch::stable::parallel_for(0, std::min(threads, tasks), 1, worker);
+}
+
+// ---- tensors -----------------------------------------------------------------------------------
+
+Strides strides_of(const Tensor& t) {
+  return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+Strides dense_strides(int64_t C, int64_t H, int64_t W, bool channels_last) {
+  return channels_last ? Strides{C * H * W, 1, W * C, C} : Strides{C * H * W, H * W, W, 1};
+}
+
+// Whether the strides are those of channels_last, ties broken as torch breaks them.
+bool is_channels_last(const Tensor& t) {
+  int64_t least = 0;
+  if (t.stride(1) == 0) return false;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) == 0 || t.stride(d) < least) return false;
+    // N x C x 1 x 1 with all strides alike is contiguous.
+    if (d == 0 && least == t.stride(1)) return false;
+    least = t.stride(d) * std::max<int64_t>(t.size(d), 1);
+  }
+  return true;
+}
+
+// An uninitialised tensor in the pool's memory.
+Tensor pool_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                   ScalarType dtype) {
+  int64_t bytes = dtype == ScalarType::Float ? 4 : 2;
+  for (const int64_t size : sizes) bytes *= size;
+  void* memory = pool_allocate(static_cast<size_t>(bytes));
+  return torch::stable::from_blob(memory, sizes, strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
+                                  pool_release);
+}
+
+Tensor empty_activation(int64_t N, int64_t C, int64_t H, int64_t W, ScalarType dtype,
+                        bool channels_last) {
+  const Strides s = dense_strides(C, H, W, channels_last);
+  return pool_tensor({N, C, H, W}, {s.n, s.c, s.h, s.w}, dtype);
+}
+
+}  // namespace fused_resnet::cpu

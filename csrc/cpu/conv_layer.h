@@ -1,0 +1,63 @@
+// A convolution and its batch norm as the operators receive them, and what the kernel makes of
+// them.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cpu/conv.h"
+
+namespace fused_resnet::cpu {
+
+struct ConvLayer {
+  torch::stable::Tensor weight, packed, running_mean, running_var;
+  std::optional<torch::stable::Tensor> bn_weight, bn_bias, bias;
+  double eps;
+  int64_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
+};
+
+// The kernels for this machine, or null.
+const ConvIsa* conv_isa();
+
+// A weight (K, C / groups, R, S) in the kernel's layout; see weight_offset() in conv.h.
+torch::stable::Tensor pack_conv_weight(torch::stable::Tensor weight, int64_t groups);
+
+// A layer on inputs of one size: geometry checked, weights known to be current, batch norm turned
+// into a scale and a shift. `conv` lacks only its tensors, strides, ReLU and pooling.
+class PreparedLayer {
+ public:
+  PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W,
+                torch::headeronly::ScalarType dtype);
+  PreparedLayer(PreparedLayer&&) = default;
+  PreparedLayer(const PreparedLayer&) = delete;  // `conv` points into scale_shift_
+  Conv conv;
+
+ private:
+  std::vector<float> scale_shift_;
+};
+
+// Runs the convolution on torch's threads.
+void run_conv(Conv conv);
+
+// How many bytes of the second-level cache a core has.
+int64_t l2_bytes();
+
+// What conv2d's output would be in memory, given its input or its weight.
+bool is_channels_last(const torch::stable::Tensor& tensor);
+
+// A 4-d tensor's strides in a layout.
+Strides dense_strides(int64_t C, int64_t H, int64_t W, bool channels_last);
+Strides strides_of(const torch::stable::Tensor& tensor);
+
+// An uninitialised tensor in the pool's memory.
+torch::stable::Tensor pool_tensor(const std::vector<int64_t>& sizes,
+                                  const std::vector<int64_t>& strides,
+                                  torch::headeronly::ScalarType dtype);
+torch::stable::Tensor empty_activation(int64_t N, int64_t C, int64_t H, int64_t W,
+                                       torch::headeronly::ScalarType dtype, bool channels_last);
+
+}  // namespace fused_resnet::cpu

@@ -1,0 +1,172 @@
+// The operator residual_block_packed of the CPU backend: a whole BasicBlock or Bottleneck.
+//
+//   h[0] = input,  h[i] = relu(bn_i(conv_i(h[i-1])))  for all convolutions but the last,
+//   out  = relu(bn(conv(h)) + shortcut),  shortcut = input, or bn(conv(input)) for a projection.
+//
+// One call instead of three or four; and where a block's weights fit the second-level cache, its
+// convolutions run one after the other on as few images as keep h in that cache too, so that of the
+// activations only input and output pass through memory. A projection is written to the output's
+// memory, and the last convolution adds it from there, element by element before it overwrites it.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/buffer_pool.h"
+#include "cpu/conv_layer.h"
+
+namespace fused_resnet::cpu {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr size_t kTensorsPerLayer = 7, kNumbersPerLayer = 7;
+
+// A tensor without elements stands for one that is absent.
+std::optional<Tensor> present(const Tensor& tensor) {
+  return tensor.numel() == 0 ? std::nullopt : std::optional<Tensor>(tensor);
+}
+
+std::vector<ConvLayer> make_layers(const std::vector<Tensor>& tensors,
+                                   const std::vector<int64_t>& numbers,
+                                   const std::vector<double>& eps) {
+  const size_t count = eps.size();
+  STD_TORCH_CHECK(
+      tensors.size() == count * kTensorsPerLayer && numbers.size() == count * kNumbersPerLayer,
+      "residual_block: ", tensors.size(), " tensors and ", numbers.size(), " numbers for ", count,
+      " convolutions");
+  std::vector<ConvLayer> layers;
+  layers.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor* t = &tensors[i * kTensorsPerLayer];
+    const int64_t* n = &numbers[i * kNumbersPerLayer];
+    layers.push_back({t[0], t[1], t[2], t[3], present(t[4]), present(t[5]), present(t[6]), eps[i],
+                      n[0], n[1], n[2], n[3], n[4], n[5], n[6]});
+  }
+  return layers;
+}
+
+// Memory of the pool for the time of a call.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) : memory_(pool_allocate(static_cast<size_t>(bytes))) {}
+  ~Buffer() { pool_release(memory_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  void* get() const { return memory_; }
+
+ private:
+  void* memory_;
+};
+
+int64_t activation_bytes(const Conv& conv, int64_t item) {
+  return conv.K * conv.P * conv.Q * item;
+}
+
+// Images to take through all convolutions together.
+int64_t images_at_once(const std::vector<PreparedLayer>& layers, int64_t inner, int64_t item) {
+  const int64_t N = layers[0].conv.N;
+  int64_t weight_bytes = 0, hidden_bytes = 0;
+  for (const PreparedLayer& layer : layers) {
+    weight_bytes += reduction(layer.conv) * layer.conv.K * 4;
+  }
+  for (int64_t i = 0; i < inner; ++i) hidden_bytes += activation_bytes(layers[i].conv, item);
+  if (weight_bytes > l2_bytes()) return N;
+  const int64_t cache = l2_bytes() * torch::stable::get_num_threads();
+  return std::clamp<int64_t>(cache / std::max<int64_t>(hidden_bytes, 1), 1, N);
+}
+
+// `tensors` holds for every convolution weight, packed weight, running_mean, running_var,
+// bn_weight, bn_bias and bias; `numbers` stride, padding and dilation, each (h, w), and groups. A
+// projection comes last.
+Tensor residual_block_packed(Tensor input, std::vector<Tensor> tensors,
+                             std::vector<int64_t> numbers, std::vector<double> eps,
+                             bool has_projection) {
+  STD_TORCH_CHECK(input.dim() == 4, "residual_block: input has ", input.dim(),
+                  " dimensions, it must have 4");
+  const std::vector<ConvLayer> layers = make_layers(tensors, numbers, eps);
+  STD_TORCH_CHECK(layers.size() >= (has_projection ? 2 : 1), "residual_block: ", layers.size(),
+                  " convolutions are too few");
+  const auto dtype = input.scalar_type();
+  const int64_t last = static_cast<int64_t>(layers.size()) - (has_projection ? 2 : 1);
+  const int64_t N = input.size(0), item = static_cast<int64_t>(input.element_size());
+
+  bool channels_last = is_channels_last(input);
+  std::vector<PreparedLayer> prepared;
+  prepared.reserve(layers.size());
+  int64_t C = input.size(1), H = input.size(2), W = input.size(3);
+  for (int64_t i = 0; i <= last; ++i) {
+    prepared.emplace_back(layers[i], N, C, H, W, dtype);
+    const Conv& conv = prepared.back().conv;
+    C = conv.K, H = conv.P, W = conv.Q;
+    channels_last |= is_channels_last(layers[i].weight);
+  }
+  int64_t shortcut_c = input.size(1), shortcut_h = input.size(2), shortcut_w = input.size(3);
+  if (has_projection) {
+    prepared.emplace_back(layers.back(), N, shortcut_c, shortcut_h, shortcut_w, dtype);
+    const Conv& conv = prepared.back().conv;
+    shortcut_c = conv.K, shortcut_h = conv.P, shortcut_w = conv.Q;
+  }
+  STD_TORCH_CHECK(shortcut_c == C && shortcut_h == H && shortcut_w == W,
+                  "residual_block: the shortcut is ", shortcut_c, " x ", shortcut_h, " x ",
+                  shortcut_w, ", the last convolution's output is ", C, " x ", H, " x ", W);
+
+  Tensor output = empty_activation(N, C, H, W, dtype, channels_last);
+  if (N == 0) return output;
+  const int64_t at_once = images_at_once(prepared, last, item);
+  // Two buffers in turn: a convolution reads one and writes the other.
+  int64_t hidden_bytes[2] = {1, 1};
+  for (int64_t i = 0; i < last; ++i) {
+    hidden_bytes[i % 2] =
+        std::max(hidden_bytes[i % 2], at_once * activation_bytes(prepared[i].conv, item));
+  }
+  const Buffer hidden[2] = {Buffer(hidden_bytes[0]), Buffer(hidden_bytes[1])};
+  const Strides in = strides_of(input), out = strides_of(output);
+
+  for (int64_t n = 0; n < N; n += at_once) {
+    const char* image = static_cast<const char*>(input.const_data_ptr()) + n * in.n * item;
+    char* result = static_cast<char*>(output.mutable_data_ptr()) + n * out.n * item;
+    const void* source = image;
+    Strides source_strides = in;
+    auto run = [&](Conv conv, const void* from, const Strides& from_strides, void* to,
+                   const Strides& to_strides, const Conv& next) {
+      conv.N = std::min(at_once, N - n);
+      conv.input = from;
+      conv.in = from_strides;
+      conv.output = to;
+      conv.out = to_strides;
+      conv.next_weight = next.weight;
+      conv.next_weight_size = next.K * reduction(next);
+      run_conv(conv);
+    };
+    for (int64_t i = 0; i < last; ++i) {
+      Conv conv = prepared[i].conv;
+      conv.relu = true;
+      const Strides strides = dense_strides(conv.K, conv.P, conv.Q, true);
+      run(conv, source, source_strides, hidden[i % 2].get(), strides, prepared[i + 1].conv);
+      source = hidden[i % 2].get();
+      source_strides = strides;
+    }
+    if (has_projection) {
+      run(prepared.back().conv, image, in, result, out, prepared[last].conv);
+    }
+    Conv conv = prepared[last].conv;
+    conv.relu = true;
+    conv.residual = has_projection ? result : image;
+    conv.res = has_projection ? out : in;
+    run(conv, source, source_strides, result, out, prepared[0].conv);
+  }
+  return output;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m)
+{
+  m.impl("residual_block_packed", TORCH_BOX(&residual_block_packed));
+}
+
+}  // namespace fused_resnet::cpu
