@@ -123,13 +123,15 @@ def _whole_block(
     pairs: list[tuple[nn.Module, nn.Module]], downsample: nn.Module | None, x: Tensor
 ) -> Tensor | None:
     """All of a block in one call of its backend, or None where it has to run in steps."""
+    if torch.compiler.is_compiling():
+        return None
     if downsample is not None:
         if downsample_obstacle(downsample) is not None:
             return None
         pairs.append(tuple(downsample._modules.values()))
     layers = []
     for conv, norm in pairs:
-        if uses_batch_statistics(norm) or not keeps_dtype(norm, x):
+        if uses_batch_statistics(norm) or not keeps_dtype(norm, x) or not norm.eps >= 0:
             return None
         layers.append(conv_arguments(conv, norm, x)[1:])
     return ops.residual_block(x, layers, downsample is not None)

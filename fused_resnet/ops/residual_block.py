@@ -26,12 +26,10 @@ def residual_block(input: Tensor, layers: Sequence[tuple], has_projection: bool)
         (N, K, P, Q), or None where the block has to be run convolution by convolution: the backend
         does not do these, or something besides the kernel has to see each of them.
     """
-    run = getattr(backends.choose(input.device.type), "residual_block", None)
-    if run is None:
-        return None
     tensors = [input]
     for weight, running_mean, running_var, bn_weight, bn_bias, _, bias, *_ in layers:
         tensors += (weight, running_mean, running_var, bn_weight, bn_bias, bias)
     if not nothing_intercepts(*tensors) or needs_grad(*tensors):
         return None
-    return run(input, layers, has_projection)
+    run = getattr(backends.choose(input.device.type), "residual_block", None)
+    return None if run is None else run(input, layers, has_projection)
