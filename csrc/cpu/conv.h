@@ -3,6 +3,7 @@
 //
 //   out[n,k,p,q] = act(scale[k] * sum_{c,r,s} in[n, c, p*stride+r*dil-pad, q*stride+s*dil-pad]
 //                                             * w[k,c,r,s]  +  shift[k]  +  residual[n,k,p,q])
+//   scale = bn_weight / sqrt(running_var + eps),  shift = bn_bias + (bias - running_mean) * scale
 //
 // Memory traffic: input, packed weight and residual are read once from memory (a weight that
 // exceeds the second-level cache once per chunk of output rows), the output is written once.
@@ -28,6 +29,12 @@ struct Strides {
   int64_t n, c, h, w;
 };
 
+// Batch norm with running statistics; weight and bias may be null.
+struct Norm {
+  const float *mean, *var, *weight, *bias;
+  float eps;
+};
+
 struct MaxPool {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
   int64_t P, Q;  // size of the pooled output
@@ -45,9 +52,9 @@ struct Conv {
   int64_t last_w, last_q;
   Strides in, out, res;
   const void* input;
-  const float* weight;   // packed, see weight_offset()
-  const float* scale;    // block_k-padded per group
-  const float* shift;    // likewise
+  const float* weight;  // packed, see weight_offset()
+  const float* bias;    // the convolution's own; may be null
+  Norm norm;
   const void* residual;  // null: none
   void* output;
   // The packed weight that is wanted after this one, to be brought into the cache; may be null.

@@ -18,6 +18,10 @@ inline __attribute__((always_inline)) Vec broadcast(float x) {
   return (Vec)_mm256_set1_ps(x);
 }
 
+inline __attribute__((always_inline)) Vec square_root(Vec x) {
+  return (Vec)_mm256_sqrt_ps((__m256)x);
+}
+
 inline __attribute__((always_inline)) Vec load_f16(const uint16_t* p) {
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }

@@ -18,6 +18,10 @@ inline __attribute__((always_inline)) Vec broadcast(float x) {
   return (Vec)_mm512_set1_ps(x);
 }
 
+inline __attribute__((always_inline)) Vec square_root(Vec x) {
+  return (Vec)_mm512_sqrt_ps((__m512)x);
+}
+
 inline __attribute__((always_inline)) Vec load_f16(const uint16_t* p) {
   return (Vec)_mm512_maskz_cvtph_ps(0xffff,
                                     _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -2,9 +2,9 @@
 //   FR_VECTOR_BYTES   width of a vector register
 //   FR_TILE_PIXELS    pixels in one group of a register tile; a tile has one or two groups
 //   FR_CONV_ISA       name of the exported ConvIsa
-// and what the vector extension has no expression for: broadcast(), load_f16() and store_f16(). No
-// standard header beyond <cstdint> may be included here: an inline library function compiled for
-// this instruction set could replace the portable one at link time.
+// and what the vector extension has no expression for: broadcast(), square_root(), load_f16() and
+// store_f16(). No standard header beyond <cstdint> may be included here: an inline library function
+// compiled for this instruction set could replace the portable one at link time.
 //
 // Reading order, which is execution order: gather -> product -> epilogue -> pool -> run.
 
@@ -241,6 +241,29 @@ struct Epilogue {
   bool relu, vectorised;
 };
 
+// Scale and shift of a block of output channels, from `channel` on, `count` of them.
+FR_INLINE void scale_and_shift(const Conv& conv, int64_t channel, int64_t count, float* scale,
+                               float* shift) {
+  // A tensor's channels of this block; what lies behind the last channel is not read.
+  alignas(64) float partial[kBlockK];
+  auto load = [&](const float* tensor, float absent, int v) {
+    if (tensor == nullptr) return broadcast(absent);
+    const int64_t first = v * kLanes;
+    if (first + kLanes <= count) return Float32::load(tensor + channel + first);
+    for (int64_t k = first; k < first + kLanes; ++k) {
+      partial[k] = k < count ? tensor[channel + k] : absent;
+    }
+    return Float32::load(partial + first);
+  };
+  for (int v = 0; v < kVectors; ++v) {
+    const Vec deviation = square_root(load(conv.norm.var, 1.0f, v) + conv.norm.eps);
+    const Vec a = load(conv.norm.weight, 1.0f, v) / deviation;
+    const Vec centre = load(conv.bias, 0.0f, v) - load(conv.norm.mean, 0.0f, v);
+    Float32::store(scale + v * kLanes, a);
+    Float32::store(shift + v * kLanes, load(conv.norm.bias, 0.0f, v) + centre * a);
+  }
+}
+
 // Any strides and any number of channels, one value at a time.
 template <class T, int kPixels>
 __attribute__((noinline)) void store_strided(const float* tile, int64_t width, int64_t out,
@@ -430,12 +453,14 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, Ep
   const int64_t width = block_k(conv), channels = group_k(conv), blocks = div_up(channels, width);
   const Epilogue<T> base = e;
   for (int64_t block = task.block_begin; block < task.block_end; ++block) {
-    const int64_t k = block * width, padded = task.group * blocks * width + k;
+    const int64_t k = block * width;
     const int64_t valid = channels - k < width ? channels - k : width;
     const int vectors = valid <= kLanes ? 1 : 2;
     const int64_t channel = task.group * channels + k;
-    e.scale = conv.scale + padded;
-    e.shift = conv.shift + padded;
+    alignas(64) float scale[kBlockK], shift[kBlockK];
+    scale_and_shift(conv, channel, valid, scale, shift);
+    e.scale = scale;
+    e.shift = shift;
     e.output = base.output + channel * base.out_channel;
     e.residual = base.residual ? base.residual + channel * base.res_channel : nullptr;
     e.channels = valid;

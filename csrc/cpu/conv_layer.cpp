@@ -162,46 +162,20 @@ void refresh_packed(const Tensor& weight, const WeightShape& shape, const Tensor
 
 // ---- batch norm --------------------------------------------------------------------------------
 
-void read_channels(const Tensor& source, const char* name, std::vector<double>& out) {
-  const int64_t K = static_cast<int64_t>(out.size());
+// The channels of a batch-norm tensor as float32, in place where they already are.
+const float* as_float32(const Tensor& source, const char* name, int64_t K,
+                        std::vector<float>& copy) {
   STD_TORCH_CHECK(source.dim() == 1 && source.size(0) == K, "conv_bn_act: ", name, " has ",
                   source.numel(), " elements, weight has ", K, " output channels");
   const int64_t stride = source.stride(0);
+  if (source.scalar_type() == ScalarType::Float && stride == 1) {
+    return static_cast<const float*>(source.const_data_ptr());
+  }
+  copy.resize(K);
   with_element_type(source, name, [&](const auto* p) {
-    for (int64_t k = 0; k < K; ++k) out[k] = static_cast<double>(p[k * stride]);
+    for (int64_t k = 0; k < K; ++k) copy[k] = static_cast<float>(p[k * stride]);
   });
-}
-
-// y = (x + bias - mean) / sqrt(var + eps) * weight + beta, written as x * scale + shift: in
-// float64, rounded once. Returns all scales, then all shifts, in the kernel's blocks of channels.
-std::vector<float> scale_and_shift(const ConvLayer& layer, const WeightShape& shape) {
-  const int64_t K = shape.K;
-  std::vector<double> scale(K), shift(K), other(K);
-  read_channels(layer.running_var, "running_var", scale);
-  for (double& v : scale) v = 1.0 / std::sqrt(v + layer.eps);
-  if (layer.bn_weight) {
-    read_channels(*layer.bn_weight, "bn_weight", other);
-    for (int64_t k = 0; k < K; ++k) scale[k] *= other[k];
-  }
-  read_channels(layer.running_mean, "running_mean", shift);
-  if (layer.bias) {
-    read_channels(*layer.bias, "bias", other);
-    for (int64_t k = 0; k < K; ++k) shift[k] -= other[k];
-  }
-  for (int64_t k = 0; k < K; ++k) shift[k] *= -scale[k];
-  if (layer.bn_bias) {
-    read_channels(*layer.bn_bias, "bn_bias", other);
-    for (int64_t k = 0; k < K; ++k) shift[k] += other[k];
-  }
-  const int64_t group_k = K / shape.groups, padded = shape.blocks() * shape.block_k;
-  std::vector<float> blocked(2 * shape.groups * padded, 0.0f);
-  for (int64_t group = 0; group < shape.groups; ++group) {
-    for (int64_t k = 0; k < group_k; ++k) {
-      blocked[group * padded + k] = static_cast<float>(scale[group * group_k + k]);
-      blocked[(shape.groups + group) * padded + k] = static_cast<float>(shift[group * group_k + k]);
-    }
-  }
-  return blocked;
+  return copy.data();
 }
 
 // As F.batch_norm has it: the weight's dtype for all, or float32 for all beside 16-bit weights.
@@ -282,10 +256,15 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
   check_norm_dtypes(layer);
   const WeightShape shape(weight, layer.groups);
   refresh_packed(weight, shape, layer.packed);
-  scale_shift_ = scale_and_shift(layer, shape);
   conv.weight = static_cast<const float*>(layer.packed.const_data_ptr());
-  conv.scale = scale_shift_.data();
-  conv.shift = conv.scale + scale_shift_.size() / 2;
+  conv.norm.mean = as_float32(layer.running_mean, "running_mean", conv.K, copies_[0]);
+  conv.norm.var = as_float32(layer.running_var, "running_var", conv.K, copies_[1]);
+  if (layer.bn_weight) {
+    conv.norm.weight = as_float32(*layer.bn_weight, "bn_weight", conv.K, copies_[2]);
+  }
+  if (layer.bn_bias) conv.norm.bias = as_float32(*layer.bn_bias, "bn_bias", conv.K, copies_[3]);
+  if (layer.bias) conv.bias = as_float32(*layer.bias, "bias", conv.K, copies_[4]);
+  conv.norm.eps = static_cast<float>(layer.eps);
   conv.expanded = shape.expanded;
 }
 
@@ -320,48 +299,55 @@ struct Split {
   int64_t blocks, block_tasks;  // likewise blocks of output channels
 };
 
-// Two ways to share the work out, by what is larger. Heavy weights, late in a network: each thread
-// takes some of the output channels and all pixels, so that it reads only its part of the weights.
-// Light weights, early in a network: each task takes some rows and all channels, few enough that
-// the rows it reads, writes and adds fit the second-level cache, and their halo is not gathered
-// twice.
+// Two ways to share the work out. Where a thread would have few pixels for each weight it reads,
+// late in a network at batch 1, threads divide the output channels, and each reads only its part of
+// the weights. Elsewhere they divide the rows; a task takes as many as its caches hold.
 Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   const int64_t item = conv.dtype == Dtype::kFloat32 ? 4 : 2;
   const int64_t rows = conv.N * (conv.has_pool ? conv.pool.P : conv.P);
   const int64_t blocks = div_up(group_k(conv), block_k);
-  // A task on expanded groups has one block of output channels, and gathers the input for it alone.
-  const int64_t task_k = conv.expanded ? block_k : group_k(conv);
   const int64_t weight_bytes = reduction(conv) * group_k(conv) * 4;
-  const int64_t halo = conv.has_pool ? conv.pool.stride_h : 1;
-  const int64_t row_bytes =
-      halo * (conv.stride_h * conv.W * group_c(conv) * (conv.expanded ? block_k : 1) * 4 +
-              conv.Q * task_k * (conv.has_pool ? 4 : item) * (conv.residual ? 2 : 1));
-  const bool heavy = weight_bytes > l2_bytes() / 2;
+  const bool streams_weights = weight_bytes > l2_bytes() / 2;
+  const bool few_pixels = rows * conv.Q < 128 * threads;
 
   Split s;
   s.block_tasks = conv.expanded ? blocks : 1;
-  if (!conv.has_pool && !conv.expanded && (heavy || rows < 2 * threads))
+  if (!conv.has_pool && !conv.expanded && ((streams_weights && few_pixels) || rows < 2 * threads)) {
     s.block_tasks = std::min(threads, blocks);
+  }
   s.blocks = div_up(blocks, s.block_tasks);
   s.block_tasks = div_up(blocks, s.blocks);
 
-  // Two blocks of weights, the current and the next, share the cache with the rows.
+  // The most rows whose input, output and residual fit the second-level cache beside two blocks of
+  // weights, the current and the next. A task on expanded groups has one block of output channels.
+  const int64_t task_k = conv.expanded ? block_k : group_k(conv);
+  const int64_t in_pixels = (conv.R == 1 ? 1 : conv.stride_h) * (conv.S == 1 ? conv.Q : conv.W);
+  const int64_t conv_rows = conv.has_pool ? conv.pool.stride_h : 1;
+  const int64_t row_bytes =
+      conv_rows * (in_pixels * group_c(conv) * (conv.expanded ? block_k : 1) * 4 +
+                   conv.Q * task_k * (conv.has_pool ? 4 : item) * (conv.residual ? 2 : 1));
   const int64_t block_bytes = reduction(conv) * block_k * 4;
   const int64_t budget = std::clamp(l2_bytes() - 2 * block_bytes, l2_bytes() / 8, l2_bytes() / 2);
-  const int64_t most =
-      std::clamp<int64_t>(budget / std::max<int64_t>(row_bytes, 1), 1, std::max<int64_t>(rows, 1));
+  const int64_t most = std::clamp<int64_t>(budget / row_bytes, 1, rows);
+
+  // Of the numbers of tasks from there on, the one that takes the least time, in units of the
+  // ideal.
   const int64_t row_threads = std::max<int64_t>(1, threads / (s.block_tasks * work_groups(conv)));
+  const int64_t fewest = div_up(rows, most);
   double best = 0;
-  for (int64_t r = most; r >= 1; --r) {
-    // Time in units of the ideal: the busiest thread's share, the rows of halo gathered again by
-    // every task, and what a thread that falls behind can hand over to the others.
-    const int64_t rounds = div_up(div_up(rows, r), row_threads);
-    const double share = static_cast<double>(rounds * r * row_threads) / static_cast<double>(rows);
-    const double halo_cost =
-        0.02 * static_cast<double>(conv.R - 1) / static_cast<double>(r * conv.stride_h);
-    const double straggler_cost = row_threads > 1 ? 0.05 / static_cast<double>(rounds) : 0.0;
-    const double cost = share + halo_cost + straggler_cost;
-    if (r == most || cost < best) {
+  for (int64_t tasks = fewest; tasks <= std::min(rows, fewest + 8 * row_threads); ++tasks) {
+    const int64_t r = div_up(rows, tasks), rounds = div_up(tasks, row_threads);
+    const double task_rows = static_cast<double>(r);
+    // The share of the busiest thread,
+    double cost = task_rows * static_cast<double>(rounds * row_threads) / static_cast<double>(rows);
+    // the halo, gathered by every task again,
+    cost +=
+        0.02 * static_cast<double>(conv.R - 1) / (task_rows * static_cast<double>(conv.stride_h));
+    // weights that come from beyond the cache for every task,
+    if (streams_weights) cost += 10.0 / (task_rows * static_cast<double>(conv.Q));
+    // and what a thread that falls behind can leave to the others.
+    if (row_threads > 1) cost += 0.05 / static_cast<double>(rounds);
+    if (tasks == fewest || cost < best) {
       best = cost;
       s.rows = r;
     }
@@ -382,7 +368,7 @@ void* scratch_memory(int64_t bytes) {
   thread_local Buffer buffer;
   if (buffer.size < bytes) {
     if (buffer.memory) pool_release(buffer.memory);
-    buffer.memory = nullptr;
+    buffer = {};  // in case the allocation throws
     buffer.memory = pool_allocate(static_cast<size_t>(bytes));
     buffer.size = bytes;
   }

@@ -26,18 +26,18 @@ const ConvIsa* conv_isa();
 // A weight (K, C / groups, R, S) in the kernel's layout; see weight_offset() in conv.h.
 torch::stable::Tensor pack_conv_weight(torch::stable::Tensor weight, int64_t groups);
 
-// A layer on inputs of one size: geometry checked, weights known to be current, batch norm turned
-// into a scale and a shift. `conv` lacks only its tensors, strides, ReLU and pooling.
+// A layer on inputs of one size: geometry checked, weights known to be current, batch-norm tensors
+// in float32. `conv` lacks only its tensors, strides, ReLU and pooling.
 class PreparedLayer {
  public:
   PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W,
                 torch::headeronly::ScalarType dtype);
   PreparedLayer(PreparedLayer&&) = default;
-  PreparedLayer(const PreparedLayer&) = delete;  // `conv` points into scale_shift_
+  PreparedLayer(const PreparedLayer&) = delete;  // `conv` points into copies_
   Conv conv;
 
  private:
-  std::vector<float> scale_shift_;
+  std::vector<float> copies_[5];
 };
 
 // Runs the convolution on torch's threads.

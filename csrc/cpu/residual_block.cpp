@@ -146,7 +146,9 @@ Tensor residual_block_packed(Tensor input, std::vector<Tensor> tensors,
       Conv conv = prepared[i].conv;
       conv.relu = true;
       const Strides strides = dense_strides(conv.K, conv.P, conv.Q, true);
-      run(conv, source, source_strides, hidden[i % 2].get(), strides, prepared[i + 1].conv);
+      const PreparedLayer& next =
+          has_projection && i + 1 == last ? prepared.back() : prepared[i + 1];
+      run(conv, source, source_strides, hidden[i % 2].get(), strides, next.conv);
       source = hidden[i % 2].get();
       source_strides = strides;
     }
