@@ -387,21 +387,38 @@ void run_conv(Conv conv) {
   const int64_t rows = conv.N * (conv.has_pool ? conv.pool.P : conv.P);
   const int64_t blocks = div_up(group_k(conv), block_k);
   const int64_t tasks = s.row_tasks * s.block_tasks * work_groups(conv);
-  std::atomic<int64_t> next{0};
-  auto worker = [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      Task task;
-      // Rows vary fastest: a thread goes on with the weights it has in its cache.
-      const int64_t row_task = i % s.row_tasks, rest = i / s.row_tasks;
-      task.row_begin = row_task * s.rows;
-      task.row_end = std::min(rows, task.row_begin + s.rows);
-      task.block_begin = rest % s.block_tasks * s.blocks;
-      task.block_end = std::min(blocks, task.block_begin + s.blocks);
-      task.group = rest / s.block_tasks;
-      isa.run(conv, task, scratch_memory(isa.scratch_bytes(conv, task)));
-    }
+
+  // Each thread begins with its own stretch of tasks, the same part of the image in every layer, so
+  // that it finds what it wrote in the last one in its own cache. Then it helps the others.
+  struct alignas(64) Stretch {
+    std::atomic<int64_t> next;
+    int64_t end;
   };
-  torch::stable::parallel_for(0, std::min(threads, tasks), 1, worker);
+  const int64_t workers = std::min(threads, tasks);
+  std::vector<Stretch> stretches(workers);
+  for (int64_t w = 0; w < workers; ++w) {
+    stretches[w].next = tasks * w / workers;
+    stretches[w].end = tasks * (w + 1) / workers;
+  }
+  auto run_task = [&](int64_t i) {
+    // Rows vary fastest: a thread goes on with the weights it has in its cache.
+    const int64_t row_task = i % s.row_tasks, rest = i / s.row_tasks;
+    Task task;
+    task.row_begin = row_task * s.rows;
+    task.row_end = std::min(rows, task.row_begin + s.rows);
+    task.block_begin = rest % s.block_tasks * s.blocks;
+    task.block_end = std::min(blocks, task.block_begin + s.blocks);
+    task.group = rest / s.block_tasks;
+    isa.run(conv, task, scratch_memory(isa.scratch_bytes(conv, task)));
+  };
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) {
+    for (int64_t w = begin; w < begin + workers; ++w) {
+      Stretch& stretch = stretches[w % workers];
+      for (int64_t i; (i = stretch.next.fetch_add(1, std::memory_order_relaxed)) < stretch.end;) {
+        run_task(i);
+      }
+    }
+  });
 }
 
 // ---- tensors -----------------------------------------------------------------------------------

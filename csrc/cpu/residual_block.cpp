@@ -66,17 +66,19 @@ int64_t activation_bytes(const Conv& conv, int64_t item) {
   return conv.K * conv.P * conv.Q * item;
 }
 
-// Images to take through all convolutions together.
-int64_t images_at_once(const std::vector<PreparedLayer>& layers, int64_t inner, int64_t item) {
-  const int64_t N = layers[0].conv.N;
-  int64_t weight_bytes = 0, hidden_bytes = 0;
+// Images to take through all convolutions together: as many as have their input and inner
+// activations in the threads' second-level caches, and at least one. Where the weights are much
+// larger than those caches they are what should be read once, and all images go together.
+int64_t images_at_once(const Conv& first, const std::vector<PreparedLayer>& layers, int64_t inner,
+                       int64_t item) {
+  int64_t weight_bytes = 0, image_bytes = first.C * first.H * first.W * item;
   for (const PreparedLayer& layer : layers) {
     weight_bytes += reduction(layer.conv) * layer.conv.K * 4;
   }
-  for (int64_t i = 0; i < inner; ++i) hidden_bytes += activation_bytes(layers[i].conv, item);
-  if (weight_bytes > l2_bytes()) return N;
-  const int64_t cache = l2_bytes() * torch::stable::get_num_threads();
-  return std::clamp<int64_t>(cache / std::max<int64_t>(hidden_bytes, 1), 1, N);
+  for (int64_t i = 0; i < inner; ++i) image_bytes += activation_bytes(layers[i].conv, item);
+  if (weight_bytes > 4 * l2_bytes()) return first.N;
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::clamp<int64_t>(threads * l2_bytes() / std::max<int64_t>(image_bytes, 1), 1, first.N);
 }
 
 // `tensors` holds for every convolution weight, packed weight, running_mean, running_var,
@@ -116,7 +118,7 @@ Tensor residual_block_packed(Tensor input, std::vector<Tensor> tensors,
 
   Tensor output = empty_activation(N, C, H, W, dtype, channels_last);
   if (N == 0) return output;
-  const int64_t at_once = images_at_once(prepared, last, item);
+  const int64_t at_once = images_at_once(prepared[0].conv, prepared, last, item);
   // Two buffers in turn: a convolution reads one and writes the other.
   int64_t hidden_bytes[2] = {1, 1};
   for (int64_t i = 0; i < last; ++i) {
