@@ -334,6 +334,10 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   // ideal.
   const int64_t row_threads = std::max<int64_t>(1, threads / (s.block_tasks * work_groups(conv)));
   const int64_t fewest = div_up(rows, most);
+  // In cycles: a task's beginning, and each of its blocks' batch norm; all of the arithmetic.
+  const double overhead = 3000.0 + 100.0 * static_cast<double>(s.blocks);
+  const double arithmetic = static_cast<double>(rows * conv.Q * reduction(conv) * task_k) /
+                            static_cast<double>(threads * block_k);
   double best = 0;
   for (int64_t tasks = fewest; tasks <= std::min(rows, fewest + 8 * row_threads); ++tasks) {
     const int64_t r = div_up(rows, tasks), rounds = div_up(tasks, row_threads);
@@ -345,8 +349,10 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
         0.02 * static_cast<double>(conv.R - 1) / (task_rows * static_cast<double>(conv.stride_h));
     // weights that come from beyond the cache for every task,
     if (streams_weights) cost += 10.0 / (task_rows * static_cast<double>(conv.Q));
+    // what a task costs in itself,
+    cost += overhead * static_cast<double>(rounds) / arithmetic;
     // and what a thread that falls behind can leave to the others.
-    if (row_threads > 1) cost += 0.05 / static_cast<double>(rounds);
+    if (row_threads > 1) cost += 0.03 / static_cast<double>(rounds);
     if (tasks == fewest || cost < best) {
       best = cost;
       s.rows = r;
