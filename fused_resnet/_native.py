@@ -25,6 +25,11 @@ def _how_to_build() -> str:
     return "run `pip install --force-reinstall --no-deps .` in the source directory of fused_resnet"
 
 
+def _reason(error: OSError) -> str:
+    # torch 2.15 raises its own error, which names the file only, from the loader's.
+    return str(error.__cause__ or error).partition("\n")[0]
+
+
 def _load_host() -> None:
     library = _PACKAGE / "_C.abi3.so"
     if not library.is_file():
@@ -32,9 +37,9 @@ def _load_host() -> None:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        reason = str(error).partition("\n")[0]
         raise ImportError(
-            f"fused_resnet: torch {torch.__version__} cannot load {reason}: {_how_to_build()}"
+            f"fused_resnet: torch {torch.__version__} cannot load {library} ({_reason(error)}): "
+            f"{_how_to_build()}"
         ) from error
 
 
@@ -47,7 +52,7 @@ def _load_cuda() -> str:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        return str(error).partition("\n")[0]
+        return _reason(error)
     return "yes"
 
 

@@ -341,3 +341,16 @@ def test_import_without_the_compiled_part_says_what_to_run(tmp_path, place):
     *_, last = result.stderr.strip().splitlines()
     assert last.startswith(f"ImportError: fused_resnet: {copy}/_C.abi3.so is missing: run `pip ")
     assert "pip install -e ." in last if place == "checkout" else "pip install" in last
+
+
+def test_import_of_a_broken_compiled_part_says_why_and_what_to_run(tmp_path):
+    copy = shutil.copytree(PACKAGE, tmp_path / "fused_resnet")
+    (copy / "_C.abi3.so").write_bytes(b"not a library")
+    result = subprocess.run(
+        [sys.executable, "-c", "import fused_resnet"], cwd=tmp_path, capture_output=True, text=True
+    )
+    *_, last = result.stderr.strip().splitlines()
+    start = f"ImportError: fused_resnet: torch {torch.__version__} cannot load {copy}/_C.abi3.so ("
+    assert last.startswith(start)
+    assert "too short" in last or "ELF" in last
+    assert "run `pip install" in last
