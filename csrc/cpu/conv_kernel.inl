@@ -511,7 +511,7 @@ struct Scratch {
       const Slab shape(conv);
       const int64_t images =
           conv.has_pool ? 1 : (task.row_end - 1) / conv.P - task.row_begin / conv.P + 1;
-      slab_bytes = round_up((rows * shape.p_step + images * ((conv.R - 1) * conv.dil_h + 1)) *
+      slab_bytes = round_up(((rows - images) * shape.p_step + images * shape.rows(conv, 1)) *
                             shape.pitch * 4);
     }
     const int64_t conv_row_bytes = conv.has_pool ? round_up(rows * conv.Q * conv.K * 4) : 0;
