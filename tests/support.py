@@ -24,10 +24,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import fused_resnet
 from fused_resnet import functional
+from fused_resnet.testing import FACTOR, relative_error
 
 MODELS = [
     "resnet18",
@@ -175,7 +177,7 @@ class ConvCase:
             self.eps,
         )
         if self.residual is not None:
-            out = out + self.residual
+            out += self.residual
         if self.activation == "relu":
             out = F.relu(out)
         if self.pool is not None:
@@ -210,9 +212,9 @@ class ConvCase:
         """An upper bound, element by element, of any correct implementation's distance from exact.
 
         A sum of n products accumulated in precision u errs by at most n u sum|x||w| (Higham,
-        Accuracy and Stability of Numerical Algorithms, 3.1); each value eager stores in the tensors'
-        own dtype (convolution, batch norm, sum, and scale and shift if they are rounded too) adds
-        half an ulp of a magnitude that the same sum of absolute values bounds.
+        Accuracy and Stability of Numerical Algorithms, 3.1). Each value eager stores in the
+        tensors' own dtype (convolution, batch norm, sum, scale and shift if they are rounded too)
+        adds half an ulp of a magnitude that the same sum of absolute values bounds.
         """
         exact = self.double().map(torch.abs)
         scale = (self.running_var.double() + self.eps).rsqrt()
@@ -366,11 +368,8 @@ def conv_gradients(case, evaluate, names):
 
 def bits(tensor: Tensor) -> bytes:
     """The tensor's elements as bytes, in logical order: NaN payloads and signed zeros count."""
-    return (
-        tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        if (tensor.numel())
-        else b""
-    )
+    flat = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "tensor") -> None:
@@ -402,14 +401,19 @@ def assert_within_bound(actual: Tensor, exact: Tensor, bound: Tensor) -> None:
     assert (excess <= 0).all(), f"an element is {excess.max().item():.3e} over its rounding bound"
 
 
-def assert_same_nonfinite(actual: Tensor, expected: Tensor) -> None:
-    """NaN, inf and -inf sit at the same positions."""
-    assert actual.shape == expected.shape
-    for name, test in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
-        wrong = test(actual) != test(expected)
-        assert not wrong.any(), (
-            f"{name} differs at {int(wrong.sum())} positions, first {wrong.nonzero()[0].tolist()}"
-        )
+def assert_same_nonfinite(actual: Tensor, *expected: Tensor) -> None:
+    """NaN, inf and -inf sit where they do in one of the expected tensors, position by position."""
+
+    def kinds(tensor: Tensor) -> Tensor:
+        return tensor.isnan() + 2 * tensor.isposinf() + 3 * tensor.isneginf()
+
+    assert all(actual.shape == one.shape for one in expected)
+    allowed = torch.stack([kinds(one) for one in expected])
+    wrong = (kinds(actual) != allowed).all(0)
+    assert not wrong.any(), (
+        f"{int(wrong.sum())} non-finite or finite values where there should be none, the first at "
+        f"{wrong.nonzero()[0].tolist()}: {actual[wrong][0]} instead of {expected[0][wrong][0]}"
+    )
 
 
 def run_python(code: str, timeout: float = 300, **environment: str) -> str:
@@ -463,3 +467,81 @@ def parameter_gradients(model, x):
         "input": x.grad,
         **{n: p.grad for n, p in model.named_parameters() if p.grad is not None},
     }
+
+
+class Decisions(TorchDispatchMode):
+    """Records which way every ReLU and max-pool of a run went, or makes a run go the recorded way.
+
+    A gradient is not continuous in the activations: one rounding more or less turns a ReLU whose
+    input is next to zero, and in float32 a single turned ReLU is worth a thousand rounding errors.
+    Errors of gradients are therefore measured against the float64 run that decides as the run under
+    test did, which leaves rounding alone to be compared.
+
+    Args:
+        recorded: the `record` of another run to follow, or None to record.
+    """
+
+    RELUS = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
+
+    def __init__(self, recorded: list[Tensor] | None = None) -> None:
+        super().__init__()
+        self.record: list[Tensor] = []
+        self._left = None if recorded is None else list(recorded)
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        is_relu = operator in self.RELUS or (
+            operator.namespace == "fused_resnet" and "relu" in args
+        )
+        is_pool = operator is torch.ops.aten.max_pool2d_with_indices.default
+        if self._left is None:
+            if is_relu:
+                self.record.append((out[0] if isinstance(out, tuple) else out) > 0)
+            elif is_pool:
+                self.record.append(out[1])
+        elif is_relu:
+            positive = self._left.pop(0)
+            # Positive enough for relu's backward, which looks at the output.
+            out.copy_(torch.where(positive, out.clamp(min=1e-300), 0.0))
+        elif is_pool:
+            indices = self._left.pop(0)
+            values = args[0].flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
+            return values, indices
+        return out
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every recorded decision was followed."""
+        return self._left == []
+
+
+def assert_gradients_by_error_rule(fused: nn.Module, eager: nn.Module, x: Tensor) -> None:
+    """The error rule for the output and for the gradients of every parameter and of the input.
+
+    Args:
+        fused: the model under test.
+        eager: the same model unfused, in the same mode.
+        x: the input, in the models' dtype.
+    """
+    results = {}
+    for name, model in (("fused", fused), ("eager", eager)):
+        exact = double_copy(model)
+        with Decisions() as decisions:
+            out, gradients = parameter_gradients(model, x)
+        with Decisions(decisions.record) as followed:
+            exact_out, exact_gradients = parameter_gradients(exact, x.double())
+        assert followed.exhausted, "the runs did not have the same ReLUs"
+        tensors = {"output": out, **gradients}
+        exact_tensors = {"output": exact_out, **exact_gradients}
+        assert tensors.keys() == exact_tensors.keys()
+        results[name] = {
+            n: (t.dtype, relative_error(t, exact_tensors[n])) for n, t in tensors.items()
+        }
+    assert results["fused"].keys() == results["eager"].keys()
+    floor = 4 * torch.finfo(torch.float32).eps
+    for name, (dtype, error) in results["fused"].items():
+        eager_dtype, eager_error = results["eager"][name]
+        assert dtype == eager_dtype, f"{name}: {dtype}, eager has {eager_dtype}"
+        assert error <= max(FACTOR * eager_error, floor), (
+            f"{name}: relative error {error:.3g}, eager has {eager_error:.3g}"
+        )

@@ -280,8 +280,12 @@ def test_output_format_is_conv2ds(backend, dtype, shape, memory_format, pool):
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("shape", [*QUICK_SHAPES, STEM], ids=str)
-def test_nan_and_infinity_stay_where_eager_puts_them(backend, dtype, shape):
-    """Non-finite values in the input and the residual come out where they do from eager."""
+def test_nan_and_infinity_stay_where_arithmetic_puts_them(backend, dtype, shape):
+    """Non-finite values in the input and the residual come out where they do from eager.
+
+    From eager in float64 or in the same dtype: oneDNN's bfloat16 convolution of an odd channel
+    count multiplies infinities by the zeros it pads with, which makes NaN of them.
+    """
     for value in (math.nan, math.inf, -math.inf):
         for pool in (None, STEM_POOL):
             case = make_conv_case(
@@ -292,9 +296,9 @@ def test_nan_and_infinity_stay_where_eager_puts_them(backend, dtype, shape):
             if case.residual is not None:
                 case.residual[0, 1, 2, 2] = value
                 case.residual[0, -1, -1, 0] = -value
-            eager = case.eager()
-            assert not eager.isfinite().all()
-            assert_same_nonfinite(case.fused(), eager)
+            expected = case.double().eager()
+            assert not expected.isfinite().all()
+            assert_same_nonfinite(case.fused(), expected, case.eager())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -305,12 +309,19 @@ def test_nan_and_infinity_stay_where_eager_puts_them(backend, dtype, shape):
 def test_nonfinite_parameters(backend, dtype, argument, value):
     """A non-finite parameter spoils the channels it reaches and no other."""
     for shape in (QUICK_SHAPES[0], ConvShape(32, 48, (3, 3))):
-        case = make_conv_case(shape, dtype=dtype, bias=True, device=backend.device)
-        getattr(case, argument)[5] = value
-        eager = case.eager()
-        if not (argument == "running_var" and value == math.inf):
-            assert not eager.isfinite().all() or value == -math.inf
-        assert_same_nonfinite(case.fused(), eager)
+        for activation in ("relu", "none"):
+            case = make_conv_case(
+                shape,
+                dtype=dtype,
+                bias=argument == "bias",
+                activation=activation,
+                device=backend.device,
+            )
+            getattr(case, argument)[5] = value
+            eager = case.eager()
+            if activation == "none" and (argument != "running_var" or value != math.inf):
+                assert not eager[:, 5].isfinite().all()
+            assert_same_nonfinite(case.fused(), eager)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_id)
@@ -360,7 +371,7 @@ def test_same_inputs_give_same_bits(backend, dtype, shape, memory_format):
     first = case.fused().clone()
     for _ in range(3):
         assert_same_bits(case.fused(), first, "second run")
-    for threads in (1, 3, 2):
+    for threads in (1, 2):
         torch.set_num_threads(threads)
         assert_same_bits(case.fused(), first, f"{threads} threads")
 
@@ -402,8 +413,8 @@ def test_the_residual_may_be_the_input(backend, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_id)
-def test_an_overlapping_output_like_residual(backend, dtype):
-    """Residuals of every layout, against one result."""
+def test_residual_layouts(backend, dtype):
+    """Residuals of every layout give one result."""
     case = make_conv_case(SAMPLE_SHAPES[2], dtype=dtype, device=backend.device)
     expected = case.fused().clone()
     n, k, p, q = case.residual.shape
@@ -414,9 +425,7 @@ def test_an_overlapping_output_like_residual(backend, dtype):
         storage[:, ::2, :, 1:].copy_(case.residual),
     ):
         case.residual = view
-        assert_within_bound(
-            case.fused(), expected.double(), case.rounding_bound() + expected.double().abs() * 0
-        )
+        assert_within_bound(case.fused(), expected.double(), case.rounding_bound())
 
 
 @pytest.mark.quick
@@ -449,7 +458,7 @@ def test_integer_and_pair_geometry_mean_the_same(backend):
     assert_same_bits(case.fused(), expected)
 
 
-def test_residual_that_requires_no_broadcast(backend):
+def test_recording_gradients_changes_no_number(backend):
     """The same numbers with and without gradients being recorded."""
     case = make_conv_case(SAMPLE_SHAPES[2], device=backend.device)
     expected = case.fused().clone()
