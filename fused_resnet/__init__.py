@@ -1,7 +1,11 @@
-"""Residual networks with fewer passes over memory: fused drop-in blocks for torchvision's ResNets."""
+"""Fused drop-in blocks for torchvision's ResNets: fewer passes over memory, the same numbers."""
 
-from . import _native  # noqa: F401  registers the compiled operators, or says how to build them
-from . import backends, functional, reference
+from . import (
+    _native,  # noqa: F401  registers the compiled operators, or says how to build them
+    backends,
+    functional,
+    reference,
+)
 from .backends import use_backend
 from .blocks import BasicBlock, Bottleneck, ResNet
 from .swap import fuse, report, unfuse

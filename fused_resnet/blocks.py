@@ -2,8 +2,8 @@
 
 They add nothing to a module but its class, so that `fuse` and `unfuse` need only assign classes.
 What the fused way does not cover runs exactly as torchvision's, found out anew in every forward
-pass: `obstacle` says what keeps a module from it, `input_obstacle` what keeps an input, and a single
-convolution or norm whose arguments do not fit runs unfused inside `conv_norm_act`.
+pass: `obstacle` says what keeps a module from it, `input_obstacle` what keeps an input, and a
+single convolution or norm whose arguments do not fit runs unfused inside `conv_norm_act`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from . import backends, functional, ops
+from . import backends, checks, functional, ops
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -67,7 +67,7 @@ class BasicBlock(_Fused, resnet.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         if torch.jit.is_scripting():
             return self._unfused_forward(x)
-        else:  # noqa: RET505 TorchScript leaves out a branch, not what follows a return
+        else:  # TorchScript leaves out a branch, but not what follows a return
             return _block_forward(self, x)
 
 
@@ -89,7 +89,7 @@ class Bottleneck(_Fused, resnet.Bottleneck):
 class ResNet(_Fused, resnet.ResNet):
     """torchvision's `ResNet`, the convolution, norm, ReLU and max-pool of its stem running in one.
 
-    Its blocks are fused or not by their own classes: `ResNet(fused_resnet.Bottleneck, [3, 4, 6, 3])`.
+    Whether its blocks are fused is up to them: `ResNet(fused_resnet.Bottleneck, [3, 4, 6, 3])`.
     """
 
     _unfused_forward_impl = _named(resnet.ResNet._forward_impl, "_unfused_forward_impl")
@@ -166,8 +166,8 @@ def stem(conv: nn.Conv2d, norm: nn.Module, relu: nn.ReLU, maxpool: nn.Module, x:
         pool = pool_arguments(maxpool)
         name = "conv_bn_act_max_pool"
         if (
-            functional.conv_error(name, *arguments, None, "relu") is None
-            and functional.pool_error(name, *arguments, *pool) is None
+            checks.conv_error(name, *arguments, None, "relu") is None
+            and checks.pool_error(name, *arguments, *pool) is None
             and keeps_dtype(norm, x)
         ):
             return functional.run_conv_bn_act_max_pool(*arguments, "relu", *pool)
@@ -189,9 +189,9 @@ def conv_norm_act(
     if uses_batch_statistics(norm):
         return _norm_act(norm, conv(x), residual, relu)
     arguments = conv_arguments(conv, norm, x)
-    if functional.conv_error(
-        "conv_bn_act", *arguments, residual, activation
-    ) is None and keeps_dtype(norm, x):
+    if checks.conv_error("conv_bn_act", *arguments, residual, activation) is None and keeps_dtype(
+        norm, x
+    ):
         return ops.conv_bn_act(*arguments, residual, activation)
     return _unfused_norm_act(norm, conv(x), residual, relu)
 
@@ -199,14 +199,14 @@ def conv_norm_act(
 def _norm_act(
     norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, relu: nn.ReLU | None
 ) -> Tensor:
-    """`relu(norm(x) + residual)` with batch statistics; the bookkeeping is `BatchNorm2d.forward`'s."""
+    """`relu(norm(x) + residual)` with batch statistics, kept as `BatchNorm2d.forward` keeps them."""
     activation = "none" if relu is None else "relu"
     tracks = not norm.training or norm.track_running_stats
     running_mean = norm.running_mean if tracks else None
     running_var = norm.running_var if tracks else None
     momentum = 0.0 if norm.momentum is None else norm.momentum
     tensors = (x, running_mean, running_var, norm.weight, norm.bias, True)
-    error = functional.batch_norm_error(
+    error = checks.batch_norm_error(
         "batch_norm_act", *tensors, momentum, norm.eps, residual, activation
     )
     if error is not None or x.dim() != 4:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,11 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops, reference
-
-ACTIVATIONS = ("relu", "none")
-_REDUCED = (torch.float16, torch.bfloat16)
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from . import checks, ops, reference
 
 
 def conv_bn_act(
@@ -63,10 +58,10 @@ def conv_bn_act(
         ValueError: a shape, device or number does not fit.
     """
     name = "conv_bn_act"
-    stride = _pair(stride, f"{name}: stride")
-    padding = _pair(padding, f"{name}: padding")
-    dilation = _pair(dilation, f"{name}: dilation")
-    error = conv_error(
+    stride = checks.pair(stride, f"{name}: stride")
+    padding = checks.pair(padding, f"{name}: padding")
+    dilation = checks.pair(dilation, f"{name}: dilation")
+    error = checks.conv_error(
         name,
         input,
         weight,
@@ -151,14 +146,16 @@ def conv_bn_act_max_pool(
         ValueError: see `conv_bn_act`.
     """
     name = "conv_bn_act_max_pool"
-    stride = _pair(stride, f"{name}: stride")
-    padding = _pair(padding, f"{name}: padding")
-    dilation = _pair(dilation, f"{name}: dilation")
-    pool_kernel_size = _pair(pool_kernel_size, f"{name}: pool_kernel_size")
+    stride = checks.pair(stride, f"{name}: stride")
+    padding = checks.pair(padding, f"{name}: padding")
+    dilation = checks.pair(dilation, f"{name}: dilation")
+    pool_kernel_size = checks.pair(pool_kernel_size, f"{name}: pool_kernel_size")
     pool_stride = (
-        pool_kernel_size if pool_stride is None else _pair(pool_stride, f"{name}: pool_stride")
+        pool_kernel_size
+        if pool_stride is None
+        else checks.pair(pool_stride, f"{name}: pool_stride")
     )
-    pool_padding = _pair(pool_padding, f"{name}: pool_padding")
+    pool_padding = checks.pair(pool_padding, f"{name}: pool_padding")
     convolution = (
         input,
         weight,
@@ -174,9 +171,9 @@ def conv_bn_act_max_pool(
         groups,
     )
     pool = (pool_kernel_size, pool_stride, pool_padding)
-    error = conv_error(name, *convolution, None, activation)
+    error = checks.conv_error(name, *convolution, None, activation)
     if error is None:
-        error = pool_error(name, *convolution, *pool)
+        error = checks.pool_error(name, *convolution, *pool)
     if error is not None:
         raise error
     return run_conv_bn_act_max_pool(*convolution, activation, *pool)
@@ -259,7 +256,7 @@ def batch_norm_act(
         ValueError: a shape, device or number does not fit, or, as from `F.batch_norm`, training
             has one value per channel.
     """
-    error = batch_norm_error(
+    error = checks.batch_norm_error(
         "batch_norm_act",
         input,
         running_mean,
@@ -318,9 +315,7 @@ def run_batch_norm_act(
         return ops.batch_norm_act_inference(
             input, running_mean, running_var, weight, bias, eps, residual, activation
         )
-    output, mean, var = ops.batch_norm_act_training(
-        input, weight, bias, eps, residual, activation
-    )
+    output, mean, var = ops.batch_norm_act_training(input, weight, bias, eps, residual, activation)
     count = input.numel() // max(input.size(1), 1)
     if count > 0:
         with torch.no_grad():
@@ -345,293 +340,3 @@ def transforms_active() -> bool:
     The operators have no rule for either; the reference consists of operators that do.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _pair(value: int | Sequence[int], what: str) -> tuple[int, int]:
-    if type(value) is tuple and len(value) == 2:
-        return value
-    if isinstance(value, int):
-        return (value, value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if len(value) == 1:
-            return (value[0], value[0])
-        if len(value) == 2:
-            return tuple(value)
-        raise ValueError(f"{what} has {len(value)} numbers, must be one or two: {value}")
-    raise TypeError(f"{what} is {value!r}, must be an int or a pair of ints")
-
-
-def conv_error(
-    name: str,
-    input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    residual: Tensor | None,
-    activation: str,
-) -> ValueError | TypeError | None:
-    """What is wrong with the arguments of `conv_bn_act`, or None; it is returned, not raised."""
-    for what, tensor in (("input", input), ("weight", weight)):
-        if not isinstance(tensor, Tensor):
-            return _not_a_tensor(name, what, tensor)
-        if tensor.dim() != 4:
-            return ValueError(f"{name}: {what} has {tensor.dim()} dimensions, must have 4")
-        if tensor.layout is not torch.strided:
-            return _layout_error(name, what, tensor)
-    N, C, _, _ = input.shape
-    K, group_channels, R, S = weight.shape
-    if not isinstance(groups, int):
-        return TypeError(f"{name}: groups is {groups!r}, must be an int")
-    if groups < 1:
-        return ValueError(f"{name}: groups is {groups}, must be at least 1")
-    if C != group_channels * groups:
-        return ValueError(
-            f"{name}: weight has {group_channels * groups} input channels, input has {C} "
-            f"(groups={groups})"
-        )
-    if K % groups:
-        return ValueError(
-            f"{name}: groups is {groups}, which does not divide the {K} output channels of weight"
-        )
-    for what, (first, second), least in (
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        if first < least or second < least:
-            return ValueError(f"{name}: {what} is {(first, second)}, must be at least {least}")
-    P, Q = conv_output_size(input.shape, weight.shape, stride, padding, dilation)
-    if P < 1 or Q < 1 or not (K and C and R and S):
-        return ValueError(
-            f"{name}: weight {tuple(weight.shape)} with dilation {dilation} does not fit into input "
-            f"{tuple(input.shape)} with padding {padding}"
-        )
-    dtype, device = input.dtype, input.device
-    if weight.dtype is not dtype and not _autocasts(device):
-        return _dtype_error(name, "weight", weight, f"that of input, {dtype}")
-    if weight.device != device:
-        return _device_error(name, "weight", weight, device)
-    if bias is not None:
-        if not isinstance(bias, Tensor):
-            return _not_a_tensor(name, "bias", bias)
-        if bias.shape != (K,):
-            return _shape_error(name, "bias", bias, (K,))
-        if bias.dtype is not weight.dtype:
-            return _dtype_error(name, "bias", bias, f"that of weight, {weight.dtype}")
-        if bias.device != device:
-            return _device_error(name, "bias", bias, device)
-    return (
-        _norm_error(
-            name,
-            input,
-            K,
-            ("running_mean", "running_var", "bn_weight", "bn_bias"),
-            (running_mean, running_var, bn_weight, bn_bias),
-            2,
-        )
-        or _eps_error(name, eps)
-        or _act_error(name, input, residual, (N, K, P, Q), activation)
-    )
-
-
-def pool_error(
-    name: str,
-    input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    pool_kernel_size: tuple[int, int],
-    pool_stride: tuple[int, int],
-    pool_padding: tuple[int, int],
-) -> ValueError | None:
-    """What is wrong with the pooling that follows a convolution without errors, or None."""
-    for what, (first, second), least in (
-        ("pool_kernel_size", pool_kernel_size, 1),
-        ("pool_stride", pool_stride, 1),
-        ("pool_padding", pool_padding, 0),
-    ):
-        if first < least or second < least:
-            return ValueError(f"{name}: {what} is {(first, second)}, must be at least {least}")
-    P, Q = conv_output_size(input.shape, weight.shape, stride, padding, dilation)
-    for kernel, pad in zip(pool_kernel_size, pool_padding, strict=True):
-        if 2 * pad > kernel:
-            return ValueError(
-                f"{name}: pool_padding is {pool_padding}, must be at most half of "
-                f"pool_kernel_size, {pool_kernel_size}"
-            )
-    if P + 2 * pool_padding[0] < pool_kernel_size[0] or Q + 2 * pool_padding[1] < pool_kernel_size[1]:
-        return ValueError(
-            f"{name}: pool_kernel_size {pool_kernel_size} does not fit into the convolution's output "
-            f"of {P} x {Q} with pool_padding {pool_padding}"
-        )
-    return None
-
-
-def conv_output_size(
-    input_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> tuple[int, int]:
-    """(P, Q) of a convolution of (N, C, H, W) with (K, C / groups, R, S)."""
-    _, _, H, W = input_shape
-    _, _, R, S = weight_shape
-    P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
-    Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
-    return P, Q
-
-
-def batch_norm_error(
-    name: str,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    residual: Tensor | None,
-    activation: str,
-) -> ValueError | TypeError | None:
-    """What is wrong with the arguments of `batch_norm_act`, or None; it is returned, not raised."""
-    if not isinstance(input, Tensor):
-        return _not_a_tensor(name, "input", input)
-    shape = input.shape
-    if len(shape) < 2:
-        return ValueError(f"{name}: input has {len(shape)} dimensions, must have at least 2")
-    if input.layout is not torch.strided:
-        return _layout_error(name, "input", input)
-    if not isinstance(momentum, (int, float)):
-        return TypeError(f"{name}: momentum is {momentum!r}, must be a number")
-    if training:
-        if shape[0] * math.prod(shape[2:]) == 1:
-            return ValueError(
-                f"Expected more than 1 value per channel when training, got input size {shape}"
-            )
-        if eps == 0:
-            return ValueError(f"{name}: eps is {eps}, must be positive when training")
-    return (
-        _norm_error(
-            name,
-            input,
-            shape[1],
-            ("running_mean", "running_var", "weight", "bias"),
-            (running_mean, running_var, weight, bias),
-            0 if training else 2,
-        )
-        or _eps_error(name, eps)
-        or _act_error(name, input, residual, shape, activation)
-    )
-
-
-def _norm_error(
-    name: str,
-    input: Tensor,
-    channels: int,
-    names: Sequence[str],
-    tensors: Sequence[Tensor | None],
-    required: int,
-) -> ValueError | TypeError | None:
-    """What is wrong with a batch norm's tensors, of which the first `required` may not be None."""
-    device, input_dtype = input.device, input.dtype
-    if input_dtype not in _FLOATING:
-        return _dtype_error(name, "input", input, " or ".join(map(str, _FLOATING)))
-    shared = None
-    for index, tensor in enumerate(tensors):
-        if tensor is None and index >= required:
-            continue
-        if not isinstance(tensor, Tensor):
-            return _not_a_tensor(name, names[index], tensor)
-        if tensor.shape != (channels,):
-            return _shape_error(name, names[index], tensor, (channels,))
-        if tensor.device != device:
-            return _device_error(name, names[index], tensor, device)
-        dtype = tensor.dtype
-        if dtype is shared:
-            continue
-        if shared is not None:
-            return _dtype_error(
-                name, names[index], tensor, f"{shared} as the other batch-norm tensors"
-            )
-        shared = dtype
-        if dtype is not input_dtype and not (
-            dtype is torch.float32 and (input_dtype in _REDUCED or _autocasts(device))
-        ):
-            return _dtype_error(
-                name,
-                names[index],
-                tensor,
-                f"that of input, {input_dtype}, or float32 if that has 16 bits",
-            )
-    return None
-
-
-def _eps_error(name: str, eps: float) -> ValueError | TypeError | None:
-    if not isinstance(eps, (int, float)):
-        return TypeError(f"{name}: eps is {eps!r}, must be a number")
-    if not eps >= 0:
-        return ValueError(f"{name}: eps is {eps}, must not be negative")
-    return None
-
-
-def _act_error(
-    name: str, input: Tensor, residual: Tensor | None, shape: Sequence[int], activation: str
-) -> ValueError | TypeError | None:
-    if activation not in ACTIVATIONS:
-        return ValueError(
-            f"{name}: activation is {activation!r}, must be one of {', '.join(ACTIVATIONS)}"
-        )
-    if residual is not None:
-        if not isinstance(residual, Tensor):
-            return _not_a_tensor(name, "residual", residual)
-        if residual.shape != shape:
-            return _shape_error(name, "residual", residual, shape)
-        if residual.dtype is not input.dtype and not _autocasts(input.device):
-            return _dtype_error(name, "residual", residual, f"that of input, {input.dtype}")
-        if residual.device != input.device:
-            return _device_error(name, "residual", residual, input.device)
-        if residual.layout is not torch.strided:
-            return _layout_error(name, "residual", residual)
-    return None
-
-
-def _autocasts(device: torch.device) -> bool:
-    return torch.is_autocast_enabled(device.type)
-
-
-def _not_a_tensor(name: str, what: str, value: object) -> TypeError:
-    return TypeError(f"{name}: {what} is a {type(value).__name__}, must be a Tensor")
-
-
-def _layout_error(name: str, what: str, tensor: Tensor) -> TypeError:
-    return TypeError(f"{name}: {what} has layout {tensor.layout}, must have {torch.strided}")
-
-
-def _shape_error(name: str, what: str, tensor: Tensor, shape: Sequence[int]) -> ValueError:
-    return ValueError(f"{name}: {what} has shape {tuple(tensor.shape)}, must have {tuple(shape)}")
-
-
-def _dtype_error(name: str, what: str, tensor: Tensor, expected: str) -> TypeError:
-    return TypeError(f"{name}: {what} has dtype {tensor.dtype}, must have {expected}")
-
-
-def _device_error(name: str, what: str, tensor: Tensor, device: torch.device) -> ValueError:
-    return ValueError(f"{name}: {what} is on {tensor.device}, input is on {device}")

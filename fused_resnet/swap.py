@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
-import torch
 from torch import nn
 from torchvision.models import resnet
 
-from . import backends, blocks, functional
+from . import backends, blocks, checks
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     resnet.BasicBlock: blocks.BasicBlock,
@@ -88,8 +87,9 @@ def fuse(model: nn.Module) -> nn.Module:
     """Makes a model's residual blocks and stem run fused, in place.
 
     Only modules that are exactly torchvision's `BasicBlock`, `Bottleneck` or `ResNet` change, and
-    only their class: parameters, buffers, hooks and `state_dict` stay the objects they are. A module
-    whose parts have no fused form (other norms, other activations) is left alone; `report` says so.
+    only their class: parameters, buffers, hooks and `state_dict` stay the objects they are. A
+    module whose parts have no fused form (other norms or activations) is left alone; `report` says
+    so.
 
     Args:
         model: any module, a block itself included.
@@ -217,7 +217,7 @@ def _way(operator: str, name: str, conv: nn.Conv2d, norm: nn.Module) -> tuple[st
     # The smallest input the convolution accepts, of no memory.
     size = [d * (r - 1) + 1 for d, r in zip(conv.dilation, conv.kernel_size, strict=True)]
     x = weight.detach().new_empty(()).expand(1, conv.in_channels, *size)
-    error = functional.conv_error(name, *blocks.conv_arguments(conv, norm, x), None, "relu")
+    error = checks.conv_error(name, *blocks.conv_arguments(conv, norm, x), None, "relu")
     if error is not None:
         return "eager", str(error)
     if not blocks.keeps_dtype(norm, x):

@@ -24,7 +24,7 @@ __all__ = [
 
 
 def available() -> str:
-    """ "yes", or why the CUDA kernels cannot run here."""
+    """Whether the CUDA kernels can run here: "yes" or the reason why not."""
     if _native.cuda_status != "yes":
         return _native.cuda_status
     return "yes" if torch.cuda.is_available() else "torch finds no CUDA device"

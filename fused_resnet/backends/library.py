@@ -16,9 +16,16 @@ from ..ops.scale_shift_act import scale_shift_act
 
 
 def scale_and_shift(
-    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Batch norm as one multiply-add: `scale = weight / sqrt(var + eps)`, `shift = bias - mean scale`.
+    """Batch norm as one multiply-add.
+
+    `scale = weight / sqrt(var + eps)`, `shift = bias - mean scale`.
 
     Args:
         mean: (C,).

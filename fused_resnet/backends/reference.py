@@ -55,7 +55,7 @@ def batch_norm_act_training(
     residual: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.batch_norm_act` with the batch's statistics, and those: mean and biased variance."""
+    """`reference.batch_norm_act` when training, and the batch's mean and biased variance."""
     dims = (0, *range(2, input.dim()))
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     var, mean = torch.var_mean(input.to(dtype), dims, correction=0)

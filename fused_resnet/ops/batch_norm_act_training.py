@@ -1,4 +1,4 @@
-"""`batch_norm_act_training`: batch norm with the batch's statistics, residual add and activation."""
+"""`batch_norm_act_training`: batch norm with batch statistics, residual add and activation."""
 
 from __future__ import annotations
 

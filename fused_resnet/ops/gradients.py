@@ -56,7 +56,9 @@ def norm_backward(
     if training or mask[1]:
         invstd = (var + eps).rsqrt()
         statistics = (None, None, mean, invstd) if training else (mean, var, None, None)
-        return aten.native_batch_norm_backward(grad, input, weight, *statistics, training, eps, mask)
+        return aten.native_batch_norm_backward(
+            grad, input, weight, *statistics, training, eps, mask
+        )
     per_channel = (1, -1) + (1,) * (grad.dim() - 2)
     grad_input = grad_bias = None
     if mask[0]:

@@ -55,7 +55,7 @@ def register_autograd(name: str, function: type[torch.autograd.Function]) -> Non
 
 
 def register_autocast(name: str, cast: Callable[[torch.dtype, str, tuple], tuple]) -> None:
-    """Makes `cast(dtype, device_type, arguments)` prepare an operator's arguments under autocast."""
+    """Makes `cast(dtype, device_type, arguments)` prepare the arguments under autocast."""
     operator = getattr(torch.ops.fused_resnet, name).default
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -70,7 +70,7 @@ def register_autocast(name: str, cast: Callable[[torch.dtype, str, tuple], tuple
 
 
 def autocast_tensor(tensor: Tensor | None, dtype: torch.dtype, device_type: str) -> Tensor | None:
-    """`tensor` as autocast hands it to `conv2d`: float64 and other devices' tensors stay as they are."""
+    """`tensor` as autocast hands it to `conv2d`: not cast if float64 or on another device."""
     if (
         tensor is None
         or not tensor.is_floating_point()

@@ -1,7 +1,7 @@
 """`residual_block`: the convolutions of a block in one call, where the backend has such a kernel.
 
-It is no operator of its own: to compilers, autograd and autocast a block is its `conv_bn_act` calls,
-which compute the same. This only spares a plain inference pass the way through each of them.
+It is no operator of its own: to compilers, autograd and autocast a block is its `conv_bn_act`
+calls, which compute the same. This only spares a plain inference pass the way through each of them.
 """
 
 from __future__ import annotations
