@@ -199,7 +199,7 @@ def conv_norm_act(
 def _norm_act(
     norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, relu: nn.ReLU | None
 ) -> Tensor:
-    """`relu(norm(x) + residual)` with batch statistics, kept as `BatchNorm2d.forward` keeps them."""
+    """`relu(norm(x) + residual)` with batch statistics, kept as `BatchNorm2d.forward` does."""
     activation = "none" if relu is None else "relu"
     tracks = not norm.training or norm.track_running_stats
     running_mean = norm.running_mean if tracks else None
