@@ -420,6 +420,12 @@ struct TileList {
   }
 };
 
+// Floats of scale and shift of all of a task's blocks.
+int64_t norm_size(const Conv& conv, const Task& task) {
+  // A block of expanded groups is narrower than what scale_and_shift() writes.
+  return 2 * ((task.block_end - task.block_begin - 1) * block_k(conv) + kBlockK);
+}
+
 // What a task prefetches when its own weights are through: its share of the next layer's. Threads
 // that divide the output channels among them do so in the next layer too.
 const float* next_layer(const Conv& conv, const Task& task, int64_t blocks) {
@@ -427,10 +433,18 @@ const float* next_layer(const Conv& conv, const Task& task, int64_t blocks) {
   return conv.next_weight + conv.next_weight_size * task.block_begin / blocks;
 }
 
-// All tiles against all blocks of output channels of the task. The block is the outer loop: its
-// weights are read from memory once and from the cache for every further tile.
+// Tiles that take all blocks of output channels in turn before the next ones do. Weights that stay
+// in the second-level cache anyway let few tiles do so, which then write whole pixels, not a strip
+// of each. Other weights are read once for all tiles.
+int64_t tiles_in_turn(const Conv& conv, const TileList& list) {
+  constexpr int64_t kFew = 4, kSmallWeight = 64 << 10;  // in floats
+  return group_k(conv) * reduction(conv) <= kSmallWeight && !conv.expanded ? kFew : list.count;
+}
+
+// All tiles against all blocks of output channels of the task.
 template <class T>
-void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, Epilogue<T> e) {
+void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, float* norm,
+                    Epilogue<T> e) {
   const Slab slab(conv);
   int64_t offsets[kMaxRuns];
   Product product;
@@ -452,40 +466,49 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, Ep
 
   const int64_t width = block_k(conv), channels = group_k(conv), blocks = div_up(channels, width);
   const Epilogue<T> base = e;
+  float *scale = norm - task.block_begin * width, *shift = scale + norm_size(conv, task) / 2;
+  auto valid = [&](int64_t block) {
+    return channels - block * width < width ? channels - block * width : width;
+  };
   for (int64_t block = task.block_begin; block < task.block_end; ++block) {
-    const int64_t k = block * width;
-    const int64_t valid = channels - k < width ? channels - k : width;
-    const int vectors = valid <= kLanes ? 1 : 2;
-    const int64_t channel = task.group * channels + k;
-    alignas(64) float scale[kBlockK], shift[kBlockK];
-    scale_and_shift(conv, channel, valid, scale, shift);
-    e.scale = scale;
-    e.shift = shift;
-    e.output = base.output + channel * base.out_channel;
-    e.residual = base.residual ? base.residual + channel * base.res_channel : nullptr;
-    e.channels = valid;
-    e.vectorised = valid == vectors * kLanes && base.out_channel == 1 &&
-                   (!base.residual || base.res_channel == 1);
-    const float* weight = conv.weight + weight_offset(conv, width, task.group, block);
-    // Without help the first tile of a block would wait for its weights. So while the tiles of one
-    // block run, the next block is asked for, a part of it by each of the first tiles.
-    const float* next = block + 1 < task.block_end ? weight + width * reduction(conv)
-                                                   : next_layer(conv, task, blocks);
-    int64_t parts = 1;
-    while (parts < 8 && parts * 2 <= list.count) parts *= 2;
-    Multiply<T> kernel = nullptr;
-    int32_t groups = 0, pixels = 0;
-    for (int64_t t = 0; t < list.count; ++t) {
-      const Tile& tile = list.tiles[t];
-      const bool ahead = next != nullptr && t < parts;
-      product.prefetch = ahead ? next + t * (width / parts) * reduction(conv) : weight;
-      product.prefetch_step = ahead ? width / parts : 0;
-      if (tile.groups != groups || tile.pixels != pixels) {
-        groups = tile.groups;
-        pixels = tile.pixels;
-        kernel = multiply_for<T>(conv.expanded, groups, pixels, vectors);
+    scale_and_shift(conv, task.group * channels + block * width, valid(block),
+                    scale + block * width, shift + block * width);
+  }
+  const int64_t turn = tiles_in_turn(conv, list);
+  for (int64_t begin = 0; begin < list.count; begin += turn) {
+    const int64_t end = begin + turn < list.count ? begin + turn : list.count;
+    for (int64_t block = task.block_begin; block < task.block_end; ++block) {
+      const int64_t channel = task.group * channels + block * width;
+      const int vectors = valid(block) <= kLanes ? 1 : 2;
+      e.scale = scale + block * width;
+      e.shift = shift + block * width;
+      e.output = base.output + channel * base.out_channel;
+      e.residual = base.residual ? base.residual + channel * base.res_channel : nullptr;
+      e.channels = valid(block);
+      e.vectorised = e.channels == vectors * kLanes && base.out_channel == 1 &&
+                     (!base.residual || base.res_channel == 1);
+      const float* weight = conv.weight + weight_offset(conv, width, task.group, block);
+      // Without help the first tile of a block would wait for its weights. So while the tiles of
+      // one block run, the next block is asked for, a part of it by each of the first tiles.
+      const float* next = block + 1 < task.block_end ? weight + width * reduction(conv)
+                                                     : next_layer(conv, task, blocks);
+      int64_t parts = 1;
+      while (parts < 8 && parts * 2 <= end - begin) parts *= 2;
+      Multiply<T> kernel = nullptr;
+      int32_t groups = 0, pixels = 0;
+      for (int64_t t = begin; t < end; ++t) {
+        const Tile& tile = list.tiles[t];
+        const int64_t part = t - begin;
+        const bool ahead = next != nullptr && part < parts;
+        product.prefetch = ahead ? next + part * (width / parts) * reduction(conv) : weight;
+        product.prefetch_step = ahead ? width / parts : 0;
+        if (tile.groups != groups || tile.pixels != pixels) {
+          groups = tile.groups;
+          pixels = tile.pixels;
+          kernel = multiply_for<T>(conv.expanded, groups, pixels, vectors);
+        }
+        kernel(product, tile, weight, e);
       }
-      kernel(product, tile, weight, e);
     }
   }
 }
@@ -495,16 +518,17 @@ int64_t image_row_count(const Conv& conv, const Task& task) {
   return (task.row_end - task.row_begin - 1) * conv.pool.stride_h + conv.pool.kernel_h;
 }
 
-// Scratch memory: [tiles][slab][convolution rows awaiting the pool].
+// Scratch memory: [tiles][scale and shift][slab][convolution rows awaiting the pool].
 struct Scratch {
   Tile* tiles;
-  float *slab, *conv_rows;
+  float *norm, *slab, *conv_rows;
   int64_t bytes;
 
   Scratch(const Conv& conv, const Task& task, void* memory) {
     const int64_t rows = image_row_count(conv, task);
     const int64_t tile_bytes =
         round_up(TileList::capacity(rows, conv.Q) * static_cast<int64_t>(sizeof(Tile)));
+    const int64_t norm_bytes = round_up(norm_size(conv, task) * 4);
     int64_t slab_bytes = 0;
     if (!reads_input_in_place(conv)) {
       // A task that crosses images gathers the rows above and below for each of them.
@@ -517,9 +541,10 @@ struct Scratch {
     const int64_t conv_row_bytes = conv.has_pool ? round_up(rows * conv.Q * conv.K * 4) : 0;
     char* base = static_cast<char*>(memory);
     tiles = reinterpret_cast<Tile*>(base);
-    slab = reinterpret_cast<float*>(base + tile_bytes);
-    conv_rows = reinterpret_cast<float*>(base + tile_bytes + slab_bytes);
-    bytes = tile_bytes + slab_bytes + conv_row_bytes;
+    norm = reinterpret_cast<float*>(base + tile_bytes);
+    slab = reinterpret_cast<float*>(base + tile_bytes + norm_bytes);
+    conv_rows = reinterpret_cast<float*>(base + tile_bytes + norm_bytes + slab_bytes);
+    bytes = tile_bytes + norm_bytes + slab_bytes + conv_row_bytes;
   }
 
   static int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -574,7 +599,7 @@ void run_conv(const Conv& conv, const Task& task, void* memory) {
   e.res_pixel = conv.res.w;
   e.res_channel = conv.res.c;
   e.relu = conv.relu;
-  multiply_tiles<T>(conv, task, list, e);
+  multiply_tiles<T>(conv, task, list, scratch.norm, e);
 }
 
 // Maximum over one window of convolution outputs; a NaN anywhere in it is the result.
@@ -629,7 +654,7 @@ void run_conv_pool(const Conv& conv, const Task& task, void* memory) {
     e.out_pixel = conv.K;
     e.out_channel = 1;
     e.relu = conv.relu;
-    multiply_tiles<Float32>(conv, task, list, e);
+    multiply_tiles<Float32>(conv, task, list, scratch.norm, e);
 
     for (int64_t i = p; i < p + count; ++i) {
       int64_t h0 = i * pool.stride_h - pool.pad_h, h1 = h0 + pool.kernel_h;
