@@ -247,6 +247,7 @@ def test_other_instruction_sets(isa):
     result = subprocess.run(
         [*command, "-k", selected],
         env={**os.environ, "FUSED_RESNET_CPU_ISA": isa},
+        cwd=os.path.dirname(__file__),  # -m puts it first on sys.path: not the source tree
         capture_output=True,
         text=True,
     )
