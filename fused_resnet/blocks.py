@@ -234,7 +234,10 @@ def uses_batch_statistics(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> bool:
     if norm.training:
         return True
     buffers = norm._buffers
-    return buffers["running_mean"] is None and buffers["running_var"] is None
+    try:
+        return buffers["running_mean"] is None and buffers["running_var"] is None
+    except KeyError:  # someone made them parameters or plain attributes
+        return norm.running_mean is None and norm.running_var is None
 
 
 def keeps_dtype(norm: nn.Module, x: Tensor) -> bool:
@@ -269,7 +272,7 @@ def conv_arguments(conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d, x:
             conv.dilation,
             conv.groups,
         )
-    except KeyError:  # the replicas of nn.DataParallel have plain attributes
+    except KeyError:  # the parameters of nn.DataParallel's replicas are plain attributes
         return (
             x,
             conv.weight,

@@ -249,6 +249,10 @@ def _norm_error(
             return _shape_error(name, names[index], tensor, (channels,))
         if tensor.device != device:
             return _device_error(name, names[index], tensor, device)
+        if index < 2 and tensor.requires_grad and torch.is_grad_enabled():
+            return ValueError(
+                f"{name}: {names[index]} requires a gradient, but statistics get none"
+            )
         dtype = tensor.dtype
         if dtype is shared:
             continue

@@ -17,7 +17,11 @@ def add_act(input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     """`activation(input + residual)`; `activation` is "relu" or "none"."""
     if residual is not None:
         input = input + residual
-    return torch.relu(input) if activation == "relu" else input
+    if activation == "relu":
+        return torch.relu(input)
+    if activation == "none":
+        return input
+    raise ValueError(f"activation is {activation!r}, must be one of relu, none")
 
 
 def scale_shift_act(
@@ -123,3 +127,45 @@ def batch_norm_act(
     """`activation(F.batch_norm(input, ...) + residual)`; updates the statistics when training."""
     out = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return add_act(out, residual, activation)
+
+
+def batch_norm_act_inference(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """`batch_norm_act` with the running statistics."""
+    return batch_norm_act(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        eps=eps,
+        residual=residual,
+        activation=activation,
+    )
+
+
+def batch_norm_act_training(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`batch_norm_act` when training, and the batch's mean and biased variance.
+
+    The statistics are float64 for a float64 input and float32 for any other.
+    """
+    dims = (0, *range(2, input.dim()))
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    var, mean = torch.var_mean(input.to(dtype), dims, correction=0)
+    out = F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+    return add_act(out, residual, activation), mean, var

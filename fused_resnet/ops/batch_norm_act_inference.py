@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, reference
 from .gradients import act_backward, like, norm_backward
 from .layout import contiguous_like_eager
 from .registration import (
     autocast_residual,
+    has_foreign,
     library,
     needs_grad,
     nothing_intercepts,
@@ -36,10 +37,12 @@ def batch_norm_act_inference(
     residual: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """Calls the operator. See `reference.batch_norm_act` for what it computes."""
+    """Calls the operator. See `reference.batch_norm_act_inference` for what it computes."""
     arguments = (input, running_mean, running_var, weight, bias, eps, residual, activation)
     tensors = (input, running_mean, running_var, weight, bias, residual)
     if not nothing_intercepts(*tensors):
+        if has_foreign(*tensors):
+            return reference.batch_norm_act_inference(*arguments)
         return _operator(*arguments)
     if needs_grad(*tensors):
         return _BatchNormActInference.apply(*arguments)

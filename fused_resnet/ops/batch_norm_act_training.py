@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, reference
 from .gradients import accumulation_dtype, act_backward, like, norm_backward
 from .layout import contiguous_like_eager
 from .registration import (
     autocast_residual,
+    has_foreign,
     library,
     needs_grad,
     nothing_intercepts,
@@ -34,7 +35,7 @@ def batch_norm_act_training(
     residual: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Calls the operator. See `reference.batch_norm_act` for what it computes.
+    """Calls the operator. See `reference.batch_norm_act_training` for what it computes.
 
     Returns:
         The output, and the batch's mean (C,) and biased variance (C,), which are not
@@ -43,6 +44,8 @@ def batch_norm_act_training(
     arguments = (input, weight, bias, eps, residual, activation)
     tensors = (input, weight, bias, residual)
     if not nothing_intercepts(*tensors):
+        if has_foreign(*tensors):
+            return reference.batch_norm_act_training(*arguments)
         return _operator(*arguments)
     if needs_grad(*tensors):
         return _BatchNormActTraining.apply(*arguments)

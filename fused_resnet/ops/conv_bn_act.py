@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, reference
 from .gradients import act_backward, conv_norm_backward
 from .registration import (
     autocast_tensor,
+    has_foreign,
     library,
     needs_grad,
     nothing_intercepts,
@@ -62,6 +63,8 @@ def conv_bn_act(
     )
     tensors = (input, weight, running_mean, running_var, bn_weight, bn_bias, bias, residual)
     if not nothing_intercepts(*tensors):
+        if has_foreign(*tensors):
+            return reference.conv_bn_act(*arguments)
         return _operator(*arguments)
     if needs_grad(*tensors):
         return _ConvBnAct.apply(*arguments)

@@ -13,6 +13,7 @@ from .. import backends, reference
 from .gradients import act_backward, aten, conv_norm_backward
 from .registration import (
     autocast_tensor,
+    has_foreign,
     library,
     needs_grad,
     nothing_intercepts,
@@ -68,6 +69,8 @@ def conv_bn_act_max_pool(
     )
     tensors = (input, weight, running_mean, running_var, bn_weight, bn_bias, bias)
     if not nothing_intercepts(*tensors):
+        if has_foreign(*tensors):
+            return reference.conv_bn_act_max_pool(*arguments)
         return _operator(*arguments)
     if needs_grad(*tensors):
         return _ConvBnActMaxPool.apply(*arguments)

@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import Parameter
 
 library = torch.library.Library("fused_resnet", "FRAGMENT")
 
 _PLAIN_TYPES = frozenset({Tensor, Parameter, type(None)})
+_TRACING_TYPES = (Tensor, Parameter, type(None), FakeTensor, FunctionalTensor)
 
 
 def nothing_intercepts(*tensors: Tensor | None) -> bool:
@@ -27,6 +30,14 @@ def nothing_intercepts(*tensors: Tensor | None) -> bool:
         and not torch._C._is_any_autocast_enabled()
         and _PLAIN_TYPES.issuperset(map(type, tensors))
     )
+
+
+def has_foreign(*tensors: Tensor | None) -> bool:
+    """Whether a tensor's class (`DTensor`, quantised weights) knows only torch's own operators.
+
+    Such a call goes to the reference, which consists of them.
+    """
+    return any(type(tensor) not in _TRACING_TYPES for tensor in tensors)
 
 
 def needs_grad(*arguments: Any) -> bool:
