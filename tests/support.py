@@ -433,8 +433,8 @@ def run_python(code: str, timeout: float = 300, **environment: str) -> str:
 
 
 def small_resnet(block: type[nn.Module] = Bottleneck, layers: int = 1, **arguments: Any) -> ResNet:
-    """A randomised torchvision ResNet, `layers` blocks a stage and 10 classes, in eval mode."""
-    model = ResNet(block, [layers] * 4, num_classes=10, **arguments)
+    """A randomised torchvision ResNet, `layers` blocks a stage and 100 classes, in eval mode."""
+    model = ResNet(block, [layers] * 4, num_classes=100, **arguments)
     fused_resnet.testing.randomize_(model, seed=1)
     return model.eval()
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_empty_batch(backend):
         fused = fused_resnet.fuse(copy.deepcopy(eager))
         x = image_batch(1, 32)[:0].to(backend.device)
         with torch.no_grad():
-            assert fused(x).shape == eager(x).shape == (0, 10)
+            assert fused(x).shape == eager(x).shape == (0, 100)
 
 
 VARIANTS = {
@@ -139,11 +140,11 @@ def build_variant(variant):
     """A small Bottleneck ResNet built with the variant's arguments."""
     torch.manual_seed(4)
     if variant == "zero_init_residual":
-        model = ResNet(Bottleneck, [2, 1, 1, 1], num_classes=10, zero_init_residual=True)
+        model = ResNet(Bottleneck, [2, 1, 1, 1], num_classes=100, zero_init_residual=True)
         assert not any(m.bn3.weight.any() for m in model.modules() if isinstance(m, Bottleneck))
         return model.eval()
     if variant in UNFUSED_NORMS or "affine" in variant:
-        model = ResNet(Bottleneck, [1, 1, 1, 1], num_classes=10, **VARIANTS[variant])
+        model = ResNet(Bottleneck, [1, 1, 1, 1], num_classes=100, **VARIANTS[variant])
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_()
@@ -217,7 +218,7 @@ def test_blocks_take_torchvisions_constructor_arguments(backend):
     for name, block in BLOCKS.items():
         ours = {"basic": fused_resnet.BasicBlock, "bottleneck": fused_resnet.Bottleneck}[name]
         eager = small_resnet(block).to(backend.device)
-        built = ResNet(ours, [1, 1, 1, 1], num_classes=10).eval().to(backend.device)
+        built = ResNet(ours, [1, 1, 1, 1], num_classes=100).eval().to(backend.device)
         built.load_state_dict(eager.state_dict(), strict=True)
         assert isinstance(built.layer1[0], block)
         assert type(built.layer1[0]) is ours
@@ -227,7 +228,7 @@ def test_blocks_take_torchvisions_constructor_arguments(backend):
             same = fused_resnet.fuse(copy.deepcopy(eager)).layer1
             features = torch.randn(2, 64, 8, 8, device=backend.device)
             assert_same_bits(built.layer1(features), same(features))
-    whole = fused_resnet.ResNet(fused_resnet.BasicBlock, [1, 1, 1, 1], num_classes=10).eval()
+    whole = fused_resnet.ResNet(fused_resnet.BasicBlock, [1, 1, 1, 1], num_classes=100).eval()
     eager = small_resnet(BLOCKS["basic"])
     whole.load_state_dict(eager.state_dict(), strict=True)
     with torch.no_grad():
@@ -297,6 +298,37 @@ def test_layer_outputs_belong_to_the_caller():
     for output, output_copy, argument, argument_copy in kept:
         assert_same_bits(output, output_copy, "block output")
         assert_same_bits(argument, argument_copy, "block input")
+
+
+def test_outputs_are_ordinary_tensors():
+    """They save as many bytes as they have, share their memory, and go to numpy and back."""
+    block = fused_resnet.fuse(small_resnet()).layer1[0]
+    x = torch.randn(2, 64, 8, 8)
+    with torch.no_grad():
+        out = block(x)
+        expected = out.clone()
+        file = io.BytesIO()
+        torch.save(out, file)
+        assert len(file.getvalue()) < 4 * out.numel() + 8192
+        assert out._version == 0
+        assert out.storage_offset() == 0
+        assert_same_bits(torch.from_dlpack(out.detach()), expected)
+        array = out.numpy()
+        del out
+        block(x)
+        assert_same_bits(torch.from_numpy(array), expected)
+        assert_same_bits(block(x).share_memory_(), expected)
+        assert_same_bits(block(x).mul_(2.0).div_(2.0), expected)
+    assert_same_bits(block(x.clone().requires_grad_()).detach().relu_(), expected)
+
+
+def test_without_mkldnn():
+    """oneDNN switched off: slower, the same numbers."""
+    eager = small_resnet()
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    x = image_batch(2, 40)
+    with torch.backends.mkldnn.flags(enabled=False), torch.no_grad():
+        assert_error_rule(fused(x), eager(x), double_copy(eager)(x.double()))
 
 
 def test_blocks_leave_their_input_alone():

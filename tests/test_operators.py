@@ -1,6 +1,7 @@
 """The registered operators: opcheck on each, fake kernels, dispatch."""
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -11,14 +12,20 @@ from support import (
     assert_same_bits,
     assert_within_bound,
     dtype_id,
+    image_batch,
     make_conv_case,
+    run_python,
+    small_resnet,
 )
 
+import fused_resnet
 from fused_resnet import backends
 
 NAMESPACE = "fused_resnet"
-# Native operators that only a backend calls, on tensors it made: no derivative, no tracing.
-INTERNAL = {"cpu_isa"}
+# Native operators that only a backend calls, on plain tensors, below autograd and tracing.
+INTERNAL = {"conv_bn_act_packed", "pack_conv_weight", "residual_block_packed"}
+# Those without tensors.
+QUERIES = {"cpu_isa", "conv_isa", "cpu_pool_statistics", "cpu_pool_trim"}
 
 
 def operators():
@@ -123,7 +130,7 @@ def samples(name, device, dtype):
     raise KeyError(name)
 
 
-@pytest.mark.parametrize("name", [n for n in operators() if n not in INTERNAL])
+@pytest.mark.parametrize("name", [n for n in operators() if n not in INTERNAL | QUERIES])
 def test_every_operator_has_samples(name):
     """A new operator fails here until it is given samples for opcheck."""
     assert list(samples(name, "cpu", torch.float32))
@@ -200,21 +207,37 @@ def test_schemas_alias_nothing(name):
     assert all(r.alias_info is None for r in schema.returns)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_the_operator_and_the_function_agree(backend, name):
+@pytest.mark.parametrize("pool", [None, STEM_POOL], ids=["", "pool"])
+def test_the_operator_and_the_function_agree(backend, pool):
     """Called through the dispatcher or through functional.py: the same kernel, the same bits."""
-    from fused_resnet import functional
-
-    operator = getattr(torch.ops.fused_resnet, name).default
-    if name not in ("conv_bn_act", "conv_bn_act_max_pool"):
-        pytest.skip("only the convolutions have a function with the operator's arguments")
-    pool = STEM_POOL if name.endswith("pool") else None
+    operators = torch.ops.fused_resnet
+    operator = (operators.conv_bn_act_max_pool if pool else operators.conv_bn_act).default
     case = make_conv_case(
         ConvShape(16, 24, (3, 3), (1, 1), (1, 1)), pool=pool, device=backend.device
     )
-    through_dispatcher = operator(*conv_arguments(case, pool))
-    assert_same_bits(case.fused(), through_dispatcher)
-    assert functional.conv_bn_act.__doc__
+    assert_same_bits(case.fused(), operator(*conv_arguments(case, pool)))
+
+
+@pytest.mark.parametrize("name", sorted(INTERNAL))
+def test_internal_operators_keep_to_their_schemas(monkeypatch, name):
+    """What the CPU backend calls while a model runs writes to and aliases nothing it should not."""
+    calls = []
+    operator = getattr(torch.ops.fused_resnet, name).default
+
+    def record(*arguments):
+        calls.append(arguments)
+        return operator(*arguments)
+
+    monkeypatch.setattr(backends.cpu, f"_{name}", record)
+    model = fused_resnet.fuse(small_resnet(layers=2))
+    with torch.no_grad():
+        model(image_batch(2, 40))
+        model.train()(image_batch(4, 40))
+        model.eval()
+        make_conv_case(ConvShape(16, 24, (3, 3))).fused()
+    assert calls
+    for arguments in calls[:8]:
+        torch.library.opcheck(operator, arguments, test_utils=["test_schema"])
 
 
 @pytest.mark.quick
@@ -227,8 +250,6 @@ def test_available_lists_every_backend():
 
 @pytest.mark.quick
 def test_unknown_backend_names_the_known_ones():
-    import fused_resnet
-
     with pytest.raises(ValueError) as raised, fused_resnet.use_backend("tpu"):
         pass
     for word in ("tpu", *backends.available()):
@@ -236,8 +257,6 @@ def test_unknown_backend_names_the_known_ones():
 
 
 def test_an_unavailable_backend_says_why():
-    import fused_resnet
-
     for name, state in backends.available().items():
         if state != "yes":
             with pytest.raises(ValueError) as raised, fused_resnet.use_backend(name):
@@ -248,8 +267,6 @@ def test_an_unavailable_backend_says_why():
 
 @pytest.mark.quick
 def test_use_backend_nests_and_restores():
-    import fused_resnet
-
     seen = lambda: backends.choose("cpu").__name__.rpartition(".")[2]  # noqa: E731
     default = seen()
     assert default == "cpu"
@@ -265,10 +282,6 @@ def test_use_backend_nests_and_restores():
 
 
 def test_use_backend_is_per_thread():
-    import threading
-
-    import fused_resnet
-
     seen = []
     with fused_resnet.use_backend("reference"):
         thread = threading.Thread(target=lambda: seen.append(backends.choose("cpu").__name__))
@@ -279,8 +292,6 @@ def test_use_backend_is_per_thread():
 
 def test_backends_really_differ():
     """`use_backend` changes what runs: the reference's operators show in the profile."""
-    import fused_resnet
-
     case = make_conv_case(ConvShape(32, 32, (3, 3), (1, 1), (1, 1)))
     names = {}
     for name in ("reference", "cpu"):
@@ -296,8 +307,6 @@ def test_backends_really_differ():
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_environment_variable(name):
-    from support import run_python
-
     code = """
         from fused_resnet import backends
         print(backends.choose("cpu").__name__)
@@ -306,8 +315,6 @@ def test_environment_variable(name):
 
 
 def test_a_wrong_environment_variable():
-    from support import run_python
-
     out = run_python(
         """
         import fused_resnet, support, torch
@@ -324,8 +331,6 @@ def test_a_wrong_environment_variable():
 
 def test_backends_agree():
     """The two backends of this machine, each within its rounding bound of the other's result."""
-    import fused_resnet
-
     case = make_conv_case(ConvShape(32, 32, (3, 3), (1, 1), (1, 1)))
     with fused_resnet.use_backend("reference"):
         expected = case.fused()
