@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +283,15 @@ def test_no_arguments_print_help(run: Run) -> None:
     assert "--backend" in out
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt even where the shell started this process ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_prints_what_was_measured(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -308,6 +317,7 @@ def test_interrupt_prints_what_was_measured(
     assert document["cases"][0]["rounds"] == 3
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_before_timing_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         compare, "build_input", lambda *arguments: signal.raise_signal(signal.SIGINT)

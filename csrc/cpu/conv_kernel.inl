@@ -19,6 +19,7 @@ int64_t block_k(const Conv& conv) {
 }
 constexpr int kTilePixels = FR_TILE_PIXELS;
 constexpr int kGroups = 2;
+constexpr int64_t kChunk = 512;
 
 typedef float Vec __attribute__((vector_size(FR_VECTOR_BYTES)));
 typedef float VecUnaligned __attribute__((vector_size(FR_VECTOR_BYTES), aligned(4)));
@@ -300,25 +301,50 @@ void multiply(const Product& product, const Tile& tile, const float* weight, con
       }
   }
 
+  // Sums of more than kChunk products are made of sums of so many: the error of one long chain
+  // would grow with its length.
+  Vec total[kG][kM][kV];
+  int64_t steps = 0;
+  bool has_total = false;
   const float* prefetch = product.prefetch;
   for (int64_t run = 0; run < product.runs; ++run) {
     const float* in0 = tile.in[0] + product.run_offset[run];
     const float* in1 = tile.in[kG - 1] + product.run_offset[run];
-    for (int64_t j = 0; j < product.run_length; ++j) {
-      Vec w[kV];
-      FR_FOR (v, kV) w[v] = Float32::load(weight + v * kLanes);
-      FR_FOR (g, kG)
-        FR_FOR (i, kM) {
-          const float* in = (g == 0 ? in0 : in1) + i * stride;
-          const Vec x = kExpanded ? Float32::load(in) : broadcast(*in);
-          FR_FOR (v, kV) acc[g][i][v] += x * w[v];
-        }
-      __builtin_prefetch(prefetch, 0, 2);
-      prefetch += product.prefetch_step;
-      in0 += kExpanded ? kLanes : 1;
-      in1 += kExpanded ? kLanes : 1;
-      weight += kExpanded ? kLanes : kBlockK;
+    for (int64_t rest = product.run_length; rest > 0;) {
+      const int64_t count = rest < kChunk ? rest : kChunk;
+      if (steps + count > kChunk) {
+        FR_FOR (g, kG)
+          FR_FOR (i, kM)
+            FR_FOR (v, kV) {
+              total[g][i][v] = has_total ? total[g][i][v] + acc[g][i][v] : acc[g][i][v];
+              acc[g][i][v] = Vec{};
+            }
+        has_total = true;
+        steps = 0;
+      }
+      for (int64_t j = 0; j < count; ++j) {
+        Vec w[kV];
+        FR_FOR (v, kV) w[v] = Float32::load(weight + v * kLanes);
+        FR_FOR (g, kG)
+          FR_FOR (i, kM) {
+            const float* in = (g == 0 ? in0 : in1) + i * stride;
+            const Vec x = kExpanded ? Float32::load(in) : broadcast(*in);
+            FR_FOR (v, kV) acc[g][i][v] += x * w[v];
+          }
+        __builtin_prefetch(prefetch, 0, 2);
+        prefetch += product.prefetch_step;
+        in0 += kExpanded ? kLanes : 1;
+        in1 += kExpanded ? kLanes : 1;
+        weight += kExpanded ? kLanes : kBlockK;
+      }
+      steps += count;
+      rest -= count;
     }
+  }
+  if (has_total) {
+    FR_FOR (g, kG)
+      FR_FOR (i, kM)
+        FR_FOR (v, kV) acc[g][i][v] += total[g][i][v];
   }
 
   FR_FOR (v, kV) {
