@@ -257,8 +257,8 @@ _cache: dict[int, _Entry] = {}
 def _packed(weight: Tensor, groups: int) -> Tensor:
     """The weight in the kernel's layout, made once per storage and version of `weight`.
 
-    Its values are the weight's own, since batch norm is applied in the epilogue; so nothing else can
-    make a packed weight stale.
+    Its values are the weight's own, since batch norm is applied in the epilogue; so nothing else
+    can make a packed weight stale.
     """
     key = id(weight)
     entry = _cache.get(key)
