@@ -166,6 +166,11 @@ def batch_norm_act_training(
     """
     dims = (0, *range(2, input.dim()))
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    var, mean = torch.var_mean(input.to(dtype), dims, correction=0)
-    out = F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
-    return add_act(out, residual, activation), mean, var
+    values = input.to(dtype)
+    mean = values.mean(dims, keepdim=True)
+    var = (values - mean).square().mean(dims)
+    # Without any, a 16-bit input's statistics would be rounded to 16 bits.
+    affine = weight if weight is not None else bias
+    scratch = input.new_zeros(input.size(1), dtype=dtype if affine is None else affine.dtype)
+    out = F.batch_norm(input, scratch, scratch.clone(), weight, bias, True, 0.0, eps)
+    return add_act(out, residual, activation), mean.flatten(), var
