@@ -33,7 +33,7 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_TAPS = 1024
 
 # Stands for a tensor that is not there, in a list of tensors.
-_ABSENT = torch.empty(0)
+_ABSENT = torch.empty(0, device="cpu")
 _ISA: str = torch.ops.fused_resnet.conv_isa()
 _conv_bn_act_packed = torch.ops.fused_resnet.conv_bn_act_packed.default
 _residual_block_packed = torch.ops.fused_resnet.residual_block_packed.default
