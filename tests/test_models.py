@@ -123,7 +123,7 @@ VARIANTS = {
     "GroupNorm": {"norm_layer": functools.partial(nn.GroupNorm, 8)},
     "InstanceNorm2d": {"norm_layer": nn.InstanceNorm2d},
     "Identity": {"norm_layer": nn.Identity},
-    "affine=False": {"norm_layer": functools.partial(nn.BatchNorm2d, affine=False)},
+    "affine=False": {},  # torchvision's constructor initialises weights, so they go afterwards
     "track_running_stats=False": {
         "norm_layer": functools.partial(nn.BatchNorm2d, track_running_stats=False)
     },
@@ -143,14 +143,15 @@ def build_variant(variant):
         model = ResNet(Bottleneck, [2, 1, 1, 1], num_classes=100, zero_init_residual=True)
         assert not any(m.bn3.weight.any() for m in model.modules() if isinstance(m, Bottleneck))
         return model.eval()
-    if variant in UNFUSED_NORMS or "affine" in variant:
-        model = ResNet(Bottleneck, [1, 1, 1, 1], num_classes=100, **VARIANTS[variant])
+    if variant in UNFUSED_NORMS:
+        return ResNet(Bottleneck, [1, 1, 1, 1], num_classes=100, **VARIANTS[variant]).eval()
+    model = small_resnet(Bottleneck, **VARIANTS[variant])
+    if variant == "affine=False":
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.5, 2)
-        return model.eval()
-    return small_resnet(Bottleneck, **VARIANTS[variant])
+                module.weight = module.bias = None
+                module.affine = False
+    return model
 
 
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
