@@ -99,7 +99,7 @@ class BuildNative(build_ext):
         def compile_one(source: Path) -> Path:
             obj = folder / source.with_suffix(source.suffix + ".o")
             command = compile_command(source, obj)
-            if _is_stale(obj, command):
+            if _is_stale(obj, obj, command, _dependencies(obj)):
                 print(f"fused_resnet: {ext.name}: compiling {source}", flush=True)
                 _run(command, obj)
             return obj
@@ -108,7 +108,10 @@ class BuildNative(build_ext):
             objects = list(pool.map(compile_one, chosen))
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        _run(self._link_command(objects, output, is_cuda), None)
+        command = self._link_command(objects, output, is_cuda)
+        # nvcc links no two files alike, so linking again would make a library that was not tested.
+        if _is_stale(output, folder / "library", command, objects):
+            _run(command, folder / "library")
 
     def _common_flags(self, source: Path, obj: Path) -> list[str]:
         # -isystem keeps warnings in torch's headers out of the log.
@@ -147,29 +150,35 @@ def _isa_flags(source: Path) -> list[str]:
     return next((flags for end, flags in ISA_FLAGS.items() if source.stem.endswith(end)), [])
 
 
-def _is_stale(obj: Path, command: list[str]) -> bool:
-    stamp, depfile = Path(f"{obj}.cmd"), Path(f"{obj}.d")
-    if not (obj.exists() and stamp.exists() and depfile.exists()):
+def _is_stale(target: Path, stamp: Path, command: list[str], inputs: list[Path]) -> bool:
+    """Whether `target` is not what `command`, recorded beside `stamp`, made of `inputs`."""
+    record = Path(f"{stamp}.cmd")
+    if not target.exists() or not record.exists() or record.read_text() != shlex.join(command):
         return True
-    if stamp.read_text() != shlex.join(command):
-        return True
-    # "object: dependency dependency \": spaces inside a path are escaped.
-    rule = depfile.read_text().replace("\\\n", " ").replace("\\ ", "\0")
-    inputs = [Path(word.replace("\0", " ")) for word in rule.split()[1:]]
-    built = obj.stat().st_mtime
+    built = target.stat().st_mtime
     return any(not path.exists() or path.stat().st_mtime > built for path in inputs)
 
 
-def _run(command: list[str], obj: Path | None) -> None:
-    if obj:
-        obj.parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{obj}.cmd").unlink(missing_ok=True)
+def _dependencies(obj: Path) -> list[Path]:
+    """The files that the compiler read to make `obj`."""
+    depfile = Path(f"{obj}.d")
+    if not depfile.exists():
+        return [depfile]
+    # "object: dependency dependency \": spaces inside a path are escaped.
+    rule = depfile.read_text().replace("\\\n", " ").replace("\\ ", "\0")
+    _, _, files = rule.partition(":")
+    return [Path(word.replace("\0", " ")) for word in files.split()]
+
+
+def _run(command: list[str], stamp: Path) -> None:
+    record = Path(f"{stamp}.cmd")
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.unlink(missing_ok=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode != 0:
         raise BuildError(f"{shlex.join(command)}\n{done.stdout}")
     print(done.stdout, end="", flush=True)
-    if obj:
-        Path(f"{obj}.cmd").write_text(shlex.join(command))
+    record.write_text(shlex.join(command))
 
 
 def _first_line(command: list[str]) -> str:

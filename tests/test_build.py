@@ -233,18 +233,32 @@ def test_only_what_changed_is_compiled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     header, obj = tmp_path / "a header.h", tmp_path / "a.o"
     header.touch()
-    command = ["cc", "a.cpp"]
-    assert native._is_stale(obj, command)
+
+    def is_stale(*flags):
+        return native._is_stale(obj, obj, ["cc", "a.cpp", *flags], native._dependencies(obj))
+
+    assert is_stale()
     obj.touch()
-    Path("a.o.d").write_text("a.o: \\\n a\\ header.h\n")
+    assert is_stale()
+    Path("a.o.d").write_text("a.o : \\\n a\\ header.h\n")
     Path("a.o.cmd").write_text("cc a.cpp")
-    assert not native._is_stale(obj, command)
-    assert native._is_stale(obj, [*command, "-O0"])
+    assert not is_stale()
+    assert is_stale("-O0")
     later = obj.stat().st_mtime + 10
     os.utime(header, (later, later))
-    assert native._is_stale(obj, command)
+    assert is_stale()
     header.unlink()
-    assert native._is_stale(obj, command)
+    assert is_stale()
+
+
+def test_failed_command_is_run_again(tmp_path):
+    made = tmp_path / "made"
+    with pytest.raises(toolchain.BuildError, match="false"):
+        native._run(["false"], made)
+    made.touch()
+    assert native._is_stale(made, made, ["false"], [])
+    native._run(["true"], made)
+    assert not native._is_stale(made, made, ["true"], [])
 
 
 def test_source_distribution_holds_everything_a_build_needs(source_tree):
