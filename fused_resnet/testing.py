@@ -33,8 +33,7 @@ def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, module in model.named_modules():
             if not isinstance(module, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)):
                 continue
-            ends_branch = name.endswith(_last_norms(model, name))
-            low, high = (0.2, 0.6) if ends_branch else (0.5, 1.5)
+            low, high = (0.2, 0.6) if _ends_branch(model, name) else (0.5, 1.5)
             for tensor, bounds in (
                 (module.weight, (low, high)),
                 (module.bias, (-0.5, 0.5)),
@@ -46,9 +45,10 @@ def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def _last_norms(model: nn.Module, name: str) -> str:
-    block = model.get_submodule(name.rpartition(".")[0])
-    return "bn3" if hasattr(block, "bn3") else "bn2"
+def _ends_branch(model: nn.Module, name: str) -> bool:
+    """Whether a norm's path is that of the last one of a residual branch."""
+    block, _, attribute = name.rpartition(".")
+    return attribute == ("bn3" if hasattr(model.get_submodule(block), "bn3") else "bn2")
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
