@@ -92,12 +92,6 @@ def one_element_of_data(model):
         weight.data[0, 0, 0, 0] += 3.0
 
 
-def one_filter_of_data(model):
-    """Channel pruning as it is often written."""
-    for weight in weights(model):
-        weight.data[1] = 0.0
-
-
 def train_for_a_step(model):
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -127,7 +121,6 @@ UPDATES = {
     "view": through_a_view,
     "one element": one_element,
     "one element of data": one_element_of_data,
-    "one filter of data": one_filter_of_data,
     "init": lambda m: [nn.init.kaiming_normal_(w) for w in weights(m)],
     "randomize": lambda m: randomize_(m, seed=99),
     "vector": to_vector_and_back,

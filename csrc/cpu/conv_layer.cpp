@@ -111,29 +111,26 @@ void pack(const T* source, const WeightShape& shape, float* packed) {
   });
 }
 
-// Compares a sample of the weight, with every filter and every input channel in it, with the packed
-// copy. The caller keeps the two together by storage and version; this also sees updates that leave
-// no version behind, such as `weight.data.mul_(0.9)` or `weight.data[3] = 0`.
+// Compares a sample of the weight, spread over all of its dimensions, with its packed copy. The
+// caller keeps the two together by storage and version; this also sees updates that leave no
+// version behind, such as `weight.data.mul_(0.9)`.
 template <class T>
 bool is_packed_from(const T* source, const WeightShape& shape, const float* packed) {
-  const int64_t group_k = shape.K / shape.groups, group_size = shape.blocks() * shape.block_k;
-  const int64_t samples = std::max(shape.K, shape.C), taps = shape.R * shape.S;
-  const int block_shift = __builtin_ctzll(shape.block_k);
-  int64_t c = 0, tap = 0, in_group = 0, group = 0;
-  for (int64_t i = 0; i < samples; ++i) {
-    const int64_t block = (group * group_size + in_group) >> block_shift;
-    const int64_t row = (block * taps + tap) * shape.C + c;
-    const float copy = packed[(row << block_shift) + (in_group & (shape.block_k - 1))];
-    const int64_t r = tap / shape.S;
-    const float value = static_cast<float>(
-        source[shape.source(group * group_k + in_group, c, r, tap - r * shape.S)]);
+  constexpr int64_t kSamples = 32;
+  const int64_t group_k = shape.K / shape.groups, blocks = shape.blocks();
+  const int64_t block_k = shape.block_k;
+  for (int64_t i = 0; i < kSamples; ++i) {
+    // Odd multiples of i visit every one of the kSamples parts of a dimension.
+    const int64_t k = shape.K * i / kSamples;
+    const int64_t c = shape.C * (11 * i % kSamples) / kSamples;
+    const int64_t r = shape.R * (7 * i % kSamples) / kSamples;
+    const int64_t s = shape.S * (19 * i % kSamples) / kSamples;
+    const int64_t group = shape.groups == 1 ? 0 : k / group_k, in_group = k - group * group_k;
+    const int64_t block = group * blocks + in_group / block_k;
+    const int64_t tap = (block * shape.R + r) * shape.S + s;
+    const float copy = packed[(tap * shape.C + c) * block_k + in_group % block_k];
+    const float value = static_cast<float>(source[shape.source(k, c, r, s)]);
     if (std::memcmp(&value, &copy, sizeof value) != 0) return false;
-    if (++c == shape.C) c = 0;
-    if (++tap == taps) tap = 0;
-    if (++in_group == group_k) {
-      in_group = 0;
-      if (++group == shape.groups) group = 0;
-    }
   }
   return true;
 }
