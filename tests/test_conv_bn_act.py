@@ -30,6 +30,8 @@ from support import (
 from fused_resnet import functional
 from fused_resnet.testing import assert_error_rule
 
+TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
 
 def check_rule(case: ConvCase) -> None:
     """The error rule for one call; float64 itself is judged by extended precision."""
@@ -150,6 +152,9 @@ def drawn_cases(draw, device: str) -> ConvCase:
         dilation=draw(pair(small)),
         groups=groups,
     )
+    if TORCH_VERSION < (2, 15) and dtype in (torch.bfloat16, torch.float16):
+        # There, the library's own 1x1 convolution with stride and padding can crash the process.
+        hypothesis.assume(shape.kernel_size != (1, 1) or shape.padding == (0, 0))
     least = [
         max(1, d * (k - 1) + 1 - 2 * p)
         for d, k, p in zip(shape.dilation, shape.kernel_size, shape.padding, strict=True)
