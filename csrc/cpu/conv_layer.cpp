@@ -279,7 +279,8 @@ bool evenly_spaced(const Strides& s, int64_t width) {
   return s.h == width * s.w;
 }
 
-// A pointwise convolution does not care where a row of the image ends.
+// A pointwise convolution does not care where a row ends, nor, where the next image follows at
+// once, where an image ends.
 void flatten_pixels(Conv& conv) {
   if (!is_pointwise(conv) || conv.has_pool || conv.stride_h != 1 || conv.stride_w != 1 ||
       conv.pad_h != 0 || conv.pad_w != 0 || !evenly_spaced(conv.in, conv.W) ||
@@ -287,7 +288,13 @@ void flatten_pixels(Conv& conv) {
       (conv.residual != nullptr && !evenly_spaced(conv.res, conv.Q))) {
     return;
   }
-  const int64_t pixels = conv.P * conv.Q;
+  int64_t pixels = conv.P * conv.Q;
+  auto images_follow = [&](const Strides& s) { return s.n == pixels * s.w; };
+  if (images_follow(conv.in) && images_follow(conv.out) &&
+      (conv.residual == nullptr || images_follow(conv.res))) {
+    pixels *= conv.N;
+    conv.N = 1;
+  }
   conv.W = conv.Q = std::min(kFlatRow, pixels);
   conv.H = conv.P = div_up(pixels, conv.Q);
   conv.last_w = conv.last_q = pixels - (conv.P - 1) * conv.Q;
@@ -303,7 +310,6 @@ struct Split {
 // late in a network at batch 1, threads divide the output channels, and each reads only its part of
 // the weights. Elsewhere they divide the rows; a task takes as many as its caches hold.
 Split split(const Conv& conv, int64_t block_k, int64_t threads) {
-  const int64_t item = conv.dtype == Dtype::kFloat32 ? 4 : 2;
   const int64_t rows = conv.N * (conv.has_pool ? conv.pool.P : conv.P);
   const int64_t blocks = div_up(group_k(conv), block_k);
   const int64_t weight_bytes = reduction(conv) * group_k(conv) * 4;
@@ -318,14 +324,11 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   s.blocks = div_up(blocks, s.block_tasks);
   s.block_tasks = div_up(blocks, s.blocks);
 
-  // The most rows whose input, output and residual fit the second-level cache beside two blocks of
-  // weights, the current and the next. A task on expanded groups has one block of output channels.
-  const int64_t task_k = conv.expanded ? block_k : group_k(conv);
+  // The most rows whose input fits half of the second-level cache, or what two blocks of weights,
+  // the current and the next, leave of it: every block reads it again. Pooled rows are there too.
   const int64_t in_pixels = (conv.R == 1 ? 1 : conv.stride_h) * (conv.S == 1 ? conv.Q : conv.W);
-  const int64_t conv_rows = conv.has_pool ? conv.pool.stride_h : 1;
-  const int64_t row_bytes =
-      conv_rows * (in_pixels * group_c(conv) * (conv.expanded ? block_k : 1) * 4 +
-                   conv.Q * task_k * (conv.has_pool ? 4 : item) * (conv.residual ? 2 : 1));
+  int64_t row_bytes = in_pixels * group_c(conv) * (conv.expanded ? block_k : 1) * 4;
+  if (conv.has_pool) row_bytes = conv.pool.stride_h * (row_bytes + conv.Q * conv.K * 4);
   const int64_t block_bytes = reduction(conv) * block_k * 4;
   const int64_t budget = std::clamp(l2_bytes() - 2 * block_bytes, l2_bytes() / 8, l2_bytes() / 2);
   const int64_t most = std::clamp<int64_t>(budget / row_bytes, 1, rows);
@@ -334,6 +337,8 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   // ideal.
   const int64_t row_threads = std::max<int64_t>(1, threads / (s.block_tasks * work_groups(conv)));
   const int64_t fewest = div_up(rows, most);
+  // A task on expanded groups has one block of output channels.
+  const int64_t task_k = conv.expanded ? block_k : group_k(conv);
   // In cycles: a task's beginning, and each of its blocks' batch norm; all of the arithmetic.
   const double overhead = 3000.0 + 100.0 * static_cast<double>(s.blocks);
   const double arithmetic = static_cast<double>(rows * conv.Q * reduction(conv) * task_k) /
