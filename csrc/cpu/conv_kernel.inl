@@ -304,6 +304,8 @@ void multiply(const Product& product, const Tile& tile, const float* weight, con
   // Sums of more than kChunk products are made of sums of so many: the error of one long chain
   // would grow with its length.
   Vec total[kG][kM][kV];
+  // Kept in memory: GCC gives it the registers that small tiles leave, and the weights none.
+  asm volatile("" : : "r"(total) : "memory");
   int64_t steps = 0;
   bool has_total = false;
   const float* prefetch = product.prefetch;
