@@ -17,8 +17,8 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "int stride_h, int stride_w, int pad_h, int pad_w, int dil_h, int dil_w, int groups, "
       "Tensor? residual, bool relu, int[] max_pool) -> Tensor");
   m.def(
-      "residual_block_packed(Tensor input, Tensor[] tensors, int[] numbers, float[] eps, "
-      "bool has_projection) -> Tensor");
+      "residual_blocks_packed(Tensor input, Tensor[] tensors, int[] numbers, float[] eps, "
+      "int[] layer_counts, int[] projections) -> Tensor");
   m.def("cpu_pool_statistics() -> int[]");
   m.def("cpu_pool_trim() -> ()");
 }

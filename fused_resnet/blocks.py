@@ -105,12 +105,10 @@ def _block_forward(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
     names = CONV_NORM_NAMES[_torchvision_class(block)]
     if obstacle(block) is not None or input_obstacle(x) is not None:
         return block._unfused_forward(x)
-    modules = block._modules
-    out = _whole_block(
-        [(modules[conv], modules[norm]) for conv, norm in names], block.downsample, x
-    )
-    if out is not None:
+    layers = _inference_layers(block, x)
+    if layers is not None and (out := ops.residual_blocks(x, [layers])) is not None:
         return out
+    modules = block._modules
     relu = modules["relu"]
     out = x
     for conv, norm in names[:-1]:
@@ -119,12 +117,13 @@ def _block_forward(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
     return conv_norm_act(modules[conv], modules[norm], out, _shortcut(block.downsample, x), relu)
 
 
-def _whole_block(
-    pairs: list[tuple[nn.Module, nn.Module]], downsample: nn.Module | None, x: Tensor
-) -> Tensor | None:
-    """All of a block in one call of its backend, or None where it has to run in steps."""
+def _inference_layers(block: BasicBlock | Bottleneck, x: Tensor) -> ops.BlockLayers | None:
+    """A block without an obstacle as `ops.residual_blocks` takes it, or None where it cannot."""
     if torch.compiler.is_compiling():
         return None
+    modules = block._modules
+    pairs = [(modules[c], modules[n]) for c, n in CONV_NORM_NAMES[_torchvision_class(block)]]
+    downsample = block.downsample
     if downsample is not None:
         if downsample_obstacle(downsample) is not None:
             return None
@@ -134,7 +133,46 @@ def _whole_block(
         if uses_batch_statistics(norm) or not keeps_dtype(norm, x) or not norm.eps >= 0:
             return None
         layers.append(conv_arguments(conv, norm, x)[1:])
-    return ops.residual_block(x, layers, downsample is not None)
+    return layers, downsample is not None
+
+
+def _stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
+    """One stage after the other: all of their blocks in one call where nothing else is to be seen.
+
+    Going through a block's modules in Python between two blocks would find the caches filled with
+    the last one's weights, and takes twice as long as going through all blocks before.
+    """
+    blocks: list[ops.BlockLayers] | None = []
+    for stage in stages:
+        added = _stage_layers(stage, x)
+        if added is None:
+            blocks = None
+            break
+        blocks += added
+    if blocks and (out := ops.residual_blocks(x, blocks)) is not None:
+        return out
+    for stage in stages:
+        x = stage(x)
+    return x
+
+
+def _stage_layers(stage: nn.Module, x: Tensor) -> list[ops.BlockLayers] | None:
+    """What calling a stage would run, or None where that is more than inference by its blocks."""
+    if type(stage) is not nn.Sequential or _call_obstacle(stage) is not None:
+        return None
+    blocks = []
+    for block in stage._modules.values():
+        if (
+            (type(block) is not Bottleneck and type(block) is not BasicBlock)
+            or _call_obstacle(block) is not None
+            or obstacle(block) is not None
+        ):
+            return None
+        layers = _inference_layers(block, x)
+        if layers is None:
+            return None
+        blocks.append(layers)
+    return blocks
 
 
 def _shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
@@ -151,10 +189,7 @@ def _resnet_forward(model: ResNet, x: Tensor) -> Tensor:
         return model._unfused_forward_impl(x)
     modules = model._modules
     x = stem(modules["conv1"], modules["bn1"], modules["relu"], modules["maxpool"], x)
-    x = model.layer1(x)
-    x = model.layer2(x)
-    x = model.layer3(x)
-    x = model.layer4(x)
+    x = _stages_forward([model.layer1, model.layer2, model.layer3, model.layer4], x)
     x = model.avgpool(x)
     return model.fc(torch.flatten(x, 1))
 

@@ -23,7 +23,7 @@ from fused_resnet import backends
 
 NAMESPACE = "fused_resnet"
 # Native operators that only a backend calls, on plain tensors, below autograd and tracing.
-INTERNAL = {"conv_bn_act_packed", "pack_conv_weight", "residual_block_packed"}
+INTERNAL = {"conv_bn_act_packed", "pack_conv_weight", "residual_blocks_packed"}
 # Those without tensors.
 QUERIES = {"cpu_isa", "conv_isa", "cpu_pool_statistics", "cpu_pool_trim"}
 

@@ -292,12 +292,18 @@ void multiply(const Product& product, const Tile& tile, const float* weight, con
     FR_FOR (i, kM)
       FR_FOR (v, kV) acc[g][i][v] = Vec{};
 
-  if (e.residual && e.vectorised) {
-    // It is needed in a thousand cycles or so; by then it has arrived.
+  if (e.vectorised) {
+    // They are needed in a thousand cycles or so; by then they have arrived.
     FR_FOR (g, kG)
       FR_FOR (i, kM) {
-        __builtin_prefetch(e.residual + tile.res[g] + i * e.res_pixel);
-        __builtin_prefetch(e.residual + tile.res[g] + i * e.res_pixel + (kV - 1) * kLanes);
+        const typename T::Storage* out = e.output + tile.out[g] + i * e.out_pixel;
+        __builtin_prefetch(out, 1);
+        __builtin_prefetch(out + (kV - 1) * kLanes, 1);
+        if (e.residual) {
+          const typename T::Storage* residual = e.residual + tile.res[g] + i * e.res_pixel;
+          __builtin_prefetch(residual);
+          __builtin_prefetch(residual + (kV - 1) * kLanes);
+        }
       }
   }
 

@@ -25,7 +25,7 @@ __all__ = [
     "empty_cache",
     "explain",
     "release",
-    "residual_block",
+    "residual_blocks",
 ]
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +36,7 @@ _MOST_TAPS = 1024
 _ABSENT = torch.empty(0, device="cpu")
 _ISA: str = torch.ops.fused_resnet.conv_isa()
 _conv_bn_act_packed = torch.ops.fused_resnet.conv_bn_act_packed.default
-_residual_block_packed = torch.ops.fused_resnet.residual_block_packed.default
+_residual_blocks_packed = torch.ops.fused_resnet.residual_blocks_packed.default
 _pack_conv_weight = torch.ops.fused_resnet.pack_conv_weight.default
 
 
@@ -173,40 +173,45 @@ def conv_bn_act_max_pool(
     )
 
 
-def residual_block(input: Tensor, layers: Sequence[tuple], has_projection: bool) -> Tensor | None:
-    """A whole block in one call: see csrc/cpu/residual_block.cpp, and `ops.residual_block`."""
+def residual_blocks(input: Tensor, blocks: Sequence[tuple[Sequence[tuple], bool]]) -> Tensor | None:
+    """Whole blocks in one call: see csrc/cpu/residual_blocks.cpp, and `ops.residual_blocks`."""
     tensors: list[Tensor] = []
     numbers: list[int] = []
     epsilons: list[float] = []
+    layer_counts: list[int] = []
+    projections: list[int] = []
     dtype = input.dtype
-    for (
-        weight,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-    ) in layers:
-        if not _is_native(dtype, weight.shape, groups):
-            return None
-        tensors += (
+    for layers, has_projection in blocks:
+        for (
             weight,
-            _packed(weight, groups),
             running_mean,
             running_var,
-            _ABSENT if bn_weight is None else bn_weight,
-            _ABSENT if bn_bias is None else bn_bias,
-            _ABSENT if bias is None else bias,
-        )
-        numbers += (*stride, *padding, *dilation, groups)
-        epsilons.append(eps)
+            bn_weight,
+            bn_bias,
+            eps,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+        ) in layers:
+            if not _is_native(dtype, weight.shape, groups):
+                return None
+            tensors += (
+                weight,
+                _packed(weight, groups),
+                running_mean,
+                running_var,
+                _ABSENT if bn_weight is None else bn_weight,
+                _ABSENT if bn_bias is None else bn_bias,
+                _ABSENT if bias is None else bias,
+            )
+            numbers += (*stride, *padding, *dilation, groups)
+            epsilons.append(eps)
+        layer_counts.append(len(layers))
+        projections.append(int(has_projection))
     try:
-        return _residual_block_packed(input, tensors, numbers, epsilons, has_projection)
+        return _residual_blocks_packed(input, tensors, numbers, epsilons, layer_counts, projections)
     except RuntimeError:
         # Shapes, dtypes or devices that do not go together: step by step the reason comes out.
         return None

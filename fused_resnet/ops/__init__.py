@@ -8,14 +8,15 @@ from .batch_norm_act_inference import batch_norm_act_inference
 from .batch_norm_act_training import batch_norm_act_training
 from .conv_bn_act import conv_bn_act
 from .conv_bn_act_max_pool import conv_bn_act_max_pool
-from .residual_block import residual_block
+from .residual_blocks import BlockLayers, residual_blocks
 from .scale_shift_act import scale_shift_act
 
 __all__ = [
+    "BlockLayers",
     "batch_norm_act_inference",
     "batch_norm_act_training",
     "conv_bn_act",
     "conv_bn_act_max_pool",
-    "residual_block",
+    "residual_blocks",
     "scale_shift_act",
 ]

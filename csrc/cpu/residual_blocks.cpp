@@ -1,12 +1,14 @@
-// The operator residual_block_packed of the CPU backend: a whole BasicBlock or Bottleneck.
+// The operator residual_blocks_packed of the CPU backend: BasicBlocks or Bottlenecks, each on the
+// output of the one before. A block is
 //
 //   h[0] = input,  h[i] = relu(bn_i(conv_i(h[i-1])))  for all convolutions but the last,
 //   out  = relu(bn(conv(h)) + shortcut),  shortcut = input, or bn(conv(input)) for a projection.
 //
-// One call instead of three or four; and where a block's weights fit the second-level cache, its
-// convolutions run one after the other on as few images as keep h in that cache too, so that of the
-// activations only input and output pass through memory. A projection is written to the output's
-// memory, and the last convolution adds it from there, element by element before it overwrites it.
+// One call instead of three or four a block; and where a block's weights fit the second-level
+// cache, its convolutions run one after the other on as few images as keep h in that cache too, so
+// that of the activations only input and output pass through memory. A projection is written to the
+// output's memory, and the last convolution adds it from there, element by element before it
+// overwrites it.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -36,7 +38,7 @@ std::vector<ConvLayer> make_layers(const std::vector<Tensor>& tensors,
   const size_t count = eps.size();
   STD_TORCH_CHECK(
       tensors.size() == count * kTensorsPerLayer && numbers.size() == count * kNumbersPerLayer,
-      "residual_block: ", tensors.size(), " tensors and ", numbers.size(), " numbers for ", count,
+      "residual_blocks: ", tensors.size(), " tensors and ", numbers.size(), " numbers for ", count,
       " convolutions");
   std::vector<ConvLayer> layers;
   layers.reserve(count);
@@ -81,24 +83,29 @@ int64_t images_at_once(const Conv& first, const std::vector<PreparedLayer>& laye
   return std::clamp<int64_t>(threads * l2_bytes() / std::max<int64_t>(image_bytes, 1), 1, first.N);
 }
 
-// `tensors` holds for every convolution weight, packed weight, running_mean, running_var,
-// bn_weight, bn_bias and bias; `numbers` stride, padding and dilation, each (h, w), and groups. A
-// projection comes last.
-Tensor residual_block_packed(Tensor input, std::vector<Tensor> tensors,
-                             std::vector<int64_t> numbers, std::vector<double> eps,
-                             bool has_projection) {
-  STD_TORCH_CHECK(input.dim() == 4, "residual_block: input has ", input.dim(),
-                  " dimensions, it must have 4");
-  const std::vector<ConvLayer> layers = make_layers(tensors, numbers, eps);
-  STD_TORCH_CHECK(layers.size() >= (has_projection ? 2 : 1), "residual_block: ", layers.size(),
-                  " convolutions are too few");
+// The weight a layer reads first, for the one before it to bring into the cache.
+struct NextWeight {
+  const float* data = nullptr;
+  int64_t size = 0;
+
+  NextWeight() = default;
+  explicit NextWeight(const ConvLayer& layer)
+      : data(static_cast<const float*>(layer.packed.const_data_ptr())),
+        size(layer.packed.numel()) {}
+};
+
+// One block; a projection is the last of its layers. `next_block` is what follows it.
+Tensor run_block(const Tensor& input, const ConvLayer* layers, int64_t count, bool has_projection,
+                 const NextWeight& next_block) {
+  STD_TORCH_CHECK(count >= (has_projection ? 2 : 1), "residual_blocks: ", count,
+                  " convolutions are too few for a block");
   const auto dtype = input.scalar_type();
-  const int64_t last = static_cast<int64_t>(layers.size()) - (has_projection ? 2 : 1);
+  const int64_t last = count - (has_projection ? 2 : 1);
   const int64_t N = input.size(0), item = static_cast<int64_t>(input.element_size());
 
   bool channels_last = is_channels_last(input);
   std::vector<PreparedLayer> prepared;
-  prepared.reserve(layers.size());
+  prepared.reserve(static_cast<size_t>(count));
   int64_t C = input.size(1), H = input.size(2), W = input.size(3);
   for (int64_t i = 0; i <= last; ++i) {
     prepared.emplace_back(layers[i], N, C, H, W, dtype);
@@ -108,12 +115,12 @@ Tensor residual_block_packed(Tensor input, std::vector<Tensor> tensors,
   }
   int64_t shortcut_c = input.size(1), shortcut_h = input.size(2), shortcut_w = input.size(3);
   if (has_projection) {
-    prepared.emplace_back(layers.back(), N, shortcut_c, shortcut_h, shortcut_w, dtype);
+    prepared.emplace_back(layers[last + 1], N, shortcut_c, shortcut_h, shortcut_w, dtype);
     const Conv& conv = prepared.back().conv;
     shortcut_c = conv.K, shortcut_h = conv.P, shortcut_w = conv.Q;
   }
   STD_TORCH_CHECK(shortcut_c == C && shortcut_h == H && shortcut_w == W,
-                  "residual_block: the shortcut is ", shortcut_c, " x ", shortcut_h, " x ",
+                  "residual_blocks: the shortcut is ", shortcut_c, " x ", shortcut_h, " x ",
                   shortcut_w, ", the last convolution's output is ", C, " x ", H, " x ", W);
 
   Tensor output = empty_activation(N, C, H, W, dtype, channels_last);
@@ -134,43 +141,68 @@ Tensor residual_block_packed(Tensor input, std::vector<Tensor> tensors,
     const void* source = image;
     Strides source_strides = in;
     auto run = [&](Conv conv, const void* from, const Strides& from_strides, void* to,
-                   const Strides& to_strides, const Conv& next) {
+                   const Strides& to_strides, const NextWeight& next) {
       conv.N = std::min(at_once, N - n);
       conv.input = from;
       conv.in = from_strides;
       conv.output = to;
       conv.out = to_strides;
-      conv.next_weight = next.weight;
-      conv.next_weight_size = next.K * reduction(next);
+      conv.next_weight = next.data;
+      conv.next_weight_size = next.size;
       run_conv(conv);
     };
     for (int64_t i = 0; i < last; ++i) {
       Conv conv = prepared[i].conv;
       conv.relu = true;
       const Strides strides = dense_strides(conv.K, conv.P, conv.Q, true);
-      const PreparedLayer& next =
-          has_projection && i + 1 == last ? prepared.back() : prepared[i + 1];
-      run(conv, source, source_strides, hidden[i % 2].get(), strides, next.conv);
+      const ConvLayer& next = layers[has_projection && i + 1 == last ? last + 1 : i + 1];
+      run(conv, source, source_strides, hidden[i % 2].get(), strides, NextWeight(next));
       source = hidden[i % 2].get();
       source_strides = strides;
     }
     if (has_projection) {
-      run(prepared.back().conv, image, in, result, out, prepared[last].conv);
+      run(prepared.back().conv, image, in, result, out, NextWeight(layers[last]));
     }
     Conv conv = prepared[last].conv;
     conv.relu = true;
     conv.residual = has_projection ? result : image;
     conv.res = has_projection ? out : in;
-    run(conv, source, source_strides, result, out, prepared[0].conv);
+    run(conv, source, source_strides, result, out,
+        n + at_once < N ? NextWeight(layers[0]) : next_block);
   }
   return output;
+}
+
+// `tensors` holds for every convolution weight, packed weight, running_mean, running_var,
+// bn_weight, bn_bias and bias; `numbers` stride, padding and dilation, each (h, w), and groups.
+// `layer_counts` says how many belong to each block, `projections` whether the last of them is one.
+Tensor residual_blocks_packed(Tensor input, std::vector<Tensor> tensors,
+                              std::vector<int64_t> numbers, std::vector<double> eps,
+                              std::vector<int64_t> layer_counts, std::vector<int64_t> projections) {
+  STD_TORCH_CHECK(input.dim() == 4, "residual_blocks: input has ", input.dim(),
+                  " dimensions, it must have 4");
+  STD_TORCH_CHECK(layer_counts.size() == projections.size(),
+                  "residual_blocks: ", layer_counts.size(), " layer counts, ", projections.size(),
+                  " projections");
+  const std::vector<ConvLayer> layers = make_layers(tensors, numbers, eps);
+  size_t first = 0;
+  for (size_t i = 0; i < layer_counts.size(); ++i) {
+    const size_t behind = first + static_cast<size_t>(layer_counts[i]);
+    STD_TORCH_CHECK(layer_counts[i] > 0 && behind <= layers.size(), "residual_blocks: block ", i,
+                    " has ", layer_counts[i], " convolutions, ", layers.size() - first,
+                    " are left");
+    input = run_block(input, &layers[first], layer_counts[i], projections[i] != 0,
+                      behind < layers.size() ? NextWeight(layers[behind]) : NextWeight());
+    first = behind;
+  }
+  return input;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m)
 {
-  m.impl("residual_block_packed", TORCH_BOX(&residual_block_packed));
+  m.impl("residual_blocks_packed", TORCH_BOX(&residual_blocks_packed));
 }
 
 }  // namespace fused_resnet::cpu
