@@ -225,9 +225,9 @@ struct Product {
   int64_t pixel_stride;  // floats between a tile's pixels in the slab (or the input itself)
   int64_t runs, run_length;
   const int64_t* run_offset;
-  // Weights to bring into the second-level cache meanwhile, a line for every step of the product;
-  // a step of 0 asks for nothing.
-  const float* prefetch;
+  // What to bring into the second-level cache meanwhile: with every step of the product what lies
+  // prefetch_step bytes further on; a step of 0 asks for nothing.
+  const char* prefetch;
   int64_t prefetch_step;
 };
 
@@ -314,7 +314,7 @@ void multiply(const Product& product, const Tile& tile, const float* weight, con
   asm volatile("" : : "r"(total) : "memory");
   int64_t steps = 0;
   bool has_total = false;
-  const float* prefetch = product.prefetch;
+  const char* prefetch = product.prefetch;
   for (int64_t run = 0; run < product.runs; ++run) {
     const float* in0 = tile.in[0] + product.run_offset[run];
     const float* in1 = tile.in[kG - 1] + product.run_offset[run];
@@ -475,6 +475,56 @@ int64_t tiles_in_turn(const Conv& conv, const TileList& list) {
   return group_k(conv) * reduction(conv) <= kSmallWeight && !conv.expanded ? kFew : list.count;
 }
 
+// What the coming tiles read and write in the tensors themselves, to be prefetched in portions.
+class ComingPixels {
+ public:
+  // Tiles [begin, end) of the list; none where their pixels do not follow each other in memory.
+  template <class T>
+  ComingPixels(const Conv& conv, const Epilogue<T>& e, const TileList& list, int64_t begin,
+               int64_t end) {
+    if (begin >= end) return;
+    constexpr int64_t kItem = sizeof(typename T::Storage);
+    const Tile& first = list.tiles[begin];
+    const int64_t pixels = (end - begin) * kGroups * kTilePixels;
+    if (reads_input_in_place(conv)) {
+      add(first.in[0], conv.in.w == group_c(conv) ? pixels * conv.in.w * kItem : 0);
+    }
+    if (e.residual != nullptr && e.res_channel == 1) {
+      add(e.residual + first.res[0], e.res_pixel == conv.K ? pixels * conv.K * kItem : 0);
+    }
+    if (e.out_channel == 1) {
+      add(e.output + first.out[0], e.out_pixel == conv.K ? pixels * conv.K * kItem : 0);
+    }
+  }
+
+  // The next so many lines; null when there are no more.
+  const char* take(int64_t lines) {
+    for (; range_ < count_; ++range_) {
+      Range& range = ranges_[range_];
+      if (range.next >= range.end) continue;
+      const char* taken = range.next;
+      range.next += lines * kLine;
+      return taken;
+    }
+    return nullptr;
+  }
+
+  static constexpr int64_t kLine = 64;
+
+ private:
+  struct Range {
+    const char *next, *end;
+  };
+
+  void add(const void* begin, int64_t bytes) {
+    const char* first = static_cast<const char*>(begin);
+    ranges_[count_++] = {first, first + bytes};
+  }
+
+  Range ranges_[3];
+  int count_ = 0, range_ = 0;
+};
+
 // All tiles against all blocks of output channels of the task.
 template <class T>
 void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, float* norm,
@@ -511,6 +561,8 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
   const int64_t turn = tiles_in_turn(conv, list);
   for (int64_t begin = 0; begin < list.count; begin += turn) {
     const int64_t end = begin + turn < list.count ? begin + turn : list.count;
+    const int64_t next_end = end + turn < list.count ? end + turn : list.count;
+    ComingPixels coming(conv, base, list, end, next_end);
     for (int64_t block = task.block_begin; block < task.block_end; ++block) {
       const int64_t channel = task.group * channels + block * width;
       const int vectors = valid(block) <= kLanes ? 1 : 2;
@@ -523,7 +575,8 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
                      (!base.residual || base.res_channel == 1);
       const float* weight = conv.weight + weight_offset(conv, width, task.group, block);
       // Without help the first tile of a block would wait for its weights. So while the tiles of
-      // one block run, the next block is asked for, a part of it by each of the first tiles.
+      // one block run, the next block is asked for, a part of it by each of the first tiles. Once
+      // all of the weights have been seen, it is the next tiles' pixels that are asked for.
       const float* next = block + 1 < task.block_end ? weight + width * reduction(conv)
                                                      : next_layer(conv, task, blocks);
       int64_t parts = 1;
@@ -533,9 +586,18 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
       for (int64_t t = begin; t < end; ++t) {
         const Tile& tile = list.tiles[t];
         const int64_t part = t - begin;
-        const bool ahead = next != nullptr && part < parts;
-        product.prefetch = ahead ? next + part * (width / parts) * reduction(conv) : weight;
-        product.prefetch_step = ahead ? width / parts : 0;
+        product.prefetch = reinterpret_cast<const char*>(weight);
+        product.prefetch_step = 0;
+        const char* pixels_ahead =
+            begin > 0 || next == nullptr ? coming.take(reduction(conv)) : nullptr;
+        if (pixels_ahead != nullptr) {
+          product.prefetch = pixels_ahead;
+          product.prefetch_step = ComingPixels::kLine;
+        } else if (next != nullptr && part < parts) {
+          product.prefetch =
+              reinterpret_cast<const char*>(next + part * (width / parts) * reduction(conv));
+          product.prefetch_step = width / parts * 4;
+        }
         if (tile.groups != groups || tile.pixels != pixels) {
           groups = tile.groups;
           pixels = tile.pixels;
