@@ -26,6 +26,7 @@ from torch.nn.utils import prune
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import fused_resnet
+from fused_resnet import backends
 from fused_resnet.testing import assert_error_rule
 
 
@@ -809,3 +810,50 @@ def test_functional_relu_is_not_confused_with_the_module():
     model = fused_resnet.fuse(small_resnet())
     x = torch.randn(4)
     assert torch.equal(model.relu(x.clone()), F.relu(x))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("block", BLOCKS)
+def test_all_blocks_run_in_one_call(block, monkeypatch):
+    """And one by one, to the same bits, where there is something between them to be seen."""
+    model = fused_resnet.fuse(small_resnet(BLOCKS[block], layers=2))
+    native, calls = backends.cpu.residual_blocks, []
+
+    def counted(input, blocks):
+        calls.append(len(blocks))
+        return native(input, blocks)
+
+    monkeypatch.setattr(backends.cpu, "residual_blocks", counted)
+    x = image_batch(3, 40)
+
+    def calls_of(x):
+        calls.clear()
+        with torch.no_grad():
+            out = model(x)
+        return out, list(calls)
+
+    together, calls_together = calls_of(x)
+    assert calls_together == [8]
+
+    handle = model.layer3.register_forward_pre_hook(lambda module, args: None)
+    apart, calls_apart = calls_of(x)
+    assert calls_apart == [1] * 8
+    assert_same_bits(apart, together)
+    handle.remove()
+    assert calls_of(x)[1] == [8]
+
+    model.layer2[1].forward = lambda x: type(model.layer2[1]).forward(model.layer2[1], x) * 2
+    doubled, calls_doubled = calls_of(x)
+    assert calls_doubled == [1] * 8
+    assert not torch.equal(doubled, together)
+    del model.layer2[1].forward
+
+    model.layer4[0].train()
+    assert calls_of(x)[1] == [1] * 7
+    model.eval()
+
+    model.layer4 = nn.Sequential()
+    model.fc = nn.Identity()
+    assert calls_of(x)[1] == [6]
+    model.layer4 = nn.Identity()
+    assert calls_of(x)[1] == [1] * 6
