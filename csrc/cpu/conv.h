@@ -62,6 +62,8 @@ struct Conv {
   int64_t next_weight_size;
   Dtype dtype;  // of input, residual and output; everything between is float32
   bool relu;
+  // Whether a group's weights stay in the second-level cache when all of them are gone through.
+  bool keeps_weight;
   // Groups of so few output channels that several share a vector. The slab then holds every input
   // value once for each lane it is multiplied in, and the groups count as one.
   bool expanded;

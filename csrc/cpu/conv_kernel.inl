@@ -471,8 +471,8 @@ const float* next_layer(const Conv& conv, const Task& task, int64_t blocks) {
 // in the second-level cache anyway let few tiles do so, which then write whole pixels, not a strip
 // of each. Other weights are read once for all tiles.
 int64_t tiles_in_turn(const Conv& conv, const TileList& list) {
-  constexpr int64_t kFew = 4, kSmallWeight = 64 << 10;  // in floats
-  return group_k(conv) * reduction(conv) <= kSmallWeight && !conv.expanded ? kFew : list.count;
+  constexpr int64_t kFew = 4;
+  return conv.keeps_weight && !conv.expanded ? kFew : list.count;
 }
 
 // What the coming tiles read and write in the tensors themselves, to be prefetched in portions.

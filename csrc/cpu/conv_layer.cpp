@@ -391,6 +391,7 @@ void* scratch_memory(int64_t bytes) {
 void run_conv(Conv conv) {
   if (conv.N == 0) return;
   flatten_pixels(conv);
+  conv.keeps_weight = reduction(conv) * group_k(conv) * 4 <= l2_bytes() / 2;
   const ConvIsa& isa = *conv_isa();
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t block_k = conv.expanded ? isa.lanes : isa.block_k;
