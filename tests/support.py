@@ -20,6 +20,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -430,6 +431,21 @@ def run_python(code: str, timeout: float = 300, **environment: str) -> str:
         f"exit status {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
     )
     return result.stdout
+
+
+def rerun_on_instruction_set(isa: str, file: str, selected: str) -> None:
+    """Runs the tests of `file` that `-k selected` picks on the kernels for other processors."""
+    if os.environ.get("FUSED_RESNET_CPU_ISA"):
+        pytest.skip("already running with FUSED_RESNET_CPU_ISA")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    result = subprocess.run(
+        [*command, "-k", selected],
+        env={**os.environ, "FUSED_RESNET_CPU_ISA": isa},
+        cwd=os.path.dirname(__file__),  # -m puts it first on sys.path: not the source tree
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def small_resnet(block: type[nn.Module] = Bottleneck, layers: int = 1, **arguments: Any) -> ResNet:

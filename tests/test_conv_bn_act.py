@@ -23,6 +23,7 @@ from support import (
     dtype_id,
     make_conv_case,
     model_conv_shapes,
+    rerun_on_instruction_set,
     run_python,
     unchanged,
 )
@@ -570,6 +571,13 @@ def test_more_than_2_31_elements(channels_last):
     assert_within_bound(out[:, :, [0, -1]], expected, bound)
     nothing = out[:, :, 1:-1]
     assert_same_bits(nothing, nothing[:, :, :1, :1].expand_as(nothing))
+
+
+@pytest.mark.slow
+def test_avx2():
+    """This file's main cases again, on the kernels for processors without AVX-512."""
+    cases = "sample_shapes or drawn_cases_quick or nan_and_infinity or residual_layouts or max_pool"
+    rerun_on_instruction_set("avx2", __file__, f"cpu and ({cases})")
 
 
 def test_functional_has_the_designs_signature():

@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_same_nonfinite, dtype_id, unchanged
+from support import assert_same_nonfinite, dtype_id, rerun_on_instruction_set, unchanged
 
 from fused_resnet import _native
 from fused_resnet.testing import assert_error_rule
@@ -241,18 +239,9 @@ def test_more_elements_than_32_bits_count():
 @pytest.mark.parametrize("isa", ["avx2", "none"])
 def test_other_instruction_sets(isa):
     """This file again, on the kernels for processors without AVX-512 and without AVX2."""
-    if os.environ.get("FUSED_RESNET_CPU_ISA"):
-        pytest.skip("already running with FUSED_RESNET_CPU_ISA")
-    selected = "error_rule and relu or nonfinite or 16_bit or nearest_even"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        [*command, "-k", selected],
-        env={**os.environ, "FUSED_RESNET_CPU_ISA": isa},
-        cwd=os.path.dirname(__file__),  # -m puts it first on sys.path: not the source tree
-        capture_output=True,
-        text=True,
+    rerun_on_instruction_set(
+        isa, __file__, "error_rule and relu or nonfinite or 16_bit or nearest_even"
     )
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def good():
