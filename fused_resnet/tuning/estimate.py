@@ -1,0 +1,278 @@
+"""The tile a problem runs with before anything has been timed, and the tiles worth timing.
+
+A model of a kernel's time on a GPU. A program computes `block_m` pixels by `block_n` channels, so
+there are `programs = ceil(M / block_m) * columns * split_k` of them (`M = N P Q`), each walking
+`steps` blocks of the sum's depth, and a multiprocessor holds as many at once (`resident`) as shared
+memory, registers and threads allow. The kernel takes as long as the slowest of
+
+- arithmetic: the products of the programs on the busiest multiprocessor, padding included, at the
+  tensor cores' rate for this tile (see `_efficiency`). Programs come in whole numbers, so this is
+  where a last wave that is nearly empty costs;
+- memory: each tensor once, at copy bandwidth (neighbouring programs share input and weight tiles
+  through the L2 cache, so these come from memory once);
+- L2: what the programs load, with repetition, at L2 bandwidth;
+- latency: a program that has `num_stages - 1` blocks in flight cannot take a step more often than
+  every `latency / (num_stages - 1)`; this is what a GPU that is not full waits for,
+
+plus a tenth of the others (nothing overlaps perfectly), plus filling the pipeline and storing, once
+a wave, plus a launch. Sharing a sum among `split_k`
+programs shortens the walk and fills more multiprocessors, and costs float32 partial sums written
+and read once more, and a second launch.
+
+This is the roofline model (Williams, Waterman, Patterson, CACM 52(4), 2009) with Little's law for
+latency and wave quantisation (NVIDIA, Matrix Multiplication Background User's Guide). Its constants
+are round figures for Ampere to Blackwell, not fitted: the tuner is what measures.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+from .architecture import Architecture
+from .problem import ConvProblem, Tile
+
+# Seconds from asking for a block to having it in shared memory: DRAM's latency and the way back.
+_LATENCY = 0.8e-6
+# Seconds between two dependent launches on one stream, as in a CUDA graph.
+_LAUNCH = 1.5e-6
+# What a multiprocessor gets out of the L2 cache, bytes a cycle.
+_L2_BYTES_PER_CYCLE = 32
+# Registers of a thread for addresses, masks and operands in flight, beside the accumulator's.
+_OTHER_REGISTERS = 72
+_MOST_REGISTERS = 255
+_SHARED_PER_PROGRAM = 1024  # what the driver takes of every program
+# Which part of what should hide behind the slowest term does not.
+_IMPERFECT = 0.1
+_SPLITS = (1, 2, 4, 8, 16)
+# Of the tensor cores' rate, float32 products outside them: what a compiled kernel gets out of plain
+# multiply-adds, and what the library's hand-written ones do.
+_PLAIN_EFFICIENCY = 0.5
+_LIBRARY_EFFICIENCY = 0.8
+
+# block_m, block_n, block_k, num_warps, num_stages of 16-bit operands. block_m is at least 64 and
+# there are at least four warps, since Hopper's warp-group instructions need both.
+_SHAPES_16 = (
+    (64, 32, 64, 4, 4),
+    (64, 64, 64, 4, 3),
+    (64, 64, 64, 4, 5),
+    (64, 64, 128, 4, 3),
+    (64, 128, 64, 4, 3),
+    (64, 128, 64, 4, 4),
+    (64, 256, 64, 8, 3),
+    (128, 32, 64, 4, 4),
+    (128, 64, 64, 4, 3),
+    (128, 64, 64, 4, 4),
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (128, 256, 64, 8, 3),
+    (256, 64, 64, 8, 3),
+    (256, 128, 64, 8, 3),
+    (64, 32, 32, 4, 4),
+    (64, 64, 32, 4, 4),
+    (128, 32, 32, 4, 4),
+    (128, 64, 32, 4, 4),
+    (128, 128, 32, 8, 4),
+)
+# Of operands with twice the bytes the same blocks are half as deep.
+_SHAPES_32 = tuple((m, n, max(16, k // 2), warps, stages) for m, n, k, warps, stages in _SHAPES_16)
+# Without tensor cores the operands pass through registers, so tiles are small.
+_SHAPES_PLAIN = (
+    (64, 32, 16, 4, 3),
+    (64, 64, 16, 4, 3),
+    (64, 64, 16, 8, 3),
+    (64, 64, 32, 8, 3),
+    (128, 64, 16, 8, 3),
+)
+
+
+def candidates(problem: ConvProblem, architecture: Architecture) -> list[Tile]:
+    """Every tile that may run a problem on a GPU: it fits, and is not larger than it need be.
+
+    Args:
+        problem: any.
+        architecture: the GPU.
+
+    Returns:
+        At least one tile, always in the same order; all of them fit (see `fits`). Sums are shared
+        only where one program a tile would leave multiprocessors idle.
+    """
+    return [tile for tile, _ in _timed(problem, architecture)]
+
+
+def best(problem: ConvProblem, architecture: Architecture) -> Tile:
+    """The candidate that the model predicts to be fastest; the first of equals."""
+    return _best(problem, architecture)[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def _best(problem: ConvProblem, architecture: Architecture) -> tuple[Tile, float]:
+    return min(_timed(problem, architecture), key=lambda pair: pair[1])
+
+
+def predicted(problem: ConvProblem, architecture: Architecture, tile: Tile) -> float:
+    """Seconds the model predicts; see this module's docstring."""
+    P, Q = problem.P, problem.Q
+    M = problem.N * P * Q
+    if M == 0:
+        return _LAUNCH
+    columns, depth = _columns_and_depth(problem, tile)
+    rows = _ceil(M, tile.block_m)
+    steps = _ceil(_ceil(depth, tile.block_k), tile.split_k)
+    programs = rows * columns * tile.split_k
+    resident = _resident(problem, architecture, tile)
+    at_once = architecture.multiprocessors * resident
+    waves = _ceil(programs, at_once)
+
+    rate = architecture.rate(problem.dtype) / architecture.multiprocessors
+    products = 2 * tile.block_m * tile.block_n * tile.block_k * steps
+    busiest = _ceil(programs, architecture.multiprocessors)
+    arithmetic = busiest * products / (rate * _efficiency(problem, tile))
+
+    memory = problem.bytes_once / architecture.copy_bandwidth
+    loaded = programs * steps * _stage_bytes(problem, tile)
+    cycles = architecture.clock * min(architecture.multiprocessors, programs)
+    cache = (loaded + problem.output_bytes) / (_L2_BYTES_PER_CYCLE * cycles)
+    latency = waves * steps * _LATENCY / max(1, tile.num_stages - 1)
+
+    # Filling a pipeline and storing overlap with another program's steps where there is one.
+    exposed = _LATENCY * (2 if resident == 1 else 1) * min(waves, 2 if resident > 1 else waves)
+    terms = (arithmetic, memory, cache, latency)
+    seconds = max(terms) + _IMPERFECT * (sum(terms) - max(terms)) + exposed + _LAUNCH
+    if tile.split_k > 1:
+        partial = 2 * 4 * M * problem.K * tile.split_k
+        in_cache = partial <= architecture.l2_bytes / 2
+        speed = _L2_BYTES_PER_CYCLE * architecture.clock * architecture.multiprocessors
+        seconds += partial / (speed if in_cache else architecture.copy_bandwidth)
+        seconds += _LAUNCH + 2 * _LATENCY
+    return seconds
+
+
+def predicted_library(problem: ConvProblem, architecture: Architecture) -> float:
+    """Seconds for the library's convolution and one pass of `scale_shift_act` over its output."""
+    P, Q = problem.P, problem.Q
+    unpooled = problem.element_size * problem.N * problem.K * P * Q
+    arithmetic = problem.flops / (_LIBRARY_EFFICIENCY * architecture.rate(problem.dtype))
+    memory = (problem.input_bytes + problem.weight_bytes + unpooled) / architecture.copy_bandwidth
+    after = (3 if problem.residual else 2) * unpooled
+    launches = 2
+    if problem.pool is not None:
+        after += unpooled + problem.output_bytes
+        launches = 3
+    latency = launches * (_LAUNCH + 2 * _LATENCY)
+    return max(arithmetic, memory) + after / architecture.copy_bandwidth + latency
+
+
+def prefers_library(problem: ConvProblem, architecture: Architecture) -> bool:
+    """Whether a problem that nobody has timed should be left to the library.
+
+    Only float32 without TF32 is: bound by plain multiply-adds, of which the library's kernels get
+    more out of a GPU than compiled ones do.
+    """
+    if problem.dtype != "float32":
+        return False
+    return predicted_library(problem, architecture) < _best(problem, architecture)[1]
+
+
+def fits(problem: ConvProblem, architecture: Architecture, tile: Tile) -> bool:
+    """Whether a multiprocessor can hold one program, in shared memory and without spilling."""
+    return _resident(problem, architecture, tile) >= 1
+
+
+def shared_bytes(problem: ConvProblem, tile: Tile) -> int:
+    """Shared memory of one program: its blocks in flight, or the output on its way, if larger."""
+    output = 4 * tile.block_m * tile.block_n if tile.split_k > 1 else 0
+    output = max(output, problem.element_size * tile.block_m * tile.block_n)
+    return max(tile.num_stages * _stage_bytes(problem, tile), output)
+
+
+def registers(problem: ConvProblem, tile: Tile) -> int:
+    """Registers of one thread: its part of the accumulator, and what every kernel needs."""
+    threads = 32 * tile.num_warps
+    accumulator = tile.block_m * tile.block_n // threads
+    others = _OTHER_REGISTERS
+    if problem.dtype == "float32":
+        # A thread of plain multiply-adds holds a row and a column of operands besides.
+        others += 4 * math.isqrt(accumulator) * tile.block_k // 16
+    return accumulator + others
+
+
+def _timed(problem: ConvProblem, architecture: Architecture) -> list[tuple[Tile, float]]:
+    if problem.dtype == "float32":
+        shapes = _SHAPES_PLAIN
+    else:
+        shapes = _SHAPES_16 if problem.element_size == 2 else _SHAPES_32
+    M = problem.N * problem.P * problem.Q
+    K = problem.K
+    found = []
+    for m, n, k, warps, stages in shapes:
+        # Half of such a tile would do, and there is one of half its size.
+        if (m > 64 and m // 2 >= M) or (n > 32 and n // 2 >= K):
+            continue
+        tile = Tile(m, n, k, 1, warps, stages)
+        if not fits(problem, architecture, tile):
+            continue
+        columns, depth = _columns_and_depth(problem, tile)
+        steps = _ceil(depth, k)
+        if k > 32 and depth <= k // 2:
+            continue
+        programs = _ceil(M, m) * columns
+        for split in _SPLITS:
+            if split > 1 and (
+                problem.pool is not None
+                or programs * split > 4 * architecture.multiprocessors
+                or steps < 2 * split
+            ):
+                break
+            shared = Tile(m, n, k, split, warps, stages)
+            if fits(problem, architecture, shared):
+                found.append((shared, predicted(problem, architecture, shared)))
+    if not found:
+        raise ValueError(f"no tile for {problem.key} fits a {architecture.name}")
+    return found
+
+
+def _columns_and_depth(problem: ConvProblem, tile: Tile) -> tuple[int, int]:
+    """How many tiles the output channels make, and the depth of the sum in one of them.
+
+    Groups of fewer output channels than a tile has are packed into it side by side: the tile then
+    multiplies the input channels of all of them, most products being with zeros.
+    """
+    channels, filters = problem.C // problem.groups, problem.K // problem.groups
+    taps = problem.R * problem.S
+    if filters >= tile.block_n:
+        return problem.groups * _ceil(filters, tile.block_n), taps * channels
+    packed = min(problem.groups, max(1, tile.block_n // filters))
+    return _ceil(problem.groups, packed), taps * channels * packed
+
+
+def _efficiency(problem: ConvProblem, tile: Tile) -> float:
+    """Which part of the matrix rate a tile reaches.
+
+    Each product of a 64-deep fragment reads its operands from shared memory, whose bandwidth the
+    tensor cores exhaust with small tiles: the larger both sides are, the fewer bytes a product.
+    """
+    if problem.dtype == "float32":
+        return _PLAIN_EFFICIENCY
+    return 1 / (1 + 16 / tile.block_m + 16 / tile.block_n)
+
+
+def _resident(problem: ConvProblem, architecture: Architecture, tile: Tile) -> int:
+    """Programs that a multiprocessor holds at once; 0 where not even one fits."""
+    shared, per_thread = shared_bytes(problem, tile), registers(problem, tile)
+    if shared > architecture.shared_per_block or per_thread > _MOST_REGISTERS:
+        return 0
+    threads = 32 * tile.num_warps
+    by_shared = architecture.shared_per_multiprocessor // (shared + _SHARED_PER_PROGRAM)
+    allocated = 8 * _ceil(per_thread, 8)  # registers come in eights
+    by_registers = architecture.registers_per_multiprocessor // (allocated * threads)
+    by_threads = architecture.threads_per_multiprocessor // threads
+    return min(by_shared, by_registers, by_threads)
+
+
+def _stage_bytes(problem: ConvProblem, tile: Tile) -> int:
+    return problem.element_size * tile.block_k * (tile.block_m + tile.block_n)
+
+
+def _ceil(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
