@@ -3,7 +3,9 @@
 A model of a kernel's time on a GPU. A program computes `block_m` pixels by `block_n` channels, so
 there are `programs = ceil(M / block_m) * columns * split_k` of them (`M = N P Q`), each walking
 `steps` blocks of the sum's depth, and a multiprocessor holds as many at once (`resident`) as shared
-memory, registers and threads allow. The kernel takes as long as the slowest of
+memory, registers and threads allow. How deep a sum is depends on the kernel (`kind`): a block is
+`block_k` channels of one tap, one tap of as many narrow groups as a tile has, or one row of a
+filter with few channels. The kernel takes as long as the slowest of
 
 - arithmetic: the products of the programs on the busiest multiprocessor, padding included, at the
   tensor cores' rate for this tile (see `_efficiency`). Programs come in whole numbers, so this is
@@ -26,6 +28,7 @@ are round figures for Ampere to Blackwell, not fitted: the tuner is what measure
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -52,7 +55,7 @@ _LIBRARY_EFFICIENCY = 0.8
 
 # block_m, block_n, block_k, num_warps, num_stages of 16-bit operands. block_m is at least 64 and
 # there are at least four warps, since Hopper's warp-group instructions need both.
-_SHAPES_16 = (
+_GENERAL = (
     (64, 32, 64, 4, 4),
     (64, 64, 64, 4, 3),
     (64, 64, 64, 4, 5),
@@ -74,16 +77,41 @@ _SHAPES_16 = (
     (128, 64, 32, 4, 4),
     (128, 128, 32, 8, 4),
 )
-# Of operands with twice the bytes the same blocks are half as deep.
-_SHAPES_32 = tuple((m, n, max(16, k // 2), warps, stages) for m, n, k, warps, stages in _SHAPES_16)
 # Without tensor cores the operands pass through registers, so tiles are small.
-_SHAPES_PLAIN = (
+_PLAIN = (
     (64, 32, 16, 4, 3),
     (64, 64, 16, 4, 3),
     (64, 64, 16, 8, 3),
     (64, 64, 32, 8, 3),
     (128, 64, 16, 8, 3),
 )
+# block_m, block_n, num_warps, num_stages where the problem says how deep a block is.
+_PACKED = ((64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3))
+_ROWS = ((64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 4, 3), (256, 64, 8, 3))
+_POOL = ((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2))
+# Groups of fewer channels than this are packed; the tensor cores' smallest tiles are not smaller.
+_NARROW = 32
+# A filter row of at most this many values is one block.
+_LONGEST_ROW = 64
+_STEM_POOL = (3, 3, 2, 2, 1, 1)
+# The pooling kernel computes three columns at once, in five accumulators with the maximum.
+_POOL_COLUMNS = 3
+_POOL_ACCUMULATORS = 5
+
+
+def kind(problem: ConvProblem) -> str:
+    """Which Triton kernel runs a problem.
+
+    "packed": groups too narrow for a tile of their own, several side by side. "rows": so few
+    channels that a row of the filter is one block. "pool": the same with the stem's max-pool.
+    "general": everything else; a pool then runs by itself.
+    """
+    if problem.groups > 1:
+        narrow = max(problem.C, problem.K) // problem.groups < _NARROW
+        return "packed" if narrow else "general"
+    if problem.C < 16 and problem.S * problem.C <= _LONGEST_ROW and problem.dilation[1] == 1:
+        return "pool" if problem.pool == _STEM_POOL else "rows"
+    return "general"
 
 
 def candidates(problem: ConvProblem, architecture: Architecture) -> list[Tile]:
@@ -112,20 +140,20 @@ def _best(problem: ConvProblem, architecture: Architecture) -> tuple[Tile, float
 
 def predicted(problem: ConvProblem, architecture: Architecture, tile: Tile) -> float:
     """Seconds the model predicts; see this module's docstring."""
-    P, Q = problem.P, problem.Q
-    M = problem.N * P * Q
+    M = problem.N * problem.P * problem.Q
     if M == 0:
         return _LAUNCH
-    columns, depth = _columns_and_depth(problem, tile)
-    rows = _ceil(M, tile.block_m)
-    steps = _ceil(_ceil(depth, tile.block_k), tile.split_k)
-    programs = rows * columns * tile.split_k
+    tiles, depth = _tiles_and_steps(problem, tile)
+    steps = _ceil(depth, tile.split_k)
+    programs = tiles * tile.split_k
     resident = _resident(problem, architecture, tile)
     at_once = architecture.multiprocessors * resident
     waves = _ceil(programs, at_once)
 
     rate = architecture.rate(problem.dtype) / architecture.multiprocessors
     products = 2 * tile.block_m * tile.block_n * tile.block_k * steps
+    if kind(problem) == "pool":
+        products *= _POOL_COLUMNS
     busiest = _ceil(programs, architecture.multiprocessors)
     arithmetic = busiest * products / (rate * _efficiency(problem, tile))
 
@@ -155,11 +183,11 @@ def predicted_library(problem: ConvProblem, architecture: Architecture) -> float
     arithmetic = problem.flops / (_LIBRARY_EFFICIENCY * architecture.rate(problem.dtype))
     memory = (problem.input_bytes + problem.weight_bytes + unpooled) / architecture.copy_bandwidth
     after = (3 if problem.residual else 2) * unpooled
-    launches = 2
+    launches = 7  # convolution, five for scale and shift, scale_shift_act
     if problem.pool is not None:
         after += unpooled + problem.output_bytes
-        launches = 3
-    latency = launches * (_LAUNCH + 2 * _LATENCY)
+        launches += 1
+    latency = launches * _LAUNCH + 4 * _LATENCY
     return max(arithmetic, memory) + after / architecture.copy_bandwidth + latency
 
 
@@ -190,6 +218,8 @@ def registers(problem: ConvProblem, tile: Tile) -> int:
     """Registers of one thread: its part of the accumulator, and what every kernel needs."""
     threads = 32 * tile.num_warps
     accumulator = tile.block_m * tile.block_n // threads
+    if kind(problem) == "pool":
+        return _POOL_ACCUMULATORS * accumulator + _OTHER_REGISTERS
     others = _OTHER_REGISTERS
     if problem.dtype == "float32":
         # A thread of plain multiply-adds holds a row and a column of operands besides.
@@ -198,33 +228,21 @@ def registers(problem: ConvProblem, tile: Tile) -> int:
 
 
 def _timed(problem: ConvProblem, architecture: Architecture) -> list[tuple[Tile, float]]:
-    if problem.dtype == "float32":
-        shapes = _SHAPES_PLAIN
-    else:
-        shapes = _SHAPES_16 if problem.element_size == 2 else _SHAPES_32
-    M = problem.N * problem.P * problem.Q
-    K = problem.K
     found = []
-    for m, n, k, warps, stages in shapes:
+    pixels = problem.N * problem.P * problem.Q
+    for tile in _shapes(problem):
         # Half of such a tile would do, and there is one of half its size.
-        if (m > 64 and m // 2 >= M) or (n > 32 and n // 2 >= K):
+        if tile.block_m > 64 and tile.block_m // 2 >= pixels:
             continue
-        tile = Tile(m, n, k, 1, warps, stages)
-        if not fits(problem, architecture, tile):
+        if tile.block_n > 32 and tile.block_n // 2 >= problem.K:
             continue
-        columns, depth = _columns_and_depth(problem, tile)
-        steps = _ceil(depth, k)
-        if k > 32 and depth <= k // 2:
-            continue
-        programs = _ceil(M, m) * columns
-        for split in _SPLITS:
+        tiles, steps = _tiles_and_steps(problem, tile)
+        for split in _SPLITS if kind(problem) == "general" else (1,):
             if split > 1 and (
-                problem.pool is not None
-                or programs * split > 4 * architecture.multiprocessors
-                or steps < 2 * split
+                tiles * split > 4 * architecture.multiprocessors or steps < 2 * split
             ):
                 break
-            shared = Tile(m, n, k, split, warps, stages)
+            shared = dataclasses.replace(tile, split_k=split)
             if fits(problem, architecture, shared):
                 found.append((shared, predicted(problem, architecture, shared)))
     if not found:
@@ -232,18 +250,52 @@ def _timed(problem: ConvProblem, architecture: Architecture) -> list[tuple[Tile,
     return found
 
 
-def _columns_and_depth(problem: ConvProblem, tile: Tile) -> tuple[int, int]:
-    """How many tiles the output channels make, and the depth of the sum in one of them.
+def _shapes(problem: ConvProblem) -> list[Tile]:
+    """The tiles the problem's kernel has, on any GPU."""
+    which = kind(problem)
+    if which == "general":
+        if problem.dtype == "float32":
+            shapes = _PLAIN
+        else:
+            # Of operands with twice the bytes the same blocks are half as deep.
+            half = problem.element_size // 2
+            shapes = tuple(dict.fromkeys((m, n, k // half, w, s) for m, n, k, w, s in _GENERAL))
+        channels = problem.C // problem.groups
+        return [
+            Tile(m, n, k, 1, warps, stages)
+            for m, n, k, warps, stages in shapes
+            if k // 2 < channels or k <= 32
+        ]
+    if which == "packed":
+        tiles = []
+        for m, n, warps, stages in _PACKED:
+            k = _power_of_2(max(1, n * problem.groups // problem.K) * problem.C // problem.groups)
+            tiles.append(Tile(m, n, max(16, k), 1, warps, stages))
+        return tiles
+    k = max(16, _power_of_2(problem.S * problem.C))
+    return [
+        Tile(m, n, k, 1, warps, stages)
+        for m, n, warps, stages in (_POOL if which == "pool" else _ROWS)
+    ]
 
-    Groups of fewer output channels than a tile has are packed into it side by side: the tile then
-    multiplies the input channels of all of them, most products being with zeros.
-    """
+
+def _tiles_and_steps(problem: ConvProblem, tile: Tile) -> tuple[int, int]:
+    """How many tiles there are, and the blocks of the sum in one of them."""
+    P, Q = problem.P, problem.Q
     channels, filters = problem.C // problem.groups, problem.K // problem.groups
-    taps = problem.R * problem.S
-    if filters >= tile.block_n:
-        return problem.groups * _ceil(filters, tile.block_n), taps * channels
-    packed = min(problem.groups, max(1, tile.block_n // filters))
-    return _ceil(problem.groups, packed), taps * channels * packed
+    rows = _ceil(problem.N * P * Q, tile.block_m)
+    which = kind(problem)
+    if which == "packed":
+        return rows * _ceil(problem.K, tile.block_n), problem.R * problem.S
+    if which == "rows":
+        return rows * _ceil(filters, tile.block_n), problem.R
+    if which == "pool":
+        pooled_rows, pooled_columns = problem.output_size
+        each = 4 if problem.N >= 8 else 1  # pooled rows a program walks down
+        rows = _ceil(problem.N * pooled_columns, tile.block_m) * _ceil(pooled_rows, each)
+        return rows * _ceil(filters, tile.block_n), (2 * each + 1) * problem.R
+    steps = problem.R * problem.S * _ceil(channels, tile.block_k)
+    return rows * problem.groups * _ceil(filters, tile.block_n), steps
 
 
 def _efficiency(problem: ConvProblem, tile: Tile) -> float:
@@ -271,8 +323,14 @@ def _resident(problem: ConvProblem, architecture: Architecture, tile: Tile) -> i
 
 
 def _stage_bytes(problem: ConvProblem, tile: Tile) -> int:
-    return problem.element_size * tile.block_k * (tile.block_m + tile.block_n)
+    rows = tile.block_m * (_POOL_COLUMNS if kind(problem) == "pool" else 1)
+    return problem.element_size * tile.block_k * (rows + tile.block_n)
 
 
 def _ceil(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
+
+
+def _power_of_2(number: int) -> int:
+    """The smallest that is not less."""
+    return 1 << max(0, number - 1).bit_length()

@@ -19,8 +19,8 @@ class ConvProblem:
     """One fused convolution: `(N, C, H, W)` by `(K, C / groups, R, S)`, and what follows it.
 
     `dtype` is "float16", "bfloat16", "float32" (IEEE) or "tfloat32" (float32 tensors whose products
-    may be TF32). `pool` is None, or the stem's max-pool as (kernel, stride, padding) of its rows and
-    columns: six numbers.
+    may be TF32). `pool` is None, or the stem's max-pool: kernel, stride and padding, each of its
+    rows and columns, six numbers.
     """
 
     N: int
@@ -39,12 +39,12 @@ class ConvProblem:
     pool: tuple[int, ...] | None = None
 
     @property
-    def P(self) -> int:
+    def P(self) -> int:  # noqa: N802
         """Output rows of the convolution."""
         return _steps(self.H, self.dilation[0] * (self.R - 1) + 1, self.stride[0], self.padding[0])
 
     @property
-    def Q(self) -> int:
+    def Q(self) -> int:  # noqa: N802
         """Output columns of the convolution."""
         return _steps(self.W, self.dilation[1] * (self.S - 1) + 1, self.stride[1], self.padding[1])
 
