@@ -35,8 +35,8 @@ def conv_bn_act(
     """`cudnn_convolution_relu` or `cudnn_convolution_add_relu`; without a ReLU, the library."""
     if activation != "relu":
         return library.conv_bn_act(
-            input, weight, running_mean, running_var, bn_weight, bn_bias, eps, bias, stride, padding,
-            dilation, groups, residual, activation,
+            input, weight, running_mean, running_var, bn_weight, bn_bias, eps, bias, stride,
+            padding, dilation, groups, residual, activation,
         )  # fmt: skip
     scale, shift = library.scale_and_shift(
         running_mean, running_var, bn_weight, bn_bias, eps, weight.dtype

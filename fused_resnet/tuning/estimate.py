@@ -33,7 +33,7 @@ import functools
 import math
 
 from .architecture import Architecture
-from .problem import ConvProblem, Tile
+from .problem import Choice, ConvProblem, Tile
 
 # Seconds from asking for a block to having it in shared memory: DRAM's latency and the way back.
 _LATENCY = 0.8e-6
@@ -189,6 +189,13 @@ def predicted_library(problem: ConvProblem, architecture: Architecture) -> float
         launches += 1
     latency = launches * _LAUNCH + 4 * _LATENCY
     return max(arithmetic, memory) + after / architecture.copy_bandwidth + latency
+
+
+def predicted_choice(problem: ConvProblem, architecture: Architecture, choice: Choice) -> float:
+    """Seconds the model predicts for a choice."""
+    if choice.tile is None:
+        return predicted_library(problem, architecture)
+    return predicted(problem, architecture, choice.tile)
 
 
 def prefers_library(problem: ConvProblem, architecture: Architecture) -> bool:

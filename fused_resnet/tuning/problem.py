@@ -94,6 +94,16 @@ class ConvProblem:
         residual = self.output_bytes if self.residual else 0
         return self.input_bytes + self.weight_bytes + residual + 16 * self.K + self.output_bytes
 
+    def __str__(self) -> str:
+        """What tells one layer of a network from another: "256x14x14 to 256, 3x3, stride 2"."""
+        text = f"{self.C}x{self.H}x{self.W} to {self.K}, {self.R}x{self.S}"
+        for name, pair in (("stride", self.stride), ("dilation", self.dilation)):
+            if pair != (1, 1):
+                text += f", {name} {pair[0] if pair[0] == pair[1] else _pair(pair)}"
+        if self.groups > 1:
+            text += f", {self.groups} groups"
+        return text + ", residual" * self.residual + ", pool" * (self.pool is not None)
+
     @property
     def key(self) -> str:
         """The problem as a line of text, which `parse_problem` reads back.

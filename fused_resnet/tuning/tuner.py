@@ -22,7 +22,8 @@ import importlib.metadata
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ from .. import measure
 from ..backends import cudnn, library
 from ..inputs import first_line
 from ..testing import FACTOR, relative_error
-from . import estimate, table, untuned
+from . import estimate, reload, table, untuned
 from .architecture import Architecture
 from .problem import MEASURED, Choice, ConvProblem
 
@@ -191,6 +192,71 @@ def tune(
     chosen = replace(by_name[fastest], source=MEASURED)
     microseconds = {name: 1e6 * seconds for name, seconds in medians.items()}
     return Result(problem, chosen, microseconds, default, failures)
+
+
+@dataclass
+class Session:
+    """The results of several problems, each written to a table as soon as it is there.
+
+    Attributes:
+        results: in the order they were found.
+        interrupted: Ctrl-C ended it before the last problem.
+        unsaved: why some result is not in the table, or None.
+        skipped: why a problem has no result, by problem.
+    """
+
+    results: list[Result] = field(default_factory=list)
+    interrupted: bool = False
+    unsaved: str | None = None
+    skipped: dict[ConvProblem, str] = field(default_factory=dict)
+
+
+def tune_all(
+    problems: Sequence[ConvProblem],
+    architecture: Architecture,
+    device: torch.device,
+    timer: Timer,
+    path: Path,
+    *,
+    progress: Callable[[ConvProblem, float], None] = lambda problem, done: None,
+    runner: Callable[[Choice], Run] | None = None,
+) -> Session:
+    """Tunes problems one after another; see `tune`. Ctrl-C keeps what was found until then.
+
+    Args:
+        problems: what to tune.
+        architecture: the GPU; its name is the table's.
+        device: where to run.
+        timer: see `Timer`.
+        path: the table to add to.
+        progress: told the problem at hand and how many are done, fractions included.
+        runner: see `tune`.
+    """
+    session = Session()
+    try:
+        for index, problem in enumerate(problems):
+            progress(problem, index)
+            try:
+                result = tune(
+                    problem, architecture, device, timer, runner=runner,
+                    progress=lambda share, at=index, what=problem: progress(what, at + share),
+                )  # fmt: skip
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                session.skipped[problem] = f"out of memory: {first_line(error)}"
+                continue
+            session.results.append(result)
+            entry = result.entry()
+            if entry is None:
+                session.skipped[problem] = "no candidate is right"
+                continue
+            try:
+                table.merge(path, architecture.name, {problem: entry})
+            except OSError as error:
+                session.unsaved = str(error)
+    except KeyboardInterrupt:
+        session.interrupted = True
+    reload()
+    return session
 
 
 def race(
