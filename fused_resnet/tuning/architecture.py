@@ -41,7 +41,7 @@ class Architecture:
         name: what NVIDIA calls it.
         capability: compute capability.
         multiprocessors: how many are enabled.
-        clock: boost clock, Hz.
+        clock: that the tensor cores' rates are published for, Hz.
         shared_per_block: shared memory one program may have, bytes (the opt-in limit).
         shared_per_multiprocessor: shared memory of all programs on one, bytes.
         registers_per_multiprocessor: 32-bit registers.
@@ -93,7 +93,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         _H100,
         dataclasses.replace(
-            _H100, name="H100 PCIe", multiprocessors=114, clock=1.755e9, bandwidth=2.0e12,
+            _H100, name="H100 PCIe", multiprocessors=114, clock=1.62e9, bandwidth=2.0e12,
             float16=756e12, tfloat32=378e12, float32=51.2e12,
         ),
         dataclasses.replace(_H100, name="H200", bandwidth=4.8e12),

@@ -198,7 +198,7 @@ def _entry(fields: Any) -> Entry:
         raise TypeError(f"is {fields!r}, must be an object")
     if isinstance(fields.get("tile"), dict):
         fields = {**fields, "tile": Tile(**fields["tile"])}
-    entry = Entry(**fields)
+    entry = Entry(**{"tile": None, **fields})
     if entry.kernel not in KERNELS:
         raise ValueError(f"kernel is {entry.kernel!r}, must be one of {', '.join(KERNELS)}")
     if (entry.kernel == "triton") != isinstance(entry.tile, Tile):
