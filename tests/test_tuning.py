@@ -261,22 +261,35 @@ def test_every_tile_of_every_layer_fits_everywhere() -> None:
             assert all(
                 size & (size - 1) == 0 for size in (tile.block_m, tile.block_n, tile.block_k)
             )
-            if estimate.kind(problem) != "general":
+            if estimate.kernel_for(problem) != "conv":
                 assert tile.split_k == 1
 
 
 def test_kernels_of_the_models() -> None:
-    kinds = {estimate.kind(problem) for problem in model_problems()}
-    assert kinds == {"general", "packed", "pool"}
+    kernels = {problem.groups: set() for problem in model_problems()}
     for problem in model_problems():
-        if estimate.kind(problem) == "packed":
-            for tile in estimate.candidates(problem, H100):
-                # Whole groups, and one block for all of their channels.
-                packed = tile.block_n * problem.groups // problem.K
-                assert tile.block_n % (problem.K // problem.groups) == 0
-                assert tile.block_k == max(16, packed * problem.C // problem.groups)
-        if estimate.kind(problem) == "pool":
-            assert {tile.block_k for tile in estimate.candidates(problem, H100)} == {32}
+        kernel = estimate.kernel_for(problem)
+        assert (kernel == "stem_pool") == (problem.C == 3)
+        kernels[problem.groups].add(kernel)
+        if kernel == "packed":
+            assert problem.K // problem.groups < 32
+            assert estimate.PACKED.block_n % (problem.K // problem.groups) == 0
+    assert kernels == {
+        1: {"conv", "stem_pool"},
+        32: {"conv", "packed"},
+        64: {"conv", "packed"},
+    }
+
+
+def test_shares_of_a_sum_are_not_empty() -> None:
+    for problem in model_problems():
+        for tile in estimate.candidates(problem, H100):
+            if tile.split_k > 1:
+                channels = problem.C // problem.groups
+                steps = problem.R * problem.S * math.ceil(channels / tile.block_k)
+                each = math.ceil(steps / tile.split_k)
+                assert each >= 2
+                assert (tile.split_k - 1) * each < steps
 
 
 @given(problems(), st.sampled_from(GPUS))
@@ -295,7 +308,7 @@ def test_small_batches_fill_the_gpu() -> None:
         filters = problem.K // problem.groups
         tiles = math.ceil(pixels / 64) * problem.groups * math.ceil(filters / 64)
         depth = problem.C // problem.groups * problem.R * problem.S
-        if estimate.kind(problem) == "general" and tiles < H100.multiprocessors / 2:
+        if estimate.kernel_for(problem) == "conv" and tiles < H100.multiprocessors / 2:
             programs = (
                 math.ceil(pixels / tile.block_m)
                 * problem.groups
@@ -320,7 +333,7 @@ def test_large_layers_are_predicted_near_their_bounds() -> None:
     """Not slower than 4 times what bytes and FLOPs allow, and never faster."""
     for problem in model_problems():
         large = dataclasses.replace(problem, N=256)
-        if estimate.kind(large) != "general":
+        if estimate.kernel_for(large) != "conv":
             continue
         bound = max(large.bytes_once / H100.copy_bandwidth, large.flops / H100.rate(large.dtype))
         seconds = estimate.predicted(large, H100, estimate.best(large, H100))
@@ -333,9 +346,9 @@ def test_more_work_is_not_predicted_faster(
 ) -> None:
     larger = dataclasses.replace(problem, **{what: 2 * getattr(problem, what)})
     tile = estimate.best(problem, gpu)
-    if estimate.kind(larger) != estimate.kind(problem) or tile not in estimate.candidates(
-        larger, gpu
-    ):
+    if estimate.kernel_for(larger) != estimate.kernel_for(
+        problem
+    ) or tile not in estimate.candidates(larger, gpu):
         return
     before = estimate.predicted(problem, gpu, tile)
     assert estimate.predicted(larger, gpu, tile) >= before * (1 - 1e-9)
@@ -708,6 +721,12 @@ def test_choice_prefers_what_was_measured_here(
     assert tuning.choose(problem, CPU).source == ESTIMATE
 
 
+def test_interpreted_kernels_are_never_left_to_the_library() -> None:
+    for problem in model_problems():
+        exact = dataclasses.replace(problem, N=256, dtype="float32")
+        assert tuning.choose(exact, CPU).kernel == "triton"
+
+
 def test_tables_cannot_ask_for_what_does_not_fit(an_h100: architecture.Architecture) -> None:
     problem = model_problems()[2]
     too_large = table.Entry("triton", Tile(256, 256, 128, 1, 4, 8), 1.0)
@@ -999,12 +1018,13 @@ def test_reference_is_float64(dtype: str) -> None:
 
 
 def test_precision_is_restored() -> None:
-    before = torch.backends.cudnn.allow_tf32
+    settings = torch.backends.cudnn.conv
+    before = settings.fp32_precision
     with tuner.precision("float32"):
-        assert not torch.backends.cudnn.allow_tf32
+        assert settings.fp32_precision == "ieee"
     with tuner.precision("tfloat32"):
-        assert torch.backends.cudnn.allow_tf32
-    assert torch.backends.cudnn.allow_tf32 == before
+        assert settings.fp32_precision == "tf32"
+    assert settings.fp32_precision == before
 
 
 @pytest.fixture

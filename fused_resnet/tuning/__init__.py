@@ -30,7 +30,7 @@ def choose(problem: ConvProblem, device: torch.device) -> Choice:
     Args:
         problem: what is to be computed.
         device: with its index, where there are several of its type; on the CPU, where kernels are
-            interpreted, the choice is an H100's estimate.
+            interpreted, the choice is always an H100's tile.
     """
     choice = _choices.get((problem, device))
     return _decide(problem, device) if choice is None else choice
@@ -53,9 +53,10 @@ def untuned(problem: ConvProblem, gpu: architecture.Architecture) -> Choice:
 def _decide(problem: ConvProblem, device: torch.device) -> Choice:
     gpu = architecture.of_device(device)
     with _lock:
-        choice = _from_tables(problem, gpu) if device.type == "cuda" else None
-        if choice is None:
-            choice = untuned(problem, gpu)
+        if device.type == "cuda":
+            choice = _from_tables(problem, gpu) or untuned(problem, gpu)
+        else:
+            choice = Choice("triton", estimate.best(problem, gpu), ESTIMATE)
         if device.type != "cuda" or device.index is not None:  # else it is the current one's
             _choices[problem, device] = choice
     return choice

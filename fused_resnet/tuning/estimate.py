@@ -3,9 +3,9 @@
 A model of a kernel's time on a GPU. A program computes `block_m` pixels by `block_n` channels, so
 there are `programs = ceil(M / block_m) * columns * split_k` of them (`M = N P Q`), each walking
 `steps` blocks of the sum's depth, and a multiprocessor holds as many at once (`resident`) as shared
-memory, registers and threads allow. How deep a sum is depends on the kernel (`kind`): a block is
-`block_k` channels of one tap, one tap of as many narrow groups as a tile has, or one row of a
-filter with few channels. The kernel takes as long as the slowest of
+memory, registers and threads allow. A block is `block_k` channels of one tap, one tap of as many
+narrow groups as a tile has, or one row of a filter with few channels, by the kernel (`kernel_for`).
+The kernel takes as long as the slowest of
 
 - arithmetic: the products of the programs on the busiest multiprocessor, padding included, at the
   tensor cores' rate for this tile (see `_efficiency`). Programs come in whole numbers, so this is
@@ -85,33 +85,35 @@ _PLAIN = (
     (64, 64, 32, 8, 3),
     (128, 64, 16, 8, 3),
 )
-# block_m, block_n, num_warps, num_stages where the problem says how deep a block is.
-_PACKED = ((64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3))
-_ROWS = ((64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 4, 3), (256, 64, 8, 3))
-_POOL = ((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2))
-# Groups of fewer channels than this are packed; the tensor cores' smallest tiles are not smaller.
-_NARROW = 32
-# A filter row of at most this many values is one block.
-_LONGEST_ROW = 64
+# What the kernels for special shapes run with; their blocks are as deep as the shape says.
+PACKED = Tile(64, 32, 32, 1, 4, 4)
+ROW = Tile(128, 64, 32, 1, 8, 4)
+STEM_POOL = Tile(64, 32, 32, 1, 4, 3)
 _STEM_POOL = (3, 3, 2, 2, 1, 1)
 # The pooling kernel computes three columns at once, in five accumulators with the maximum.
 _POOL_COLUMNS = 3
 _POOL_ACCUMULATORS = 5
+# Pooled rows one of its programs walks down, while that leaves this many programs.
+_POOLED_ROWS = (8, 4, 2, 1)
+_POOL_PROGRAMS = 512
 
 
-def kind(problem: ConvProblem) -> str:
+def kernel_for(problem: ConvProblem) -> str:
     """Which Triton kernel runs a problem.
 
-    "packed": groups too narrow for a tile of their own, several side by side. "rows": so few
-    channels that a row of the filter is one block. "pool": the same with the stem's max-pool.
-    "general": everything else; a pool then runs by itself.
+    "packed": groups too narrow for a tile of their own, several side by side. "row": so few
+    channels that a row of the filter is one block. "stem_pool": the same with the stem's max-pool.
+    "conv": everything else. A pool that is not the stem's runs by itself.
     """
+    channels, filters = problem.C // problem.groups, problem.K // problem.groups
     if problem.groups > 1:
-        narrow = max(problem.C, problem.K) // problem.groups < _NARROW
-        return "packed" if narrow else "general"
-    if problem.C < 16 and problem.S * problem.C <= _LONGEST_ROW and problem.dilation[1] == 1:
-        return "pool" if problem.pool == _STEM_POOL else "rows"
-    return "general"
+        span = max(1, PACKED.block_n // filters) * channels
+        return "packed" if filters < PACKED.block_n and span <= 2 * PACKED.block_k else "conv"
+    if problem.C < 16 and problem.S * problem.C < 64 and problem.dilation[1] == 1:
+        if problem.R * problem.S == 1:
+            return "conv"
+        return "stem_pool" if problem.pool == _STEM_POOL else "row"
+    return "conv"
 
 
 def candidates(problem: ConvProblem, architecture: Architecture) -> list[Tile]:
@@ -152,7 +154,7 @@ def predicted(problem: ConvProblem, architecture: Architecture, tile: Tile) -> f
 
     rate = architecture.rate(problem.dtype) / architecture.multiprocessors
     products = 2 * tile.block_m * tile.block_n * tile.block_k * steps
-    if kind(problem) == "pool":
+    if kernel_for(problem) == "stem_pool":
         products *= _POOL_COLUMNS
     busiest = _ceil(programs, architecture.multiprocessors)
     arithmetic = busiest * products / (rate * _efficiency(problem, tile))
@@ -225,7 +227,7 @@ def registers(problem: ConvProblem, tile: Tile) -> int:
     """Registers of one thread: its part of the accumulator, and what every kernel needs."""
     threads = 32 * tile.num_warps
     accumulator = tile.block_m * tile.block_n // threads
-    if kind(problem) == "pool":
+    if kernel_for(problem) == "stem_pool":
         return _POOL_ACCUMULATORS * accumulator + _OTHER_REGISTERS
     others = _OTHER_REGISTERS
     if problem.dtype == "float32":
@@ -235,54 +237,43 @@ def registers(problem: ConvProblem, tile: Tile) -> int:
 
 
 def _timed(problem: ConvProblem, architecture: Architecture) -> list[tuple[Tile, float]]:
-    found = []
-    pixels = problem.N * problem.P * problem.Q
+    found: dict[Tile, float] = {}
     for tile in _shapes(problem):
-        # Half of such a tile would do, and there is one of half its size.
-        if tile.block_m > 64 and tile.block_m // 2 >= pixels:
-            continue
-        if tile.block_n > 32 and tile.block_n // 2 >= problem.K:
-            continue
         tiles, steps = _tiles_and_steps(problem, tile)
-        for split in _SPLITS if kind(problem) == "general" else (1,):
+        for split in _SPLITS if kernel_for(problem) == "conv" else (1,):
             if split > 1 and (
                 tiles * split > 4 * architecture.multiprocessors or steps < 2 * split
             ):
                 break
-            shared = dataclasses.replace(tile, split_k=split)
+            # As many shares as there are, all of them but the last equally long.
+            shared = dataclasses.replace(tile, split_k=_ceil(steps, _ceil(steps, split)))
             if fits(problem, architecture, shared):
-                found.append((shared, predicted(problem, architecture, shared)))
+                found[shared] = predicted(problem, architecture, shared)
     if not found:
         raise ValueError(f"no tile for {problem.key} fits a {architecture.name}")
-    return found
+    return list(found.items())
 
 
 def _shapes(problem: ConvProblem) -> list[Tile]:
-    """The tiles the problem's kernel has, on any GPU."""
-    which = kind(problem)
-    if which == "general":
-        if problem.dtype == "float32":
-            shapes = _PLAIN
-        else:
-            # Of operands with twice the bytes the same blocks are half as deep.
-            half = problem.element_size // 2
-            shapes = tuple(dict.fromkeys((m, n, k // half, w, s) for m, n, k, w, s in _GENERAL))
-        channels = problem.C // problem.groups
-        return [
-            Tile(m, n, k, 1, warps, stages)
-            for m, n, k, warps, stages in shapes
-            if k // 2 < channels or k <= 32
-        ]
-    if which == "packed":
-        tiles = []
-        for m, n, warps, stages in _PACKED:
-            k = _power_of_2(max(1, n * problem.groups // problem.K) * problem.C // problem.groups)
-            tiles.append(Tile(m, n, max(16, k), 1, warps, stages))
-        return tiles
-    k = max(16, _power_of_2(problem.S * problem.C))
+    """The tiles of the problem's kernel, on any GPU, that are not larger than they need be."""
+    which = kernel_for(problem)
+    if which != "conv":
+        return [{"packed": PACKED, "row": ROW, "stem_pool": STEM_POOL}[which]]
+    if problem.dtype == "float32":
+        shapes = _PLAIN
+    else:
+        # Of operands with twice the bytes the same blocks are half as deep.
+        half = problem.element_size // 2
+        shapes = tuple(dict.fromkeys((m, n, k // half, w, s) for m, n, k, w, s in _GENERAL))
+    pixels = problem.N * problem.P * problem.Q
+    channels, filters = problem.C // problem.groups, problem.K // problem.groups
+    # Where half of such a tile would do, there is one of half its size.
     return [
         Tile(m, n, k, 1, warps, stages)
-        for m, n, warps, stages in (_POOL if which == "pool" else _ROWS)
+        for m, n, k, warps, stages in shapes
+        if (m == 64 or m // 2 < pixels)
+        and (n == 32 or n // 2 < filters)
+        and (k <= 32 or k // 2 < channels)
     ]
 
 
@@ -291,16 +282,18 @@ def _tiles_and_steps(problem: ConvProblem, tile: Tile) -> tuple[int, int]:
     P, Q = problem.P, problem.Q
     channels, filters = problem.C // problem.groups, problem.K // problem.groups
     rows = _ceil(problem.N * P * Q, tile.block_m)
-    which = kind(problem)
+    which = kernel_for(problem)
     if which == "packed":
-        return rows * _ceil(problem.K, tile.block_n), problem.R * problem.S
-    if which == "rows":
+        return rows * _ceil(problem.groups, tile.block_n // filters), problem.R * problem.S
+    if which == "row":
         return rows * _ceil(filters, tile.block_n), problem.R
-    if which == "pool":
+    if which == "stem_pool":
         pooled_rows, pooled_columns = problem.output_size
-        each = 4 if problem.N >= 8 else 1  # pooled rows a program walks down
-        rows = _ceil(problem.N * pooled_columns, tile.block_m) * _ceil(pooled_rows, each)
-        return rows * _ceil(filters, tile.block_n), (2 * each + 1) * problem.R
+        strips = _ceil(problem.N * pooled_columns, tile.block_m) * _ceil(filters, tile.block_n)
+        each = next(
+            n for n in _POOLED_ROWS if n == 1 or strips * pooled_rows // n >= _POOL_PROGRAMS
+        )
+        return strips * _ceil(pooled_rows, each), (2 * each + 1) * problem.R
     steps = problem.R * problem.S * _ceil(channels, tile.block_k)
     return rows * problem.groups * _ceil(filters, tile.block_n), steps
 
@@ -330,14 +323,9 @@ def _resident(problem: ConvProblem, architecture: Architecture, tile: Tile) -> i
 
 
 def _stage_bytes(problem: ConvProblem, tile: Tile) -> int:
-    rows = tile.block_m * (_POOL_COLUMNS if kind(problem) == "pool" else 1)
+    rows = tile.block_m * (_POOL_COLUMNS if kernel_for(problem) == "stem_pool" else 1)
     return problem.element_size * tile.block_k * (rows + tile.block_n)
 
 
 def _ceil(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
-
-
-def _power_of_2(number: int) -> int:
-    """The smallest that is not less."""
-    return 1 << max(0, number - 1).bit_length()

@@ -360,13 +360,16 @@ def run_of(choice: Choice) -> Run:
 @contextlib.contextmanager
 def precision(dtype: str) -> Iterator[None]:
     """Lets float32 convolutions use TF32, or not, as a problem's dtype says."""
-    cudnn_flags = torch.backends.cudnn
-    before = cudnn_flags.allow_tf32
-    cudnn_flags.allow_tf32 = dtype == "tfloat32"
+    # Both, since torch refuses to say whether cuDNN may use TF32 where they differ.
+    settings = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "tf32" if dtype == "tfloat32" else "ieee"
     try:
         yield
     finally:
-        cudnn_flags.allow_tf32 = before
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
 
 
 class EventTimer:
@@ -424,10 +427,10 @@ def _call(run: Run, case: Case) -> Callable[[], object]:
 def _run_triton(arguments: tuple, problem: ConvProblem, choice: Choice) -> Tensor:
     from ..backends import triton
 
-    if problem.pool is None:
-        return triton.run_conv(*arguments, tile=choice.tile)
-    pool = (problem.pool[0:2], problem.pool[2:4], problem.pool[4:6])
-    return triton.run_conv_max_pool(*arguments[:12], arguments[13], *pool, tile=choice.tile)
+    conv = triton._conv()
+    if estimate.kernel_for(problem) == "stem_pool":
+        return conv.conv_bn_act_max_pool(*arguments[:11], arguments[13])
+    return _pooled(conv.conv_bn_act(*arguments, tile=choice.tile), problem)
 
 
 def _run_library(arguments: tuple, problem: ConvProblem) -> Tensor:
