@@ -251,9 +251,9 @@ def test_every_tile_of_every_layer_fits_everywhere() -> None:
         assert 1 <= len(tiles) == len(set(tiles)) <= 128, problem.key
         assert estimate.best(problem, gpu) in tiles
         for tile in tiles:
-            assert estimate.shared_bytes(problem, tile) <= gpu.shared_per_block
-            assert estimate.registers(problem, tile) <= 255
-            assert 32 * tile.num_warps * estimate.registers(problem, tile) <= 65536
+            assert estimate.shared_bytes(problem, gpu, tile) <= gpu.shared_per_block
+            assert estimate.registers(problem, gpu, tile) <= 255
+            assert 32 * tile.num_warps * estimate.registers(problem, gpu, tile) <= 65536
             assert tile.block_m >= 64
             assert tile.block_n >= 16
             assert tile.block_k >= 16
@@ -1065,6 +1065,45 @@ def test_cudnn_computes_the_same_but_for_nan(
     name = "cudnn_convolution_add_relu" if residual else "cudnn_convolution_relu"
     reason = tuner.check(tuner.run_of(Choice(name, None, MEASURED)), case)
     assert "NaN lost" in reason
+
+
+TRITON = backends.available()["triton"]
+
+
+@pytest.mark.skipif(TRITON != "yes", reason=f"triton: {TRITON}")
+@pytest.mark.parametrize(
+    "problem",
+    [
+        dataclasses.replace(SMALL, dtype="float16"),
+        dataclasses.replace(SMALL, C=64, N=1, H=3, W=3, dtype="float16"),
+        ConvProblem(2, 32, 5, 5, 32, 1, 1, (2, 2), (0, 0), (1, 1), 1, "bfloat16", False),
+        ConvProblem(1, 32, 5, 5, 32, 3, 3, (1, 1), (1, 1), (1, 1), 8, "float32", False),
+        ConvProblem(1, 3, 10, 10, 32, 7, 7, (2, 2), (3, 3), (1, 1), 1, "float16", False),
+        ConvProblem(1, 3, 10, 10, 32, 7, 7, (2, 2), (3, 3), (1, 1), 1, "float16", False, STEM.pool),
+    ],
+    ids=lambda problem: problem.key,
+)
+def test_triton_kernels_pass_the_tuners_check(problem: ConvProblem) -> None:
+    device = CUDA if torch.cuda.is_available() else CPU
+    gpu = architecture.of_device(device)
+    tiles = estimate.candidates(problem, gpu)
+    choices = [Choice("triton", tile, MEASURED) for tile in {tiles[0], tiles[-1]}]
+    result = tuner.tune(
+        problem, gpu, device, FakeTimer(lambda name: 1e-5), choices=[*choices, tuner.LIBRARY]
+    )
+    assert not result.failures
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_events_time_the_gpu() -> None:
+    small, large = (torch.randn(size, size, device=CUDA) for size in (256, 4096))
+    timer = tuner.EventTimer(CUDA, flush_bytes=2**28)
+    times = timer({"small": lambda: small @ small, "large": lambda: large @ large}, 10)
+    assert len(times["small"]) == len(times["large"]) == 10
+    medians = {name: statistics.median(samples) for name, samples in times.items()}
+    # Of 137 GFLOP: no less than a petaflop a second takes, and not what queueing takes.
+    assert 1e-4 < medians["large"] < 1
+    assert 0 < medians["small"] < 0.2 * medians["large"]
 
 
 # The command

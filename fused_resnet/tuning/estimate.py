@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 from .architecture import Architecture
 from .problem import Choice, ConvProblem, Tile
@@ -41,8 +40,12 @@ _LATENCY = 0.8e-6
 _LAUNCH = 1.5e-6
 # What a multiprocessor gets out of the L2 cache, bytes a cycle.
 _L2_BYTES_PER_CYCLE = 32
-# Registers of a thread for addresses, masks and operands in flight, beside the accumulator's.
-_OTHER_REGISTERS = 72
+# Registers of a thread by how many elements of the accumulator it holds: the most that any tile of
+# `_GENERAL` was compiled to, for compute capability 9 and 10 (warp-group instructions) and others.
+_REGISTERS = {
+    True: {16: 96, 32: 184, 64: 250, 128: 256},
+    False: {16: 80, 32: 130, 64: 218, 128: 252},
+}
 _MOST_REGISTERS = 255
 _SHARED_PER_PROGRAM = 1024  # what the driver takes of every program
 # Which part of what should hide behind the slowest term does not.
@@ -70,7 +73,6 @@ _GENERAL = (
     (128, 128, 64, 8, 4),
     (128, 256, 64, 8, 3),
     (256, 64, 64, 8, 3),
-    (256, 128, 64, 8, 3),
     (64, 32, 32, 4, 4),
     (64, 64, 32, 4, 4),
     (128, 32, 32, 4, 4),
@@ -90,9 +92,10 @@ PACKED = Tile(64, 32, 32, 1, 4, 4)
 ROW = Tile(128, 64, 32, 1, 8, 4)
 STEM_POOL = Tile(64, 32, 32, 1, 4, 3)
 _STEM_POOL = (3, 3, 2, 2, 1, 1)
-# The pooling kernel computes three columns at once, in five accumulators with the maximum.
+# Roughly what they take; their tiles were chosen not to spill.
+_SPECIAL_REGISTERS = 168
+# The pooling kernel computes three columns at once.
 _POOL_COLUMNS = 3
-_POOL_ACCUMULATORS = 5
 # Pooled rows one of its programs walks down, while that leaves this many programs.
 _POOLED_ROWS = (8, 4, 2, 1)
 _POOL_PROGRAMS = 512
@@ -216,24 +219,29 @@ def fits(problem: ConvProblem, architecture: Architecture, tile: Tile) -> bool:
     return _resident(problem, architecture, tile) >= 1
 
 
-def shared_bytes(problem: ConvProblem, tile: Tile) -> int:
-    """Shared memory of one program: its blocks in flight, or the output on its way, if larger."""
-    output = 4 * tile.block_m * tile.block_n if tile.split_k > 1 else 0
-    output = max(output, problem.element_size * tile.block_m * tile.block_n)
-    return max(tile.num_stages * _stage_bytes(problem, tile), output)
+def shared_bytes(problem: ConvProblem, architecture: Architecture, tile: Tile) -> int:
+    """Shared memory of one program.
+
+    Its blocks in flight, of which one is already in registers where there are no warp-group
+    instructions to read it from shared memory, or the output on its way, if that is larger.
+    """
+    blocks = tile.num_stages if _warp_groups(architecture) else tile.num_stages - 1
+    output = problem.element_size * tile.block_m * tile.block_n
+    return max(blocks * _stage_bytes(problem, tile), output)
 
 
-def registers(problem: ConvProblem, tile: Tile) -> int:
-    """Registers of one thread: its part of the accumulator, and what every kernel needs."""
-    threads = 32 * tile.num_warps
-    accumulator = tile.block_m * tile.block_n // threads
-    if kernel_for(problem) == "stem_pool":
-        return _POOL_ACCUMULATORS * accumulator + _OTHER_REGISTERS
-    others = _OTHER_REGISTERS
-    if problem.dtype == "float32":
-        # A thread of plain multiply-adds holds a row and a column of operands besides.
-        others += 4 * math.isqrt(accumulator) * tile.block_k // 16
-    return accumulator + others
+def registers(problem: ConvProblem, architecture: Architecture, tile: Tile) -> int:
+    """Registers of one thread, more than 255 where it would spill some."""
+    accumulator = tile.block_m * tile.block_n // (32 * tile.num_warps)
+    if kernel_for(problem) != "conv":
+        return _SPECIAL_REGISTERS
+    known = _REGISTERS[_warp_groups(architecture)]
+    most = next((size for size in known if size >= accumulator), None)
+    return _MOST_REGISTERS + 1 if most is None else known[most]
+
+
+def _warp_groups(architecture: Architecture) -> bool:
+    return architecture.capability[0] in (9, 10)
 
 
 def _timed(problem: ConvProblem, architecture: Architecture) -> list[tuple[Tile, float]]:
@@ -311,7 +319,8 @@ def _efficiency(problem: ConvProblem, tile: Tile) -> float:
 
 def _resident(problem: ConvProblem, architecture: Architecture, tile: Tile) -> int:
     """Programs that a multiprocessor holds at once; 0 where not even one fits."""
-    shared, per_thread = shared_bytes(problem, tile), registers(problem, tile)
+    shared = shared_bytes(problem, architecture, tile)
+    per_thread = registers(problem, architecture, tile)
     if shared > architecture.shared_per_block or per_thread > _MOST_REGISTERS:
         return 0
     threads = 32 * tile.num_warps
