@@ -40,12 +40,18 @@ _LATENCY = 0.8e-6
 _LAUNCH = 1.5e-6
 # What a multiprocessor gets out of the L2 cache, bytes a cycle.
 _L2_BYTES_PER_CYCLE = 32
-# Registers of a thread by how many elements of the accumulator it holds: the most that any tile of
-# `_GENERAL` was compiled to, for compute capability 9 and 10 (warp-group instructions) and others.
+# Registers of a thread by how many elements of the accumulator it holds: the most that ptxas gave
+# any tile here, with warp-group instructions (compute capability 9 and 10) and without.
 _REGISTERS = {
-    True: {16: 96, 32: 184, 64: 250, 128: 256},
-    False: {16: 80, 32: 130, 64: 218, 128: 252},
+    (True, "16 bits"): {16: 96, 32: 192, 64: 250},
+    (True, "tfloat32"): {16: 96, 32: 192, 64: 250},
+    (True, "float32"): {16: 160, 32: 130},
+    (False, "16 bits"): {16: 80, 32: 130, 64: 218, 128: 252},
+    (False, "tfloat32"): {16: 96, 32: 160, 64: 234},
+    (False, "float32"): {16: 204, 32: 168},
 }
+# Of the tiles these allow, those that ptxas spilled all the same: capability, products, block sizes.
+_SPILLED = {(9, "tfloat32", 128, 128, 32), (10, "tfloat32", 64, 32, 32)}
 _MOST_REGISTERS = 255
 _SHARED_PER_PROGRAM = 1024  # what the driver takes of every program
 # Which part of what should hide behind the slowest term does not.
@@ -222,26 +228,31 @@ def fits(problem: ConvProblem, architecture: Architecture, tile: Tile) -> bool:
 def shared_bytes(problem: ConvProblem, architecture: Architecture, tile: Tile) -> int:
     """Shared memory of one program.
 
-    Its blocks in flight, of which one is already in registers where there are no warp-group
-    instructions to read it from shared memory, or the output on its way, if that is larger.
+    Its blocks in flight, of which one is already in registers where no warp-group instruction
+    reads it from shared memory, or the output on its way, if that is larger.
     """
-    blocks = tile.num_stages if _warp_groups(architecture) else tile.num_stages - 1
+    blocks = tile.num_stages if _warp_groups(problem, architecture) else tile.num_stages - 1
     output = problem.element_size * tile.block_m * tile.block_n
-    return max(blocks * _stage_bytes(problem, tile), output)
+    # A few words are for the barriers that compute capability 10 waits on.
+    return 64 + max(blocks * _stage_bytes(problem, tile), output)
 
 
 def registers(problem: ConvProblem, architecture: Architecture, tile: Tile) -> int:
     """Registers of one thread, more than 255 where it would spill some."""
-    accumulator = tile.block_m * tile.block_n // (32 * tile.num_warps)
     if kernel_for(problem) != "conv":
         return _SPECIAL_REGISTERS
-    known = _REGISTERS[_warp_groups(architecture)]
-    most = next((size for size in known if size >= accumulator), None)
+    products = "16 bits" if problem.element_size == 2 else problem.dtype
+    major = architecture.capability[0]
+    if (major, products, tile.block_m, tile.block_n, tile.block_k) in _SPILLED:
+        return _MOST_REGISTERS + 1
+    known = _REGISTERS[major in (9, 10), products]
+    accumulator = tile.block_m * tile.block_n // (32 * tile.num_warps)
+    most = min((size for size in known if size >= accumulator), default=None)
     return _MOST_REGISTERS + 1 if most is None else known[most]
 
 
-def _warp_groups(architecture: Architecture) -> bool:
-    return architecture.capability[0] in (9, 10)
+def _warp_groups(problem: ConvProblem, architecture: Architecture) -> bool:
+    return architecture.capability[0] in (9, 10) and problem.dtype != "float32"
 
 
 def _timed(problem: ConvProblem, architecture: Architecture) -> list[tuple[Tile, float]]:
