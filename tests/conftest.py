@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import fused_resnet
-from fused_resnet import backends, cli
+from fused_resnet import backends
 
 # The suite imports the installed package, so its own directory is not on the path by itself.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -97,6 +97,8 @@ def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     """Runs the command in this process; returns its exit code, output and error output."""
+    from fused_resnet import cli
+
     monkeypatch.setenv("COLUMNS", "160")
 
     def run(*arguments: object) -> tuple[int, str, str]:

@@ -50,8 +50,12 @@ _REGISTERS = {
     (False, "tfloat32"): {16: 96, 32: 160, 64: 234},
     (False, "float32"): {16: 204, 32: 168},
 }
-# Of the tiles these allow, those that ptxas spilled all the same: capability, products, block sizes.
-_SPILLED = {(9, "tfloat32", 128, 128, 32), (10, "tfloat32", 64, 32, 32)}
+# Of the tiles these allow, those it spilled all the same: capability, products, block sizes.
+_SPILLED = {
+    (9, "tfloat32", 128, 128, 32),
+    (9, "tfloat32", 128, 128, 16),
+    (10, "tfloat32", 64, 32, 32),
+}
 _MOST_REGISTERS = 255
 _SHARED_PER_PROGRAM = 1024  # what the driver takes of every program
 # Which part of what should hide behind the slowest term does not.
