@@ -366,20 +366,20 @@ def _print_tuned(
     table.add_column("chosen")
     for column in ("median\nus", "time / the\nestimate's", "time / the\nlibrary's"):
         table.add_column(column, justify="right")
+    totals = {"chosen": 0.0, "the estimate's": 0.0, "the library's": 0.0}
     for result in rows:
-        time = result.microseconds[str(result.choice)]
-        ratios = [
-            time / result.microseconds[str(other)] if str(other) in result.microseconds else None
-            for other in (result.untuned, tuner.LIBRARY)
-        ]
+        names = (result.choice, result.untuned, tuner.LIBRARY)
+        times = [result.microseconds.get(str(name), math.inf) for name in names]
+        runs = layers[result.problem]
+        for name, time in zip(totals, times, strict=True):
+            totals[name] += runs * time
+        ratios = ("wrong" if time == math.inf else f"{times[0] / time:.2f}" for time in times[1:])
         table.add_row(
-            str(result.problem),
-            str(layers[result.problem]),
-            str(result.choice),
-            f"{time:.1f}",
-            *("wrong" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            str(result.problem), str(runs), str(result.choice), f"{times[0]:.1f}", *ratios
         )
     console.print(table)
+    sums = (f"{name} {time:.0f} us" for name, time in totals.items() if time != math.inf)
+    console.print(f"together, times runs: {', '.join(sums)}")
 
 
 def _print_session(

@@ -1182,6 +1182,7 @@ def test_tune_chooses_and_remembers(
     assert "resnet18, batch 1, tfloat32" in out
     assert favourite in out
     assert "0.20" in out
+    assert f"the library's {20 * 20} us" in out
     assert str(path) in out.replace("\n", "")
     kept = table.read(path)
     found = layers.of_model("resnet18", 1, "tfloat32", 32)

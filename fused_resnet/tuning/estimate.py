@@ -178,8 +178,8 @@ def predicted(problem: ConvProblem, architecture: Architecture, tile: Tile) -> f
     cache = (loaded + problem.output_bytes) / (_L2_BYTES_PER_CYCLE * cycles)
     latency = waves * steps * _LATENCY / max(1, tile.num_stages - 1)
 
-    # Filling a pipeline and storing overlap with another program's steps where there is one.
-    exposed = _LATENCY * (2 if resident == 1 else 1) * min(waves, 2 if resident > 1 else waves)
+    # Filling the pipeline and storing: hidden by another program's steps where there is one.
+    exposed = 2 * _LATENCY * waves if resident == 1 else _LATENCY * min(waves, 2)
     terms = (arithmetic, memory, cache, latency)
     seconds = max(terms) + _IMPERFECT * (sum(terms) - max(terms)) + exposed + _LAUNCH
     if tile.split_k > 1:
@@ -324,8 +324,8 @@ def _tiles_and_steps(problem: ConvProblem, tile: Tile) -> tuple[int, int]:
 def _efficiency(problem: ConvProblem, tile: Tile) -> float:
     """Which part of the matrix rate a tile reaches.
 
-    Each product of a 64-deep fragment reads its operands from shared memory, whose bandwidth the
-    tensor cores exhaust with small tiles: the larger both sides are, the fewer bytes a product.
+    Tensor cores read their operands from shared memory, `block_m + block_n` of them for
+    `block_m block_n` products, so a tile whose sides are short waits for that memory.
     """
     if problem.dtype == "float32":
         return _PLAIN_EFFICIENCY
