@@ -32,7 +32,7 @@ from torch import Tensor
 from .. import measure
 from ..backends import cudnn, library
 from ..inputs import first_line
-from ..testing import FACTOR, relative_error
+from ..testing import FACTOR
 from . import estimate, reload, table, untuned
 from .architecture import Architecture
 from .problem import MEASURED, Choice, ConvProblem
@@ -332,8 +332,9 @@ def make_case(problem: ConvProblem, device: torch.device, seed: int = 0) -> Case
         "relu",
     )
     expected = _expected(arguments, problem)
-    eager = relative_error(_eager(arguments, problem), expected)
-    return Case(problem, arguments, expected, max(FACTOR * eager, 4 * torch.finfo().eps))
+    eager = _relative_error(_eager(arguments, problem), expected)
+    floor = 4 * torch.finfo(torch.float32).eps
+    return Case(problem, arguments, expected, max(FACTOR * eager, floor))
 
 
 def check(run: Run, case: Case) -> str | None:
@@ -473,12 +474,19 @@ def _error(out: Tensor, case: Case) -> str | None:
         return f"shape {tuple(out.shape)}, must be {tuple(case.expected.shape)}"
     if out.dtype is not case.arguments[0].dtype:
         return f"dtype {out.dtype}, must be {case.arguments[0].dtype}"
-    # On the device: a float64 copy on the host of every candidate's output would take minutes.
-    difference = torch.linalg.vector_norm(out.double() - case.expected)
-    error = (difference / torch.linalg.vector_norm(case.expected)).item()
+    error = _relative_error(out, case.expected)
     if not error <= case.allowed_error:
         return f"error {error:.1e}, must be at most {case.allowed_error:.1e}"
     return None
+
+
+def _relative_error(out: Tensor, expected: Tensor) -> float:
+    """`testing.relative_error` where the tensors are; NaN if there is any.
+
+    Bringing every candidate's output to the host, as that does, would take minutes.
+    """
+    difference = torch.linalg.vector_norm(out.double() - expected)
+    return (difference / torch.linalg.vector_norm(expected)).item()
 
 
 def _nan_error(run: Run, case: Case) -> str | None:
