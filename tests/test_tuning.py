@@ -636,7 +636,6 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("builtins.open", reading)
     monkeypatch.setattr(table.os, "replace", refuse)
-    monkeypatch.setattr(table.tempfile, "mkstemp", refuse)
 
 
 def test_read_only_folders_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
