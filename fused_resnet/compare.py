@@ -83,24 +83,8 @@ class Case:
             raise InvalidArgumentError(
                 f"--batch is {self.batch}, must be at least the {len(self.images)} images given"
             )
-        self._check_device()
+        check_device(self.device)
         self._check_backend()
-
-    def _check_device(self) -> None:
-        kind, _, index = self.device.partition(":")
-        if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-            raise InvalidArgumentError(f"--device is {self.device!r}, must be cpu, cuda or cuda:N")
-        if kind == "cuda":
-            if not torch.cuda.is_available():
-                why = "is built without CUDA" if torch.version.cuda is None else "finds no GPU"
-                raise InvalidArgumentError(
-                    f"--device is {self.device!r}, but torch {torch.__version__} {why}"
-                )
-            if index and int(index) >= torch.cuda.device_count():
-                count = torch.cuda.device_count()
-                raise InvalidArgumentError(
-                    f"--device is {self.device!r}, but torch finds {count} GPU(s)"
-                )
 
     def _check_backend(self) -> None:
         if self.backend is None:
@@ -131,6 +115,22 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         """The dtype of model and input."""
         return getattr(torch, self.dtype)
+
+
+def check_device(device: str) -> None:
+    """Raises InvalidArgumentError if torch has no such device here."""
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise InvalidArgumentError(f"--device is {device!r}, must be cpu, cuda or cuda:N")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            why = "is built without CUDA" if torch.version.cuda is None else "finds no GPU"
+            raise InvalidArgumentError(
+                f"--device is {device!r}, but torch {torch.__version__} {why}"
+            )
+        if index and int(index) >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise InvalidArgumentError(f"--device is {device!r}, but torch finds {count} GPU(s)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,10 @@ available.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +90,33 @@ def same_start() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     assert torch.is_grad_enabled(), "the test left gradients disabled"
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process; returns its exit code, output and error output."""
+    from fused_resnet import cli
+
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fused-resnet", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        output = capsys.readouterr()
+        return exit.value.code or 0, output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt even where the shell started this process ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -45,6 +45,9 @@ MODELS = [
     "wide_resnet101_2",
 ]
 
+# What the fixture `run` is: the command's exit code, output and error output for its arguments.
+Run = Callable[..., tuple[int, str, str]]
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,25 +16,9 @@ import pytest
 import torch
 import torchvision
 from results_schema import check_document
+from support import Run
 
 from fused_resnet import backends, cli, compare, inputs, measure
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process; returns its exit code, output and error output."""
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fused-resnet", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        output = capsys.readouterr()
-        return exit.value.code or 0, output.out, output.err
-
-    return run
 
 
 def quick(*arguments: object) -> tuple[object, ...]:
@@ -281,14 +265,6 @@ def test_no_arguments_print_help(run: Run) -> None:
     code, out, _ = run("compare", "--help")
     assert code == 0
     assert "--backend" in out
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt even where the shell started this process ignoring it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")

@@ -1,0 +1,69 @@
+"""Which problems a model's forward pass consists of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import swap
+from .problem import ConvProblem
+
+
+def of_model(name: str, batch: int, dtype: str, size: int = 224) -> Counter[ConvProblem]:
+    """The fused convolutions of one of torchvision's models in eval mode, and how often each runs.
+
+    The model runs once, on tensors without data.
+
+    Args:
+        name: a torchvision residual network.
+        batch: images in the input.
+        dtype: the problems' dtype; see `ConvProblem`.
+        size: rows and columns of an image.
+    """
+    with torch.device("meta"):
+        model = swap.fuse(torchvision.models.get_model(name).eval())
+        images = torch.empty(batch, 3, size, size)
+    recorder = _Recorder(dtype)
+    with torch.no_grad(), recorder:
+        model(images)
+    return recorder.found
+
+
+class _Recorder(TorchDispatchMode):
+    """Counts the fused convolutions that pass through the dispatcher."""
+
+    def __init__(self, dtype: str) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.found: Counter[ConvProblem] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        operators = torch.ops.fused_resnet
+        if func is operators.conv_bn_act.default:
+            self.found[problem_of(args, self.dtype, args[12] is not None)] += 1
+        elif func is operators.conv_bn_act_max_pool.default:
+            pool = (*args[13], *args[14], *args[15])
+            self.found[problem_of(args, self.dtype, False, pool)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def problem_of(
+    arguments: Sequence[Any], dtype: str, residual: bool, pool: tuple[int, ...] | None = None
+) -> ConvProblem:
+    """The problem that an operator's arguments, from `input` to `groups`, are of."""
+    input: Tensor = arguments[0]
+    weight: Tensor = arguments[1]
+    stride, padding, dilation, groups = arguments[8:12]
+    K, _, R, S = weight.shape
+    return ConvProblem(
+        *input.shape, K, R, S, tuple(stride), tuple(padding), tuple(dilation), groups, dtype,
+        residual, pool,
+    )  # fmt: skip
