@@ -30,6 +30,7 @@ __all__ = [
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
+_INTERPRETED_TILE = tuning.Tile(128, 256, 256, 1, 4, 1)
 
 
 @functools.cache
@@ -105,7 +106,7 @@ def conv_bn_act(
         problem = conv.problem_of(
             input, weight, stride, padding, dilation, groups, residual is not None
         )
-        choice = tuning.choose(problem, input.device)
+        choice = _choose(problem, input.device)
         if choice.kernel == "triton":
             return conv.conv_bn_act(*arguments, tile=choice.tile)
     return library.conv_bn_act(*arguments)
@@ -137,7 +138,7 @@ def conv_bn_act_max_pool(
         conv = _conv()
         problem = conv.problem_of(input, weight, *geometry, groups, False, pool)
         if conv.kernel_for(problem) == "stem_pool":
-            if tuning.choose(problem, input.device).kernel == "triton":
+            if _choose(problem, input.device).kernel == "triton":
                 return conv.conv_bn_act_max_pool(*leading, *geometry, activation)
         else:
             out = conv_bn_act(*leading, *geometry, groups, None, activation)
@@ -154,6 +155,13 @@ def _can_run(input: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
         and weight.dtype is input.dtype
         and all(t is None or t.device == input.device for t in (weight, *others))
     )
+
+
+def _choose(problem: tuning.ConvProblem, device: torch.device) -> tuning.Choice:
+    """What `tuning` says; for the interpreter, whose time goes by operations, a large tile."""
+    if interpreted():
+        return tuning.Choice("triton", _INTERPRETED_TILE, "interpreted")
+    return tuning.choose(problem, device)
 
 
 @functools.cache

@@ -24,8 +24,8 @@ STEM_POOL = (3, 3, 2, 2, 1, 1)
 
 # Tiles in a column before the next column starts: see `kernels._tile_of`.
 _BAND = 8
-# What the kernels for special shapes run with (see `tile_for`). These leave them no spilled register
-# on any architecture, which bench/static.py shows.
+# What the kernels for special shapes run with (see `tile_for`): no spilled register on any
+# architecture, which bench/static.py shows.
 _PACKED = Tile(64, 32, 32, 1, 4, 4)
 _ROW = Tile(128, 64, 32, 1, 8, 4)
 _STEM_POOL = Tile(64, 32, 32, 1, 4, 3)
@@ -54,7 +54,7 @@ def kernel_for(problem: ConvProblem) -> str:
 
 
 def tile_for(problem: ConvProblem, tile: Tile) -> Tile:
-    """`tile` as the problem's kernel takes it: one within a group, or of a special shape, its own."""
+    """`tile` as the problem's kernel takes it: no wider than a group, or the kernel's own."""
     kernel = kernel_for(problem)
     if kernel != "conv":
         return {"packed": _PACKED, "row": _ROW, "stem_pool": _STEM_POOL}[kernel]
@@ -94,8 +94,8 @@ def problem_of(
     if precision(input) == "tf32":
         dtype = "tfloat32"
     return ConvProblem(
-        N, C, H, W, K, R, S, tuple(stride), tuple(padding), tuple(dilation), groups, dtype, residual,
-        None if pool is None else tuple(pool),
+        N, C, H, W, K, R, S, tuple(stride), tuple(padding), tuple(dilation), groups, dtype,
+        residual, None if pool is None else tuple(pool),
     )  # fmt: skip
 
 

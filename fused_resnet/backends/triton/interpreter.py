@@ -1,8 +1,9 @@
 """What Triton's interpreter leaves out, for `TRITON_INTERPRET=1`.
 
 The interpreter keeps bfloat16 as its bits. It multiplies these as integers in `tl.dot` and cuts
-float32 off where the hardware rounds to nearest even; float32 products are never rounded to TF32.
-`repair` puts that right, so that interpreted kernels compute what a GPU does, up to the order of
+float32 off where the hardware rounds to nearest even; float32 products are never rounded to TF32; and
+Triton 3.6's cannot use a number it has computed as a loop's bound with NumPy 2.4. `repair` puts that
+right, so that interpreted kernels compute what a GPU does, up to the order of
 sums.
 """
 
@@ -40,7 +41,7 @@ def to_tfloat32(values: np.ndarray) -> np.ndarray:
 
 
 def repair() -> None:
-    """Replaces the interpreter's casts to and from bfloat16 and its dot product, once."""
+    """Replaces the interpreter's bfloat16 casts, dot product and conversion to `int`, once."""
     builder = interpreter.InterpreterBuilder
     if hasattr(builder, "_fused_resnet"):
         return
@@ -67,5 +68,13 @@ def repair() -> None:
         with np.errstate(invalid="ignore", over="ignore"):
             return handle(np.matmul(*operands) + acc.data, acc.dtype.scalar)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, *rest: Any) -> Any:
+        result = patch_tensor(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+        return result
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     builder.cast_impl = cast_impl
     builder.create_dot = create_dot

@@ -150,8 +150,9 @@ def conv_kernel(
     SPLIT_K: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    """Implicit GEMM: `output[m, k] = relu(bn(sum_{r,s,c} input[pixel(m, r, s), c] weight[k, r, s, c]))`.
+    """Implicit GEMM, with batch norm, residual and ReLU in its epilogue.
 
+    `output[m, k] = relu(bn(sum_{r,s,c} input[pixel(m, r, s), c] weight[k, r, s, c]) + residual)`,
     `pixel(m, r, s) = (n, p stride - padding + r dilation, q stride - padding + s dilation)`.
     With `groups` > 1, `C` and `K` are those of one group, and a tile of channels lies within one.
     With SPLIT_K > 1 a program adds up its share of the (r, s, c) and writes the float32 sum to
@@ -229,10 +230,7 @@ def conv_kernel(
             a = tl.load(a_ptrs)
         else:
             a = tl.load(a_ptrs, mask=(c < C)[None, :], other=0.0)
-        if EVEN_C:
-            b = tl.load(b_ptrs)
-        else:
-            b = tl.load(b_ptrs, mask=(c < C)[:, None], other=0.0)
+        b = tl.load(b_ptrs) if EVEN_C else tl.load(b_ptrs, mask=(c < C)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
     if SPLIT_K > 1:
@@ -616,9 +614,9 @@ def row_conv_kernel(
     (dilation 1 along w, dense pixels), so the 7x7 stem is 7 blocks of 21 values padded to 32
     instead of 49 of 3 padded to 16.
 
-    SKEW = 1 starts a block one value early, where that puts 16-bit values on 4-byte boundaries (with
-    the stem's stride of 2 pixels, 12 bytes, and padding of 3). That value meets a zero; since an
-    infinity would make a NaN of it, a tile that has a NaN is computed again without.
+    SKEW = 1 starts a block one value early, where that puts 16-bit values on 4-byte boundaries
+    (with the stem's stride of 2 pixels, 12 bytes, and padding of 3). That value meets a zero; since
+    an infinity would make a NaN of it, a tile that has a NaN is computed again without.
 
     Reads the input, the weight and the residual once from memory, writes the output once.
     """
@@ -639,12 +637,11 @@ def row_conv_kernel(
         input_ptr, weight_ptr, rows, h, between, columns, H, W * C, input_stride_h, S * C, R,
         DILATION_H, SKEW, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    if SKEW > 0:
-        if tl.max((acc != acc).to(tl.int32)) > 0:
-            acc = _row_sum(
-                input_ptr, weight_ptr, rows, h, between, columns, H, W * C, input_stride_h, S * C,
-                R, DILATION_H, SKEW, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
+    if SKEW > 0 and tl.max((acc != acc).to(tl.int32)) > 0:
+        acc = _row_sum(
+            input_ptr, weight_ptr, rows, h, between, columns, H, W * C, input_stride_h, S * C, R,
+            DILATION_H, SKEW, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     _finish(
         acc,
         m,
@@ -832,14 +829,13 @@ def stem_pool_kernel(
             S * C, R, STRIDE_H, STRIDE_W * C, PADDING_H, DILATION_H, SKEW, False, PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        if SKEW > 0:
-            if tl.max((value != value).to(tl.int32)) > 0:
-                value = _widest(
-                    input_ptr, weight_ptr, images, p, between, columns, k, k_exists, mean_ptr, var_ptr,
-                    bn_weight_ptr, bn_bias_ptr, bias_ptr, eps, pooled_q, H, W * C, P, Q,
-                    input_stride_h, S * C, R, STRIDE_H, STRIDE_W * C, PADDING_H, DILATION_H, SKEW,
-                    True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
+        if SKEW > 0 and tl.max((value != value).to(tl.int32)) > 0:
+            value = _widest(
+                input_ptr, weight_ptr, images, p, between, columns, k, k_exists, mean_ptr, var_ptr,
+                bn_weight_ptr, bn_bias_ptr, bias_ptr, eps, pooled_q, H, W * C, P, Q, input_stride_h,
+                S * C, R, STRIDE_H, STRIDE_W * C, PADDING_H, DILATION_H, SKEW, True, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         best = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
         if p % 2 != 0:
             if p > 2 * first_row:
