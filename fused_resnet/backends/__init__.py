@@ -69,6 +69,11 @@ def choose(device_type: str) -> ModuleType:
     return _MODULES[name] if runs else reference
 
 
+def in_graphs(input: Tensor) -> bool:
+    """Whether a compiler's graph should hold the kernels that `input` leads to, not the operator."""
+    return choose(input.device.type) is triton and triton.in_graphs(input)
+
+
 def explain(
     operator: str,
     *,

@@ -10,9 +10,11 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ... import tuning
 from .. import library
@@ -25,6 +27,7 @@ __all__ = [
     "conv_bn_act",
     "conv_bn_act_max_pool",
     "explain",
+    "in_graphs",
     "interpreted",
 ]
 
@@ -52,6 +55,11 @@ def available() -> str:
 def interpreted() -> bool:
     """Whether TRITON_INTERPRET asks for kernels to be computed by NumPy, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def in_graphs(input: Tensor) -> bool:
+    """Whether a compiler's graph should hold this backend's kernels instead of the operator."""
+    return input.device.type == "cuda" and input.dtype in _DTYPES
 
 
 def explain(
@@ -108,6 +116,8 @@ def conv_bn_act(
         )
         choice = _choose(problem, input.device)
         if choice.kernel == "triton":
+            if _is_traced(input):
+                return _operators().triton_conv_bn_act(*arguments)
             return conv.conv_bn_act(*arguments, tile=choice.tile)
     return library.conv_bn_act(*arguments)
 
@@ -139,7 +149,10 @@ def conv_bn_act_max_pool(
         problem = conv.problem_of(input, weight, *geometry, groups, False, pool)
         if conv.kernel_for(problem) == "stem_pool":
             if _choose(problem, input.device).kernel == "triton":
-                return conv.conv_bn_act_max_pool(*leading, *geometry, activation)
+                run = conv.conv_bn_act_max_pool
+                if _is_traced(input):
+                    run = _operators().triton_conv_bn_act_max_pool
+                return run(*leading, *geometry, activation)
         else:
             out = conv_bn_act(*leading, *geometry, groups, None, activation)
             return torch.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
@@ -162,6 +175,17 @@ def _choose(problem: tuning.ConvProblem, device: torch.device) -> tuning.Choice:
     if interpreted():
         return tuning.Choice("triton", _INTERPRETED_TILE, "interpreted")
     return tuning.choose(problem, device)
+
+
+def _is_traced(input: Tensor) -> bool:
+    return type(input) not in (Tensor, Parameter)
+
+
+@functools.cache
+def _operators() -> Any:
+    from . import operators
+
+    return operators
 
 
 @functools.cache
