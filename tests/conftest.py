@@ -18,6 +18,10 @@ import hypothesis
 import pytest
 import torch
 
+# Read when Triton is first imported, which is later than this.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import fused_resnet
 from fused_resnet import backends
 

@@ -1,26 +1,76 @@
-"""Which kernel and tile run a convolution."""
+"""Which kernel and tile runs a convolution: the choice per problem and GPU.
+
+`choose` looks, in this order, into the user's table (`fused-resnet tune` writes it), the table that
+ships with the package, and the model in `estimate.py`. No table ships before its GPU has been
+measured: an estimate is as quickly computed as read, and says that it is one.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
 
 import torch
 
-from .estimate import best
-from .problem import ConvProblem, Tile
+from . import architecture, estimate, table
+from .problem import ESTIMATE, MEASURED, SHIPPED, Choice, ConvProblem, Tile
 
-__all__ = ["Choice", "ConvProblem", "Tile", "choose"]
+__all__ = ["Choice", "ConvProblem", "Tile", "choose", "reload"]
 
-
-@dataclass(frozen=True)
-class Choice:
-    """What runs a problem: "triton" with a tile or "library", and how that is known."""
-
-    kernel: str
-    tile: Tile | None
-    source: str
+_lock = threading.Lock()
+_choices: dict[tuple[ConvProblem, torch.device], Choice] = {}
+_tables: dict[str, tuple[dict[ConvProblem, table.Entry], dict[ConvProblem, table.Entry]]] = {}
 
 
 def choose(problem: ConvProblem, device: torch.device) -> Choice:
-    """The kernel and tile for a problem on a device."""
-    return Choice("triton", best(problem), "estimate")
+    """The kernel and tile that run a problem on a device.
+
+    The first call for a problem reads tables or computes the estimate, under a millisecond in all
+    but the very first; later ones are a dictionary's. Safe to call from any thread.
+
+    Args:
+        problem: what is to be computed.
+        device: with its index, where there are several of its type; on the CPU, where kernels are
+            interpreted, the choice is always an H100's tile.
+    """
+    choice = _choices.get((problem, device))
+    return _decide(problem, device) if choice is None else choice
+
+
+def reload() -> None:
+    """Forgets every choice, so that the next ones are read from the tables as they are then."""
+    with _lock:
+        _choices.clear()
+        _tables.clear()
+
+
+def untuned(problem: ConvProblem, gpu: architecture.Architecture) -> Choice:
+    """What runs a problem that no table has."""
+    if estimate.prefers_library(problem, gpu):
+        return Choice("library", None, ESTIMATE)
+    return Choice("triton", estimate.best(problem, gpu), ESTIMATE)
+
+
+def _decide(problem: ConvProblem, device: torch.device) -> Choice:
+    gpu = architecture.of_device(device)
+    with _lock:
+        if device.type == "cuda":
+            choice = _from_tables(problem, gpu) or untuned(problem, gpu)
+        else:
+            choice = Choice("triton", estimate.best(problem, gpu), ESTIMATE)
+        if device.type != "cuda" or device.index is not None:  # else it is the current one's
+            _choices[problem, device] = choice
+    return choice
+
+
+def _from_tables(problem: ConvProblem, gpu: architecture.Architecture) -> Choice | None:
+    if gpu.name not in _tables:
+        _tables[gpu.name] = (
+            table.read(table.user_path(gpu.name)),
+            table.read(table.shipped_path(gpu.name)),
+        )
+    for entries, source in zip(_tables[gpu.name], (MEASURED, SHIPPED), strict=True):
+        entry = entries.get(problem)
+        # A file anyone can edit must not make a kernel ask for more than there is.
+        if entry is not None and (entry.tile is None or estimate.fits(problem, gpu, entry.tile)):
+            return Choice(entry.kernel, entry.tile, source)
+    return None

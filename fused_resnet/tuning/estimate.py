@@ -1,47 +1,351 @@
-"""The tiles a convolution may run with, and the one to take without measurements."""
+"""The tile a problem runs with before anything has been timed, and the tiles worth timing.
+
+A model of a kernel's time on a GPU. A program computes `block_m` pixels by `block_n` channels, so
+there are `programs = ceil(M / block_m) * columns * split_k` of them (`M = N P Q`), each walking
+`steps` blocks of the sum's depth, and a multiprocessor holds as many at once (`resident`) as shared
+memory, registers and threads allow. A block is `block_k` channels of one tap, one tap of as many
+narrow groups as a tile has, or one row of a filter with few channels, by the kernel (`kernel_for`).
+The kernel takes as long as the slowest of
+
+- arithmetic: the products of the programs on the busiest multiprocessor, padding included, at the
+  tensor cores' rate for this tile (see `_efficiency`). Programs come in whole numbers, so this is
+  where a last wave that is nearly empty costs;
+- memory: each tensor once, at copy bandwidth (neighbouring programs share input and weight tiles
+  through the L2 cache, so these come from memory once);
+- L2: what the programs load, with repetition, at L2 bandwidth;
+- latency: a program that has `num_stages - 1` blocks in flight cannot take a step more often than
+  every `latency / (num_stages - 1)`; this is what a GPU that is not full waits for,
+
+plus a tenth of the others (nothing overlaps perfectly), plus filling the pipeline and storing, once
+a wave, plus a launch. Sharing a sum among `split_k`
+programs shortens the walk and fills more multiprocessors, and costs float32 partial sums written
+and read once more, and a second launch.
+
+This is the roofline model (Williams, Waterman, Patterson, CACM 52(4), 2009) with Little's law for
+latency and wave quantisation (NVIDIA, Matrix Multiplication Background User's Guide). Its constants
+are round figures for Ampere to Blackwell, not fitted: the tuner is what measures.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
-from .problem import ConvProblem, Tile
+from .architecture import Architecture
+from .problem import Choice, ConvProblem, Tile
 
-# block_m, block_n, block_k, num_warps, num_stages of 16-bit operands.
-_SHAPES_16 = (
+# Seconds from asking for a block to having it in shared memory: DRAM's latency and the way back.
+_LATENCY = 0.8e-6
+# Seconds between two dependent launches on one stream, as in a CUDA graph.
+_LAUNCH = 1.5e-6
+# What a multiprocessor gets out of the L2 cache, bytes a cycle.
+_L2_BYTES_PER_CYCLE = 32
+# Registers of a thread by how many elements of the accumulator it holds: the most that ptxas gave
+# any tile here, with warp-group instructions (compute capability 9 and 10) and without.
+_REGISTERS = {
+    (True, "16 bits"): {16: 96, 32: 192, 64: 250},
+    (True, "tfloat32"): {16: 96, 32: 192, 64: 250},
+    (True, "float32"): {16: 160, 32: 130},
+    (False, "16 bits"): {16: 80, 32: 130, 64: 218, 128: 252},
+    (False, "tfloat32"): {16: 96, 32: 160, 64: 234},
+    (False, "float32"): {16: 204, 32: 168},
+}
+# Of the tiles these allow, those that ptxas spilled all the same: capability, products, block sizes.
+_SPILLED = {(9, "tfloat32", 128, 128, 32), (10, "tfloat32", 64, 32, 32)}
+_MOST_REGISTERS = 255
+_SHARED_PER_PROGRAM = 1024  # what the driver takes of every program
+# Which part of what should hide behind the slowest term does not.
+_IMPERFECT = 0.1
+_SPLITS = (1, 2, 4, 8, 16)
+# Of the tensor cores' rate, float32 products outside them: what a compiled kernel gets out of plain
+# multiply-adds, and what the library's hand-written ones do.
+_PLAIN_EFFICIENCY = 0.5
+_LIBRARY_EFFICIENCY = 0.8
+
+# block_m, block_n, block_k, num_warps, num_stages of 16-bit operands. block_m is at least 64 and
+# there are at least four warps, since Hopper's warp-group instructions need both.
+_GENERAL = (
     (64, 32, 64, 4, 4),
     (64, 64, 64, 4, 3),
+    (64, 64, 64, 4, 5),
+    (64, 64, 128, 4, 3),
     (64, 128, 64, 4, 3),
+    (64, 128, 64, 4, 4),
+    (64, 256, 64, 8, 3),
     (128, 32, 64, 4, 4),
     (128, 64, 64, 4, 3),
+    (128, 64, 64, 4, 4),
     (128, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
     (128, 256, 64, 8, 3),
+    (256, 64, 64, 8, 3),
+    (64, 32, 32, 4, 4),
     (64, 64, 32, 4, 4),
+    (128, 32, 32, 4, 4),
     (128, 64, 32, 4, 4),
+    (128, 128, 32, 8, 4),
 )
-_SHAPES_32 = tuple((m, n, max(16, k // 2), w, s) for m, n, k, w, s in _SHAPES_16)
-_SHAPES_PLAIN = ((64, 32, 16, 4, 3), (64, 64, 16, 4, 3), (64, 64, 16, 8, 3))
-_SPLITS = (1, 2, 4, 8, 16)
-_MULTIPROCESSORS = 132
+# Without tensor cores the operands pass through registers, so tiles are small.
+_PLAIN = (
+    (64, 32, 16, 4, 3),
+    (64, 64, 16, 4, 3),
+    (64, 64, 16, 8, 3),
+    (64, 64, 32, 8, 3),
+    (128, 64, 16, 8, 3),
+)
+# What the kernels for special shapes run with; their blocks are as deep as the shape says.
+PACKED = Tile(64, 32, 32, 1, 4, 4)
+ROW = Tile(128, 64, 32, 1, 8, 4)
+STEM_POOL = Tile(64, 32, 32, 1, 4, 3)
+_STEM_POOL = (3, 3, 2, 2, 1, 1)
+# Roughly what they take; their tiles were chosen not to spill.
+_SPECIAL_REGISTERS = 168
+# The pooling kernel computes three columns at once.
+_POOL_COLUMNS = 3
+# Pooled rows one of its programs walks down, while that leaves this many programs.
+_POOLED_ROWS = (8, 4, 2, 1)
+_POOL_PROGRAMS = 512
 
 
-def candidates(problem: ConvProblem) -> list[Tile]:
-    """Every tile `best` may pick for a problem."""
-    shapes = {"float32": _SHAPES_PLAIN, "tfloat32": _SHAPES_32}.get(problem.dtype, _SHAPES_16)
-    return [Tile(m, n, k, s, w, g) for m, n, k, w, g in shapes for s in _SPLITS]
+def kernel_for(problem: ConvProblem) -> str:
+    """Which Triton kernel runs a problem.
+
+    "packed": groups too narrow for a tile of their own, several side by side. "row": so few
+    channels that a row of the filter is one block. "stem_pool": the same with the stem's max-pool.
+    "conv": everything else. A pool that is not the stem's runs by itself.
+    """
+    channels, filters = problem.C // problem.groups, problem.K // problem.groups
+    if problem.groups > 1:
+        span = max(1, PACKED.block_n // filters) * channels
+        return "packed" if filters < PACKED.block_n and span <= 2 * PACKED.block_k else "conv"
+    if problem.C < 16 and problem.S * problem.C < 64 and problem.dilation[1] == 1:
+        if problem.R * problem.S == 1:
+            return "conv"
+        return "stem_pool" if problem.pool == _STEM_POOL else "row"
+    return "conv"
+
+
+def candidates(problem: ConvProblem, architecture: Architecture) -> list[Tile]:
+    """Every tile that may run a problem on a GPU: it fits, and is not larger than it need be.
+
+    Args:
+        problem: any.
+        architecture: the GPU.
+
+    Returns:
+        At least one tile, always in the same order; all of them fit (see `fits`). Sums are shared
+        only where one program a tile would leave multiprocessors idle.
+    """
+    return [tile for tile, _ in _timed(problem, architecture)]
+
+
+def best(problem: ConvProblem, architecture: Architecture) -> Tile:
+    """The candidate that the model predicts to be fastest; the first of equals."""
+    return _best(problem, architecture)[0]
 
 
 @functools.lru_cache(maxsize=4096)
-def best(problem: ConvProblem) -> Tile:
-    """The candidate with the least work on the busiest multiprocessor, larger tiles first."""
+def _best(problem: ConvProblem, architecture: Architecture) -> tuple[Tile, float]:
+    return min(_timed(problem, architecture), key=lambda pair: pair[1])
+
+
+def predicted(problem: ConvProblem, architecture: Architecture, tile: Tile) -> float:
+    """Seconds the model predicts; see this module's docstring."""
     M = problem.N * problem.P * problem.Q
-    group_c, group_k = problem.C // problem.groups, problem.K // problem.groups
+    if M == 0:
+        return _LAUNCH
+    tiles, depth = _tiles_and_steps(problem, tile)
+    steps = _ceil(depth, tile.split_k)
+    programs = tiles * tile.split_k
+    resident = _resident(problem, architecture, tile)
+    at_once = architecture.multiprocessors * resident
+    waves = _ceil(programs, at_once)
 
-    def cost(tile: Tile) -> tuple[float, int]:
-        steps = problem.R * problem.S * -(-group_c // tile.block_k)
-        programs = -(-M // tile.block_m) * -(-group_k // tile.block_n) * problem.groups
-        waves = -(-programs * tile.split_k // _MULTIPROCESSORS)
-        work = (tile.block_m + tile.block_n) * tile.block_k * -(-steps // tile.split_k)
-        again = tile.block_m * tile.block_n * (1 if tile.split_k == 1 else 8)
-        return waves * (work + again), -tile.block_m * tile.block_n
+    rate = architecture.rate(problem.dtype) / architecture.multiprocessors
+    products = 2 * tile.block_m * tile.block_n * tile.block_k * steps
+    if kernel_for(problem) == "stem_pool":
+        products *= _POOL_COLUMNS
+    busiest = _ceil(programs, architecture.multiprocessors)
+    arithmetic = busiest * products / (rate * _efficiency(problem, tile))
 
-    return min(candidates(problem), key=cost)
+    memory = problem.bytes_once / architecture.copy_bandwidth
+    loaded = programs * steps * _stage_bytes(problem, tile)
+    cycles = architecture.clock * min(architecture.multiprocessors, programs)
+    cache = (loaded + problem.output_bytes) / (_L2_BYTES_PER_CYCLE * cycles)
+    latency = waves * steps * _LATENCY / max(1, tile.num_stages - 1)
+
+    # Filling a pipeline and storing overlap with another program's steps where there is one.
+    exposed = _LATENCY * (2 if resident == 1 else 1) * min(waves, 2 if resident > 1 else waves)
+    terms = (arithmetic, memory, cache, latency)
+    seconds = max(terms) + _IMPERFECT * (sum(terms) - max(terms)) + exposed + _LAUNCH
+    if tile.split_k > 1:
+        partial = 2 * 4 * M * problem.K * tile.split_k
+        in_cache = partial <= architecture.l2_bytes / 2
+        speed = _L2_BYTES_PER_CYCLE * architecture.clock * architecture.multiprocessors
+        seconds += partial / (speed if in_cache else architecture.copy_bandwidth)
+        seconds += _LAUNCH + 2 * _LATENCY
+    return seconds
+
+
+def predicted_library(problem: ConvProblem, architecture: Architecture) -> float:
+    """Seconds for the library's convolution and one pass of `scale_shift_act` over its output."""
+    P, Q = problem.P, problem.Q
+    unpooled = problem.element_size * problem.N * problem.K * P * Q
+    arithmetic = problem.flops / (_LIBRARY_EFFICIENCY * architecture.rate(problem.dtype))
+    memory = (problem.input_bytes + problem.weight_bytes + unpooled) / architecture.copy_bandwidth
+    after = (3 if problem.residual else 2) * unpooled
+    launches = 7  # convolution, five for scale and shift, scale_shift_act
+    if problem.pool is not None:
+        after += unpooled + problem.output_bytes
+        launches += 1
+    latency = launches * _LAUNCH + 4 * _LATENCY
+    return max(arithmetic, memory) + after / architecture.copy_bandwidth + latency
+
+
+def predicted_choice(problem: ConvProblem, architecture: Architecture, choice: Choice) -> float:
+    """Seconds the model predicts for a choice."""
+    if choice.tile is None:
+        return predicted_library(problem, architecture)
+    return predicted(problem, architecture, choice.tile)
+
+
+def prefers_library(problem: ConvProblem, architecture: Architecture) -> bool:
+    """Whether a problem that nobody has timed should be left to the library.
+
+    Only float32 without TF32 is: bound by plain multiply-adds, of which the library's kernels get
+    more out of a GPU than compiled ones do.
+    """
+    if problem.dtype != "float32":
+        return False
+    return predicted_library(problem, architecture) < _best(problem, architecture)[1]
+
+
+def fits(problem: ConvProblem, architecture: Architecture, tile: Tile) -> bool:
+    """Whether a multiprocessor can hold one program, in shared memory and without spilling."""
+    return _resident(problem, architecture, tile) >= 1
+
+
+def shared_bytes(problem: ConvProblem, architecture: Architecture, tile: Tile) -> int:
+    """Shared memory of one program.
+
+    Its blocks in flight, of which one is already in registers where no warp-group instruction
+    reads it from shared memory, or the output on its way, if that is larger.
+    """
+    blocks = tile.num_stages if _warp_groups(problem, architecture) else tile.num_stages - 1
+    output = problem.element_size * tile.block_m * tile.block_n
+    # A few words are for the barriers that compute capability 10 waits on.
+    return 64 + max(blocks * _stage_bytes(problem, tile), output)
+
+
+def registers(problem: ConvProblem, architecture: Architecture, tile: Tile) -> int:
+    """Registers of one thread, more than 255 where it would spill some."""
+    if kernel_for(problem) != "conv":
+        return _SPECIAL_REGISTERS
+    products = "16 bits" if problem.element_size == 2 else problem.dtype
+    major = architecture.capability[0]
+    if (major, products, tile.block_m, tile.block_n, tile.block_k) in _SPILLED:
+        return _MOST_REGISTERS + 1
+    known = _REGISTERS[major in (9, 10), products]
+    accumulator = tile.block_m * tile.block_n // (32 * tile.num_warps)
+    most = min((size for size in known if size >= accumulator), default=None)
+    return _MOST_REGISTERS + 1 if most is None else known[most]
+
+
+def _warp_groups(problem: ConvProblem, architecture: Architecture) -> bool:
+    return architecture.capability[0] in (9, 10) and problem.dtype != "float32"
+
+
+def _timed(problem: ConvProblem, architecture: Architecture) -> list[tuple[Tile, float]]:
+    found: dict[Tile, float] = {}
+    for tile in _shapes(problem):
+        tiles, steps = _tiles_and_steps(problem, tile)
+        for split in _SPLITS if kernel_for(problem) == "conv" else (1,):
+            if split > 1 and (
+                tiles * split > 4 * architecture.multiprocessors or steps < 2 * split
+            ):
+                break
+            # As many shares as there are, all of them but the last equally long.
+            shared = dataclasses.replace(tile, split_k=_ceil(steps, _ceil(steps, split)))
+            if fits(problem, architecture, shared):
+                found[shared] = predicted(problem, architecture, shared)
+    if not found:
+        raise ValueError(f"no tile for {problem.key} fits a {architecture.name}")
+    return list(found.items())
+
+
+def _shapes(problem: ConvProblem) -> list[Tile]:
+    """The tiles of the problem's kernel, on any GPU, that are not larger than they need be."""
+    which = kernel_for(problem)
+    if which != "conv":
+        return [{"packed": PACKED, "row": ROW, "stem_pool": STEM_POOL}[which]]
+    if problem.dtype == "float32":
+        shapes = _PLAIN
+    else:
+        # Of operands with twice the bytes the same blocks are half as deep.
+        half = problem.element_size // 2
+        shapes = tuple(dict.fromkeys((m, n, k // half, w, s) for m, n, k, w, s in _GENERAL))
+    pixels = problem.N * problem.P * problem.Q
+    channels, filters = problem.C // problem.groups, problem.K // problem.groups
+    # Where half of such a tile would do, there is one of half its size.
+    return [
+        Tile(m, n, k, 1, warps, stages)
+        for m, n, k, warps, stages in shapes
+        if (m == 64 or m // 2 < pixels)
+        and (n == 32 or n // 2 < filters)
+        and (k <= 32 or k // 2 < channels)
+    ]
+
+
+def _tiles_and_steps(problem: ConvProblem, tile: Tile) -> tuple[int, int]:
+    """How many tiles there are, and the blocks of the sum in one of them."""
+    P, Q = problem.P, problem.Q
+    channels, filters = problem.C // problem.groups, problem.K // problem.groups
+    rows = _ceil(problem.N * P * Q, tile.block_m)
+    which = kernel_for(problem)
+    if which == "packed":
+        return rows * _ceil(problem.groups, tile.block_n // filters), problem.R * problem.S
+    if which == "row":
+        return rows * _ceil(filters, tile.block_n), problem.R
+    if which == "stem_pool":
+        pooled_rows, pooled_columns = problem.output_size
+        strips = _ceil(problem.N * pooled_columns, tile.block_m) * _ceil(filters, tile.block_n)
+        each = next(
+            n for n in _POOLED_ROWS if n == 1 or strips * pooled_rows // n >= _POOL_PROGRAMS
+        )
+        return strips * _ceil(pooled_rows, each), (2 * each + 1) * problem.R
+    steps = problem.R * problem.S * _ceil(channels, tile.block_k)
+    return rows * problem.groups * _ceil(filters, tile.block_n), steps
+
+
+def _efficiency(problem: ConvProblem, tile: Tile) -> float:
+    """Which part of the matrix rate a tile reaches.
+
+    Each product of a 64-deep fragment reads its operands from shared memory, whose bandwidth the
+    tensor cores exhaust with small tiles: the larger both sides are, the fewer bytes a product.
+    """
+    if problem.dtype == "float32":
+        return _PLAIN_EFFICIENCY
+    return 1 / (1 + 16 / tile.block_m + 16 / tile.block_n)
+
+
+def _resident(problem: ConvProblem, architecture: Architecture, tile: Tile) -> int:
+    """Programs that a multiprocessor holds at once; 0 where not even one fits."""
+    shared = shared_bytes(problem, architecture, tile)
+    per_thread = registers(problem, architecture, tile)
+    if shared > architecture.shared_per_block or per_thread > _MOST_REGISTERS:
+        return 0
+    threads = 32 * tile.num_warps
+    by_shared = architecture.shared_per_multiprocessor // (shared + _SHARED_PER_PROGRAM)
+    allocated = 8 * _ceil(per_thread, 8)  # registers come in eights
+    by_registers = architecture.registers_per_multiprocessor // (allocated * threads)
+    by_threads = architecture.threads_per_multiprocessor // threads
+    return min(by_shared, by_registers, by_threads)
+
+
+def _stage_bytes(problem: ConvProblem, tile: Tile) -> int:
+    rows = tile.block_m * (_POOL_COLUMNS if kernel_for(problem) == "stem_pool" else 1)
+    return problem.element_size * tile.block_k * (rows + tile.block_n)
+
+
+def _ceil(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ... import tuning
 from .. import library
 from ..library import batch_norm_act_inference, batch_norm_act_training
 
@@ -33,7 +32,6 @@ __all__ = [
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
-_INTERPRETED_TILE = tuning.Tile(128, 256, 256, 1, 4, 1)
 
 
 @functools.cache
@@ -114,7 +112,7 @@ def conv_bn_act(
         problem = conv.problem_of(
             input, weight, stride, padding, dilation, groups, residual is not None
         )
-        choice = _choose(problem, input.device)
+        choice = conv.choose(problem, input.device)
         if choice.kernel == "triton":
             if _is_traced(input):
                 return _operators().triton_conv_bn_act(*arguments)
@@ -148,7 +146,7 @@ def conv_bn_act_max_pool(
         conv = _conv()
         problem = conv.problem_of(input, weight, *geometry, groups, False, pool)
         if conv.kernel_for(problem) == "stem_pool":
-            if _choose(problem, input.device).kernel == "triton":
+            if conv.choose(problem, input.device).kernel == "triton":
                 run = conv.conv_bn_act_max_pool
                 if _is_traced(input):
                     run = _operators().triton_conv_bn_act_max_pool
@@ -168,13 +166,6 @@ def _can_run(input: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
         and weight.dtype is input.dtype
         and all(t is None or t.device == input.device for t in (weight, *others))
     )
-
-
-def _choose(problem: tuning.ConvProblem, device: torch.device) -> tuning.Choice:
-    """What `tuning` says; for the interpreter, whose time goes by operations, a large tile."""
-    if interpreted():
-        return tuning.Choice("triton", _INTERPRETED_TILE, "interpreted")
-    return tuning.choose(problem, device)
 
 
 def _is_traced(input: Tensor) -> bool:

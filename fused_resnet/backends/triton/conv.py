@@ -17,18 +17,14 @@ from torch._prims_common import suggest_memory_format
 from torch.nn import Parameter
 
 from ... import tuning
-from ...tuning.problem import ConvProblem, Tile
+from ...tuning.estimate import PACKED, ROW, STEM_POOL, kernel_for
+from ...tuning.problem import Choice, ConvProblem, Tile
 from . import kernels
-
-STEM_POOL = (3, 3, 2, 2, 1, 1)
 
 # Tiles in a column before the next column starts: see `kernels._tile_of`.
 _BAND = 8
-# What the kernels for special shapes run with (see `tile_for`): no spilled register on any
-# architecture, which bench/static.py shows.
-_PACKED = Tile(64, 32, 32, 1, 4, 4)
-_ROW = Tile(128, 64, 32, 1, 8, 4)
-_STEM_POOL = Tile(64, 32, 32, 1, 4, 3)
+# For the interpreter, whose time goes by the number of operations.
+_INTERPRETED_TILE = Tile(128, 256, 256, 1, 4, 1)
 # The second pass of split-K: elements a program and warps.
 _SUM_BLOCK = (16, 64)
 _SUM_WARPS = 4
@@ -37,27 +33,18 @@ _STEM_ROWS = (8, 4, 2, 1)
 _STEM_PROGRAMS = 512
 
 
-def kernel_for(problem: ConvProblem) -> str:
-    """Which kernel runs a problem: "conv", "packed", "row" or "stem_pool".
-
-    A problem with a pool that no kernel covers gets the one of its convolution alone.
-    """
-    group_c, group_k = problem.C // problem.groups, problem.K // problem.groups
-    if problem.groups > 1:
-        span = max(1, _PACKED.block_n // group_k) * group_c
-        return "packed" if group_k < _PACKED.block_n and span <= 2 * _PACKED.block_k else "conv"
-    if problem.C < 16 and problem.S * problem.C < 64 and problem.dilation[1] == 1:
-        if problem.R * problem.S == 1:
-            return "conv"
-        return "stem_pool" if problem.pool == STEM_POOL else "row"
-    return "conv"
+def choose(problem: ConvProblem, device: torch.device) -> Choice:
+    """Which kernel and tile run a problem: what `tuning` says, on a GPU."""
+    if device.type != "cuda":
+        return Choice("triton", _INTERPRETED_TILE, "interpreted")
+    return tuning.choose(problem, device)
 
 
 def tile_for(problem: ConvProblem, tile: Tile) -> Tile:
     """`tile` as the problem's kernel takes it: no wider than a group, or the kernel's own."""
     kernel = kernel_for(problem)
     if kernel != "conv":
-        return {"packed": _PACKED, "row": _ROW, "stem_pool": _STEM_POOL}[kernel]
+        return {"packed": PACKED, "row": ROW, "stem_pool": STEM_POOL}[kernel]
     if problem.groups == 1:
         return tile
     group_k = problem.K // problem.groups
@@ -140,7 +127,7 @@ def conv_bn_act(
     """
     problem = problem_of(input, weight, stride, padding, dilation, groups, residual is not None)
     if tile is None:
-        tile = tuning.choose(problem, input.device).tile
+        tile = choose(problem, input.device).tile
     tile = tile_for(problem, tile)
     N, C, H, W = input.shape
     K, group_c, R, S = weight.shape
@@ -275,7 +262,7 @@ def conv_bn_act_max_pool(
     Returns:
         (N, K, pooled P, pooled Q) in the memory format `conv2d` would give it.
     """
-    tile = _STEM_POOL
+    tile = STEM_POOL
     N, C, H, W = input.shape
     K, _, R, S = weight.shape
     P, Q = problem_size(H, W, R, S, stride, padding, dilation)
