@@ -42,7 +42,7 @@ from triton.compiler import ASTSource
 
 from fused_resnet.backends.triton import conv
 from fused_resnet.tuning.architecture import ARCHITECTURES, Architecture
-from fused_resnet.tuning.estimate import candidates
+from fused_resnet.tuning.estimate import best, candidates
 from fused_resnet.tuning.problem import ConvProblem, Tile
 
 GPUS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200", "sm_120": "RTX 5090"}
@@ -104,18 +104,24 @@ class Launch:
 
 
 def configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], ConvProblem]:
-    """Every (layer, tile) that may be chosen, with a problem that it may be chosen for.
+    """Every (layer, tile) to compile, with a problem that the tile may be chosen for.
 
-    All split sums of a tile count as one, four shares.
+    Every tile is compiled for 1x1 and 3x3 layers. The other layers of `conv_kernel` differ from
+    these in a few instructions of address arithmetic, so of them only what the estimate picks is.
+    All split sums of a tile count as one of four shares, and as the same for 1x1 and 3x3.
     """
     found: dict[tuple[str, Tile], ConvProblem] = {}
     for name, layers in LAYERS.items():
         for layer in layers:
             for batch in _BATCHES:
                 problem = layer.problem(batch, dtype)
-                for tile in candidates(problem, gpu):
-                    tile = conv.tile_for(problem, tile)
-                    values = asdict(tile) | {"split_k": 1 if tile.split_k == 1 else 4}
+                every = name in ("1x1", "3x3")
+                for tile in candidates(problem, gpu) if every else [best(problem, gpu)]:
+                    values = asdict(conv.tile_for(problem, tile))
+                    if tile.split_k > 1:
+                        if name == "1x1":
+                            continue
+                        values["split_k"] = 4
                     # The deepest problem is kept: its channels fill every block.
                     found[name, Tile(**values)] = problem
     return found

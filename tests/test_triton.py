@@ -445,8 +445,8 @@ GRAPH_OF_A_MODEL = """
 def test_compiled_graphs_hold_the_kernels(groups, dynamic):
     """AOT autograd's graph: launches instead of our operators, nothing copied, one graph.
 
-    Traced with fake CUDA tensors in a process where kernels are not interpreted, which needs no GPU.
-    A symbolic batch stays symbolic, or mark_dynamic would raise.
+    Traced with fake CUDA tensors, in a process where kernels are not interpreted; needs no GPU. A
+    symbolic batch stays symbolic, or `mark_dynamic` would raise.
     """
     code = textwrap.dedent(GRAPH_OF_A_MODEL).format(groups=groups, dynamic=dynamic)
     convolutions = 1 + 5 * 3 + 4

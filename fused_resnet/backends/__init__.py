@@ -70,7 +70,7 @@ def choose(device_type: str) -> ModuleType:
 
 
 def in_graphs(input: Tensor) -> bool:
-    """Whether a compiler's graph should hold the kernels that `input` leads to, not the operator."""
+    """Whether a compiler's graph should hold the kernels `input` leads to, not the operator."""
     return choose(input.device.type) is triton and triton.in_graphs(input)
 
 

@@ -1,10 +1,9 @@
 """What Triton's interpreter leaves out, for `TRITON_INTERPRET=1`.
 
 The interpreter keeps bfloat16 as its bits. It multiplies these as integers in `tl.dot` and cuts
-float32 off where the hardware rounds to nearest even; float32 products are never rounded to TF32; and
-Triton 3.6's cannot use a number it has computed as a loop's bound with NumPy 2.4. `repair` puts that
-right, so that interpreted kernels compute what a GPU does, up to the order of
-sums.
+float32 off where the hardware rounds to nearest even; it never rounds float32 products to TF32; and
+Triton 3.6 with NumPy 2.4 cannot take a number it has computed as a loop's bound. `repair` puts that
+right, so that interpreted kernels compute what a GPU does, up to the order of sums.
 """
 
 from __future__ import annotations

@@ -208,6 +208,8 @@ def conv_kernel(
     for step in range(first, last):
         if R * S == 1:
             c = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            r = 0
+            s = 0
             shift = 0
             depth = c
         else:
