@@ -205,20 +205,15 @@ def conv_kernel(
         first = tl.program_id(1) * share
         last = tl.minimum(first + share, last)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(first, last):
-        if R * S == 1:
-            c = step * BLOCK_K + tl.arange(0, BLOCK_K)
-            r = 0
-            s = 0
-            shift = 0
-            depth = c
-        else:
-            tap = step // c_blocks
-            c = (step - tap * c_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-            r = tap // S
-            s = tap - r * S
-            shift = r * DILATION_H * input_stride_h + s * DILATION_W * input_stride_w
-            depth = tap * C + c
+    tap = first // c_blocks
+    start = (first - tap * c_blocks) * BLOCK_K
+    for _ in range(first, last):
+        c = start + tl.arange(0, BLOCK_K)
+        # A pointwise filter has one tap, 0, which the compiler could not know.
+        r = tap // S if R * S > 1 else 0
+        s = tap - r * S if R * S > 1 else 0
+        shift = r * DILATION_H * input_stride_h + s * DILATION_W * input_stride_w
+        depth = tap * C + c if R * S > 1 else c
         a_ptrs = input_ptr + (rows + shift)[:, None] + c[None, :]
         b_ptrs = weight_ptr + columns[None, :] + depth[:, None]
         if PADDING_H + PADDING_W > 0:
@@ -234,6 +229,12 @@ def conv_kernel(
             a = tl.load(a_ptrs, mask=(c < C)[None, :], other=0.0)
         b = tl.load(b_ptrs) if EVEN_C else tl.load(b_ptrs, mask=(c < C)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        # The next block, counted up: a division by c_blocks a step costs more.
+        start += BLOCK_K
+        if R * S > 1:
+            done = start >= C
+            tap += done.to(tl.int32)
+            start = tl.where(done, 0, start)
 
     if SPLIT_K > 1:
         z = tl.program_id(1)
