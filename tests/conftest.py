@@ -2,7 +2,8 @@
 
 A test that takes the `backend` fixture runs once for every backend that `backends.available()` says
 "yes" to, on the device that backend computes on here: a new backend joins the suite by becoming
-available.
+available. Interpreted kernels take a thousand times as long as compiled ones, so over these run the
+tests marked `interpreted`, and test_triton.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+
+# Read when Triton is first imported, which is later than this.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fused_resnet
 from fused_resnet import backends
@@ -71,7 +76,10 @@ RUNNERS = usable_runners()
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", RUNNERS, ids=lambda runner: runner.name, indirect=True)
+        runners = RUNNERS
+        if metafunc.definition.get_closest_marker("interpreted") is None:
+            runners = [runner for runner in RUNNERS if runner.how != "interpreted"]
+        metafunc.parametrize("backend", runners, ids=lambda runner: runner.name, indirect=True)
 
 
 @pytest.fixture

@@ -61,6 +61,7 @@ def test_every_model_convolution(backend, shape, dtype):
     check_rule(make_conv_case(shape, dtype=dtype, size=size, batch=batch, device=backend.device))
 
 
+@pytest.mark.interpreted
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("shape", QUICK_SHAPES, ids=str)
@@ -89,6 +90,7 @@ def test_every_combination_of_options(backend, dtype, residual, bias, affine, ac
         check_rule(case)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=dtype_id)
 @pytest.mark.parametrize("missing", ["bn_weight", "bn_bias"])
 def test_one_affine_parameter_alone(backend, dtype, missing):
@@ -97,6 +99,7 @@ def test_one_affine_parameter_alone(backend, dtype, missing):
     check_rule(case)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-3, 10.0])
 def test_eps(backend, eps):
     case = make_conv_case(SAMPLE_SHAPES[0], device=backend.device)
@@ -127,6 +130,7 @@ def test_max_pool(backend, dtype, pool, size):
         assert_error_rule(fused, eager, reference)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("activation", ["relu", "none"])
 def test_max_pool_pads_with_minus_infinity(backend, activation):
     """Without a relu every value may be negative, and the border must not win with a zero."""
@@ -224,6 +228,7 @@ def test_drawn_cases(backend, data):
     assert_within_bound(fused, case.double().eager(), case.rounding_bound())
 
 
+@pytest.mark.interpreted
 @pytest.mark.quick
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(data=st.data())
@@ -283,6 +288,7 @@ def test_output_format_is_conv2ds(backend, dtype, shape, memory_format, pool):
     assert channels_last_weight.fused().stride() == channels_last_weight.eager().stride()
 
 
+@pytest.mark.interpreted
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("shape", [*QUICK_SHAPES, STEM], ids=str)
@@ -330,6 +336,7 @@ def test_nonfinite_parameters(backend, dtype, argument, value):
             assert_same_nonfinite(case.fused(), eager)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_id)
 def test_impossible_variances(backend, dtype):
     """A negative variance and a zero one with eps=0 give what eager gives."""
@@ -343,6 +350,7 @@ def test_impossible_variances(backend, dtype):
     assert_same_nonfinite(case.fused(), eager)
 
 
+@pytest.mark.interpreted
 def test_overflow_to_infinity_is_eagers(backend):
     """float16 results beyond 65504 are inf, not saturated."""
     case = make_conv_case(
@@ -356,6 +364,7 @@ def test_overflow_to_infinity_is_eagers(backend):
     assert fused[expected < 60000].isfinite().all()
 
 
+@pytest.mark.interpreted
 def test_signed_zero(backend):
     """relu of a negative number is zero, never a negative value."""
     case = make_conv_case(SAMPLE_SHAPES[2], device=backend.device)
@@ -407,6 +416,7 @@ def test_results_are_the_callers(backend, shape):
     assert len(set(pointers)) == len(pointers)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("shape", QUICK_SHAPES, ids=str)
 def test_the_residual_may_be_the_input(backend, shape):
     """An identity shortcut passes one tensor twice."""
@@ -619,6 +629,7 @@ def test_functional_has_the_designs_signature():
     assert norm["momentum"].default == 0.1
 
 
+@pytest.mark.interpreted
 def test_conv_without_padding_matches_a_matrix_product(backend):
     """An expectation that owes nothing to conv2d: a 1x1 convolution is a matrix product."""
     case = make_conv_case(SAMPLE_SHAPES[0], device=backend.device)

@@ -24,6 +24,8 @@ from fused_resnet import backends
 NAMESPACE = "fused_resnet"
 # Native operators that only a backend calls, on plain tensors, below autograd and tracing.
 INTERNAL = {"conv_bn_act_packed", "pack_conv_weight", "residual_blocks_packed"}
+# Those that stand for a backend's kernels in a compiler's graph: tested in test_triton.py.
+IN_GRAPHS = {"triton_conv_bn_act", "triton_conv_bn_act_max_pool"}
 # Those without tensors.
 QUERIES = {"cpu_isa", "conv_isa", "cpu_pool_statistics", "cpu_pool_trim"}
 
@@ -130,7 +132,7 @@ def samples(name, device, dtype):
     raise KeyError(name)
 
 
-@pytest.mark.parametrize("name", [n for n in operators() if n not in INTERNAL | QUERIES])
+@pytest.mark.parametrize("name", sorted(set(operators()) - INTERNAL - IN_GRAPHS - QUERIES))
 def test_every_operator_has_samples(name):
     """A new operator fails here until it is given samples for opcheck."""
     assert list(samples(name, "cpu", torch.float32))
@@ -160,6 +162,7 @@ def test_opcheck(backend, name, dtype):
         torch.library.opcheck(operator, arguments, test_utils=tests)
 
 
+@pytest.mark.interpreted
 @pytest.mark.quick
 @pytest.mark.parametrize("name", PUBLIC)
 def test_opcheck_quick(backend, name):

@@ -17,11 +17,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import cpu, cuda, reference
+from . import cpu, cuda, reference, triton
 
-_TRITON_STATUS = "this version has no Triton kernels"
-_MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda}
-_NAMES = ("reference", "cpu", "triton", "cuda")
+_MODULES: dict[str, ModuleType] = {
+    "reference": reference,
+    "cpu": cpu,
+    "triton": triton,
+    "cuda": cuda,
+}
 
 _chosen: ContextVar[str | None] = ContextVar("fused_resnet_backend", default=None)
 # None until the first use, so that a bad FUSED_RESNET_BACKEND does not break `import` and `doctor`.
@@ -30,7 +33,7 @@ _from_environment: str | None = None
 
 def available() -> dict[str, str]:
     """Every backend's name, mapped to "yes" or the reason why it cannot run here."""
-    return {name: _status(name) for name in _NAMES}
+    return {name: module.available() for name, module in _MODULES.items()}
 
 
 @contextlib.contextmanager
@@ -59,9 +62,16 @@ def choose(device_type: str) -> ModuleType:
         name = _environment_choice()
         if name == "":
             return _default(device_type)
-    if name == device_type or name == "reference":
-        return _MODULES[name]
-    return reference
+    if name == "triton":
+        runs = device_type == ("cpu" if triton.interpreted() else "cuda")
+    else:
+        runs = name == device_type
+    return _MODULES[name] if runs else reference
+
+
+def in_graphs(input: Tensor) -> bool:
+    """Whether a compiler's graph should hold the kernels `input` leads to, not the operator."""
+    return choose(input.device.type) is triton and triton.in_graphs(input)
 
 
 def explain(
@@ -107,14 +117,10 @@ def release(tensors: Iterable[Tensor]) -> None:
             module.release(tensors)
 
 
-def _status(name: str) -> str:
-    return _TRITON_STATUS if name == "triton" else _MODULES[name].available()
-
-
 def _checked(name: str, argument: str) -> str:
-    if name not in _NAMES:
-        raise ValueError(f"{argument} is {name!r}, must be one of {', '.join(_NAMES)}")
-    status = _status(name)
+    if name not in _MODULES:
+        raise ValueError(f"{argument} is {name!r}, must be one of {', '.join(_MODULES)}")
+    status = _MODULES[name].available()
     if status != "yes":
         raise ValueError(f"{argument} is {name!r}, which cannot run here: {status}")
     return name
@@ -132,6 +138,9 @@ def _environment_choice() -> str:
 def _default(device_type: str) -> ModuleType:
     if device_type == "cpu":
         return cpu
-    if device_type == "cuda" and cuda.available() == "yes":
-        return cuda
+    if device_type == "cuda":
+        if triton.available() == "yes" and not triton.interpreted():
+            return triton
+        if cuda.available() == "yes":
+            return cuda
     return reference

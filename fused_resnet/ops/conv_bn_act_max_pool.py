@@ -19,6 +19,7 @@ from .registration import (
     nothing_intercepts,
     register_autocast,
     register_autograd,
+    register_in_graphs,
 )
 
 library.define(
@@ -83,6 +84,7 @@ def _kernel(input: Tensor, *arguments: Any) -> Tensor:
 
 
 library.impl("conv_bn_act_max_pool", _kernel, "CompositeExplicitAutograd")
+register_in_graphs("conv_bn_act_max_pool", _kernel)
 
 
 @torch.library.register_fake("fused_resnet::conv_bn_act_max_pool", lib=library)

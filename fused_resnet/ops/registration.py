@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.nn import Parameter
+
+from .. import backends
 
 library = torch.library.Library("fused_resnet", "FRAGMENT")
 
@@ -78,6 +80,32 @@ def register_autocast(name: str, cast: Callable[[torch.dtype, str, tuple], tuple
                 return operator(*arguments)
 
         library.impl(name, autocast, key)
+
+
+def register_in_graphs(name: str, kernel: Callable[..., Any]) -> None:
+    """Lets compilers see what an operator calls where `backends.in_graphs(input)` says so.
+
+    AOT autograd functionalizes what it traces; there the call is replaced by `kernel(*arguments)`,
+    as `torch.library.triton_op` replaces itself. `torch.export` keeps the operator.
+    """
+
+    def rule(mode: Any, operator: Any, types: Any, arguments: tuple, keywords: dict) -> Any:
+        # Here, since it imports half of torch.
+        from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+        if (
+            keywords
+            or custom_triton_ops_decomposition_disabled()
+            or not all(t in _TRACING_TYPES for t in types)
+            or not backends.in_graphs(arguments[0])
+        ):
+            return mode.__torch_dispatch__(operator, types, arguments, keywords)
+        with mode:
+            return kernel(*arguments)
+
+    torch.library.register_torch_dispatch(
+        f"fused_resnet::{name}", FunctionalTensorMode, rule, lib=library
+    )
 
 
 def autocast_tensor(tensor: Tensor | None, dtype: torch.dtype, device_type: str) -> Tensor | None:

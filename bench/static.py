@@ -1,0 +1,321 @@
+"""What can be known of the Triton kernels without a GPU: what every one of them compiles to.
+
+Compiles each kernel with each tile that may be chosen for it, exactly as a launch on a residual
+network's shapes would (dtypes, alignment, constants), and writes what came out to
+`bench/results/static/triton-<version>.json`:
+
+    {"schema": 1, "triton": "3.9.0", "torch": "2.15.0", "entries": [{
+        "kernel": "conv_kernel", "layer": "3x3", "dtype": "float16", "architecture": "sm_90",
+        "block_m": 128, ..., "num_stages": 3, "split": false,
+        "registers": 168, "spilled_bytes": 0, "shared_bytes": 98304,
+        "programs_per_multiprocessor": 2, "occupancy": 0.25,
+        "instructions": 1100, "tensor_core": {"HGMMA": 4},
+        "global_loads": {"LDGSTS.128": 24, "LDG.128": 8}, "global_stores": {"STG.128": 8}}]}
+
+`spilled_bytes` is a thread's stack, and `occupancy` the share of a multiprocessor's threads that
+registers, shared memory and threads allow to be resident. Loads and stores are counted by their
+width in bits; those of 32 bits have no suffix.
+
+    python bench/static.py [--architecture sm_90] [--limit N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fused_resnet.backends.triton import conv
+from fused_resnet.tuning.architecture import ARCHITECTURES, Architecture
+from fused_resnet.tuning.estimate import best, candidates
+from fused_resnet.tuning.problem import ConvProblem, Tile
+
+GPUS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200", "sm_120": "RTX 5090"}
+DTYPES = ("float16", "tfloat32", "float32")
+RESULTS = Path(__file__).parent / "results" / "static"
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_BATCHES = (1, 32, 256)
+_POOL = (3, 3, 2, 2, 1, 1)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution as residual networks have it, on images of `size` squared."""
+
+    C: int
+    K: int
+    size: int
+    kernel: int
+    stride: int = 1
+    groups: int = 1
+    residual: bool = False
+    pool: bool = False
+
+    def problem(self, batch: int, dtype: str) -> ConvProblem:
+        """The layer at a batch size."""
+        pair = (self.stride, self.stride)
+        padding = (self.kernel // 2, self.kernel // 2)
+        return ConvProblem(
+            batch, self.C, self.size, self.size, self.K, self.kernel, self.kernel, pair, padding,
+            (1, 1), self.groups, dtype, self.residual, _POOL if self.pool else None,
+        )  # fmt: skip
+
+
+# One of each way a kernel is compiled; tiles depend on channel counts too, hence the twins.
+LAYERS = {
+    "1x1": [Layer(64, 256, 56, 1, residual=True), Layer(512, 2048, 7, 1, residual=True)],
+    "1x1, stride 2": [Layer(256, 512, 56, 1, stride=2), Layer(1024, 2048, 14, 1, stride=2)],
+    "3x3": [Layer(64, 64, 56, 3, residual=True), Layer(512, 512, 7, 3, residual=True)],
+    "wide groups": [Layer(1024, 1024, 14, 3, groups=32), Layer(2048, 2048, 7, 3, groups=32)],
+    "groups of 4": [Layer(128, 128, 56, 3, groups=32)],
+    "groups of 8": [Layer(256, 256, 28, 3, groups=32)],
+    "groups of 16": [Layer(512, 512, 14, 3, groups=32)],
+    "stem": [Layer(3, 64, 224, 7, stride=2)],
+    "stem and pool": [Layer(3, 64, 224, 7, stride=2, pool=True)],
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and what it is compiled for."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+
+
+def configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], ConvProblem]:
+    """Every (layer, tile) to compile, with a problem that the tile may be chosen for.
+
+    Every tile is compiled for 1x1 and 3x3 layers. The other layers of `conv_kernel` differ from
+    these in a few instructions of address arithmetic, so of them only what the estimate picks is.
+    All split sums of a tile count as one of four shares, and as the same for 1x1 and 3x3.
+    """
+    found: dict[tuple[str, Tile], ConvProblem] = {}
+    for name, layers in LAYERS.items():
+        for layer in layers:
+            for batch in _BATCHES:
+                problem = layer.problem(batch, dtype)
+                every = name in ("1x1", "3x3")
+                for tile in candidates(problem, gpu) if every else [best(problem, gpu)]:
+                    values = asdict(conv.tile_for(problem, tile))
+                    if tile.split_k > 1:
+                        if name == "1x1":
+                            continue
+                        values["split_k"] = 4
+                    # The deepest problem is kept: its channels fill every block.
+                    found[name, Tile(**values)] = problem
+    return found
+
+
+def launches(problem: ConvProblem, tile: Tile) -> list[Launch]:
+    """What a call of the backend would launch, found by making one with fake tensors."""
+    recorded: list[Launch] = []
+
+    def record(
+        _: Any, kernel: Any, grid: Any, arguments: tuple, num_warps: int, num_stages: int = 3,
+        **constants: Any,
+    ) -> None:  # fmt: skip
+        values = dict(zip(kernel.arg_names, arguments, strict=False))
+        signature, divisible = {}, []
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                signature[name] = "*" + _TYPES[value.dtype]
+                divisible.append(name)
+            elif value is None or (isinstance(value, int) and value == 1):
+                constants[name] = value
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32" if value < 2**31 else "i64"
+                if value % 16 == 0:
+                    divisible.append(name)
+        recorded.append(
+            Launch(
+                kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible),
+                num_warps, num_stages,
+            )
+        )  # fmt: skip
+
+    dtype = torch.float32 if problem.dtype == "tfloat32" else getattr(torch, problem.dtype)
+    precision = "tf32" if problem.dtype == "tfloat32" else "ieee"
+    kept = conv._launch, conv.precision
+    conv._launch, conv.precision = record, lambda _: precision
+    try:
+        with FakeTensorMode(), torch.device("cuda"):
+            group_c = problem.C // problem.groups
+            x = torch.empty(problem.N, problem.H, problem.W, problem.C, dtype=dtype)
+            w = torch.empty(problem.K, problem.R, problem.S, group_c, dtype=dtype)
+            per_channel = [torch.empty(problem.K) for _ in range(4)]
+            leading = (x.permute(0, 3, 1, 2), w.permute(0, 3, 1, 2), *per_channel, 1e-5, None)
+            geometry = (problem.stride, problem.padding, problem.dilation)
+            if problem.pool is not None:
+                conv.conv_bn_act_max_pool(*leading, *geometry, "relu")
+            else:
+                residual = None
+                if problem.residual:
+                    shape = (problem.N, problem.P, problem.Q, problem.K)
+                    residual = torch.empty(shape, dtype=dtype).permute(0, 3, 1, 2)
+                conv.conv_bn_act(*leading, *geometry, problem.groups, residual, "relu", tile=tile)
+    finally:
+        conv._launch, conv.precision = kept
+    return recorded
+
+
+def compiled(launch: Launch, architecture: str) -> dict[str, Any]:
+    """What a launch's kernel becomes on an architecture: see this module's docstring."""
+    names = launch.kernel.arg_names
+    place = {name: (names.index(name),) for name in names}
+    constants = dict(launch.constants)
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=dict(launch.signature) | dict.fromkeys(constants, "constexpr"),
+        constexprs={place[name]: value for name, value in constants.items()},
+        attrs={place[name]: [["tt.divisibility", 16]] for name in launch.divisible},
+    )
+    capability = int(architecture.removeprefix("sm_"))
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, listing = (
+            subprocess.run(
+                [_TOOLS / "cuobjdump", option, file.name],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    shared = kernel.metadata.shared
+    programs = resident(ARCHITECTURES[GPUS[architecture]], launch.num_warps, registers, shared)
+    threads = 32 * launch.num_warps
+    return {
+        "registers": registers,
+        "spilled_bytes": stack,
+        "shared_bytes": shared,
+        "programs_per_multiprocessor": programs,
+        "occupancy": programs
+        * threads
+        / ARCHITECTURES[GPUS[architecture]].threads_per_multiprocessor,
+        **instructions(listing),
+    }
+
+
+def resident(gpu: Architecture, num_warps: int, registers: int, shared: int) -> int:
+    """Programs that one multiprocessor holds at once.
+
+    Registers are handed out to a warp 256 at a time; the driver takes 1 KiB of every program's
+    shared memory (CUDA C++ Programming Guide, technical specifications).
+    """
+    a_warp = -(-32 * registers // 256) * 256
+    return min(
+        gpu.threads_per_multiprocessor // (32 * num_warps),
+        gpu.registers_per_multiprocessor // (a_warp * num_warps),
+        gpu.shared_per_multiprocessor // (shared + 1024),
+    )
+
+
+def instructions(listing: str) -> dict[str, Any]:
+    """Counts of what matters in a listing of machine code."""
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+).*?;", listing)
+    counts: dict[str, Counter[str]] = {
+        "tensor_core": Counter(),
+        "global_loads": Counter(),
+        "global_stores": Counter(),
+    }
+    for name in found:
+        base = name.split(".")[0]
+        width = re.search(r"\.(U?8|U?16|64|128)\b", name)
+        wide = base + (f".{width[1]}" if width else "")
+        if re.fullmatch(r"HGMMA|HMMA|UTC\w*MMA", base):
+            counts["tensor_core"][base] += 1
+        elif base in ("LDG", "LDGSTS"):
+            counts["global_loads"][wide] += 1
+        elif base == "STG":
+            counts["global_stores"][wide] += 1
+    return {"instructions": len(found), **{k: dict(sorted(v.items())) for k, v in counts.items()}}
+
+
+def entries(architecture: str, dtype: str) -> Any:
+    """Yields the report's entries for an architecture and dtype, one at a time."""
+    gpu = ARCHITECTURES[GPUS[architecture]]
+    seen = set()
+    for (layer, tile), problem in configurations(dtype, gpu).items():
+        for launch in launches(problem, tile):
+            if launch in seen:
+                continue
+            seen.add(launch)
+            values = asdict(tile)
+            split = values.pop("split_k") > 1
+            yield {
+                "kernel": launch.kernel.fn.__name__,
+                "layer": layer,
+                "dtype": dtype,
+                "architecture": architecture,
+                **values,
+                "split": split,
+                **compiled(launch, architecture),
+            }
+
+
+def report_path() -> Path:
+    """Where the report of the installed Triton lies."""
+    return RESULTS / f"triton-{triton.__version__}.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--architecture", choices=GPUS, action="append")
+    parser.add_argument("--dtype", choices=DTYPES, action="append")
+    arguments = parser.parse_args()
+    path = report_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"schema": 1, "entries": []}
+    if path.exists():
+        report = json.loads(path.read_text())
+    report |= {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
+    for dtype in arguments.dtype or DTYPES:
+        for architecture in arguments.architecture or GPUS:
+            report["entries"] = [
+                entry
+                for entry in report["entries"]
+                if (entry["architecture"], entry["dtype"]) != (architecture, dtype)
+            ]
+            for entry in entries(architecture, dtype):
+                report["entries"].append(entry)
+                tile = "x".join(str(entry[n]) for n in ("block_m", "block_n", "block_k"))
+                print(
+                    f"{architecture} {dtype} {entry['kernel']} {entry['layer']} {tile}: "
+                    f"{entry['registers']} registers, {entry['spilled_bytes']} bytes spilled, "
+                    f"{entry['shared_bytes']} shared",
+                    flush=True,
+                )
+            lines = ",\n  ".join(json.dumps(entry) for entry in report["entries"])
+            head = {k: v for k, v in report.items() if k != "entries"}
+            path.write_text(json.dumps(head)[:-1] + f', "entries": [\n  {lines}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()

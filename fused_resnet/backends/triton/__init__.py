@@ -1,0 +1,191 @@
+"""The Triton backend: convolution, batch norm, shortcut and ReLU in one kernel, on a GPU.
+
+`kernels.py` has the kernels, `conv.py` what launches them. Triton is imported when one first runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .. import library
+from ..library import batch_norm_act_inference, batch_norm_act_training
+
+__all__ = [
+    "available",
+    "batch_norm_act_inference",
+    "batch_norm_act_training",
+    "conv_bn_act",
+    "conv_bn_act_max_pool",
+    "explain",
+    "in_graphs",
+    "interpreted",
+]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LEAST_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def available() -> str:
+    """Whether the kernels can run here: "yes" or the reason why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreted():
+        return "yes"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < _LEAST_CAPABILITY:
+        return "the GPU's compute capability is {}.{}, must be at least 8.0".format(*capability)
+    return "yes"
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET asks for kernels to be computed by NumPy, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def in_graphs(input: Tensor) -> bool:
+    """Whether a compiler's graph should hold this backend's kernels instead of the operator."""
+    return input.device.type == "cuda" and input.dtype in _DTYPES
+
+
+def explain(
+    operator: str,
+    *,
+    dtype: torch.dtype,
+    **_: object,
+) -> str:
+    """How this backend runs an operator; see `backends.explain`."""
+    how = " (interpreted)" if interpreted() else ""
+    if operator.startswith("conv_bn_act") and dtype in _DTYPES:
+        return f"triton: implicit GEMM{how}"
+    return "triton: " + library.explain(operator)
+
+
+def conv_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """One launch (two where the sum is split): see `kernels.py` for formula and memory traffic."""
+    arguments = (
+        input,
+        weight,
+        running_mean,
+        running_var,
+        bn_weight,
+        bn_bias,
+        eps,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        residual,
+        activation,
+    )
+    tensors = (input, weight, running_mean, running_var, bn_weight, bn_bias, bias, residual)
+    if _can_run(*tensors):
+        conv = _conv()
+        problem = conv.problem_of(
+            input, weight, stride, padding, dilation, groups, residual is not None
+        )
+        choice = conv.choose(problem, input.device)
+        if choice.kernel == "triton":
+            if _is_traced(input):
+                return _operators().triton_conv_bn_act(*arguments)
+            return conv.conv_bn_act(*arguments, tile=choice.tile)
+    return library.conv_bn_act(*arguments)
+
+
+def conv_bn_act_max_pool(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> Tensor:
+    """One launch for a stem with its usual pool, else the convolution and the library's pool."""
+    leading = (input, weight, running_mean, running_var, bn_weight, bn_bias, eps, bias)
+    geometry = (stride, padding, dilation)
+    pool = (*pool_kernel_size, *pool_stride, *pool_padding)
+    if _can_run(input, weight, running_mean, running_var, bn_weight, bn_bias, bias):
+        conv = _conv()
+        problem = conv.problem_of(input, weight, *geometry, groups, False, pool)
+        if conv.kernel_for(problem) == "stem_pool":
+            if conv.choose(problem, input.device).kernel == "triton":
+                run = conv.conv_bn_act_max_pool
+                if _is_traced(input):
+                    run = _operators().triton_conv_bn_act_max_pool
+                return run(*leading, *geometry, activation)
+        else:
+            out = conv_bn_act(*leading, *geometry, groups, None, activation)
+            return torch.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
+    return library.conv_bn_act_max_pool(
+        *leading, *geometry, groups, activation, pool_kernel_size, pool_stride, pool_padding
+    )
+
+
+def _can_run(input: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether dtypes and devices are those the kernels take."""
+    return (
+        input.dtype in _DTYPES
+        and weight.dtype is input.dtype
+        and all(t is None or t.device == input.device for t in (weight, *others))
+    )
+
+
+def _is_traced(input: Tensor) -> bool:
+    return type(input) not in (Tensor, Parameter)
+
+
+@functools.cache
+def _operators() -> Any:
+    from . import operators
+
+    return operators
+
+
+@functools.cache
+def _conv() -> ModuleType:
+    """`conv.py`, which needs Triton."""
+    if interpreted():
+        from .interpreter import repair
+
+        repair()
+    from . import conv
+
+    return conv

@@ -1,0 +1,79 @@
+"""What Triton's interpreter leaves out, for `TRITON_INTERPRET=1`.
+
+The interpreter keeps bfloat16 as its bits. It multiplies these as integers in `tl.dot` and cuts
+float32 off where the hardware rounds to nearest even; it never rounds float32 products to TF32; and
+Triton 3.6 with NumPy 2.4 cannot take a number it has computed as a loop's bound. `repair` puts that
+right, so that interpreted kernels compute what a GPU does, up to the order of sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _round_bits(values: np.ndarray, dropped: int) -> np.ndarray:
+    """Bits of float32 values rounded to nearest even, the last `dropped` ones zero; NaN is kept."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    half, last = np.uint32((1 << (dropped - 1)) - 1), np.uint32(1)
+    rounded = (bits + half + ((bits >> np.uint32(dropped)) & last)) >> np.uint32(dropped)
+    kept = (bits >> np.uint32(dropped)) | np.uint32(1 << (22 - dropped))
+    return np.where(np.isnan(values), kept, rounded) << np.uint32(dropped)
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Float32 values as the bits of the nearest bfloat16 ones."""
+    return (_round_bits(values, 16) >> np.uint32(16)).astype(np.uint16)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """The float32 values of bfloat16 bits."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def to_tfloat32(values: np.ndarray) -> np.ndarray:
+    """Float32 values rounded to TF32's ten bits after the point."""
+    return _round_bits(values, 13).view(np.float32)
+
+
+def repair() -> None:
+    """Replaces the interpreter's bfloat16 casts, dot product and conversion to `int`, once."""
+    builder = interpreter.InterpreterBuilder
+    if hasattr(builder, "_fused_resnet"):
+        return
+    builder._fused_resnet = True
+    cast, handle = builder.cast_impl, interpreter.TensorHandle
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        kinds = source.dtype.scalar, target.scalar
+        if kinds == (tl.float32, tl.bfloat16):
+            return handle(to_bfloat16(source.data), tl.bfloat16)
+        if kinds == (tl.bfloat16, tl.float32):
+            return handle(from_bfloat16(source.data), tl.float32)
+        return cast(self, source, target)
+
+    def create_dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, _: Any) -> Any:
+        operands = []
+        for operand in (a, b):
+            values = operand.data
+            if operand.dtype.scalar == tl.bfloat16:
+                values = from_bfloat16(values)
+            elif operand.dtype.scalar == tl.float32 and "TF32" in str(precision).upper():
+                values = to_tfloat32(values)
+            operands.append(values.astype(np.float32))
+        with np.errstate(invalid="ignore", over="ignore"):
+            return handle(np.matmul(*operands) + acc.data, acc.dtype.scalar)
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, *rest: Any) -> Any:
+        result = patch_tensor(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+        return result
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+    builder.cast_impl = cast_impl
+    builder.create_dot = create_dot

@@ -1,0 +1,123 @@
+"""What can be known of the Triton kernels without a GPU: the machine code of every architecture.
+
+`bench/static.py` compiles all that may be chosen, which takes half an hour; its report is in the
+repository. Here some of it is compiled again, and all of the report is judged.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+from support import run_python
+
+BENCH = Path(__file__).parents[1] / "bench"
+REPORTS = sorted((BENCH / "results" / "static").glob("triton-*.json"))
+ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
+TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
+TILE = ["block_m", "block_n", "block_k", "num_warps", "num_stages"]
+# What one program may have, bytes: CUDA C++ Programming Guide, technical specifications.
+SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+
+def judge(entry: dict) -> None:
+    """No spills, within shared memory, tensor cores, 16-byte accesses."""
+    what = {k: v for k, v in entry.items() if not isinstance(v, dict)}
+    kernel, dtype = entry["kernel"], entry["dtype"]
+    loads, stores = entry["global_loads"], entry["global_stores"]
+    assert entry["spilled_bytes"] == 0, what
+    assert entry["shared_bytes"] <= 1024 * SHARED_LIMIT[entry["architecture"]], what
+    assert entry["programs_per_multiprocessor"] >= 1, what
+    assert stores.keys() == {"STG.128"}, (what, stores)
+    if kernel == "sum_partials_kernel":
+        assert loads["LDG.128"] > 0, (what, loads)
+        return
+    if dtype == "float32":
+        assert not entry["tensor_core"], what
+    else:
+        assert any(
+            name.startswith(TENSOR_CORES[entry["architecture"]][:4])
+            for name in entry["tensor_core"]
+        ), (what, entry["tensor_core"])
+        if entry["architecture"] == "sm_90":
+            assert entry["tensor_core"].keys() == {"HGMMA"}, what
+    if kernel == "conv_kernel":
+        copies = {name for name in loads if name.startswith("LDGSTS")}
+        assert copies == {"LDGSTS.128"}, (what, loads)
+
+
+@cache
+def compiled(architecture: str) -> list[dict]:
+    """The launches of some layers, compiled now."""
+    out = run_python(
+        f"""
+        import json, sys
+        sys.path.insert(0, {str(BENCH)!r})
+        import static
+        from fused_resnet.tuning.estimate import best
+        gpu = static.ARCHITECTURES[static.GPUS[{architecture!r}]]
+        found = []
+        for name in ("1x1", "3x3", "groups of 4", "stem and pool"):
+            problem = static.LAYERS[name][-1].problem(32 if name != "3x3" else 1, "float16")
+            tile = static.conv.tile_for(problem, best(problem, gpu))
+            for launch in static.launches(problem, tile):
+                entry = static.compiled(launch, {architecture!r})
+                entry |= dict(kernel=launch.kernel.fn.__name__, layer=name, dtype="float16")
+                found.append(entry | dict(architecture={architecture!r}))
+        print(json.dumps(found))
+        """,
+        TRITON_INTERPRET="0",
+    )
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_compiles_now(architecture):
+    entries = compiled(architecture)
+    assert {entry["kernel"] for entry in entries} >= {
+        "conv_kernel",
+        "packed_conv_kernel",
+        "stem_pool_kernel",
+    }
+    for entry in entries:
+        judge(entry)
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)
+def test_all_that_can_be_chosen_is_in_the_report(path):
+    """Every tile of every candidate list, for each architecture and dtype, judged as above."""
+    out = run_python(
+        f"""
+        import json, sys
+        sys.path.insert(0, {str(BENCH)!r})
+        import static
+        print(json.dumps([
+            (architecture, dtype, layer, tile.split_k > 1, *(getattr(tile, n) for n in {TILE}))
+            for architecture, gpu in static.GPUS.items()
+            for dtype in static.DTYPES
+            for layer, tile in static.configurations(dtype, static.ARCHITECTURES[gpu])
+        ]))
+        """,
+        TRITON_INTERPRET="0",
+    )
+    wanted = {tuple(key) for key in json.loads(out.splitlines()[-1])}
+    found = set()
+    names = ["architecture", "dtype", "layer", "split", *TILE]
+    for entry in json.loads(path.read_text())["entries"]:
+        key = tuple(entry[name] for name in names)
+        if key in wanted:
+            judge(entry)
+            found.add(key)
+    missing = sorted(wanted - found)
+    assert not missing, f"{len(missing)} are missing, such as {missing[:3]}"
+
+
+def test_there_is_a_report():
+    assert REPORTS, "python bench/static.py has not been run"
