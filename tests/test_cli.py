@@ -61,7 +61,7 @@ def test_compare_prints_and_writes_the_same(run: Run, tmp_path: Path) -> None:
         pixels = np.asarray(image.convert("RGB"))
     assert pixels.shape[1] > 800
     bar = (np.abs(pixels.astype(int) - (0x1F, 0x6F, 0xB4)).sum(axis=2) < 30).mean()
-    # Its length is a matter of the machine's other work; the marker of its error is a tenth of this.
+    # Its length depends on the machine's other work; the marker of its error is a tenth of this.
     assert 0.002 < bar < 0.6, "the fused model's bar is missing"
 
 
