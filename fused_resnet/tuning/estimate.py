@@ -47,11 +47,19 @@ _REGISTERS = {
     (True, "tfloat32"): {16: 96, 32: 192, 64: 250},
     (True, "float32"): {16: 160, 32: 130},
     (False, "16 bits"): {16: 80, 32: 130, 64: 218, 128: 252},
-    (False, "tfloat32"): {16: 96, 32: 160, 64: 234},
+    (False, "tfloat32"): {16: 96, 32: 168, 64: 240},
     (False, "float32"): {16: 204, 32: 168},
 }
-# Of the tiles these allow, those that ptxas spilled all the same: capability, products, block sizes.
-_SPILLED = {(9, "tfloat32", 128, 128, 32), (10, "tfloat32", 64, 32, 32)}
+# Of the tiles these allow, those it spilled a few bytes of all the same: capability, products, if
+# the sum is shared, block sizes. bench/static.py finds them.
+_SPILLED = {
+    (8, "16 bits", True, 64, 64, 32),
+    (9, "tfloat32", False, 128, 128, 32),
+    (9, "tfloat32", False, 128, 128, 16),
+    (10, "tfloat32", False, 64, 32, 32),
+    (12, "16 bits", True, 128, 64, 64),
+    (12, "tfloat32", True, 128, 64, 32),
+}
 _MOST_REGISTERS = 255
 _SHARED_PER_PROGRAM = 1024  # what the driver takes of every program
 # Which part of what should hide behind the slowest term does not.
@@ -97,7 +105,7 @@ _PLAIN = (
 PACKED = Tile(64, 32, 32, 1, 4, 4)
 ROW = Tile(128, 64, 32, 1, 8, 4)
 STEM_POOL = Tile(64, 32, 32, 1, 4, 3)
-_STEM_POOL = (3, 3, 2, 2, 1, 1)
+_USUAL_POOL = (3, 3, 2, 2, 1, 1)
 # Roughly what they take; their tiles were chosen not to spill.
 _SPECIAL_REGISTERS = 168
 # The pooling kernel computes three columns at once.
@@ -121,7 +129,7 @@ def kernel_for(problem: ConvProblem) -> str:
     if problem.C < 16 and problem.S * problem.C < 64 and problem.dilation[1] == 1:
         if problem.R * problem.S == 1:
             return "conv"
-        return "stem_pool" if problem.pool == _STEM_POOL else "row"
+        return "stem_pool" if problem.pool == _USUAL_POOL else "row"
     return "conv"
 
 
@@ -174,8 +182,8 @@ def predicted(problem: ConvProblem, architecture: Architecture, tile: Tile) -> f
     cache = (loaded + problem.output_bytes) / (_L2_BYTES_PER_CYCLE * cycles)
     latency = waves * steps * _LATENCY / max(1, tile.num_stages - 1)
 
-    # Filling a pipeline and storing overlap with another program's steps where there is one.
-    exposed = _LATENCY * (2 if resident == 1 else 1) * min(waves, 2 if resident > 1 else waves)
+    # Filling the pipeline and storing: hidden by another program's steps where there is one.
+    exposed = 2 * _LATENCY * waves if resident == 1 else _LATENCY * min(waves, 2)
     terms = (arithmetic, memory, cache, latency)
     seconds = max(terms) + _IMPERFECT * (sum(terms) - max(terms)) + exposed + _LAUNCH
     if tile.split_k > 1:
@@ -243,7 +251,8 @@ def registers(problem: ConvProblem, architecture: Architecture, tile: Tile) -> i
         return _SPECIAL_REGISTERS
     products = "16 bits" if problem.element_size == 2 else problem.dtype
     major = architecture.capability[0]
-    if (major, products, tile.block_m, tile.block_n, tile.block_k) in _SPILLED:
+    blocks = (tile.block_m, tile.block_n, tile.block_k)
+    if (major, products, tile.split_k > 1, *blocks) in _SPILLED:
         return _MOST_REGISTERS + 1
     known = _REGISTERS[major in (9, 10), products]
     accumulator = tile.block_m * tile.block_n // (32 * tile.num_warps)
@@ -320,8 +329,8 @@ def _tiles_and_steps(problem: ConvProblem, tile: Tile) -> tuple[int, int]:
 def _efficiency(problem: ConvProblem, tile: Tile) -> float:
     """Which part of the matrix rate a tile reaches.
 
-    Each product of a 64-deep fragment reads its operands from shared memory, whose bandwidth the
-    tensor cores exhaust with small tiles: the larger both sides are, the fewer bytes a product.
+    Tensor cores read their operands from shared memory, `block_m + block_n` of them for
+    `block_m block_n` products, so a tile whose sides are short waits for that memory.
     """
     if problem.dtype == "float32":
         return _PLAIN_EFFICIENCY

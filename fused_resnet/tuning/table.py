@@ -28,7 +28,7 @@ import math
 import os
 import re
 import sys
-import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -235,15 +235,13 @@ def _replace(path: Path, gpu: str, entries: Entries) -> None:
     ]
     head = f'"format": {json.dumps(FORMAT)},\n"gpu": {json.dumps(gpu)},\n"choices": {{\n'
     text = "{\n" + head + ",\n".join(lines) + "\n}\n}\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f"{path.name}.{writer}.part")
     try:
-        with open(handle, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files only their owner may read.
-        with contextlib.suppress(OSError):
-            os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
