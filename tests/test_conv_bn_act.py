@@ -288,7 +288,6 @@ def test_output_format_is_conv2ds(backend, dtype, shape, memory_format, pool):
     assert channels_last_weight.fused().stride() == channels_last_weight.eager().stride()
 
 
-@pytest.mark.interpreted
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("shape", [*QUICK_SHAPES, STEM], ids=str)

@@ -67,7 +67,7 @@ def triton(monkeypatch):
 
     def use(tile: Tile) -> None:
         monkeypatch.setattr(
-            backends.triton._conv(), "choose", lambda *_: Choice("triton", tile, "test")
+            backends.triton.launchers(), "choose", lambda *_: Choice("triton", tile, "test")
         )
 
     with fused_resnet.use_backend("triton"):
@@ -140,7 +140,7 @@ def test_a_split_sum_has_one_value(triton, split_k):
 
 
 def test_shares_of_a_split_sum_are_not_empty():
-    conv = backends.triton._conv()
+    conv = backends.triton.launchers()
     for steps in range(1, 40):
         for split_k in range(1, 17):
             shares = conv._shares(Tile(64, 64, 64, split_k, 4, 3), steps)
@@ -161,7 +161,7 @@ def test_shares_of_a_split_sum_are_not_empty():
 )
 def test_stem_with_its_pool(triton, monkeypatch, rows, size, dtype, activation):
     """Strips over several images, rows of programs that meet, odd and even sizes."""
-    conv = backends.triton._conv()
+    conv = backends.triton.launchers()
     monkeypatch.setattr(conv, "_STEM_ROWS", (rows, 1))
     monkeypatch.setattr(conv, "_STEM_PROGRAMS", 0)
     check(case_of(STEM, size=size, batch=3, dtype=dtype, pool=STEM_POOL, activation=activation))
@@ -184,7 +184,7 @@ def test_nonfinite_values_reach_no_other_group_or_pixel(triton, kind, value):
 @pytest.mark.skipif(RUNNER is None or RUNNER.device == "cuda", reason="for the interpreter")
 def test_tf32_is_what_torch_asks_for(triton, monkeypatch):
     """TF32 products when torch would use them, and only then; the interpreter rounds as they do."""
-    conv = backends.triton._conv()
+    conv = backends.triton.launchers()
     case = case_of(KINDS["pointwise"])
     exact = case.double().eager()
     triton(TILES[2])
@@ -197,7 +197,7 @@ def test_tf32_is_what_torch_asks_for(triton, monkeypatch):
 
 
 def test_precision_follows_torchs_setting():
-    conv = backends.triton._conv()
+    conv = backends.triton.launchers()
     cudnn = torch.backends.cudnn
     before = cudnn.conv.fp32_precision
     with torch._subclasses.fake_tensor.FakeTensorMode():
@@ -243,7 +243,7 @@ def test_drawn_tiles(triton, data, tile, wide):
     """Any geometry and layout under any tile, with 32 and 64-bit offsets."""
     case = data.draw(drawn_cases(RUNNER.device))
     hypothesis.assume(case.input.dtype != torch.float64)
-    conv = backends.triton._conv()
+    conv = backends.triton.launchers()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conv, "choose", lambda *_: Choice("triton", tile, "test"))
         if wide:
@@ -267,7 +267,7 @@ def test_a_model(triton):
 
 @pytest.mark.quick
 def test_what_it_cannot_run_is_the_librarys(triton, monkeypatch):
-    conv = backends.triton._conv()
+    conv = backends.triton.launchers()
     monkeypatch.setattr(conv, "_launch", None)
     case = case_of(SAMPLE_SHAPES[2], dtype=torch.float64)
     assert case.fused().dtype == torch.float64
@@ -346,7 +346,7 @@ def mutation_case(name: str):
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_broken_kernels_are_noticed(triton, monkeypatch, tmp_path, mutation):
     """The checks object to each wrong kernel, and do not to the right one."""
-    conv = backends.triton._conv()
+    conv = backends.triton.launchers()
     name, right, wrong = MUTATIONS[mutation]
     source = inspect.getsource(conv.kernels)
     assert right in source

@@ -53,6 +53,7 @@ _REGISTERS = {
 # Of the tiles these allow, those it spilled a few bytes of all the same: capability, products, if
 # the sum is shared, block sizes. bench/static.py finds them.
 _SPILLED = {
+    (8, "16 bits", True, 64, 64, 32),
     (9, "tfloat32", False, 128, 128, 32),
     (9, "tfloat32", False, 128, 128, 16),
     (10, "tfloat32", False, 64, 32, 32),

@@ -428,7 +428,7 @@ def _call(run: Run, case: Case) -> Callable[[], object]:
 def _run_triton(arguments: tuple, problem: ConvProblem, choice: Choice) -> Tensor:
     from ..backends import triton
 
-    conv = triton._conv()
+    conv = triton.launchers()
     if estimate.kernel_for(problem) == "stem_pool":
         return conv.conv_bn_act_max_pool(*arguments[:11], arguments[13])
     return _pooled(conv.conv_bn_act(*arguments, tile=choice.tile), problem)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .. import library
+from .. import cudnn, library
 from ..library import batch_norm_act_inference, batch_norm_act_training
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "explain",
     "in_graphs",
     "interpreted",
+    "launchers",
 ]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -108,7 +109,7 @@ def conv_bn_act(
     )
     tensors = (input, weight, running_mean, running_var, bn_weight, bn_bias, bias, residual)
     if _can_run(*tensors):
-        conv = _conv()
+        conv = launchers()
         problem = conv.problem_of(
             input, weight, stride, padding, dilation, groups, residual is not None
         )
@@ -117,6 +118,8 @@ def conv_bn_act(
             if _is_traced(input):
                 return _operators().triton_conv_bn_act(*arguments)
             return conv.conv_bn_act(*arguments, tile=choice.tile)
+        if choice.kernel.startswith("cudnn") and not _is_traced(input):
+            return cudnn.conv_bn_act(*arguments)
     return library.conv_bn_act(*arguments)
 
 
@@ -143,7 +146,7 @@ def conv_bn_act_max_pool(
     geometry = (stride, padding, dilation)
     pool = (*pool_kernel_size, *pool_stride, *pool_padding)
     if _can_run(input, weight, running_mean, running_var, bn_weight, bn_bias, bias):
-        conv = _conv()
+        conv = launchers()
         problem = conv.problem_of(input, weight, *geometry, groups, False, pool)
         if conv.kernel_for(problem) == "stem_pool":
             if conv.choose(problem, input.device).kernel == "triton":
@@ -180,8 +183,8 @@ def _operators() -> Any:
 
 
 @functools.cache
-def _conv() -> ModuleType:
-    """`conv.py`, which needs Triton."""
+def launchers() -> ModuleType:
+    """`conv.py`, imported when it is first needed, since it needs Triton."""
     if interpreted():
         from .interpreter import repair
 

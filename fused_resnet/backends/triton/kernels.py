@@ -30,7 +30,9 @@ def _affine(k, exists, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, 
 
     `scale = weight / sqrt(var + eps)`, `shift = bn_bias + (bias - mean) scale`.
     """
-    scale = tl.rsqrt(tl.load(var_ptr + k, mask=exists, other=1.0).to(tl.float32) + eps)
+    # Inductor passes a Python number as float64, which would make everything after it float64.
+    var = tl.load(var_ptr + k, mask=exists, other=1.0).to(tl.float32)
+    scale = tl.rsqrt(var + tl.cast(eps, tl.float32))
     if bn_weight_ptr is not None:
         scale = scale * tl.load(bn_weight_ptr + k, mask=exists, other=0.0).to(tl.float32)
     shift = -tl.load(mean_ptr + k, mask=exists, other=0.0).to(tl.float32)
