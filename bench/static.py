@@ -16,7 +16,7 @@ network's shapes would (dtypes, alignment, constants), and writes what came out 
 registers, shared memory and threads allow to be resident. Loads and stores are counted by their
 width in bits; those of 32 bits have no suffix.
 
-    python bench/static.py [--architecture sm_90] [--limit N]
+    python bench/static.py [--architecture sm_90] [--dtype float16] [--missing]
 """
 
 from __future__ import annotations
@@ -258,11 +258,13 @@ def instructions(listing: str) -> dict[str, Any]:
     return {"instructions": len(found), **{k: dict(sorted(v.items())) for k, v in counts.items()}}
 
 
-def entries(architecture: str, dtype: str) -> Any:
-    """Yields the report's entries for an architecture and dtype, one at a time."""
+def entries(architecture: str, dtype: str, present: set[tuple[str, Tile]]) -> Any:
+    """Yields the report's entries for an architecture and dtype, but for those present."""
     gpu = ARCHITECTURES[GPUS[architecture]]
     seen = set()
     for (layer, tile), problem in configurations(dtype, gpu).items():
+        if (layer, tile) in present:
+            continue
         for launch in launches(problem, tile):
             if launch in seen:
                 continue
@@ -280,6 +282,12 @@ def entries(architecture: str, dtype: str) -> Any:
             }
 
 
+def tile_of(entry: dict[str, Any]) -> Tile:
+    """An entry's tile, as `configurations` has it."""
+    names = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
+    return Tile(split_k=4 if entry["split"] else 1, **{name: entry[name] for name in names})
+
+
 def report_path() -> Path:
     """Where the report of the installed Triton lies."""
     return RESULTS / f"triton-{triton.__version__}.json"
@@ -289,6 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--architecture", choices=GPUS, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
+    parser.add_argument("--missing", action="store_true", help="keep what the report has")
     arguments = parser.parse_args()
     path = report_path()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -298,12 +307,13 @@ def main() -> None:
     report |= {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
     for dtype in arguments.dtype or DTYPES:
         for architecture in arguments.architecture or GPUS:
-            report["entries"] = [
-                entry
-                for entry in report["entries"]
-                if (entry["architecture"], entry["dtype"]) != (architecture, dtype)
-            ]
-            for entry in entries(architecture, dtype):
+            mine = {"architecture": architecture, "dtype": dtype}
+            old = [e for e in report["entries"] if mine.items() <= e.items()]
+            if not arguments.missing:
+                report["entries"] = [e for e in report["entries"] if e not in old]
+                old = []
+            present = {(e["layer"], tile_of(e)) for e in old}
+            for entry in entries(architecture, dtype, present):
                 report["entries"].append(entry)
                 tile = "x".join(str(entry[n]) for n in ("block_m", "block_n", "block_k"))
                 print(
