@@ -25,7 +25,8 @@ END = "<!-- end of results -->"
 
 def newest_files(results: Path = RESULTS) -> list[Path]:
     """The newest result file of every device, by the date inside it."""
-    folders = sorted(folder for folder in results.glob("*") if folder.is_dir())
+    # What bench/static.py found without running anything is no device's.
+    folders = sorted(f for f in results.glob("*") if f.is_dir() and f.name != "static")
     files = [max(folder.glob("*.json"), key=_date, default=None) for folder in folders]
     return [file for file in files if file is not None]
 

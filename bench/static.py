@@ -4,7 +4,7 @@ Compiles each kernel with each tile that may be chosen for it, exactly as a laun
 network's shapes would (dtypes, alignment, constants), and writes what came out to
 `bench/results/static/triton-<version>.json`:
 
-    {"schema": 1, "triton": "3.9.0", "torch": "2.15.0", "entries": [{
+    {"schema": "fused_resnet.static/1", "triton": "3.9.0", "torch": "2.15.0", "entries": [{
         "kernel": "conv_kernel", "layer": "3x3", "dtype": "float16", "architecture": "sm_90",
         "block_m": 128, ..., "num_stages": 3, "split": false,
         "registers": 168, "spilled_bytes": 0, "shared_bytes": 98304,
@@ -301,7 +301,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = report_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"schema": 1, "entries": []}
+    report: dict[str, Any] = {"schema": "fused_resnet.static/1", "entries": []}
     if path.exists():
         report = json.loads(path.read_text())
     report |= {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
