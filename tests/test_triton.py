@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.metadata
 import importlib.util
 import inspect
 import math
@@ -346,6 +347,8 @@ def mutation_case(name: str):
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_broken_kernels_are_noticed(triton, monkeypatch, tmp_path, mutation):
     """The checks object to each wrong kernel, and do not to the right one."""
+    if mutation == "relu kills NaN" and importlib.metadata.version("triton").startswith("3.6."):
+        pytest.skip("the interpreter of Triton 3.6 keeps NaN in every maximum")
     conv = backends.triton.launchers()
     name, right, wrong = MUTATIONS[mutation]
     source = inspect.getsource(conv.kernels)
