@@ -444,6 +444,23 @@ def test_residual_layouts(backend, dtype):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_id)
+@pytest.mark.parametrize("apart", ["input", "residual"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_images_that_do_not_follow_each_other(backend, dtype, apart, kernel):
+    """Every other image of a batch, and one image in the place of all."""
+    shape = ConvShape(32, 64, (kernel, kernel), (1, 1), (kernel // 2, kernel // 2))
+    case = make_conv_case(shape, batch=3, size=(7, 7), dtype=dtype, device=backend.device)
+    images = getattr(case, apart)
+    spread = images.repeat_interleave(2, 0).to(memory_format=torch.channels_last)
+    spread[1::2] = 7.0
+    for layout in (spread[::2], spread[:1].expand_as(images)):
+        setattr(case, apart, layout)
+        assert layout.stride(1) == 1
+        check_rule(case)
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("pool", [None, STEM_POOL], ids=["", "pool"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_empty_batch(backend, dtype, pool):
