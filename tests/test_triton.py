@@ -163,8 +163,7 @@ def test_shares_of_a_split_sum_are_not_empty():
 def test_stem_with_its_pool(triton, monkeypatch, rows, size, dtype, activation):
     """Strips over several images, rows of programs that meet, odd and even sizes."""
     conv = backends.triton.launchers()
-    monkeypatch.setattr(conv, "_STEM_ROWS", (rows, 1))
-    monkeypatch.setattr(conv, "_STEM_PROGRAMS", 0)
+    monkeypatch.setattr(conv, "pooled_rows_each", lambda programs: rows)
     check(case_of(STEM, size=size, batch=3, dtype=dtype, pool=STEM_POOL, activation=activation))
 
 

@@ -105,6 +105,8 @@ _PLAIN = (
 PACKED = Tile(64, 32, 32, 1, 4, 4)
 ROW = Tile(128, 64, 32, 1, 8, 4)
 STEM_POOL = Tile(64, 32, 32, 1, 4, 3)
+# With wider elements, what leaves the packed kernel no spilled register on any architecture.
+_PACKED_STAGES = {"tfloat32": 2, "float32": 3}
 _USUAL_POOL = (3, 3, 2, 2, 1, 1)
 # Roughly what they take; their tiles were chosen not to spill.
 _SPECIAL_REGISTERS = 168
@@ -131,6 +133,20 @@ def kernel_for(problem: ConvProblem) -> str:
             return "conv"
         return "stem_pool" if problem.pool == _USUAL_POOL else "row"
     return "conv"
+
+
+def pooled_rows_each(programs: int) -> int:
+    """Pooled rows a program of the stem walks down, of so many programs if each took one."""
+    return next(n for n in _POOLED_ROWS if n == 1 or programs // n >= _POOL_PROGRAMS)
+
+
+def special_tile(problem: ConvProblem) -> Tile | None:
+    """The only tile of a kernel for special shapes; None for "conv"."""
+    kernel = kernel_for(problem)
+    if kernel == "packed":
+        stages = _PACKED_STAGES.get(problem.dtype, PACKED.num_stages)
+        return dataclasses.replace(PACKED, num_stages=stages)
+    return {"row": ROW, "stem_pool": STEM_POOL}.get(kernel)
 
 
 def candidates(problem: ConvProblem, architecture: Architecture) -> list[Tile]:
@@ -284,9 +300,8 @@ def _timed(problem: ConvProblem, architecture: Architecture) -> list[tuple[Tile,
 
 def _shapes(problem: ConvProblem) -> list[Tile]:
     """The tiles of the problem's kernel, on any GPU, that are not larger than they need be."""
-    which = kernel_for(problem)
-    if which != "conv":
-        return [{"packed": PACKED, "row": ROW, "stem_pool": STEM_POOL}[which]]
+    if (only := special_tile(problem)) is not None:
+        return [only]
     if problem.dtype == "float32":
         shapes = _PLAIN
     else:
@@ -318,9 +333,7 @@ def _tiles_and_steps(problem: ConvProblem, tile: Tile) -> tuple[int, int]:
     if which == "stem_pool":
         pooled_rows, pooled_columns = problem.output_size
         strips = _ceil(problem.N * pooled_columns, tile.block_m) * _ceil(filters, tile.block_n)
-        each = next(
-            n for n in _POOLED_ROWS if n == 1 or strips * pooled_rows // n >= _POOL_PROGRAMS
-        )
+        each = pooled_rows_each(strips * pooled_rows)
         return strips * _ceil(pooled_rows, each), (2 * each + 1) * problem.R
     steps = problem.R * problem.S * _ceil(channels, tile.block_k)
     return rows * problem.groups * _ceil(filters, tile.block_n), steps

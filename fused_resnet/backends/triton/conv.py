@@ -18,7 +18,7 @@ from torch._prims_common import suggest_memory_format
 from torch.nn import Parameter
 
 from ... import tuning
-from ...tuning.estimate import PACKED, ROW, STEM_POOL, kernel_for
+from ...tuning.estimate import STEM_POOL, kernel_for, pooled_rows_each, special_tile
 from ...tuning.problem import Choice, ConvProblem, Tile
 from . import kernels
 
@@ -26,14 +26,9 @@ from . import kernels
 _BAND = 8
 # For the interpreter, whose time goes by the number of operations.
 _INTERPRETED_TILE = Tile(128, 256, 256, 1, 4, 1)
-# With wider elements, what leaves the packed kernel no spilled register on any architecture.
-_PACKED_STAGES = {"tfloat32": 2, "float32": 3}
 # The second pass of split-K: elements a program and warps.
 _SUM_BLOCK = (16, 64)
 _SUM_WARPS = 4
-# Pooled rows a program of the stem walks, while that leaves this many programs.
-_STEM_ROWS = (8, 4, 2, 1)
-_STEM_PROGRAMS = 512
 
 
 def choose(problem: ConvProblem, device: torch.device) -> Choice:
@@ -45,11 +40,8 @@ def choose(problem: ConvProblem, device: torch.device) -> Choice:
 
 def tile_for(problem: ConvProblem, tile: Tile) -> Tile:
     """`tile` as the problem's kernel takes it: no wider than a group, or the kernel's own."""
-    kernel = kernel_for(problem)
-    if kernel == "packed":
-        return replace(PACKED, num_stages=_PACKED_STAGES.get(problem.dtype, PACKED.num_stages))
-    if kernel != "conv":
-        return {"row": ROW, "stem_pool": STEM_POOL}[kernel]
+    if (only := special_tile(problem)) is not None:
+        return only
     if problem.groups == 1:
         return tile
     group_k = problem.K // problem.groups
@@ -282,7 +274,7 @@ def conv_bn_act_max_pool(
     strips = triton.cdiv(columns, tile.block_m)
     channel_tiles = triton.cdiv(K, tile.block_n)
     programs = _hint(strips) * channel_tiles * _hint(pooled_P)
-    rows_each = next(n for n in _STEM_ROWS if n == 1 or programs // n >= _STEM_PROGRAMS)
+    rows_each = pooled_rows_each(programs)
     _launch(
         input,
         kernels.stem_pool_kernel,
