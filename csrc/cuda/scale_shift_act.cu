@@ -6,15 +6,12 @@
 // may straddle channels; and any strides, element by element.
 #include "scale_shift_act.h"
 
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-
 #include <limits>
 #include <type_traits>
 
+#include "cuda/device/launch.cuh"
 #include "cuda/device/vector.cuh"
+#include "cuda/library.h"
 
 namespace fused_resnet {
 namespace {
@@ -203,14 +200,14 @@ void launch(const Operands<T>& operands, const std::vector<Loop>& loops, int64_t
   if (!all_dense(loops)) {
     Loops fixed{{}, static_cast<int>(loops.size())};
     std::copy(loops.begin(), loops.end(), fixed.loops);
-    const int blocks = grid_size(numel, kThreads, device_index);
+    const dim3 blocks = grid_size(numel, kThreads, device_index);
     if (numel <= INT32_MAX) {
       // The stride of a grid added to the last index must not wrap either: it stays below 2^32.
-      scale_shift_act_strided<T, uint32_t, kResidual>
-          <<<blocks, kThreads, 0, stream>>>(operands, static_cast<uint32_t>(numel), fixed);
+      device::launch(scale_shift_act_strided<T, uint32_t, kResidual>, {blocks, kThreads, 0, stream},
+                     operands, numel, fixed);
     } else {
-      scale_shift_act_strided<T, int64_t, kResidual>
-          <<<blocks, kThreads, 0, stream>>>(operands, numel, fixed);
+      device::launch(scale_shift_act_strided<T, int64_t, kResidual>, {blocks, kThreads, 0, stream},
+                     operands, numel, fixed);
     }
     return;
   }
@@ -227,16 +224,16 @@ void launch(const Operands<T>& operands, const std::vector<Loop>& loops, int64_t
     const int64_t rows_per_block = kThreads / std::min<int64_t>(vectors, kThreads);
     const dim3 blocks(grid_size(rows, rows_per_block, device_index),
                       static_cast<unsigned>((vectors + kThreads - 1) / kThreads));
-    scale_shift_act_channels_last<T, kResidual>
-        <<<blocks, kThreads, 0, stream>>>(operands, rows, static_cast<int>(vectors));
+    device::launch(scale_shift_act_channels_last<T, kResidual>, {blocks, kThreads, 0, stream},
+                   operands, rows, vectors);
   } else if (aligned) {
-    const int blocks = grid_size(numel, kThreads * N, device_index);
-    scale_shift_act_dense<T, N, kResidual>
-        <<<blocks, kThreads, 0, stream>>>(operands, numel, channels, plane);
+    const dim3 blocks = grid_size(numel, kThreads * N, device_index);
+    device::launch(scale_shift_act_dense<T, N, kResidual>, {blocks, kThreads, 0, stream}, operands,
+                   numel, channels, plane);
   } else {
-    const int blocks = grid_size(numel, kThreads, device_index);
-    scale_shift_act_dense<T, 1, kResidual>
-        <<<blocks, kThreads, 0, stream>>>(operands, numel, channels, plane);
+    const dim3 blocks = grid_size(numel, kThreads, device_index);
+    device::launch(scale_shift_act_dense<T, 1, kResidual>, {blocks, kThreads, 0, stream}, operands,
+                   numel, channels, plane);
   }
 }
 
@@ -252,16 +249,12 @@ void run(const Tensor& input, const Tensor& scale, const Tensor& shift,
                              static_cast<T*>(output.mutable_data_ptr()),
                              relu ? A(0) : -std::numeric_limits<A>::infinity()};
   const int device_index = input.get_device_index();
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  const cudaStream_t stream = current_stream(device_index);
   if (residual) {
-    launch<T, true>(operands, loops, output.numel(), device_index,
-                    static_cast<cudaStream_t>(stream));
+    launch<T, true>(operands, loops, output.numel(), device_index, stream);
   } else {
-    launch<T, false>(operands, loops, output.numel(), device_index,
-                     static_cast<cudaStream_t>(stream));
+    launch<T, false>(operands, loops, output.numel(), device_index, stream);
   }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 Tensor copy_laid_out_like(const Tensor& layout, const Tensor& source) {
@@ -272,7 +265,7 @@ Tensor copy_laid_out_like(const Tensor& layout, const Tensor& source) {
 Tensor scale_shift_act(const Tensor& input, const Tensor& scale, const Tensor& shift,
                        const std::optional<Tensor>& residual, const std::string& activation) {
   const bool relu = check_scale_shift_act(input, scale, shift, residual, activation);
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const DeviceGuard guard(input.get_device_index());
   const Tensor output = empty_output(input);
   if (output.numel() == 0) return output;
   std::vector<Loop> loops = make_loops(input, residual, output);
@@ -304,7 +297,7 @@ Tensor scale_shift_act(const Tensor& input, const Tensor& scale, const Tensor& s
 }  // namespace
 }  // namespace fused_resnet
 
-STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CUDA, m)
+STABLE_TORCH_LIBRARY_IMPL(FUSED_RESNET_LIBRARY, FUSED_RESNET_DEVICE, m)
 {
   m.impl("scale_shift_act", TORCH_BOX(&fused_resnet::scale_shift_act));
 }

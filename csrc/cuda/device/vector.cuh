@@ -5,6 +5,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstring>
+
+#ifdef FUSED_RESNET_ON_HOST
+#include "cuda_on_host/execution.h"
+#endif
+
 namespace fused_resnet::device {
 
 // N elements that are loaded or stored as one.
@@ -17,27 +23,58 @@ struct alignas(N * sizeof(T)) Vector {
 template <typename T>
 inline constexpr int kElementsIn16Bytes = 16 / sizeof(T);
 
+#ifdef FUSED_RESNET_ON_HOST
+
+template <typename T, int N>
+Vector<T, N> load(const T* source, on_host::Place place = on_host::Place::current()) {
+  Vector<T, N> loaded;
+  on_host::load(&loaded, source, sizeof(loaded), place);
+  return loaded;
+}
+
+template <typename T, int N>
+Vector<T, N> load_streaming(const T* source, on_host::Place place = on_host::Place::current()) {
+  return load<T, N>(source, place);
+}
+
+template <typename T, int N>
+void store(T* target, const Vector<T, N>& values,
+           on_host::Place place = on_host::Place::current()) {
+  on_host::store(target, &values, sizeof(values), place);
+}
+
+#else
+
+// From global or shared memory.
+template <typename T, int N>
+__device__ __forceinline__ Vector<T, N> load(const T* source) {
+  return *reinterpret_cast<const Vector<T, N>*>(source);
+}
+
 // Loads what this kernel reads once and nothing writes while it runs, without displacing what the
 // L1 cache holds for others.
 template <typename T, int N>
 __device__ __forceinline__ Vector<T, N> load_streaming(const T* source) {
-  Vector<T, N> loaded;
-  if constexpr (sizeof(loaded) == 16) {
+  if constexpr (sizeof(Vector<T, N>) == 16) {
+    Vector<T, N> loaded;
     uint4 bits;
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
         : "l"(source));
     memcpy(&loaded, &bits, sizeof(loaded));
+    return loaded;
   } else {
-    loaded = *reinterpret_cast<const Vector<T, N>*>(source);
+    return load<T, N>(source);
   }
-  return loaded;
 }
 
+// To global or shared memory.
 template <typename T, int N>
 __device__ __forceinline__ void store(T* target, const Vector<T, N>& values) {
   *reinterpret_cast<Vector<T, N>*>(target) = values;
 }
+
+#endif
 
 // float64 is computed with as it is, everything else as float32.
 template <typename T>

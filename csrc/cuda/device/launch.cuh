@@ -1,0 +1,68 @@
+// Starting a kernel.
+#pragma once
+
+#include <tuple>
+
+#include "cuda/library.h"
+
+#ifdef FUSED_RESNET_ON_HOST
+#include "cuda_on_host/execution.h"
+#else
+#include <mutex>
+#include <set>
+#include <utility>
+#endif
+
+namespace fused_resnet::device {
+
+struct Grid {
+  dim3 blocks;
+  unsigned threads;         // of each block
+  size_t shared_bytes = 0;  // dynamic shared memory of each block
+  cudaStream_t stream = nullptr;
+};
+
+#ifdef FUSED_RESNET_ON_HOST
+
+// Runs the kernel to its end.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
+  const std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
+  const auto thread = [&] { std::apply(kernel, values); };
+  on_host::run_grid({grid.blocks, grid.threads, grid.shared_bytes}, thread);
+}
+
+#else
+
+// What a kernel may use without asking.
+inline constexpr size_t kSharedBytesByDefault = 48 << 10;
+
+// Lets a kernel use all the shared memory a block can have, on the current device.
+inline void raise_shared_memory_limit(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int> > raised;
+  int device = 0, most = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  const std::lock_guard lock(mutex);
+  if (raised.count({kernel, device})) return;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  raised.insert({kernel, device});
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (grid.shared_bytes > kSharedBytesByDefault) raise_shared_memory_limit(function);
+  std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
+  const auto start = [&](auto&... value) {
+    void* pointers[] = {&value...};
+    return cudaLaunchKernel(function, grid.blocks, grid.threads, pointers, grid.shared_bytes,
+                            grid.stream);
+  };
+  STD_CUDA_CHECK(std::apply(start, values));
+}
+
+#endif
+
+}  // namespace fused_resnet::device
