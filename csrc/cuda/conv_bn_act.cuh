@@ -1,0 +1,554 @@
+// Convolution with batch norm, residual and ReLU in one pass:
+//
+//   output[n, p, q, k] = act(scale[k] sum[n, p, q, k] + shift[k] + residual[n, p, q, k])
+//   sum[n, p, q, k] = sum over r, s, c of
+//       input[n, p stride_h + r dil_h - pad_h, q stride_w + s dil_w - pad_w, c] weight[k, r, s, c]
+//   scale = bn_weight / sqrt(running_var + eps),  shift = bn_bias + (bias - running_mean) scale
+//
+// Implicit GEMM: a row of A is the window of one output pixel, a row of B is one filter, and both
+// are R S C / groups deep, taps outside and channels inside. A is never written anywhere: a block
+// gathers its tile of it, step by step, from the image.
+//
+// Reads weight and residual and writes the output once; reads the input once from memory and once
+// for every tap and column of tiles from the L2 cache. Nothing else is written but, where blocks
+// share a sum (split > 1), 4 bytes for each of them and output, which are read back.
+//
+// Shared memory is a ring of stages, each a step's rows of A and then of B. A row is 2, 4 or 8
+// chunks of 16 bytes. Tensor cores load their operands as 8 rows by one chunk (ldmatrix), so chunks
+// are permuted within their row (`swizzled`) such that any 8 rows have a column of chunks in 8
+// different groups of banks. Everything but the arithmetic itself is the same for every dtype,
+// since one tensor-core instruction takes 32 bytes of a row whatever they hold.
+//
+// The last step of the sum always lies in the ring's last stage. So the stages that loading is
+// done with come free from the first one on, in order, while the sum is still being computed; the
+// residual goes there, as a tile [m][n], and the output is put in its place and leaves in 16-byte
+// stores.
+#pragma once
+
+#include <bit>
+#include <utility>
+
+#include "cuda/conv_bn_act.h"
+#include "cuda/conv_tiles.h"
+#include "cuda/device/async_copy.cuh"
+#include "cuda/device/launch.cuh"
+#include "cuda/device/mma.cuh"
+#include "cuda/device/shared_memory.cuh"
+#include "cuda/device/vector.cuh"
+
+namespace fused_resnet {
+
+using device::Vector;
+
+// Where a chunk lies, in bytes, in rows of kChunks. Rows that share their place in 128 bytes of
+// banks permute chunks differently; kStep 2 keeps pairs of chunks together.
+template <int kChunks, int kStep = 1>
+__device__ __forceinline__ int swizzled(int row, int chunk) {
+  constexpr int kRowsInLine = kChunks < 8 ? 8 / kChunks : 1;
+  constexpr int kPlaces = kChunks < 8 ? kChunks : 8;
+  return (row * kChunks + (chunk ^ (row / kRowsInLine * kStep % kPlaces))) * 16;
+}
+
+__device__ __forceinline__ float read(const Parameter& parameter, int i, float otherwise) {
+  if (parameter.values == nullptr) return otherwise;
+  switch (parameter.type) {
+    case Parameter::Type::kFloat16:
+      return device::widen(static_cast<const __half*>(parameter.values)[i]);
+    case Parameter::Type::kBFloat16:
+      return device::widen(static_cast<const __nv_bfloat16*>(parameter.values)[i]);
+    case Parameter::Type::kFloat64:
+      return static_cast<float>(static_cast<const double*>(parameter.values)[i]);
+    default:
+      return static_cast<const float*>(parameter.values)[i];
+  }
+}
+
+// A place along the sum. Steps are short of a tap's channels or a few taps long, so it advances
+// without dividing.
+struct Tap {
+  int r, s, c;
+
+  __device__ __forceinline__ void advance(int by, int channels, int S) {
+    c += by;
+    while (c >= channels) {
+      c -= channels;
+      if (++s == S) {
+        s = 0;
+        ++r;
+      }
+    }
+  }
+};
+
+// The input under tap (0, 0) of an output pixel's window; above or left of the image in padding.
+template <typename T>
+struct Window {
+  const T* origin;
+  int h, w;
+};
+
+// Beyond the last pixel a window is so far above the image that no tap reaches it.
+constexpr int kNowhere = -(1 << 30);
+
+template <typename T>
+__device__ __forceinline__ Window<T> window_of(const Conv& conv, int m, int channel) {
+  if (m >= conv.M) return {nullptr, kNowhere, 0};
+  const int row = m / conv.Q, q = m - row * conv.Q;
+  const int n = row / conv.P, p = row - n * conv.P;
+  const int h = p * conv.stride_h - conv.pad_h, w = q * conv.stride_w - conv.pad_w;
+  const int64_t offset =
+      n * conv.input_n + h * conv.input_h + w * conv.input_w + channel * conv.input_c;
+  return {static_cast<const T*>(conv.input) + offset, h, w};
+}
+
+// One step of the sum: the warp's rows of A by its rows of B, both in one stage.
+template <typename T, int kIndex, int kTilesM, int kTilesN>
+__device__ __forceinline__ void multiply(float (&sums)[kTilesM][kTilesN][4], const char* pixels,
+                                         const char* filters, int warp_m, int warp_n, int lane) {
+  static constexpr Tile kTile = kTiles[kIndex];
+  constexpr int kChunks = kTile.depth_bytes / 16;
+  constexpr int kFilterChunks = kTile.filter_bytes() / 16;
+  constexpr bool kDiagonal = kTile.loads == Loads::kDiagonal;
+  const int first_m = warp_m * kTilesM * 16, first_n = warp_n * kTilesN * 8;
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; chunk += 2) {
+    // On the diagonal, filters meet the channels of their own block only.
+    const auto meets = [&](int pair) { return !kDiagonal || pair == chunk / kFilterChunks; };
+    if constexpr (kTile.products == Products::kIeee) {
+      // The thread has the outputs it would have of an mma: rows g and g + 8, columns 2t, 2t + 1.
+      constexpr int N = device::kElementsIn16Bytes<float>;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Vector<float, N> a[kTilesM][2];
+#pragma unroll
+        for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int row = first_m + i * 16 + j * 8 + lane / 4;
+            a[i][j] = device::load<float, N>(reinterpret_cast<const float*>(
+                pixels + swizzled<kChunks>(row, chunk + half)));
+          }
+        }
+#pragma unroll
+        for (int column = 0; column < kTilesN * 2; ++column) {
+          if (!meets(column / 4)) continue;
+          const int row = first_n + column / 2 * 8 + lane % 4 * 2 + column % 2;
+          const auto b = device::load<float, N>(reinterpret_cast<const float*>(
+              filters + swizzled<kFilterChunks>(row, (chunk + half) % kFilterChunks)));
+#pragma unroll
+          for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              float& sum = sums[i][column / 2][j * 2 + column % 2];
+#pragma unroll
+              for (int e = 0; e < N; ++e) sum += a[i][j].values[e] * b.values[e];
+            }
+          }
+        }
+      }
+    } else {
+      const auto convert = [](auto& fragment) {
+        if constexpr (kTile.products == Products::kTf32) {
+          for (uint32_t& bits : fragment) bits = device::to_tf32(std::bit_cast<float>(bits));
+        }
+      };
+      uint32_t a[kTilesM][4];
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i) {
+        const int row = first_m + i * 16 + lane % 16;
+        device::load_matrix_x4(a[i], pixels + swizzled<kChunks>(row, chunk + lane / 16));
+        convert(a[i]);
+      }
+#pragma unroll
+      for (int pair = 0; pair < kTilesN / 2; ++pair) {
+        if (!meets(pair)) continue;
+        const int row = first_n + pair * 16 + lane / 16 * 8 + lane % 8;
+        uint32_t b[4];
+        device::load_matrix_x4(b, filters + swizzled<kFilterChunks>(
+                                                row, chunk % kFilterChunks + lane / 8 % 2));
+        convert(b);
+        const uint32_t columns[2][2] = {{b[0], b[1]}, {b[2], b[3]}};
+#pragma unroll
+        for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            float(&sum)[4] = sums[i][pair * 2 + j];
+            if constexpr (kTile.products == Products::kTf32) {
+              device::mma_16x8x8_tf32(sum, a[i], columns[j]);
+            } else {
+              device::mma_16x8x16<T>(sum, a[i], columns[j]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// The sum of one output by itself.
+template <typename T>
+__device__ float sum_alone(const Conv& conv, int m, int k) {
+  const Window<T> window = window_of<T>(conv, m, k / conv.group_k * conv.group_c);
+  const T* filter = static_cast<const T*>(conv.weight) + k * conv.weight_k;
+  float sum = 0;
+#pragma unroll 1
+  for (int r = 0; r < conv.R; ++r) {
+    const int h = r * conv.dil_h;
+    if (static_cast<unsigned>(window.h + h) >= static_cast<unsigned>(conv.H)) continue;
+#pragma unroll 1
+    for (int s = 0; s < conv.S; ++s) {
+      const int w = s * conv.dil_w;
+      if (static_cast<unsigned>(window.w + w) >= static_cast<unsigned>(conv.W)) continue;
+#pragma unroll 1
+      for (int c = 0; c < conv.group_c; ++c) {
+        const T x = window.origin[h * conv.input_h + w * conv.input_w + c * conv.input_c];
+        const T y = filter[r * conv.weight_r + s * conv.weight_s + c * conv.weight_c];
+        sum += device::widen(x) * device::widen(y);
+      }
+    }
+  }
+  return sum;
+}
+
+// Grid: (tiles of pixels x tiles of filters, the latter consecutive since they share pixels;
+// groups, or on the diagonal slabs of n channels; blocks that share a sum).
+template <typename T, int kIndex>
+__global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resident)
+    conv_bn_act(const Conv conv) {
+  static constexpr Tile kTile = kTiles[kIndex];
+  constexpr bool kDiagonal = kTile.loads == Loads::kDiagonal;
+  constexpr int kElements = 16 / sizeof(T);  // of a chunk
+  constexpr int kChunks = kTile.depth_bytes / 16;
+  constexpr int kFilterChunks = kTile.filter_bytes() / 16;
+  constexpr int kDepth = kTile.depth();
+  constexpr int kThreads = kTile.threads();
+  constexpr int kStages = kTile.stages;
+  constexpr int kStageBytes = kTile.stage_bytes();
+  constexpr int kRowsAtOnce = kThreads / kChunks;  // that the threads copy, a chunk each
+  constexpr int kPixels = kTile.m / kRowsAtOnce;   // rows of A and of B that a thread copies
+  constexpr int kFilters = kTile.n / kRowsAtOnce;
+  constexpr int kTilesM = kTile.m / kTile.warps_m / 16;  // of 16 x 8 outputs, in a warp
+  constexpr int kTilesN = kTile.n / kTile.warps_n / 8;
+  constexpr int kOutChunks = kTile.n / kElements;
+  constexpr int kOutStep = sizeof(T) / 2;  // keeps a warp's stores of two elements free of conflict
+  constexpr int kPieceRows = kStageBytes / (kOutChunks * 16);  // of the residual in a stage
+  static_assert(sizeof(T) == kTile.element_bytes());
+  static_assert(kTile.m % kRowsAtOnce == 0 && kTile.n % kRowsAtOnce == 0 && kTilesN % 2 == 0);
+  static_assert(kStageBytes % (kOutChunks * 16) == 0, "a row of the output is within a stage");
+  static_assert(kTile.m <= kPieceRows * (kStages - 1), "the output leaves the last stage alone");
+  static_assert(!kDiagonal || (kTile.n == kDepth && kTile.warps_n == 1 &&
+                               kTile.n * kFilterChunks == kThreads));
+
+  char* const ring = device::shared_memory();
+  float* const scale = reinterpret_cast<float*>(ring + kStages * kStageBytes);
+  float* const shift = scale + kTile.n;
+
+  // What this block computes: pixels from m0, filters from k0 of a group (or slab).
+  const int columns = (conv.group_k + kTile.n - 1) / kTile.n;
+  const int tile_n = kDiagonal ? 0 : blockIdx.x % columns;
+  const int m0 = (kDiagonal ? blockIdx.x : blockIdx.x / columns) * kTile.m;
+  const int k0 = kDiagonal ? blockIdx.y * kTile.n : blockIdx.y * conv.group_k + tile_n * kTile.n;
+  const int k_end = kDiagonal ? conv.K : (blockIdx.y + 1) * conv.group_k;
+  const int channel = kDiagonal ? k0 : blockIdx.y * conv.group_c;
+  const int channels = kDiagonal ? kDepth : conv.group_c;  // of a tap
+
+  // Which steps of the sum are this block's. The last lies in the ring's last stage.
+  const int depth = conv.R * conv.S * channels;
+  const int all_steps = (depth + kDepth - 1) / kDepth;
+  const int share = (all_steps + gridDim.z - 1) / gridDim.z;
+  const int first_step = blockIdx.z * share;
+  const int steps = min(share, all_steps - first_step);
+  const int first_stage = (kStages - steps % kStages) % kStages;
+
+  // What this thread copies: one chunk of every kRowsAtOnce-th row.
+  const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  const int offset = first_step * kDepth + chunk * kElements;
+  Tap tap{offset / channels / conv.S, offset / channels % conv.S, offset % channels};
+  Window<T> windows[kPixels];
+#pragma unroll
+  for (int i = 0; i < kPixels; ++i) {
+    windows[i] = window_of<T>(conv, m0 + row + i * kRowsAtOnce, channel);
+  }
+  const T* const weight = static_cast<const T*>(conv.weight);
+  const T* filters = weight + (k0 + row) * conv.weight_k + (kDiagonal ? 0 : offset);
+  const bool in_slab = !kDiagonal || channel + chunk * kElements < conv.C;
+
+  const auto reaches = [&](const Window<T>& window, const Tap& tap) {
+    return tap.r < conv.R &&
+           static_cast<unsigned>(window.h + tap.r * conv.dil_h) < static_cast<unsigned>(conv.H) &&
+           static_cast<unsigned>(window.w + tap.s * conv.dil_w) < static_cast<unsigned>(conv.W);
+  };
+  const auto input_offset = [&](const Tap& tap) {
+    return tap.r * conv.dil_h * conv.input_h + tap.s * conv.dil_w * conv.input_w +
+           tap.c * conv.input_c;
+  };
+
+  // Loads the step that `tap` and `filters` are at, and advances them. Chunks beyond the sum's
+  // depth are zeros in A and in B, so that nothing there, not even NaN, counts.
+  const auto load_step = [&](char* stage) {
+    char* const a = stage;
+    char* const b = stage + kTile.m * kTile.depth_bytes;
+    if constexpr (kTile.loads == Loads::kElements) {
+      Vector<T, kElements> x[kPixels], y[kFilters];
+      const T zero = device::narrow<T>(0.f);
+      const T* const first_filter = weight + (k0 + row) * conv.weight_k;
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        const int64_t in_window = input_offset(tap);
+        const int64_t in_filter =
+            tap.r * conv.weight_r + tap.s * conv.weight_s + tap.c * conv.weight_c;
+#pragma unroll
+        for (int i = 0; i < kPixels; ++i) {
+          const T* source = windows[i].origin + in_window;
+          x[i].values[e] = reaches(windows[i], tap) ? *source : zero;
+        }
+#pragma unroll
+        for (int i = 0; i < kFilters; ++i) {
+          const bool exists = tap.r < conv.R && k0 + row + i * kRowsAtOnce < k_end;
+          const T* source = first_filter + i * kRowsAtOnce * conv.weight_k + in_filter;
+          y[i].values[e] = exists ? *source : zero;
+        }
+        tap.advance(1, channels, conv.S);
+      }
+      tap.advance(kDepth - kElements, channels, conv.S);
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) {
+        char* target = a + swizzled<kChunks>(row + i * kRowsAtOnce, chunk);
+        device::store(reinterpret_cast<T*>(target), x[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kFilters; ++i) {
+        char* target = b + swizzled<kChunks>(row + i * kRowsAtOnce, chunk);
+        device::store(reinterpret_cast<T*>(target), y[i]);
+      }
+    } else {
+      const int64_t in_window = input_offset(tap);
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) {
+        device::copy_async_16(a + swizzled<kChunks>(row + i * kRowsAtOnce, chunk),
+                              windows[i].origin + in_window,
+                              in_slab && reaches(windows[i], tap));
+      }
+      if constexpr (kDiagonal) {
+        // A chunk of channels by one filter: of narrow groups only a piece of it is the filter's.
+        const int filter = threadIdx.x / kFilterChunks, part = threadIdx.x % kFilterChunks;
+        const int group = filter % Tile::kDiagonalBlock / conv.group_c;
+        const T* source = weight + (k0 + filter) * conv.weight_k + tap.r * conv.weight_r +
+                          tap.s * conv.weight_s;
+        T* target = reinterpret_cast<T*>(b + swizzled<kFilterChunks>(filter, part));
+        const auto copy_pieces = [&]<int kPiece>(std::integral_constant<int, kPiece>) {
+#pragma unroll
+          for (int e = 0; e < kElements; e += kPiece) {
+            const int c = part * kElements + e;
+            const bool exists = k0 + filter < k_end && c / conv.group_c == group;
+            if constexpr (kPiece * sizeof(T) < 4) {
+              target[e] = exists ? source[c % conv.group_c] : device::narrow<T>(0.f);
+            } else {
+              device::copy_async<kPiece * sizeof(T)>(target + e, source + c % conv.group_c, exists);
+            }
+          }
+        };
+        if (conv.group_c >= kElements) {
+          copy_pieces(std::integral_constant<int, kElements>{});
+        } else if (conv.group_c == 4) {
+          copy_pieces(std::integral_constant<int, 4>{});
+        } else if (conv.group_c == 2) {
+          copy_pieces(std::integral_constant<int, 2>{});
+        } else {
+          copy_pieces(std::integral_constant<int, 1>{});
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kFilters; ++i) {
+          device::copy_async_16(b + swizzled<kChunks>(row + i * kRowsAtOnce, chunk),
+                                filters + i * kRowsAtOnce * conv.weight_k,
+                                tap.r < conv.R && k0 + row + i * kRowsAtOnce < k_end);
+        }
+        filters += kDepth;
+      }
+      tap.advance(kDepth, channels, conv.S);
+    }
+  };
+
+  // Loads the part of the residual that goes into one stage.
+  const auto load_residual = [&](int piece) {
+    const T* const residual = static_cast<const T*>(conv.residual);
+    const int end = min(kTile.m, (piece + 1) * kPieceRows) * kOutChunks;
+    for (int i = piece * kPieceRows * kOutChunks + threadIdx.x; i < end; i += kThreads) {
+      const int m = m0 + i / kOutChunks, k = k0 + i % kOutChunks * kElements;
+      const T* source = residual + static_cast<int64_t>(m) * conv.K + k;
+      T* target =
+          reinterpret_cast<T*>(ring + swizzled<kOutChunks, kOutStep>(i / kOutChunks, i % kOutChunks));
+      if (conv.vector_output) {
+        device::copy_async_16(target, source, m < conv.M && k < k_end);
+      } else {
+        for (int e = 0; e < kElements; ++e) {
+          if (m < conv.M && k + e < k_end) target[e] = source[e];
+        }
+      }
+    }
+  };
+
+  // What follows the steps of the sum in the ring are the pieces of the residual, which of blocks
+  // that share a sum only the last one needs.
+  int load_stage = first_stage;
+  const auto load = [&](int step) {
+    if (step < steps) {
+      load_step(ring + load_stage * kStageBytes);
+      load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
+    } else if (conv.residual != nullptr && gridDim.z == 1) {
+      load_residual(step - steps);
+    }
+    device::commit_copies();
+  };
+
+  for (int step = 0; step < kStages - 1; ++step) load(step);
+
+  for (int i = threadIdx.x; i < kTile.n; i += kThreads) {
+    const int k = k0 + i;
+    const bool exists = k < k_end;
+    const float deviation = exists ? sqrtf(read(conv.running_var, k, 1.f) + conv.eps) : 1.f;
+    scale[i] = exists ? read(conv.bn_weight, k, 1.f) / deviation : 0.f;
+    shift[i] = exists ? read(conv.bn_bias, k, 0.f) +
+                            (read(conv.bias, k, 0.f) - read(conv.running_mean, k, 0.f)) * scale[i]
+                      : 0.f;
+  }
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_m = warp / kTile.warps_n, warp_n = warp % kTile.warps_n;
+  float sums[kTilesM][kTilesN][4] = {};
+
+  int stage = first_stage;
+  for (int step = 0; step < steps; ++step) {
+    device::wait_for_copies<kStages - 2>();
+    __syncthreads();  // this step is there for all, and all are done with the one before
+    load(step + kStages - 1);
+    const char* const a = ring + stage * kStageBytes;
+    multiply<T, kIndex>(sums, a, a + kTile.m * kTile.depth_bytes, warp_m, warp_n, lane);
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+
+  // The last of the blocks that share a sum adds their parts, in their order and not that of their
+  // coming, and goes on alone.
+  if (gridDim.z > 1) {
+    constexpr int kSums = kTilesM * kTilesN;
+    const int64_t tile = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+    const auto part = [&](int z) {
+      return conv.partials + (tile * gridDim.z + z) * (kTile.m * kTile.n) + threadIdx.x * 4;
+    };
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const float(&sum)[4] = sums[i / kTilesN][i % kTilesN];
+      device::store(part(blockIdx.z) + i * kThreads * 4,
+                    Vector<float, 4>{sum[0], sum[1], sum[2], sum[3]});
+    }
+    __threadfence();
+    __syncthreads();
+    const bool is_last =
+        threadIdx.x == 0 && atomicAdd(conv.tickets + tile, 1) == static_cast<int>(gridDim.z) - 1;
+    if (!__syncthreads_or(is_last)) return;
+    __threadfence();
+    if (conv.residual != nullptr) {
+      for (int piece = 0; piece < kStages - 1; ++piece) load_residual(piece);
+    }
+    for (int z = 0; z < static_cast<int>(gridDim.z); ++z) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        float(&sum)[4] = sums[i / kTilesN][i % kTilesN];
+        const auto other = device::load<float, 4>(part(z) + i * kThreads * 4);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[e] = (z == 0 ? 0.f : sum[e]) + other.values[e];
+      }
+    }
+  }
+
+  // The output takes the residual's place. Without a residual nothing is waited for: the last
+  // stage, which others may still be reading, is not touched.
+  if (conv.residual != nullptr) {
+    device::commit_copies();
+    device::wait_for_copies<0>();
+    __syncthreads();
+  }
+#pragma unroll
+  for (int j = 0; j < kTilesN; ++j) {
+    const int column = (warp_n * kTilesN + j) * 8 + lane % 4 * 2;
+    const auto factors = device::load<float, 2>(scale + column);
+    const auto terms = device::load<float, 2>(shift + column);
+#pragma unroll
+    for (int i = 0; i < kTilesM * 2; ++i) {
+      const int out_row = (warp_m * kTilesM * 2 + i) * 8 + lane / 4;
+      T* place = reinterpret_cast<T*>(ring + swizzled<kOutChunks, kOutStep>(out_row, column / kElements)) +
+                 column % kElements;
+      Vector<T, 2> values;
+      if (conv.residual != nullptr) values = device::load<T, 2>(place);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float y = sums[i / 2][j][i % 2 * 2 + e] * factors.values[e] + terms.values[e];
+        if (conv.residual != nullptr) y += device::widen(values.values[e]);
+        values.values[e] = device::narrow<T>(device::at_least(conv.floor, y));
+      }
+      device::store(place, values);
+    }
+  }
+  __syncthreads();
+
+  T* const output = static_cast<T*>(conv.output);
+  for (int i = threadIdx.x; i < kTile.m * kOutChunks; i += kThreads) {
+    const int m = m0 + i / kOutChunks, k = k0 + i % kOutChunks * kElements;
+    if (m >= conv.M || k >= k_end) continue;
+    T* source =
+        reinterpret_cast<T*>(ring + swizzled<kOutChunks, kOutStep>(i / kOutChunks, i % kOutChunks));
+    const int64_t target = static_cast<int64_t>(m) * conv.K + k;
+    auto values = device::load<T, kElements>(source);
+    if constexpr (kDiagonal) {
+      // An infinity or NaN of one group times a zero off the diagonal is a NaN in another.
+      bool any_nan = false;
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        const float y = device::widen(values.values[e]);
+        any_nan = any_nan || y != y;
+      }
+      if (any_nan) {
+#pragma unroll 1
+        for (int e = 0; e < kElements && k + e < k_end; ++e) {
+          const float old = device::widen(source[e]);
+          if (old == old) continue;
+          float y = sum_alone<T>(conv, m, k + e) * scale[k + e - k0] + shift[k + e - k0];
+          if (conv.residual != nullptr) {
+            y += device::widen(static_cast<const T*>(conv.residual)[target + e]);
+          }
+          source[e] = device::narrow<T>(device::at_least(conv.floor, y));
+        }
+        values = device::load<T, kElements>(source);
+      }
+    }
+    if (conv.vector_output) {
+      device::store(output + target, values);
+    } else {
+      for (int e = 0; e < kElements && k + e < k_end; ++e) output[target + e] = source[e];
+    }
+  }
+}
+
+// The launch of every instance for T, picked by its index.
+template <typename T>
+void launch_conv_bn_act(const Conv& conv, int tile, int split, cudaStream_t stream) {
+  const auto launch = [&](auto index) {
+    constexpr Tile kTile = kTiles[index];
+    if constexpr (sizeof(T) == kTile.element_bytes()) {
+      const bool diagonal = kTile.loads == Loads::kDiagonal;
+      const unsigned rows = (conv.M + kTile.m - 1) / kTile.m;
+      const unsigned columns = diagonal ? 1 : (conv.group_k + kTile.n - 1) / kTile.n;
+      const unsigned slabs = diagonal ? (conv.K + kTile.n - 1) / kTile.n : conv.K / conv.group_k;
+      const device::Grid grid{dim3(rows * columns, slabs, split), kTile.threads(),
+                              kTile.shared_bytes(), stream};
+      device::launch(conv_bn_act<T, index>, grid, conv);
+    }
+  };
+  const auto launch_at = [&]<int... kIndices>(std::integer_sequence<int, kIndices...>) {
+    ((kIndices == tile ? launch(std::integral_constant<int, kIndices>{}) : void()), ...);
+  };
+  launch_at(std::make_integer_sequence<int, kTileCount>{});
+}
+
+}  // namespace fused_resnet

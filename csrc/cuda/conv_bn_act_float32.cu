@@ -1,0 +1,8 @@
+// The convolution kernel's instances for float32.
+#include "cuda/conv_bn_act.cuh"
+
+namespace fused_resnet {
+
+template void launch_conv_bn_act<float>(const Conv&, int, int, cudaStream_t);
+
+}  // namespace fused_resnet
