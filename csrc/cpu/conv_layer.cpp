@@ -443,19 +443,6 @@ Strides dense_strides(int64_t C, int64_t H, int64_t W, bool channels_last) {
   return channels_last ? Strides{C * H * W, 1, W * C, C} : Strides{C * H * W, H * W, W, 1};
 }
 
-// Whether the strides are those of channels_last, ties broken as torch breaks them.
-bool is_channels_last(const Tensor& t) {
-  int64_t least = 0;
-  if (t.stride(1) == 0) return false;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    if (t.size(d) == 0 || t.stride(d) < least) return false;
-    // N x C x 1 x 1 with all strides alike is contiguous.
-    if (d == 0 && least == t.stride(1)) return false;
-    least = t.stride(d) * std::max<int64_t>(t.size(d), 1);
-  }
-  return true;
-}
-
 // An uninitialised tensor in the pool's memory.
 Tensor pool_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                    ScalarType dtype) {

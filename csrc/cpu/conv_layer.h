@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/conv.h"
+#include "memory_format.h"
 
 namespace fused_resnet::cpu {
 
@@ -45,9 +46,6 @@ void run_conv(Conv conv);
 
 // How many bytes of the second-level cache a core has.
 int64_t l2_bytes();
-
-// What conv2d's output would be in memory, given its input or its weight.
-bool is_channels_last(const torch::stable::Tensor& tensor);
 
 // A 4-d tensor's strides in a layout.
 Strides dense_strides(int64_t C, int64_t H, int64_t W, bool channels_last);

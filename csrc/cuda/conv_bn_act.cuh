@@ -125,8 +125,8 @@ __device__ __forceinline__ void multiply(float (&sums)[kTilesM][kTilesN][4], con
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             const int row = first_m + i * 16 + j * 8 + lane / 4;
-            a[i][j] = device::load<float, N>(reinterpret_cast<const float*>(
-                pixels + swizzled<kChunks>(row, chunk + half)));
+            a[i][j] = device::load<float, N>(
+                reinterpret_cast<const float*>(pixels + swizzled<kChunks>(row, chunk + half)));
           }
         }
 #pragma unroll
@@ -164,15 +164,15 @@ __device__ __forceinline__ void multiply(float (&sums)[kTilesM][kTilesN][4], con
         if (!meets(pair)) continue;
         const int row = first_n + pair * 16 + lane / 16 * 8 + lane % 8;
         uint32_t b[4];
-        device::load_matrix_x4(b, filters + swizzled<kFilterChunks>(
-                                                row, chunk % kFilterChunks + lane / 8 % 2));
+        device::load_matrix_x4(
+            b, filters + swizzled<kFilterChunks>(row, chunk % kFilterChunks + lane / 8 % 2));
         convert(b);
         const uint32_t columns[2][2] = {{b[0], b[1]}, {b[2], b[3]}};
 #pragma unroll
         for (int i = 0; i < kTilesM; ++i) {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            float(&sum)[4] = sums[i][pair * 2 + j];
+            float (&sum)[4] = sums[i][pair * 2 + j];
             if constexpr (kTile.products == Products::kTf32) {
               device::mma_16x8x8_tf32(sum, a[i], columns[j]);
             } else {
@@ -236,8 +236,8 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
   static_assert(kTile.m % kRowsAtOnce == 0 && kTile.n % kRowsAtOnce == 0 && kTilesN % 2 == 0);
   static_assert(kStageBytes % (kOutChunks * 16) == 0, "a row of the output is within a stage");
   static_assert(kTile.m <= kPieceRows * (kStages - 1), "the output leaves the last stage alone");
-  static_assert(!kDiagonal || (kTile.n == kDepth && kTile.warps_n == 1 &&
-                               kTile.n * kFilterChunks == kThreads));
+  static_assert(!kDiagonal ||
+                (kTile.n == kDepth && kTile.warps_n == 1 && kTile.n * kFilterChunks == kThreads));
 
   char* const ring = device::shared_memory();
   float* const scale = reinterpret_cast<float*>(ring + kStages * kStageBytes);
@@ -326,15 +326,14 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
 #pragma unroll
       for (int i = 0; i < kPixels; ++i) {
         device::copy_async_16(a + swizzled<kChunks>(row + i * kRowsAtOnce, chunk),
-                              windows[i].origin + in_window,
-                              in_slab && reaches(windows[i], tap));
+                              windows[i].origin + in_window, in_slab && reaches(windows[i], tap));
       }
       if constexpr (kDiagonal) {
         // A chunk of channels by one filter: of narrow groups only a piece of it is the filter's.
         const int filter = threadIdx.x / kFilterChunks, part = threadIdx.x % kFilterChunks;
         const int group = filter % Tile::kDiagonalBlock / conv.group_c;
-        const T* source = weight + (k0 + filter) * conv.weight_k + tap.r * conv.weight_r +
-                          tap.s * conv.weight_s;
+        const T* source =
+            weight + (k0 + filter) * conv.weight_k + tap.r * conv.weight_r + tap.s * conv.weight_s;
         T* target = reinterpret_cast<T*>(b + swizzled<kFilterChunks>(filter, part));
         const auto copy_pieces = [&]<int kPiece>(std::integral_constant<int, kPiece>) {
 #pragma unroll
@@ -377,8 +376,8 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
     for (int i = piece * kPieceRows * kOutChunks + threadIdx.x; i < end; i += kThreads) {
       const int m = m0 + i / kOutChunks, k = k0 + i % kOutChunks * kElements;
       const T* source = residual + static_cast<int64_t>(m) * conv.K + k;
-      T* target =
-          reinterpret_cast<T*>(ring + swizzled<kOutChunks, kOutStep>(i / kOutChunks, i % kOutChunks));
+      T* target = reinterpret_cast<T*>(
+          ring + swizzled<kOutChunks, kOutStep>(i / kOutChunks, i % kOutChunks));
       if (conv.vector_output) {
         device::copy_async_16(target, source, m < conv.M && k < k_end);
       } else {
@@ -438,7 +437,7 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
     };
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
-      const float(&sum)[4] = sums[i / kTilesN][i % kTilesN];
+      const float (&sum)[4] = sums[i / kTilesN][i % kTilesN];
       device::store(part(blockIdx.z) + i * kThreads * 4,
                     Vector<float, 4>{sum[0], sum[1], sum[2], sum[3]});
     }
@@ -454,7 +453,7 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
     for (int z = 0; z < static_cast<int>(gridDim.z); ++z) {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
-        float(&sum)[4] = sums[i / kTilesN][i % kTilesN];
+        float (&sum)[4] = sums[i / kTilesN][i % kTilesN];
         const auto other = device::load<float, 4>(part(z) + i * kThreads * 4);
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum[e] = (z == 0 ? 0.f : sum[e]) + other.values[e];
@@ -477,8 +476,9 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
 #pragma unroll
     for (int i = 0; i < kTilesM * 2; ++i) {
       const int out_row = (warp_m * kTilesM * 2 + i) * 8 + lane / 4;
-      T* place = reinterpret_cast<T*>(ring + swizzled<kOutChunks, kOutStep>(out_row, column / kElements)) +
-                 column % kElements;
+      T* place =
+          reinterpret_cast<T*>(ring + swizzled<kOutChunks, kOutStep>(out_row, column / kElements)) +
+          column % kElements;
       Vector<T, 2> values;
       if (conv.residual != nullptr) values = device::load<T, 2>(place);
 #pragma unroll

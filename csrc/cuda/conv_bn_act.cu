@@ -1,0 +1,296 @@
+// The operator conv_bn_act_tiled: what conv_bn_act.cuh computes, on tensors. With channels_last
+// tensors it allocates the output, launches once and converts nothing; a shared sum takes one more
+// allocation and a memset of a few bytes. Tensors that the chosen instance cannot load as they lie
+// are copied first.
+#include "cuda/conv_bn_act.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <limits>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "cuda/conv_heuristics.h"
+#include "cuda/library.h"
+#include "memory_format.h"
+
+namespace fused_resnet {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kMostPixels = (int64_t{1} << 31) - (1 << 16);  // tiles may reach beyond M
+constexpr int64_t kMostGroups = 65535;                           // CUDA's limit of gridDim.y
+constexpr int kMostSplit = 64;
+
+bool is_aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+
+// Whether the channels of every pixel can be loaded in chunks of 16 bytes.
+bool has_aligned_pixels(const Tensor& tensor, int64_t chunk) {
+  if (!is_aligned(tensor) || (tensor.size(1) > 1 && tensor.stride(1) != 1)) return false;
+  for (const int64_t dim : {0, 2, 3}) {
+    if (tensor.size(dim) > 1 && tensor.stride(dim) % chunk != 0) return false;
+  }
+  return true;
+}
+
+// Whether a tensor's elements lie as (N, H, W, C) without gaps.
+bool is_dense_channels_last(const Tensor& tensor) {
+  int64_t expected = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (tensor.size(dim) > 1 && tensor.stride(dim) != expected) return false;
+    expected *= tensor.size(dim);
+  }
+  return true;
+}
+
+// A dense channels_last copy, which begins at an aligned address.
+Tensor aligned_copy(const Tensor& tensor) {
+  const Tensor copy = torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
+  return is_aligned(copy) && copy.const_data_ptr() != tensor.const_data_ptr()
+             ? copy
+             : torch::stable::clone(copy);
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+             ScalarType dtype, const Tensor& like) {
+  int32_t device_type;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), shim_dtype, device_type,
+                                                  like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// A parameter of K numbers, copied if they are not next to each other.
+Parameter parameter_of(const char* name, std::optional<Tensor>& tensor, int64_t K) {
+  if (!tensor) return {nullptr, Parameter::Type::kFloat32};
+  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == K, "conv_bn_act: ", name, " must have ",
+                  K, " elements");
+  if (!tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
+  switch (tensor->scalar_type()) {
+    case ScalarType::Float:
+      return {tensor->const_data_ptr(), Parameter::Type::kFloat32};
+    case ScalarType::Half:
+      return {tensor->const_data_ptr(), Parameter::Type::kFloat16};
+    case ScalarType::BFloat16:
+      return {tensor->const_data_ptr(), Parameter::Type::kBFloat16};
+    case ScalarType::Double:
+      return {tensor->const_data_ptr(), Parameter::Type::kFloat64};
+    default:
+      STD_TORCH_CHECK(false, "conv_bn_act: ", name, " must be of a floating dtype");
+  }
+}
+
+// Asked of the driver once a device.
+Gpu gpu_of(int device) {
+  static std::mutex mutex;
+  static std::array<std::optional<Gpu>, 64> known;
+  const std::lock_guard lock(mutex);
+  std::optional<Gpu>& gpu = known.at(std::max(0, device));
+  if (!gpu) {
+    gpu.emplace();
+    const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+      STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, std::max(0, device)));
+    };
+    ask(gpu->multiprocessors, cudaDevAttrMultiProcessorCount);
+    ask(gpu->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    ask(gpu->shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  }
+  return *gpu;
+}
+
+int64_t output_size(int64_t size, int64_t taps, int64_t stride, int64_t pad, int64_t dil) {
+  return (size + 2 * pad - dil * (taps - 1) - 1) / stride + 1;
+}
+
+// The instance asked for, {} or {index, split}, if it can run the problem.
+ConvChoice choice_of(const std::vector<int64_t>& tile, const ConvProblem& problem, int device) {
+  if (tile.empty()) {
+    const ConvChoice choice = choose_conv(problem, gpu_of(device));
+    STD_TORCH_CHECK(choice.tile >= 0, "conv_bn_act: no tile fits this GPU's shared memory");
+    return choice;
+  }
+  STD_TORCH_CHECK(tile.size() == 2 && tile[0] >= 0 && tile[0] < kTileCount && tile[1] >= 1 &&
+                      tile[1] <= kMostSplit,
+                  "conv_bn_act: tile must be [index, split], below ", kTileCount, " and ",
+                  kMostSplit + 1);
+  const Tile& wanted = kTiles[tile[0]];
+  STD_TORCH_CHECK(wanted.products == problem.products &&
+                      (wanted.loads == loads_for(problem) || wanted.loads == Loads::kElements),
+                  "conv_bn_act: tile ", tile[0], " cannot run this problem");
+  return {static_cast<int>(tile[0]), shares_of(problem, wanted, static_cast<int>(tile[1]))};
+}
+
+Tensor conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tensor running_var,
+                         std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, double eps,
+                         std::optional<Tensor> bias, int64_t stride_h, int64_t stride_w,
+                         int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w, int64_t groups,
+                         std::optional<Tensor> residual, bool relu, bool tf32,
+                         std::vector<int64_t> tile) {
+  const ScalarType dtype = input.scalar_type();
+  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4,
+                  "conv_bn_act: input and weight must have 4 dimensions");
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float,
+      "conv_bn_act: input must be float16, bfloat16 or float32");
+  STD_TORCH_CHECK(weight.scalar_type() == dtype, "conv_bn_act: weight must have the input's dtype");
+  const int64_t N = input.size(0), C = input.size(1), H = input.size(2), W = input.size(3);
+  const int64_t K = weight.size(0), R = weight.size(2), S = weight.size(3);
+  STD_TORCH_CHECK(groups >= 1 && groups <= kMostGroups && K % groups == 0 &&
+                      C == weight.size(1) * groups && weight.size(1) > 0,
+                  "conv_bn_act: weight has ", weight.size(1), " input channels, input has ", C,
+                  " (groups=", groups, ")");
+  const int64_t P = output_size(H, R, stride_h, pad_h, dil_h);
+  const int64_t Q = output_size(W, S, stride_w, pad_w, dil_w);
+  STD_TORCH_CHECK(P >= 1 && Q >= 1, "conv_bn_act: the filter is larger than its padded input");
+  STD_TORCH_CHECK(N * P * Q <= kMostPixels, "conv_bn_act: the output has ", N * P * Q,
+                  " pixels, must have at most ", kMostPixels);
+  STD_TORCH_CHECK(C * R * S < kMostPixels && H < kMostPixels && W < kMostPixels,
+                  "conv_bn_act: a size is over ", kMostPixels);
+
+  const DeviceGuard guard(input.get_device_index());
+  Tensor output = empty({N, K, P, Q}, {P * Q * K, 1, Q * K, K}, dtype, input);
+  const bool channels_last = is_channels_last(input) || is_channels_last(weight);
+  const auto in_format = [&] { return channels_last ? output : torch::stable::contiguous(output); };
+  if (output.numel() == 0) return in_format();
+
+  const Products products = dtype != ScalarType::Float ? Products::k16Bit
+                            : tf32                     ? Products::kTf32
+                                                       : Products::kIeee;
+  const ConvProblem problem{N * P * Q, C, K, R * S, groups, products, true};
+  const ConvChoice choice = choice_of(tile, problem, input.get_device_index());
+  const Loads loads = kTiles[choice.tile].loads;
+  const int64_t chunk = dtype == ScalarType::Float ? 4 : 8;
+  if (loads != Loads::kElements) {
+    if (!has_aligned_pixels(input, chunk)) input = aligned_copy(input);
+    if (!is_aligned(weight) || !is_dense_channels_last(weight)) weight = aligned_copy(weight);
+  }
+  if (residual) {
+    STD_TORCH_CHECK(residual->dim() == 4 && residual->size(0) == N && residual->size(1) == K &&
+                        residual->size(2) == P && residual->size(3) == Q &&
+                        residual->scalar_type() == dtype,
+                    "conv_bn_act: residual must have the output's shape and dtype");
+    if (!is_dense_channels_last(*residual) || !is_aligned(*residual)) {
+      residual = aligned_copy(*residual);
+    }
+  }
+
+  std::optional<Tensor> mean = running_mean, var = running_var;
+  Conv conv{
+      .input = input.const_data_ptr(),
+      .weight = weight.const_data_ptr(),
+      .residual = residual ? residual->const_data_ptr() : nullptr,
+      .output = output.mutable_data_ptr(),
+      .running_mean = parameter_of("running_mean", mean, K),
+      .running_var = parameter_of("running_var", var, K),
+      .bn_weight = parameter_of("bn_weight", bn_weight, K),
+      .bn_bias = parameter_of("bn_bias", bn_bias, K),
+      .bias = parameter_of("bias", bias, K),
+      .eps = static_cast<float>(eps),
+      .floor = relu ? 0.f : -std::numeric_limits<float>::infinity(),
+      .M = static_cast<int>(problem.M),
+      .H = static_cast<int>(H),
+      .W = static_cast<int>(W),
+      .C = static_cast<int>(C),
+      .P = static_cast<int>(P),
+      .Q = static_cast<int>(Q),
+      .K = static_cast<int>(K),
+      .R = static_cast<int>(R),
+      .S = static_cast<int>(S),
+      .group_c = static_cast<int>(problem.group_c()),
+      .group_k = static_cast<int>(problem.group_k()),
+      .stride_h = static_cast<int>(stride_h),
+      .stride_w = static_cast<int>(stride_w),
+      .pad_h = static_cast<int>(pad_h),
+      .pad_w = static_cast<int>(pad_w),
+      .dil_h = static_cast<int>(dil_h),
+      .dil_w = static_cast<int>(dil_w),
+      .input_n = input.stride(0),
+      .input_h = input.stride(2),
+      .input_w = input.stride(3),
+      .input_c = input.stride(1),
+      .weight_k = weight.stride(0),
+      .weight_c = weight.stride(1),
+      .weight_r = weight.stride(2),
+      .weight_s = weight.stride(3),
+      .vector_output = (loads == Loads::kDiagonal ? K : problem.group_k()) % chunk == 0,
+      .partials = nullptr,
+      .tickets = nullptr,
+  };
+
+  const cudaStream_t stream = current_stream(input.get_device_index());
+  std::optional<Tensor> workspace;
+  if (choice.split > 1) {
+    const Tile& shape = kTiles[choice.tile];
+    const int64_t tiles = tiles_of(problem, shape);
+    const int64_t tickets = (tiles + 3) / 4 * 4;  // the partial sums after them are aligned
+    const int64_t partials = tiles * choice.split * shape.m * shape.n;
+    workspace = empty({tickets + partials}, {1}, ScalarType::Float, input);
+    conv.tickets = static_cast<int*>(workspace->mutable_data_ptr());
+    conv.partials = static_cast<float*>(workspace->mutable_data_ptr()) + tickets;
+    STD_CUDA_CHECK(cudaMemsetAsync(conv.tickets, 0, tiles * sizeof(int), stream));
+  }
+  switch (dtype) {
+    case ScalarType::Half:
+      launch_conv_bn_act<__half>(conv, choice.tile, choice.split, stream);
+      break;
+    case ScalarType::BFloat16:
+      launch_conv_bn_act<__nv_bfloat16>(conv, choice.tile, choice.split, stream);
+      break;
+    default:
+      launch_conv_bn_act<float>(conv, choice.tile, choice.split, stream);
+  }
+  return in_format();
+}
+
+// Seven numbers for every instance, by index: products, loads, m, n, depth in elements, warps,
+// stages.
+std::vector<int64_t> conv_tiles() {
+  std::vector<int64_t> numbers;
+  for (const Tile& tile : kTiles) {
+    numbers.insert(numbers.end(),
+                   {static_cast<int64_t>(tile.products), static_cast<int64_t>(tile.loads), tile.m,
+                    tile.n, tile.depth(), tile.warps_m * tile.warps_n, tile.stages});
+  }
+  return numbers;
+}
+
+// Pairs of an instance's index and a split that can run {M, C, K, taps, groups, products} on a GPU
+// {multiprocessors, shared memory of a block, of a multiprocessor}, the likely fastest first.
+std::vector<int64_t> conv_tiles_for(std::vector<int64_t> problem, std::vector<int64_t> gpu) {
+  STD_TORCH_CHECK(problem.size() == 6 && gpu.size() == 3,
+                  "conv_tiles_for: takes six numbers and three");
+  const ConvProblem conv{problem[0], problem[1], problem[2],
+                         problem[3], problem[4], static_cast<Products>(problem[5]),
+                         true};
+  std::vector<int64_t> numbers;
+  for (const ConvChoice& choice : conv_choices(
+           conv, {static_cast<int>(gpu[0]), static_cast<int>(gpu[1]), static_cast<int>(gpu[2])})) {
+    numbers.insert(numbers.end(), {choice.tile, choice.split});
+  }
+  return numbers;
+}
+
+}  // namespace
+}  // namespace fused_resnet
+
+STABLE_TORCH_LIBRARY_IMPL(FUSED_RESNET_LIBRARY, FUSED_RESNET_DEVICE, m)
+{
+  m.impl("conv_bn_act_tiled", TORCH_BOX(&fused_resnet::conv_bn_act_tiled));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(FUSED_RESNET_LIBRARY, CompositeExplicitAutograd, m)
+{
+  m.impl("conv_tiles", TORCH_BOX(&fused_resnet::conv_tiles));
+  m.impl("conv_tiles_for", TORCH_BOX(&fused_resnet::conv_tiles_for));
+}
