@@ -2,11 +2,11 @@
 // with STABLE_TORCH_LIBRARY_IMPL in csrc/cpu and csrc/cuda.
 #include <torch/csrc/stable/library.h>
 
+#include "cuda/schemas.h"
+
 STABLE_TORCH_LIBRARY(fused_resnet, m)
 {
-  m.def(
-      "scale_shift_act(Tensor input, Tensor scale, Tensor shift, Tensor? residual=None, "
-      "str activation=\"relu\") -> Tensor");
+  for (const char* schema : fused_resnet::kCudaSchemas) m.def(schema);
 
   // The CPU backend's convolution. Internal: fused_resnet/backends/cpu.py is the only caller.
   m.def("conv_isa() -> str");

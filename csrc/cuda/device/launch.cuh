@@ -28,7 +28,7 @@ struct Grid {
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
   const std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
-  const auto thread = [&] { std::apply(kernel, values); };
+  auto thread = [&] { std::apply(kernel, values); };
   on_host::run_grid({grid.blocks, grid.threads, grid.shared_bytes}, thread);
 }
 

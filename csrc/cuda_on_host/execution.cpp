@@ -1,0 +1,599 @@
+#include "cuda_on_host/execution.h"
+
+#include <cuda_runtime.h>
+#include <signal.h>
+#include <ucontext.h>
+
+#include <array>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <sstream>
+#include <vector>
+
+#include "cuda_on_host/execution_state.h"
+#include "cuda_on_host/fiber.h"
+#include "cuda_on_host/memory.h"
+
+thread_local uint3 threadIdx;
+thread_local uint3 blockIdx;
+thread_local dim3 blockDim;
+thread_local dim3 gridDim;
+
+namespace fused_resnet::on_host {
+
+Settings settings;
+Statistics statistics;
+thread_local Block* running = nullptr;
+
+namespace {
+
+constexpr size_t kStackBytes = 64 << 10;
+constexpr unsigned kMostThreads = 1024;
+constexpr size_t kMostSharedBytes = 227 << 10;  // compute capability 9.0
+constexpr size_t kSharedAlignment = 128;
+
+const char* name(Operation operation) {
+  switch (operation) {
+    case Operation::kSynchronize:
+      return "__syncwarp";
+    case Operation::kVote:
+      return "a vote";
+    case Operation::kShuffle:
+      return "a shuffle";
+    case Operation::kLoadMatrices:
+      return "ldmatrix";
+    case Operation::kMultiply:
+      return "mma";
+  }
+  return "";
+}
+
+std::string file_and_line(const Place& place) {
+  const std::string path = place.file_name();
+  return path.substr(path.rfind('/') + 1) + ":" + std::to_string(place.line());
+}
+
+bool same_line(const Place& a, const Place& b) {
+  return a.line() == b.line() &&
+         (a.file_name() == b.file_name() || strcmp(a.file_name(), b.file_name()) == 0);
+}
+
+}  // namespace
+
+void throw_error(const std::string& message) {
+  throw Fault("cuda_on_host: " + message);
+}
+
+Block::Block() : threads_(kMostThreads) {
+  for (unsigned i = 0; i < kMostThreads; ++i) threads_[i].index = i;
+}
+
+void Block::prepare(const GridShape& shape, void (*thread_function)(void*), void* argument) {
+  if (shape.threads == 0 || shape.threads > kMostThreads) {
+    throw_error("a block of " + std::to_string(shape.threads) + " threads");
+  }
+  if (shape.shared_bytes > kMostSharedBytes) {
+    throw_error(std::to_string(shape.shared_bytes) + " bytes of shared memory");
+  }
+  function_ = thread_function;
+  argument_ = argument;
+  thread_count_ = shape.threads;
+  warp_count_ = (thread_count_ + 31) / 32;
+  while (stacks_.size() < thread_count_)
+    stacks_.push_back(std::make_unique<GuardedPages>(kStackBytes));
+  if (!shared_ || shared_bytes_ != shape.shared_bytes) {
+    shared_bytes_ = shape.shared_bytes;
+    shared_ = std::make_unique<GuardedPages>(std::max<size_t>(shared_bytes_, 1));
+    // It begins as aligned as on a GPU, so it may end a little before the guard page.
+    shared_begin = shared_->end() -
+                   (shared_bytes_ + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+  }
+}
+
+void Block::run(uint64_t seed) {
+  random_ = Random(seed);
+  memset(shared_->begin(), 0xff, shared_->end() - shared_->begin());
+  late_copies = random_.below(2);
+  restlessness_ = std::array<unsigned, 4>{0, 1, 16, 128}[random_.below(4)];
+  done_count_ = barrier_count_ = predicate_count_ = 0;
+  fault_.reset();
+  for (unsigned w = 0; w < warp_count_; ++w) {
+    const unsigned lanes = std::min(32u, thread_count_ - 32 * w);
+    warps_[w] = {};
+    warps_[w].ready = lanes == 32 ? ~0u : (1u << lanes) - 1;
+    warps_[w].shuffle(random_);
+  }
+  for (unsigned i = 0; i < thread_count_; ++i) {
+    Thread& thread = threads_[i];
+    thread.state = State::kReady;
+    thread.copies.clear();
+    thread.groups = 0;
+    GuardedPages& stack = *stacks_[i];
+    prepare_fiber(thread.fiber, stack.begin(), stack.end(), &Block::thread_entry);
+  }
+  running = this;
+  current = next();
+  threadIdx = {current->index, 0, 0};
+  switch_fiber(host_, current->fiber);
+  running = nullptr;
+  if (!fault_ && shared_slack_written()) {
+    fault_ = "out of bounds: shared memory was written to past the end of its " +
+             std::to_string(shared_bytes_) + " bytes, block " + block_name();
+  }
+  if (!fault_) {
+    if (std::string overrun = check_buffers(); !overrun.empty()) {
+      fault_ = "out of bounds: " + overrun + ", block " + block_name();
+    }
+  }
+  statistics.blocks += 1;
+  statistics.threads += thread_count_;
+  if (fault_) throw Fault("cuda_on_host: " + *fault_);
+}
+
+bool Block::shared_slack_written() const {
+  for (const char* p = shared_begin + shared_bytes_; p < shared_->end(); ++p) {
+    if (static_cast<unsigned char>(*p) != 0xff) return true;
+  }
+  return false;
+}
+
+void Block::thread_entry() {
+  running->function_(running->argument_);
+  running->finish_thread();
+}
+
+void Block::finish_thread() {
+  current->state = State::kDone;
+  warps_[current->index / 32].ready &= ~(1u << current->index % 32);
+  if (++done_count_ == thread_count_) leave();
+  go_on();
+  __builtin_unreachable();
+}
+
+// Continues somewhere; returns when the calling thread is chosen.
+void Block::go_on() {
+  Thread* chosen = next();
+  if (!chosen) fail(describe_deadlock());
+  if (chosen == current) return;
+  Thread* from = current;
+  current = chosen;
+  threadIdx.x = chosen->index;
+  switch_fiber(from->fiber, chosen->fiber);
+}
+
+Thread* Block::next() {
+  if (!warps_[current_warp_].ready || current_warp_ >= warp_count_ ||
+      (restlessness_ && random_.below(128) < restlessness_)) {
+    std::array<unsigned, kMostThreads / 32> runnable;
+    unsigned count = 0;
+    for (unsigned w = 0; w < warp_count_; ++w) {
+      if (warps_[w].ready) runnable[count++] = w;
+    }
+    if (count == 0) return nullptr;
+    current_warp_ = runnable[random_.below(count)];
+  }
+  return &threads_[32 * current_warp_ + warps_[current_warp_].first_ready()];
+}
+
+void Block::leave() {
+  switch_fiber(current->fiber, host_);
+  __builtin_unreachable();
+}
+
+void Block::fail(const std::string& message) {
+  fault_ = message;
+  leave();
+}
+
+void Block::fail_at(const std::string& message, const Place& place) {
+  fail(message + ", " + where(*current, file_and_line(place)));
+}
+
+std::string Block::block_name() const {
+  std::ostringstream out;
+  out << "(" << blockIdx.x << ", " << blockIdx.y << ", " << blockIdx.z << ")";
+  return out.str();
+}
+
+std::string Block::where(const Thread& thread, const std::string& line) const {
+  return "block " + block_name() + ", thread " + std::to_string(thread.index) + ", " + line;
+}
+
+std::string Block::doing(const Thread& thread) const {
+  const std::string name_of_thread = "thread " + std::to_string(thread.index);
+  switch (thread.state) {
+    case State::kDone:
+      return name_of_thread + " has ended";
+    case State::kAtBarrier:
+      return name_of_thread + " waits in __syncthreads at " + file_and_line(thread.place);
+    case State::kInWarp:
+      return name_of_thread + " waits in " + name(thread.operation) + " at " +
+             file_and_line(thread.place);
+    case State::kReady:
+      break;
+  }
+  return name_of_thread + " runs";
+}
+
+// No thread can go on: somebody waits for a thread that waits elsewhere or has ended.
+std::string Block::describe_deadlock() const {
+  const Thread* barrier = nullptr;
+  for (unsigned i = 0; i < thread_count_; ++i) {
+    const Thread& thread = threads_[i];
+    if (thread.state == State::kAtBarrier && !barrier) barrier = &thread;
+    if (thread.state != State::kInWarp) continue;
+    for (unsigned lane = 0; lane < 32; ++lane) {
+      if (!(thread.mask >> lane & 1)) continue;
+      const std::string need = std::string("divergent warp: ") + name(thread.operation) +
+                               " needs lane " + std::to_string(lane);
+      const unsigned other = thread.index / 32 * 32 + lane;
+      if (other >= thread_count_) {
+        return need + ", which the block does not have, " +
+               where(thread, file_and_line(thread.place));
+      }
+      const Thread& missing = threads_[other];
+      if (missing.state != State::kInWarp || missing.operation != thread.operation ||
+          missing.mask != thread.mask) {
+        return need + ", but " + doing(missing) + ", " + where(thread, file_and_line(thread.place));
+      }
+    }
+  }
+  for (unsigned i = 0; barrier && i < thread_count_; ++i) {
+    if (threads_[i].state != State::kAtBarrier) {
+      return "divergent barrier: " + std::to_string(barrier_count_) + " of " +
+             std::to_string(thread_count_) + " threads wait in __syncthreads, but " +
+             doing(threads_[i]) + ", " + where(*barrier, file_and_line(barrier->place));
+    }
+  }
+  return "no thread can go on, block " + block_name();
+}
+
+int Block::synchronize(bool predicate, const Place& place) {
+  Thread& thread = *current;
+  Thread& first = threads_[first_at_barrier_];
+  thread.place = place;
+  if (barrier_count_ == 0) {
+    first_at_barrier_ = thread.index;
+    predicate_count_ = 0;
+  } else if (!same_line(first.place, place)) {
+    fail_at("divergent barrier: " + doing(first) + " while others wait here", place);
+  }
+  predicate_count_ += predicate;
+  thread.state = State::kAtBarrier;
+  warps_[thread.index / 32].ready &= ~(1u << thread.index % 32);
+  if (++barrier_count_ == thread_count_) {
+    barrier_count_ = 0;
+    predicate_result_ = predicate_count_;
+    statistics.barriers += 1;
+    for (unsigned w = 0; w < warp_count_; ++w) {
+      const unsigned lanes = std::min(32u, thread_count_ - 32 * w);
+      warps_[w].ready = lanes == 32 ? ~0u : (1u << lanes) - 1;
+      warps_[w].shuffle(random_);
+    }
+    for (unsigned i = 0; i < thread_count_; ++i) threads_[i].state = State::kReady;
+    current_warp_ = random_.below(warp_count_);
+  }
+  go_on();
+  return predicate_result_;
+}
+
+void Block::in_warp(Operation operation, uint32_t mask, void* payload, const Place& place) {
+  Thread& thread = *current;
+  const unsigned lane = thread.index % 32;
+  Warp& warp = warps_[thread.index / 32];
+  if (!(mask >> lane & 1)) {
+    fail_at(std::string("divergent warp: ") + name(operation) +
+                " is called by a lane that its mask leaves out",
+            place);
+  }
+  thread.state = State::kInWarp;
+  thread.operation = operation;
+  thread.mask = mask;
+  thread.place = place;
+  warp.payloads[lane] = payload;
+  warp.ready &= ~(1u << lane);
+
+  unsigned g = 0;
+  while (g < warp.group_count &&
+         (warp.groups[g].operation != operation || warp.groups[g].mask != mask)) {
+    ++g;
+  }
+  if (g == warp.group_count) warp.groups[warp.group_count++] = {operation, mask, 0};
+  warp.groups[g].arrived |= 1u << lane;
+  if (warp.groups[g].arrived == mask) {
+    warp.groups[g] = warp.groups[--warp.group_count];
+    carry_out(operation, mask, warp);
+    const unsigned base = thread.index / 32 * 32;
+    for (uint32_t rest = mask; rest; rest &= rest - 1) {
+      threads_[base + std::countr_zero(rest)].state = State::kReady;
+    }
+    warp.ready |= mask;
+    warp.shuffle(random_);
+  }
+  go_on();
+}
+
+void Block::carry_out(Operation operation, uint32_t mask, Warp& warp) {
+  switch (operation) {
+    case Operation::kSynchronize:
+      return;
+    case Operation::kVote: {
+      uint32_t ballot = 0;
+      for (uint32_t rest = mask; rest; rest &= rest - 1) {
+        const int lane = std::countr_zero(rest);
+        ballot |= static_cast<uint32_t>(static_cast<Vote*>(warp.payloads[lane])->predicate) << lane;
+      }
+      for (uint32_t rest = mask; rest; rest &= rest - 1) {
+        static_cast<Vote*>(warp.payloads[std::countr_zero(rest)])->ballot = ballot;
+      }
+      return;
+    }
+    case Operation::kShuffle:
+      for (uint32_t rest = mask; rest; rest &= rest - 1) {
+        Shuffle& shuffle = *static_cast<Shuffle*>(warp.payloads[std::countr_zero(rest)]);
+        if (!(mask >> shuffle.source_lane & 1)) {
+          fail_at("divergent warp: a shuffle reads lane " + std::to_string(shuffle.source_lane) +
+                      ", which takes no part",
+                  current->place);
+        }
+        shuffle.result = static_cast<Shuffle*>(warp.payloads[shuffle.source_lane])->value;
+      }
+      return;
+    case Operation::kLoadMatrices:
+      return load_matrices_of_warp(warp);
+    case Operation::kMultiply:
+      statistics.multiplications += 1;
+      return multiply_of_warp(warp);
+  }
+}
+
+void Block::check_alignment(const void* address, size_t bytes, const char* what,
+                            const Place& place) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+    fail_at(std::string("misaligned access: ") + what + " of " + std::to_string(bytes) + " bytes " +
+                describe_offset(address, bytes),
+            place);
+  }
+}
+
+std::string Block::describe_offset(const void* address, size_t bytes) const {
+  const std::string beyond =
+      std::to_string(reinterpret_cast<uintptr_t>(address) % bytes) + " beyond a multiple";
+  if (is_shared(address)) {
+    return "at offset " + std::to_string(static_cast<const char*>(address) - shared_begin) +
+           " of shared memory, " + beyond;
+  }
+  return beyond;
+}
+
+bool Block::is_shared(const void* address) const {
+  return address >= shared_->begin() && address < shared_->end();
+}
+
+void Block::check_shared(const void* address, size_t bytes, const char* what, const Place& place) {
+  const char* begin = static_cast<const char*>(address);
+  if (begin < shared_begin || begin + bytes > shared_begin + shared_bytes_) {
+    fail_at(std::string("out of bounds: ") + what + " at offset " +
+                std::to_string(begin - shared_begin) + " of " + std::to_string(shared_bytes_) +
+                " bytes of shared memory",
+            place);
+  }
+}
+
+namespace {
+
+Block& block() {
+  if (!running) throw_error("a device function_ was called outside a kernel");
+  return *running;
+}
+
+// Runs in the place of an instruction that faulted.
+[[noreturn]] __attribute__((force_align_arg_pointer)) void leave_after_signal() {
+  running->fail_after_signal();
+}
+
+struct sigaction previous_action;
+
+void on_signal(int number, siginfo_t* info, void* context_pointer) {
+  if (!running) {
+    // Not ours: the instruction is tried again under the handler that was there before.
+    sigaction(number, &previous_action, nullptr);
+    return;
+  }
+  auto& registers = static_cast<ucontext_t*>(context_pointer)->uc_mcontext;
+  running->signal_address = static_cast<const char*>(info->si_addr);
+  running->signal_has_address = info->si_code == SEGV_MAPERR || info->si_code == SEGV_ACCERR;
+#if defined(__x86_64__)
+  running->signal_instruction = reinterpret_cast<void*>(registers.gregs[REG_RIP]);
+  registers.gregs[REG_RSP] = reinterpret_cast<greg_t>(running->spare_stack_end());
+  registers.gregs[REG_RIP] = reinterpret_cast<greg_t>(&leave_after_signal);
+#elif defined(__aarch64__)
+  running->signal_instruction = reinterpret_cast<void*>(registers.pc);
+  registers.sp = reinterpret_cast<uintptr_t>(running->spare_stack_end());
+  registers.pc = reinterpret_cast<uintptr_t>(&leave_after_signal);
+#endif
+}
+
+// Faults are handled on a stack of their own, since a fiber's may be what ran out.
+class SignalStack {
+ public:
+  SignalStack() {
+    stack_t stack{};
+    stack.ss_sp = memory_.data();
+    stack.ss_size = memory_.size();
+    sigaltstack(&stack, &previous_);
+  }
+  ~SignalStack() { sigaltstack(&previous_, nullptr); }
+
+ private:
+  std::array<char, 64 << 10> memory_;
+  stack_t previous_;
+};
+
+void install_handler() {
+  struct sigaction action{};
+  action.sa_sigaction = on_signal;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  struct sigaction before;
+  sigaction(SIGSEGV, &action, &before);
+  if (before.sa_sigaction != on_signal) previous_action = before;
+}
+
+}  // namespace
+
+void Block::fail_after_signal() {
+  const std::string line = source_line(signal_instruction);
+  std::string what;
+  if (!signal_has_address) {
+    what = "misaligned access";
+  } else if (const GuardedPages& stack = *stacks_[current->index];
+             signal_address < stack.begin() && signal_address >= stack.begin() - 4096) {
+    what = "the thread's stack overflows";
+  } else if (signal_address >= shared_->end() && signal_address < shared_->end() + 4096) {
+    what = "out of bounds: an access past the end of " + std::to_string(shared_bytes_) +
+           " bytes of shared memory";
+  } else {
+    what = "out of bounds: an access " + describe_address(signal_address);
+  }
+  fail(what + ", " + where(*current, current->accesses ? file_and_line(current->place) : line));
+}
+
+char* Block::spare_stack_end() {
+  if (!spare_stack_) spare_stack_ = std::make_unique<GuardedPages>(kStackBytes);
+  return spare_stack_->end() - 8;
+}
+
+void run_grid(const GridShape& shape, void (*thread)(void*), void* argument) {
+  if (running) throw_error("a kernel starts a kernel");
+  static thread_local auto block = std::make_unique<Block>();
+  static std::mutex one_grid_at_a_time;
+  const std::lock_guard lock(one_grid_at_a_time);
+  const SignalStack stack;
+  install_handler();
+  const uint64_t count = uint64_t{shape.blocks.x} * shape.blocks.y * shape.blocks.z;
+  if (shape.blocks.y > 65535 || shape.blocks.z > 65535 || count == 0) {
+    throw_error("a grid of " + std::to_string(shape.blocks.x) + " x " +
+                std::to_string(shape.blocks.y) + " x " + std::to_string(shape.blocks.z) +
+                " blocks");
+  }
+  block->prepare(shape, thread, argument);
+  blockDim = dim3(shape.threads);
+  gridDim = shape.blocks;
+  Random random(settings.seed);
+  const uint64_t first = random.below(count);
+  const bool backwards = random.below(2);
+  for (uint64_t i = 0; i < count; ++i) {
+    const uint64_t b = (first + (backwards ? count - i : i)) % count;
+    blockIdx = {static_cast<unsigned>(b % shape.blocks.x),
+                static_cast<unsigned>(b / shape.blocks.x % shape.blocks.y),
+                static_cast<unsigned>(b / shape.blocks.x / shape.blocks.y)};
+    block->run(random.next());
+  }
+}
+
+char* shared_memory() {
+  return block().shared_begin;
+}
+
+int synchronize_block(bool predicate, Place place) {
+  return block().synchronize(predicate, place);
+}
+
+void synchronize_warp(uint32_t mask, Place place) {
+  block().in_warp(Operation::kSynchronize, mask, nullptr, place);
+}
+
+uint32_t ballot(uint32_t mask, bool predicate, Place place) {
+  Vote vote{predicate, 0};
+  block().in_warp(Operation::kVote, mask, &vote, place);
+  return vote.ballot;
+}
+
+uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane, Place place) {
+  Shuffle shuffle{value, 0, source_lane};
+  block().in_warp(Operation::kShuffle, mask, &shuffle, place);
+  return shuffle.result;
+}
+
+void load(void* target, const void* source, size_t bytes, Place place) {
+  Block& b = block();
+  b.check_alignment(source, bytes, "a load", place);
+  b.begin_access(place);
+  memcpy(target, source, bytes);
+  b.end_access();
+}
+
+void store(void* target, const void* source, size_t bytes, Place place) {
+  Block& b = block();
+  b.check_alignment(target, bytes, "a store", place);
+  b.begin_access(place);
+  memcpy(target, source, bytes);
+  b.end_access();
+}
+
+void copy_async(void* shared, const void* global, int bytes, bool valid, Place place) {
+  Block& b = block();
+  b.check_shared(shared, bytes, "cp.async", place);
+  b.check_alignment(shared, bytes, "cp.async to", place);
+  Copy copy{static_cast<char*>(shared), {}, bytes, b.current->groups};
+  if (valid) {
+    b.check_alignment(global, bytes, "cp.async from", place);
+    b.begin_access(place);
+    memcpy(copy.data.data(), global, bytes);
+    b.end_access();
+  }
+  if (b.late_copies) {
+    memset(shared, 0xff, bytes);
+    b.current->copies.push_back(copy);
+  } else {
+    memcpy(shared, copy.data.data(), bytes);
+  }
+}
+
+void commit_copies() {
+  ++block().current->groups;
+}
+
+void wait_for_copies(int groups_left) {
+  Thread& thread = *block().current;
+  size_t done = 0;
+  while (done < thread.copies.size() && thread.copies[done].group + groups_left < thread.groups) {
+    const Copy& copy = thread.copies[done++];
+    memcpy(copy.target, copy.data.data(), copy.bytes);
+  }
+  thread.copies.erase(thread.copies.begin(), thread.copies.begin() + done);
+}
+
+void load_matrices(uint32_t* registers, int count, const void* row, bool transposed, Place place) {
+  Block& b = block();
+  b.check_alignment(row, 16, "ldmatrix", place);
+  b.check_shared(row, 16, "ldmatrix", place);
+  LoadMatrices load{registers, count, row, transposed};
+  b.in_warp(Operation::kLoadMatrices, ~0u, &load, place);
+}
+
+void multiply(Element element, float* d, const uint32_t* a, const uint32_t* b, Place place) {
+  Multiply operands{element, d, a, b};
+  block().in_warp(Operation::kMultiply, ~0u, &operands, place);
+}
+
+int device_attribute(int attribute) {
+  switch (attribute) {
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      return 2048;
+    case cudaDevAttrMultiProcessorCount:
+      return settings.processors;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      return kMostSharedBytes;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      return kMostSharedBytes + 1024;
+    case cudaDevAttrComputeCapabilityMajor:
+      return 9;
+    default:
+      return 0;
+  }
+}
+
+}  // namespace fused_resnet::on_host

@@ -1,0 +1,73 @@
+// Carries out CUDA kernels on the CPU and finds the mistakes in them: the interface behind
+// csrc/cuda/device and the headers in include/. Test-only.
+//
+// A CUDA thread is a fiber. A block's fibers run one at a time, each until it has to wait for
+// others: at a barrier, or in an operation of its warp, which the last lane to come carries out for
+// all. Which fiber goes on is drawn from a seed, so a missing barrier shows as a difference between
+// seeds where it does not show as a wrong result.
+//
+// A mistake ends the kernel with a Fault that names block, thread and source line.
+#pragma once
+
+#include <vector_types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+
+namespace fused_resnet::on_host {
+
+using Place = std::source_location;
+
+struct Fault : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+[[noreturn]] void throw_error(const std::string& message);
+
+struct GridShape {
+  dim3 blocks;
+  unsigned threads;
+  size_t shared_bytes;
+};
+
+// Calls `thread(argument)` for every thread of the grid.
+void run_grid(const GridShape& shape, void (*thread)(void*), void* argument);
+
+template <typename F>
+void run_grid(const GridShape& shape, F& thread) {
+  run_grid(shape, [](void* f) { (*static_cast<F*>(f))(); }, &thread);
+}
+
+// The rest is called by the threads of a running block.
+
+char* shared_memory();
+
+// Waits for all threads of the block; returns how many of them gave a true predicate.
+int synchronize_block(bool predicate, Place place);
+
+void synchronize_warp(uint32_t mask, Place place);
+uint32_t ballot(uint32_t mask, bool predicate, Place place);
+uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane, Place place);
+
+// `bytes` is at most 16, and both addresses are multiples of it.
+void load(void* target, const void* source, size_t bytes, Place place);
+void store(void* target, const void* source, size_t bytes, Place place);
+
+void copy_async(void* shared, const void* global, int bytes, bool valid, Place place);
+void commit_copies();
+void wait_for_copies(int groups_left);
+
+// ldmatrix; `count` registers.
+void load_matrices(uint32_t* registers, int count, const void* row, bool transposed, Place place);
+
+enum class Element { kFloat16, kBFloat16, kTf32 };
+
+// mma.sync: m16n8k16 of 16-bit elements, m16n8k8 of tf32.
+void multiply(Element element, float* d, const uint32_t* a, const uint32_t* b, Place place);
+
+int device_attribute(int attribute);
+
+}  // namespace fused_resnet::on_host

@@ -1,0 +1,191 @@
+// A running block: what csrc/cuda_on_host's own files share.
+#pragma once
+
+#include <array>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cuda_on_host/execution.h"
+#include "cuda_on_host/fiber.h"
+#include "cuda_on_host/memory.h"
+
+namespace fused_resnet::on_host {
+
+struct Settings {
+  uint64_t seed = 0;
+  int processors = 4;  // few, so that the kernels' loops over what a grid does not cover run
+};
+extern Settings settings;
+
+struct Statistics {
+  int64_t blocks, threads, barriers, multiplications;
+};
+extern Statistics statistics;
+
+// xorshift64*
+class Random {
+ public:
+  explicit Random(uint64_t seed = 0) : state_(seed * 0x9e3779b97f4a7c15u + 0x1234567u) { next(); }
+  uint64_t next() {
+    state_ ^= state_ >> 12;
+    state_ ^= state_ << 25;
+    state_ ^= state_ >> 27;
+    return state_ * 0x2545f4914f6cdd1du;
+  }
+  uint64_t below(uint64_t bound) { return (next() >> 32) % bound; }
+
+ private:
+  uint64_t state_;
+};
+
+enum class State : uint8_t { kReady, kAtBarrier, kInWarp, kDone };
+enum class Operation : uint8_t { kSynchronize, kVote, kShuffle, kLoadMatrices, kMultiply };
+
+// What a lane brings to an operation of its warp.
+struct Vote {
+  bool predicate;
+  uint32_t ballot;
+};
+struct Shuffle {
+  uint64_t value, result;
+  int source_lane;
+};
+struct LoadMatrices {
+  uint32_t* registers;
+  int count;
+  const void* row;
+  bool transposed;
+};
+struct Multiply {
+  Element element;
+  float* d;
+  const uint32_t* a;
+  const uint32_t* b;
+};
+
+// A cp.async on its way.
+struct Copy {
+  char* target;
+  std::array<char, 16> data;
+  int bytes;
+  int group;
+};
+
+struct Thread {
+  Fiber fiber;
+  unsigned index;
+  State state;
+  Operation operation;  // of the warp, while it waits in one; so are mask and place
+  uint32_t mask;
+  Place place;
+  bool accesses;  // `place` is where memory is accessed
+  std::vector<Copy> copies;
+  int groups;  // of copies, committed so far
+};
+
+struct Warp {
+  // Lanes that came to the same operation.
+  struct Group {
+    Operation operation;
+    uint32_t mask, arrived;
+  };
+  uint32_t ready;
+  unsigned rotation;  // with `backwards`, the order in which ready lanes go on
+  bool backwards;
+  unsigned group_count;
+  std::array<Group, 32> groups;
+  std::array<void*, 32> payloads;
+
+  void shuffle(Random& random) {
+    const uint64_t bits = random.next();
+    rotation = bits >> 40 & 31;
+    backwards = bits >> 50 & 1;
+  }
+  unsigned first_ready() const {
+    const uint32_t turned = std::rotr(ready, static_cast<int>(rotation));
+    const int place = backwards ? 31 - std::countl_zero(turned) : std::countr_zero(turned);
+    return (place + rotation) & 31;
+  }
+};
+
+// The blocks of a grid run in one of these, one after the other.
+class Block {
+ public:
+  Block();
+  void prepare(const GridShape& shape, void (*function)(void*), void* argument);
+  // Throws a Fault.
+  void run(uint64_t seed);
+
+  // For the thread that runs.
+  int synchronize(bool predicate, const Place& place);
+  void in_warp(Operation operation, uint32_t mask, void* payload, const Place& place);
+  void check_alignment(const void* address, size_t bytes, const char* what, const Place& place);
+  void check_shared(const void* address, size_t bytes, const char* what, const Place& place);
+  [[noreturn]] void fail_at(const std::string& message, const Place& place);
+  [[noreturn]] void fail_after_signal();
+
+  // Memory accessed in between is accessed on behalf of `place`.
+  void begin_access(const Place& place) {
+    current->place = place;
+    current->accesses = true;
+  }
+  void end_access() { current->accesses = false; }
+
+  Thread* current = nullptr;
+  char* shared_begin = nullptr;
+  bool late_copies = false;  // cp.async writes when it is waited for, else at once
+
+  // What a signal handler leaves for fail_after_signal, which runs on the spare stack.
+  const char* signal_address = nullptr;
+  bool signal_has_address = false;
+  const void* signal_instruction = nullptr;
+  char* spare_stack_end();
+
+ private:
+  static void thread_entry();
+  [[noreturn]] void finish_thread();
+  void go_on();
+  Thread* next();
+  [[noreturn]] void leave();
+  [[noreturn]] void fail(const std::string& message);
+  void carry_out(Operation operation, uint32_t mask, Warp& warp);
+  bool is_shared(const void* address) const;
+  bool shared_slack_written() const;
+  std::string block_name() const;
+  std::string where(const Thread& thread, const std::string& line) const;
+  std::string doing(const Thread& thread) const;
+  std::string describe_deadlock() const;
+  std::string describe_offset(const void* address, size_t bytes) const;
+
+  void (*function_)(void*) = nullptr;
+  void* argument_ = nullptr;
+  unsigned thread_count_ = 0, warp_count_ = 0;
+  std::vector<Thread> threads_;
+  std::array<Warp, 32> warps_;
+  std::vector<std::unique_ptr<GuardedPages>> stacks_;
+  std::unique_ptr<GuardedPages> spare_stack_;
+  std::unique_ptr<GuardedPages> shared_;
+  size_t shared_bytes_ = 0;
+  Fiber host_;
+
+  Random random_;
+  unsigned restlessness_ = 0;  // of 128 choices, how many may leave a warp that could go on
+  unsigned current_warp_ = 0;
+  unsigned done_count_ = 0;
+  unsigned barrier_count_ = 0, first_at_barrier_ = 0;
+  int predicate_count_ = 0, predicate_result_ = 0;
+  std::optional<std::string> fault_;
+};
+
+// The block that runs on this host thread, or null.
+extern thread_local Block* running;
+
+void load_matrices_of_warp(const Warp& warp);
+void multiply_of_warp(const Warp& warp);
+
+}  // namespace fused_resnet::on_host

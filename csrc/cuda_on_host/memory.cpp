@@ -1,0 +1,157 @@
+#include "cuda_on_host/memory.h"
+
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <dlfcn.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <new>
+
+namespace fused_resnet::on_host {
+namespace {
+
+constexpr size_t kPage = 4096;  // at least as large as what mprotect works on
+constexpr size_t kAlignment = 16;
+constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point format
+
+size_t round_up(size_t size, size_t multiple) {
+  return (size + multiple - 1) / multiple * multiple;
+}
+
+}  // namespace
+
+GuardedPages::GuardedPages(size_t bytes) {
+  const size_t size = round_up(bytes, kPage);
+  void* pages = mmap(nullptr, size + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED) throw std::bad_alloc();
+  begin_ = static_cast<char*>(pages) + kPage;
+  end_ = begin_ + size;
+  if (mprotect(begin_, size, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+}
+
+GuardedPages::~GuardedPages() {
+  munmap(begin_ - kPage, end_ - begin_ + 2 * kPage);
+}
+
+namespace {
+
+// A tensor's memory. What its pages hold beside it stays poison.
+struct Buffer {
+  Buffer(size_t bytes, Guard guard) : pages(bytes), bytes(bytes) {
+    const size_t room = pages.end() - pages.begin();
+    begin = guard == Guard::kEnd ? pages.end() - round_up(bytes, kAlignment) : pages.begin();
+    memset(pages.begin(), kPoison, room);
+  }
+  bool is_overrun() const {
+    for (const char* p = begin + bytes; p < begin + round_up(bytes, kAlignment); ++p) {
+      if (static_cast<unsigned char>(*p) != kPoison) return true;
+    }
+    return false;
+  }
+
+  GuardedPages pages;
+  size_t bytes;
+  char* begin;
+};
+
+std::mutex mutex;
+std::map<const char*, Buffer*>& buffers() {
+  static auto& map = *new std::map<const char*, Buffer*>;  // outlives every tensor
+  return map;
+}
+
+void delete_buffer(void* context) {
+  auto* buffer = static_cast<Buffer*>(context);
+  {
+    const std::lock_guard lock(mutex);
+    buffers().erase(buffer->begin);
+  }
+  delete buffer;
+}
+
+class GuardingAllocator : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes == 0) return {nullptr, nullptr, &delete_buffer, c10::Device(c10::DeviceType::CPU)};
+    auto* buffer = new Buffer(bytes, guard);
+    const std::lock_guard lock(mutex);
+    buffers()[buffer->begin] = buffer;
+    return {buffer->begin, buffer, &delete_buffer, c10::Device(c10::DeviceType::CPU)};
+  }
+  void copy_data(void* target, const void* source, size_t bytes) const override {
+    memcpy(target, source, bytes);
+  }
+
+  Guard guard = Guard::kOff;
+};
+
+}  // namespace
+
+void guard_tensors(Guard guard) {
+  static GuardingAllocator guarding;
+  static c10::Allocator* const plain = c10::GetCPUAllocator();
+  guarding.guard = guard;
+  c10::SetCPUAllocator(guard == Guard::kOff ? plain : &guarding);
+}
+
+std::string check_buffers() {
+  const std::lock_guard lock(mutex);
+  for (const auto& [begin, buffer] : buffers()) {
+    if (buffer->is_overrun()) {
+      memset(buffer->begin + buffer->bytes, kPoison,
+             round_up(buffer->bytes, kAlignment) - buffer->bytes);
+      return "a tensor was written to past the end of its " + std::to_string(buffer->bytes) +
+             " bytes";
+    }
+  }
+  return "";
+}
+
+std::string describe_address(const void* address) {
+  const std::lock_guard lock(mutex);
+  const char* p = static_cast<const char*>(address);
+  for (const auto& [begin, buffer] : buffers()) {
+    const std::string size = std::to_string(buffer->bytes);
+    if (p >= begin && p < buffer->pages.end() + kPage) {
+      return std::to_string(p - begin) + " bytes from the begin of a tensor's " + size;
+    }
+    if (p < begin && p >= buffer->pages.begin() - kPage) {
+      return std::to_string(begin - p) + " bytes before a tensor's " + size;
+    }
+  }
+  char text[32];
+  snprintf(text, sizeof(text), "at %p", address);
+  return std::string(text) + ", where nothing is";
+}
+
+std::string source_line(const void* instruction) {
+  Dl_info library;
+  if (!dladdr(instruction, &library) || !library.dli_fname) return "unknown line";
+  const size_t offset =
+      static_cast<const char*>(instruction) - static_cast<const char*>(library.dli_fbase);
+  char command[4096];
+  snprintf(command, sizeof(command), "addr2line -i -e '%s' %#zx 2>/dev/null", library.dli_fname,
+           offset);
+  std::string found;
+  if (FILE* lines = popen(command, "r")) {
+    char line[4096];
+    while (found.empty() && fgets(line, sizeof(line), lines)) {
+      std::string text(line, strcspn(line, " \n"));
+      const bool is_ours = text.find("/cuda/device/") == std::string::npos &&
+                           text.find("/cuda_on_host/") == std::string::npos &&
+                           text.find("/include/") == std::string::npos && text[0] == '/';
+      if (is_ours) found = text.substr(text.rfind('/') + 1);
+    }
+    pclose(lines);
+  }
+  if (found.empty()) snprintf(command, sizeof(command), "%s+%#zx", library.dli_fname, offset);
+  return found.empty() ? command : found;
+}
+
+}  // namespace fused_resnet::on_host

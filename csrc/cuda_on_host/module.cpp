@@ -1,0 +1,43 @@
+// The Python module of the tests, and the operators of torch.ops.fused_resnet_on_host.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/schemas.h"
+#include "cuda_on_host/execution_state.h"
+#include "cuda_on_host/memory.h"
+
+STABLE_TORCH_LIBRARY(fused_resnet_on_host, m)
+{
+  for (const char* schema : fused_resnet::kCudaSchemas) m.def(schema);
+}
+
+namespace on_host = fused_resnet::on_host;
+
+PYBIND11_MODULE(fused_resnet_on_host, m) {
+  m.def(
+      "set_seed", [](uint64_t seed) { on_host::settings.seed = seed; },
+      "Chooses the order of blocks and threads and when a cp.async arrives.");
+  m.def(
+      "set_processors", [](int count) { on_host::settings.processors = count; },
+      "How many multiprocessors the kernels' launchers are told of.");
+  m.def(
+      "guard",
+      [](const std::string& where) {
+        on_host::guard_tensors(where == "end"     ? on_host::Guard::kEnd
+                               : where == "begin" ? on_host::Guard::kBegin
+                                                  : on_host::Guard::kOff);
+      },
+      "Guards the \"end\" or the \"begin\" of tensors made on the CPU from now on; \"off\" stops.");
+  m.def(
+      "statistics",
+      [] {
+        const on_host::Statistics& s = on_host::statistics;
+        pybind11::dict counts;
+        counts["blocks"] = s.blocks;
+        counts["threads"] = s.threads;
+        counts["barriers"] = s.barriers;
+        counts["multiplications"] = s.multiplications;
+        return counts;
+      },
+      "What ran since the module was loaded.");
+}

@@ -1,0 +1,150 @@
+"""Builds and loads `csrc/cuda_on_host`: the CUDA kernels, compiled for the CPU.
+
+Needs a C++ compiler, torch and the pybind11 headers torch comes with, no CUDA. Objects are kept
+under build/ and compiled again when something that they were made of has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sysconfig
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "cuda_on_host"
+NAME = "fused_resnet_on_host"
+TORCH = Path(torch.__file__).parent
+
+# -g1: faults are told by source line. Threads are fibers, so no thread-local address may be looked
+# up twice.
+FLAGS = [
+    "-std=c++20", "-O2", "-g1", "-march=native", "-fPIC", "-fvisibility=hidden", "-Wall",
+    "-ftls-model=initial-exec", "-fno-optimize-sibling-calls", "-fno-omit-frame-pointer",
+]  # fmt: skip
+KERNEL_FLAGS = [
+    "-x", "c++", "-DFUSED_RESNET_ON_HOST", "-DNDEBUG",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wno-unknown-pragmas",
+]  # fmt: skip
+
+
+def kernel_sources() -> list[Path]:
+    return sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+
+
+@functools.cache
+def load() -> ModuleType:
+    """The module of csrc/cuda_on_host/module.cpp; its operators are registered then."""
+    own = sorted((ROOT / "csrc" / "cuda_on_host").glob("*.cpp"))
+    host = sorted((ROOT / "csrc" / "cuda").rglob("*.cpp"))
+    library = build([*kernel_sources(), *host, *own, *extra_sources()])
+    spec = importlib.util.spec_from_file_location(NAME, library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def extra_sources() -> list[Path]:
+    """Kernels of the tests' own."""
+    return sorted(Path(__file__).parent.glob("*.cu"))
+
+
+@contextlib.contextmanager
+def guarded(end: str = "end") -> Iterator[None]:
+    """Tensors made in here end (or "begin") at a page that cannot be accessed."""
+    load().guard(end)
+    try:
+        yield
+    finally:
+        load().guard("off")
+
+
+def build(sources: Sequence[Path]) -> Path:
+    """Compiles what changed and returns the library."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(_compile, sources))
+    command = [
+        _compiler(), "-shared", *map(str, objects), f"-L{TORCH / 'lib'}",
+        "-ltorch_cpu", "-lc10", "-ldl",
+    ]  # fmt: skip
+    library = BUILD / _digest(command) / f"{NAME}.so"
+    if not library.is_file():
+        library.parent.mkdir(exist_ok=True)
+        _run([*command, "-o"], library)
+    return library
+
+
+def _compile(source: Path) -> Path:
+    """The object made of `source`, named by the command and all that it reads."""
+    command = [
+        _compiler(), *FLAGS, *(KERNEL_FLAGS if source.suffix == ".cu" else []),
+        f"-I{ROOT / 'csrc' / 'cuda_on_host' / 'include'}", f"-I{ROOT / 'csrc'}",
+        "-isystem", str(TORCH / "include"),
+        "-isystem", sysconfig.get_paths()["include"],
+        "-c", str(source),
+    ]  # fmt: skip
+    key = _digest([*command, torch.__version__, _machine()])
+    record = BUILD / f"{source.stem}-{key}.json"
+    if record.is_file():
+        made_of = json.loads(record.read_text())
+        if all(_content(Path(path)) == digest for path, digest in made_of["inputs"].items()):
+            return BUILD / made_of["object"]
+    obj = BUILD / f"{source.stem}-{key}.{os.getpid()}.o"
+    depfile = obj.with_suffix(".d")
+    _run([*command, "-MMD", "-MF", str(depfile), "-o"], obj)
+    rule = depfile.read_text().replace("\\\n", " ").replace("\\ ", "\0")
+    inputs = [word.replace("\0", " ") for word in rule.partition(":")[2].split()]
+    depfile.unlink()
+    digests = {path: _content(Path(path)) for path in inputs}
+    named = BUILD / f"{source.stem}-{_digest([key, json.dumps(digests)])}.o"
+    obj.replace(named)
+    record.write_text(json.dumps({"object": named.name, "inputs": digests}))
+    return named
+
+
+def _run(command: list[str], output: Path) -> None:
+    """Runs a command that ends with its output, which appears whole or not at all."""
+    unfinished = output.with_name(f"{output.name}.{os.getpid()}")
+    done = subprocess.run(
+        [*command, str(unfinished)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}")
+    unfinished.replace(output)
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+@functools.cache
+def _machine() -> str:
+    """What -march=native depends on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = ""
+    if cpuinfo.is_file():
+        flags = next((x for x in cpuinfo.read_text().splitlines() if x.startswith("flags")), "")
+    return platform.machine() + flags
+
+
+def _digest(words: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _content(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
