@@ -6,6 +6,15 @@ namespace fused_resnet {
 inline constexpr const char* kCudaSchemas[] = {
     "scale_shift_act(Tensor input, Tensor scale, Tensor shift, Tensor? residual=None, "
     "str activation=\"relu\") -> Tensor",
+
+    // Internal: fused_resnet/backends/cuda.py is the only caller. `tile` is empty, or an index into
+    // what conv_tiles lists and a split.
+    "conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tensor running_var, "
+    "Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, int stride_h, int stride_w, "
+    "int pad_h, int pad_w, int dil_h, int dil_w, int groups, Tensor? residual, bool relu, "
+    "bool tf32, int[] tile) -> Tensor",
+    "conv_tiles() -> int[]",
+    "conv_tiles_for(int[] problem, int[] gpu) -> int[]",
 };
 
 }  // namespace fused_resnet
