@@ -96,15 +96,84 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& d, bool transposed
   }
 }
 
+constexpr int kTile = 64, kDepth = 32, kPitch = kDepth * 2 + 16, kStages = 3;
+
+enum class Mistake { kNone, kNoWait, kNoBarrier, kEarlyCopy };
+
+// c = a b^T by tiles of 64 x 64, a (M, depth) and b (N, depth), with copies two tiles ahead.
+template <Mistake kMistake>
+__global__ void __launch_bounds__(128)
+    matrix_product(const __half* a, const __half* b, float* c, int depth) {
+  char* shared = device::shared_memory();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t first_row = int64_t{blockIdx.x} * kTile, first_column = int64_t{blockIdx.y} * kTile;
+  const int steps = depth / kDepth;
+  const auto copy_tile = [&](int step) {
+    char* stage = shared + step % kStages * 2 * kTile * kPitch;
+    for (int v = threadIdx.x; step < steps && v < kTile * 4; v += 128) {
+      const int row = v / 4, column = v % 4;
+      const int64_t offset = step * kDepth + column * 8;
+      char* target = stage + row * kPitch + column * 16;
+      device::copy_async_16(target, a + (first_row + row) * depth + offset, true);
+      device::copy_async_16(target + kTile * kPitch, b + (first_column + row) * depth + offset,
+                            true);
+    }
+    device::commit_copies();
+  };
+  for (int step = 0; step < kStages - 1; ++step) copy_tile(step);
+
+  float sums[kTile / 8][4] = {};
+  for (int step = 0; step < steps; ++step) {
+    if (kMistake != Mistake::kNoWait) device::wait_for_copies<kStages - 2>();
+    if (kMistake == Mistake::kEarlyCopy) copy_tile(step + kStages - 1);
+    if (kMistake != Mistake::kNoBarrier) __syncthreads();
+    if (kMistake != Mistake::kEarlyCopy) copy_tile(step + kStages - 1);
+    const char* stage_a = shared + step % kStages * 2 * kTile * kPitch;
+    const char* stage_b = stage_a + kTile * kPitch;
+    for (int k = 0; k < kDepth; k += 16) {
+      uint32_t rows[4], columns[4];
+      device::load_matrix_x4(rows,
+                             stage_a + (warp * 16 + lane % 16) * kPitch + k * 2 + lane / 16 * 16);
+      for (int n = 0; n < kTile; n += 16) {
+        device::load_matrix_x4(
+            columns, stage_b + (n + lane / 16 * 8 + lane % 8) * kPitch + k * 2 + lane / 8 % 2 * 16);
+        device::mma_16x8x16<__half>(sums[n / 8], rows, {columns[0], columns[1]});
+        device::mma_16x8x16<__half>(sums[n / 8 + 1], rows, {columns[2], columns[3]});
+      }
+    }
+  }
+  const int64_t row = first_row + warp * 16 + lane / 4;
+  for (int n = 0; n < kTile / 8; ++n) {
+    for (int i = 0; i < 4; ++i) {
+      const int64_t column = first_column + n * 8 + lane % 4 * 2 + i % 2;
+      c[(row + i / 2 * 8) * (int64_t{gridDim.y} * kTile) + column] = sums[n][i];
+    }
+  }
+}
+
+void product(const Tensor& a, const Tensor& b, const Tensor& c, int64_t mistake) {
+  using Kernel = void (*)(const __half*, const __half*, float*, int);
+  constexpr Kernel kKernels[] = {matrix_product<Mistake::kNone>, matrix_product<Mistake::kNoWait>,
+                                 matrix_product<Mistake::kNoBarrier>,
+                                 matrix_product<Mistake::kEarlyCopy>};
+  const dim3 blocks(a.size(0) / kTile, b.size(0) / kTile);
+  device::launch(kKernels[mistake], {blocks, 128, kStages * 2 * kTile * kPitch},
+                 static_cast<const __half*>(a.const_data_ptr()),
+                 static_cast<const __half*>(b.const_data_ptr()),
+                 static_cast<float*>(c.mutable_data_ptr()), a.size(1));
+}
+
 }  // namespace
 }  // namespace fused_resnet
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_on_host, m)
 {
   m.def("test_multiply(Tensor a, Tensor b, Tensor(a!) d, bool transposed) -> ()");
+  m.def("test_product(Tensor a, Tensor b, Tensor(a!) c, int mistake) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_RESNET_LIBRARY, FUSED_RESNET_DEVICE, m)
 {
   m.impl("test_multiply", TORCH_BOX(&fused_resnet::multiply));
+  m.impl("test_product", TORCH_BOX(&fused_resnet::product));
 }
