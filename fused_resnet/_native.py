@@ -71,3 +71,6 @@ _load_host()
 
 cuda_status: str = _load_cuda()
 """Whether the CUDA kernels are loaded: "yes" or the reason why not."""
+
+cuda_operators: Any = torch.ops.fused_resnet if cuda_status == "yes" else None
+"""Where the CUDA kernels' operators are registered; None where they are not loaded."""

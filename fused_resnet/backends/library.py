@@ -44,6 +44,18 @@ def scale_and_shift(
     return scale.to(accumulate), shift.to(accumulate)
 
 
+def precision(input: Tensor) -> str:
+    """What the products of float32 tensors may be rounded to: "tf32" or "ieee".
+
+    On a GPU that is torch's setting for its own convolutions (`torch.backends.cudnn.allow_tf32`, or
+    `torch.backends.cudnn.conv.fp32_precision`). Convolutions of CPU tensors, on which the tests run
+    kernels for GPUs, have no TF32.
+    """
+    if input.dtype is torch.float32 and input.device.type == "cuda":
+        return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    return "ieee"
+
+
 def conv_bn_act(
     input: Tensor,
     weight: Tensor,

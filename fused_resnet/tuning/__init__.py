@@ -11,7 +11,7 @@ import threading
 
 import torch
 
-from . import architecture, estimate, table
+from . import architecture, cuda_tiles, estimate, table
 from .problem import ESTIMATE, MEASURED, SHIPPED, Choice, ConvProblem, Tile
 
 __all__ = ["Choice", "ConvProblem", "Tile", "choose", "reload"]
@@ -71,6 +71,14 @@ def _from_tables(problem: ConvProblem, gpu: architecture.Architecture) -> Choice
     for entries, source in zip(_tables[gpu.name], (MEASURED, SHIPPED), strict=True):
         entry = entries.get(problem)
         # A file anyone can edit must not make a kernel ask for more than there is.
-        if entry is not None and (entry.tile is None or estimate.fits(problem, gpu, entry.tile)):
+        if entry is not None and _can_run(problem, gpu, entry):
             return Choice(entry.kernel, entry.tile, source)
     return None
+
+
+def _can_run(problem: ConvProblem, gpu: architecture.Architecture, entry: table.Entry) -> bool:
+    if entry.tile is None:
+        return True
+    if entry.kernel == "cuda":
+        return entry.tile in cuda_tiles.candidates(problem, gpu)
+    return estimate.fits(problem, gpu, entry.tile)

@@ -153,10 +153,10 @@ _EXAMPLE = ConvProblem(1, 64, 56, 56, 256, 1, 1, (1, 1), (0, 0), (1, 1), 1, "flo
 
 @dataclass(frozen=True)
 class Tile:
-    """How a Triton convolution cuts a problem up.
+    """How a convolution, Triton's or CUDA's, cuts a problem up.
 
-    A program computes `block_m` output pixels by `block_n` output channels, `block_k` products deep
-    at a time, `split_k` programs sharing one such tile's sum.
+    A program (a block) computes `block_m` output pixels by `block_n` output channels, `block_k`
+    products deep at a time, `split_k` programs sharing one such tile's sum.
     """
 
     block_m: int
@@ -174,7 +174,8 @@ class Tile:
         )
 
 
-KERNELS = ("triton", "library", "cudnn_convolution_relu", "cudnn_convolution_add_relu")
+TILED = ("triton", "cuda")
+KERNELS = (*TILED, "library", "cudnn_convolution_relu", "cudnn_convolution_add_relu")
 MEASURED = "measured on this machine"
 SHIPPED = "shipped table"
 ESTIMATE = "estimate"
@@ -185,9 +186,9 @@ class Choice:
     """The kernel that runs a problem, and where that is known from.
 
     Attributes:
-        kernel: "triton"; "library", the library's convolution and then `scale_shift_act`; or
-            the library's fused operator of that name.
-        tile: of the Triton kernel; None for the others.
+        kernel: "triton" or "cuda"; "library", the library's convolution and then
+            `scale_shift_act`; or the library's fused operator of that name.
+        tile: of the Triton or CUDA kernel; None for the others.
         source: "measured on this machine", "shipped table" or "estimate".
     """
 

@@ -36,7 +36,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .problem import KERNELS, ConvProblem, Tile, parse_problem
+from .problem import KERNELS, TILED, ConvProblem, Tile, parse_problem
 
 try:
     import fcntl
@@ -201,7 +201,7 @@ def _entry(fields: Any) -> Entry:
     entry = Entry(**{"tile": None, **fields})
     if entry.kernel not in KERNELS:
         raise ValueError(f"kernel is {entry.kernel!r}, must be one of {', '.join(KERNELS)}")
-    if (entry.kernel == "triton") != isinstance(entry.tile, Tile):
+    if (entry.kernel in TILED) != isinstance(entry.tile, Tile):
         raise ValueError(f"kernel is {entry.kernel!r}, tile is {entry.tile!r}")
     if entry.tile is not None:
         for name, value in asdict(entry.tile).items():

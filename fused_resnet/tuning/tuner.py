@@ -1,8 +1,9 @@
 """Times the ways to run a problem and finds the fastest that is right.
 
-The candidates are Triton tiles (those the estimate thinks most of), the library's convolution with
-`scale_shift_act`, and cuDNN's fused operators. What would run without tuning and the library are
-always among them and are timed to the end, so a choice is never slower than not tuning.
+The candidates are Triton and CUDA tiles (those their estimates think most of), the library's
+convolution with `scale_shift_act`, and cuDNN's fused operators. What would run without tuning and
+the library are always among them and are timed to the end, so a choice is never slower than not
+tuning.
 
 Every candidate is checked before it is timed: its error against float64 obeys the error rule of
 `testing.py`, and NaN in the input and the residual reaches every output it should and no other
@@ -30,10 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import measure
-from ..backends import cudnn, library
+from ..backends import cuda, cudnn, library
 from ..inputs import first_line
 from ..testing import FACTOR
-from . import estimate, reload, table, untuned
+from . import cuda_tiles, estimate, reload, table, untuned
 from .architecture import Architecture
 from .problem import MEASURED, Choice, ConvProblem
 
@@ -41,6 +42,8 @@ Timer = Callable[[Mapping[str, Callable[[], object]], int], dict[str, list[float
 """Takes calls by name and a number of rounds; returns each call's times in seconds."""
 
 MOST_TILES = 32
+# CUDA's are compiled already, so there are few.
+_MOST_CUDA_TILES = 8
 _FIRST_ROUNDS = 3
 _LAST_ROUNDS = 25
 _FINALISTS = 4
@@ -135,6 +138,9 @@ def candidates(
     )
     found = [untuned(problem, architecture), LIBRARY]
     found += [Choice("triton", tile, MEASURED) for tile in tiles[:most]]
+    if device.type == "cuda":
+        tiles = cuda_tiles.candidates(problem, architecture)[:_MOST_CUDA_TILES]
+        found += [Choice("cuda", tile, MEASURED) for tile in tiles]
     if device.type == "cuda" and problem.pool is None and torch.backends.cudnn.is_available():
         fused = "cudnn_convolution_add_relu" if problem.residual else "cudnn_convolution_relu"
         found.append(Choice(fused, None, MEASURED))
@@ -353,6 +359,8 @@ def run_of(choice: Choice) -> Run:
     """How this package runs a choice."""
     if choice.kernel == "triton":
         return lambda arguments, problem: _run_triton(arguments, problem, choice)
+    if choice.kernel == "cuda":
+        return lambda arguments, problem: cuda.conv_bn_act(*arguments, tile=choice.tile)
     if choice.kernel == "library":
         return _run_library
     return lambda arguments, problem: cudnn.conv_bn_act(*arguments)

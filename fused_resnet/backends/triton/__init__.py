@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .. import cudnn, library
+from .. import cuda, cudnn, library
 from ..library import batch_norm_act_inference, batch_norm_act_training
 
 __all__ = [
@@ -118,6 +118,8 @@ def conv_bn_act(
             if _is_traced(input):
                 return _operators().triton_conv_bn_act(*arguments)
             return conv.conv_bn_act(*arguments, tile=choice.tile)
+        if choice.kernel == "cuda" and not _is_traced(input):
+            return cuda.conv_bn_act(*arguments, tile=choice.tile)
         if choice.kernel.startswith("cudnn") and not _is_traced(input):
             return cudnn.conv_bn_act(*arguments)
     return library.conv_bn_act(*arguments)

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from ... import tuning
 from ...tuning.estimate import STEM_POOL, kernel_for, pooled_rows_each, special_tile
 from ...tuning.problem import Choice, ConvProblem, Tile
+from ..library import precision
 from . import kernels
 
 # Tiles in a column before the next column starts: see `kernels._tile_of`.
@@ -47,18 +48,6 @@ def tile_for(problem: ConvProblem, tile: Tile) -> Tile:
     group_k = problem.K // problem.groups
     block_n = min(tile.block_n, max(16, triton.next_power_of_2(group_k)))
     return replace(tile, block_n=block_n)
-
-
-def precision(input: Tensor) -> str:
-    """What the products of float32 tensors may be rounded to: "tf32" or "ieee".
-
-    On a GPU that is torch's setting for its own convolutions (`torch.backends.cudnn.allow_tf32`, or
-    `torch.backends.cudnn.conv.fp32_precision`). The interpreter computes on CPU tensors, whose
-    convolutions have no TF32.
-    """
-    if input.dtype is torch.float32 and input.device.type == "cuda":
-        return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
-    return "ieee"
 
 
 def problem_of(
