@@ -64,6 +64,8 @@ def choose(device_type: str) -> ModuleType:
             return _default(device_type)
     if name == "triton":
         runs = device_type == ("cpu" if triton.interpreted() else "cuda")
+    elif name == "cuda":
+        runs = device_type == ("cpu" if cuda.on_host() else "cuda")
     else:
         runs = name == device_type
     return _MODULES[name] if runs else reference
@@ -141,6 +143,6 @@ def _default(device_type: str) -> ModuleType:
     if device_type == "cuda":
         if triton.available() == "yes" and not triton.interpreted():
             return triton
-        if cuda.available() == "yes":
+        if cuda.available() == "yes" and not cuda.on_host():
             return cuda
     return reference
