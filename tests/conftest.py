@@ -8,6 +8,7 @@ tests marked `interpreted`, and test_triton.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -30,6 +31,13 @@ from fused_resnet import backends
 # The suite imports the installed package, so its own directory is not on the path by itself.
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("support")
+
+if not torch.cuda.is_available():
+    import cuda_on_host
+
+    if cuda_on_host.compiler_found():
+        cuda_on_host.load()
+        backends.cuda.run_on_host()
 
 torch.set_num_threads(2)
 
@@ -87,7 +95,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Runner]:
     """The backend under test, chosen for the duration of the test."""
     runner: Runner = request.param
     request.node.user_properties.append(("backend", runner.name))
-    with fused_resnet.use_backend(runner.name):
+    on_host = runner.how == "on the host"
+    guard = cuda_on_host.guarded() if on_host else contextlib.nullcontext()
+    with fused_resnet.use_backend(runner.name), guard:
         yield runner
 
 

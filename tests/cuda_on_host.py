@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,10 @@ KERNEL_FLAGS = [
 
 def kernel_sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+
+
+def compiler_found() -> bool:
+    return shutil.which(_compiler()) is not None
 
 
 @functools.cache

@@ -66,11 +66,14 @@ std::map<const char*, Buffer*>& buffers() {
   return map;
 }
 
-void delete_buffer(void* context) {
-  auto* buffer = static_cast<Buffer*>(context);
+void delete_buffer(void* begin) {
+  Buffer* buffer = nullptr;
   {
     const std::lock_guard lock(mutex);
-    buffers().erase(buffer->begin);
+    const auto found = buffers().find(static_cast<const char*>(begin));
+    if (found == buffers().end()) return;  // of no bytes
+    buffer = found->second;
+    buffers().erase(found);
   }
   delete buffer;
 }
@@ -78,12 +81,16 @@ void delete_buffer(void* context) {
 class GuardingAllocator : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    if (bytes == 0) return {nullptr, nullptr, &delete_buffer, c10::Device(c10::DeviceType::CPU)};
-    auto* buffer = new Buffer(bytes, guard);
-    const std::lock_guard lock(mutex);
-    buffers()[buffer->begin] = buffer;
-    return {buffer->begin, buffer, &delete_buffer, c10::Device(c10::DeviceType::CPU)};
+    char* begin = nullptr;
+    if (bytes > 0) {
+      auto* buffer = new Buffer(bytes, guard);
+      begin = buffer->begin;
+      const std::lock_guard lock(mutex);
+      buffers()[begin] = buffer;
+    }
+    return {begin, begin, &delete_buffer, c10::Device(c10::DeviceType::CPU)};
   }
+  c10::DeleterFnPtr raw_deleter() const override { return &delete_buffer; }
   void copy_data(void* target, const void* source, size_t bytes) const override {
     memcpy(target, source, bytes);
   }

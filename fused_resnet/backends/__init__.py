@@ -143,6 +143,6 @@ def _default(device_type: str) -> ModuleType:
     if device_type == "cuda":
         if triton.available() == "yes" and not triton.interpreted():
             return triton
-        if cuda.available() == "yes":
+        if cuda.available() == "yes" and not cuda.on_host():
             return cuda
     return reference

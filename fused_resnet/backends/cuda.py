@@ -18,7 +18,6 @@ from .. import _native
 from ..tuning import cuda_tiles
 from ..tuning.problem import Tile
 from . import library
-from .library import batch_norm_act_inference, batch_norm_act_training
 
 __all__ = [
     "available",
@@ -66,9 +65,11 @@ def run_on_host() -> None:
 
 def explain(operator: str, *, dtype: torch.dtype, **_: object) -> str:
     """How this backend runs an operator; see `backends.explain`."""
+    backend = "cuda (on the host)" if on_host() else "cuda"
     if operator.startswith("conv_bn_act") and dtype in _DTYPES:
-        return "cuda: implicit GEMM" + (" (on the host)" if on_host() else "")
-    return "cuda: " + library.explain(operator)
+        pool = " + library pooling" if operator == "conv_bn_act_max_pool" else ""
+        return f"{backend}: implicit GEMM{pool}"
+    return f"{backend}: {library.explain(operator)}"
 
 
 def conv_bn_act(
@@ -97,7 +98,7 @@ def conv_bn_act(
     if not _can_run(input, *tensors, padding=padding, groups=groups):
         return library.conv_bn_act(
             input, weight, running_mean, running_var, bn_weight, bn_bias, eps, bias, stride,
-            padding, dilation, groups, residual, activation,
+            padding, dilation, groups, residual, activation, finish=_finish(),
         )  # fmt: skip
     tf32 = library.precision(input) == "tf32"
     chosen = [] if tile is None else [cuda_tiles.index(tile, input.dtype, tf32), tile.split_k]
@@ -133,6 +134,16 @@ def conv_bn_act_max_pool(
     return torch.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
 
 
+def batch_norm_act_inference(*arguments: Any) -> Tensor:
+    """See `library.batch_norm_act_inference`."""
+    return library.batch_norm_act_inference(*arguments, finish=_finish())
+
+
+def batch_norm_act_training(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """See `library.batch_norm_act_training`."""
+    return library.batch_norm_act_training(*arguments, finish=_finish())
+
+
 def _can_run(
     input: Tensor,
     weight: Tensor,
@@ -149,6 +160,11 @@ def _can_run(
         and groups <= _MOST_GROUPS
         and N * (H + 2 * padding[0]) * (W + 2 * padding[1]) <= _MOST_PIXELS  # or more than output
     )
+
+
+def _finish() -> Any:
+    assert _native.cuda_operators is not None
+    return _native.cuda_operators.scale_shift_act
 
 
 @functools.cache

@@ -1,11 +1,12 @@
 """The library's convolution and statistics, finished in one pass by `scale_shift_act`.
 
 What the CPU and CUDA backends share, and fall back on where they have no kernel of their own.
+`finish` is what makes that pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -71,11 +72,12 @@ def conv_bn_act(
     groups: int,
     residual: Tensor | None,
     activation: str,
+    finish: Callable[..., Tensor] = scale_shift_act,
 ) -> Tensor:
     """The library's convolution, then batch norm, residual and activation in one pass."""
     out = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     scale, shift = scale_and_shift(running_mean, running_var, bn_weight, bn_bias, eps, out.dtype)
-    return scale_shift_act(out, scale, shift, residual, activation)
+    return finish(out, scale, shift, residual, activation)
 
 
 def conv_bn_act_max_pool(
@@ -95,6 +97,7 @@ def conv_bn_act_max_pool(
     pool_kernel_size: Sequence[int],
     pool_stride: Sequence[int],
     pool_padding: Sequence[int],
+    finish: Callable[..., Tensor] = scale_shift_act,
 ) -> Tensor:
     """`conv_bn_act`, then the library's pooling."""
     out = conv_bn_act(
@@ -112,6 +115,7 @@ def conv_bn_act_max_pool(
         groups,
         None,
         activation,
+        finish,
     )
     return F.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
 
@@ -125,10 +129,11 @@ def batch_norm_act_inference(
     eps: float,
     residual: Tensor | None,
     activation: str,
+    finish: Callable[..., Tensor] = scale_shift_act,
 ) -> Tensor:
     """Batch norm with the running statistics, residual and activation in one pass."""
     scale, shift = scale_and_shift(running_mean, running_var, weight, bias, eps, input.dtype)
-    return scale_shift_act(contiguous_like_eager(input), scale, shift, residual, activation)
+    return finish(contiguous_like_eager(input), scale, shift, residual, activation)
 
 
 def batch_norm_act_training(
@@ -138,6 +143,7 @@ def batch_norm_act_training(
     eps: float,
     residual: Tensor | None,
     activation: str,
+    finish: Callable[..., Tensor] = scale_shift_act,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The library's batch statistics, then normalise, residual and activation in one pass.
 
@@ -148,7 +154,7 @@ def batch_norm_act_training(
     input = contiguous_like_eager(input)
     mean, var = batch_statistics(input)
     scale, shift = scale_and_shift(mean, var, weight, bias, eps, input.dtype)
-    return scale_shift_act(input, scale, shift, residual, activation), mean, var
+    return finish(input, scale, shift, residual, activation), mean, var
 
 
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
