@@ -69,8 +69,8 @@ def predicted_section(path: Path, root: Path = ROOT) -> str:
     batches = sorted({network["batch"] for network in networks})
     dtype = networks[0]["dtype"]
     lines = [
-        f"**GPUs: predicted, not measured**, {dtype}, channels_last. Time per batch in us, in brackets "
-        "how many times as long eager and `torch.compile` are predicted to take.",
+        f"**GPUs: predicted, not measured**, {dtype}, channels_last. Time per batch in us, in "
+        "brackets how many times as long eager and `torch.compile` are predicted to take.",
         "",
         "| | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
         "| --- |" + " ---: |" * len(batches),
@@ -85,9 +85,9 @@ def predicted_section(path: Path, root: Path = ROOT) -> str:
     source = path.relative_to(root)
     lines += [
         "",
-        "A roofline model with published figures, in which the library's convolutions are as good as "
-        f"these kernels, so that the ratios are what fusing saves. Layer by layer: [{source}]({source}), "
-        "made by `python bench/predict.py`.",
+        "A roofline model with published figures, in which the library's convolutions are as good "
+        "as these kernels, so that the ratios are what fusing saves. Layer by layer: "
+        f"[{source}]({source}), made by `python bench/predict.py`.",
     ]
     return "\n".join(lines)
 

@@ -332,9 +332,10 @@ MUTATIONS = {
     ),
     "quarters exchanged": (
         "wide",
-        "at = (2 * i + j) * QUARTER",
-        "at = (i + 2 * j) * QUARTER",
+        "at = 64 * (2 * i + j)",
+        "at = 64 * (i + 2 * j)",
     ),
+    "halves exchanged": ("half", "channels - 64 * j", "channels"),
     "rows past the end": ("conv", "row_exists = m < M\n", "row_exists = m < M - 1\n"),
 }
 
@@ -343,8 +344,9 @@ def mutation_case(name: str):
     """A case, and the tile it runs with."""
     if name == "pool":
         return case_of(STEM, size=(11, 9), pool=STEM_POOL, batch=1, activation="none"), TILES[0]
-    if name == "wide":
-        return case_of(ConvShape(16, 200, (1, 1)), size=(4, 3)), TILES[3]
+    if name in ("half", "wide"):
+        tile = TILES[2] if name == "half" else TILES[3]
+        return case_of(ConvShape(16, 200, (1, 1)), size=(4, 3)), tile
     if name == "dilated":
         dilated = ConvShape(16, 16, (3, 3), (1, 1), (2, 2), (2, 2))
         return case_of(dilated, size=(6, 5)), TILES[0]

@@ -43,23 +43,11 @@ _L2_BYTES_PER_CYCLE = 32
 # Registers of a thread by how many elements of the accumulator it holds: the most that ptxas gave
 # any tile here, with warp-group instructions (compute capability 9 and 10) and without.
 _REGISTERS = {
-    (True, "16 bits"): {16: 96, 32: 192, 64: 250, 128: 250},
-    (True, "tfloat32"): {16: 96, 32: 192, 64: 250},
-    (True, "float32"): {16: 160, 32: 130},
-    (False, "16 bits"): {16: 80, 32: 130, 64: 218, 128: 252},
-    (False, "tfloat32"): {16: 96, 32: 168, 64: 240},
-    (False, "float32"): {16: 204, 32: 168},
+    (hopper, products): {size: 128 for size in (16, 32, 64, 128)}
+    for hopper in (True, False)
+    for products in ("16 bits", "tfloat32", "float32")
 }
-# Of the tiles these allow, those it spilled a few bytes of all the same: capability, products, if
-# the sum is shared, block sizes. bench/static.py finds them.
-_SPILLED = {
-    (8, "16 bits", True, 64, 64, 32),
-    (9, "tfloat32", False, 128, 128, 32),
-    (9, "tfloat32", False, 128, 128, 16),
-    (10, "tfloat32", False, 64, 32, 32),
-    (12, "16 bits", True, 128, 64, 64),
-    (12, "tfloat32", True, 128, 64, 32),
-}
+_SPILLED: set = set()
 _MOST_REGISTERS = 255
 _SHARED_PER_PROGRAM = 1024  # what the driver takes of every program
 # Which part of what should hide behind the slowest term does not.
@@ -83,6 +71,7 @@ _GENERAL = (
     (128, 32, 64, 4, 4),
     (128, 64, 64, 4, 3),
     (128, 64, 64, 4, 4),
+    (128, 128, 64, 4, 3),
     (128, 128, 64, 8, 3),
     (128, 128, 64, 8, 4),
     (128, 256, 64, 8, 3),
@@ -92,6 +81,7 @@ _GENERAL = (
     (64, 64, 32, 4, 4),
     (128, 32, 32, 4, 4),
     (128, 64, 32, 4, 4),
+    (128, 128, 32, 4, 4),
     (128, 128, 32, 8, 4),
 )
 # Without tensor cores the operands pass through registers, so tiles are small.

@@ -134,26 +134,35 @@ def _finish(
 ):
     """The epilogue of a tile of rows `m` and `channels` channels from `first_k` on.
 
-    A tile of 256 channels is finished in halves: the residual of all of it, beside the sums, would
+    64 channels at a time: the residual of all of a tile and the addresses, beside the sums, would
     take more registers than there are.
     """
-    if acc.shape[1] < 256:
+    if acc.shape[1] <= 64:
         _finish_part(
             acc, m, row_exists, first_k, channels, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr,
             bias_ptr, eps, residual_ptr, residual_stride_n, residual_stride_c, residual_stride_h,
             residual_stride_w, output_ptr, P, Q, K, RESIDUAL_DENSE, RELU,
         )  # fmt: skip
+    elif acc.shape[1] == 128:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, 64)), (0, 2, 1)))
+        for j in tl.static_range(2):
+            _finish_part(
+                left if j == 0 else right, m, row_exists, first_k + 64 * j, channels - 64 * j,
+                mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, eps, residual_ptr,
+                residual_stride_n, residual_stride_c, residual_stride_h, residual_stride_w,
+                output_ptr, P, Q, K, RESIDUAL_DENSE, RELU,
+            )  # fmt: skip
     else:
-        QUARTER: tl.constexpr = acc.shape[1] // 4
-        quarters = tl.reshape(acc, (acc.shape[0], 2, 2, QUARTER))
+        tl.static_assert(acc.shape[1] == 256)
+        quarters = tl.reshape(acc, (acc.shape[0], 2, 2, 64))
         first, second = tl.split(tl.permute(quarters, (0, 2, 3, 1)))
         for i in tl.static_range(2):
             left, right = tl.split(tl.permute(first if i == 0 else second, (0, 2, 1)))
             for j in tl.static_range(2):
-                at = (2 * i + j) * QUARTER
+                at = 64 * (2 * i + j)
                 _finish_part(
-                    left if j == 0 else right, m, row_exists, first_k + at, channels - at, mean_ptr,
-                    var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, eps, residual_ptr,
+                    left if j == 0 else right, m, row_exists, first_k + at, channels - at,
+                    mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, eps, residual_ptr,
                     residual_stride_n, residual_stride_c, residual_stride_h, residual_stride_w,
                     output_ptr, P, Q, K, RESIDUAL_DENSE, RELU,
                 )  # fmt: skip
