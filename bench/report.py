@@ -3,7 +3,7 @@
     python bench/report.py           # rewrite README.md
     python bench/report.py --check   # exit 1 when README.md is not what the data says
 
-Each device's folder contributes its newest file.
+Each device's folder contributes its newest file, and bench/predict.py what it predicts for GPUs.
 """
 
 from __future__ import annotations
@@ -63,9 +63,41 @@ def section(path: Path, root: Path = ROOT) -> str:
     return "\n".join(lines)
 
 
+def predicted_section(path: Path, root: Path = ROOT) -> str:
+    """What bench/predict.py predicts for GPUs, as Markdown that says so."""
+    networks = json.loads(path.read_text())["networks"]
+    batches = sorted({network["batch"] for network in networks})
+    dtype = networks[0]["dtype"]
+    lines = [
+        f"**GPUs: predicted, not measured**, {dtype}, channels_last. Time per batch in us, in "
+        "brackets how many times as long eager and `torch.compile` are predicted to take.",
+        "",
+        "| | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
+        "| --- |" + " ---: |" * len(batches),
+    ]
+    rows: dict[str, list[str]] = {}
+    for network in sorted(networks, key=lambda network: network["batch"]):
+        times = network["microseconds"]
+        eager, compiled = (times[how] / times["fused"] for how in ("eager", "compiled"))
+        label = f"{network['gpu']}, {network['model']}"
+        rows.setdefault(label, []).append(f"{times['fused']:.0f} ({eager:.2f}, {compiled:.2f})")
+    lines += [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows.items()]
+    source = path.relative_to(root)
+    lines += [
+        "",
+        "A roofline model with published figures, in which the library's convolutions are as good "
+        "as these kernels, so that the ratios are what fusing saves. Layer by layer: "
+        f"[{source}]({source}), made by `python bench/predict.py`.",
+    ]
+    return "\n".join(lines)
+
+
 def report(results: Path = RESULTS, root: Path = ROOT) -> str:
     """Everything that belongs between the markers."""
     sections = [section(path, root) for path in newest_files(results)]
+    predicted = results / "static" / "predicted.json"
+    if predicted.exists():
+        sections.append(predicted_section(predicted, root))
     return "\n\n".join(sections) or "There are no results yet."
 
 

@@ -71,6 +71,30 @@ def test_readme_matches_the_data(bench: Any) -> None:
     assert report.rewritten(readme, report.report()) == readme
 
 
+def test_predictions_are_those_of_the_estimate(bench: Any) -> None:
+    """`python bench/predict.py` would write the file that is there."""
+    predict = bench("predict")
+    assert predict.PATH.read_text() == predict.text(predict.document())
+
+
+def test_predictions_count_what_networks_move(bench: Any) -> None:
+    """Megabytes of a half-precision ResNet-50 and image, the weights spread over the batch."""
+    predict = bench("predict")
+    content = json.loads(predict.PATH.read_text())
+    (network,) = (
+        network
+        for network in content["networks"]
+        if (network["gpu"], network["model"], network["batch"]) == ("H100", "resnet50", 256)
+    )
+    moved = network["megabytes_per_image"]
+    assert 150 < moved["eager"] < 170
+    assert 50 < moved["fused"] < 55
+    assert sum(layer["count"] for layer in network["layers"]) == 53
+    for layer in network["layers"]:
+        assert 0 < layer["share_of_copy_bandwidth"] < 1
+        assert 0 < layer["share_of_matrix_rate"] < 1
+
+
 def test_result_files_follow_the_schema(bench: Any) -> None:
     for path in bench("report").RESULTS.glob("*/*.json"):
         if path.parent.name == "static":  # see test_triton_static.py

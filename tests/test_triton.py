@@ -39,7 +39,7 @@ import fused_resnet
 from fused_resnet import backends
 from fused_resnet.testing import assert_error_rule
 from fused_resnet.tuning import Choice, Tile
-from fused_resnet.tuning.estimate import PACKED
+from fused_resnet.tuning.estimate import PACKED, USUAL_POOL, special_tiles
 
 RUNNER = next((runner for runner in RUNNERS if runner.name == "triton"), None)
 
@@ -59,6 +59,7 @@ TILES = [
     Tile(16, 32, 16, 1, 4, 1),
     Tile(32, 64, 32, 3, 4, 3),
     Tile(128, 128, 64, 16, 8, 3),
+    Tile(32, 256, 64, 1, 8, 3),
 ]
 
 
@@ -150,7 +151,7 @@ def test_shares_of_a_split_sum_are_not_empty():
             assert (shares - 1) * each < steps <= shares * each
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize(("rows", "channels"), [(1, 32), (3, 64), (8, 32)])
 @pytest.mark.parametrize(
     ("size", "dtype", "activation"),
     [
@@ -160,11 +161,20 @@ def test_shares_of_a_split_sum_are_not_empty():
     ],
     ids=str,
 )
-def test_stem_with_its_pool(triton, monkeypatch, rows, size, dtype, activation):
-    """Strips over several images, rows of programs that meet, odd and even sizes."""
+def test_stem_with_its_pool(triton, monkeypatch, rows, channels, size, dtype, activation):
+    """Strips over several images, rows of programs that meet, odd and even sizes, both tiles."""
     conv = backends.triton.launchers()
     monkeypatch.setattr(conv, "pooled_rows_each", lambda programs: rows)
-    check(case_of(STEM, size=size, batch=3, dtype=dtype, pool=STEM_POOL, activation=activation))
+    case = case_of(STEM, size=size, batch=3, dtype=dtype, pool=STEM_POOL, activation=activation)
+    problem = conv.problem_of(
+        case.input, case.weight, case.stride, case.padding, (1, 1), 1, False, USUAL_POOL
+    )
+    tiles = {tile.block_n: tile for tile in special_tiles(problem)}
+    if dtype is torch.float32:
+        assert tiles.keys() == {32}
+        channels = 32
+    triton(tiles[channels])
+    check(case)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -320,6 +330,12 @@ MUTATIONS = {
         "shift = r * DILATION_H * input_stride_h",
         "shift = r * input_stride_h",
     ),
+    "quarters exchanged": (
+        "wide",
+        "at = 64 * (2 * i + j)",
+        "at = 64 * (i + 2 * j)",
+    ),
+    "second half lost": ("half", "first_k + 64 * j,", "first_k,"),
     "rows past the end": ("conv", "row_exists = m < M\n", "row_exists = m < M - 1\n"),
 }
 
@@ -328,6 +344,9 @@ def mutation_case(name: str):
     """A case, and the tile it runs with."""
     if name == "pool":
         return case_of(STEM, size=(11, 9), pool=STEM_POOL, batch=1, activation="none"), TILES[0]
+    if name in ("half", "wide"):
+        tile = TILES[2] if name == "half" else TILES[3]
+        return case_of(ConvShape(16, 200, (1, 1)), size=(4, 3)), tile
     if name == "dilated":
         dilated = ConvShape(16, 16, (3, 3), (1, 1), (2, 2), (2, 2))
         return case_of(dilated, size=(6, 5)), TILES[0]

@@ -37,28 +37,26 @@ from .problem import Choice, ConvProblem, Tile
 # Seconds from asking for a block to having it in shared memory: DRAM's latency and the way back.
 _LATENCY = 0.8e-6
 # Seconds between two dependent launches on one stream, as in a CUDA graph.
-_LAUNCH = 1.5e-6
+LAUNCH = 1.5e-6
 # What a multiprocessor gets out of the L2 cache, bytes a cycle.
 _L2_BYTES_PER_CYCLE = 32
-# Registers of a thread by how many elements of the accumulator it holds: the most that ptxas gave
-# any tile here, with warp-group instructions (compute capability 9 and 10) and without.
+# Registers of a thread by how many elements of the accumulator it holds, and whether the epilogue
+# has several parts (over 64 channels): the most that ptxas gave any tile here, with warp-group
+# instructions (compute capability 9 and 10) and without.
 _REGISTERS = {
-    (True, "16 bits"): {16: 96, 32: 192, 64: 250},
-    (True, "tfloat32"): {16: 96, 32: 192, 64: 250},
-    (True, "float32"): {16: 160, 32: 130},
-    (False, "16 bits"): {16: 80, 32: 130, 64: 218, 128: 252},
-    (False, "tfloat32"): {16: 96, 32: 168, 64: 240},
-    (False, "float32"): {16: 204, 32: 168},
+    (True, "16 bits"): {16: (96, 96), 32: (192, 192), 64: (200, 160), 128: (256, 240)},
+    (True, "tfloat32"): {16: (96, 96), 32: (192, 192), 64: (250, 200), 128: (256, 255)},
+    (True, "float32"): {16: (160, 160), 32: (166, 166)},
+    (False, "16 bits"): {16: (80, 80), 32: (168, 168), 64: (218, 192), 128: (256, 253)},
+    (False, "tfloat32"): {16: (96, 96), 32: (168, 168), 64: (240, 192), 128: (256, 254)},
+    (False, "float32"): {16: (204, 204), 32: (166, 166)},
 }
 # Of the tiles these allow, those it spilled a few bytes of all the same: capability, products, if
-# the sum is shared, block sizes. bench/static.py finds them.
+# the sum is shared, block sizes and warps. bench/static.py finds them.
 _SPILLED = {
-    (8, "16 bits", True, 64, 64, 32),
-    (9, "tfloat32", False, 128, 128, 32),
-    (9, "tfloat32", False, 128, 128, 16),
-    (10, "tfloat32", False, 64, 32, 32),
-    (12, "16 bits", True, 128, 64, 64),
-    (12, "tfloat32", True, 128, 64, 32),
+    (8, "16 bits", False, 128, 128, 64, 4),
+    (8, "16 bits", True, 128, 128, 64, 4),
+    (8, "16 bits", True, 64, 64, 32, 4),
 }
 _MOST_REGISTERS = 255
 _SHARED_PER_PROGRAM = 1024  # what the driver takes of every program
@@ -83,33 +81,40 @@ _GENERAL = (
     (128, 32, 64, 4, 4),
     (128, 64, 64, 4, 3),
     (128, 64, 64, 4, 4),
+    (128, 128, 64, 4, 3),
     (128, 128, 64, 8, 3),
     (128, 128, 64, 8, 4),
     (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4),
     (256, 64, 64, 8, 3),
     (64, 32, 32, 4, 4),
     (64, 64, 32, 4, 4),
     (128, 32, 32, 4, 4),
     (128, 64, 32, 4, 4),
+    (128, 128, 32, 4, 4),
     (128, 128, 32, 8, 4),
 )
 # Without tensor cores the operands pass through registers, so tiles are small.
 _PLAIN = (
-    (64, 32, 16, 4, 3),
+    (64, 32, 16, 8, 3),
+    (64, 32, 32, 8, 3),
     (64, 64, 16, 4, 3),
-    (64, 64, 16, 8, 3),
     (64, 64, 32, 8, 3),
-    (128, 64, 16, 8, 3),
+    (128, 32, 16, 8, 3),
 )
 # What the kernels for special shapes run with; their blocks are as deep as the shape says.
 PACKED = Tile(64, 32, 32, 1, 4, 4)
 ROW = Tile(128, 64, 32, 1, 8, 4)
 STEM_POOL = Tile(64, 32, 32, 1, 4, 3)
+# All of a stem's channels, so that its input is read once.
+_WIDE_STEM_POOL = Tile(64, 64, 32, 1, 8, 4)
+_PLAIN_STEM_POOL = Tile(64, 32, 32, 1, 8, 3)
 # With wider elements, what leaves the packed kernel no spilled register on any architecture.
 _PACKED_STAGES = {"tfloat32": 2, "float32": 3}
-_USUAL_POOL = (3, 3, 2, 2, 1, 1)
-# Roughly what they take; their tiles were chosen not to spill.
-_SPECIAL_REGISTERS = 168
+USUAL_POOL = (3, 3, 2, 2, 1, 1)
+# What they take at most; their tiles were chosen not to spill.
+_SPECIAL_REGISTERS = 208
+_WIDE_STEM_REGISTERS = 240
 # The pooling kernel computes three columns at once.
 _POOL_COLUMNS = 3
 # Pooled rows one of its programs walks down, while that leaves this many programs.
@@ -131,7 +136,7 @@ def kernel_for(problem: ConvProblem) -> str:
     if problem.C < 16 and problem.S * problem.C < 64 and problem.dilation[1] == 1:
         if problem.R * problem.S == 1:
             return "conv"
-        return "stem_pool" if problem.pool == _USUAL_POOL else "row"
+        return "stem_pool" if problem.pool == USUAL_POOL else "row"
     return "conv"
 
 
@@ -140,13 +145,18 @@ def pooled_rows_each(programs: int) -> int:
     return next(n for n in _POOLED_ROWS if n == 1 or programs // n >= _POOL_PROGRAMS)
 
 
-def special_tile(problem: ConvProblem) -> Tile | None:
-    """The only tile of a kernel for special shapes; None for "conv"."""
+def special_tiles(problem: ConvProblem) -> tuple[Tile, ...]:
+    """The only tiles of a kernel for special shapes, the usual one first; none for "conv"."""
     kernel = kernel_for(problem)
     if kernel == "packed":
         stages = _PACKED_STAGES.get(problem.dtype, PACKED.num_stages)
-        return dataclasses.replace(PACKED, num_stages=stages)
-    return {"row": ROW, "stem_pool": STEM_POOL}.get(kernel)
+        return (dataclasses.replace(PACKED, num_stages=stages),)
+    if kernel == "row":
+        return (ROW,)
+    if kernel == "stem_pool":
+        plain = problem.dtype == "float32"
+        return (_PLAIN_STEM_POOL,) if plain else (STEM_POOL, _WIDE_STEM_POOL)
+    return ()
 
 
 def candidates(problem: ConvProblem, architecture: Architecture) -> list[Tile]:
@@ -177,7 +187,7 @@ def predicted(problem: ConvProblem, architecture: Architecture, tile: Tile) -> f
     """Seconds the model predicts; see this module's docstring."""
     M = problem.N * problem.P * problem.Q
     if M == 0:
-        return _LAUNCH
+        return LAUNCH
     tiles, depth = _tiles_and_steps(problem, tile)
     steps = _ceil(depth, tile.split_k)
     programs = tiles * tile.split_k
@@ -201,29 +211,48 @@ def predicted(problem: ConvProblem, architecture: Architecture, tile: Tile) -> f
     # Filling the pipeline and storing: hidden by another program's steps where there is one.
     exposed = 2 * _LATENCY * waves if resident == 1 else _LATENCY * min(waves, 2)
     terms = (arithmetic, memory, cache, latency)
-    seconds = max(terms) + _IMPERFECT * (sum(terms) - max(terms)) + exposed + _LAUNCH
+    seconds = max(terms) + _IMPERFECT * (sum(terms) - max(terms)) + exposed + LAUNCH
     if tile.split_k > 1:
         partial = 2 * 4 * M * problem.K * tile.split_k
         in_cache = partial <= architecture.l2_bytes / 2
         speed = _L2_BYTES_PER_CYCLE * architecture.clock * architecture.multiprocessors
         seconds += partial / (speed if in_cache else architecture.copy_bandwidth)
-        seconds += _LAUNCH + 2 * _LATENCY
+        seconds += LAUNCH + 2 * _LATENCY
     return seconds
 
 
 def predicted_library(problem: ConvProblem, architecture: Architecture) -> float:
     """Seconds for the library's convolution and one pass of `scale_shift_act` over its output."""
-    P, Q = problem.P, problem.Q
-    unpooled = problem.element_size * problem.N * problem.K * P * Q
-    arithmetic = problem.flops / (_LIBRARY_EFFICIENCY * architecture.rate(problem.dtype))
-    memory = (problem.input_bytes + problem.weight_bytes + unpooled) / architecture.copy_bandwidth
+    # Five launches for scale and shift, and as many waits for what is not yet there.
+    return predicted_compiled(problem, architecture) + 5 * LAUNCH + 2 * _LATENCY
+
+
+def predicted_compiled(problem: ConvProblem, architecture: Architecture) -> float:
+    """Seconds for the library's convolution and one generated kernel for all that follows."""
+    unpooled = problem.element_size * problem.N * problem.K * problem.P * problem.Q
     after = (3 if problem.residual else 2) * unpooled
-    launches = 7  # convolution, five for scale and shift, scale_shift_act
+    launches = 1
     if problem.pool is not None:
         after += unpooled + problem.output_bytes
         launches += 1
-    latency = launches * _LAUNCH + 4 * _LATENCY
-    return max(arithmetic, memory) + after / architecture.copy_bandwidth + latency
+    latency = launches * (LAUNCH + _LATENCY)
+    return (
+        predicted_convolution(problem, architecture) + after / architecture.copy_bandwidth + latency
+    )
+
+
+def predicted_convolution(problem: ConvProblem, architecture: Architecture) -> float:
+    """Seconds for the library's convolution alone.
+
+    On tensor cores it is taken to be as good as the best tile here: the difference between the two
+    is then what fusing saves. Without them it is bound by arithmetic or by memory.
+    """
+    alone = dataclasses.replace(problem, residual=False, pool=None)
+    if problem.dtype != "float32":
+        return _best(alone, architecture)[1]
+    arithmetic = problem.flops / (_LIBRARY_EFFICIENCY * architecture.rate(problem.dtype))
+    memory = alone.bytes_once / architecture.copy_bandwidth
+    return max(arithmetic, memory) + LAUNCH + _LATENCY
 
 
 def predicted_choice(problem: ConvProblem, architecture: Architecture, choice: Choice) -> float:
@@ -263,17 +292,21 @@ def shared_bytes(problem: ConvProblem, architecture: Architecture, tile: Tile) -
 
 def registers(problem: ConvProblem, architecture: Architecture, tile: Tile) -> int:
     """Registers of one thread, more than 255 where it would spill some."""
+    if tile == _WIDE_STEM_POOL and kernel_for(problem) == "stem_pool":
+        # Without warp groups, sums and operands of so many channels do not fit.
+        hopper = _warp_groups(problem, architecture)
+        return _WIDE_STEM_REGISTERS if hopper else _MOST_REGISTERS + 1
     if kernel_for(problem) != "conv":
         return _SPECIAL_REGISTERS
     products = "16 bits" if problem.element_size == 2 else problem.dtype
     major = architecture.capability[0]
-    blocks = (tile.block_m, tile.block_n, tile.block_k)
-    if (major, products, tile.split_k > 1, *blocks) in _SPILLED:
+    sizes = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
+    if (major, products, tile.split_k > 1, *sizes) in _SPILLED:
         return _MOST_REGISTERS + 1
     known = _REGISTERS[major in (9, 10), products]
     accumulator = tile.block_m * tile.block_n // (32 * tile.num_warps)
     most = min((size for size in known if size >= accumulator), default=None)
-    return _MOST_REGISTERS + 1 if most is None else known[most]
+    return _MOST_REGISTERS + 1 if most is None else known[most][tile.block_n > 64]
 
 
 def _warp_groups(problem: ConvProblem, architecture: Architecture) -> bool:
@@ -300,8 +333,8 @@ def _timed(problem: ConvProblem, architecture: Architecture) -> list[tuple[Tile,
 
 def _shapes(problem: ConvProblem) -> list[Tile]:
     """The tiles of the problem's kernel, on any GPU, that are not larger than they need be."""
-    if (only := special_tile(problem)) is not None:
-        return [only]
+    if special := special_tiles(problem):
+        return list(special)
     if problem.dtype == "float32":
         shapes = _PLAIN
     else:

@@ -438,7 +438,7 @@ def _run_triton(arguments: tuple, problem: ConvProblem, choice: Choice) -> Tenso
 
     conv = triton.launchers()
     if estimate.kernel_for(problem) == "stem_pool":
-        return conv.conv_bn_act_max_pool(*arguments[:11], arguments[13])
+        return conv.conv_bn_act_max_pool(*arguments[:11], arguments[13], choice.tile)
     return _pooled(conv.conv_bn_act(*arguments, tile=choice.tile), problem)
 
 

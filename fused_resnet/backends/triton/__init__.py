@@ -151,11 +151,12 @@ def conv_bn_act_max_pool(
         conv = launchers()
         problem = conv.problem_of(input, weight, *geometry, groups, False, pool)
         if conv.kernel_for(problem) == "stem_pool":
-            if conv.choose(problem, input.device).kernel == "triton":
-                run = conv.conv_bn_act_max_pool
+            choice = conv.choose(problem, input.device)
+            if choice.kernel == "triton":
+                arguments = (*leading, *geometry, activation)
                 if _is_traced(input):
-                    run = _operators().triton_conv_bn_act_max_pool
-                return run(*leading, *geometry, activation)
+                    return _operators().triton_conv_bn_act_max_pool(*arguments)
+                return conv.conv_bn_act_max_pool(*arguments, tile=choice.tile)
         else:
             out = conv_bn_act(*leading, *geometry, groups, None, activation)
             return torch.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)

@@ -18,7 +18,7 @@ from torch._prims_common import suggest_memory_format
 from torch.nn import Parameter
 
 from ... import tuning
-from ...tuning.estimate import STEM_POOL, kernel_for, pooled_rows_each, special_tile
+from ...tuning.estimate import USUAL_POOL, kernel_for, pooled_rows_each, special_tiles
 from ...tuning.problem import Choice, ConvProblem, Tile
 from ..library import precision
 from . import kernels
@@ -40,9 +40,9 @@ def choose(problem: ConvProblem, device: torch.device) -> Choice:
 
 
 def tile_for(problem: ConvProblem, tile: Tile) -> Tile:
-    """`tile` as the problem's kernel takes it: no wider than a group, or the kernel's own."""
-    if (only := special_tile(problem)) is not None:
-        return only
+    """`tile` as the problem's kernel takes it: no wider than a group, or one of its own."""
+    if special := special_tiles(problem):
+        return tile if tile in special else special[0]
     if problem.groups == 1:
         return tile
     group_k = problem.K // problem.groups
@@ -240,6 +240,7 @@ def conv_bn_act_max_pool(
     padding: Sequence[int],
     dilation: Sequence[int],
     activation: str,
+    tile: Tile | None = None,
 ) -> Tensor:
     """A stem and its 3x3 max-pool of stride 2 and padding 1 in one launch.
 
@@ -248,7 +249,8 @@ def conv_bn_act_max_pool(
     Returns:
         (N, K, pooled P, pooled Q) in the memory format `conv2d` would give it.
     """
-    tile = STEM_POOL
+    problem = problem_of(input, weight, stride, padding, dilation, 1, False, USUAL_POOL)
+    tile = tile_for(problem, choose(problem, input.device).tile if tile is None else tile)
     N, C, H, W = input.shape
     K, _, R, S = weight.shape
     P, Q = problem_size(H, W, R, S, stride, padding, dilation)

@@ -51,12 +51,12 @@ def _relu(value):
 
 
 @triton.jit
-def _finish(
+def _finish_part(
     acc,
     m,
-    k,
     row_exists,
-    k_exists,
+    first_k,
+    channels,
     mean_ptr,
     var_ptr,
     bn_weight_ptr,
@@ -75,7 +75,10 @@ def _finish(
     RESIDUAL_DENSE: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """The epilogue: `output = relu(acc scale + shift + residual)`, rounded once and stored."""
+    """`output = relu(acc scale + shift + residual)`, rounded once and stored."""
+    j = tl.arange(0, acc.shape[1])
+    k = first_k + j
+    k_exists = j < channels
     scale, shift = _affine(
         k, k_exists, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, eps
     )
@@ -102,6 +105,67 @@ def _finish(
     if RELU:
         acc = _relu(acc)
     tl.store(output_ptr + offsets, acc.to(output_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _finish(
+    acc,
+    m,
+    row_exists,
+    first_k,
+    channels,
+    mean_ptr,
+    var_ptr,
+    bn_weight_ptr,
+    bn_bias_ptr,
+    bias_ptr,
+    eps,
+    residual_ptr,
+    residual_stride_n,
+    residual_stride_c,
+    residual_stride_h,
+    residual_stride_w,
+    output_ptr,
+    P,
+    Q,
+    K,
+    RESIDUAL_DENSE: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """The epilogue of a tile of rows `m` and `channels` channels from `first_k` on.
+
+    64 channels at a time: the residual of all of a tile and the addresses, beside the sums, would
+    take more registers than there are.
+    """
+    if acc.shape[1] <= 64:
+        _finish_part(
+            acc, m, row_exists, first_k, channels, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr,
+            bias_ptr, eps, residual_ptr, residual_stride_n, residual_stride_c, residual_stride_h,
+            residual_stride_w, output_ptr, P, Q, K, RESIDUAL_DENSE, RELU,
+        )  # fmt: skip
+    elif acc.shape[1] == 128:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, 64)), (0, 2, 1)))
+        for j in tl.static_range(2):
+            _finish_part(
+                left if j == 0 else right, m, row_exists, first_k + 64 * j, channels - 64 * j,
+                mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, eps, residual_ptr,
+                residual_stride_n, residual_stride_c, residual_stride_h, residual_stride_w,
+                output_ptr, P, Q, K, RESIDUAL_DENSE, RELU,
+            )  # fmt: skip
+    else:
+        tl.static_assert(acc.shape[1] == 256)
+        quarters = tl.reshape(acc, (acc.shape[0], 2, 2, 64))
+        first, second = tl.split(tl.permute(quarters, (0, 2, 3, 1)))
+        for i in tl.static_range(2):
+            left, right = tl.split(tl.permute(first if i == 0 else second, (0, 2, 1)))
+            for j in tl.static_range(2):
+                at = 64 * (2 * i + j)
+                _finish_part(
+                    left if j == 0 else right, m, row_exists, first_k + at, channels - at,
+                    mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, eps, residual_ptr,
+                    residual_stride_n, residual_stride_c, residual_stride_h, residual_stride_w,
+                    output_ptr, P, Q, K, RESIDUAL_DENSE, RELU,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -176,12 +240,12 @@ def conv_kernel(
     program = tl.program_id(0)
     tile_m, tile_n = _tile_of(program, tiles_m, tiles_in_group * groups, BAND)
     group = tile_n // tiles_in_group
-    local_k = (tile_n - group * tiles_in_group) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_exists = local_k < K
+    first_local_k = (tile_n - group * tiles_in_group) * BLOCK_N
+    local_k = first_local_k + tl.arange(0, BLOCK_N)
     if WIDE:
         tile_m = tile_m.to(tl.int64)
         group = group.to(tl.int64)
-    k = group * K + local_k
+    first_k = group * K + first_local_k
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     row_exists = m < M
 
@@ -242,16 +306,16 @@ def conv_kernel(
         z = tl.program_id(1)
         if WIDE:
             z = z.to(tl.int64)
-        channels = K * groups
-        offsets = (z * M + m)[:, None] * channels + k[None, :]
-        tl.store(partial_ptr + offsets, acc, mask=row_exists[:, None] & k_exists[None, :])
+        k = group * K + local_k
+        offsets = (z * M + m)[:, None] * (K * groups) + k[None, :]
+        tl.store(partial_ptr + offsets, acc, mask=row_exists[:, None] & (local_k < K)[None, :])
     else:
         _finish(
             acc,
             m,
-            k,
             row_exists,
-            k_exists,
+            first_k,
+            K - first_local_k,
             mean_ptr,
             var_ptr,
             bn_weight_ptr,
@@ -306,10 +370,10 @@ def sum_partials_kernel(
     if WIDE:
         tile_m = tile_m.to(tl.int64)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_k = tl.program_id(1) * BLOCK_N
+    k = first_k + tl.arange(0, BLOCK_N)
     row_exists = m < M
-    k_exists = k < K
-    exists = row_exists[:, None] & k_exists[None, :]
+    exists = row_exists[:, None] & (k < K)[None, :]
     ptrs = partial_ptr + m[:, None] * K + k[None, :]
     image = M * K
     if WIDE:
@@ -320,9 +384,9 @@ def sum_partials_kernel(
     _finish(
         acc,
         m,
-        k,
         row_exists,
-        k_exists,
+        first_k,
+        K - first_k,
         mean_ptr,
         var_ptr,
         bn_weight_ptr,
@@ -479,8 +543,6 @@ def packed_conv_kernel(
     own_column = local_k // GROUP_K
     own_row = c // GROUP_C
     k = first * GROUP_K + local_k
-    # The tile's last channel, as a number that says how far a 16-byte store may go.
-    k_exists = local_k < (BLOCK_N if EVEN else left * GROUP_K)
     # On the diagonal, own_row is own_column: the weight's own c is c - own_column GROUP_C.
     columns = k * (R * S * GROUP_C) - own_column * GROUP_C
     acc = _packed_sum(
@@ -501,9 +563,9 @@ def packed_conv_kernel(
     _finish(
         acc,
         m,
-        k,
         row_exists,
-        k_exists,
+        first * GROUP_K,
+        BLOCK_N if EVEN else left * GROUP_K,
         mean_ptr,
         var_ptr,
         bn_weight_ptr,
@@ -630,7 +692,8 @@ def row_conv_kernel(
     if WIDE:
         tile_m = tile_m.to(tl.int64)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_k = tile_n * BLOCK_N
+    k = first_k + tl.arange(0, BLOCK_N)
     row = tl.minimum(m, M - 1)
     image_row = row // Q
     h = (image_row % P) * STRIDE_H - PADDING_H
@@ -650,9 +713,9 @@ def row_conv_kernel(
     _finish(
         acc,
         m,
-        k,
         m < M,
-        k < K,
+        first_k,
+        K - first_k,
         mean_ptr,
         var_ptr,
         bn_weight_ptr,
