@@ -50,6 +50,11 @@ def untuned(problem: ConvProblem, gpu: architecture.Architecture) -> Choice:
     return Choice("triton", estimate.best(problem, gpu), ESTIMATE)
 
 
+def untuned_tile(problem: ConvProblem, device: torch.device) -> Tile:
+    """The Triton tile that the estimate thinks most of."""
+    return estimate.best(problem, architecture.of_device(device))
+
+
 def _decide(problem: ConvProblem, device: torch.device) -> Choice:
     gpu = architecture.of_device(device)
     with _lock:

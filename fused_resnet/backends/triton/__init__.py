@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ...tuning.problem import TILED
 from .. import cuda, cudnn, library
 from ..library import batch_norm_act_inference, batch_norm_act_training
 
@@ -114,11 +115,11 @@ def conv_bn_act(
             input, weight, stride, padding, dilation, groups, residual is not None
         )
         choice = conv.choose(problem, input.device)
+        if choice.kernel in TILED and _is_traced(input):
+            return _operators().triton_conv_bn_act(*arguments)
         if choice.kernel == "triton":
-            if _is_traced(input):
-                return _operators().triton_conv_bn_act(*arguments)
             return conv.conv_bn_act(*arguments, tile=choice.tile)
-        if choice.kernel == "cuda" and not _is_traced(input):
+        if choice.kernel == "cuda":
             return cuda.conv_bn_act(*arguments, tile=choice.tile)
         if choice.kernel.startswith("cudnn") and not _is_traced(input):
             return cudnn.conv_bn_act(*arguments)

@@ -39,6 +39,12 @@ def choose(problem: ConvProblem, device: torch.device) -> Choice:
     return tuning.choose(problem, device)
 
 
+def _chosen_tile(problem: ConvProblem, device: torch.device) -> Tile:
+    """The chosen tile; the estimate's where the choice is a kernel that graphs cannot hold."""
+    choice = choose(problem, device)
+    return choice.tile if choice.kernel == "triton" else tuning.untuned_tile(problem, device)
+
+
 def tile_for(problem: ConvProblem, tile: Tile) -> Tile:
     """`tile` as the problem's kernel takes it: no wider than a group, or one of its own."""
     if special := special_tiles(problem):
@@ -112,9 +118,7 @@ def conv_bn_act(
         (N, K, P, Q) in the memory format `conv2d` would give it.
     """
     problem = problem_of(input, weight, stride, padding, dilation, groups, residual is not None)
-    if tile is None:
-        tile = choose(problem, input.device).tile
-    tile = tile_for(problem, tile)
+    tile = tile_for(problem, _chosen_tile(problem, input.device) if tile is None else tile)
     N, C, H, W = input.shape
     K, group_c, R, S = weight.shape
     P, Q = problem_size(H, W, R, S, stride, padding, dilation)
@@ -250,7 +254,7 @@ def conv_bn_act_max_pool(
         (N, K, pooled P, pooled Q) in the memory format `conv2d` would give it.
     """
     problem = problem_of(input, weight, stride, padding, dilation, 1, False, USUAL_POOL)
-    tile = tile_for(problem, choose(problem, input.device).tile if tile is None else tile)
+    tile = tile_for(problem, _chosen_tile(problem, input.device) if tile is None else tile)
     N, C, H, W = input.shape
     K, _, R, S = weight.shape
     P, Q = problem_size(H, W, R, S, stride, padding, dilation)
