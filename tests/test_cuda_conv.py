@@ -338,6 +338,22 @@ def test_host_path_converts_nothing(split):
     assert "aten::contiguous" in operators()
 
 
+def test_the_operator_keeps_to_its_schema(monkeypatch):
+    """It writes to and aliases nothing it should not."""
+    operator = fused_resnet._native.cuda_operators.conv_bn_act_tiled.default
+    calls = []
+
+    def record(*arguments):
+        calls.append(arguments)
+        return operator(*arguments)
+
+    monkeypatch.setattr(cuda, "_operator", lambda: record)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        run(case_of(KINDS["3x3"][1], dtype=torch.float16, bias=True, memory_format=layout))
+    for arguments in calls:
+        torch.library.opcheck(operator, arguments, test_utils=["test_schema"])
+
+
 @pytest.mark.parametrize("shape", model_conv_shapes(), ids=str)
 def test_choices_for_the_models(shape):
     """Every layer has tiles on every GPU, of the kind that fits it, none larger than the GPU."""
