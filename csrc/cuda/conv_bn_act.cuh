@@ -348,9 +348,10 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
       const T zero = device::narrow<T>(0.f);
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        const int64_t in_window = input_offset(tap);
-        const int64_t in_filter =
-            tap.r * conv.weight_r + tap.s * conv.weight_s + tap.c * conv.weight_c;
+        // The host sees to it that 32 bits hold these.
+        const int in_window = static_cast<int>(input_offset(tap));
+        const int in_filter =
+            static_cast<int>(tap.r * conv.weight_r + tap.s * conv.weight_s + tap.c * conv.weight_c);
 #pragma unroll
         for (int i = 0; i < kPixels; ++i) {
           const T* source = windows[i].origin + in_window;
