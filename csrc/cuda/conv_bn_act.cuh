@@ -68,15 +68,25 @@ __device__ __forceinline__ float read(const Parameter& parameter, int i, float o
 struct Tap {
   int r, s, c;
 
+  __device__ __forceinline__ void next(int channels, int S) {
+    if (++c < channels) return;
+    c = 0;
+    next_tap(S);
+  }
+
   __device__ __forceinline__ void advance(int by, int channels, int S) {
     c += by;
     while (c >= channels) {
       c -= channels;
-      if (++s == S) {
-        s = 0;
-        ++r;
-      }
+      next_tap(S);
     }
+  }
+
+ private:
+  __device__ __forceinline__ void next_tap(int S) {
+    if (++s < S) return;
+    s = 0;
+    ++r;
   }
 };
 
@@ -362,7 +372,7 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
           const T* source = first_filter + i * kRowsAtOnce * conv.weight_k + in_filter;
           y[i].values[e] = tap.r < conv.R && k0 + row + i * kRowsAtOnce < k_end ? *source : zero;
         }
-        tap.advance(1, channels, conv.S);
+        tap.next(channels, conv.S);
       }
       tap.advance(kDepth - kElements, channels, conv.S);
 #pragma unroll
