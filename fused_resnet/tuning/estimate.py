@@ -44,12 +44,12 @@ _L2_BYTES_PER_CYCLE = 32
 # has several parts (over 64 channels): the most that ptxas gave any tile here, with warp-group
 # instructions (compute capability 9 and 10) and without.
 _REGISTERS = {
-    (True, "16 bits"): {16: (96, 96), 32: (192, 192), 64: (200, 160), 128: (256, 240)},
-    (True, "tfloat32"): {16: (96, 96), 32: (192, 192), 64: (250, 200), 128: (256, 255)},
-    (True, "float32"): {16: (160, 160), 32: (166, 166)},
+    (True, "16 bits"): {16: (72, 72), 32: (184, 184), 64: (200, 200), 128: (256, 242)},
+    (True, "tfloat32"): {16: (96, 96), 32: (168, 168), 64: (255, 192), 128: (256, 255)},
+    (True, "float32"): {8: (80, 80), 16: (160, 160), 32: (128, 128)},
     (False, "16 bits"): {16: (80, 80), 32: (168, 168), 64: (218, 192), 128: (256, 253)},
-    (False, "tfloat32"): {16: (96, 96), 32: (168, 168), 64: (240, 192), 128: (256, 254)},
-    (False, "float32"): {16: (204, 204), 32: (166, 166)},
+    (False, "tfloat32"): {16: (80, 80), 32: (168, 168), 64: (224, 184), 128: (256, 254)},
+    (False, "float32"): {8: (80, 80), 16: (204, 204), 32: (168, 168)},
 }
 # Of the tiles these allow, those it spilled a few bytes of all the same: capability, products, if
 # the sum is shared, block sizes and warps. bench/static.py finds them.
@@ -57,6 +57,11 @@ _SPILLED = {
     (8, "16 bits", False, 128, 128, 64, 4),
     (8, "16 bits", True, 128, 128, 64, 4),
     (8, "16 bits", True, 64, 64, 32, 4),
+    (8, "tfloat32", False, 128, 128, 32, 4),
+    (8, "tfloat32", True, 128, 128, 32, 4),
+    (10, "tfloat32", False, 64, 32, 32, 4),
+    (12, "16 bits", True, 128, 64, 64, 4),
+    (12, "tfloat32", True, 128, 64, 32, 4),
 }
 _MOST_REGISTERS = 255
 _SHARED_PER_PROGRAM = 1024  # what the driver takes of every program
@@ -112,8 +117,15 @@ _PLAIN_STEM_POOL = Tile(64, 32, 32, 1, 8, 3)
 # With wider elements, what leaves the packed kernel no spilled register on any architecture.
 _PACKED_STAGES = {"tfloat32": 2, "float32": 3}
 USUAL_POOL = (3, 3, 2, 2, 1, 1)
-# What they take at most; their tiles were chosen not to spill.
-_SPECIAL_REGISTERS = 208
+# What they take at most, by an element's bytes; their tiles were chosen not to spill.
+_SPECIAL_REGISTERS = {
+    ("packed", 2): 168,
+    ("packed", 4): 168,
+    ("row", 2): 168,
+    ("row", 4): 255,
+    ("stem_pool", 2): 192,
+    ("stem_pool", 4): 255,
+}
 _WIDE_STEM_REGISTERS = 240
 # The pooling kernel computes three columns at once.
 _POOL_COLUMNS = 3
@@ -296,8 +308,8 @@ def registers(problem: ConvProblem, architecture: Architecture, tile: Tile) -> i
         # Without warp groups, sums and operands of so many channels do not fit.
         hopper = _warp_groups(problem, architecture)
         return _WIDE_STEM_REGISTERS if hopper else _MOST_REGISTERS + 1
-    if kernel_for(problem) != "conv":
-        return _SPECIAL_REGISTERS
+    if (kernel := kernel_for(problem)) != "conv":
+        return _SPECIAL_REGISTERS[kernel, problem.element_size]
     products = "16 bits" if problem.element_size == 2 else problem.dtype
     major = architecture.capability[0]
     sizes = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
