@@ -46,7 +46,7 @@ _L2_BYTES_PER_CYCLE = 32
 _REGISTERS = {
     (True, "16 bits"): {16: (72, 72), 32: (184, 184), 64: (200, 200), 128: (256, 242)},
     (True, "tfloat32"): {16: (96, 96), 32: (168, 168), 64: (255, 192), 128: (256, 255)},
-    (True, "float32"): {8: (80, 80), 16: (160, 160), 32: (128, 128)},
+    (True, "float32"): {8: (80, 80), 16: (160, 160), 32: (168, 168)},
     (False, "16 bits"): {16: (80, 80), 32: (168, 168), 64: (218, 192), 128: (256, 253)},
     (False, "tfloat32"): {16: (80, 80), 32: (168, 168), 64: (224, 184), 128: (256, 254)},
     (False, "float32"): {8: (80, 80), 16: (204, 204), 32: (168, 168)},
@@ -101,11 +101,9 @@ _GENERAL = (
 )
 # Without tensor cores the operands pass through registers, so tiles are small.
 _PLAIN = (
-    (64, 32, 16, 8, 3),
     (64, 32, 32, 8, 3),
     (64, 64, 16, 4, 3),
     (64, 64, 32, 8, 3),
-    (128, 32, 16, 8, 3),
 )
 # What the kernels for special shapes run with; their blocks are as deep as the shape says.
 PACKED = Tile(64, 32, 32, 1, 4, 4)
