@@ -168,11 +168,10 @@ def models_command(
             (),
             backend,
             kind == "training",
-            False,
-            threads,
-            rounds,
+            threads=threads,
+            rounds=rounds,
             memory=memory,
-        )  # fmt: skip
+        )
         for network in _models(model)
         for name in dict.fromkeys((dtype or usual).split(","))
         for kind in dict.fromkeys(modes)
@@ -384,7 +383,7 @@ def _print_layers(console: Console, content: Mapping[str, Any], case: Mapping[st
         "this run",
         highlight=False,
     )
-    for line in kernels_summary(case):
+    for line in _summary(case):
         console.print(line, highlight=False)
     reasons = dict.fromkeys(
         f"{one['name']}: {one['status']}, {one['reason']}"
@@ -429,22 +428,20 @@ def _layer_cells(one: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def kernels_summary(case: Mapping[str, Any]) -> list[str]:
-    """Each candidate's layers together, as often as the model has them; where all were timed."""
-    totals: dict[str, float | None] = {}
-    for layer in case["layers"]:
-        for one in layer["candidates"]:
-            taken, before = one["microseconds"], totals.get(one["name"], 0.0)
-            missing = taken is None or before is None
-            totals[one["name"]] = None if missing else before + layer["count"] * taken["median"]
+def _summary(case: Mapping[str, Any]) -> list[str]:
+    """Each candidate's layers together, as often as the model has them."""
+    totals = kernels.totals(case)
     eager = totals.get("eager")
     lines = []
     for name, total in totals.items():
         if total is None:
             lines.append(f"all layers, {name}: not all were timed")
             continue
-        ratio = f", {total / eager:.2f} of eager" if eager and name != "eager" else ""
-        lines.append(f"all layers, {name}: {total / 1e3:.3f} ms{ratio}")
+        ratio = f", {total.milliseconds / eager.milliseconds:.2f} of eager" if eager else ""
+        lines.append(
+            f"all layers, {name}: {total.milliseconds:.3f} ms{ratio}, "
+            f"{100 * total.roofline:.0f} % of the roofline"
+        )
     return lines
 
 

@@ -144,6 +144,33 @@ def measure(
     return result
 
 
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """All of a network's layers: their time, and the share of it that the ceilings would take."""
+
+    milliseconds: float
+    roofline: float
+
+
+def totals(case: Mapping[str, Any]) -> dict[str, Total | None]:
+    """Sums over a case of a document, layers counted as often as the network has them.
+
+    None for a candidate that was not timed on every layer.
+    """
+    times: dict[str, list[float | None]] = {}
+    least = 0.0
+    for layer in case["layers"]:
+        least += layer["count"] * layer["least_microseconds"]
+        for one in layer["candidates"]:
+            taken = one["microseconds"]
+            share = None if taken is None else layer["count"] * taken["median"]
+            times.setdefault(one["name"], []).append(share)
+    return {
+        name: None if None in all_of else Total(1e-3 * sum(all_of), least / sum(all_of))
+        for name, all_of in times.items()
+    }
+
+
 def _rows(
     problem: ConvProblem,
     candidates: Mapping[str, Prepare],
