@@ -42,6 +42,14 @@ class Ceilings:
     copy_bytes: int
     matrix_size: int
 
+    def better_of(self, other: Ceilings) -> Ceilings:
+        """The higher of each of two measurements."""
+        return dataclasses.replace(
+            self,
+            copy_bandwidth=max(self.copy_bandwidth, other.copy_bandwidth),
+            matrix_rate=max(self.matrix_rate, other.matrix_rate),
+        )
+
     def least_seconds(self, problem: ConvProblem) -> float:
         """The time that moving a layer's tensors once, and its products, take at the ceilings."""
         by_memory = problem.bytes_once / self.copy_bandwidth

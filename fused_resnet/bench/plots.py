@@ -83,23 +83,22 @@ def roofline(case: Mapping[str, Any], title: str, caption: str) -> Figure:
         axes.plot(
             x, y, marker, color=colour, markersize=6, alpha=0.8, label=name, mec="white", mew=0.5
         )
-    low, high = min([*intensities, 1.0]) / 1.6, max([*intensities, rate / bandwidth]) * 1.6
     corner = rate / bandwidth
-    axes.plot([low, corner, high], [low * bandwidth, rate, rate], color=INK, linewidth=1.4)
-    axes.text(
-        high, rate * 1.05, f"matrix product, {rate:.3g} TFLOP/s", ha="right", va="bottom",
-        fontsize=9, color=INK,
-    )  # fmt: skip
-    axes.annotate(
-        f"copy, {1e3 * bandwidth:.4g} GB/s", (low, low * bandwidth), (6, 14),
-        textcoords="offset points", fontsize=9, color=INK,
-    )  # fmt: skip
+    low, high = min([*intensities, corner]) / 2, max([*intensities, corner]) * 1.5
+    ceiling = f"copy {1e3 * bandwidth:.4g} GB/s, matrix product {rate:.3g} TFLOP/s"
+    axes.plot(
+        [low, corner, high], [low * bandwidth, rate, rate], color=INK, linewidth=1.4, label=ceiling
+    )
     axes.set(xscale="log", yscale="log", xlim=(low, high))
     axes.set_ylim(min([*rates, low * bandwidth]) / 1.5, max(rates) * 1.7)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     axes.set_xlabel("FLOP per byte, each tensor moved once")
     axes.set_ylabel("TFLOP/s")
-    axes.grid(True, which="major", color=FAINT, linewidth=0.7)
-    axes.legend(loc="lower right", fontsize=9, frameon=True, framealpha=0.9)
+    axes.grid(True, which="both", color=FAINT, linewidth=0.5)
+    axes.set_axisbelow(True)
+    _legend(axes)
     return figure
 
 
@@ -191,6 +190,15 @@ def _head(figure: Figure, title: str, caption: str) -> None:
     figure.supxlabel(caption, fontsize=8, color="#666666", x=0.01, ha="left")
 
 
+def _legend(axes: Any) -> None:
+    """Above the axes, below the title."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9, frameon=False,
+            handletextpad=0.4, columnspacing=1.5,
+        )  # fmt: skip
+
+
 def _dots(
     case: Mapping[str, Any], title: str, caption: str, axis: str, value: Any, mark: float,
     without: Sequence[str] = (),
@@ -218,24 +226,13 @@ def _dots(
         axes.plot(
             x, y, marker, color=colour, markersize=7, alpha=0.9, label=name, mec="white", mew=0.6
         )
-    wrong = [
-        (mark, row, one["status"], one["name"])
-        for row, layer in enumerate(layers)
-        for one in layer["candidates"]
-        if not one["microseconds"]
-    ]
-    for row in {row for _, row, _, _ in wrong}:
-        text = ", ".join(f"{name} {status}" for _, at, status, name in wrong if at == row)
+    for row, layer in enumerate(layers):
+        failed = [one for one in layer["candidates"] if not one["microseconds"]]
+        text = "\n".join(f"{one['name']}: {one['status']}" for one in failed)
         axes.text(
-            1.0,
-            row,
-            text,
-            transform=axes.get_yaxis_transform(),
-            fontsize=7.5,
-            color="#b00020",
-            ha="right",
+            1.01, row, text, transform=axes.get_yaxis_transform(), fontsize=7.5, color="#b00020",
             va="center",
-        )
+        )  # fmt: skip
     labels = [
         f"{layer['label']}" + (f"  ({layer['count']} of them)" if layer["count"] > 1 else "")
         for layer in layers
@@ -253,8 +250,7 @@ def _dots(
     axes.set_xlim(0, 1.05 * highest)
     axes.set_xlabel(axis, fontsize=9.5, color=INK)
     _finish(axes, labels)
-    if len(figure.axes[0].lines) > 1:
-        figure.legend(loc="outside upper right", ncols=4, fontsize=9, frameon=False)
+    _legend(axes)
     return figure
 
 
