@@ -94,14 +94,15 @@ sys.path = [folder for folder in sys.path if folder]
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)'
 command=("$python" -c "$module" fused_resnet.cli)
 measure=(--device "$device" --rounds "$rounds")
+# Compilers take minutes a case, so what is measured before tuning is without them, and so is a
+# rehearsal, which is of this script.
+untuned=("${measure[@]}" --no-memory)
+for engine in "torch.compile" "torch.compile, frozen" "torch.compile, reduce-overhead" \
+  "torch.compile, max-autotune" "fused, torch.compile" "OpenVINO" "ONNX Runtime"; do
+  untuned+=(--without "$engine")
+done
 whole=("${measure[@]}")
-if [[ $device == cpu ]]; then
-  # The rehearsal is of this script: compilers and other engines take minutes and say nothing of it.
-  for engine in torch.compile "torch.compile, frozen" OpenVINO "ONNX Runtime"; do
-    whole+=(--without "$engine")
-  done
-  whole+=(--no-memory)
-fi
+[[ $device == cpu ]] && whole=("${untuned[@]}")
 
 # 1. Does it work at all, and is it right?
 run doctor 120 "${command[@]}" doctor
@@ -116,28 +117,29 @@ run tests $((3 * limit)) "$python" -c "$module" pytest -q -p no:cacheprovider ${
 # 3. What the sanitizers see of the CUDA kernels, on the operators' own tests.
 if [[ $device == cuda ]] && command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck synccheck; do
-    run "sanitizer-$tool" "$limit" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+    # Each tensor an allocation of its own, or the checker sees only torch's large blocks.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "sanitizer-$tool" "$limit" compute-sanitizer --tool "$tool" --error-exitcode 1 \
       --target-processes all "$python" -c "$module" pytest -q -x -p no:cacheprovider \
       tests/test_scale_shift_act.py tests/test_conv_bn_act.py -k "cuda and not slow"
   done
 fi
 # 4. Tuning, and everything measured untuned and tuned. One that runs out of time keeps its lines.
 for dtype in ${dtypes//,/ }; do
-  run "models-$dtype-untuned" "$limit" "${command[@]}" bench models --model "$models" \
-    --batch "$batches" --dtype "$dtype" "${whole[@]}" --json "$out/models-$dtype-untuned.json"
+  # On a GPU float32 convolutions may use TF32, as torch has it by default.
+  layers=$dtype
+  [[ $device == cuda ]] && layers=${dtype/#float32/tfloat32}
   for model in ${models//,/ }; do
-    if [[ $device == cuda ]]; then
-      run "tune-$model-$dtype" "$limit" "${command[@]}" tune "$model" --batch "$batches" \
-        --dtype "${dtype/float32/tfloat32}"
-    else
-      run "tune-$model-$dtype" "$limit" "${command[@]}" tune "$model" --dry-run --gpu H100 \
-        --batch 1
-    fi
-    run "kernels-$model-$dtype" "$limit" "${command[@]}" bench kernels --model "$model" \
-      --batch "$batches" --dtype "$dtype" "${measure[@]}" --json "$out/kernels-$model-$dtype.json"
+    what=(--model "$model" --batch "$batches" --dtype)
+    run "models-$model-$dtype-untuned" "$limit" "${command[@]}" bench models "${what[@]}" "$dtype" \
+      "${untuned[@]}" --json "$out/models-$model-$dtype-untuned.json"
+    tune=("$model" --batch "$batches" --dtype "$layers")
+    [[ $device == cpu ]] && tune=("$model" --batch 1 --dry-run --gpu H100)
+    run "tune-$model-$dtype" "$limit" "${command[@]}" tune "${tune[@]}"
+    run "kernels-$model-$dtype" $((2 * limit)) "${command[@]}" bench kernels "${what[@]}" \
+      "$layers" "${measure[@]}" --json "$out/kernels-$model-$dtype.json"
+    run "models-$model-$dtype" $((2 * limit)) "${command[@]}" bench models "${what[@]}" "$dtype" \
+      "${whole[@]}" --json "$out/models-$model-$dtype.json"
   done
-  run "models-$dtype" "$limit" "${command[@]}" bench models --model "$models" --batch "$batches" \
-    --dtype "$dtype" "${whole[@]}" --json "$out/models-$dtype.json"
 done
 # 5. Training.
 train=${batches#1,}

@@ -13,6 +13,7 @@ from ..inputs import InvalidArgumentError
 
 try:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 except ImportError:
     raise InvalidArgumentError(
         'plots need matplotlib, which is not installed: pip install "fused_resnet[bench]"'
@@ -92,6 +93,7 @@ def roofline(case: Mapping[str, Any], title: str, caption: str) -> Figure:
     axes.set(xscale="log", yscale="log", xlim=(low, high))
     axes.set_ylim(min([*rates, low * bandwidth]) / 1.5, max(rates) * 1.7)
     for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
     axes.set_xlabel("FLOP per byte, each tensor moved once")
