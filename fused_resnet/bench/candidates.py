@@ -76,7 +76,10 @@ def cudnn_fused(arguments: tuple, problem: ConvProblem) -> Call:
 
 
 def fused(backend: str) -> Prepare:
-    """This package's operator on one of its backends, on the raw batch-norm parameters."""
+    """This package's operator on one of its backends, on the raw batch-norm parameters.
+
+    On "triton" that is what tuning chose for the layer, which may be another's kernel.
+    """
 
     def prepare(arguments: tuple, problem: ConvProblem) -> Call:
         input = arguments[0]
