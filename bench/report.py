@@ -36,13 +36,10 @@ def models_section(path: Path, root: Path = ROOT) -> str:
         *_table(cases, _time),
         "",
     ]
-    if any(one["peak_memory_bytes"] for case in cases for one in case["candidates"]):
-        lines += [
-            "Peak memory above the model and its input, MiB:",
-            "",
-            *_table(cases, _memory),
-            "",
-        ]
+    weighed = [c for c in cases if any(one["peak_memory_bytes"] for one in c["candidates"])]
+    if weighed:
+        lines += ["Peak memory above the model and its input, MiB:", ""]
+        lines += [*_table(weighed, _memory), ""]
     lines += ["Relative error of the logits against float64:", "", *_table(cases, _error), ""]
     for reason in dict.fromkeys(
         f"{one['name']}, {case['dtype']}: not run ({one['skipped']})."

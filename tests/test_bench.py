@@ -683,6 +683,7 @@ def test_report_is_one_page_that_needs_nothing_else(
     assert "<b>" not in text
     assert "&lt;no kernel&gt;" in text
     assert "wrong, not timed" in text
+    assert "fused takes 50 ms, 2.00 times as fast as eager." in text
     assert "ImportError: nothing there" in text
     assert text.count("These are predictions") == 1
     for content in map(documents.load, files):

@@ -14,7 +14,6 @@ import torch
 
 from ..measure import synchronize
 from ..tuning.problem import ConvProblem
-from ..tuning.tuner import precision
 
 # On a CPU, data that was last used this many bytes ago is no longer in a core's own cache. The
 # copy is measured at this size too, since that is where layers find their inputs.
@@ -32,7 +31,8 @@ class Ceilings:
     Attributes:
         copy_bandwidth: bytes/s, read and written, of a copy between two tensors of `copy_bytes`
             together.
-        matrix_rate: FLOP/s of a square matrix product of `matrix_size` in the problem's dtype.
+        matrix_rate: FLOP/s of a square matrix product of `matrix_size` in the problem's dtype, on a
+            CPU or in float32 where that is faster.
         copy_bytes: see `copy_bandwidth`.
         matrix_size: see `matrix_rate`.
     """
@@ -64,19 +64,25 @@ def measure(device: torch.device, dtype: str, *, scale: float = 1.0) -> Ceilings
         dtype: see `ConvProblem`.
         scale: of both tensors and matrices; 1 but in tests.
     """
-    element = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(dtype, torch.float32)
     size = max(64, int(scale * _MATRIX_SIZE[device.type]))
-    left, right = torch.randn(2, size, size, device=device).to(element)
+    # A CPU without instructions for a 16-bit dtype may compute in float32, and a kernel does.
+    dtypes = {dtype, "float32"} if device.type == "cpu" else {dtype}
+    rate = max(_matrix_rate(device, one, size) for one in dtypes)
     total = COLD_BYTES if device.type == "cpu" else _COPY_BYTES_GPU
     if device.type == "cuda":
         total = min(total, torch.cuda.mem_get_info(device)[0] // 2)
     source = torch.randint(256, (max(64, int(scale * total / 2)),), device=device).to(torch.uint8)
     target = torch.empty_like(source)
-    product = torch.empty_like(left)
-    with precision(dtype), _matrix_precision(dtype), torch.inference_mode():
-        rate = 2 * size**3 / _best(lambda: torch.mm(left, right, out=product), device)
     bandwidth = 2 * source.numel() / _best(lambda: target.copy_(source), device)
     return Ceilings(bandwidth, rate, 2 * source.numel(), size)
+
+
+def _matrix_rate(device: torch.device, dtype: str, size: int) -> float:
+    element = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(dtype, torch.float32)
+    left, right = torch.randn(2, size, size, device=device).to(element)
+    product = torch.empty_like(left)
+    with _matrix_precision(dtype), torch.inference_mode():
+        return 2 * size**3 / _best(lambda: torch.mm(left, right, out=product), device)
 
 
 class _matrix_precision:  # noqa: N801

@@ -24,13 +24,15 @@ img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #e4e4e4; }
-th:first-child, td:first-child, td.text, th.text { text-align: left; }
+td { white-space: nowrap; } th.text, td.text { text-align: left; }
 thead th { border-bottom: 2px solid #999; vertical-align: bottom; }
 tr.ours td { font-weight: 600; } .bad { color: #b00020; }
 .caption { color: #555; font-size: .9rem; }
 .prediction { border: 2px dashed #b00020; padding: .3rem 1rem; }
 summary { cursor: pointer; margin: 1rem 0; } code { font-size: .85em; overflow-wrap: anywhere; }
 """
+# Columns of words, which are set to the left.
+_TEXTS = ("candidate", "layer", "all layers", "GPU", "network")
 _TITLES = {
     documents.MODELS: "Whole models",
     documents.KERNELS: "Layer by layer",
@@ -128,6 +130,26 @@ def where(content: Mapping[str, Any]) -> str:
     return ", ".join([*parts, content["date"][:10]])
 
 
+def answer(case: Mapping[str, Any]) -> str:
+    """Whether the fused model is faster, in a sentence."""
+    training = ", training step" if case["mode"] == "training" else ""
+    what = f"{_case_title(case)}{training}"
+    times = {
+        one["name"]: one["latency_ms"]["median"] for one in case["candidates"] if one["latency_ms"]
+    }
+    ours = {name: time for name, time in times.items() if name.startswith("fused")}
+    others = {name: time for name, time in times.items() if name not in ours}
+    if not ours or not others:
+        return f"{what}: not measured."
+    own, other = min(ours, key=ours.__getitem__), min(others, key=others.__getitem__)
+    text = f"{what}: {own} takes {ours[own]:.3g} ms"
+    if "eager" in others:
+        text += f", {others['eager'] / ours[own]:.2f} times as fast as eager"
+    if other != "eager":
+        text += f"; the fastest other, {other}, takes {others[other]:.3g} ms"
+    return text + "."
+
+
 def _page(body: str) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -158,6 +180,8 @@ def _section(path: Path, content: Mapping[str, Any], drawn: Mapping[str, bytes])
             "p10 to p90 is the spread. Errors are relative to float64; what is wrong is not timed."
             "</p>"
         )
+        answers = "".join(f"<li>{html.escape(answer(case))}</li>" for case in content["cases"])
+        parts.append(f"<ul>{answers}</ul>")
         parts += [_image(name, data) for name, data in drawn.items()]
         parts += [_model_table(case) for case in content["cases"]]
         return "\n".join(parts)
@@ -183,10 +207,15 @@ def _image(name: str, data: bytes) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     """A table; each row has a CSS class and its cells."""
-    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    kinds = [' class="text"' if cell in _TEXTS else "" for cell in head]
+    cells = "".join(
+        f"<th{kind}>{html.escape(cell)}</th>" for kind, cell in zip(kinds, head, strict=True)
+    )
     lines = [f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>']
     for style, row in rows:
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        cells = "".join(
+            f"<td{kind}>{html.escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)
+        )
         lines.append(f'<tr class="{style}">{cells}</tr>')
     return "\n".join([*lines, "</tbody></table></div>"])
 
