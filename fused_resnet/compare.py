@@ -10,7 +10,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -258,10 +258,7 @@ def compare(
         progress(name, done, total)
         done += 1
 
-    if "torch.compile" in engines:
-        # Models of one class share its cache, and its limit of recompilations.
-        torch._dynamo.reset()
-    with threads(case.threads):
+    with threads(case.threads), _programs(engines):
         stage("model and input")
         model, input = _prepare(case)
         stage("float64 reference")
@@ -337,6 +334,20 @@ def compare(
 
 
 _nothing = contextlib.nullcontext
+
+
+@contextlib.contextmanager
+def _programs(names: Collection[str]) -> Iterator[None]:
+    """Room for every engine's compiled program: models of one class share a cache and its limit.
+
+    Past the limit a model would run eager, in silence.
+    """
+    if not any("torch.compile" in name for name in names):
+        yield
+        return
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
 
 
 def _prepare(case: Case) -> tuple[torch.nn.Module, torch.Tensor]:

@@ -290,6 +290,17 @@ def test_a_backend_that_cannot_run_is_a_row(monkeypatch: pytest.MonkeyPatch) -> 
     assert "no such luck" in row["reason"]
 
 
+def test_each_layer_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program for all would pass the limit of recompilations and run eager in silence."""
+    compiled: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda run, **_: compiled.append(run) or run)
+    prepare = candidates.compiled()
+    first, second, *_ = kernels.layers.of_model("resnet18", 1, "float32", 32)
+    for problem in (first, first, second, second):
+        prepare((), problem)
+    assert len(compiled) == 2
+
+
 def test_the_roofline_is_the_larger_of_two_times() -> None:
     (problem,) = kernels.Case("resnet50", 1, "float32", "cpu").problems(LAYER)
     slow_memory = ceilings.Ceilings(1.0, 1e30, 1, 1)

@@ -30,14 +30,16 @@ def eager(arguments: tuple, problem: ConvProblem) -> Call:
 
 def compiled() -> Prepare:
     """The same under `torch.compile`; one program for all tensors of a layer."""
+    current: ConvProblem | None = None
     program: Any = None
 
     def prepare(arguments: tuple, problem: ConvProblem) -> Call:
-        nonlocal program
-        if program is None:
-            # Layers share the code, and with it the limit of recompilations.
+        nonlocal current, program
+        if problem != current:
+            # Layers share the code, and with it the limit of recompilations, after which a
+            # program would be eager in silence.
             torch._dynamo.reset()
-            program = torch.compile(_operators, dynamic=False)
+            current, program = problem, torch.compile(_operators, dynamic=False)
         return lambda: program(arguments, problem)
 
     return prepare

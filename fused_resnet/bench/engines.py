@@ -131,8 +131,8 @@ def graphed(engine: Engine) -> Engine:
     """Another engine's call, captured as a CUDA graph: without the host's share of the time."""
 
     def build(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
-        if input.device.type != "cuda":
-            raise NotImplementedError("CUDA graphs need a GPU")
+        if case.train or input.device.type != "cuda":
+            raise NotImplementedError("is a candidate for inference on a GPU only")
         return capture(engine(model, input, case), input.device)
 
     return build
@@ -174,22 +174,21 @@ ENGINES: dict[str, Engine] = {
     "OpenVINO": openvino,
     "ONNX Runtime": onnx_runtime,
 }
-_INFERENCE_CPU = ("eager", "fused", "torch.compile", "torch.compile, frozen")
-_INFERENCE_GPU = (
+_ON_CPU = ("eager", "fused", "torch.compile", "torch.compile, frozen", "OpenVINO", "ONNX Runtime")
+_ON_GPU = (
     "eager", "CUDA graph", "fused", "fused, CUDA graph", "fused, torch.compile", "torch.compile",
     "torch.compile, reduce-overhead", "torch.compile, max-autotune",
 )  # fmt: skip
+_INFERENCE_ONLY = {
+    "torch.compile, frozen", "OpenVINO", "ONNX Runtime", "CUDA graph", "fused, CUDA graph"
+}  # fmt: skip
 
 
 def engines_for(device_type: str, train: bool, without: Collection[str] = ()) -> dict[str, Engine]:
     """The candidates on a device, in the tables' order; "eager" cannot be left out."""
-    if device_type == "cuda":
-        names = _INFERENCE_GPU
-    elif train:
-        names = ("eager", "fused", "torch.compile")
-    else:
-        names = (*_INFERENCE_CPU, "OpenVINO", "ONNX Runtime")
-    return {name: ENGINES[name] for name in names if name == "eager" or name not in without}
+    names = _ON_GPU if device_type == "cuda" else _ON_CPU
+    left_out = {*without, *(_INFERENCE_ONLY if train else ())} - {"eager"}
+    return {name: ENGINES[name] for name in names if name not in left_out}
 
 
 def settle_for(names: Collection[str]) -> float:
