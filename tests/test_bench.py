@@ -224,6 +224,8 @@ def test_inputs_rotate_where_the_cache_would_hold_them(monkeypatch: pytest.Monke
 
     def spy(arguments: tuple, problem: Any) -> candidates.Call:
         run = candidates.eager(arguments, problem)
+        # A model's weights are no inference tensors: those would be prepared for each call anew.
+        assert not arguments[1].is_inference()
         return lambda: seen.append(arguments[0].data_ptr()) or run()
 
     measured({"eager": candidates.eager, "spy": spy}, rounds=6)

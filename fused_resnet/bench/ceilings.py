@@ -19,8 +19,8 @@ from ..tuning.problem import ConvProblem
 # copy is measured at this size too, since that is where layers find their inputs.
 COLD_BYTES = 64 * 2**20
 _COPY_BYTES_GPU = 2 * 2**30
-_MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
-_ROUNDS = 10
+_MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
+_ROUNDS = 30
 # Calls between two looks at the clock on a GPU, so that waiting for it does not count.
 _CALLS_GPU = 5
 _SECONDS = 3.0

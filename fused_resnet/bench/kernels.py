@@ -184,14 +184,17 @@ def _rows(
     rounds: int,
 ) -> list[Row]:
     """Checks the candidates for a layer and times those that are right."""
-    with tuner.precision(problem.dtype), torch.inference_mode():
+    # Outside of inference mode: tensors made in it have no version, by which the CPU backend knows
+    # that a model's weights are those it has prepared already.
+    with tuner.precision(problem.dtype), torch.no_grad():
         try:
             case = tuner.make_case(problem, device)
+            sets = _argument_sets(case, device)
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
             reason = f"the layer's tensors cannot be made: {first_line(error)}"
             return [Row(name, FAILED, reason) for name in candidates]
+    with tuner.precision(problem.dtype), torch.inference_mode():
         rows = {name: _checked(name, prepare, case) for name, prepare in candidates.items()}
-        sets = _argument_sets(case, device)
         calls: dict[str, Call] = {}
         for name, row in rows.items():
             if row.status != TIMED:
