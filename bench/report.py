@@ -60,9 +60,10 @@ def kernels_section(path: Path, root: Path = ROOT) -> str:
         label = f"{case['model']}, batch {case['batch']}, {case['dtype']}"
         rows[label] = kernels.totals(case)
         limits = case["ceilings"]
+        unit, scale = kernels.flop_unit(case)
         text = (
             f"{limits['copy_gigabytes_per_second']:.1f} GB/s and "
-            f"{1e3 * limits['teraflops_per_second']:.0f} GFLOP/s"
+            f"{scale * limits['teraflops_per_second']:.0f} {unit}"
         )
         ceilings.append(f"{text} ({label})")
     names = list(dict.fromkeys(name for totals in rows.values() for name in totals))

@@ -20,10 +20,10 @@ from ..tuning.problem import ConvProblem
 COLD_BYTES = 64 * 2**20
 _COPY_BYTES_GPU = 2 * 2**30
 _MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
-_ROUNDS = 30
+_ROUNDS = 100
 # Calls between two looks at the clock on a GPU, so that waiting for it does not count.
 _CALLS_GPU = 5
-_SECONDS = 3.0
+_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -356,31 +356,32 @@ def _keep(
     console.print(f"wrote {path}", highlight=False)
 
 
-def _title(content: Mapping[str, Any], case: Mapping[str, Any]) -> str:
+def _title(case: Mapping[str, Any]) -> str:
     threads = f", {case['threads']} threads" if case["device"] == "cpu" else ""
     return f"{case['model']}, batch {case['batch']}, {case['dtype']}{threads}"
 
 
 def _print_layers(console: Console, content: Mapping[str, Any], case: Mapping[str, Any]) -> None:
-    table = Table(title=_title(content, case), header_style="bold")
+    unit, scale = kernels.flop_unit(case)
+    table = Table(title=_title(case), header_style="bold")
     table.add_column("layer", max_width=40)
     table.add_column("runs", justify="right")
     table.add_column("candidate")
-    for column in ("median\nus", "p10 to p90\nus", "GB/s", "TFLOP/s", "of the\nroofline"):
+    for column in ("median\nus", "p10 to p90\nus", "GB/s", unit, "of the\nroofline"):
         table.add_column(column, justify="right")
     for column in ("time /\neager", "error vs\nfloat64"):
         table.add_column(column, justify="right")
     for layer in case["layers"]:
         first = (layer["label"], str(layer["count"]))
         for at, one in enumerate(layer["candidates"]):
-            table.add_row(*(("", "") if at else first), *_layer_cells(one))
+            table.add_row(*(("", "") if at else first), *_layer_cells(one, scale))
         table.add_section()
     console.print(table)
     limits = case["ceilings"]
     console.print(
         f"{content['device']['name']}: roofline of {limits['copy_gigabytes_per_second']:.4g} GB/s "
-        f"(copy) and {limits['teraflops_per_second']:.3g} TFLOP/s (matrix product), measured in "
-        "this run",
+        f"(copy) and {scale * limits['teraflops_per_second']:.3g} {unit} (matrix product), measured "
+        "in this run",
         highlight=False,
     )
     for line in _summary(case):
@@ -403,7 +404,7 @@ def _print_layers(console: Console, content: Mapping[str, Any], case: Mapping[st
         console.print(f"loses NaN: {', '.join(lost)}", highlight=False)
 
 
-def _layer_cells(one: Mapping[str, Any]) -> list[str]:
+def _layer_cells(one: Mapping[str, Any], scale: float) -> list[str]:
     taken = one["microseconds"]
     if taken is None:
         return [
@@ -421,7 +422,7 @@ def _layer_cells(one: Mapping[str, Any]) -> list[str]:
         f"{taken['median']:.1f}",
         f"{taken['p10']:.1f} to {taken['p90']:.1f}",
         f"{one['gigabytes_per_second']:.4g}",
-        f"{one['teraflops_per_second']:.3g}",
+        f"{scale * one['teraflops_per_second']:.3g}",
         f"{100 * one['roofline']:.0f} %",
         "-" if one["ratio_to_eager"] is None else f"{one['ratio_to_eager']:.2f}",
         error_text(one["error"]),
@@ -446,7 +447,7 @@ def _summary(case: Mapping[str, Any]) -> list[str]:
 
 
 def _print_model(console: Console, case: Mapping[str, Any]) -> None:
-    table = Table(title=f"{_title({}, case)}, {case['mode']}", header_style="bold")
+    table = Table(title=f"{_title(case)}, {case['mode']}", header_style="bold")
     table.add_column("candidate")
     for column in ("median\nms", "p10 to p90\nms", "images/s", "time /\neager", "peak\nMiB"):
         table.add_column(column, justify="right")

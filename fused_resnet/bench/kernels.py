@@ -176,6 +176,12 @@ def totals(case: Mapping[str, Any]) -> dict[str, Total | None]:
     }
 
 
+def flop_unit(case: Mapping[str, Any]) -> tuple[str, float]:
+    """The unit to show a case's rates in, and how many make one TFLOP/s."""
+    below = case["ceilings"]["teraflops_per_second"] < 1
+    return ("GFLOP/s", 1e3) if below else ("TFLOP/s", 1.0)
+
+
 def _rows(
     problem: ConvProblem,
     candidates: Mapping[str, Prepare],

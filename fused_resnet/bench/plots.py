@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..inputs import InvalidArgumentError
+from .kernels import flop_unit
 
 try:
     from matplotlib.figure import Figure
@@ -64,13 +65,15 @@ def roofline(case: Mapping[str, Any], title: str, caption: str) -> Figure:
     """The classic picture: every timed layer below the ceilings of copy and matrix product."""
     figure, axes = _figure(8.5, 5.6, title, caption)
     limits = case["ceilings"]
-    bandwidth, rate = limits["copy_gigabytes_per_second"] / 1e3, limits["teraflops_per_second"]
+    unit, scale = flop_unit(case)
+    rate = scale * limits["teraflops_per_second"]
+    bandwidth = scale * limits["copy_gigabytes_per_second"] / 1e3
     names = _names(layer["candidates"] for layer in case["layers"])
     style = styles(names)
     intensities, rates = [], [rate]
     for name in names:
         points = [
-            (layer["flops"] / layer["bytes"], one["teraflops_per_second"])
+            (layer["flops"] / layer["bytes"], scale * one["teraflops_per_second"])
             for layer in case["layers"]
             for one in layer["candidates"]
             if one["name"] == name and one["microseconds"]
@@ -86,7 +89,8 @@ def roofline(case: Mapping[str, Any], title: str, caption: str) -> Figure:
         )
     corner = rate / bandwidth
     low, high = min([*intensities, corner]) / 2, max([*intensities, corner]) * 1.5
-    ceiling = f"copy {1e3 * bandwidth:.4g} GB/s, matrix product {rate:.3g} TFLOP/s"
+    copy = limits["copy_gigabytes_per_second"]
+    ceiling = f"copy {copy:.3g} GB/s, matrix product {rate:.3g} {unit}"
     axes.plot(
         [low, corner, high], [low * bandwidth, rate, rate], color=INK, linewidth=1.4, label=ceiling
     )
@@ -97,7 +101,7 @@ def roofline(case: Mapping[str, Any], title: str, caption: str) -> Figure:
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
     axes.set_xlabel("FLOP per byte, each tensor moved once")
-    axes.set_ylabel("TFLOP/s")
+    axes.set_ylabel(unit)
     axes.grid(True, which="both", color=FAINT, linewidth=0.5)
     axes.set_axisbelow(True)
     _legend(axes)

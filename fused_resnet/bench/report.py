@@ -263,6 +263,7 @@ def _summary_table(case: Mapping[str, Any]) -> str:
 
 def _layer_table(case: Mapping[str, Any]) -> str:
     rows = []
+    unit, scale = kernels.flop_unit(case)
     for layer in case["layers"]:
         label, runs = layer["label"], str(layer["count"])
         for one in layer["candidates"]:
@@ -275,13 +276,14 @@ def _layer_table(case: Mapping[str, Any]) -> str:
                 cells = [
                     label, runs, one["name"], f"{taken['median']:.1f}",
                     f"{taken['p10']:.1f} to {taken['p90']:.1f}",
-                    f"{one['gigabytes_per_second']:.4g}", f"{one['teraflops_per_second']:.3g}",
+                    f"{one['gigabytes_per_second']:.4g}",
+                    f"{scale * one['teraflops_per_second']:.3g}",
                     f"{100 * one['roofline']:.0f} %", error_text(one["error"]),
                 ]  # fmt: skip
                 rows.append(("ours" if one["name"].startswith("fused") else "", cells))
             label = runs = ""
     head = (
-        "layer", "runs", "candidate", "median, us", "p10 to p90, us", "GB/s", "TFLOP/s",
+        "layer", "runs", "candidate", "median, us", "p10 to p90, us", "GB/s", unit,
         "of the roofline", "error",
     )  # fmt: skip
     return f"<details><summary>Every layer as a table</summary>\n{_table(head, rows)}\n</details>"
