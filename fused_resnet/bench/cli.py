@@ -380,8 +380,8 @@ def _print_layers(console: Console, content: Mapping[str, Any], case: Mapping[st
     limits = case["ceilings"]
     console.print(
         f"{content['device']['name']}: roofline of {limits['copy_gigabytes_per_second']:.4g} GB/s "
-        f"(copy) and {scale * limits['teraflops_per_second']:.3g} {unit} (matrix product), measured "
-        "in this run",
+        f"(copy) and {scale * limits['teraflops_per_second']:.3g} {unit} (matrix product), "
+        "measured in this run",
         highlight=False,
     )
     for line in _summary(case):
