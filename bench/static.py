@@ -46,7 +46,7 @@ from fused_resnet.tuning.estimate import best, candidates
 from fused_resnet.tuning.problem import ConvProblem, Tile
 
 GPUS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200", "sm_120": "RTX 5090"}
-DTYPES = ("float16", "bfloat16", "tfloat32", "float32")
+DTYPES = ("float16", "tfloat32", "float32", "bfloat16")
 RESULTS = Path(__file__).parent / "results" / "static"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -107,8 +107,8 @@ def configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], Conv
     """Every (layer, tile) to compile, with a problem that the tile may be chosen for.
 
     Every tile is compiled for 1x1 and 3x3 layers and for the stem. The other layers of
-    `conv_kernel` differ from these in a few instructions of address arithmetic, so of them only
-    what the estimate picks is.
+    `conv_kernel` differ from these in a few instructions of address arithmetic, and bfloat16 from
+    float16 in the type of some, so of them only what the estimate picks is.
     All split sums of a tile count as one of four shares, and as the same for 1x1 and 3x3.
     """
     found: dict[tuple[str, Tile], ConvProblem] = {}
@@ -116,7 +116,7 @@ def configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], Conv
         for layer in layers:
             for batch in _BATCHES:
                 problem = layer.problem(batch, dtype)
-                every = name in ("1x1", "3x3", "stem and pool")
+                every = name in ("1x1", "3x3", "stem and pool") and dtype != "bfloat16"
                 for tile in candidates(problem, gpu) if every else [best(problem, gpu)]:
                     values = asdict(conv.tile_for(problem, tile))
                     if tile.split_k > 1:

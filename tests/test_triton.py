@@ -335,7 +335,7 @@ MUTATIONS = {
         "at = 64 * (2 * i + j)",
         "at = 64 * (i + 2 * j)",
     ),
-    "halves exchanged": ("half", "channels - 64 * j", "channels"),
+    "second half lost": ("half", "first_k + 64 * j,", "first_k,"),
     "rows past the end": ("conv", "row_exists = m < M\n", "row_exists = m < M - 1\n"),
 }
 

@@ -40,14 +40,24 @@ _LATENCY = 0.8e-6
 LAUNCH = 1.5e-6
 # What a multiprocessor gets out of the L2 cache, bytes a cycle.
 _L2_BYTES_PER_CYCLE = 32
-# Registers of a thread by how many elements of the accumulator it holds: the most that ptxas gave
-# any tile here, with warp-group instructions (compute capability 9 and 10) and without.
+# Registers of a thread by how many elements of the accumulator it holds, and whether the epilogue
+# has several parts (over 64 channels): the most that ptxas gave any tile here, with warp-group
+# instructions (compute capability 9 and 10) and without.
 _REGISTERS = {
-    (hopper, products): {size: 128 for size in (16, 32, 64, 128)}
-    for hopper in (True, False)
-    for products in ("16 bits", "tfloat32", "float32")
+    (True, "16 bits"): {16: (96, 96), 32: (192, 192), 64: (200, 160), 128: (256, 240)},
+    (True, "tfloat32"): {16: (96, 96), 32: (192, 192), 64: (250, 200), 128: (256, 255)},
+    (True, "float32"): {16: (160, 160), 32: (166, 166)},
+    (False, "16 bits"): {16: (80, 80), 32: (168, 168), 64: (218, 192), 128: (256, 253)},
+    (False, "tfloat32"): {16: (96, 96), 32: (168, 168), 64: (240, 192), 128: (256, 254)},
+    (False, "float32"): {16: (204, 204), 32: (166, 166)},
 }
-_SPILLED: set = set()
+# Of the tiles these allow, those it spilled a few bytes of all the same: capability, products, if
+# the sum is shared, block sizes and warps. bench/static.py finds them.
+_SPILLED = {
+    (8, "16 bits", False, 128, 128, 64, 4),
+    (8, "16 bits", True, 128, 128, 64, 4),
+    (8, "16 bits", True, 64, 64, 32, 4),
+}
 _MOST_REGISTERS = 255
 _SHARED_PER_PROGRAM = 1024  # what the driver takes of every program
 # Which part of what should hide behind the slowest term does not.
@@ -290,13 +300,13 @@ def registers(problem: ConvProblem, architecture: Architecture, tile: Tile) -> i
         return _SPECIAL_REGISTERS
     products = "16 bits" if problem.element_size == 2 else problem.dtype
     major = architecture.capability[0]
-    blocks = (tile.block_m, tile.block_n, tile.block_k)
-    if (major, products, tile.split_k > 1, *blocks) in _SPILLED:
+    sizes = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
+    if (major, products, tile.split_k > 1, *sizes) in _SPILLED:
         return _MOST_REGISTERS + 1
     known = _REGISTERS[major in (9, 10), products]
     accumulator = tile.block_m * tile.block_n // (32 * tile.num_warps)
     most = min((size for size in known if size >= accumulator), default=None)
-    return _MOST_REGISTERS + 1 if most is None else known[most]
+    return _MOST_REGISTERS + 1 if most is None else known[most][tile.block_n > 64]
 
 
 def _warp_groups(problem: ConvProblem, architecture: Architecture) -> bool:
