@@ -3,54 +3,44 @@
     python bench/report.py           # rewrite README.md
     python bench/report.py --check   # exit 1 when README.md is not what the data says
 
-Each device's folder contributes its newest file, and bench/predict.py what it predicts for GPUs.
+Each device's folder contributes its newest files of models and of kernels, and
+`bench/results/static/predicted.json` (written by `fused-resnet bench static`) the predictions. The
+page with the plots is `fused-resnet bench report`'s.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from fused_resnet.bench import documents, kernels
+from fused_resnet.bench.report import where
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
-SCHEMA = "fused_resnet.results/1"
 BEGIN = "<!-- results: written by bench/report.py from bench/results/ -->"
 END = "<!-- end of results -->"
 
 
-def newest_files(results: Path = RESULTS) -> list[Path]:
-    """The newest result file of every device, by the date inside it."""
-    # What bench/static.py found without running anything is no device's.
-    folders = sorted(f for f in results.glob("*") if f.is_dir() and f.name != "static")
-    files = [max(folder.glob("*.json"), key=_date, default=None) for folder in folders]
-    return [file for file in files if file is not None]
-
-
-def section(path: Path, root: Path = ROOT) -> str:
-    """One device's results as Markdown: where they are from, times, errors."""
-    document = _load(path)
-    device, versions, cases = document["device"], document["versions"], document["cases"]
-    threads = sorted({case["threads"] for case in cases})
-    where = [device["name"]]
-    if device["type"] == "cpu":
-        where.append(f"{' and '.join(map(str, threads))} threads")
-    where += [f"torch {versions['torch']}", f"commit {document['commit'] or 'unknown'}"]
-    where.append(document["date"][:10])
+def models_section(path: Path, root: Path = ROOT) -> str:
+    """One device's whole models as Markdown: where they are from, times, memory, errors."""
+    document = documents.load(path, [documents.MODELS])
+    cases = document["cases"]
     lines = [
-        f"**{', '.join(where)}.** Median latency in ms, in brackets the time divided by eager's.",
+        f"**{where(document)}.** Median latency in ms, in brackets the time divided by eager's.",
         "",
         *_table(cases, _time),
         "",
-        "Relative error of the logits against float64:",
-        "",
-        *_table(cases, _error),
-        "",
     ]
+    weighed = [c for c in cases if any(one["peak_memory_bytes"] for one in c["candidates"])]
+    if weighed:
+        lines += ["Peak memory above the model and its input, MiB:", ""]
+        lines += [*_table(weighed, _memory), ""]
+    lines += ["Relative error of the logits against float64:", "", *_table(cases, _error), ""]
     for reason in dict.fromkeys(
         f"{one['name']}, {case['dtype']}: not run ({one['skipped']})."
         for case in cases
@@ -58,19 +48,49 @@ def section(path: Path, root: Path = ROOT) -> str:
         if one["skipped"]
     ):
         lines += [reason, ""]
-    source = path.relative_to(root)
-    lines += [f"Data: [{source}]({source}), made by `{document['command']}`."]
-    return "\n".join(lines)
+    return "\n".join([*lines, _source(path, root, document["command"])])
+
+
+def kernels_section(path: Path, root: Path = ROOT) -> str:
+    """One device's layers as Markdown, summed over the network."""
+    document = documents.load(path, [documents.KERNELS])
+    rows: dict[str, dict[str, kernels.Total | None]] = {}
+    ceilings = []
+    for case in document["cases"]:
+        label = f"{case['model']}, batch {case['batch']}, {case['dtype']}"
+        rows[label] = kernels.totals(case)
+        limits = case["ceilings"]
+        unit, scale = kernels.flop_unit(case)
+        text = (
+            f"{limits['copy_gigabytes_per_second']:.1f} GB/s and "
+            f"{scale * limits['teraflops_per_second']:.0f} {unit}"
+        )
+        ceilings.append(f"{text} ({label})")
+    names = list(dict.fromkeys(name for totals in rows.values() for name in totals))
+    lines = [
+        f"**Layer by layer, {where(document)}.** All convolution layers of the network, each "
+        "with what follows it, timed one by one and summed, in ms; in brackets the share of the "
+        "roofline measured in the same run.",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "| --- |" + " ---: |" * len(names),
+    ]
+    for label, totals in rows.items():
+        cells = [_total(name, totals) for name in names]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines += ["", f"Roofline: {'; '.join(ceilings)}.", ""]
+    return "\n".join([*lines, _source(path, root, document["command"])])
 
 
 def predicted_section(path: Path, root: Path = ROOT) -> str:
-    """What bench/predict.py predicts for GPUs, as Markdown that says so."""
-    networks = json.loads(path.read_text())["networks"]
+    """What is predicted for GPUs, as Markdown that says so."""
+    networks = documents.load(path, [documents.PREDICTED])["networks"]
     batches = sorted({network["batch"] for network in networks})
     dtype = networks[0]["dtype"]
     lines = [
         f"**GPUs: predicted, not measured**, {dtype}, channels_last. Time per batch in us, in "
-        "brackets how many times as long eager and `torch.compile` are predicted to take.",
+        "brackets how many times as long eager and `torch.compile` are predicted to take, and how "
+        "many times as long the planned kernel per Bottleneck.",
         "",
         "| | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
         "| --- |" + " ---: |" * len(batches),
@@ -78,23 +98,24 @@ def predicted_section(path: Path, root: Path = ROOT) -> str:
     rows: dict[str, list[str]] = {}
     for network in sorted(networks, key=lambda network: network["batch"]):
         times = network["microseconds"]
-        eager, compiled = (times[how] / times["fused"] for how in ("eager", "compiled"))
+        others = (f"{times[how] / times['fused']:.2f}" for how in ("eager", "compiled", "chain"))
         label = f"{network['gpu']}, {network['model']}"
-        rows.setdefault(label, []).append(f"{times['fused']:.0f} ({eager:.2f}, {compiled:.2f})")
+        rows.setdefault(label, []).append(f"{times['fused']:.0f} ({', '.join(others)})")
     lines += [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows.items()]
     source = path.relative_to(root)
     lines += [
         "",
         "A roofline model with published figures, in which the library's convolutions are as good "
         "as these kernels, so that the ratios are what fusing saves. Layer by layer: "
-        f"[{source}]({source}), made by `python bench/predict.py`.",
+        f"[{source}]({source}), made by `fused-resnet bench static --json {source}`.",
     ]
     return "\n".join(lines)
 
 
 def report(results: Path = RESULTS, root: Path = ROOT) -> str:
     """Everything that belongs between the markers."""
-    sections = [section(path, root) for path in newest_files(results)]
+    sections = [models_section(p, root) for p in documents.newest(results, documents.MODELS)]
+    sections += [kernels_section(p, root) for p in documents.newest(results, documents.KERNELS)]
     predicted = results / "static" / "predicted.json"
     if predicted.exists():
         sections.append(predicted_section(predicted, root))
@@ -114,18 +135,12 @@ def rewritten(readme: str, text: str) -> str:
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
-def _load(path: Path) -> dict[str, Any]:
-    document = json.loads(path.read_text())
-    if document.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema is {document.get('schema')!r}, must be {SCHEMA!r}")
-    return document
+def _source(path: Path, root: Path, command: str) -> str:
+    source = path.relative_to(root)
+    return f"Data: [{source}]({source}), made by `{command}`."
 
 
-def _date(path: Path) -> str:
-    return _load(path)["date"]
-
-
-def _table(cases: list[dict[str, Any]], cell: Any) -> list[str]:
+def _table(cases: Sequence[Mapping[str, Any]], cell: Any) -> list[str]:
     names = list(dict.fromkeys(one["name"] for case in cases for one in case["candidates"]))
     lines = [
         "| | " + " | ".join(names) + " |",
@@ -134,7 +149,8 @@ def _table(cases: list[dict[str, Any]], cell: Any) -> list[str]:
     for case in cases:
         candidates = {one["name"]: one for one in case["candidates"]}
         cells = [cell(candidates.get(name)) for name in names]
-        label = f"{case['model']}, batch {case['batch']}, {case['dtype']}"
+        training = ", training step" if case["mode"] == "training" else ""
+        label = f"{case['model']}, batch {case['batch']}, {case['dtype']}{training}"
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return lines
 
@@ -148,12 +164,26 @@ def _time(candidate: Mapping[str, Any] | None) -> str:
     return f"**{text}**" if candidate["name"] == "fused" else text
 
 
+def _memory(candidate: Mapping[str, Any] | None) -> str:
+    if candidate is None or candidate["peak_memory_bytes"] is None:
+        return "-"
+    return f"{candidate['peak_memory_bytes'] / 2**20:.0f}"
+
+
 def _error(candidate: Mapping[str, Any] | None) -> str:
     if candidate is None or candidate["skipped"]:
         return "-"
     if candidate["error"] is None:
         return "not finite"
     return f"{candidate['error']:.1e}" + (" (wrong)" if candidate["wrong"] else "")
+
+
+def _total(name: str, totals: Mapping[str, kernels.Total | None]) -> str:
+    total = totals.get(name)
+    if total is None:
+        return "not all ran" if name in totals else "-"
+    text = f"{total.milliseconds:.1f} ({100 * total.roofline:.0f} %)"
+    return f"**{text}**" if name.startswith("fused") else text
 
 
 def main() -> None:

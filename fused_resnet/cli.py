@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -27,35 +27,28 @@ from rich.table import Table
 
 from . import _native, backends, environment, tuning
 from . import compare as comparison
-from .inputs import InvalidArgumentError, first_line, known_models
+from .bench.cli import app as bench
+from .console import batch_size, check_model, check_output, error_text, fail, whole_number
+from .inputs import InvalidArgumentError, first_line
 from .tuning import architecture, estimate, layers, tuner
 from .tuning import table as tables
 from .tuning.architecture import Architecture
 from .tuning.problem import DTYPES, ConvProblem
 
 app = typer.Typer(
-    help="Residual networks with fewer passes over memory: compare and tune them, see what works.",
+    help="Residual networks with fewer passes over memory: compare, tune, bench, see what works.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
+app.add_typer(bench, name="bench")
+
+
 @app.callback()
 def _callback() -> None:
     """Keeps `compare` and `doctor` subcommands."""
-
-
-def _whole_number(help: str) -> Any:
-    """An integer option; typer's own names the option but not always the value it was given."""
-
-    def parse(text: str) -> int:
-        try:
-            return int(text)
-        except ValueError:
-            raise typer.BadParameter(f"{text!r} is not an integer") from None
-
-    return typer.Option(help=help, parser=parse, metavar="N")
 
 
 @app.command()
@@ -64,7 +57,7 @@ def compare(
         str, typer.Argument(metavar="MODEL", help="A torchvision residual network, e.g. resnet50.")
     ],
     batch: Annotated[
-        int | None, _whole_number("Images in the input; by default as many as --image names.")
+        int | None, whole_number("Images in the input; by default as many as --image names.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
@@ -81,21 +74,21 @@ def compare(
         bool, typer.Option("--compile", help="Also run the model under torch.compile.")
     ] = False,
     threads: Annotated[
-        int | None, _whole_number("CPU threads of torch; its own choice by default.")
+        int | None, whole_number("CPU threads of torch; its own choice by default.")
     ] = None,
-    rounds: Annotated[int, _whole_number("How often each candidate is timed.")] = 30,
+    rounds: Annotated[int, whole_number("How often each candidate is timed.")] = 30,
     weights: Annotated[
         str | None,
         typer.Option(help="torchvision's name or a checkpoint's path; else seeded random."),
     ] = None,
-    seed: Annotated[int, _whole_number("Of random weights, labels and crops.")] = 0,
+    seed: Annotated[int, whole_number("Of random weights, labels and crops.")] = 0,
     memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the results here, as PNG.")] = None,
 ) -> None:
     """Runs a torchvision model eager and fused, side by side on the same input."""
-    _check_output("json", json)
-    _check_output("plot", plot)
+    check_output("json", json)
+    check_output("plot", plot)
     if plot is not None:
         if plot.suffix.lower() != ".png":
             raise InvalidArgumentError(f"--plot is {str(plot)!r}, must end in .png")
@@ -128,7 +121,7 @@ def compare(
                 ),
             )
     except KeyboardInterrupt:
-        raise typer.Exit(_fail("interrupted before anything was timed", 130)) from None
+        raise typer.Exit(fail("interrupted before anything was timed", 130)) from None
     _print_result(console, result)
     if json is not None:
         command = shlex.join(["fused-resnet", *sys.argv[1:]])
@@ -139,21 +132,6 @@ def compare(
         draw(comparison.document([result], ""), plot)
     if result.interrupted:
         raise typer.Exit(130)
-
-
-def _check_output(name: str, path: Path | None) -> None:
-    """Fails before the measuring, not after it."""
-    if path is None:
-        return
-    folder = path.parent
-    if not folder.is_dir():
-        raise InvalidArgumentError(
-            f"--{name} is {str(path)!r}, but there is no folder {str(folder)!r}"
-        )
-    if path.is_dir():
-        raise InvalidArgumentError(f"--{name} is {str(path)!r}, which is a folder, must be a file")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise InvalidArgumentError(f"--{name} is {str(path)!r}, which cannot be written")
 
 
 def _print_result(console: Console, result: comparison.Result) -> None:
@@ -190,16 +168,22 @@ def _print_result(console: Console, result: comparison.Result) -> None:
         if candidate.skipped:
             console.print(f"{candidate.name}: skipped, {escape(candidate.skipped)}")
         elif candidate.wrong:
-            console.print(f"[red]{candidate.name}: wrong, its error is out of bounds[/red]")
+            console.print(
+                f"[red]{candidate.name}: wrong, not timed: its error is out of bounds[/red]"
+            )
     if result.interrupted:
         console.print(f"interrupted after {rounds} of {case.rounds} rounds")
 
 
 def _row(result: comparison.Result, candidate: comparison.Candidate) -> list[str]:
     case, latency, accuracy = result.case, candidate.latency, candidate.accuracy
-    if latency is None or accuracy is None:
+    if accuracy is None:
         return [candidate.name, "skipped"]
-    style = "red" if candidate.wrong else "none"
+    if latency is None:
+        blank = [""] * (3 + case.memory)
+        errors = [accuracy.error, accuracy.gradient_error] if case.train else [accuracy.error]
+        cells = [*blank, *map(error_text, errors), f"{100 * accuracy.top5:.0f} %"]
+        return [candidate.name, "[red]wrong[/]", *cells]
     row = [
         candidate.name,
         f"{latency.median:.2f}",
@@ -210,15 +194,11 @@ def _row(result: comparison.Result, candidate: comparison.Candidate) -> list[str
     if case.memory:
         peak = candidate.peak_memory
         row.append("-" if peak is None else f"{peak / 2**20:.0f} MiB")
-    row.append(f"[{style}]{_error(accuracy.error)}[/]")
+    row.append(error_text(accuracy.error))
     if case.train:
-        row.append(f"[{style}]{_error(accuracy.gradient_error)}[/]")
+        row.append(error_text(accuracy.gradient_error))
     row.append(f"{100 * accuracy.top5:.0f} %")
     return row
-
-
-def _error(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1e}" if math.isfinite(value) else "not finite"
 
 
 @app.command()
@@ -236,7 +216,7 @@ def tune(
             help="float16, bfloat16, tfloat32 (torch's default for float32) or float32 (exact).",
         ),
     ] = "float16",
-    size: Annotated[int, _whole_number("Rows and columns of an image.")] = 224,
+    size: Annotated[int, whole_number("Rows and columns of an image.")] = 224,
     device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
     table: Annotated[
         Path | None, typer.Option(help="Write the choices here, not to the user's table.")
@@ -252,8 +232,8 @@ def tune(
     ] = None,
 ) -> None:
     """Times the ways to run a model's layers on this GPU and remembers the fastest."""
-    _check_model(model)
-    batches = [_batch_size(text) for text in batch.split(",")]
+    check_model(model)
+    batches = [batch_size(text) for text in batch.split(",")]
     dtypes = dtype.split(",")
     for name in dtypes:
         if name not in DTYPES:
@@ -279,21 +259,6 @@ def tune(
             _print_prediction(f"{model}, batch {count}, {name}", problems, predicted_for)
         return
     _tune(model, found, torch.device(device), table, again)
-
-
-def _check_model(name: str) -> None:
-    if name not in known_models():
-        raise InvalidArgumentError(f"MODEL is {name!r}, must be one of {', '.join(known_models())}")
-
-
-def _batch_size(text: str) -> int:
-    try:
-        count = int(text)
-    except ValueError:
-        raise InvalidArgumentError(f"--batch has {text!r}, which is not an integer") from None
-    if count < 1:
-        raise InvalidArgumentError(f"--batch has {count}, must be at least 1")
-    return count
 
 
 def _architecture(name: str | None) -> Architecture:
@@ -351,7 +316,7 @@ def _tune(
     if session.interrupted:
         raise typer.Exit(130)
     if session.unsaved is not None:
-        raise typer.Exit(_fail(f"not everything was kept: {session.unsaved}", 1))
+        raise typer.Exit(fail(f"not everything was kept: {session.unsaved}", 1))
 
 
 def _print_tuned(
@@ -487,17 +452,12 @@ def main() -> None:
         code = app(standalone_mode=False)
     except (InvalidArgumentError, _UsageError) as error:
         text = error.format_message() if isinstance(error, _UsageError) else str(error)
-        sys.exit(_fail(text, 2))
+        sys.exit(fail(text, 2))
     except (MemoryError, torch.OutOfMemoryError) as error:
-        sys.exit(_fail(f"out of memory: {first_line(error)}", 1))
+        sys.exit(fail(f"out of memory: {first_line(error)}", 1))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_fail("interrupted", 130))
+        sys.exit(fail("interrupted", 130))
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"fused-resnet: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

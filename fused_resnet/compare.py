@@ -5,30 +5,31 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import datetime
 import json
 import math
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from . import backends, environment, swap
+from . import backends, environment, swap, telemetry
 from .inputs import InvalidArgumentError, build_input, build_model, first_line
 from .measure import Latency, PeakMemory, interleave, synchronize, threads
 from .testing import FACTOR, relative_error
 
-SCHEMA = "fused_resnet.results/1"
+SCHEMA = "fused_resnet.results/2"
 DTYPES = ("float32", "bfloat16", "float16")
 # `FACTOR` times eager's error is what this library promises. Of somebody else's engine we only ask
 # that it computes the same thing at the precision it was told to.
 FACTOR_OF_OTHERS = 10.0
 # So small that thousands of timed steps leave the weights, and with them the work, as they were.
 LEARNING_RATE = 1e-6
+# How long a candidate runs for its energy to be read.
+ENERGY_SECONDS = 1.0
 
 Call = Callable[[], torch.Tensor]
 Engine = Callable[[torch.nn.Module, torch.Tensor, "Case"], Call]
@@ -151,13 +152,18 @@ class Accuracy:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One row of the table; the fields are None when it was `skipped`, for the reason it holds."""
+    """One row of the table.
+
+    All fields are None when it was `skipped`, for the reason it holds. A candidate that is `wrong`
+    has an accuracy and nothing else: it was not timed.
+    """
 
     name: str
     skipped: str | None = None
     latency: Latency | None = None
     accuracy: Accuracy | None = None
     peak_memory: int | None = None
+    energy: float | None = None
     ratio_to_eager: float | None = None
     wrong: bool = False
 
@@ -171,6 +177,7 @@ class Result:
     candidates: tuple[Candidate, ...]
     fused: tuple[str, ...]
     interrupted: bool
+    telemetry: Mapping[str, Mapping[str, float | None]]
 
     def images_per_second(self, candidate: Candidate) -> float:
         """Throughput at the candidate's median latency."""
@@ -179,17 +186,22 @@ class Result:
 
 def eager(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
     """The model as torchvision has it."""
-    return _step(model, model, input, case)
+    return step(model, model, input, case)
 
 
 def compiled(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
     """The model under `torch.compile` with its default options."""
-    return _step(model, torch.compile(model), input, case)
+    return step(model, torch.compile(model), input, case)
 
 
-def fused(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
-    """The model after `fuse`, on the case's backend."""
-    call = _step(model, swap.fuse(model), input, case)
+def fused(
+    model: torch.nn.Module,
+    input: torch.Tensor,
+    case: Case,
+    wrap: Callable[[torch.nn.Module], Callable[..., torch.Tensor]] = lambda model: model,
+) -> Call:
+    """The model after `fuse`, on the case's backend; `wrap` makes what is called of it."""
+    call = step(model, wrap(swap.fuse(model)), input, case)
     if case.backend is None:
         return call
 
@@ -214,6 +226,7 @@ def compare(
     engines: Mapping[str, Engine] | None = None,
     *,
     settle: float = 0.0,
+    required: Collection[str] = ("eager", "fused"),
     progress: Progress = lambda stage, done, total: None,
 ) -> Result:
     """Checks every engine's output against float64, then times them interleaved.
@@ -226,8 +239,9 @@ def compare(
         case: what to run.
         engines: name to engine, "eager" among them; `engines_of(case)` when None. An engine takes
             a model of its own and the input and returns the call to time. One that raises is
-            skipped, except eager and fused.
+            skipped; one that is wrong is not timed.
         settle: see `measure.interleave`.
+        required: engines whose errors are the caller's to handle, "eager" among them.
         progress: told the stage's name, the steps done and the steps in all.
 
     Raises:
@@ -244,10 +258,7 @@ def compare(
         progress(name, done, total)
         done += 1
 
-    if "torch.compile" in engines:
-        # Models of one class share its cache, and its limit of recompilations.
-        torch._dynamo.reset()
-    with threads(case.threads):
+    with threads(case.threads), _programs(engines):
         stage("model and input")
         model, input = _prepare(case)
         stage("float64 reference")
@@ -256,6 +267,7 @@ def compare(
         calls: dict[str, Call] = {}
         accuracy: dict[str, Accuracy] = {}
         skipped: dict[str, str] = {}
+        wrong: set[str] = set()
         what_is_fused: tuple[str, ...] = ()
         for name, engine in engines.items():
             stage(f"{name}: build and check")
@@ -264,11 +276,15 @@ def compare(
                 calls[name] = engine(own, input, case)
                 accuracy[name] = _accuracy(calls[name], own, truth, case)
             except Exception as error:
-                if name in ("eager", "fused"):
+                if name in required:
                     raise
                 skipped[name] = f"{type(error).__name__}: {first_line(error)}"
                 calls.pop(name, None)
                 continue
+            factor = FACTOR if name.startswith("fused") else FACTOR_OF_OTHERS
+            if name != "eager" and _is_wrong(accuracy[name], accuracy["eager"], factor):
+                wrong.add(name)
+                del calls[name]
             if name == "fused":
                 with backends.use_backend(case.backend) if case.backend else _nothing():
                     what_is_fused = _summary(swap.report(own))
@@ -276,15 +292,23 @@ def compare(
         memory: dict[str, int | None] = {}
         for name in engines if case.memory else ():
             stage(f"{name}: peak memory")
-            if name in calls and name in ENGINES:
+            if name in calls:
                 memory[name] = _peak_memory(name, case)
 
         def on_round(finished: int) -> None:
             progress("timing", stages + finished, total)
 
+        before = telemetry.snapshot(case.torch_device)
         latencies, interrupted = interleave(
             calls, case.rounds, case.torch_device, settle=settle, on_round=on_round
         )
+        after = telemetry.snapshot(case.torch_device)
+        energy: dict[str, float | None] = {}
+        try:
+            for name, call in calls.items() if not interrupted else ():
+                energy[name] = telemetry.joules(call, case.torch_device, ENERGY_SECONDS)
+        except KeyboardInterrupt:
+            interrupted = True
         used_threads = torch.get_num_threads()
 
     candidates = []
@@ -292,21 +316,38 @@ def compare(
         if name in skipped:
             candidates.append(Candidate(name, skipped=skipped[name]))
             continue
-        factor = FACTOR if name == "fused" else FACTOR_OF_OTHERS
+        if name in wrong:
+            candidates.append(Candidate(name, accuracy=accuracy[name], wrong=True))
+            continue
         candidates.append(
             Candidate(
                 name,
                 latency=latencies[name],
                 accuracy=accuracy[name],
                 peak_memory=memory.get(name),
+                energy=energy.get(name),
                 ratio_to_eager=latencies[name].median / latencies["eager"].median,
-                wrong=_is_wrong(accuracy[name], accuracy["eager"], factor),
             )
         )
-    return Result(case, used_threads, tuple(candidates), what_is_fused, interrupted)
+    states = {"before": before, "after": after}
+    return Result(case, used_threads, tuple(candidates), what_is_fused, interrupted, states)
 
 
 _nothing = contextlib.nullcontext
+
+
+@contextlib.contextmanager
+def _programs(names: Collection[str]) -> Iterator[None]:
+    """Room for every engine's compiled program: models of one class share a cache and its limit.
+
+    Past the limit a model would run eager, in silence.
+    """
+    if not any("torch.compile" in name for name in names):
+        yield
+        return
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
 
 
 def _prepare(case: Case) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -324,7 +365,7 @@ def _labels(logits: torch.Tensor, seed: int) -> torch.Tensor:
     return labels.to(logits.device)
 
 
-def _step(
+def step(
     owner: torch.nn.Module, forward: Callable[..., torch.Tensor], input: torch.Tensor, case: Case
 ) -> Call:
     """The timed call: an inference pass, or a training step on `owner`'s parameters."""
@@ -403,7 +444,14 @@ def _summary(report: Sequence[object]) -> tuple[str, ...]:
 
 
 def _peak_memory(name: str, case: Case) -> int | None:
-    """Peak memory of an engine; on the CPU in a process of its own, None if that died."""
+    """Peak memory of an engine; on the CPU in a process of its own, None if that died.
+
+    None as well for an engine that such a process would not know.
+    """
+    from .bench.engines import ENGINES
+
+    if name not in ENGINES:
+        return None
     if case.torch_device.type == "cuda":
         with torch.cuda.device(case.torch_device):
             return _peak_memory_here(name, case)
@@ -433,6 +481,8 @@ def _peak_memory_here(name: str, case: Case) -> int:
     library's scratch memory. Not counted: what only the first pass needs, and what the library or
     the compiler loads once for any model (a tiny one runs before counting starts).
     """
+    from .bench.engines import ENGINES
+
     with threads(case.threads):
         model, input = _prepare(case)
         tiny = torch.nn.Sequential(
@@ -455,40 +505,34 @@ def _peak_memory_here(name: str, case: Case) -> int:
 def document(
     results: Sequence[Result], command: str, root: Path = environment.ROOT
 ) -> dict[str, object]:
-    """The results as JSON, schema "fused_resnet.results/1".
+    """The results as JSON, schema "fused_resnet.results/2".
 
-    Top level: `schema`, `date` (UTC, ISO 8601), `command`, `commit` (null when not known,
-    "-dirty" when the sources differed from it), `versions` (name to version or null), `device`
-    (`environment.describe_device`), `cases`.
+    Top level: what `environment.provenance` gives, and `cases`.
 
     A case: `model`, `batch`, `dtype`, `device`, `mode` ("inference" or "training"),
     `memory_format`, `weights` ("random" or what was given), `seed`, `images` (paths; empty for
     the default photograph), `backend` (null for the library's choice), `threads`, `rounds` (those
-    timed), `interrupted`, `fused` (lines that say what ran how), `candidates`.
+    timed), `interrupted`, `fused` (lines that say what ran how), `telemetry` (`before` and
+    `after` the timing, see `telemetry.snapshot`; null in older files), `candidates`.
 
-    A candidate: `name`, `skipped` (null, or why it did not run; then the rest is null),
+    A candidate: `name`, `skipped` (null, or why it did not run; then the rest is null), `wrong`
+    (error above `testing.FACTOR` times eager's if fused, `FACTOR_OF_OTHERS` times otherwise; then
+    only the errors and `top5_agreement` are not null, since what is wrong is not timed),
     `latency_ms` (`median`, `p10`, `p90`, `samples`), `images_per_second`, `ratio_to_eager` (of
     the median latencies), `peak_memory_bytes` (above model and input, null when not measured),
+    `energy_joules` (of one call, null where the device does not tell),
     `error` and `gradient_error` (relative to float64, `Accuracy`; null when not finite or, for
-    the gradient, in inference), `top5_agreement` (0 to 1), `wrong` (error above `testing.FACTOR`
-    times eager's if fused, `FACTOR_OF_OTHERS` times otherwise).
+    the gradient, in inference), `top5_agreement` (0 to 1).
 
     `root` is the folder whose commit is recorded.
     """
     device = results[0].case.torch_device
-    return {
-        "schema": SCHEMA,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "commit": environment.commit(root),
-        "versions": environment.versions(),
-        "device": environment.describe_device(device),
-        "cases": [_case_document(result) for result in results],
-    }
+    cases = [_case_document(result) for result in results]
+    return {**environment.provenance(SCHEMA, command, device, root), "cases": cases}
 
 
 def _case_document(result: Result) -> dict[str, object]:
-    case = result.case
+    case, eager = result.case, result.candidates[0].latency
     return {
         "model": case.model,
         "batch": case.batch_size,
@@ -501,19 +545,25 @@ def _case_document(result: Result) -> dict[str, object]:
         "images": list(case.images),
         "backend": case.backend,
         "threads": result.threads,
-        "rounds": len(result.candidates[0].latency.samples),
+        "rounds": len(eager.samples) if eager else 0,
         "interrupted": result.interrupted,
         "fused": list(result.fused),
+        "telemetry": {when: dict(state) for when, state in result.telemetry.items()},
         "candidates": [_candidate_document(result, one) for one in result.candidates],
     }
 
 
 def _candidate_document(result: Result, candidate: Candidate) -> dict[str, object]:
     latency, accuracy = candidate.latency, candidate.accuracy
+    timing = ("latency_ms", "images_per_second", "ratio_to_eager", "peak_memory_bytes")
     fields: dict[str, object] = {"name": candidate.name, "skipped": candidate.skipped}
-    if latency is None or accuracy is None:
-        rest = ("latency_ms", "images_per_second", "ratio_to_eager", "peak_memory_bytes", "error")
-        return fields | dict.fromkeys((*rest, "gradient_error", "top5_agreement", "wrong"))
+    fields |= dict.fromkeys((*timing, "energy_joules", *_ACCURACY, "wrong"))
+    if accuracy is None:
+        return fields
+    errors = (_finite(accuracy.error), _finite(accuracy.gradient_error), accuracy.top5)
+    fields |= {**dict(zip(_ACCURACY, errors, strict=True)), "wrong": candidate.wrong}
+    if latency is None:
+        return fields
     return fields | {
         "latency_ms": {
             "median": latency.median,
@@ -524,11 +574,11 @@ def _candidate_document(result: Result, candidate: Candidate) -> dict[str, objec
         "images_per_second": result.images_per_second(candidate),
         "ratio_to_eager": candidate.ratio_to_eager,
         "peak_memory_bytes": candidate.peak_memory,
-        "error": _finite(accuracy.error),
-        "gradient_error": _finite(accuracy.gradient_error),
-        "top5_agreement": accuracy.top5,
-        "wrong": candidate.wrong,
+        "energy_joules": candidate.energy,
     }
+
+
+_ACCURACY = ("error", "gradient_error", "top5_agreement")
 
 
 def _finite(value: float | None) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -31,6 +32,25 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def provenance(
+    schema: str, command: str, device: torch.device, root: Path = ROOT
+) -> dict[str, object]:
+    """What every result file starts with.
+
+    `schema`, `date` (UTC, ISO 8601), `command`, `commit` (of `root`; null when not known, "-dirty"
+    when the sources differed from it), `versions` (name to version or null), `device`
+    (`describe_device`).
+    """
+    return {
+        "schema": schema,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "commit": commit(root),
+        "versions": versions(),
+        "device": describe_device(device),
+    }
+
+
 def compilers() -> dict[str, str | None]:
     """First line of `--version` of the host compiler and of nvcc; None where there is none."""
     host = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
@@ -46,7 +66,7 @@ def describe_device(device: torch.device) -> dict[str, object]:
     """The device as the result files name it.
 
     CPU: `type`, `name`, `isa` (what torch dispatches to), `flags`, `cores` (this process may use).
-    CUDA: `type`, `name`, `capability`, `memory_bytes`, `multiprocessors`.
+    CUDA: `type`, `name`, `capability`, `memory_bytes`, `multiprocessors`, `driver`.
     """
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -56,6 +76,7 @@ def describe_device(device: torch.device) -> dict[str, object]:
             "capability": f"{properties.major}.{properties.minor}",
             "memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
+            "driver": _driver(),
         }
     return {
         "type": "cpu",
@@ -64,6 +85,13 @@ def describe_device(device: torch.device) -> dict[str, object]:
         "flags": [flag for flag in CPU_FLAGS if flag in _cpu_info().get("flags", "").split()],
         "cores": usable_cores(),
     }
+
+
+def _driver() -> str | None:
+    """The GPU driver's version."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = _output(query).split()
+    return lines[0] if lines else None
 
 
 def usable_cores() -> int:

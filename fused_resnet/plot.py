@@ -19,7 +19,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     `document` is what `compare.document` returns; its cases are drawn below one another.
     """
     cases = document["cases"]
-    rows = [[c for c in case["candidates"] if not c["skipped"]] for case in cases]
+    rows = [[c for c in case["candidates"] if c["latency_ms"]] for case in cases]
     heights = [1.3 + 0.55 * len(row) for row in rows]
     # Figure without pyplot: no backend is chosen and no global state changes.
     figure = matplotlib.figure.Figure(figsize=(9, sum(heights) + 0.6), layout="constrained")
@@ -69,13 +69,10 @@ def _errors(axes: Any, case: Mapping[str, Any], row: list[Mapping[str, Any]]) ->
     for y, candidate in enumerate(row):
         error = candidate[key]
         if error:
-            colour = (
-                "#c0392b" if candidate["wrong"] else COLOURS.get(candidate["name"], OTHER_COLOUR)
-            )
+            colour = COLOURS.get(candidate["name"], OTHER_COLOUR)
             axes.plot(error, y, "o", color=colour, markersize=8)
-            label = f"{error:.1e}" + ("  wrong" if candidate["wrong"] else "")
             axes.annotate(
-                label,
+                f"{error:.1e}",
                 (error, y),
                 (0, 7),
                 textcoords="offset points",

@@ -1,4 +1,4 @@
-"""The schema "fused_resnet.results/1" of `fused_resnet.compare.document`, as assertions."""
+"""The schemas of result files as assertions: `compare.document` and `bench.kernels.document`."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ from typing import Any
 
 import pytest
 
+from fused_resnet.tuning.problem import parse_problem
+
 TOP = {"schema", "date", "command", "commit", "versions", "device", "cases"}
 CASE = {
     "model", "batch", "dtype", "device", "mode", "memory_format", "weights", "seed", "images",
-    "backend", "threads", "rounds", "interrupted", "fused", "candidates",
+    "backend", "threads", "rounds", "interrupted", "fused", "telemetry", "candidates",
 }  # fmt: skip
 CANDIDATE = {
     "name", "skipped", "latency_ms", "images_per_second", "ratio_to_eager", "peak_memory_bytes",
-    "error", "gradient_error", "top5_agreement", "wrong",
+    "energy_joules", "error", "gradient_error", "top5_agreement", "wrong",
+}  # fmt: skip
+KERNELS_CASE = {
+    "model", "batch", "dtype", "device", "threads", "rounds", "interrupted", "ceilings",
+    "telemetry", "layers",
+}  # fmt: skip
+LAYER = {"problem", "label", "count", "bytes", "flops", "least_microseconds", "candidates"}
+LAYER_CANDIDATE = {
+    "name", "status", "reason", "error", "keeps_nan", "microseconds", "gigabytes_per_second",
+    "teraflops_per_second", "roofline", "ratio_to_eager",
 }  # fmt: skip
 
 
 def check_document(document: dict[str, Any]) -> None:
     """Asserts that keys, types and the arithmetic between the fields are as documented."""
-    assert set(document) == TOP
-    assert document["schema"] == "fused_resnet.results/1"
-    assert datetime.datetime.fromisoformat(document["date"]).utcoffset() == datetime.timedelta(0)
-    assert {"python", "fused_resnet", "torch", "torchvision", "triton"} <= set(document["versions"])
-    assert document["device"]["type"] in ("cpu", "cuda")
-    assert document["device"]["name"]
-    assert document["cases"]
+    check_provenance(document, "fused_resnet.results/2")
     for case in document["cases"]:
         assert set(case) == CASE
         assert case["mode"] in ("inference", "training")
@@ -36,22 +41,78 @@ def check_document(document: dict[str, Any]) -> None:
             check_candidate(candidate, case)
 
 
+def check_provenance(document: dict[str, Any], schema: str) -> None:
+    """Asserts what all measured files start with."""
+    assert set(document) == TOP
+    assert document["schema"] == schema
+    assert datetime.datetime.fromisoformat(document["date"]).utcoffset() == datetime.timedelta(0)
+    assert {"python", "fused_resnet", "torch", "torchvision", "triton"} <= set(document["versions"])
+    assert document["device"]["type"] in ("cpu", "cuda")
+    assert document["device"]["name"]
+    assert document["cases"]
+
+
 def check_candidate(candidate: dict[str, Any], case: dict[str, Any]) -> None:
     """Asserts the same of one candidate of a case."""
     assert set(candidate) == CANDIDATE
     if candidate["skipped"]:
         assert all(candidate[key] is None for key in CANDIDATE - {"name", "skipped"})
         return
+    assert isinstance(candidate["wrong"], bool)
+    assert (candidate["gradient_error"] is None) == (case["mode"] == "inference")
+    assert 0 <= candidate["top5_agreement"] <= 1
+    if candidate["wrong"]:
+        assert candidate["latency_ms"] is None
+        return
     latency = candidate["latency_ms"]
-    assert set(latency) == {"median", "p10", "p90", "samples"}
-    assert len(latency["samples"]) == case["rounds"]
-    assert latency["median"] == pytest.approx(statistics.median(latency["samples"]))
-    assert 0 < latency["p10"] <= latency["median"] <= latency["p90"]
+    check_times(latency, case["rounds"])
     per_second = 1e3 * case["batch"] / latency["median"]
     assert candidate["images_per_second"] == pytest.approx(per_second)
     eager = case["candidates"][0]["latency_ms"]["median"]
     assert candidate["ratio_to_eager"] == pytest.approx(latency["median"] / eager)
     assert candidate["peak_memory_bytes"] is None or candidate["peak_memory_bytes"] >= 0
-    assert (candidate["gradient_error"] is None) == (case["mode"] == "inference")
-    assert 0 <= candidate["top5_agreement"] <= 1
-    assert isinstance(candidate["wrong"], bool)
+
+
+def check_times(times: dict[str, Any], rounds: int) -> None:
+    """Asserts that the quantiles are those of the samples."""
+    assert set(times) == {"median", "p10", "p90", "samples"}
+    assert len(times["samples"]) == rounds
+    assert times["median"] == pytest.approx(statistics.median(times["samples"]))
+    assert 0 < times["p10"] <= times["median"] <= times["p90"]
+
+
+def check_kernels_document(document: dict[str, Any]) -> None:
+    """Asserts the same of a file of layers."""
+    check_provenance(document, "fused_resnet.kernels/1")
+    for case in document["cases"]:
+        assert set(case) == KERNELS_CASE
+        assert set(case["telemetry"]) == {"before", "after"}
+        for layer in case["layers"]:
+            assert set(layer) == LAYER
+            problem = parse_problem(layer["problem"])
+            assert (layer["bytes"], layer["flops"]) == (problem.bytes_once, problem.flops)
+            check_layer(layer, case)
+
+
+def check_layer(layer: dict[str, Any], case: dict[str, Any]) -> None:
+    """Asserts that a layer's figures follow from its times and the ceilings."""
+    limits = case["ceilings"]
+    least = max(
+        1e-3 * layer["bytes"] / limits["copy_gigabytes_per_second"],
+        1e-6 * layer["flops"] / limits["teraflops_per_second"],
+    )
+    assert layer["least_microseconds"] == pytest.approx(least)
+    for one in layer["candidates"]:
+        assert set(one) == LAYER_CANDIDATE
+        if one["status"] != "timed":
+            assert one["status"] in ("wrong", "failed")
+            assert one["reason"]
+            timed = ("microseconds", "gigabytes_per_second", "roofline", "ratio_to_eager")
+            assert all(one[key] is None for key in timed)
+            continue
+        assert one["reason"] is None
+        check_times(one["microseconds"], case["rounds"])
+        median = one["microseconds"]["median"]
+        assert one["gigabytes_per_second"] == pytest.approx(1e-3 * layer["bytes"] / median)
+        assert one["teraflops_per_second"] == pytest.approx(1e-6 * layer["flops"] / median)
+        assert one["roofline"] == pytest.approx(least / median)

@@ -338,7 +338,7 @@ def make_case(problem: ConvProblem, device: torch.device, seed: int = 0) -> Case
         "relu",
     )
     expected = _expected(arguments, problem)
-    eager = _relative_error(_eager(arguments, problem), expected)
+    eager = relative_error(_eager(arguments, problem), expected)
     floor = 4 * torch.finfo(torch.float32).eps
     return Case(problem, arguments, expected, max(FACTOR * eager, floor))
 
@@ -347,7 +347,7 @@ def check(run: Run, case: Case) -> str | None:
     """What is wrong with a candidate's results, or None."""
     try:
         out = run(case.arguments, case.problem)
-        reason = _error(out, case) or _nan_error(run, case)
+        reason = _error(out, case) or nan_error(run, case)
     except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:
@@ -482,13 +482,13 @@ def _error(out: Tensor, case: Case) -> str | None:
         return f"shape {tuple(out.shape)}, must be {tuple(case.expected.shape)}"
     if out.dtype is not case.arguments[0].dtype:
         return f"dtype {out.dtype}, must be {case.arguments[0].dtype}"
-    error = _relative_error(out, case.expected)
+    error = relative_error(out, case.expected)
     if not error <= case.allowed_error:
         return f"error {error:.1e}, must be at most {case.allowed_error:.1e}"
     return None
 
 
-def _relative_error(out: Tensor, expected: Tensor) -> float:
+def relative_error(out: Tensor, expected: Tensor) -> float:
     """`testing.relative_error` where the tensors are; NaN if there is any.
 
     Bringing every candidate's output to the host, as that does, would take minutes.
@@ -497,7 +497,7 @@ def _relative_error(out: Tensor, expected: Tensor) -> float:
     return (difference / torch.linalg.vector_norm(expected)).item()
 
 
-def _nan_error(run: Run, case: Case) -> str | None:
+def nan_error(run: Run, case: Case) -> str | None:
     """Whether NaN in one pixel of the last image, and in its shortcut, comes out where it should.
 
     Convolutions through transforms (Winograd, FFT) spread it further, within the image.

@@ -1,8 +1,8 @@
-"""Other people's inference engines as candidates of `fused_resnet.compare`: OpenVINO, ONNX Runtime.
+"""What `bench models` compares: this package's ways, torch.compile's, CUDA graphs, other engines.
 
-Both get the same weights and input as eager PyTorch, the same number of threads, one stream, and
-the precision of the case spelled out: OpenVINO otherwise picks bfloat16 or float16 by itself on
-CPUs that have them, and would win a float32 comparison by not running it.
+OpenVINO and ONNX Runtime get the same weights and input as eager PyTorch, the same number of
+threads, one stream, and the precision of the case spelled out: OpenVINO otherwise picks bfloat16 or
+float16 by itself on CPUs that have them, and would win a float32 comparison by not running it.
 
 Threads: PyTorch's OpenMP workers, OpenVINO's TBB workers and ONNX Runtime's own pool may all spin
 for a few milliseconds after their work, on the cores that the next candidate needs. So `SETTLE`
@@ -16,10 +16,12 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Collection
 
 import torch
 
-from fused_resnet.compare import Call, Case
+from .. import compare
+from ..compare import Call, Case, Engine
 
 SETTLE = 0.05
 
@@ -99,6 +101,8 @@ def compiled_frozen(model: torch.nn.Module, input: torch.Tensor, case: Case) -> 
     """`torch.compile` with Inductor's freezing: weights are constants, folded and prepacked."""
     if case.train:
         raise NotImplementedError("freezing is for inference")
+    if input.device.type != "cpu":
+        raise NotImplementedError("is a candidate on the CPU only")
     frozen = torch.compile(model)
 
     @torch.no_grad()
@@ -112,8 +116,81 @@ def compiled_frozen(model: torch.nn.Module, input: torch.Tensor, case: Case) -> 
     return call
 
 
-ENGINES = {
+def compiled_mode(mode: str) -> Engine:
+    """The engine of `torch.compile` in one of its modes."""
+
+    def engine(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
+        if input.device.type != "cuda":
+            raise NotImplementedError("is a candidate on a GPU only")
+        return compare.step(model, torch.compile(model, mode=mode), input, case)
+
+    return engine
+
+
+def graphed(engine: Engine) -> Engine:
+    """Another engine's call, captured as a CUDA graph: without the host's share of the time."""
+
+    def build(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
+        if case.train or input.device.type != "cuda":
+            raise NotImplementedError("is a candidate for inference on a GPU only")
+        return capture(engine(model, input, case), input.device)
+
+    return build
+
+
+def capture(call: Call, device: torch.device, warmup: int = 3) -> Call:
+    """A call that replays `call`, whose result is then overwritten by the next replay."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(warmup):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def fused_compiled(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
+    """The fused model under `torch.compile`, which sees our operators."""
+    return compare.fused(model, input, case, wrap=torch.compile)
+
+
+ENGINES: dict[str, Engine] = {
+    **compare.ENGINES,
+    "fused, torch.compile": fused_compiled,
     "torch.compile, frozen": compiled_frozen,
+    "torch.compile, reduce-overhead": compiled_mode("reduce-overhead"),
+    "torch.compile, max-autotune": compiled_mode("max-autotune"),
+    "CUDA graph": graphed(compare.eager),
+    "fused, CUDA graph": graphed(compare.fused),
     "OpenVINO": openvino,
     "ONNX Runtime": onnx_runtime,
 }
+_ON_CPU = ("eager", "fused", "torch.compile", "torch.compile, frozen", "OpenVINO", "ONNX Runtime")
+_ON_GPU = (
+    "eager", "CUDA graph", "fused", "fused, CUDA graph", "fused, torch.compile", "torch.compile",
+    "torch.compile, reduce-overhead", "torch.compile, max-autotune",
+)  # fmt: skip
+_INFERENCE_ONLY = {
+    "torch.compile, frozen", "OpenVINO", "ONNX Runtime", "CUDA graph", "fused, CUDA graph"
+}  # fmt: skip
+
+
+def engines_for(device_type: str, train: bool, without: Collection[str] = ()) -> dict[str, Engine]:
+    """The candidates on a device, in the tables' order; "eager" cannot be left out."""
+    names = _ON_GPU if device_type == "cuda" else _ON_CPU
+    left_out = {*without, *(_INFERENCE_ONLY if train else ())} - {"eager"}
+    return {name: ENGINES[name] for name in names if name not in left_out}
+
+
+def settle_for(names: Collection[str]) -> float:
+    """Seconds to sleep before each turn; see this module's docstring."""
+    return SETTLE if {"OpenVINO", "ONNX Runtime"} & set(names) else 0.0

@@ -1,0 +1,124 @@
+"""Prints what is known of GPUs without one. Every table says that it is a prediction."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..inputs import InvalidArgumentError
+from . import documents
+
+SCHEMA = "fused_resnet.static/1"
+WAYS = ("eager", "compiled", "fused", "chain")
+
+
+def print_networks(console: Console, content: Mapping[str, Any]) -> None:
+    """Predicted time of whole networks."""
+    table = Table(
+        title="PREDICTED, nothing was measured: us per batch, in brackets MB per image",
+        header_style="bold",
+    )
+    for column in ("GPU", "network"):
+        table.add_column(column)
+    table.add_column("batch", justify="right")
+    for way in ("eager", "torch.compile", "fused", "one kernel per Bottleneck"):
+        table.add_column(way, justify="right")
+    table.add_column("eager /\nfused", justify="right")
+    for network in content["networks"]:
+        times, moved = network["microseconds"], network["megabytes_per_image"]
+        cells = [
+            f"{times[way]:.0f}" + (f" ({moved[way]:.0f})" if way in moved else "") for way in WAYS
+        ]
+        ratio = f"{times['eager'] / times['fused']:.2f}"
+        table.add_row(network["gpu"], network["model"], str(network["batch"]), *cells, ratio)
+    console.print(table)
+    console.print(
+        "A roofline model of published figures (fused_resnet/tuning/architecture.py cites them); "
+        "the library's convolutions are taken to be as good as these kernels. The kernel per "
+        "Bottleneck does not exist yet."
+    )
+
+
+def print_layers(console: Console, network: Mapping[str, Any]) -> None:
+    """Predicted time of a network's layers on one GPU."""
+    title = f"PREDICTED: {network['gpu']}, {network['model']}, batch {network['batch']}"
+    table = Table(title=f"{title}, {network['dtype']}", header_style="bold")
+    table.add_column("layer")
+    for column in ("runs", "MB", "GFLOP", "eager\nus", "fused\nus", "of copy", "of matrix"):
+        table.add_column(column, justify="right")
+    for layer in network["layers"]:
+        table.add_row(
+            layer["problem"].partition(" ")[2], str(layer["count"]), f"{layer['megabytes']:.2f}",
+            f"{layer['gigaflops']:.2f}", f"{layer['eager_microseconds']:.1f}",
+            f"{layer['microseconds']:.1f}", f"{100 * layer['share_of_copy_bandwidth']:.0f} %",
+            f"{100 * layer['share_of_matrix_rate']:.0f} %",
+        )  # fmt: skip
+    for chain in network["chains"]:
+        table.add_row(
+            f"{chain['stage']}: {chain['blocks']} kernels, one per Bottleneck", "1",
+            f"{chain['megabytes']:.2f}", f"{chain['gigaflops']:.2f}", "",
+            f"{chain['microseconds']:.1f}", "", "",
+        )  # fmt: skip
+    console.print(table)
+
+
+def print_resources(console: Console, path: Path | None) -> None:
+    """What the compiler made of every kernel: ranges over its tiles, per architecture."""
+    paths = [path] if path is not None else resource_files()
+    if not paths:
+        console.print("compiler's resources: not here; `python bench/static.py` of the repository")
+    for one in paths:
+        content = load_resources(one)
+        table = Table(title=f"The compiler's resources: {one.name}", header_style="bold")
+        for column in ("kernel", "architecture", "dtype"):
+            table.add_column(column)
+        for column in ("tiles", "registers", "spilled\nbytes", "shared\nKiB", "occupancy\n%"):
+            table.add_column(column, justify="right")
+        groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
+        for entry in content["entries"]:
+            groups[entry["kernel"], entry["architecture"], entry["dtype"]].append(entry)
+        for key, entries in groups.items():
+            table.add_row(
+                *key, str(len(entries)), _range(entries, "registers"),
+                _range(entries, "spilled_bytes"), _range(entries, "shared_bytes", 1 / 1024),
+                _range(entries, "occupancy", 100),
+            )  # fmt: skip
+        console.print(table)
+
+
+def resource_files() -> list[Path]:
+    """The repository's reports of what its kernels compile to."""
+    root = documents.repository()
+    if root is None:
+        return []
+    found = sorted((root / "bench" / "results" / "static").glob("*.json"))
+    return [path for path in found if json.loads(path.read_text()).get("schema") == SCHEMA]
+
+
+def load_resources(path: Path) -> dict[str, Any]:
+    """A report of compiled kernels.
+
+    Raises:
+        InvalidArgumentError: it cannot be read or is none.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if content["schema"] == SCHEMA and content["entries"]:
+            return content
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InvalidArgumentError(f"--resources is {str(path)!r}, which is no file of {SCHEMA!r}")
+
+
+def _range(entries: list[dict[str, Any]], key: str, scale: float = 1) -> str:
+    values = [scale * entry[key] for entry in entries if key in entry]
+    if not values:
+        return "-"
+    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,86 @@
+"""What the commands share: options, checks of arguments, texts."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .inputs import InvalidArgumentError, known_models
+
+
+def whole_number(help: str) -> Any:
+    """An integer option; typer's own names the option but not always the value it was given."""
+
+    def parse(text: str) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not an integer") from None
+
+    return typer.Option(help=help, parser=parse, metavar="N")
+
+
+def check_output(name: str, path: Path | None) -> None:
+    """Fails before the measuring, not after it."""
+    if path is None:
+        return
+    folder = path.parent
+    if not folder.is_dir():
+        raise InvalidArgumentError(
+            f"--{name} is {str(path)!r}, but there is no folder {str(folder)!r}"
+        )
+    if path.is_dir():
+        raise InvalidArgumentError(f"--{name} is {str(path)!r}, which is a folder, must be a file")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise InvalidArgumentError(f"--{name} is {str(path)!r}, which cannot be written")
+
+
+def error_text(value: float | None) -> str:
+    """A relative error as the tables show it."""
+    return "-" if value is None else f"{value:.1e}" if math.isfinite(value) else "not finite"
+
+
+def check_model(name: str) -> None:
+    """Raises InvalidArgumentError unless torchvision has such a residual network."""
+    if name not in known_models():
+        raise InvalidArgumentError(f"MODEL is {name!r}, must be one of {', '.join(known_models())}")
+
+
+def batch_size(text: str) -> int:
+    """One of the numbers that --batch lists."""
+    try:
+        count = int(text)
+    except ValueError:
+        raise InvalidArgumentError(f"--batch has {text!r}, which is not an integer") from None
+    if count < 1:
+        raise InvalidArgumentError(f"--batch has {count}, must be at least 1")
+    return count
+
+
+def fail(message: str, code: int) -> int:
+    """Prints an error's one line; returns the exit code."""
+    print(f"fused-resnet: {message}", file=sys.stderr)
+    return code
+
+
+def progress_bar() -> Progress:
+    """A bar on standard error with the time left, shown where that is a terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
