@@ -74,9 +74,7 @@ def norm_backward(
 
 
 def has_norm_kernel(*tensors: Tensor | None) -> bool:
-    """Whether the backend of these tensors, the first of which must be there, computes
-    `batch_norm_act`'s gradients itself.
-    """
+    """Whether these tensors' backend, found by the first, has gradients of `batch_norm_act`."""
     first = tensors[0]
     assert first is not None
     return is_plain(*tensors) and hasattr(
@@ -96,6 +94,7 @@ def norm_act_backward(
     activation: str,
     training: bool,
     need: tuple[bool, bool, bool, bool],
+    overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of batch norm, residual add and activation in input, weight, bias and residual.
 
@@ -114,6 +113,7 @@ def norm_act_backward(
         activation: "relu" or "none".
         training: whether `mean` and `var` are functions of the input.
         need: which gradients to compute.
+        overwrite: whether `grad` may be overwritten.
 
     Returns:
         The gradients, None where not needed.
@@ -126,8 +126,9 @@ def norm_act_backward(
         if input is None:  # any tensor like it will do
             input = grad if output is None else output
         grads = backends.choose(grad.device.type).batch_norm_act_backward(
-            grad, input, output, weight, bias, mean, var, eps, activation, training, need
-        )
+            grad, input, output, weight, bias, mean, var, eps, activation, training, need,
+            overwrite,
+        )  # fmt: skip
     else:
         if activation == "relu" and output is None:
             output = torch.ops.fused_resnet.batch_norm_act_inference(
