@@ -76,6 +76,27 @@ void merge_statistics(const P* first, const P* deviations, const P* squared, int
   }
 }
 
+// So many rows are added up in registers before their sum is added to the columns'.
+constexpr int64_t kRowsAtOnce = 4;
+
+template <class V, int64_t kRows>
+void add_deviations(const typename V::Element* row, int64_t columns,
+                    const typename V::Parameter* first, typename V::Parameter* deviations,
+                    typename V::Parameter* squared) {
+  for_each_vector<V>(columns, [&](int64_t i, auto... rest) {
+    const auto shift = V::load_parameter(first + i, rest...);
+    auto sum = V::load_parameter(deviations + i, rest...);
+    auto sum_squared = V::load_parameter(squared + i, rest...);
+    for (int64_t k = 0; k < kRows; ++k) {
+      const auto x = V::load(row + k * columns + i, rest...) - shift;
+      sum = sum + x;
+      sum_squared = V::multiply_add(x, x, sum_squared);
+    }
+    V::store_parameter(deviations + i, sum, rest...);
+    V::store_parameter(squared + i, sum_squared, rest...);
+  });
+}
+
 // Sums of deviations from the first row: since that is one of the rows, at most a factor of their
 // number cancels, wherever the mean is.
 template <class V>
@@ -93,14 +114,12 @@ void column_statistics(const void* input, int64_t rows, int64_t columns, void* s
     first[i] = first[i] - first[i] == 0 ? first[i] : 0;
     deviations[i] = squared[i] = 0;
   }
-  for (int64_t r = 0; r < rows; ++r, row += columns) {
-    for_each_vector<V>(columns, [&](int64_t i, auto... rest) {
-      const auto x = V::load(row + i, rest...) - V::load_parameter(first + i, rest...);
-      const auto sum_x = V::load_parameter(deviations + i, rest...);
-      const auto sum_xx = V::load_parameter(squared + i, rest...);
-      V::store_parameter(deviations + i, sum_x + x, rest...);
-      V::store_parameter(squared + i, V::multiply_add(x, x, sum_xx), rest...);
-    });
+  int64_t r = 0;
+  for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) {
+    add_deviations<V, kRowsAtOnce>(row + r * columns, columns, first, deviations, squared);
+  }
+  for (; r < rows; ++r) {
+    add_deviations<V, 1>(row + r * columns, columns, first, deviations, squared);
   }
   merge_statistics(first, deviations, squared, columns, static_cast<double>(rows),
                    static_cast<double>(count), sum, squares);
@@ -155,26 +174,48 @@ struct GradientRow {
         scale(static_cast<const P*>(m.scale)),
         shift(static_cast<const P*>(m.shift)) {}
 
+  // The gradient behind the activation of `element`, which is x, in column i.
   template <Mask kMask, class... Rest>
-  typename V::Register masked(int64_t i, typename V::Register x, Rest... rest) const {
-    const auto g = V::load(grad + i, rest...);
+  typename V::Register masked(int64_t element, int64_t i, typename V::Register x,
+                              Rest... rest) const {
+    const auto g = V::load(grad + element, rest...);
     if constexpr (kMask == Mask::recomputed) {
       return V::where_positive(V::multiply_add(x, V::load_parameter(scale + i, rest...),
                                                V::load_parameter(shift + i, rest...)),
                                g);
     } else if constexpr (kMask == Mask::output) {
-      return V::where_positive(V::load(output + i, rest...), g);
+      return V::where_positive(V::load(output + element, rest...), g);
     } else {
       return g;
     }
   }
 
-  void advance(int64_t columns) {
-    grad += columns;
-    input += columns;
-    if (output) output += columns;
+  void advance(int64_t elements) {
+    grad += elements;
+    input += elements;
+    if (output) output += elements;
   }
 };
+
+template <class V, Mask kMask, bool kStore, int64_t kRows>
+void add_gradients(const GradientRow<V>& row, int64_t columns, typename V::Element* masked,
+                   typename V::Parameter* sum, typename V::Parameter* dot) {
+  for_each_vector<V>(columns, [&](int64_t i, auto... rest) {
+    const auto mean = V::load_parameter(row.mean + i, rest...);
+    auto column_sum = V::load_parameter(sum + i, rest...);
+    auto column_dot = V::load_parameter(dot + i, rest...);
+    for (int64_t k = 0; k < kRows; ++k) {
+      const int64_t element = k * columns + i;
+      const auto x = V::load(row.input + element, rest...);
+      const auto g = row.template masked<kMask>(element, i, x, rest...);
+      if constexpr (kStore) V::store(masked + element, g, rest...);
+      column_sum = column_sum + g;
+      column_dot = V::multiply_add(g, x - mean, column_dot);
+    }
+    V::store_parameter(sum + i, column_sum, rest...);
+    V::store_parameter(dot + i, column_dot, rest...);
+  });
+}
 
 template <class V, Mask kMask, bool kStore>
 void gradient_sums_loop(const GradientMatrix& matrix, void* masked_out, void* sum_out,
@@ -183,17 +224,19 @@ void gradient_sums_loop(const GradientMatrix& matrix, void* masked_out, void* su
   GradientRow<V> row(matrix);
   auto* masked = static_cast<typename V::Element*>(masked_out);
   P *sum = static_cast<P*>(sum_out), *dot = static_cast<P*>(dot_out);
-  for (int64_t r = 0; r < matrix.rows; ++r, row.advance(matrix.columns)) {
-    for_each_vector<V>(matrix.columns, [&](int64_t i, auto... rest) {
-      const auto x = V::load(row.input + i, rest...);
-      const auto g = row.template masked<kMask>(i, x, rest...);
-      if constexpr (kStore) V::store(masked + i, g, rest...);
-      V::store_parameter(sum + i, V::load_parameter(sum + i, rest...) + g, rest...);
-      const auto deviation = x - V::load_parameter(row.mean + i, rest...);
-      const auto dots = V::load_parameter(dot + i, rest...);
-      V::store_parameter(dot + i, V::multiply_add(g, deviation, dots), rest...);
-    });
-    if constexpr (kStore) masked += matrix.columns;
+  int64_t r = 0;
+  const auto advance = [&](int64_t rows) {
+    row.advance(rows * matrix.columns);
+    if constexpr (kStore) masked += rows * matrix.columns;
+    r += rows;
+  };
+  while (r + kRowsAtOnce <= matrix.rows) {
+    add_gradients<V, kMask, kStore, kRowsAtOnce>(row, matrix.columns, masked, sum, dot);
+    advance(kRowsAtOnce);
+  }
+  while (r < matrix.rows) {
+    add_gradients<V, kMask, kStore, 1>(row, matrix.columns, masked, sum, dot);
+    advance(1);
   }
 }
 
@@ -219,7 +262,7 @@ void input_gradient_loop(const GradientMatrix& matrix, const void* slope_in, con
   for (int64_t r = 0; r < matrix.rows; ++r, row.advance(matrix.columns), out += matrix.columns) {
     for_each_vector<V>(matrix.columns, [&](int64_t i, auto... rest) {
       const auto x = V::load(row.input + i, rest...);
-      const auto g = row.template masked<kMask>(i, x, rest...);
+      const auto g = row.template masked<kMask>(i, i, x, rest...);
       const auto scale = V::load_parameter(row.scale + i, rest...);
       if constexpr (kStatistics) {
         const auto deviation = x - V::load_parameter(row.mean + i, rest...);
