@@ -1,11 +1,13 @@
-"""The native operator `scale_shift_act`, on the CPU and, where there is one, on a GPU."""
+"""The native operator `scale_shift_act`, on the CPU and on a GPU or what stands in for one."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import os
+import sys
 
+import cuda_on_host
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,13 +20,22 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DEVICES = ["cpu"]
 if torch.cuda.is_available() and _native.cuda_status == "yes":
     DEVICES.append("cuda")
+elif cuda_on_host.is_needed():
+    DEVICES.append("on_host")
 
 operator = torch.ops.fused_resnet.scale_shift_act
 
 
 @pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
+def device(request, monkeypatch):
+    """Where tensors are for the operator under test, which is `operator`."""
+    if request.param != "on_host":
+        yield request.param
+        return
+    kernel = torch.ops.fused_resnet_on_host.scale_shift_act
+    monkeypatch.setattr(sys.modules[__name__], "operator", kernel)
+    with cuda_on_host.drawn_from(request.node.nodeid):
+        yield "cpu"
 
 
 def make(shape, dtype, device="cpu"):

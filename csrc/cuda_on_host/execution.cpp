@@ -1,3 +1,4 @@
+// Blocks, their threads' turns, barriers and operations of a warp; the checks of what they access.
 #include "cuda_on_host/execution.h"
 
 #include <cuda_runtime.h>
@@ -29,7 +30,10 @@ thread_local Block* running = nullptr;
 
 namespace {
 
-constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kStackBytes = 96 << 10;
+// Stacks begin at different places within a page: threads do the same at the same depth, which
+// would compete for the same few lines of the cache.
+constexpr size_t kStackStagger = 1088;
 constexpr unsigned kMostThreads = 1024;
 constexpr size_t kMostSharedBytes = 227 << 10;  // compute capability 9.0
 constexpr size_t kSharedAlignment = 128;
@@ -77,8 +81,9 @@ void Block::prepare(const GridShape& shape, void (*thread_function)(void*), void
   argument_ = argument;
   thread_count_ = shape.threads;
   warp_count_ = (thread_count_ + 31) / 32;
-  while (stacks_.size() < thread_count_)
+  while (stacks_.size() < thread_count_) {
     stacks_.push_back(std::make_unique<GuardedPages>(kStackBytes));
+  }
   if (!shared_ || shared_bytes_ != shape.shared_bytes) {
     shared_bytes_ = shape.shared_bytes;
     shared_ = std::make_unique<GuardedPages>(std::max<size_t>(shared_bytes_, 1));
@@ -93,6 +98,7 @@ void Block::run(uint64_t seed) {
   memset(shared_->begin(), 0xff, shared_->end() - shared_->begin());
   late_copies_ = random_.below(2);
   restlessness_ = std::array<unsigned, 4>{0, 1, 16, 128}[random_.below(4)];
+  current_warp_ = random_.below(warp_count_);
   done_count_ = barrier_count_ = predicate_count_ = 0;
   fault_.reset();
   for (unsigned w = 0; w < warp_count_; ++w) {
@@ -103,11 +109,14 @@ void Block::run(uint64_t seed) {
   }
   for (unsigned i = 0; i < thread_count_; ++i) {
     Thread& thread = threads_[i];
-    thread.state = State::kReady;
     thread.copies.clear();
     thread.groups = 0;
-    GuardedPages& stack = *stacks_[i];
-    prepare_fiber(thread.fiber, stack.begin(), stack.end(), &Block::thread_entry);
+    thread.accesses = false;
+    const GuardedPages& stack = *stacks_[i];
+    thread.stack_begin = stack.begin();
+    thread.stack_end = stack.end();
+    prepare_fiber(thread.fiber, stack.begin(), stack.end() - i % 32 * kStackStagger,
+                  &Block::thread_entry);
   }
   shared_accesses_.begin_block(shared_bytes_, ++barriers_);
   running = this;
@@ -146,13 +155,10 @@ void Block::go_on() {
 void Block::enter(Thread& thread) {
   current = &thread;
   threadIdx.x = thread.index;
-  stack_begin_ = stacks_[thread.index]->begin();
-  stack_end_ = stacks_[thread.index]->end();
 }
 
 Thread* Block::next() {
-  if (!warps_[current_warp_].ready || current_warp_ >= warp_count_ ||
-      (restlessness_ && random_.below(128) < restlessness_)) {
+  if (!warps_[current_warp_].ready || (restlessness_ && random_.below(128) < restlessness_)) {
     std::array<unsigned, kMostThreads / 32> runnable;
     unsigned count = 0;
     for (unsigned w = 0; w < warp_count_; ++w) {
@@ -198,10 +204,8 @@ std::string Block::doing(const Thread& thread) const {
     case State::kInWarp:
       return name_of_thread + " waits in " + name(thread.operation) + " at " +
              Origin(thread.place).line();
-    case State::kReady:
-      break;
   }
-  return name_of_thread + " runs";
+  return name_of_thread;
 }
 
 // No thread can go on: somebody waits for a thread that waits elsewhere or has ended.
@@ -260,7 +264,6 @@ int Block::synchronize(bool predicate, const Place& place) {
       warps_[w].ready = lanes == 32 ? ~0u : (1u << lanes) - 1;
       warps_[w].shuffle(random_);
     }
-    for (unsigned i = 0; i < thread_count_; ++i) threads_[i].state = State::kReady;
     current_warp_ = random_.below(warp_count_);
   }
   go_on();
@@ -293,10 +296,6 @@ void Block::in_warp(Operation operation, uint32_t mask, void* payload, const Pla
   if (warp.groups[g].arrived == mask) {
     warp.groups[g] = warp.groups[--warp.group_count];
     carry_out(operation, mask, warp);
-    const unsigned base = thread.index / 32 * 32;
-    for (uint32_t rest = mask; rest; rest &= rest - 1) {
-      threads_[base + std::countr_zero(rest)].state = State::kReady;
-    }
     warp.ready |= mask;
     warp.shuffle(random_);
   }
@@ -381,16 +380,16 @@ void Block::check_global(const char* begin, size_t bytes, const Origin& origin) 
 void Block::check_shared(const char* begin, size_t bytes, bool writes, const Origin& origin) {
   check_bounds(begin, bytes, origin);
   const size_t offset = begin - shared_begin;
-  const std::string wrong = writes ? shared_accesses_.write(offset, bytes, now(), origin)
-                                   : shared_accesses_.read(offset, bytes, now(), origin);
-  if (!wrong.empty()) fail_at(wrong, origin);
+  const bool fine = writes ? shared_accesses_.write(offset, bytes, now(), origin)
+                           : shared_accesses_.read(offset, bytes, now(), origin);
+  if (!fine) fail_at(shared_accesses_.complaint(), origin);
 }
 
 void Block::start_copy(const Copy& copy, const Origin& origin) {
   check_bounds(copy.target, copy.bytes, origin);
-  const std::string wrong =
-      shared_accesses_.begin_copy(copy.target - shared_begin, copy.bytes, now(), origin);
-  if (!wrong.empty()) fail_at(wrong, origin);
+  if (!shared_accesses_.begin_copy(copy.target - shared_begin, copy.bytes, now(), origin)) {
+    fail_at(shared_accesses_.complaint(), origin);
+  }
   if (late_copies_) {
     memset(copy.target, 0xff, copy.bytes);
   } else {
@@ -412,7 +411,7 @@ void Block::write_atomically(const void* address, size_t bytes) {
 namespace {
 
 Block& block() {
-  if (!running) throw_error("a device function_ was called outside a kernel");
+  if (!running) throw_error("a device function was called outside a kernel");
   return *running;
 }
 
@@ -476,7 +475,7 @@ void Block::fail_after_signal() {
   if (!signal_has_address) {
     what = "misaligned access, or an address that cannot be";
   } else if (const GuardedPages& stack = *stacks_[current->index];
-             signal_address < stack.begin() && signal_address >= stack.begin() - 4096) {
+             signal_address < stack.begin() && signal_address >= stack.begin() - page_bytes()) {
     what = "the thread's stack overflows";
   } else {
     std::ostringstream address;

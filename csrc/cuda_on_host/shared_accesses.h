@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <source_location>
@@ -15,13 +16,18 @@ namespace fused_resnet::on_host {
 class Origin {
  public:
   Origin() = default;
-  Origin(const std::source_location& place);
-  static Origin instruction(const void* address);
+  Origin(const std::source_location& place) : bits_(std::bit_cast<uintptr_t>(place)) {}
+  static Origin instruction(const void* address) {
+    Origin origin;
+    origin.bits_ = reinterpret_cast<uintptr_t>(address) | kInstruction;
+    return origin;
+  }
   std::string line() const;  // "file.cu:12"
 
  private:
-  const void* pointer_ = nullptr;
-  bool is_instruction_ = false;
+  static constexpr uintptr_t kInstruction = uintptr_t{1} << 63;  // no address has this bit
+
+  uintptr_t bits_ = 0;
 };
 
 class SharedAccesses {
@@ -30,45 +36,53 @@ class SharedAccesses {
   // to block, `warp_barriers` those of the thread's warp.
   struct Time {
     unsigned thread;
-    uint32_t barriers, warp_barriers;
+    uint32_t barriers;
+    uint16_t warp_barriers;
   };
 
   void begin_block(size_t bytes, uint32_t barriers);
 
-  // Return "" or what is wrong. Offset and size lie within the block's shared memory.
-  std::string read(size_t offset, size_t bytes, const Time& now, const Origin& origin);
-  std::string write(size_t offset, size_t bytes, const Time& now, const Origin& origin);
+  // Offset and size lie within the block's shared memory. False where something is wrong, which
+  // `complaint` then says.
+  bool read(size_t offset, size_t bytes, const Time& now, const Origin& origin);
+  bool write(size_t offset, size_t bytes, const Time& now, const Origin& origin);
 
   // A cp.async, which may write at any time until it is waited for.
-  std::string begin_copy(size_t offset, size_t bytes, const Time& now, const Origin& origin);
+  bool begin_copy(size_t offset, size_t bytes, const Time& now, const Origin& origin);
   void end_copy(size_t offset, size_t bytes, const Time& now);
 
   // Neither is an atomic operation at odds with another, nor is it looked at more closely.
   void write_atomically(size_t offset, size_t bytes);
 
+  const std::string& complaint() const { return complaint_; }
+
  private:
   struct Access {
     Origin origin;
-    uint32_t barriers = 0, warp_barriers = 0;
-    uint16_t thread = 0;
-    uint8_t bytes = 0;          // of the word, one bit each
-    bool is_under_way = false;  // a copy that nobody has waited for
+    uint32_t barriers = 0;
+    uint16_t warp_barriers = 0;
+    uint16_t thread : 10 = 0;
+    uint16_t is_warps : 1 = false;      // other lanes of the thread's warp did the same
+    uint16_t is_under_way : 1 = false;  // a copy that nobody has waited for
+    uint16_t bytes : 4 = 0;             // of the word, one bit each; none where nothing happened
   };
-  struct Word {
+  struct alignas(64) Word {
     Access write;
-    std::array<Access, 2> reads;  // of different warps where there are several
-    uint32_t block = 0;           // the rest is of this block, or of none before
-    uint8_t written = 0;
+    std::array<Access, 2> reads;  // since then, of different warps where there are several
+    uint32_t block = 0;           // what the rest is about
+    uint8_t written = 0;          // bytes
   };
+  static_assert(sizeof(Word) == 64);
 
-  bool is_unordered(const Access& before, uint8_t bytes, const Time& now) const;
+  static Access access(const Time& now, const Origin& origin, unsigned bytes);
+  static bool is_unordered(const Access& before, unsigned bytes, const Time& now);
+  bool read_word(Word& word, size_t offset, unsigned bytes, const Time& now, const Origin& origin);
   Word& word(size_t index);
-  std::string check_write(Word& word, size_t offset, uint8_t bytes, const Time& now);
-  std::string describe(const char* what, const Access& before, size_t offset,
-                       const Time& now) const;
+  void complain(const char* what, const Access& before, size_t offset, const Time& now);
 
   std::vector<Word> words_;
   uint32_t block_ = 0;
+  std::string complaint_;
 };
 
 }  // namespace fused_resnet::on_host
