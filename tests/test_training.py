@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import (
     BLOCKS,
     DTYPES,
@@ -49,6 +50,36 @@ def test_statistics_far_from_zero(dtype, memory_format):
 def assert_each_close(actual, expected, tolerance):
     """Every channel by itself: one of a large variance must not hide the others."""
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=0)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("layout", ["expanded", "sliced", "other format"])
+@pytest.mark.parametrize("activation", ["relu", "none"])
+def test_gradients_of_any_strides(activation, layout):
+    """Of the output's gradient, the input and the residual, in float64 against torch."""
+    shape = (3, 10, 6, 5)
+    x, z, grad = torch.randn(3, *shape, dtype=torch.float64).unbind(0)
+    if layout == "expanded":
+        grad = grad[:, :1, :1].expand(shape)
+    elif layout == "sliced":
+        x, z, grad = (t.repeat_interleave(2, 3)[..., ::2] for t in (x, z, grad))
+    else:
+        grad = grad.to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, 10, dtype=torch.float64).unbind(0)
+    results = []
+    for fused in (True, False):
+        leaves = [t.detach().clone().requires_grad_() for t in (weight, bias)]
+        leaves += [t.detach().requires_grad_() for t in (x, z)]
+        if fused:
+            out = functional.batch_norm_act(
+                leaves[2], None, None, *leaves[:2], True, residual=leaves[3], activation=activation
+            )
+        else:
+            out = F.batch_norm(leaves[2], None, None, *leaves[:2], True) + leaves[3]
+            out = out.relu() if activation == "relu" else out
+        results.append(torch.autograd.grad(out, leaves, grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)

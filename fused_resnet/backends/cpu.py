@@ -238,7 +238,8 @@ def batch_norm_act_backward(
     relu = activation == "relu"
     need_input, need_weight, need_bias, need_residual = need
     if grad.stride() != input.stride():
-        grad, overwrite = _pool_empty_like(input).copy_(grad), True
+        grad = _pool_empty_like(input).copy_(grad)
+        overwrite = relu or not need_residual  # whose gradient may be `grad` itself
     if output is not None and output.stride() != input.stride():
         output = _pool_empty_like(input).copy_(output)
     scale, shift = scale_and_shift(mean, var, weight, bias, eps, input.dtype)
