@@ -26,6 +26,9 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "batch_norm_act_backward(Tensor grad, Tensor input, Tensor? output, Tensor mean, "
       "Tensor? invstd, Tensor scale, Tensor shift, bool relu, Tensor(a!)? grad_input, "
       "Tensor(b!)? masked) -> (Tensor sum, Tensor dot)");
+  m.def(
+      "norm_vectors(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps) -> "
+      "(Tensor scale, Tensor shift, Tensor invstd)");
   m.def("pool_empty_like(Tensor like) -> Tensor");
 
   m.def("cpu_pool_statistics() -> int[]");

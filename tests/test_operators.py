@@ -27,6 +27,7 @@ INTERNAL = {
     "batch_norm_act_backward",
     "batch_statistics",
     "conv_bn_act_packed",
+    "norm_vectors",
     "pack_conv_weight",
     "pool_empty_like",
     "residual_blocks_packed",

@@ -390,6 +390,44 @@ std::tuple<Tensor, Tensor> batch_norm_act_backward(Tensor grad, Tensor input,
   return is_double ? run_backward<double>(backward, invstd) : run_backward<float>(backward, invstd);
 }
 
+template <typename P>
+std::tuple<Tensor, Tensor, Tensor> norm_vectors_in(const Tensor& mean, const Tensor& var,
+                                                   const std::optional<Tensor>& weight,
+                                                   const std::optional<Tensor>& bias, double eps) {
+  const int64_t channels = mean.numel();
+  const P *mean_data = mean.const_data_ptr<P>(), *var_data = var.const_data_ptr<P>();
+  const P* weight_data = weight ? weight->const_data_ptr<P>() : nullptr;
+  const P* bias_data = bias ? bias->const_data_ptr<P>() : nullptr;
+  std::vector<double> scale(channels), shift(channels), invstd(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    invstd[c] = 1 / std::sqrt(static_cast<double>(var_data[c]) + eps);
+    // Rounded here, so that the shift belongs to the scale there will be.
+    const P rounded =
+        static_cast<P>(invstd[c] * (weight ? static_cast<double>(weight_data[c]) : 1));
+    scale[c] = static_cast<double>(rounded);
+    shift[c] = (bias ? static_cast<double>(bias_data[c]) : 0) -
+               static_cast<double>(mean_data[c]) * scale[c];
+  }
+  return {per_channel<P>(scale), per_channel<P>(shift), per_channel<P>(invstd)};
+}
+
+// Batch norm as one multiply-add, scale = weight * invstd and shift = bias - mean * scale, with
+// invstd = 1 / sqrt(var + eps). All tensors are dense, (C,), and of one dtype, float or double.
+std::tuple<Tensor, Tensor, Tensor> norm_vectors(Tensor mean, Tensor var,
+                                                std::optional<Tensor> weight,
+                                                std::optional<Tensor> bias, double eps) {
+  const ScalarType dtype = mean.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "norm_vectors: mean must be float32 or float64");
+  for (const std::optional<Tensor>& t : {std::optional(var), weight, bias, std::optional(mean)}) {
+    STD_TORCH_CHECK(
+        !t || (t->is_contiguous() && t->scalar_type() == dtype && t->numel() == mean.numel()),
+        "norm_vectors: tensors must be dense and of one size and dtype");
+  }
+  return dtype == ScalarType::Double ? norm_vectors_in<double>(mean, var, weight, bias, eps)
+                                     : norm_vectors_in<float>(mean, var, weight, bias, eps);
+}
+
 // torch.empty_like(like) in the pool's memory.
 Tensor pool_empty_like(Tensor like) {
   STD_TORCH_CHECK(is_non_overlapping_and_dense(like), "pool_empty_like: like must be dense");
@@ -402,6 +440,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m)
 {
   m.impl("batch_statistics", TORCH_BOX(&batch_statistics));
   m.impl("batch_norm_act_backward", TORCH_BOX(&batch_norm_act_backward));
+  m.impl("norm_vectors", TORCH_BOX(&norm_vectors));
   m.impl("pool_empty_like", TORCH_BOX(&pool_empty_like));
 }
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..ops.layout import contiguous_like_eager
 from ..ops.scale_shift_act import scale_shift_act
 from . import library
-from .library import batch_norm_act_inference, scale_and_shift
 
 __all__ = [
     "available",
@@ -44,6 +43,7 @@ _residual_blocks_packed = torch.ops.fused_resnet.residual_blocks_packed.default
 _pack_conv_weight = torch.ops.fused_resnet.pack_conv_weight.default
 _batch_statistics = torch.ops.fused_resnet.batch_statistics.default
 _batch_norm_act_backward = torch.ops.fused_resnet.batch_norm_act_backward.default
+_norm_vectors = torch.ops.fused_resnet.norm_vectors.default
 _pool_empty_like = torch.ops.fused_resnet.pool_empty_like.default
 
 
@@ -196,8 +196,40 @@ def batch_norm_act_training(
         mean, var = library.batch_statistics(input)
     else:
         mean, var = _batch_statistics(input)
-    scale, shift = scale_and_shift(mean, var, weight, bias, eps, input.dtype)
+    scale, shift, _ = _vectors(mean, var, weight, bias, eps, input.dtype)
     return scale_shift_act(input, scale, shift, residual, activation), mean, var
+
+
+def batch_norm_act_inference(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Everything in one pass."""
+    scale, shift, _ = _vectors(running_mean, running_var, weight, bias, eps, input.dtype)
+    return scale_shift_act(contiguous_like_eager(input), scale, shift, residual, activation)
+
+
+def _vectors(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`library.scale_and_shift`'s two, and `1 / sqrt(var + eps)`, in one call.
+
+    Forward and backward must come to the same bits: where they do not, a mask is not the one used.
+    """
+    accumulate = torch.float64 if dtype is torch.float64 else torch.float32
+    tensors = (t if t is None else t.to(accumulate).contiguous() for t in (mean, var, weight, bias))
+    return _norm_vectors(*tensors, eps)
 
 
 def batch_norm_act_backward(
@@ -242,9 +274,8 @@ def batch_norm_act_backward(
         overwrite = relu or not need_residual  # whose gradient may be `grad` itself
     if output is not None and output.stride() != input.stride():
         output = _pool_empty_like(input).copy_(output)
-    scale, shift = scale_and_shift(mean, var, weight, bias, eps, input.dtype)
+    scale, shift, invstd = _vectors(mean, var, weight, bias, eps, input.dtype)
     mean = mean.to(scale.dtype).contiguous()
-    invstd = (var.to(scale.dtype) + eps).rsqrt_()
     masked = _pool_empty_like(input) if need_residual and relu else None
     grad_input = None
     if need_input:
