@@ -43,8 +43,9 @@ def test_statistics_far_from_zero(dtype, memory_format):
         assert mean_.dtype == var.dtype == accumulation_dtype(dtype)
         unit = torch.finfo(var.dtype).eps
         assert_each_close(mean_, expected_mean, 16 * unit)
-        # What is left of float64 is what is left of the reference too.
-        assert_each_close(var, expected_var, 64 * unit if unit > 1e-10 else 1e-10)
+        # A shift that is far from the other 63 values of a piece costs a factor of 64, in sums that
+        # are right to some units. What is left of float64 is what is left of the reference too.
+        assert_each_close(var, expected_var, 256 * unit if unit > 1e-10 else 1e-10)
 
 
 def assert_each_close(actual, expected, tolerance):
