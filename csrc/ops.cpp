@@ -19,6 +19,18 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   m.def(
       "residual_blocks_packed(Tensor input, Tensor[] tensors, int[] numbers, float[] eps, "
       "int[] layer_counts, int[] projections) -> Tensor");
+
+  // The CPU backend's training: internal too, see csrc/cpu/batch_norm.cpp.
+  m.def("batch_statistics(Tensor input) -> (Tensor mean, Tensor var)");
+  m.def(
+      "batch_norm_act_backward(Tensor grad, Tensor input, Tensor? output, Tensor mean, "
+      "Tensor? invstd, Tensor scale, Tensor shift, bool relu, Tensor(a!)? grad_input, "
+      "Tensor(b!)? masked) -> (Tensor sum, Tensor dot)");
+  m.def(
+      "norm_vectors(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps) -> "
+      "(Tensor scale, Tensor shift, Tensor invstd)");
+  m.def("pool_empty_like(Tensor like) -> Tensor");
+
   m.def("cpu_pool_statistics() -> int[]");
   m.def("cpu_pool_trim() -> ()");
 }

@@ -41,7 +41,14 @@ def _named(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
 
 
 class _Fused(nn.Module):
-    """What the fused classes have in common: they let go of what backends made of their tensors."""
+    """What the fused classes have in common: they let go of what backends made of their tensors.
+
+    Attributes:
+        memory: "normal", or "low" to compute 1x1 convolutions twice in training rather than keep
+            their outputs; `fuse` sets it.
+    """
+
+    memory = "normal"
 
     def train(self, mode: bool = True) -> nn.Module:
         _release(self)
@@ -108,6 +115,8 @@ def _block_forward(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
     layers = _inference_layers(block, x)
     if layers is not None and (out := ops.residual_blocks(x, [layers])) is not None:
         return out
+    if (out := _block_training(block, x)) is not None:
+        return out
     modules = block._modules
     relu = modules["relu"]
     out = x
@@ -134,6 +143,95 @@ def _inference_layers(block: BasicBlock | Bottleneck, x: Tensor) -> ops.BlockLay
             return None
         layers.append(conv_arguments(conv, norm, x)[1:])
     return layers, downsample is not None
+
+
+def _block_training(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor | None:
+    """A block without an obstacle as one node of the graph, or None where it cannot be one."""
+    pairs = [
+        (block._modules[conv], block._modules[norm])
+        for conv, norm in CONV_NORM_NAMES[_torchvision_class(block)]
+    ]
+    shapes = _trained_shapes(pairs, x)
+    if shapes is None:
+        return None
+    downsample, shortcut_shape = block.downsample, x.shape
+    if downsample is not None:
+        if downsample_obstacle(downsample) is not None:
+            return None
+        projection = tuple(downsample._modules.values())
+        projected = _trained_shapes([projection], x)
+        if projected is None:
+            return None
+        pairs.append(projection)
+        shapes.append(projected[0])
+        shortcut_shape = projected[0]
+    if shapes[-1 if downsample is None else -2] != shortcut_shape:
+        return None
+    layers = [conv_arguments(conv, norm, x)[1:] for conv, norm in pairs]
+    low_memory = block.memory == "low"
+    result = ops.residual_block_training(x, layers, downsample is not None, low_memory)
+    if result is None:
+        return None
+    out, statistics = result
+    _count_batches([norm for _, norm in pairs], statistics, shapes)
+    return out
+
+
+def _trained_shapes(
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]], x: Tensor
+) -> list[torch.Size] | None:
+    """The shape of each convolution's output, on the one before, if its norm can be trained.
+
+    None where a norm has no batch statistics, or something does not fit: the modules, run one by
+    one, then say what.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    shapes = []
+    for conv, norm in pairs:
+        if not uses_batch_statistics(norm) or not norm.eps > 0:
+            return None
+        arguments = conv_arguments(conv, norm, x)
+        if checks.conv_error("conv_bn_act", *arguments, None, "relu") is not None:
+            return None
+        N, _, *sizes = x.shape
+        (K, _, *filter), (_, _, _, _, _, _, _, _, stride, padding, dilation, _) = (
+            conv.weight.shape,
+            arguments,
+        )
+        out = [
+            (size + 2 * p - d * (r - 1) - 1) // s + 1
+            for size, r, s, p, d in zip(sizes, filter, stride, padding, dilation, strict=True)
+        ]
+        shape = torch.Size((N, K, *out))
+        if shape.numel() <= K:
+            return None
+        shapes.append(shape)
+        x = x.detach().new_empty(()).expand(shape)
+    return shapes
+
+
+def _count_batches(
+    norms: list[nn.BatchNorm2d],
+    statistics: list[tuple[Tensor, Tensor]],
+    shapes: list[torch.Size],
+) -> None:
+    """Updates the norms' buffers as their forward passes would have."""
+    for norm, (mean, var), (N, _, P, Q) in zip(norms, statistics, shapes, strict=True):
+        momentum = _momentum(norm)
+        if norm.training and norm.track_running_stats:
+            functional.update_running_statistics(
+                norm.running_mean, norm.running_var, mean, var, N * P * Q, momentum
+            )
+
+
+def _momentum(norm: nn.BatchNorm2d) -> float:
+    """The weight of this batch in the running statistics, as `BatchNorm2d.forward` finds it."""
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            return 1.0 / float(norm.num_batches_tracked)
+    return 0.0 if norm.momentum is None else norm.momentum
 
 
 def _stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
@@ -206,7 +304,26 @@ def stem(conv: nn.Conv2d, norm: nn.Module, relu: nn.ReLU, maxpool: nn.Module, x:
             and keeps_dtype(norm, x)
         ):
             return functional.run_conv_bn_act_max_pool(*arguments, "relu", *pool)
+    if (out := _stem_training(conv, norm, maxpool, x)) is not None:
+        return out
     return maxpool(conv_norm_act(conv, norm, x, None, relu))
+
+
+def _stem_training(
+    conv: nn.Conv2d, norm: nn.Module, maxpool: nn.MaxPool2d, x: Tensor
+) -> Tensor | None:
+    """The stem as one node of the graph, or None where it cannot be one."""
+    if pool_obstacle(maxpool) is not None or (shapes := _trained_shapes([(conv, norm)], x)) is None:
+        return None
+    arguments, pool = conv_arguments(conv, norm, x), pool_arguments(maxpool)
+    if checks.pool_error("conv_bn_act_max_pool", *arguments, *pool) is not None:
+        return None
+    result = ops.stem_training(x, arguments[1:], pool)
+    if result is None:
+        return None
+    out, statistics = result
+    _count_batches([norm], statistics, shapes)
+    return out
 
 
 def conv_norm_act(
@@ -246,11 +363,7 @@ def _norm_act(
     )
     if error is not None or x.dim() != 4:
         return _unfused_norm_act(norm, x, residual, relu)
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    return functional.run_batch_norm_act(*tensors, momentum, norm.eps, residual, activation)
+    return functional.run_batch_norm_act(*tensors, _momentum(norm), norm.eps, residual, activation)
 
 
 def _unfused_norm_act(

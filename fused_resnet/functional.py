@@ -317,13 +317,26 @@ def run_batch_norm_act(
         )
     output, mean, var = ops.batch_norm_act_training(input, weight, bias, eps, residual, activation)
     count = input.numel() // max(input.size(1), 1)
-    if count > 0:
-        with torch.no_grad():
-            if running_mean is not None:
-                _update(running_mean, mean, momentum)
-            if running_var is not None:
-                _update(running_var, var * (count / (count - 1)), momentum)
+    update_running_statistics(running_mean, running_var, mean, var, count, momentum)
     return output
+
+
+def update_running_statistics(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float,
+) -> None:
+    """What `F.batch_norm` does to them, given the biased statistics of `count` values a channel."""
+    if count == 0:
+        return
+    with torch.no_grad():
+        if running_mean is not None:
+            _update(running_mean, mean, momentum)
+        if running_var is not None:
+            _update(running_var, var * (count / (count - 1)), momentum)
 
 
 def _update(running: Tensor, batch: Tensor, momentum: float) -> None:

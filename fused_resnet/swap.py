@@ -17,6 +17,7 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     resnet.ResNet: blocks.ResNet,
 }
 _UNFUSED = {fused: unfused for unfused, fused in _FUSED.items()}
+_MEMORY = ("normal", "low")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Report(Sequence[Record]):
         return "\n".join([f"{fused} of {len(rows)} modules run fused", *lines])
 
 
-def fuse(model: nn.Module) -> nn.Module:
+def fuse(model: nn.Module, memory: str = "normal") -> nn.Module:
     """Makes a model's residual blocks and stem run fused, in place.
 
     Only modules that are exactly torchvision's `BasicBlock`, `Bottleneck` or `ResNet` change, and
@@ -93,17 +94,27 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module, a block itself included.
+        memory: "normal", or "low" to keep less for the backward pass: the last 1x1 convolution of
+            each block, and its projection, are then computed twice. Of a module fused before, it
+            changes the setting.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: it is not a module.
+        ValueError: `memory` is neither "normal" nor "low".
     """
+    if memory not in _MEMORY:
+        raise ValueError(f"fuse: memory is {memory!r}, must be one of {', '.join(_MEMORY)}")
     for module in _modules(model, "fuse"):
         fused = _FUSED.get(type(module))
         if fused is not None and blocks.structure_obstacle(module) is None:
             module.__class__ = fused
+        if type(module) in _UNFUSED:
+            vars(module).pop("memory", None)
+            if memory != "normal":
+                module.memory = memory
     return model
 
 
@@ -123,6 +134,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         unfused = _UNFUSED.get(type(module))
         if unfused is not None:
             backends.release([*module.parameters(), *module.buffers()])
+            vars(module).pop("memory", None)
             module.__class__ = unfused
     return model
 

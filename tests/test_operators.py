@@ -23,7 +23,15 @@ from fused_resnet import backends
 
 NAMESPACE = "fused_resnet"
 # Native operators that only a backend calls, on plain tensors, below autograd and tracing.
-INTERNAL = {"conv_bn_act_packed", "pack_conv_weight", "residual_blocks_packed"}
+INTERNAL = {
+    "batch_norm_act_backward",
+    "batch_statistics",
+    "conv_bn_act_packed",
+    "norm_vectors",
+    "pack_conv_weight",
+    "pool_empty_like",
+    "residual_blocks_packed",
+}
 # Those that stand for a backend's kernels in a compiler's graph: tested in test_triton.py.
 IN_GRAPHS = {"triton_conv_bn_act", "triton_conv_bn_act_max_pool"}
 # The CUDA backend's own: tested in test_cuda_conv.py.

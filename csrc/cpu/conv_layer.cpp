@@ -446,7 +446,7 @@ Strides dense_strides(int64_t C, int64_t H, int64_t W, bool channels_last) {
 // An uninitialised tensor in the pool's memory.
 Tensor pool_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                    ScalarType dtype) {
-  int64_t bytes = dtype == ScalarType::Float ? 4 : 2;
+  int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
   for (const int64_t size : sizes) bytes *= size;
   void* memory = pool_allocate(static_cast<size_t>(bytes));
   return torch::stable::from_blob(memory, sizes, strides,

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/conv_layer.h"
 #include "cpu/isa.h"
 #include "cpu/scale_shift_act_row.h"
 
@@ -182,10 +183,9 @@ void run(Problem problem, const Tensor& scale, const Tensor& shift) {
                               [&](int64_t begin, int64_t end) { run_range(problem, begin, end); });
 }
 
-Tensor scale_shift_act(const Tensor& input, const Tensor& scale, const Tensor& shift,
-                       const std::optional<Tensor>& residual, const std::string& activation) {
-  const bool relu = check_scale_shift_act(input, scale, shift, residual, activation);
-  Tensor output = empty_output(input);
+// Into `output`, which it returns.
+Tensor finish(const Tensor& input, const Tensor& scale, const Tensor& shift,
+              const std::optional<Tensor>& residual, bool relu, Tensor output) {
   if (output.numel() == 0) return output;
   const Problem problem{
       input, nullptr, nullptr, residual, output, make_loops(input, residual, output), relu};
@@ -195,6 +195,16 @@ Tensor scale_shift_act(const Tensor& input, const Tensor& scale, const Tensor& s
     run<float>(problem, dense_parameter(scale), dense_parameter(shift));
   }
   return output;
+}
+
+Tensor scale_shift_act(const Tensor& input, const Tensor& scale, const Tensor& shift,
+                       const std::optional<Tensor>& residual, const std::string& activation) {
+  const bool relu = check_scale_shift_act(input, scale, shift, residual, activation);
+  if (input.numel() == 0 || !is_non_overlapping_and_dense(input)) {
+    return finish(input, scale, shift, residual, relu, empty_output(input));
+  }
+  return finish(input, scale, shift, residual, relu,
+                cpu::pool_tensor(input.sizes().vec(), input.strides().vec(), input.scalar_type()));
 }
 
 }  // namespace

@@ -25,8 +25,7 @@ extern const ScaleShiftActRows scale_shift_act_avx512;
 
 namespace {
 
-// `V` describes a vector of V::width values held as V::Register: elements are V::Element in memory
-// and V::Parameter in arithmetic. Partial loads and stores touch `count` elements only.
+// `V` is a vector of cpu/vectors.h.
 template <class V, bool kOneChannel, bool kResidual, bool kRelu>
 void scale_shift_act_loop(const typename V::Element* input, const typename V::Parameter* scale,
                           const typename V::Parameter* shift, const typename V::Element* residual,
@@ -75,27 +74,6 @@ void scale_shift_act_row(const void* input, const void* scale, const void* shift
                                                 static_cast<const typename V::Element*>(residual),
                                                 static_cast<typename V::Element*>(output), n);
 }
-
-// Copies `count` < N elements into a zeroed vector's worth, for the vectors without masks.
-template <typename T, int N>
-struct Padded {
-  alignas(64) T values[N] = {};
-  Padded() = default;
-  Padded(const T* source, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) values[i] = source[i];
-  }
-  void copy_to(T* target, int64_t count) const {
-    for (int64_t i = 0; i < count; ++i) target[i] = values[i];
-  }
-};
-
-// Elements of two bytes are told apart by type; the bits are IEEE binary16 and bfloat16.
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 }  // namespace
 }  // namespace fused_resnet

@@ -1,6 +1,7 @@
 """The CPU backend: a native convolution with everything after it in its epilogue.
 
 What the native convolution does not cover goes to the library's, finished by `scale_shift_act`.
+Batch norm's training has native statistics and a native backward.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.layout import contiguous_like_eager
+from ..ops.scale_shift_act import scale_shift_act
 from . import library
-from .library import batch_norm_act_inference, batch_norm_act_training
 
 __all__ = [
     "available",
+    "batch_norm_act_backward",
     "batch_norm_act_inference",
     "batch_norm_act_training",
     "conv_bn_act",
@@ -38,6 +41,10 @@ _ISA: str = torch.ops.fused_resnet.conv_isa()
 _conv_bn_act_packed = torch.ops.fused_resnet.conv_bn_act_packed.default
 _residual_blocks_packed = torch.ops.fused_resnet.residual_blocks_packed.default
 _pack_conv_weight = torch.ops.fused_resnet.pack_conv_weight.default
+_batch_statistics = torch.ops.fused_resnet.batch_statistics.default
+_batch_norm_act_backward = torch.ops.fused_resnet.batch_norm_act_backward.default
+_norm_vectors = torch.ops.fused_resnet.norm_vectors.default
+_pool_empty_like = torch.ops.fused_resnet.pool_empty_like.default
 
 
 def available() -> str:
@@ -58,6 +65,8 @@ def explain(
         pooled = operator == "conv_bn_act_max_pool"
         if _is_native(dtype, tuple(weight_shape), groups) and not (pooled and groups > 1):
             return f"cpu: native convolution ({_ISA})"
+    if operator == "batch_norm_act_training":
+        return "cpu: native statistics + scale_shift_act"
     return "cpu: " + library.explain(operator)
 
 
@@ -170,6 +179,116 @@ def conv_bn_act_max_pool(
         None,
         activation == "relu",
         (*pool_kernel_size, *pool_stride, *pool_padding),
+    )
+
+
+def batch_norm_act_training(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics in one pass (csrc/cpu/batch_norm.cpp), everything else in another."""
+    input = contiguous_like_eager(input)
+    if input.numel() == 0:
+        mean, var = library.batch_statistics(input)
+    else:
+        mean, var = _batch_statistics(input)
+    scale, shift, _ = _vectors(mean, var, weight, bias, eps, input.dtype)
+    return scale_shift_act(input, scale, shift, residual, activation), mean, var
+
+
+def batch_norm_act_inference(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Everything in one pass."""
+    scale, shift, _ = _vectors(running_mean, running_var, weight, bias, eps, input.dtype)
+    return scale_shift_act(contiguous_like_eager(input), scale, shift, residual, activation)
+
+
+def _vectors(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`library.scale_and_shift`'s two, and `1 / sqrt(var + eps)`, in one call.
+
+    Forward and backward must come to the same bits: where they do not, a mask is not the one used.
+    """
+    accumulate = torch.float64 if dtype is torch.float64 else torch.float32
+    tensors = (t if t is None else t.to(accumulate).contiguous() for t in (mean, var, weight, bias))
+    return _norm_vectors(*tensors, eps)
+
+
+def batch_norm_act_backward(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    training: bool,
+    need: Sequence[bool],
+    overwrite: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `batch_norm_act`, in one pass that reduces and one that does not.
+
+    Args:
+        grad: of the output.
+        input: the normalised tensor.
+        output: what the activation returned; may be None where there is no residual, since the sign
+            of that is then computed again from the input.
+        weight: (C,) or None.
+        bias: (C,) or None.
+        mean: (C,), of the batch when training.
+        var: (C,), biased, of the batch when training.
+        eps: added to `var`.
+        activation: "relu" or "none".
+        training: whether `mean` and `var` are functions of the input.
+        need: which gradients to compute: the input's, the weight's, the bias's, the residual's.
+        overwrite: whether `grad` may be overwritten, by the input's gradient.
+
+    Returns:
+        The gradients, None where not needed; those of weight and bias in the accumulation dtype.
+    """
+    input = contiguous_like_eager(input)
+    relu = activation == "relu"
+    need_input, need_weight, need_bias, need_residual = need
+    if grad.stride() != input.stride():
+        grad = _pool_empty_like(input).copy_(grad)
+        overwrite = relu or not need_residual  # whose gradient may be `grad` itself
+    if output is not None and output.stride() != input.stride():
+        output = _pool_empty_like(input).copy_(output)
+    scale, shift, invstd = _vectors(mean, var, weight, bias, eps, input.dtype)
+    mean = mean.to(scale.dtype).contiguous()
+    masked = _pool_empty_like(input) if need_residual and relu else None
+    grad_input = None
+    if need_input:
+        grad_input = grad if overwrite else _pool_empty_like(input)
+    total, dot = _batch_norm_act_backward(
+        grad, input, output, mean, invstd if training else None, scale, shift, relu, grad_input,
+        masked,
+    )  # fmt: skip
+    return (
+        grad_input,
+        dot.mul_(invstd) if need_weight else None,
+        total if need_bias else None,
+        (masked if relu else grad) if need_residual else None,
     )
 
 

@@ -10,6 +10,7 @@ from .conv_bn_act import conv_bn_act
 from .conv_bn_act_max_pool import conv_bn_act_max_pool
 from .residual_blocks import BlockLayers, residual_blocks
 from .scale_shift_act import scale_shift_act
+from .training_blocks import residual_block_training, stem_training
 
 __all__ = [
     "BlockLayers",
@@ -17,6 +18,8 @@ __all__ = [
     "batch_norm_act_training",
     "conv_bn_act",
     "conv_bn_act_max_pool",
+    "residual_block_training",
     "residual_blocks",
     "scale_shift_act",
+    "stem_training",
 ]

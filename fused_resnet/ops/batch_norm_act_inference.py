@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
-from .gradients import act_backward, like, norm_backward
+from .gradients import has_norm_kernel, norm_act_backward
 from .layout import contiguous_like_eager
 from .registration import (
     autocast_residual,
@@ -76,42 +76,51 @@ class _BatchNormActInference(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             output = batch_norm_act_inference(*arguments)
-        input, running_mean, running_var, weight, bias, ctx.eps, _, ctx.activation = arguments
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        (
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            ctx.eps,
+            residual,
+            ctx.activation,
+        ) = arguments
+        # With a residual the output is kept, for whatever takes it keeps it too.
+        from_input = (
+            residual is None
+            and ctx.needs_input_grad[3]
+            and has_norm_kernel(input, running_mean, running_var, weight, bias)
+        )
+        keep = ctx.activation == "relu" and not from_input
         ctx.save_for_backward(
             input if ctx.needs_input_grad[3] else None,
             running_mean,
             running_var,
             weight,
-            output if ctx.activation == "relu" else None,
+            bias,
+            output if keep else None,
         )
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, running_mean, running_var, weight, output = ctx.saved_tensors
+        input, running_mean, running_var, weight, bias, output = ctx.saved_tensors
         need = ctx.needs_input_grad
-        grad = act_backward(grad, output, ctx.activation)
-        grad_input, grad_weight, grad_bias = norm_backward(
+        grad_input, grad_weight, grad_bias, grad_residual = norm_act_backward(
             grad,
             input,
+            output,
             weight,
+            bias,
             running_mean,
             running_var,
             ctx.eps,
+            ctx.activation,
             False,
-            (need[0], need[3], need[4]),
+            (need[0], need[3], need[4], need[6]),
         )
-        return (
-            grad_input,
-            None,
-            None,
-            like(grad_weight, weight.dtype) if need[3] else None,
-            like(grad_bias, ctx.bias_dtype) if need[4] else None,
-            None,
-            grad if need[6] else None,
-            None,
-        )
+        return grad_input, None, None, grad_weight, grad_bias, None, grad_residual, None
 
 
 register_autograd("batch_norm_act_inference", _BatchNormActInference)

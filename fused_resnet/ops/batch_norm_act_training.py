@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
-from .gradients import accumulation_dtype, act_backward, like, norm_backward
+from .gradients import accumulation_dtype, has_norm_kernel, norm_act_backward
 from .layout import contiguous_like_eager
 from .registration import (
     autocast_residual,
@@ -78,30 +78,32 @@ class _BatchNormActTraining(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             output, mean, var = batch_norm_act_training(*arguments)
-        input, weight, bias, ctx.eps, _, ctx.activation = arguments
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        input, weight, bias, ctx.eps, residual, ctx.activation = arguments
         ctx.mark_non_differentiable(mean, var)
-        ctx.save_for_backward(
-            input, weight, mean, var, output if ctx.activation == "relu" else None
-        )
+        # With a residual the output is kept, for whatever takes it keeps it too.
+        from_input = residual is None and has_norm_kernel(input, weight, bias)
+        keep = ctx.activation == "relu" and not from_input
+        ctx.save_for_backward(input, weight, bias, mean, var, output if keep else None)
         return output, mean, var
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mean, var, output = ctx.saved_tensors
+        input, weight, bias, mean, var, output = ctx.saved_tensors
         need = ctx.needs_input_grad
-        grad = act_backward(grad, output, ctx.activation)
-        grad_input, grad_weight, grad_bias = norm_backward(
-            grad, input, weight, mean, var, ctx.eps, True, need[:3]
+        *gradients, grad_residual = norm_act_backward(
+            grad,
+            input,
+            output,
+            weight,
+            bias,
+            mean,
+            var,
+            ctx.eps,
+            ctx.activation,
+            True,
+            (*need[:3], need[4]),
         )
-        return (
-            grad_input if need[0] else None,
-            like(grad_weight, weight.dtype) if need[1] else None,
-            like(grad_bias, ctx.bias_dtype) if need[2] else None,
-            None,
-            grad if need[4] else None,
-            None,
-        )
+        return *gradients, None, grad_residual, None
 
 
 register_autograd("batch_norm_act_training", _BatchNormActTraining)

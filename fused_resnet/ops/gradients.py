@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import backends
+from .registration import is_plain
+
 aten = torch.ops.aten
 
 
@@ -68,6 +71,79 @@ def norm_backward(
     if mask[2]:
         grad_bias = channel_sum(grad)
     return grad_input, None, grad_bias
+
+
+def has_norm_kernel(*tensors: Tensor | None) -> bool:
+    """Whether these tensors' backend, found by the first, has gradients of `batch_norm_act`."""
+    first = tensors[0]
+    assert first is not None
+    return is_plain(*tensors) and hasattr(
+        backends.choose(first.device.type), "batch_norm_act_backward"
+    )
+
+
+def norm_act_backward(
+    grad: Tensor,
+    input: Tensor | None,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    training: bool,
+    need: tuple[bool, bool, bool, bool],
+    overwrite: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of batch norm, residual add and activation in input, weight, bias and residual.
+
+    By the backend's kernel where it has one, or, to be differentiated again, by torch's operators.
+
+    Args:
+        grad: of the output.
+        input: the normalised tensor; may be None where neither `training` nor `need[1]` is set and
+            `output` is given.
+        output: may be None where there was no residual, and is then computed again where needed.
+        weight: (C,) or None.
+        bias: (C,) or None.
+        mean: (C,), of the batch when training.
+        var: (C,), biased, of the batch when training.
+        eps: added to `var`.
+        activation: "relu" or "none".
+        training: whether `mean` and `var` are functions of the input.
+        need: which gradients to compute.
+        overwrite: whether `grad` may be overwritten.
+
+    Returns:
+        The gradients, None where not needed.
+    """
+    if (
+        not torch.is_grad_enabled()
+        and grad.numel() > 0
+        and has_norm_kernel(grad, input, output, weight, bias, mean, var)
+    ):
+        if input is None:  # any tensor like it will do
+            input = grad if output is None else output
+        grads = backends.choose(grad.device.type).batch_norm_act_backward(
+            grad, input, output, weight, bias, mean, var, eps, activation, training, need,
+            overwrite,
+        )  # fmt: skip
+    else:
+        if activation == "relu" and output is None:
+            output = torch.ops.fused_resnet.batch_norm_act_inference(
+                input.detach(), mean, var, weight, bias, eps, None, activation
+            )
+        grad = act_backward(grad, output, activation)
+        grads = norm_backward(grad, input, weight, mean, var, eps, training, need[:3])
+        grads = (*grads, grad)
+    grad_input, grad_weight, grad_bias, grad_residual = grads
+    return (
+        grad_input if need[0] else None,
+        grad_weight.to(weight.dtype) if need[1] else None,
+        grad_bias.to(bias.dtype) if need[2] else None,
+        grad_residual if need[3] else None,
+    )
 
 
 def channel_sum(grad: Tensor) -> Tensor:

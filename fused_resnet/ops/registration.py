@@ -26,10 +26,14 @@ _TRACING_TYPES = (Tensor, Parameter, type(None), FakeTensor, FunctionalTensor)
 
 def nothing_intercepts(*tensors: Tensor | None) -> bool:
     """Whether the dispatcher would do no more than call autograd and the kernel."""
+    return not torch._C._is_any_autocast_enabled() and is_plain(*tensors)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary tensors and nothing watches what is done with them."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._is_any_autocast_enabled()
         and _PLAIN_TYPES.issuperset(map(type, tensors))
     )
 

@@ -1,0 +1,447 @@
+// Batch norm in training on the CPU, forward's statistics and backward, with the activation's mask.
+//
+// Statistics read the input once. Backward (Ioffe and Szegedy, "Batch Normalization" (2015),
+// section 3), with g the gradient behind the activation, n values a channel, and
+// scale = weight * invstd:
+//
+//   grad_bias   = sum(g)
+//   grad_weight = sum(g * (input - mean)) * invstd
+//   grad_input  = scale * (g - grad_bias / n - (input - mean) * invstd * grad_weight / n)
+//
+// in two passes: sums, which reads gradient and input (and the output, where the mask comes from
+// it) and writes g if that is the residual's gradient; and grad_input, which reads the same, or
+// g and the input, and writes once.
+//
+// Values are summed in float in pieces of a fixed size and those sums in double in a fixed order,
+// so that the result depends on nothing but the input: not on the number of threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/batch_norm_rows.h"
+#include "cpu/conv_layer.h"
+#include "cpu/isa.h"
+#include "scale_shift_act.h"
+
+namespace fused_resnet::cpu {
+namespace {
+
+using torch::stable::parallel_for;
+
+// Rows, or values of one channel for each column of kRunColumns, that are summed in float.
+constexpr int64_t kRowsPerSum = 64;
+// A run of one channel is a matrix of this many columns.
+constexpr int64_t kRunColumns = 64;
+// Channels-last images are cut into at most this many tasks, whose sums are kept apart.
+constexpr int64_t kMostTasks = 32;
+constexpr int64_t kLeastPerTask = 32768;
+
+const BatchNormRows& rows_for(ScalarType dtype) {
+  const BatchNormKernels* kernels = &batch_norm_baseline;
+#if defined(__x86_64__)
+  if (cpu_isa() == Isa::avx2) kernels = &batch_norm_avx2;
+  if (cpu_isa() == Isa::avx512) kernels = &batch_norm_avx512;
+#endif
+  switch (dtype) {
+    case ScalarType::Half:
+      return kernels->float16;
+    case ScalarType::BFloat16:
+      return kernels->bfloat16;
+    case ScalarType::Double:
+      return kernels->float64;
+    default:
+      return kernels->float32;
+  }
+}
+
+// A dense tensor as `images` of `channels` runs of `length`, or, where the channels lie innermost,
+// as `images` rows of `channels` with a length of 1.
+struct Layout {
+  int64_t images, channels, length;
+};
+
+Layout layout_of(const char* name, const Tensor& tensor) {
+  const int64_t channels = tensor.size(1);
+  const int64_t per_channel = channels > 0 ? tensor.numel() / channels : 0;
+  if (tensor.is_contiguous()) {
+    const int64_t images = std::max<int64_t>(tensor.size(0), 1);
+    return {images, channels, per_channel / images};
+  }
+  STD_TORCH_CHECK(tensor.stride(1) == 1 && is_non_overlapping_and_dense(tensor), name,
+                  ": input must be contiguous or channels_last");
+  return {per_channel, channels, 1};
+}
+
+template <typename P>
+Tensor per_channel(const std::vector<double>& values) {
+  constexpr ScalarType dtype = sizeof(P) == 8 ? ScalarType::Double : ScalarType::Float;
+  Tensor tensor = pool_tensor({static_cast<int64_t>(values.size())}, {1}, dtype);
+  P* data = tensor.mutable_data_ptr<P>();
+  for (size_t c = 0; c < values.size(); ++c) data[c] = static_cast<P>(values[c]);
+  return tensor;
+}
+
+struct Tasks {
+  int64_t count, rows;  // a task's
+
+  explicit Tasks(const Layout& layout) {
+    const int64_t wanted = layout.images * layout.channels / kLeastPerTask;
+    const int64_t most = std::clamp<int64_t>(wanted, 1, kMostTasks);
+    rows = (layout.images + most - 1) / most;
+    rows = (rows + kRowsPerSum - 1) / kRowsPerSum * kRowsPerSum;
+    count = (layout.images + rows - 1) / rows;
+  }
+};
+
+// ---- statistics --------------------------------------------------------------------------------
+
+template <typename P>
+std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout& layout) {
+  const BatchNormRows& kernels = rows_for(input.scalar_type());
+  const auto [images, channels, length] = layout;
+  const int64_t size = static_cast<int64_t>(input.element_size());
+  const auto* data = static_cast<const char*>(input.const_data_ptr());
+  std::vector<double> sum(channels), squares(channels);
+  if (length > 1) {
+    const int64_t piece = kRowsPerSum * kRunColumns;
+    parallel_for(
+        0, channels, std::max<int64_t>(1, kLeastPerTask / (images * length)),
+        [&, channels = channels, images = images, length = length](int64_t begin, int64_t end) {
+          for (int64_t c = begin; c < end; ++c) {
+            int64_t count = 0;
+            for (int64_t n = 0; n < images; ++n) {
+              const char* run = data + (n * channels + c) * length * size;
+              for (int64_t i = 0; i < length; i += piece) {
+                const int64_t added = std::min(piece, length - i);
+                kernels.run_statistics(run + i * size, added, count, &sum[c], &squares[c]);
+                count += added;
+              }
+            }
+          }
+        });
+  } else {
+    const Tasks tasks(layout);
+    std::vector<double> sums(tasks.count * channels), task_squares(tasks.count * channels);
+    parallel_for(
+        0, tasks.count, 1, [&, channels = channels, images = images](int64_t begin, int64_t end) {
+          std::vector<P> scratch(3 * channels);
+          for (int64_t task = begin; task < end; ++task) {
+            const int64_t first = task * tasks.rows;
+            const int64_t last = std::min(first + tasks.rows, images);
+            for (int64_t row = first; row < last; row += kRowsPerSum) {
+              kernels.column_statistics(data + row * channels * size,
+                                        std::min(kRowsPerSum, last - row), channels, scratch.data(),
+                                        row - first, &sums[task * channels],
+                                        &task_squares[task * channels]);
+            }
+          }
+        });
+    for (int64_t task = 0; task < tasks.count; ++task) {
+      const auto before = static_cast<double>(task * tasks.rows);
+      const double added = static_cast<double>(std::min(tasks.rows, images - task * tasks.rows));
+      const double per_before = before > 0 ? 1 / before : 0;
+      const double weight = added * before / (added + before);
+      for (int64_t c = 0; c < channels; ++c) {
+        const double task_sum = sums[task * channels + c];
+        const double difference = task_sum / added - sum[c] * per_before;
+        sum[c] += task_sum;
+        squares[c] += task_squares[task * channels + c] + difference * difference * weight;
+      }
+    }
+  }
+  const double per_value = 1 / static_cast<double>(images * length);
+  for (int64_t c = 0; c < channels; ++c) {
+    sum[c] *= per_value;
+    squares[c] *= per_value;
+  }
+  return {per_channel<P>(sum), per_channel<P>(squares)};
+}
+
+// Mean and biased variance of each channel, float32 (float64 for float64).
+std::tuple<Tensor, Tensor> batch_statistics(Tensor input) {
+  const Layout layout = layout_of("batch_statistics", input);
+  STD_TORCH_CHECK(input.numel() > 0, "batch_statistics: input is empty");
+  return input.scalar_type() == ScalarType::Double ? batch_statistics_in<double>(input, layout)
+                                                   : batch_statistics_in<float>(input, layout);
+}
+
+// ---- backward ----------------------------------------------------------------------------------
+
+struct Backward {
+  const BatchNormRows& kernels;
+  Layout layout;
+  int64_t element_size;
+  Mask mask;
+  const char *grad, *input, *output;
+  char *grad_input, *masked;
+  const void *mean, *scale, *shift;
+};
+
+const char* at(const char* data, int64_t offset) {
+  return data ? data + offset : nullptr;
+}
+
+// `rows` x `columns` values from element `first` on, with the parameters of its columns.
+GradientMatrix matrix_at(const Backward& b, int64_t first, int64_t rows, int64_t columns,
+                         const void* mean, const void* scale, const void* shift) {
+  const int64_t offset = first * b.element_size;
+  return {b.grad + offset, b.input + offset, at(b.output, offset), mean, scale, shift, rows,
+          columns};
+}
+
+// One channel's parameters, each repeated for the columns of a run.
+template <typename P, size_t kCount>
+class Repeated {
+ public:
+  Repeated(const std::array<const P*, kCount>& parameters, int64_t channel) {
+    for (size_t i = 0; i < kCount; ++i) {
+      if (parameters[i]) std::fill_n(values_[i], kRunColumns, parameters[i][channel]);
+    }
+  }
+  const P* operator[](size_t i) const { return values_[i]; }
+
+ private:
+  alignas(64) P values_[kCount][kRunColumns];
+};
+
+// Calls body(first, rows, columns) for the matrices that make up a run.
+template <class Body>
+void for_each_matrix(int64_t first, int64_t length, const Body& body) {
+  const int64_t piece = kRowsPerSum * kRunColumns;
+  for (int64_t i = 0; i < length;) {
+    const int64_t left = length - i, rows = std::min(piece, left) / kRunColumns;
+    const int64_t columns = rows > 0 ? kRunColumns : left;
+    body(first + i, std::max<int64_t>(rows, 1), columns);
+    i += std::max<int64_t>(rows, 1) * columns;
+  }
+}
+
+template <typename P>
+void gradient_sums(const Backward& b, std::vector<double>& sum, std::vector<double>& dot) {
+  const auto [images, channels, length] = b.layout;
+  const P *mean = static_cast<const P*>(b.mean), *scale = static_cast<const P*>(b.scale),
+          *shift = static_cast<const P*>(b.shift);
+  const auto masked_at = [&](int64_t first) {
+    return b.masked ? b.masked + first * b.element_size : nullptr;
+  };
+  if (length > 1) {
+    parallel_for(
+        0, channels, std::max<int64_t>(1, kLeastPerTask / (images * length)),
+        [&, images = images, channels = channels, length = length](int64_t begin, int64_t end) {
+          for (int64_t c = begin; c < end; ++c) {
+            const Repeated<P, 3> parameters({mean, scale, shift}, c);
+            for (int64_t n = 0; n < images; ++n) {
+              for_each_matrix((n * channels + c) * length, length,
+                              [&](int64_t first, int64_t rows, int64_t columns) {
+                                P sums[kRunColumns] = {}, dots[kRunColumns] = {};
+                                b.kernels.gradient_sums(
+                                    matrix_at(b, first, rows, columns, parameters[0], parameters[1],
+                                              parameters[2]),
+                                    b.mask, masked_at(first), sums, dots);
+                                for (int64_t i = 0; i < columns; ++i) {
+                                  sum[c] += static_cast<double>(sums[i]);
+                                  dot[c] += static_cast<double>(dots[i]);
+                                }
+                              });
+            }
+          }
+        });
+    return;
+  }
+  const Tasks tasks(b.layout);
+  std::vector<double> sums(tasks.count * channels), dots(tasks.count * channels);
+  parallel_for(0, tasks.count, 1,
+               [&, images = images, channels = channels](int64_t begin, int64_t end) {
+                 std::vector<P> part(2 * channels);
+                 for (int64_t task = begin; task < end; ++task) {
+                   const int64_t last = std::min((task + 1) * tasks.rows, images);
+                   for (int64_t row = task * tasks.rows; row < last; row += kRowsPerSum) {
+                     std::fill(part.begin(), part.end(), P(0));
+                     const int64_t rows = std::min(kRowsPerSum, last - row);
+                     b.kernels.gradient_sums(
+                         matrix_at(b, row * channels, rows, channels, mean, scale, shift), b.mask,
+                         masked_at(row * channels), part.data(), part.data() + channels);
+                     for (int64_t c = 0; c < channels; ++c) {
+                       sums[task * channels + c] += static_cast<double>(part[c]);
+                       dots[task * channels + c] += static_cast<double>(part[channels + c]);
+                     }
+                   }
+                 }
+               });
+  for (int64_t task = 0; task < tasks.count; ++task) {
+    for (int64_t c = 0; c < channels; ++c) {
+      sum[c] += sums[task * channels + c];
+      dot[c] += dots[task * channels + c];
+    }
+  }
+}
+
+template <typename P>
+void input_gradient(const Backward& b, const P* slope, const P* offset) {
+  const auto [images, channels, length] = b.layout;
+  const P *mean = static_cast<const P*>(b.mean), *scale = static_cast<const P*>(b.scale),
+          *shift = static_cast<const P*>(b.shift);
+  if (length > 1) {
+    parallel_for(
+        0, images * channels, std::max<int64_t>(1, kLeastPerTask / length),
+        [&, channels = channels, length = length](int64_t begin, int64_t end) {
+          for (int64_t run = begin; run < end; ++run) {
+            const Repeated<P, 5> parameters({mean, scale, shift, slope, offset}, run % channels);
+            for_each_matrix(
+                run * length, length, [&](int64_t first, int64_t rows, int64_t columns) {
+                  b.kernels.input_gradient(matrix_at(b, first, rows, columns, parameters[0],
+                                                     parameters[1], parameters[2]),
+                                           b.mask, slope ? parameters[3] : nullptr, parameters[4],
+                                           b.grad_input + first * b.element_size);
+                });
+          }
+        });
+    return;
+  }
+  parallel_for(0, images, std::max<int64_t>(1, kLeastPerTask / channels),
+               [&, channels = channels](int64_t begin, int64_t end) {
+                 b.kernels.input_gradient(
+                     matrix_at(b, begin * channels, end - begin, channels, mean, scale, shift),
+                     b.mask, slope, offset, b.grad_input + begin * channels * b.element_size);
+               });
+}
+
+template <typename P>
+std::tuple<Tensor, Tensor> run_backward(Backward b, const std::optional<Tensor>& invstd) {
+  const auto [images, channels, length] = b.layout;
+  std::vector<double> sum(channels), dot(channels);
+  gradient_sums<P>(b, sum, dot);
+  if (b.grad_input) {
+    if (b.masked) {
+      b.grad = b.masked;
+      b.mask = Mask::everywhere;
+    }
+    std::vector<P> slope(channels), offset(channels);
+    if (invstd) {
+      const P* scale = static_cast<const P*>(b.scale);
+      const P* invstd_data = invstd->const_data_ptr<P>();
+      const double per_value = 1 / static_cast<double>(images * length);
+      for (int64_t c = 0; c < channels; ++c) {
+        const auto scale_c = static_cast<double>(scale[c]);
+        const auto invstd_c = static_cast<double>(invstd_data[c]);
+        slope[c] = static_cast<P>(-scale_c * invstd_c * invstd_c * dot[c] * per_value);
+        offset[c] = static_cast<P>(-scale_c * sum[c] * per_value);
+      }
+    }
+    input_gradient<P>(b, invstd ? slope.data() : nullptr, offset.data());
+  }
+  return {per_channel<P>(sum), per_channel<P>(dot)};
+}
+
+// The sums of g and of g * (input - mean), as the comment at the top has them; writes `grad_input`
+// (through the statistics where `invstd` is given), which may be `grad`, and g to `masked`. Where
+// `output` is given the mask comes from it, else it is computed from the input.
+std::tuple<Tensor, Tensor> batch_norm_act_backward(Tensor grad, Tensor input,
+                                                   std::optional<Tensor> output, Tensor mean,
+                                                   std::optional<Tensor> invstd, Tensor scale,
+                                                   Tensor shift, bool relu,
+                                                   std::optional<Tensor> grad_input,
+                                                   std::optional<Tensor> masked) {
+  constexpr const char* name = "batch_norm_act_backward";
+  STD_TORCH_CHECK(input.numel() > 0, name, ": input is empty");
+  const ScalarType dtype = input.scalar_type();
+  const bool is_double = dtype == ScalarType::Double;
+  const auto check = [&](const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.sizes().vec() == input.sizes().vec(),
+                    name, ": a tensor has another shape or dtype than input");
+    for (int64_t d = 0; d < input.dim(); ++d) {
+      STD_TORCH_CHECK(input.size(d) == 1 || tensor.stride(d) == input.stride(d), name,
+                      ": a tensor has other strides than input");
+    }
+  };
+  const auto check_parameter = [&](const Tensor& parameter) {
+    STD_TORCH_CHECK(
+        parameter.is_contiguous() && parameter.numel() == input.size(1) &&
+            parameter.scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float),
+        name, ": a parameter must be dense, (C,), float32 (float64 for float64)");
+  };
+  check(grad);
+  if (output) check(*output);
+  if (grad_input) check(*grad_input);
+  if (masked) check(*masked);
+  for (const Tensor* parameter : {&mean, &scale, &shift}) check_parameter(*parameter);
+  if (invstd) check_parameter(*invstd);
+  const Mask mask = !relu ? Mask::everywhere : output ? Mask::output : Mask::recomputed;
+  const Backward backward{
+      rows_for(dtype),
+      layout_of(name, input),
+      static_cast<int64_t>(input.element_size()),
+      mask,
+      static_cast<const char*>(grad.const_data_ptr()),
+      static_cast<const char*>(input.const_data_ptr()),
+      mask == Mask::output ? static_cast<const char*>(output->const_data_ptr()) : nullptr,
+      grad_input ? static_cast<char*>(grad_input->mutable_data_ptr()) : nullptr,
+      masked ? static_cast<char*>(masked->mutable_data_ptr()) : nullptr,
+      mean.const_data_ptr(),
+      scale.const_data_ptr(),
+      shift.const_data_ptr()};
+  return is_double ? run_backward<double>(backward, invstd) : run_backward<float>(backward, invstd);
+}
+
+template <typename P>
+std::tuple<Tensor, Tensor, Tensor> norm_vectors_in(const Tensor& mean, const Tensor& var,
+                                                   const std::optional<Tensor>& weight,
+                                                   const std::optional<Tensor>& bias, double eps) {
+  const int64_t channels = mean.numel();
+  const P *mean_data = mean.const_data_ptr<P>(), *var_data = var.const_data_ptr<P>();
+  const P* weight_data = weight ? weight->const_data_ptr<P>() : nullptr;
+  const P* bias_data = bias ? bias->const_data_ptr<P>() : nullptr;
+  std::vector<double> scale(channels), shift(channels), invstd(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    invstd[c] = 1 / std::sqrt(static_cast<double>(var_data[c]) + eps);
+    // Rounded here, so that the shift belongs to the scale there will be.
+    const P rounded =
+        static_cast<P>(invstd[c] * (weight ? static_cast<double>(weight_data[c]) : 1));
+    scale[c] = static_cast<double>(rounded);
+    shift[c] = (bias ? static_cast<double>(bias_data[c]) : 0) -
+               static_cast<double>(mean_data[c]) * scale[c];
+  }
+  return {per_channel<P>(scale), per_channel<P>(shift), per_channel<P>(invstd)};
+}
+
+// Batch norm as one multiply-add, scale = weight * invstd and shift = bias - mean * scale, with
+// invstd = 1 / sqrt(var + eps). All tensors are dense, (C,), and of one dtype, float or double.
+std::tuple<Tensor, Tensor, Tensor> norm_vectors(Tensor mean, Tensor var,
+                                                std::optional<Tensor> weight,
+                                                std::optional<Tensor> bias, double eps) {
+  const ScalarType dtype = mean.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "norm_vectors: mean must be float32 or float64");
+  for (const std::optional<Tensor>& t : {std::optional(var), weight, bias, std::optional(mean)}) {
+    STD_TORCH_CHECK(
+        !t || (t->is_contiguous() && t->scalar_type() == dtype && t->numel() == mean.numel()),
+        "norm_vectors: tensors must be dense and of one size and dtype");
+  }
+  return dtype == ScalarType::Double ? norm_vectors_in<double>(mean, var, weight, bias, eps)
+                                     : norm_vectors_in<float>(mean, var, weight, bias, eps);
+}
+
+// torch.empty_like(like) in the pool's memory.
+Tensor pool_empty_like(Tensor like) {
+  STD_TORCH_CHECK(is_non_overlapping_and_dense(like), "pool_empty_like: like must be dense");
+  return pool_tensor(like.sizes().vec(), like.strides().vec(), like.scalar_type());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m)
+{
+  m.impl("batch_statistics", TORCH_BOX(&batch_statistics));
+  m.impl("batch_norm_act_backward", TORCH_BOX(&batch_norm_act_backward));
+  m.impl("norm_vectors", TORCH_BOX(&norm_vectors));
+  m.impl("pool_empty_like", TORCH_BOX(&pool_empty_like));
+}
+
+}  // namespace fused_resnet::cpu

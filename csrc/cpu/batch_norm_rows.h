@@ -1,0 +1,298 @@
+// The loops of batch norm's training over dense rows, and the tables of them (cpu/isa.h).
+//
+// A matrix here is `rows` x `columns` dense values, each column of one channel: channels-last
+// pixels, or a run of one channel's values with that channel's parameters repeated.
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/vectors.h"
+
+namespace fused_resnet {
+
+// Where the gradient passes the activation: everywhere, or where its output is not <= 0, which is
+// computed again as input * scale + shift, or read.
+enum class Mask { everywhere, recomputed, output };
+
+// Parameters, `sum` and `dot` are float, double for float64. `output` is read for Mask::output
+// only.
+struct GradientMatrix {
+  const void *grad, *input, *output;
+  const void *mean, *scale, *shift;
+  int64_t rows, columns;
+};
+
+struct BatchNormRows {
+  // Merges the columns' statistics into those of the `count` values before them: `sum` of the
+  // values and `squares` of their deviations from their mean. `scratch` has 3 * columns parameters.
+  void (*column_statistics)(const void* input, int64_t rows, int64_t columns, void* scratch,
+                            int64_t count, double* sum, double* squares);
+  // The same for `size` values of one channel.
+  void (*run_statistics)(const void* input, int64_t size, int64_t count, double* sum,
+                         double* squares);
+  // Adds, for each column, the sum of g and of g * (input - mean), where g is the gradient behind
+  // the activation; writes g to `masked` unless that is null.
+  void (*gradient_sums)(const GradientMatrix& matrix, Mask mask, void* masked, void* sum,
+                        void* dot);
+  // grad_input = g * scale + ((input - mean) * slope + offset), g * scale alone where `slope` is
+  // null. It may be `grad` itself.
+  void (*input_gradient)(const GradientMatrix& matrix, Mask mask, const void* slope,
+                         const void* offset, void* grad_input);
+};
+
+struct BatchNormKernels {
+  BatchNormRows float16, bfloat16, float32, float64;
+};
+
+extern const BatchNormKernels batch_norm_baseline;
+extern const BatchNormKernels batch_norm_avx2;
+extern const BatchNormKernels batch_norm_avx512;
+
+namespace {
+
+// Calls step(i) for whole vectors of `columns` values and step(i, rest) for what remains.
+template <class V, class Step>
+void for_each_vector(int64_t columns, const Step& step) {
+  int64_t i = 0;
+  for (; i + V::width <= columns; i += V::width) step(i);
+  if (i < columns) step(i, columns - i);
+}
+
+// Pairwise merging of sums of squared deviations: Chan, Golub and LeVeque, "Updating formulae and a
+// pairwise algorithm for computing sample variances" (1979), equation 2.1. The new values' sums are
+// of deviations from `first`, one of themselves.
+template <typename P>
+void merge_statistics(const P* first, const P* deviations, const P* squared, int64_t columns,
+                      double added, double count, double* sum, double* squares) {
+  const double per_added = 1 / added, per_count = count > 0 ? 1 / count : 0;
+  const double weight = added * count / (added + count);
+  for (int64_t i = 0; i < columns; ++i) {
+    const double deviation = static_cast<double>(deviations[i]);
+    const double mean = static_cast<double>(first[i]) + deviation * per_added;
+    const double within = static_cast<double>(squared[i]) - deviation * deviation * per_added;
+    const double difference = mean - sum[i] * per_count;
+    sum[i] += mean * added;
+    squares[i] += (within < 0 ? 0 : within) + difference * difference * weight;
+  }
+}
+
+// So many rows are added up in registers before their sum is added to the columns'.
+constexpr int64_t kRowsAtOnce = 4;
+
+template <class V, int64_t kRows>
+void add_deviations(const typename V::Element* row, int64_t columns,
+                    const typename V::Parameter* first, typename V::Parameter* deviations,
+                    typename V::Parameter* squared) {
+  for_each_vector<V>(columns, [&](int64_t i, auto... rest) {
+    const auto shift = V::load_parameter(first + i, rest...);
+    auto sum = V::load_parameter(deviations + i, rest...);
+    auto sum_squared = V::load_parameter(squared + i, rest...);
+    for (int64_t k = 0; k < kRows; ++k) {
+      const auto x = V::load(row + k * columns + i, rest...) - shift;
+      sum = sum + x;
+      sum_squared = V::multiply_add(x, x, sum_squared);
+    }
+    V::store_parameter(deviations + i, sum, rest...);
+    V::store_parameter(squared + i, sum_squared, rest...);
+  });
+}
+
+// Sums of deviations from the first row: since that is one of the rows, at most a factor of their
+// number cancels, wherever the mean is.
+template <class V>
+void column_statistics(const void* input, int64_t rows, int64_t columns, void* scratch,
+                       int64_t count, double* sum, double* squares) {
+  using P = typename V::Parameter;
+  const auto* row = static_cast<const typename V::Element*>(input);
+  P* first = static_cast<P*>(scratch);
+  P *deviations = first + columns, *squared = deviations + columns;
+  for_each_vector<V>(columns, [&](int64_t i, auto... rest) {
+    V::store_parameter(first + i, V::load(row + i, rest...), rest...);
+  });
+  for (int64_t i = 0; i < columns; ++i) {
+    // Infinity minus itself would hide in which direction the mean is infinite.
+    first[i] = first[i] - first[i] == 0 ? first[i] : 0;
+    deviations[i] = squared[i] = 0;
+  }
+  int64_t r = 0;
+  for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) {
+    add_deviations<V, kRowsAtOnce>(row + r * columns, columns, first, deviations, squared);
+  }
+  for (; r < rows; ++r) {
+    add_deviations<V, 1>(row + r * columns, columns, first, deviations, squared);
+  }
+  merge_statistics(first, deviations, squared, columns, static_cast<double>(rows),
+                   static_cast<double>(count), sum, squares);
+}
+
+template <class V>
+void run_statistics(const void* input, int64_t size, int64_t count, double* sum, double* squares) {
+  using P = typename V::Parameter;
+  const auto* run = static_cast<const typename V::Element*>(input);
+  P values[V::width];
+  V::store_parameter(values, V::load(run, 1), 1);
+  const P first = values[0] - values[0] == 0 ? values[0] : 0;
+  const auto shift = V::broadcast(first);
+  auto deviations = V::broadcast(0), squared = deviations, more = deviations, more_squared = more;
+  int64_t i = 0;
+  for (; i + 2 * V::width <= size; i += 2 * V::width) {
+    const auto x = V::load(run + i) - shift, y = V::load(run + i + V::width) - shift;
+    deviations = deviations + x;
+    more = more + y;
+    squared = V::multiply_add(x, x, squared);
+    more_squared = V::multiply_add(y, y, more_squared);
+  }
+  for (; i < size; i += V::width) {
+    const int64_t rest = size - i < V::width ? size - i : V::width;
+    V::store_parameter(values, shift);
+    V::store_parameter(values, V::load(run + i, rest), rest);
+    const auto x = V::load_parameter(values) - shift;
+    deviations = deviations + x;
+    squared = V::multiply_add(x, x, squared);
+  }
+  P total = 0, total_squared = 0;
+  V::store_parameter(values, deviations + more);
+  for (int64_t lane = 0; lane < V::width; ++lane) total += values[lane];
+  V::store_parameter(values, squared + more_squared);
+  for (int64_t lane = 0; lane < V::width; ++lane) total_squared += values[lane];
+  merge_statistics(&first, &total, &total_squared, 1, static_cast<double>(size),
+                   static_cast<double>(count), sum, squares);
+}
+
+// A matrix's pointers, typed, on one of its rows.
+template <class V>
+struct GradientRow {
+  using P = typename V::Parameter;
+  const typename V::Element *grad, *input, *output;
+  const P *mean, *scale, *shift;
+
+  explicit GradientRow(const GradientMatrix& m)
+      : grad(static_cast<const typename V::Element*>(m.grad)),
+        input(static_cast<const typename V::Element*>(m.input)),
+        output(static_cast<const typename V::Element*>(m.output)),
+        mean(static_cast<const P*>(m.mean)),
+        scale(static_cast<const P*>(m.scale)),
+        shift(static_cast<const P*>(m.shift)) {}
+
+  // The gradient behind the activation of `element`, which is x, in column i.
+  template <Mask kMask, class... Rest>
+  typename V::Register masked(int64_t element, int64_t i, typename V::Register x,
+                              Rest... rest) const {
+    const auto g = V::load(grad + element, rest...);
+    if constexpr (kMask == Mask::recomputed) {
+      return V::where_positive(V::multiply_add(x, V::load_parameter(scale + i, rest...),
+                                               V::load_parameter(shift + i, rest...)),
+                               g);
+    } else if constexpr (kMask == Mask::output) {
+      return V::where_positive(V::load(output + element, rest...), g);
+    } else {
+      return g;
+    }
+  }
+
+  void advance(int64_t elements) {
+    grad += elements;
+    input += elements;
+    if (output) output += elements;
+  }
+};
+
+template <class V, Mask kMask, bool kStore, int64_t kRows>
+void add_gradients(const GradientRow<V>& row, int64_t columns, typename V::Element* masked,
+                   typename V::Parameter* sum, typename V::Parameter* dot) {
+  for_each_vector<V>(columns, [&](int64_t i, auto... rest) {
+    const auto mean = V::load_parameter(row.mean + i, rest...);
+    auto column_sum = V::load_parameter(sum + i, rest...);
+    auto column_dot = V::load_parameter(dot + i, rest...);
+    for (int64_t k = 0; k < kRows; ++k) {
+      const int64_t element = k * columns + i;
+      const auto x = V::load(row.input + element, rest...);
+      const auto g = row.template masked<kMask>(element, i, x, rest...);
+      if constexpr (kStore) V::store(masked + element, g, rest...);
+      column_sum = column_sum + g;
+      column_dot = V::multiply_add(g, x - mean, column_dot);
+    }
+    V::store_parameter(sum + i, column_sum, rest...);
+    V::store_parameter(dot + i, column_dot, rest...);
+  });
+}
+
+template <class V, Mask kMask, bool kStore>
+void gradient_sums_loop(const GradientMatrix& matrix, void* masked_out, void* sum_out,
+                        void* dot_out) {
+  using P = typename V::Parameter;
+  GradientRow<V> row(matrix);
+  auto* masked = static_cast<typename V::Element*>(masked_out);
+  P *sum = static_cast<P*>(sum_out), *dot = static_cast<P*>(dot_out);
+  int64_t r = 0;
+  const auto advance = [&](int64_t rows) {
+    row.advance(rows * matrix.columns);
+    if constexpr (kStore) masked += rows * matrix.columns;
+    r += rows;
+  };
+  while (r + kRowsAtOnce <= matrix.rows) {
+    add_gradients<V, kMask, kStore, kRowsAtOnce>(row, matrix.columns, masked, sum, dot);
+    advance(kRowsAtOnce);
+  }
+  while (r < matrix.rows) {
+    add_gradients<V, kMask, kStore, 1>(row, matrix.columns, masked, sum, dot);
+    advance(1);
+  }
+}
+
+template <class V>
+void gradient_sums(const GradientMatrix& matrix, Mask mask, void* masked, void* sum, void* dot) {
+  using Loop = void (*)(const GradientMatrix&, void*, void*, void*);
+  static constexpr Loop loops[3][2] = {
+      {gradient_sums_loop<V, Mask::everywhere, false>,
+       gradient_sums_loop<V, Mask::everywhere, true>},
+      {gradient_sums_loop<V, Mask::recomputed, false>,
+       gradient_sums_loop<V, Mask::recomputed, true>},
+      {gradient_sums_loop<V, Mask::output, false>, gradient_sums_loop<V, Mask::output, true>}};
+  loops[static_cast<int>(mask)][masked != nullptr](matrix, masked, sum, dot);
+}
+
+template <class V, Mask kMask, bool kStatistics>
+void input_gradient_loop(const GradientMatrix& matrix, const void* slope_in, const void* offset_in,
+                         void* grad_input) {
+  using P = typename V::Parameter;
+  GradientRow<V> row(matrix);
+  const P *slope = static_cast<const P*>(slope_in), *offset = static_cast<const P*>(offset_in);
+  auto* out = static_cast<typename V::Element*>(grad_input);
+  for (int64_t r = 0; r < matrix.rows; ++r, row.advance(matrix.columns), out += matrix.columns) {
+    for_each_vector<V>(matrix.columns, [&](int64_t i, auto... rest) {
+      const auto x = V::load(row.input + i, rest...);
+      const auto g = row.template masked<kMask>(i, i, x, rest...);
+      const auto scale = V::load_parameter(row.scale + i, rest...);
+      if constexpr (kStatistics) {
+        const auto deviation = x - V::load_parameter(row.mean + i, rest...);
+        const auto through_statistics =
+            V::multiply_add(deviation, V::load_parameter(slope + i, rest...),
+                            V::load_parameter(offset + i, rest...));
+        V::store(out + i, V::multiply_add(g, scale, through_statistics), rest...);
+      } else {
+        V::store(out + i, g * scale, rest...);
+      }
+    });
+  }
+}
+
+template <class V>
+void input_gradient(const GradientMatrix& matrix, Mask mask, const void* slope, const void* offset,
+                    void* grad_input) {
+  using Loop = void (*)(const GradientMatrix&, const void*, const void*, void*);
+  static constexpr Loop loops[3][2] = {
+      {input_gradient_loop<V, Mask::everywhere, false>,
+       input_gradient_loop<V, Mask::everywhere, true>},
+      {input_gradient_loop<V, Mask::recomputed, false>,
+       input_gradient_loop<V, Mask::recomputed, true>},
+      {input_gradient_loop<V, Mask::output, false>, input_gradient_loop<V, Mask::output, true>}};
+  loops[static_cast<int>(mask)][slope != nullptr](matrix, slope, offset, grad_input);
+}
+
+template <class V>
+constexpr BatchNormRows batch_norm_rows = {column_statistics<V>, run_statistics<V>,
+                                           gradient_sums<V>, input_gradient<V>};
+
+}  // namespace
+}  // namespace fused_resnet

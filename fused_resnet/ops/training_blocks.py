@@ -1,0 +1,335 @@
+"""A residual block, or a stem, with batch statistics as one node of the autograd graph.
+
+    raw[i] = conv[i](h[i - 1]),  h[-1] = input
+    h[i]   = relu(batch_norm[i](raw[i]))                      for all convolutions but the last
+    output = relu(batch_norm[n](raw[n]) + shortcut),  shortcut = input or batch_norm(conv(input))
+
+Kept for backward are the input, the output (whatever follows keeps it as its input), `raw` and
+vectors of one value a channel. Each `h` is computed again from `raw` just before the convolution
+behind it needs it; with `low_memory` so are the `raw` of the last convolution and of the
+projection, where these are 1x1. The stem, `max_pool(relu(batch_norm(conv(input))))`, keeps its
+input and `raw` only.
+
+To compilers and to whatever else looks at single operators a block is its convolutions and
+`batch_norm_act_training`; these functions then decline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch_norm_act_inference import batch_norm_act_inference
+from .batch_norm_act_training import batch_norm_act_training
+from .gradients import aten, has_norm_kernel, norm_act_backward
+from .registration import autocast_tensor, needs_grad
+
+Statistics = tuple[Tensor, Tensor]
+"""A batch's mean and biased variance, (C,) each."""
+
+_PARAMETERS = 4  # a layer's: the weight and bias of the convolution, and those of the norm
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What is not a tensor of a convolution and its norm."""
+
+    geometry: tuple
+    eps: float
+
+
+@dataclass(frozen=True)
+class _Block:
+    layers: tuple[_Layer, ...]
+    has_projection: bool
+    low_memory: bool
+
+    @property
+    def main(self) -> int:
+        """How many convolutions are not the projection."""
+        return len(self.layers) - self.has_projection
+
+
+def residual_block_training(
+    input: Tensor, layers: Sequence[tuple], has_projection: bool, low_memory: bool
+) -> tuple[Tensor, list[Statistics]] | None:
+    """`relu(... + shortcut)` as above.
+
+    Args:
+        input: (N, C, H, W).
+        layers: the arguments of `conv_bn_act` from `weight` to `groups`, for each convolution; the
+            running statistics are not used.
+        has_projection: whether the last layer makes the shortcut.
+        low_memory: whether 1x1 convolutions are computed twice rather than kept.
+
+    Returns:
+        The output and each layer's statistics, or None where the block has to run operator by
+        operator.
+    """
+    arguments = _prepare(input, layers)
+    if arguments is None:
+        return None
+    input, described, parameters = arguments
+    block = _Block(described, has_projection, low_memory)
+    statistics: list[Statistics] = []
+    with torch.autocast(input.device.type, enabled=False):
+        return _ResidualBlock.apply(input, block, statistics, *parameters), statistics
+
+
+def stem_training(
+    input: Tensor, layer: tuple, pool: Sequence[Sequence[int]]
+) -> tuple[Tensor, list[Statistics]] | None:
+    """`max_pool2d(relu(batch_norm(conv(input))), *pool)`; see `residual_block_training`."""
+    arguments = _prepare(input, [layer])
+    if arguments is None:
+        return None
+    input, (described,), parameters = arguments
+    statistics: list[Statistics] = []
+    with torch.autocast(input.device.type, enabled=False):
+        return _Stem.apply(input, described, tuple(pool), statistics, *parameters), statistics
+
+
+def _prepare(
+    input: Tensor, layers: Sequence[tuple]
+) -> tuple[Tensor, tuple[_Layer, ...], list[Tensor | None]] | None:
+    """The input, layers and parameters, as autocast has them, or None to run them one by one."""
+    described, parameters = [], []
+    for weight, _, _, bn_weight, bn_bias, eps, bias, *geometry in layers:
+        described.append(_Layer(tuple(geometry), eps))
+        parameters += (weight, bias, bn_weight, bn_bias)
+    if not has_norm_kernel(input, *parameters) or not needs_grad(input, *parameters):
+        return None
+    device_type = input.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        input = autocast_tensor(input, dtype, device_type)
+        parameters = [
+            autocast_tensor(p, dtype, device_type) if index % _PARAMETERS < 2 else p
+            for index, p in enumerate(parameters)
+        ]
+    return input, tuple(described), parameters
+
+
+class _Pass:
+    """One layer's tensors, and its steps in both directions."""
+
+    def __init__(self, layer: _Layer, parameters: Sequence[Tensor | None]) -> None:
+        self.layer = layer
+        self.weight, self.bias, self.bn_weight, self.bn_bias = parameters
+        self.raw: Tensor | None = None
+        self.mean: Tensor | None = None
+        self.var: Tensor | None = None
+
+    def convolve(self, input: Tensor) -> Tensor:
+        self.raw = torch.conv2d(input, self.weight, self.bias, *self.layer.geometry)
+        return self.raw
+
+    def normalize(self, raw: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        """With the batch's statistics, which it keeps."""
+        out, self.mean, self.var = batch_norm_act_training(
+            raw, self.bn_weight, self.bn_bias, self.layer.eps, residual, activation
+        )
+        return out
+
+    def normalized(self) -> Tensor:
+        """`relu(batch_norm(raw))` once more, to the same bits."""
+        return batch_norm_act_inference(
+            self.raw,
+            self.mean,
+            self.var,
+            self.bn_weight,
+            self.bn_bias,
+            self.layer.eps,
+            None,
+            "relu",
+        )
+
+    def saved(self, keep_raw: bool = True) -> tuple[Tensor | None, ...]:
+        return (self.raw if keep_raw else None, self.mean, self.var)
+
+    def norm_backward(
+        self,
+        grad: Tensor,
+        output: Tensor | None,
+        activation: str,
+        need: Sequence[bool],
+        overwrite: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        return norm_act_backward(
+            grad, self.raw, output, self.bn_weight, self.bn_bias, self.mean, self.var,
+            self.layer.eps, activation, True, tuple(need), overwrite,
+        )  # fmt: skip
+
+    def conv_backward(
+        self, grad: Tensor, input: Tensor, need: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        *geometry, groups = self.layer.geometry
+        return aten.convolution_backward(
+            grad, input, self.weight, [self.weight.size(0)], *geometry, False, (0, 0), groups,
+            tuple(need),
+        )  # fmt: skip
+
+
+def _passes(layers: Sequence[_Layer], parameters: Sequence[Tensor | None]) -> list[_Pass]:
+    return [
+        _Pass(layer, parameters[_PARAMETERS * i : _PARAMETERS * (i + 1)])
+        for i, layer in enumerate(layers)
+    ]
+
+
+class _ResidualBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, block: _Block, statistics: list, *parameters: Tensor | None
+    ) -> Tensor:
+        passes = _passes(block.layers, parameters)
+        output = _run_block(block, passes, input, [])
+        statistics += [(step.mean, step.var) for step in passes]
+        ctx.block = block
+        saved = []
+        for index, step in enumerate(passes):
+            saved += step.saved(not _is_computed_again(block, passes, index))
+        ctx.save_for_backward(input, output, *parameters, *saved)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return _block_backward(ctx, grad)
+
+
+def _is_computed_again(block: _Block, passes: Sequence[_Pass], index: int) -> bool:
+    return (
+        block.low_memory and index >= block.main - 1 and passes[index].weight.shape[2:].numel() == 1
+    )
+
+
+def _run_block(
+    block: _Block, passes: Sequence[_Pass], input: Tensor, hidden: list[Tensor]
+) -> Tensor:
+    """The block's output; appends the main convolutions' inputs to `hidden` if autograd records."""
+    h = input
+    for step in passes[: block.main - 1]:
+        if torch.is_grad_enabled():
+            hidden.append(h)
+        h = step.normalize(step.convolve(h), None, "relu")
+    hidden += [h] if torch.is_grad_enabled() else []
+    raw = passes[block.main - 1].convolve(h)
+    del h
+    shortcut = input
+    if block.has_projection:
+        shortcut = passes[-1].normalize(passes[-1].convolve(input), None, "none")
+    return passes[block.main - 1].normalize(raw, shortcut, "relu")
+
+
+def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    block: _Block = ctx.block
+    count = _PARAMETERS * len(block.layers)
+    input, output, *saved = ctx.saved_tensors
+    passes = _passes(block.layers, saved[:count])
+    for step, index in zip(passes, range(count, len(saved), 3), strict=True):
+        step.raw, step.mean, step.var = saved[index : index + 3]
+    need_input, need = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+    needs = [need[_PARAMETERS * i : _PARAMETERS * (i + 1)] for i in range(len(passes))]
+    hidden: list[Tensor] = []
+    # To be differentiated again, what was kept is not enough: it has no history.
+    again = torch.is_grad_enabled()
+    if again:
+        output = _run_block(block, passes, input, hidden)
+
+    def hidden_before(index: int) -> Tensor:
+        if again:
+            return hidden[index]
+        return passes[index - 1].normalized() if index > 0 else input
+
+    grads: list[Tensor | None] = [None] * count
+    shortcut_grad: Tensor | None = None
+    need_shortcut = need_input or (block.has_projection and any(needs[-1]))
+    for index in reversed(range(block.main)):
+        step, last = passes[index], index == block.main - 1
+        before = need_input or any(map(any, needs[:index]))
+        need_conv = (before, needs[index][0], needs[index][1])
+        h = hidden_before(index) if any(need_conv) or step.raw is None else None
+        if step.raw is None:
+            step.convolve(h)
+        need_norm = (any(need_conv), *needs[index][2:], last and need_shortcut)
+        grad, *norm_grads, residual_grad = step.norm_backward(
+            grad, output if last else None, "relu", need_norm, overwrite=not last and not again
+        )
+        step.raw = None
+        if last:
+            shortcut_grad = residual_grad
+        conv_grads = (None, None, None)
+        if any(need_conv):
+            conv_grads = step.conv_backward(grad, h, need_conv)
+        del h
+        grad = conv_grads[0]
+        grads[_PARAMETERS * index : _PARAMETERS * (index + 1)] = (*conv_grads[1:], *norm_grads)
+        if not before:
+            break
+    if block.has_projection and need_shortcut:
+        step = passes[-1]
+        need_conv = (need_input, *needs[-1][:2])
+        if step.raw is None:
+            step.convolve(input)
+        shortcut_grad, *norm_grads, _ = step.norm_backward(
+            shortcut_grad, None, "none", (any(need_conv), *needs[-1][2:], False), not again
+        )
+        conv_grads = (None, None, None)
+        if any(need_conv):
+            conv_grads = step.conv_backward(shortcut_grad, input, need_conv)
+        shortcut_grad = conv_grads[0]
+        grads[-_PARAMETERS:] = (*conv_grads[1:], *norm_grads)
+    if need_input:
+        grad = grad + shortcut_grad if again else grad.add_(shortcut_grad)
+    return grad if need_input else None, None, None, *grads
+
+
+class _Stem(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        layer: _Layer,
+        pool: tuple,
+        statistics: list,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        step = _Pass(layer, parameters)
+        out = step.normalize(step.convolve(input), None, "relu")
+        statistics.append((step.mean, step.var))
+        ctx.layer, ctx.pool = layer, pool
+        ctx.save_for_backward(input, *parameters, *step.saved())
+        return torch.max_pool2d(out, *pool)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return _stem_backward(ctx, grad)
+
+
+def _stem_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, *saved = ctx.saved_tensors
+    step = _Pass(ctx.layer, saved[:_PARAMETERS])
+    step.raw, step.mean, step.var = saved[_PARAMETERS:]
+    again = torch.is_grad_enabled()
+    out = step.normalize(step.convolve(input), None, "relu") if again else step.normalized()
+    with torch.no_grad():
+        _, indices = aten.max_pool2d_with_indices(out, *ctx.pool)
+    grad = aten.max_pool2d_with_indices_backward(grad, out, *ctx.pool, (1, 1), False, indices)
+    del indices
+    need = ctx.needs_input_grad
+    need_conv = (need[0], need[4], need[5])
+    mask_from = out if again else None
+    del out
+    grad, grad_bn_weight, grad_bn_bias, _ = step.norm_backward(
+        grad, mask_from, "relu", (any(need_conv), need[6], need[7], False), not again
+    )
+    conv_grads: tuple = (None, None, None)
+    if any(need_conv):
+        conv_grads = step.conv_backward(grad, input, need_conv)
+    return conv_grads[0], None, None, None, *conv_grads[1:], grad_bn_weight, grad_bn_bias
