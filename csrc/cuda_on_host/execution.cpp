@@ -50,11 +50,6 @@ const char* name(Operation operation) {
   return "";
 }
 
-std::string file_and_line(const Place& place) {
-  const std::string path = place.file_name();
-  return path.substr(path.rfind('/') + 1) + ":" + std::to_string(place.line());
-}
-
 bool same_line(const Place& a, const Place& b) {
   return a.line() == b.line() &&
          (a.file_name() == b.file_name() || strcmp(a.file_name(), b.file_name()) == 0);
@@ -95,7 +90,7 @@ void Block::prepare(const GridShape& shape, void (*thread_function)(void*), void
 void Block::run(uint64_t seed) {
   random_ = Random(seed);
   memset(shared_->begin(), 0xff, shared_->end() - shared_->begin());
-  late_copies = random_.below(2);
+  late_copies_ = random_.below(2);
   restlessness_ = std::array<unsigned, 4>{0, 1, 16, 128}[random_.below(4)];
   done_count_ = barrier_count_ = predicate_count_ = 0;
   fault_.reset();
@@ -113,15 +108,11 @@ void Block::run(uint64_t seed) {
     GuardedPages& stack = *stacks_[i];
     prepare_fiber(thread.fiber, stack.begin(), stack.end(), &Block::thread_entry);
   }
+  shared_accesses_.begin_block(shared_bytes_, ++barriers_);
   running = this;
-  current = next();
-  threadIdx = {current->index, 0, 0};
+  enter(*next());
   switch_fiber(host_, current->fiber);
   running = nullptr;
-  if (!fault_ && shared_slack_written()) {
-    fault_ = "out of bounds: shared memory was written to past the end of its " +
-             std::to_string(shared_bytes_) + " bytes, block " + block_name();
-  }
   if (!fault_) {
     if (std::string overrun = check_buffers(); !overrun.empty()) {
       fault_ = "out of bounds: " + overrun + ", block " + block_name();
@@ -130,13 +121,6 @@ void Block::run(uint64_t seed) {
   statistics.blocks += 1;
   statistics.threads += thread_count_;
   if (fault_) throw Fault("cuda_on_host: " + *fault_);
-}
-
-bool Block::shared_slack_written() const {
-  for (const char* p = shared_begin + shared_bytes_; p < shared_->end(); ++p) {
-    if (static_cast<unsigned char>(*p) != 0xff) return true;
-  }
-  return false;
 }
 
 void Block::thread_entry() {
@@ -158,9 +142,16 @@ void Block::go_on() {
   if (!chosen) fail(describe_deadlock());
   if (chosen == current) return;
   Thread* from = current;
-  current = chosen;
-  threadIdx.x = chosen->index;
+  enter(*chosen);
   switch_fiber(from->fiber, chosen->fiber);
+}
+
+// Makes a thread the one that runs, short of switching to it.
+void Block::enter(Thread& thread) {
+  current = &thread;
+  threadIdx.x = thread.index;
+  stack_begin_ = stacks_[thread.index]->begin();
+  stack_end_ = stacks_[thread.index]->end();
 }
 
 Thread* Block::next() {
@@ -187,8 +178,8 @@ void Block::fail(const std::string& message) {
   leave();
 }
 
-void Block::fail_at(const std::string& message, const Place& place) {
-  fail(message + ", " + where(*current, file_and_line(place)));
+void Block::fail_at(const std::string& message, const Origin& origin) {
+  fail(message + ", " + where(*current, origin.line()));
 }
 
 std::string Block::block_name() const {
@@ -207,10 +198,10 @@ std::string Block::doing(const Thread& thread) const {
     case State::kDone:
       return name_of_thread + " has ended";
     case State::kAtBarrier:
-      return name_of_thread + " waits in __syncthreads at " + file_and_line(thread.place);
+      return name_of_thread + " waits in __syncthreads at " + Origin(thread.place).line();
     case State::kInWarp:
       return name_of_thread + " waits in " + name(thread.operation) + " at " +
-             file_and_line(thread.place);
+             Origin(thread.place).line();
     case State::kReady:
       break;
   }
@@ -231,12 +222,12 @@ std::string Block::describe_deadlock() const {
       const unsigned other = thread.index / 32 * 32 + lane;
       if (other >= thread_count_) {
         return need + ", which the block does not have, " +
-               where(thread, file_and_line(thread.place));
+               where(thread, Origin(thread.place).line());
       }
       const Thread& missing = threads_[other];
       if (missing.state != State::kInWarp || missing.operation != thread.operation ||
           missing.mask != thread.mask) {
-        return need + ", but " + doing(missing) + ", " + where(thread, file_and_line(thread.place));
+        return need + ", but " + doing(missing) + ", " + where(thread, Origin(thread.place).line());
       }
     }
   }
@@ -244,7 +235,7 @@ std::string Block::describe_deadlock() const {
     if (threads_[i].state != State::kAtBarrier) {
       return "divergent barrier: " + std::to_string(barrier_count_) + " of " +
              std::to_string(thread_count_) + " threads wait in __syncthreads, but " +
-             doing(threads_[i]) + ", " + where(*barrier, file_and_line(barrier->place));
+             doing(threads_[i]) + ", " + where(*barrier, Origin(barrier->place).line());
     }
   }
   return "no thread can go on, block " + block_name();
@@ -265,6 +256,7 @@ int Block::synchronize(bool predicate, const Place& place) {
   warps_[thread.index / 32].ready &= ~(1u << thread.index % 32);
   if (++barrier_count_ == thread_count_) {
     barrier_count_ = 0;
+    ++barriers_;
     predicate_result_ = predicate_count_;
     statistics.barriers += 1;
     for (unsigned w = 0; w < warp_count_; ++w) {
@@ -318,6 +310,7 @@ void Block::in_warp(Operation operation, uint32_t mask, void* payload, const Pla
 void Block::carry_out(Operation operation, uint32_t mask, Warp& warp) {
   switch (operation) {
     case Operation::kSynchronize:
+      ++warp.barriers;
       return;
     case Operation::kVote: {
       uint32_t ballot = 0;
@@ -349,37 +342,59 @@ void Block::carry_out(Operation operation, uint32_t mask, Warp& warp) {
   }
 }
 
-void Block::check_alignment(const void* address, size_t bytes, const char* what,
-                            const Place& place) {
-  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
-    fail_at(std::string("misaligned access: ") + what + " of " + std::to_string(bytes) + " bytes " +
-                describe_offset(address, bytes),
-            place);
+SharedAccesses::Time Block::now() const {
+  return {current->index, barriers_, warps_[current->index / 32].barriers};
+}
+
+void Block::check_alignment(const void* address, size_t bytes, const Origin& origin) {
+  const auto number = reinterpret_cast<uintptr_t>(address);
+  if (number % bytes != 0) {
+    const bool shared = is_shared(static_cast<const char*>(address));
+    fail_at("misaligned access: " + std::to_string(bytes) + " bytes of " +
+                (shared ? "shared" : "global") + " memory, " + std::to_string(number % bytes) +
+                " past a multiple of that",
+            origin);
   }
 }
 
-std::string Block::describe_offset(const void* address, size_t bytes) const {
-  const std::string beyond =
-      std::to_string(reinterpret_cast<uintptr_t>(address) % bytes) + " beyond a multiple";
-  if (is_shared(address)) {
-    return "at offset " + std::to_string(static_cast<const char*>(address) - shared_begin) +
-           " of shared memory, " + beyond;
-  }
-  return beyond;
-}
-
-bool Block::is_shared(const void* address) const {
-  return address >= shared_->begin() && address < shared_->end();
-}
-
-void Block::check_shared(const void* address, size_t bytes, const char* what, const Place& place) {
-  const char* begin = static_cast<const char*>(address);
+void Block::check_bounds(const char* begin, size_t bytes, const Origin& origin) {
   if (begin < shared_begin || begin + bytes > shared_begin + shared_bytes_) {
-    fail_at(std::string("out of bounds: ") + what + " at offset " +
+    fail_at("out of bounds: " + std::to_string(bytes) + " bytes at offset " +
                 std::to_string(begin - shared_begin) + " of " + std::to_string(shared_bytes_) +
                 " bytes of shared memory",
-            place);
+            origin);
   }
+}
+
+void Block::check_shared(const char* begin, size_t bytes, bool writes, const Origin& origin) {
+  check_bounds(begin, bytes, origin);
+  const size_t offset = begin - shared_begin;
+  const std::string wrong = writes ? shared_accesses_.write(offset, bytes, now(), origin)
+                                   : shared_accesses_.read(offset, bytes, now(), origin);
+  if (!wrong.empty()) fail_at(wrong, origin);
+}
+
+void Block::start_copy(const Copy& copy, const Origin& origin) {
+  check_bounds(copy.target, copy.bytes, origin);
+  const std::string wrong =
+      shared_accesses_.begin_copy(copy.target - shared_begin, copy.bytes, now(), origin);
+  if (!wrong.empty()) fail_at(wrong, origin);
+  if (late_copies_) {
+    memset(copy.target, 0xff, copy.bytes);
+  } else {
+    memcpy(copy.target, copy.data.data(), copy.bytes);
+  }
+  current->copies.push_back(copy);
+}
+
+void Block::finish_copy(const Copy& copy) {
+  if (late_copies_) memcpy(copy.target, copy.data.data(), copy.bytes);
+  shared_accesses_.end_copy(copy.target - shared_begin, copy.bytes, now());
+}
+
+void Block::write_atomically(const void* address, size_t bytes) {
+  const char* begin = static_cast<const char*>(address);
+  if (is_shared(begin)) shared_accesses_.write_atomically(begin - shared_begin, bytes);
 }
 
 namespace {
@@ -457,7 +472,7 @@ void Block::fail_after_signal() {
   } else {
     what = "out of bounds: an access " + describe_address(signal_address);
   }
-  fail(what + ", " + where(*current, current->accesses ? file_and_line(current->place) : line));
+  fail(what + ", " + where(*current, current->accesses ? Origin(current->place).line() : line));
 }
 
 char* Block::spare_stack_end() {
@@ -519,7 +534,7 @@ uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane, Place place) {
 
 void load(void* target, const void* source, size_t bytes, Place place) {
   Block& b = block();
-  b.check_alignment(source, bytes, "a load", place);
+  b.check_access(source, bytes, bytes, false, place);
   b.begin_access(place);
   memcpy(target, source, bytes);
   b.end_access();
@@ -527,7 +542,7 @@ void load(void* target, const void* source, size_t bytes, Place place) {
 
 void store(void* target, const void* source, size_t bytes, Place place) {
   Block& b = block();
-  b.check_alignment(target, bytes, "a store", place);
+  b.check_access(target, bytes, bytes, true, place);
   b.begin_access(place);
   memcpy(target, source, bytes);
   b.end_access();
@@ -535,21 +550,15 @@ void store(void* target, const void* source, size_t bytes, Place place) {
 
 void copy_async(void* shared, const void* global, int bytes, bool valid, Place place) {
   Block& b = block();
-  b.check_shared(shared, bytes, "cp.async", place);
-  b.check_alignment(shared, bytes, "cp.async to", place);
+  b.check_alignment(shared, bytes, place);
   Copy copy{static_cast<char*>(shared), {}, bytes, b.current->groups};
   if (valid) {
-    b.check_alignment(global, bytes, "cp.async from", place);
+    b.check_alignment(global, bytes, place);
     b.begin_access(place);
     memcpy(copy.data.data(), global, bytes);
     b.end_access();
   }
-  if (b.late_copies) {
-    memset(shared, 0xff, bytes);
-    b.current->copies.push_back(copy);
-  } else {
-    memcpy(shared, copy.data.data(), bytes);
-  }
+  b.start_copy(copy, place);
 }
 
 void commit_copies() {
@@ -560,16 +569,17 @@ void wait_for_copies(int groups_left) {
   Thread& thread = *block().current;
   size_t done = 0;
   while (done < thread.copies.size() && thread.copies[done].group + groups_left < thread.groups) {
-    const Copy& copy = thread.copies[done++];
-    memcpy(copy.target, copy.data.data(), copy.bytes);
+    block().finish_copy(thread.copies[done++]);
   }
   thread.copies.erase(thread.copies.begin(), thread.copies.begin() + done);
 }
 
 void load_matrices(uint32_t* registers, int count, const void* row, bool transposed, Place place) {
   Block& b = block();
-  b.check_alignment(row, 16, "ldmatrix", place);
-  b.check_shared(row, 16, "ldmatrix", place);
+  if (!b.is_shared(static_cast<const char*>(row))) {
+    b.fail_at("out of bounds: ldmatrix outside of shared memory", place);
+  }
+  b.check_access(row, 16, 16, false, place);
   LoadMatrices load{registers, count, row, transposed};
   b.in_warp(Operation::kLoadMatrices, ~0u, &load, place);
 }
@@ -577,6 +587,11 @@ void load_matrices(uint32_t* registers, int count, const void* row, bool transpo
 void multiply(Element element, float* d, const uint32_t* a, const uint32_t* b, Place place) {
   Multiply operands{element, d, a, b};
   block().in_warp(Operation::kMultiply, ~0u, &operands, place);
+}
+
+void check_atomic(const void* address, size_t bytes, Place place) {
+  block().check_alignment(address, bytes, place);
+  block().write_atomically(address, bytes);
 }
 
 int device_attribute(int attribute) {

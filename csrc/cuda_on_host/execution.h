@@ -56,6 +56,9 @@ uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane, Place place);
 void load(void* target, const void* source, size_t bytes, Place place);
 void store(void* target, const void* source, size_t bytes, Place place);
 
+// Before an atomic operation.
+void check_atomic(const void* address, size_t bytes, Place place);
+
 void copy_async(void* shared, const void* global, int bytes, bool valid, Place place);
 void commit_copies();
 void wait_for_copies(int groups_left);

@@ -13,6 +13,7 @@
 #include "cuda_on_host/execution.h"
 #include "cuda_on_host/fiber.h"
 #include "cuda_on_host/memory.h"
+#include "cuda_on_host/shared_accesses.h"
 
 namespace fused_resnet::on_host {
 
@@ -95,6 +96,7 @@ struct Warp {
     uint32_t mask, arrived;
   };
   uint32_t ready;
+  uint32_t barriers;  // __syncwarp, so far
   unsigned rotation;  // with `backwards`, the order in which ready lanes go on
   bool backwards;
   unsigned group_count;
@@ -124,9 +126,24 @@ class Block {
   // For the thread that runs.
   int synchronize(bool predicate, const Place& place);
   void in_warp(Operation operation, uint32_t mask, void* payload, const Place& place);
-  void check_alignment(const void* address, size_t bytes, const char* what, const Place& place);
-  void check_shared(const void* address, size_t bytes, const char* what, const Place& place);
-  [[noreturn]] void fail_at(const std::string& message, const Place& place);
+  void check_alignment(const void* address, size_t bytes, const Origin& origin);
+  // Also where the memory is shared: within its bounds, initialised, and ordered by barriers.
+  void check_access(const void* address, size_t bytes, size_t alignment, bool writes,
+                    const Origin& origin) {
+    const char* begin = static_cast<const char*>(address);
+    if (begin >= stack_begin_ && begin < stack_end_) return;
+    if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
+      check_alignment(address, alignment, origin);
+    }
+    if (is_shared(begin)) check_shared(begin, bytes, writes, origin);
+  }
+  bool is_shared(const char* address) const {
+    return address >= shared_->begin() && address < shared_->end();
+  }
+  void start_copy(const Copy& copy, const Origin& origin);
+  void finish_copy(const Copy& copy);
+  void write_atomically(const void* address, size_t bytes);
+  [[noreturn]] void fail_at(const std::string& message, const Origin& origin);
   [[noreturn]] void fail_after_signal();
 
   // Memory accessed in between is accessed on behalf of `place`.
@@ -138,7 +155,6 @@ class Block {
 
   Thread* current = nullptr;
   char* shared_begin = nullptr;
-  bool late_copies = false;  // cp.async writes when it is waited for, else at once
 
   // What a signal handler leaves for fail_after_signal, which runs on the spare stack.
   const char* signal_address = nullptr;
@@ -150,17 +166,18 @@ class Block {
   static void thread_entry();
   [[noreturn]] void finish_thread();
   void go_on();
+  void enter(Thread& thread);
   Thread* next();
   [[noreturn]] void leave();
   [[noreturn]] void fail(const std::string& message);
   void carry_out(Operation operation, uint32_t mask, Warp& warp);
-  bool is_shared(const void* address) const;
-  bool shared_slack_written() const;
+  void check_bounds(const char* begin, size_t bytes, const Origin& origin);
+  void check_shared(const char* begin, size_t bytes, bool writes, const Origin& origin);
+  SharedAccesses::Time now() const;
   std::string block_name() const;
   std::string where(const Thread& thread, const std::string& line) const;
   std::string doing(const Thread& thread) const;
   std::string describe_deadlock() const;
-  std::string describe_offset(const void* address, size_t bytes) const;
 
   void (*function_)(void*) = nullptr;
   void* argument_ = nullptr;
@@ -171,6 +188,11 @@ class Block {
   std::unique_ptr<GuardedPages> spare_stack_;
   std::unique_ptr<GuardedPages> shared_;
   size_t shared_bytes_ = 0;
+  SharedAccesses shared_accesses_;
+  bool late_copies_ = false;           // cp.async writes when it is waited for, else at once
+  uint32_t barriers_ = 0;              // that the block passed; a new block counts as one
+  const char* stack_begin_ = nullptr;  // of the thread that runs
+  const char* stack_end_ = nullptr;
   Fiber host_;
 
   Random random_;

@@ -117,19 +117,27 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
       mask, value, fused_resnet::on_host::within_segment(source, width), place);
 }
 
-// Blocks may run on several host threads.
+// Threads of a block take turns, so plain arithmetic is atomic.
 template <typename T>
-T atomicAdd(T* target, std::type_identity_t<T> value) {
+__attribute__((no_sanitize_thread)) T
+atomicAdd(T* target, std::type_identity_t<T> value,
+          fused_resnet::on_host::Place place = fused_resnet::on_host::Place::current()) {
   static_assert(std::is_integral_v<T>, "sums of floating-point atomics depend on the order");
-  return __atomic_fetch_add(target, value, __ATOMIC_SEQ_CST);
+  fused_resnet::on_host::check_atomic(target, sizeof(T), place);
+  const T before = *target;
+  *target = before + value;
+  return before;
 }
 template <typename T>
-T atomicExch(T* target, std::type_identity_t<T> value) {
-  return __atomic_exchange_n(target, value, __ATOMIC_SEQ_CST);
+__attribute__((no_sanitize_thread)) T
+atomicExch(T* target, std::type_identity_t<T> value,
+           fused_resnet::on_host::Place place = fused_resnet::on_host::Place::current()) {
+  fused_resnet::on_host::check_atomic(target, sizeof(T), place);
+  const T before = *target;
+  *target = value;
+  return before;
 }
-inline void __threadfence() {
-  __atomic_thread_fence(__ATOMIC_SEQ_CST);
-}
+inline void __threadfence() {}
 inline void __threadfence_block() {}
 
 template <typename T>
