@@ -2,6 +2,7 @@
 // every mistake it finds beside what would have been right.
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <map>
 #include <string>
 
@@ -163,6 +164,290 @@ void product(const Tensor& a, const Tensor& b, const Tensor& c, int64_t mistake)
                  static_cast<float*>(c.mutable_data_ptr()), a.size(1));
 }
 
+// Each of these writes its input to its output, in blocks of kThreads, with the help of shared
+// memory for kThreads floats. Where kWrong it makes one mistake, at the line that is marked with
+// the kernel's name.
+constexpr int kThreads = 64;
+
+__device__ __forceinline__ float* shared_floats() {
+  return reinterpret_cast<float*>(device::shared_memory());
+}
+
+__device__ __forceinline__ int this_element() {
+  return blockIdx.x * kThreads + threadIdx.x;
+}
+
+template <bool kWrong>
+__global__ void missing_barrier(const float* input, float* output) {
+  float* shared = shared_floats();
+  shared[threadIdx.x] = 0;
+  __syncthreads();
+  const int mirrored = kThreads - 1 - threadIdx.x;
+  shared[mirrored] = input[this_element() - threadIdx.x + mirrored];  // missing_barrier
+  if (!kWrong) __syncthreads();
+  output[this_element()] = shared[threadIdx.x];  // missing_barrier
+}
+
+// Threads of a warp need one too.
+template <bool kWrong>
+__global__ void missing_warp_barrier(const float* input, float* output) {
+  float* shared = shared_floats();
+  shared[threadIdx.x] = 0;
+  __syncthreads();
+  shared[threadIdx.x ^ 1] = input[this_element() ^ 1];  // missing_warp_barrier
+  if (!kWrong) __syncwarp();
+  output[this_element()] = shared[threadIdx.x];  // missing_warp_barrier
+}
+
+// What was read may only be written again after a barrier.
+template <bool kWrong>
+__global__ void reused_early(const float* input, float* output) {
+  float* shared = shared_floats();
+  shared[threadIdx.x] = input[this_element()];
+  __syncthreads();
+  const float mirrored = shared[kThreads - 1 - threadIdx.x];  // reused_early
+  if (!kWrong) __syncthreads();
+  shared[threadIdx.x] = mirrored;  // reused_early
+  __syncthreads();
+  output[this_element()] = shared[kThreads - 1 - threadIdx.x];
+}
+
+template <bool kWrong>
+__global__ void missing_wait(const float* input, float* output) {
+  float* shared = shared_floats();
+  device::copy_async<4>(shared + threadIdx.x, input + this_element(), true);
+  device::commit_copies();
+  if (!kWrong) device::wait_for_copies<0>();
+  __syncthreads();
+  output[this_element()] = shared[threadIdx.x];  // missing_wait
+}
+
+// The group that is waited for is not the one that is read.
+template <bool kWrong>
+__global__ void wait_for_too_few(const float* input, float* output) {
+  float* shared = shared_floats();
+  if (threadIdx.x < 32) device::copy_async<4>(shared + threadIdx.x, input + this_element(), true);
+  device::commit_copies();
+  if (threadIdx.x >= 32) device::copy_async<4>(shared + threadIdx.x, input + this_element(), true);
+  device::commit_copies();
+  device::wait_for_copies<kWrong ? 1 : 0>();
+  output[this_element()] = shared[threadIdx.x];  // wait_for_too_few
+}
+
+template <bool kWrong>
+__global__ void load_past_end(const float* input, float* output) {
+  const float next = input[this_element() + (kWrong ? 1 : 0)];  // load_past_end
+  output[this_element()] = kWrong ? next : input[this_element()];
+}
+
+template <bool kWrong>
+__global__ void load_before_begin(const float* input, float* output) {
+  const float last = input[this_element() - (kWrong ? 1 : 0)];  // load_before_begin
+  output[this_element()] = kWrong ? last : input[this_element()];
+}
+
+template <bool kWrong>
+__global__ void store_past_end(const float* input, float* output) {
+  output[this_element() + (kWrong ? 1 : 0)] = input[this_element()];  // store_past_end
+}
+
+template <bool kWrong>
+__global__ void copy_past_end(const float* input, float* output) {
+  float* shared = shared_floats();
+  const float* source = input + this_element() + (kWrong ? 1 : 0);
+  device::copy_async<4>(shared + threadIdx.x, source, true);  // copy_past_end
+  device::commit_copies();
+  device::wait_for_copies<0>();
+  output[this_element()] = shared[threadIdx.x];
+}
+
+template <bool kWrong>
+__global__ void shared_past_end(const float* input, float* output) {
+  float* shared = shared_floats() + (kWrong ? 1 : 0);
+  shared[threadIdx.x] = input[this_element()];  // shared_past_end
+  output[this_element()] = shared[threadIdx.x];
+}
+
+template <bool kWrong>
+__global__ void wild_pointer(const float* input, float* output) {
+  const int64_t far = kWrong && threadIdx.x == 7 ? int64_t{1} << 40 : 0;
+  output[this_element()] = input[this_element() - far];  // wild_pointer
+}
+
+template <bool kWrong>
+__global__ void barrier_after_exit(const float* input, float* output) {
+  output[this_element()] = input[this_element()];
+  if (kWrong && threadIdx.x == 5) return;
+  __syncthreads();  // barrier_after_exit
+}
+
+template <bool kWrong>
+__global__ void barrier_in_branch(const float* input, float* output) {
+  output[this_element()] = input[this_element()];
+  if (kWrong && threadIdx.x < 32) {
+    __syncthreads();  // barrier_in_branch
+  } else {
+    __syncthreads();  // barrier_in_branch
+  }
+  if (!kWrong) __syncthreads();
+}
+
+template <bool kWrong>
+__global__ void uninitialised(const float* input, float* output) {
+  float* shared = shared_floats();
+  if (!kWrong || threadIdx.x != 9) shared[threadIdx.x] = input[this_element()];
+  __syncthreads();
+  output[this_element()] = shared[threadIdx.x];  // uninitialised
+}
+
+template <bool kWrong>
+__global__ void misaligned_load(const float* input, float* output) {
+  if (threadIdx.x % 4 == 0) {
+    const float* source = input + this_element() + (kWrong && threadIdx.x == 8 ? 2 : 0);
+    const auto four = device::load<float, 4>(source);  // misaligned_load
+    device::store(output + this_element(), four);
+  }
+}
+
+template <bool kWrong>
+__global__ void misaligned_store(const float* input, float* output) {
+  if (threadIdx.x % 4 == 0) {
+    const auto four = device::load<float, 4>(input + this_element());
+    float* target = output + this_element() + (kWrong && threadIdx.x == 12 ? 1 : 0);
+    device::store(target, four);  // misaligned_store
+  }
+}
+
+template <bool kWrong>
+__global__ void misaligned_plain_load(const float* input, float* output) {
+  if (threadIdx.x % 2 == 0) {
+    const float* source = input + this_element() + (kWrong && threadIdx.x == 6 ? 1 : 0);
+    const float2 two = *reinterpret_cast<const float2*>(source);  // misaligned_plain_load
+    output[this_element()] = two.x;
+    output[this_element() + 1] = two.y;
+  }
+}
+
+template <bool kWrong>
+__global__ void misaligned_copy(const float* input, float* output) {
+  float* shared = shared_floats();
+  if (threadIdx.x % 4 == 0) {
+    const float* source = input + this_element() - (kWrong && threadIdx.x == 16 ? 1 : 0);
+    device::copy_async_16(shared + threadIdx.x, source, true);  // misaligned_copy
+  }
+  device::commit_copies();
+  device::wait_for_copies<0>();
+  __syncthreads();
+  output[this_element()] = shared[threadIdx.x];
+}
+
+template <bool kWrong>
+__global__ void shuffle_by_half_a_warp(const float* input, float* output) {
+  float x = input[this_element()];
+  if (!kWrong || threadIdx.x % 32 < 16) {
+    x = __shfl_xor_sync(0xffffffffu, x, 1);  // shuffle_by_half_a_warp
+    x = __shfl_xor_sync(0xffffffffu, x, 1);
+  }
+  output[this_element()] = x;
+}
+
+template <bool kWrong>
+__global__ void mma_by_half_a_warp(const float* input, float* output) {
+  float sums[4] = {input[this_element()]};
+  const uint32_t a[4] = {}, b[2] = {};
+  if (!kWrong || threadIdx.x % 32 < 16) {
+    device::mma_16x8x16<__half>(sums, a, b);  // mma_by_half_a_warp
+  }
+  output[this_element()] = sums[0];
+}
+
+template <bool kWrong>
+__global__ void shuffle_from_absent_lane(const float* input, float* output) {
+  const float x = input[this_element()];
+  float same = x;
+  if (threadIdx.x % 32 < 16) {
+    const int lane = threadIdx.x % 32 ^ (kWrong ? 16 : 0);
+    same = __shfl_sync(0xffffu, x, lane);  // shuffle_from_absent_lane
+  }
+  output[this_element()] = same;
+}
+
+template <bool kWrong>
+__global__ void operations_of_a_warp_differ(const float* input, float* output) {
+  if (kWrong && threadIdx.x % 32 == 3) {
+    __syncwarp();  // operations_of_a_warp_differ
+  } else {
+    __any_sync(0xffffffffu, 1);  // operations_of_a_warp_differ
+  }
+  output[this_element()] = input[this_element()];
+}
+
+using Copying = void (*)(const float*, float*);
+
+#define BOTH(kernel)              \
+  {                               \
+    #kernel, {                    \
+      kernel<false>, kernel<true> \
+    }                             \
+  }
+const std::map<std::string, std::array<Copying, 2>> kCopying = {
+    BOTH(missing_barrier),
+    BOTH(missing_warp_barrier),
+    BOTH(reused_early),
+    BOTH(missing_wait),
+    BOTH(wait_for_too_few),
+    BOTH(load_past_end),
+    BOTH(load_before_begin),
+    BOTH(store_past_end),
+    BOTH(copy_past_end),
+    BOTH(shared_past_end),
+    BOTH(wild_pointer),
+    BOTH(barrier_after_exit),
+    BOTH(barrier_in_branch),
+    BOTH(uninitialised),
+    BOTH(misaligned_load),
+    BOTH(misaligned_store),
+    BOTH(misaligned_plain_load),
+    BOTH(misaligned_copy),
+    BOTH(shuffle_by_half_a_warp),
+    BOTH(mma_by_half_a_warp),
+    BOTH(shuffle_from_absent_lane),
+    BOTH(operations_of_a_warp_differ),
+};
+
+void copy(const std::string& kernel, const Tensor& input, const Tensor& output, bool wrong) {
+  const unsigned blocks = input.numel() / kThreads;
+  device::launch(kCopying.at(kernel)[wrong], {blocks, kThreads, kThreads * sizeof(float)},
+                 static_cast<const float*>(input.const_data_ptr()),
+                 static_cast<float*>(output.mutable_data_ptr()));
+}
+
+// output[0]: sums of every element's index, over atomics; output[1 + i]: what collectives say.
+__global__ void collectives(const int* input, int* output) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x, lane = threadIdx.x % 32;
+  const int x = input[i];
+  int* row = output + 1 + i * 12;
+  row[0] = atomicAdd(output, x) >= 0;
+  row[1] = __shfl_xor_sync(0xffffffffu, x, 5);
+  row[2] = __shfl_down_sync(0xffffffffu, x, 3);
+  row[3] = __shfl_up_sync(0xffffffffu, x, 3, 16);
+  row[4] = __shfl_sync(0xffffffffu, x, 7, 8);
+  row[5] = static_cast<int>(__ballot_sync(0xffffffffu, x % 2));
+  row[6] = __any_sync(0xffffffffu, x == 3);
+  row[7] = __all_sync(0xffffffffu, x >= 0);
+  row[8] = __syncthreads_or(x == 3);
+  row[9] = __syncthreads_count(x % 2);
+  row[10] = -1;
+  if (lane >= 24) row[10] = __shfl_xor_sync(0xff000000u, x, 1);
+  row[11] = __syncthreads_and(x >= 0);
+}
+
+void run_collectives(const Tensor& input, const Tensor& output) {
+  const unsigned blocks = input.numel() / kThreads;
+  device::launch(collectives, {blocks, kThreads}, static_cast<const int*>(input.const_data_ptr()),
+                 static_cast<int*>(output.mutable_data_ptr()));
+}
+
 }  // namespace
 }  // namespace fused_resnet
 
@@ -170,10 +455,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_on_host, m)
 {
   m.def("test_multiply(Tensor a, Tensor b, Tensor(a!) d, bool transposed) -> ()");
   m.def("test_product(Tensor a, Tensor b, Tensor(a!) c, int mistake) -> ()");
+  m.def("test_copy(str kernel, Tensor input, Tensor(a!) output, bool wrong) -> ()");
+  m.def("test_collectives(Tensor input, Tensor(a!) output) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_RESNET_LIBRARY, FUSED_RESNET_DEVICE, m)
 {
   m.impl("test_multiply", TORCH_BOX(&fused_resnet::multiply));
   m.impl("test_product", TORCH_BOX(&fused_resnet::product));
+  m.impl("test_copy", TORCH_BOX(&fused_resnet::copy));
+  m.impl("test_collectives", TORCH_BOX(&fused_resnet::run_collectives));
 }

@@ -72,6 +72,7 @@ void Block::prepare(const GridShape& shape, void (*thread_function)(void*), void
   if (shape.shared_bytes > kMostSharedBytes) {
     throw_error(std::to_string(shape.shared_bytes) + " bytes of shared memory");
   }
+  tensors_ = {};
   function_ = thread_function;
   argument_ = argument;
   thread_count_ = shape.threads;
@@ -113,11 +114,6 @@ void Block::run(uint64_t seed) {
   enter(*next());
   switch_fiber(host_, current->fiber);
   running = nullptr;
-  if (!fault_) {
-    if (std::string overrun = check_buffers(); !overrun.empty()) {
-      fault_ = "out of bounds: " + overrun + ", block " + block_name();
-    }
-  }
   statistics.blocks += 1;
   statistics.threads += thread_count_;
   if (fault_) throw Fault("cuda_on_host: " + *fault_);
@@ -366,6 +362,22 @@ void Block::check_bounds(const char* begin, size_t bytes, const Origin& origin) 
   }
 }
 
+void Block::check_global(const char* begin, size_t bytes, const Origin& origin) {
+  const TensorMemory* memory = nullptr;
+  for (const TensorMemory& known : tensors_) {
+    if (begin >= known.reach_begin && begin < known.reach_end) memory = &known;
+  }
+  if (!memory) {
+    memory = &(tensors_[next_tensor_++ % tensors_.size()] = tensor_memory_at(begin));
+  }
+  if (memory->begin && (begin < memory->begin || begin + bytes > memory->end)) {
+    fail_at("out of bounds: " + std::to_string(bytes) + " bytes at offset " +
+                std::to_string(begin - memory->begin) + " of " +
+                std::to_string(memory->end - memory->begin) + " bytes of a tensor",
+            origin);
+  }
+}
+
 void Block::check_shared(const char* begin, size_t bytes, bool writes, const Origin& origin) {
   check_bounds(begin, bytes, origin);
   const size_t offset = begin - shared_begin;
@@ -462,15 +474,14 @@ void Block::fail_after_signal() {
   const std::string line = source_line(signal_instruction);
   std::string what;
   if (!signal_has_address) {
-    what = "misaligned access";
+    what = "misaligned access, or an address that cannot be";
   } else if (const GuardedPages& stack = *stacks_[current->index];
              signal_address < stack.begin() && signal_address >= stack.begin() - 4096) {
     what = "the thread's stack overflows";
-  } else if (signal_address >= shared_->end() && signal_address < shared_->end() + 4096) {
-    what = "out of bounds: an access past the end of " + std::to_string(shared_bytes_) +
-           " bytes of shared memory";
   } else {
-    what = "out of bounds: an access " + describe_address(signal_address);
+    std::ostringstream address;
+    address << static_cast<const void*>(signal_address);
+    what = "out of bounds: an access to " + address.str() + ", where nothing is";
   }
   fail(what + ", " + where(*current, current->accesses ? Origin(current->place).line() : line));
 }
@@ -553,7 +564,7 @@ void copy_async(void* shared, const void* global, int bytes, bool valid, Place p
   b.check_alignment(shared, bytes, place);
   Copy copy{static_cast<char*>(shared), {}, bytes, b.current->groups};
   if (valid) {
-    b.check_alignment(global, bytes, place);
+    b.check_access(global, bytes, bytes, false, place);
     b.begin_access(place);
     memcpy(copy.data.data(), global, bytes);
     b.end_access();

@@ -127,7 +127,7 @@ class Block {
   int synchronize(bool predicate, const Place& place);
   void in_warp(Operation operation, uint32_t mask, void* payload, const Place& place);
   void check_alignment(const void* address, size_t bytes, const Origin& origin);
-  // Also where the memory is shared: within its bounds, initialised, and ordered by barriers.
+  // Also that it is within bounds and, in shared memory, initialised and ordered by barriers.
   void check_access(const void* address, size_t bytes, size_t alignment, bool writes,
                     const Origin& origin) {
     const char* begin = static_cast<const char*>(address);
@@ -135,7 +135,11 @@ class Block {
     if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
       check_alignment(address, alignment, origin);
     }
-    if (is_shared(begin)) check_shared(begin, bytes, writes, origin);
+    if (is_shared(begin)) {
+      check_shared(begin, bytes, writes, origin);
+    } else {
+      check_global(begin, bytes, origin);
+    }
   }
   bool is_shared(const char* address) const {
     return address >= shared_->begin() && address < shared_->end();
@@ -172,6 +176,7 @@ class Block {
   [[noreturn]] void fail(const std::string& message);
   void carry_out(Operation operation, uint32_t mask, Warp& warp);
   void check_bounds(const char* begin, size_t bytes, const Origin& origin);
+  void check_global(const char* begin, size_t bytes, const Origin& origin);
   void check_shared(const char* begin, size_t bytes, bool writes, const Origin& origin);
   SharedAccesses::Time now() const;
   std::string block_name() const;
@@ -193,6 +198,8 @@ class Block {
   uint32_t barriers_ = 0;              // that the block passed; a new block counts as one
   const char* stack_begin_ = nullptr;  // of the thread that runs
   const char* stack_end_ = nullptr;
+  std::array<TensorMemory, 8> tensors_;  // accessed lately
+  unsigned next_tensor_ = 0;
   Fiber host_;
 
   Random random_;

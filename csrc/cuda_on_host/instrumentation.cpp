@@ -9,10 +9,10 @@ using fused_resnet::on_host::Origin;
 using fused_resnet::on_host::running;
 
 inline void on_access(void* address, size_t bytes, size_t alignment, bool writes,
-                      const void* instruction) {
-  if (running) {
-    running->check_access(address, bytes, alignment, writes, Origin::instruction(instruction));
-  }
+                      const void* return_address) {
+  if (!running) return;
+  const Origin call = Origin::instruction(static_cast<const char*>(return_address) - 1);
+  running->check_access(address, bytes, alignment, writes, call);
 }
 
 }  // namespace

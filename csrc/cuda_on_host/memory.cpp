@@ -41,20 +41,13 @@ GuardedPages::~GuardedPages() {
 
 namespace {
 
-// A tensor's memory. What its pages hold beside it stays poison.
+// A tensor's memory.
 struct Buffer {
   Buffer(size_t bytes, Guard guard) : pages(bytes), bytes(bytes) {
     const size_t room = pages.end() - pages.begin();
     begin = guard == Guard::kEnd ? pages.end() - round_up(bytes, kAlignment) : pages.begin();
     memset(pages.begin(), kPoison, room);
   }
-  bool is_overrun() const {
-    for (const char* p = begin + bytes; p < begin + round_up(bytes, kAlignment); ++p) {
-      if (static_cast<unsigned char>(*p) != kPoison) return true;
-    }
-    return false;
-  }
-
   GuardedPages pages;
   size_t bytes;
   char* begin;
@@ -107,34 +100,24 @@ void guard_tensors(Guard guard) {
   c10::SetCPUAllocator(guard == Guard::kOff ? plain : &guarding);
 }
 
-std::string check_buffers() {
+TensorMemory tensor_memory_at(const char* address) {
   const std::lock_guard lock(mutex);
-  for (const auto& [begin, buffer] : buffers()) {
-    if (buffer->is_overrun()) {
-      memset(buffer->begin + buffer->bytes, kPoison,
-             round_up(buffer->bytes, kAlignment) - buffer->bytes);
-      return "a tensor was written to past the end of its " + std::to_string(buffer->bytes) +
-             " bytes";
+  const auto page = address - reinterpret_cast<uintptr_t>(address) % kPage;
+  TensorMemory nothing{page, page + kPage, nullptr, nullptr};
+  if (buffers().empty()) return nothing;
+  // The last to begin before the address, or the next, whose guard page lies before it.
+  auto next = buffers().upper_bound(address);
+  for (int i = 0; i < 2; ++i) {
+    if (next != buffers().end()) {
+      const Buffer& buffer = *next->second;
+      const TensorMemory memory{buffer.pages.begin() - kPage, buffer.pages.end() + kPage,
+                                buffer.begin, buffer.begin + buffer.bytes};
+      if (address >= memory.reach_begin && address < memory.reach_end) return memory;
     }
+    if (next == buffers().begin()) break;
+    --next;
   }
-  return "";
-}
-
-std::string describe_address(const void* address) {
-  const std::lock_guard lock(mutex);
-  const char* p = static_cast<const char*>(address);
-  for (const auto& [begin, buffer] : buffers()) {
-    const std::string size = std::to_string(buffer->bytes);
-    if (p >= begin && p < buffer->pages.end() + kPage) {
-      return std::to_string(p - begin) + " bytes from the begin of a tensor's " + size;
-    }
-    if (p < begin && p >= buffer->pages.begin() - kPage) {
-      return std::to_string(begin - p) + " bytes before a tensor's " + size;
-    }
-  }
-  char text[32];
-  snprintf(text, sizeof(text), "at %p", address);
-  return std::string(text) + ", where nothing is";
+  return nothing;
 }
 
 std::string source_line(const void* instruction) {

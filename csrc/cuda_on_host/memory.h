@@ -24,15 +24,19 @@ class GuardedPages {
 
 enum class Guard { kOff, kEnd, kBegin };
 
-// Tensors that torch makes on the CPU from now on end (begin) at a guard page and are filled with
-// NaN. Up to 15 bytes between the end and the page are watched instead: see check_buffers.
+// Tensors that torch makes on the CPU from now on end (begin) at a guard page, up to what alignment
+// leaves over, and are filled with NaN.
 void guard_tensors(Guard guard);
 
-// "" or which live tensor was written to beyond its end.
-std::string check_buffers();
-
-// Where an address lies, in words: "4 bytes past the end of a tensor's 128".
-std::string describe_address(const void* address);
+// Addresses that only an access to one guarded tensor can lead to, and those that are the tensor.
+// Where no such tensor is, an empty one.
+struct TensorMemory {
+  const char* reach_begin = nullptr;
+  const char* reach_end = nullptr;
+  const char* begin = nullptr;
+  const char* end = nullptr;
+};
+TensorMemory tensor_memory_at(const char* address);
 
 // "file.cu:12" for an instruction: the innermost function inlined there that is a kernel's own.
 std::string source_line(const void* instruction);
