@@ -93,8 +93,8 @@ constexpr int kNowhere = -(1 << 30);
 template <typename T>
 __device__ __forceinline__ Window<T> window_of(const Conv& conv, int m, int channel) {
   if (m >= conv.M) return {nullptr, kNowhere, 0};
-  const int row = m / conv.Q, q = m - row * conv.Q;
-  const int n = row / conv.P, p = row - n * conv.P;
+  const unsigned row = static_cast<unsigned>(m) / conv.Q, image = row / conv.P;
+  const int n = image, p = row - image * conv.P, q = m - row * conv.Q;
   const int h = p * conv.stride_h - conv.pad_h, w = q * conv.stride_w - conv.pad_w;
   const int64_t offset =
       n * conv.input_n + h * conv.input_h + w * conv.input_w + channel * conv.input_c;
@@ -381,6 +381,7 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
       if (conv.vector_output) {
         device::copy_async_16(target, source, m < conv.M && k < k_end);
       } else {
+#pragma unroll 1
         for (int e = 0; e < kElements; ++e) {
           if (m < conv.M && k + e < k_end) target[e] = source[e];
         }
@@ -401,6 +402,7 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
     device::commit_copies();
   };
 
+#pragma unroll 1
   for (int step = 0; step < kStages - 1; ++step) load(step);
 
   for (int i = threadIdx.x; i < kTile.n; i += kThreads) {
@@ -430,16 +432,16 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
   // The last of the blocks that share a sum adds their parts, in their order and not that of their
   // coming, and goes on alone.
   if (gridDim.z > 1) {
-    constexpr int kSums = kTilesM * kTilesN;
+    constexpr int kSums = kTilesM * kTilesN, kPart = kTile.m * kTile.n;
     const int64_t tile = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
-    const auto part = [&](int z) {
-      return conv.partials + (tile * gridDim.z + z) * (kTile.m * kTile.n) + threadIdx.x * 4;
-    };
+    float* const first_part = conv.partials + tile * gridDim.z * kPart + threadIdx.x * 4;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
-      const float (&sum)[4] = sums[i / kTilesN][i % kTilesN];
-      device::store(part(blockIdx.z) + i * kThreads * 4,
+      float (&sum)[4] = sums[i / kTilesN][i % kTilesN];
+      device::store(first_part + blockIdx.z * kPart + i * kThreads * 4,
                     Vector<float, 4>{sum[0], sum[1], sum[2], sum[3]});
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[e] = 0;
     }
     __threadfence();
     __syncthreads();
@@ -448,15 +450,18 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
     if (!__syncthreads_or(is_last)) return;
     __threadfence();
     if (conv.residual != nullptr) {
+#pragma unroll 1
       for (int piece = 0; piece < kStages - 1; ++piece) load_residual(piece);
     }
-    for (int z = 0; z < static_cast<int>(gridDim.z); ++z) {
+    const float* part = first_part;
+#pragma unroll 1
+    for (int z = 0; z < static_cast<int>(gridDim.z); ++z, part += kPart) {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
         float (&sum)[4] = sums[i / kTilesN][i % kTilesN];
-        const auto other = device::load<float, 4>(part(z) + i * kThreads * 4);
+        const auto other = device::load<float, 4>(part + i * kThreads * 4);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sum[e] = (z == 0 ? 0.f : sum[e]) + other.values[e];
+        for (int e = 0; e < 4; ++e) sum[e] += other.values[e];
       }
     }
   }
@@ -525,6 +530,7 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
     if (conv.vector_output) {
       device::store(output + target, values);
     } else {
+#pragma unroll 1
       for (int e = 0; e < kElements && k + e < k_end; ++e) output[target + e] = source[e];
     }
   }

@@ -42,10 +42,12 @@ struct Tile {
 };
 
 inline constexpr Tile kTiles[] = {
-    // Large layers: 64 x 32 for each warp, 2.7 ldmatrix for 16 mma.
-    {Products::k16Bit, Loads::kVectors, 128, 128, 64, 4, 2, 4, 2},
-    // 64 filters (the first stage of every network), and layers of which the tile above would
-    // leave multiprocessors idle.
+    // Large layers. Each warp has 64 x 64, for which it loads 8 times for 32 mma: enough to keep
+    // Hopper's tensor cores from waiting for shared memory, and all the registers there are.
+    {Products::k16Bit, Loads::kVectors, 128, 256, 64, 4, 2, 4, 1},
+    {Products::k16Bit, Loads::kVectors, 128, 128, 64, 4, 2, 2, 2},
+    // 64 filters (the first stage of every network), and layers of which larger tiles would leave
+    // multiprocessors idle.
     {Products::k16Bit, Loads::kVectors, 128, 64, 64, 4, 2, 2, 3},
     // Few pixels, many filters: the last stages of a small batch.
     {Products::k16Bit, Loads::kVectors, 64, 128, 64, 4, 2, 2, 3},
