@@ -383,7 +383,7 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
       } else {
 #pragma unroll 1
         for (int e = 0; e < kElements; ++e) {
-          if (m < conv.M && k + e < k_end) target[e] = source[e];
+          target[e] = m < conv.M && k + e < k_end ? source[e] : device::narrow<T>(0.f);
         }
       }
     }
