@@ -1,4 +1,4 @@
-"""The native operator `scale_shift_act`, on the CPU and, where there is one, on a GPU."""
+"""The native operator `scale_shift_act`, on the CPU and on a GPU, or as if there were one."""
 
 from __future__ import annotations
 
@@ -11,20 +11,29 @@ import torch
 import torch.nn.functional as F
 from support import assert_same_nonfinite, dtype_id, rerun_on_instruction_set, unchanged
 
-from fused_resnet import _native
+from fused_resnet import _native, backends
 from fused_resnet.testing import assert_error_rule
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DEVICES = ["cpu"]
 if torch.cuda.is_available() and _native.cuda_status == "yes":
     DEVICES.append("cuda")
+elif backends.cuda.on_host():
+    import cuda_on_host
+
+    DEVICES.append("cuda on the host")
 
 operator = torch.ops.fused_resnet.scale_shift_act
 
 
 @pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
+def device(request, monkeypatch):
+    if request.param != "cuda on the host":
+        yield request.param
+        return
+    monkeypatch.setitem(globals(), "operator", torch.ops.fused_resnet_on_host.scale_shift_act)
+    with cuda_on_host.guarded():
+        yield "cpu"
 
 
 def make(shape, dtype, device="cpu"):
