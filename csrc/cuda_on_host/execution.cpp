@@ -29,7 +29,10 @@ thread_local Block* running = nullptr;
 
 namespace {
 
-constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kStackBytes = 96 << 10;
+// Stacks begin at different places within a page: threads do the same at the same depth, which
+// would compete for the same few lines of the cache.
+constexpr size_t kStackStagger = 1088;
 constexpr unsigned kMostThreads = 1024;
 constexpr size_t kMostSharedBytes = 227 << 10;  // compute capability 9.0
 constexpr size_t kSharedAlignment = 128;
@@ -103,11 +106,13 @@ void Block::run(uint64_t seed) {
   }
   for (unsigned i = 0; i < thread_count_; ++i) {
     Thread& thread = threads_[i];
-    thread.state = State::kReady;
     thread.copies.clear();
     thread.groups = 0;
-    GuardedPages& stack = *stacks_[i];
-    prepare_fiber(thread.fiber, stack.begin(), stack.end(), &Block::thread_entry);
+    const GuardedPages& stack = *stacks_[i];
+    thread.stack_begin = stack.begin();
+    thread.stack_end = stack.end();
+    prepare_fiber(thread.fiber, stack.begin(), stack.end() - i % 32 * kStackStagger,
+                  &Block::thread_entry);
   }
   shared_accesses_.begin_block(shared_bytes_, ++barriers_);
   running = this;
@@ -146,8 +151,6 @@ void Block::go_on() {
 void Block::enter(Thread& thread) {
   current = &thread;
   threadIdx.x = thread.index;
-  stack_begin_ = stacks_[thread.index]->begin();
-  stack_end_ = stacks_[thread.index]->end();
 }
 
 Thread* Block::next() {
@@ -198,10 +201,8 @@ std::string Block::doing(const Thread& thread) const {
     case State::kInWarp:
       return name_of_thread + " waits in " + name(thread.operation) + " at " +
              Origin(thread.place).line();
-    case State::kReady:
-      break;
   }
-  return name_of_thread + " runs";
+  return name_of_thread;
 }
 
 // No thread can go on: somebody waits for a thread that waits elsewhere or has ended.
@@ -260,7 +261,6 @@ int Block::synchronize(bool predicate, const Place& place) {
       warps_[w].ready = lanes == 32 ? ~0u : (1u << lanes) - 1;
       warps_[w].shuffle(random_);
     }
-    for (unsigned i = 0; i < thread_count_; ++i) threads_[i].state = State::kReady;
     current_warp_ = random_.below(warp_count_);
   }
   go_on();
@@ -293,10 +293,6 @@ void Block::in_warp(Operation operation, uint32_t mask, void* payload, const Pla
   if (warp.groups[g].arrived == mask) {
     warp.groups[g] = warp.groups[--warp.group_count];
     carry_out(operation, mask, warp);
-    const unsigned base = thread.index / 32 * 32;
-    for (uint32_t rest = mask; rest; rest &= rest - 1) {
-      threads_[base + std::countr_zero(rest)].state = State::kReady;
-    }
     warp.ready |= mask;
     warp.shuffle(random_);
   }
@@ -381,16 +377,16 @@ void Block::check_global(const char* begin, size_t bytes, const Origin& origin) 
 void Block::check_shared(const char* begin, size_t bytes, bool writes, const Origin& origin) {
   check_bounds(begin, bytes, origin);
   const size_t offset = begin - shared_begin;
-  const std::string wrong = writes ? shared_accesses_.write(offset, bytes, now(), origin)
-                                   : shared_accesses_.read(offset, bytes, now(), origin);
-  if (!wrong.empty()) fail_at(wrong, origin);
+  const bool fine = writes ? shared_accesses_.write(offset, bytes, now(), origin)
+                           : shared_accesses_.read(offset, bytes, now(), origin);
+  if (!fine) fail_at(shared_accesses_.complaint(), origin);
 }
 
 void Block::start_copy(const Copy& copy, const Origin& origin) {
   check_bounds(copy.target, copy.bytes, origin);
-  const std::string wrong =
-      shared_accesses_.begin_copy(copy.target - shared_begin, copy.bytes, now(), origin);
-  if (!wrong.empty()) fail_at(wrong, origin);
+  if (!shared_accesses_.begin_copy(copy.target - shared_begin, copy.bytes, now(), origin)) {
+    fail_at(shared_accesses_.complaint(), origin);
+  }
   if (late_copies_) {
     memset(copy.target, 0xff, copy.bytes);
   } else {

@@ -44,7 +44,8 @@ class Random {
   uint64_t state_;
 };
 
-enum class State : uint8_t { kReady, kAtBarrier, kInWarp, kDone };
+// What a thread does that does not run, or did last.
+enum class State : uint8_t { kAtBarrier, kInWarp, kDone };
 enum class Operation : uint8_t { kSynchronize, kVote, kShuffle, kLoadMatrices, kMultiply };
 
 // What a lane brings to an operation of its warp.
@@ -79,6 +80,8 @@ struct Copy {
 
 struct Thread {
   Fiber fiber;
+  const char* stack_begin;
+  const char* stack_end;
   unsigned index;
   State state;
   Operation operation;  // of the warp, while it waits in one; so are mask and place
@@ -131,7 +134,7 @@ class Block {
   void check_access(const void* address, size_t bytes, size_t alignment, bool writes,
                     const Origin& origin) {
     const char* begin = static_cast<const char*>(address);
-    if (begin >= stack_begin_ && begin < stack_end_) return;
+    if (begin >= current->stack_begin && begin < current->stack_end) return;
     if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
       check_alignment(address, alignment, origin);
     }
@@ -194,10 +197,8 @@ class Block {
   std::unique_ptr<GuardedPages> shared_;
   size_t shared_bytes_ = 0;
   SharedAccesses shared_accesses_;
-  bool late_copies_ = false;           // cp.async writes when it is waited for, else at once
-  uint32_t barriers_ = 0;              // that the block passed; a new block counts as one
-  const char* stack_begin_ = nullptr;  // of the thread that runs
-  const char* stack_end_ = nullptr;
+  bool late_copies_ = false;             // cp.async writes when it is waited for, else at once
+  uint32_t barriers_ = 0;                // that the block passed; a new block counts as one
   std::array<TensorMemory, 8> tensors_;  // accessed lately
   unsigned next_tensor_ = 0;
   Fiber host_;

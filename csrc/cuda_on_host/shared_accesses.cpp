@@ -12,6 +12,7 @@ constexpr size_t kWord = 4;
 
 // The bytes of word `index` that lie in [begin, end), one bit each.
 uint8_t bytes_in_word(size_t index, size_t begin, size_t end) {
+  if (begin <= index * kWord && (index + 1) * kWord <= end) return 0xf;
   const size_t first = std::max(begin, index * kWord) - index * kWord;
   const size_t last = std::min(end, (index + 1) * kWord) - index * kWord;
   return static_cast<uint8_t>((1u << last) - (1u << first));
@@ -19,18 +20,18 @@ uint8_t bytes_in_word(size_t index, size_t begin, size_t end) {
 
 }  // namespace
 
-Origin::Origin(const std::source_location& place) : pointer_(std::bit_cast<const void*>(place)) {}
+Origin::Origin(const std::source_location& place) : bits_(std::bit_cast<uintptr_t>(place)) {}
 
 Origin Origin::instruction(const void* address) {
   Origin origin;
-  origin.pointer_ = address;
-  origin.is_instruction_ = true;
+  origin.bits_ = reinterpret_cast<uintptr_t>(address) | kInstruction;
   return origin;
 }
 
 std::string Origin::line() const {
-  if (is_instruction_) return source_line(pointer_);
-  const auto place = std::bit_cast<std::source_location>(pointer_);
+  if (bits_ & kInstruction)
+    return source_line(reinterpret_cast<const void*>(bits_ & ~kInstruction));
+  const auto place = std::bit_cast<std::source_location>(bits_);
   const std::string path = place.file_name();
   return path.substr(path.rfind('/') + 1) + ":" + std::to_string(place.line());
 }
@@ -50,80 +51,75 @@ SharedAccesses::Word& SharedAccesses::word(size_t index) {
 }
 
 bool SharedAccesses::is_unordered(const Access& before, uint8_t bytes, const Time& now) const {
+  if (before.barriers != now.barriers && !before.is_under_way) return false;
   if (!(before.bytes & bytes)) return false;
   if (before.is_under_way) return true;
-  if (before.thread == now.thread || before.barriers != now.barriers) return false;
+  if (before.thread == now.thread) return false;
   return before.thread / 32 != now.thread / 32 || before.warp_barriers == now.warp_barriers;
 }
 
-std::string SharedAccesses::describe(const char* what, const Access& before, size_t offset,
-                                     const Time& now) const {
+void SharedAccesses::complain(const char* what, const Access& before, size_t offset,
+                              const Time& now) {
   const std::string where = " offset " + std::to_string(offset) + " of shared memory, which ";
   const std::string who = "thread " + std::to_string(before.thread);
   if (before.is_under_way) {
-    return std::string("unfinished copy: ") + what + where + "the cp.async of " +
-           (before.thread == now.thread ? "this thread" : who) + " at " + before.origin.line() +
-           " may not have written yet";
+    complaint_ = std::string("unfinished copy: ") + what + where + "the cp.async of " +
+                 (before.thread == now.thread ? "this thread" : who) + " at " +
+                 before.origin.line() + " may not have written yet";
+  } else {
+    const bool wrote = &before == &words_[offset / kWord].write;
+    complaint_ = std::string("race: ") + what + where + who +
+                 (wrote ? " writes at " : " reads at ") + before.origin.line() +
+                 " with no barrier in between";
   }
-  const bool wrote = &before == &words_[offset / kWord].write;
-  return std::string("race: ") + what + where + who + (wrote ? " writes at " : " reads at ") +
-         before.origin.line() + " with no barrier in between";
 }
 
-std::string SharedAccesses::read(size_t offset, size_t bytes, const Time& now,
-                                 const Origin& origin) {
+bool SharedAccesses::read(size_t offset, size_t bytes, const Time& now, const Origin& origin) {
   const size_t end = offset + bytes;
   for (size_t i = offset / kWord; i * kWord < end; ++i) {
     Word& touched = word(i);
     const uint8_t part = bytes_in_word(i, offset, end);
     if (is_unordered(touched.write, part, now)) {
-      return describe("a read of", touched.write, i * kWord, now);
+      complain("a read of", touched.write, i * kWord, now);
+      return false;
     }
     if ((touched.written & part) != part) {
-      return "uninitialised read: nothing was written to offset " + std::to_string(i * kWord) +
-             " of shared memory";
+      complaint_ = "uninitialised read: nothing was written to offset " +
+                   std::to_string(i * kWord) + " of shared memory";
+      return false;
     }
     Access& last = touched.reads[0];
     if (last.bytes && last.thread / 32 != now.thread / 32) touched.reads[1] = last;
     last = {origin, now.barriers, now.warp_barriers, static_cast<uint16_t>(now.thread), part};
   }
-  return "";
+  return true;
 }
 
-std::string SharedAccesses::check_write(Word& touched, size_t offset, uint8_t bytes,
-                                        const Time& now) {
-  if (is_unordered(touched.write, bytes, now)) {
-    return describe("a write to", touched.write, offset, now);
-  }
-  for (const Access& read : touched.reads) {
-    if (is_unordered(read, bytes, now)) return describe("a write to", read, offset, now);
-  }
-  return "";
-}
-
-std::string SharedAccesses::write(size_t offset, size_t bytes, const Time& now,
-                                  const Origin& origin) {
+bool SharedAccesses::write(size_t offset, size_t bytes, const Time& now, const Origin& origin) {
   const size_t end = offset + bytes;
   for (size_t i = offset / kWord; i * kWord < end; ++i) {
     Word& touched = word(i);
     const uint8_t part = bytes_in_word(i, offset, end);
-    if (std::string wrong = check_write(touched, i * kWord, part, now); !wrong.empty()) {
-      return wrong;
+    for (const Access* before : {&touched.write, &touched.reads[0], &touched.reads[1]}) {
+      if (is_unordered(*before, part, now)) {
+        complain("a write to", *before, i * kWord, now);
+        return false;
+      }
     }
     touched.write = {origin, now.barriers, now.warp_barriers, static_cast<uint16_t>(now.thread),
                      part};
     touched.written |= part;
   }
-  return "";
+  return true;
 }
 
-std::string SharedAccesses::begin_copy(size_t offset, size_t bytes, const Time& now,
-                                       const Origin& origin) {
-  std::string wrong = write(offset, bytes, now, origin);
+bool SharedAccesses::begin_copy(size_t offset, size_t bytes, const Time& now,
+                                const Origin& origin) {
+  if (!write(offset, bytes, now, origin)) return false;
   for (size_t i = offset / kWord; i * kWord < offset + bytes; ++i) {
     words_[i].write.is_under_way = true;
   }
-  return wrong;
+  return true;
 }
 
 void SharedAccesses::end_copy(size_t offset, size_t bytes, const Time& now) {

@@ -20,8 +20,9 @@ class Origin {
   std::string line() const;  // "file.cu:12"
 
  private:
-  const void* pointer_ = nullptr;
-  bool is_instruction_ = false;
+  static constexpr uintptr_t kInstruction = uintptr_t{1} << 63;  // no address has this bit
+
+  uintptr_t bits_ = 0;
 };
 
 class SharedAccesses {
@@ -35,16 +36,19 @@ class SharedAccesses {
 
   void begin_block(size_t bytes, uint32_t barriers);
 
-  // Return "" or what is wrong. Offset and size lie within the block's shared memory.
-  std::string read(size_t offset, size_t bytes, const Time& now, const Origin& origin);
-  std::string write(size_t offset, size_t bytes, const Time& now, const Origin& origin);
+  // Offset and size lie within the block's shared memory. False where something is wrong, which
+  // `complaint` then says.
+  bool read(size_t offset, size_t bytes, const Time& now, const Origin& origin);
+  bool write(size_t offset, size_t bytes, const Time& now, const Origin& origin);
 
   // A cp.async, which may write at any time until it is waited for.
-  std::string begin_copy(size_t offset, size_t bytes, const Time& now, const Origin& origin);
+  bool begin_copy(size_t offset, size_t bytes, const Time& now, const Origin& origin);
   void end_copy(size_t offset, size_t bytes, const Time& now);
 
   // Neither is an atomic operation at odds with another, nor is it looked at more closely.
   void write_atomically(size_t offset, size_t bytes);
+
+  const std::string& complaint() const { return complaint_; }
 
  private:
   struct Access {
@@ -63,12 +67,11 @@ class SharedAccesses {
 
   bool is_unordered(const Access& before, uint8_t bytes, const Time& now) const;
   Word& word(size_t index);
-  std::string check_write(Word& word, size_t offset, uint8_t bytes, const Time& now);
-  std::string describe(const char* what, const Access& before, size_t offset,
-                       const Time& now) const;
+  void complain(const char* what, const Access& before, size_t offset, const Time& now);
 
   std::vector<Word> words_;
   uint32_t block_ = 0;
+  std::string complaint_;
 };
 
 }  // namespace fused_resnet::on_host
