@@ -1,0 +1,416 @@
+"""Breaks the CUDA kernels one line at a time and asks the suite whether it notices.
+
+A mutant is one change of one line of a kernel: a comparison one further, an operator for another, a
+condition forced, a statement left out, a wait for one copy fewer. It is compiled for the host
+(csrc/cuda_on_host) and judged by the tests in `SUITES`, in a process of its own, which stop at
+the first that fails. The report is `bench/results/static/cuda-mutants.json`:
+
+    {"schema": "fused_resnet.mutants/1", "seed": 0, "entries": [{
+        "file": "csrc/cuda/conv_bn_act.cuh", "line": "if (m >= conv.M || k >= k_end) continue;",
+        "occurrence": 0, "mutant": "if (m > conv.M || k >= k_end) continue;", "outcome": "caught",
+        "by": "test_exact[...]", "how": "cuda_on_host: out of bounds: ..."}]}
+
+`outcome` is "caught", "survived" (then `why` says what is legitimate about it), "same code" (the
+compiler makes the same machine code of it) or "does not compile"; the last two are no mutants of
+what runs, and count neither way. `how` is an exception's first line, a signal or a time limit.
+
+    python tests/mutate_cuda.py [--count 130] [--seed 0] [--only TEXT] [--survivors]
+
+Entries are added to the report as they come; a run goes on where another stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shlex
+import signal
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cuda_on_host
+import pytest
+import torch
+
+import fused_resnet
+
+ROOT = Path(__file__).resolve().parents[1]
+REPORT = ROOT / "bench" / "results" / "static" / "cuda-mutants.json"
+CONV = "csrc/cuda/conv_bn_act.cuh"
+SCALE_SHIFT_ACT = "csrc/cuda/scale_shift_act.cu"
+TIME_LIMIT = 100  # seconds of computing for the tests of one mutant; unbroken, half of it
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A source that compiles what a mutant changes, and the tests that run it."""
+
+    source: str
+    file: str
+    selected: str
+
+
+# In this order, the next only if the ones before notice nothing.
+SUITES = {
+    CONV: [
+        Suite(
+            "conv_bn_act_float16.cu",
+            "test_cuda_conv_exact.py",
+            "[float16 and (elements or not layouts)",
+        ),
+        Suite(
+            "conv_bn_act_float32.cu",
+            "test_cuda_conv_exact.py",
+            "float32- and (elements or not layouts)",
+        ),
+    ],
+    SCALE_SHIFT_ACT: [
+        Suite("scale_shift_act.cu", "test_scale_shift_act.py", "host"),
+    ],
+}
+
+KEY = ("file", "line", "occurrence", "mutant")  # of an entry
+
+# Why a mutant that survives is no gap in the tests, by what it is changed to.
+EXPLANATIONS: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One changed line."""
+
+    file: str
+    number: int  # of the line, from 0
+    occurrence: int  # of the same line before it
+    line: str
+    changed: str
+    operator: int  # index into OPERATORS
+
+    @property
+    def key(self) -> tuple[str, str, int, str]:
+        return self.file, self.line.strip(), self.occurrence, self.changed.strip()
+
+
+# What is replaced by what. Each occurrence in a line makes a mutant of its own.
+OPERATORS = [
+    (r" < (?!float|uint|T\b)", [" <= "]),
+    (r" <= ", [" < "]),
+    (r" > ", [" >= "]),
+    (r" >= ", [" > "]),
+    (r" == ", [" != "]),
+    (r" != ", [" == "]),
+    (r" && ", [" || "]),
+    (r" \|\| ", [" && "]),
+    (r" \+ 1\b", [""]),
+    (r" - 1\b", [""]),
+    (r" \+ (?!1\b)", [" - "]),
+    (r" - (?!1\b)", [" + "]),
+    (r" \* (?!const)", [" / "]),
+    (r" / ", [" * "]),
+    (r" % \w+(\.\w+)?", [""]),
+    (r" \^ \(", [" & ("]),
+    (r" \+= ", [" -= ", " = "]),
+    (r" -= ", [" += "]),
+    (r"(?<=[\w\])]) \+ [\w.]+(?=[;,)\]])", [""]),
+    (r"\+\+(?=\w+\b[;)])", ["--"]),
+    (r"\b0\.f\b", ["1.f"]),
+    (r"\b1\.f\b", ["0.f"]),
+    (r"\bmin\((.+?), (.+)\)(?=;| \*)", [r"(\1)", r"(\2)"]),
+    (r"<kStages - 2>", ["<kStages - 1>"]),
+    (r"\bfor_copies<0>", ["for_copies<1>"]),
+    (r"\bif \((.+)\) (?=\{|return|continue)", ["if (true) ", "if (false) "]),
+    (r"\bif \((.+)\)(?= \w)", ["if (true)", "if (false)"]),
+    (r"(?<== )([^=;]+?) \? ((?:[^:;]|::)+) : ([^;]+);", [r"\2;", r"\3;"]),
+    (r"^\s*(__syncthreads|__threadfence|device::commit_copies|device::wait_\S*)\(\);", [";"]),
+    (r"^\s*(?!__|device::(commit|wait))[^\s/][^{}]*;\s*$", [";"]),
+]
+
+# Declarations cannot be left out, and none of these is about a kernel's work.
+UNTOUCHED = re.compile(
+    r"^\s*(//|#|static_assert|using |template|}|namespace|constexpr int k\w+ = -)"
+)
+DECLARATION = re.compile(
+    r"^\s*(const |constexpr |static |char\*|float\*? |int\d*(_t)? |T\* |auto |bool |Vector|Window|Tap |"
+    r"A |Index |uint32_t |\[\[|return [^;]|Loop |float \()"
+)
+
+
+def mutants(file: str) -> list[Mutant]:
+    """Every mutant of a file's kernels."""
+    found: dict[tuple[str, str, int, str], Mutant] = {}
+    lines = (ROOT / file).read_text().splitlines()
+    for number in kernel_lines(lines):
+        line = lines[number]
+        code = line.partition("//")[0]
+        if UNTOUCHED.match(line) or not code.strip():
+            continue
+        occurrence = lines[:number].count(line)
+        for operator, (pattern, replacements) in enumerate(OPERATORS):
+            for match in re.finditer(pattern, code):
+                for replacement in replacements:
+                    text = match.expand(replacement)
+                    changed = code[: match.start()] + text + code[match.end() :]
+                    if changed.strip() == ";" and not complete(lines, number):
+                        continue
+                    mutant = Mutant(file, number, occurrence, line, changed, operator)
+                    found.setdefault(mutant.key, mutant)
+    return list(found.values())
+
+
+def kernel_lines(lines: list[str]) -> Iterator[int]:
+    """The lines of functions that run on the device."""
+    inside = False
+    for number, line in enumerate(lines):
+        if "__device__" in line or "__global__" in line or line.startswith("struct Tap"):
+            inside = True
+        if inside:
+            yield number
+        if line.startswith("}"):
+            inside = False
+
+
+def complete(lines: list[str], number: int) -> bool:
+    """Whether a line is a whole statement that declares nothing."""
+    before = lines[number - 1].strip()
+    starts = before.endswith((";", "{", "}", ":")) or before.startswith(("#", "//"))
+    return starts and not DECLARATION.match(lines[number])
+
+
+def sample(seed: int) -> list[Mutant]:
+    """All mutants in an order that the seed draws, as many of each operator as there are."""
+    every = [mutant for file in SUITES for mutant in mutants(file)]
+    random.Random(seed).shuffle(every)
+    drawn: Counter[int] = Counter()
+    rounds = {}
+    for mutant in every:
+        rounds[mutant.key] = drawn[mutant.operator]
+        drawn[mutant.operator] += 1
+    return sorted(every, key=lambda mutant: rounds[mutant.key])
+
+
+def judge(mutant: Mutant) -> dict[str, Any]:
+    """Compiles and tests a mutant; its entry in the report."""
+    entry = dict(zip(KEY, mutant.key, strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        changed = Path(folder) / Path(mutant.file).relative_to("csrc")
+        changed.parent.mkdir(parents=True)
+        lines = (ROOT / mutant.file).read_text().splitlines()
+        lines[mutant.number] = mutant.changed
+        changed.write_text("\n".join(lines) + "\n")
+
+        same = True
+        broken: list[Path] = []
+        for suite in SUITES[mutant.file]:
+            source = ROOT / "csrc" / "cuda" / suite.source
+            if changed.name == source.name:
+                source = changed
+            broken.append(Path(folder) / f"{source.stem}.o")
+            complaint = compile_source(source, Path(folder), broken[-1])
+            if complaint is not None:
+                return entry | {"outcome": "does not compile"}
+            if machine_code(broken[-1]) == unbroken_code(suite.source):
+                continue
+            same = False
+            noticed = run_suite(suite, link(broken, Path(folder)))
+            if noticed is not None:
+                return entry | {"outcome": "caught"} | noticed
+    if same:
+        return entry | {"outcome": "same code"}
+    return entry | {"outcome": "survived"}
+
+
+def compile_source(source: Path, folder: Path, target: Path) -> str | None:
+    """Compiles for the host, what is in `folder` first; returns the compiler's complaint."""
+    command = cuda_on_host.compile_command(source, folder)
+    command[command.index("-O2")] = "-O1"
+    command += ["-g0", f"-ffile-prefix-map={folder}={ROOT / 'csrc'}", "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stderr if done.returncode else None
+
+
+@functools.cache
+def unbroken_code(source: str) -> str:
+    """The machine code of a source as it is, compiled as mutants are."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = ROOT / "csrc" / "cuda" / source
+        obj = Path(folder) / f"{path.stem}.o"
+        complaint = compile_source(path, Path(folder), obj)
+        assert complaint is None, complaint
+        return machine_code(obj)
+
+
+def machine_code(obj: Path) -> str:
+    """Instructions and constants; not the strings and columns that faults are told by."""
+    sections = [f"-j.rodata.cst{size}" for size in (4, 8, 16, 32)]
+    listings = (["-d", "-r", "--no-show-raw-insn"], ["-s", *sections])
+    return "".join(
+        subprocess.run(["objdump", *options, obj.name], cwd=obj.parent, capture_output=True,
+                       text=True).stdout.replace(obj.name, "")
+        for options in listings
+    )  # fmt: skip
+
+
+def link(broken: list[Path], folder: Path) -> Path:
+    """The library of broken objects and, for the rest, of what the suite has compiled."""
+    replaced = {obj.stem for obj in broken}
+    others = [
+        cuda_on_host.compiled(source)
+        for source in cuda_on_host.sources()
+        if source.stem not in replaced
+    ]
+    library = folder / f"{cuda_on_host.NAME}.so"
+    # Of what several objects define, the first is taken.
+    command = [*cuda_on_host.link_command([*broken, *others]), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+    return library
+
+
+class FirstFailure:
+    """A plugin of pytest that writes down what runs and why it failed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, str] = {}
+
+    def write(self, **values: str) -> None:
+        self.found |= values
+        self.path.write_text(json.dumps(self.found))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.write(by=nodeid.partition("::")[2])
+
+    def pytest_exception_interact(self, call: Any) -> None:
+        lines = str(call.excinfo.value).strip().splitlines()
+        said = " ".join(line.strip() for line in lines if line.strip())
+        self.write(how=f"{call.excinfo.typename}: {said}"[:160])
+
+
+def run_suite(suite: Suite, library: Path) -> dict[str, str] | None:
+    """Which test notices that a library is broken, and how; None if none does."""
+    record = library.with_suffix(".json")
+    child = multiprocessing.get_context("fork").Process(target=_test, args=(suite, library, record))
+    child.start()
+    child.join(4 * TIME_LIMIT)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    if child.exitcode == 0:
+        return None
+    noticed = json.loads(record.read_text()) if record.is_file() else {"by": "loading"}
+    if child.exitcode < 0:
+        name = signal.Signals(-child.exitcode).name
+        limits = (signal.SIGXCPU, signal.SIGKILL)
+        noticed["how"] = "time limit" if -child.exitcode in limits else name
+    return noticed
+
+
+def _test(suite: Suite, library: Path, record: Path) -> None:
+    """Runs the tests on a library, in a process of their own; exits with pytest's code."""
+    resource.setrlimit(resource.RLIMIT_CPU, (TIME_LIMIT, TIME_LIMIT))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with open(os.devnull, "w") as nowhere:
+        for stream in (1, 2):
+            os.dup2(nowhere.fileno(), stream)
+    module = cuda_on_host.load_library(library)
+    cuda_on_host.load = lambda: module
+    tests = ROOT / "tests"
+    options = ["-x", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", "-k", suite.selected]
+    code = pytest.main([*options, str(tests / suite.file)], plugins=[FirstFailure(record)])
+    os._exit(int(code))
+
+
+def read_report(path: Path = REPORT) -> dict[str, Any]:
+    """The report, or an empty one."""
+    if path.is_file():
+        return json.loads(path.read_text())
+    return {"schema": "fused_resnet.mutants/1", "entries": []}
+
+
+def key_of(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry[name] for name in KEY)
+
+
+def write_report(report: dict[str, Any], path: Path = REPORT) -> None:
+    entries = sorted(report["entries"], key=key_of)
+    for entry in entries:
+        if entry["outcome"] == "survived" and entry["mutant"] in EXPLANATIONS:
+            entry["why"] = EXPLANATIONS[entry["mutant"]]
+    lines = ",\n  ".join(json.dumps(entry) for entry in entries)
+    head = {k: v for k, v in report.items() if k != "entries"}
+    path.write_text(json.dumps(head)[:-1] + f', "entries": [\n  {lines}\n]}}\n')
+
+
+def score(entries: list[dict[str, Any]]) -> str:
+    """How many were caught, in words."""
+    counts = Counter(entry["outcome"] for entry in entries)
+    total = counts["caught"] + counts["survived"]
+    share = counts["caught"] / total if total else 0
+    return f"{counts['caught']} of {total} mutants caught ({share:.1%})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--count", type=int, default=130, help="mutants that compile to other code")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="mutants whose line has this text")
+    parser.add_argument("--survivors", action="store_true", help="judge those again")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    assert fused_resnet.backends.available()["reference"] == "yes"
+    cuda_on_host.build(cuda_on_host.sources())
+
+    report = read_report()
+    report |= {"seed": arguments.seed, "compiler": compiler()}
+    order = [mutant for mutant in sample(arguments.seed) if arguments.only in mutant.line]
+    current = {mutant.key for mutant in order}
+    kept = []
+    for entry in report["entries"]:
+        stale = key_of(entry) not in current
+        again = arguments.survivors and entry["outcome"] == "survived"
+        if arguments.only or not (stale or again):
+            kept.append(entry)
+    report["entries"] = kept
+    present = {key_of(entry) for entry in kept}
+    todo = [mutant for mutant in order if mutant.key not in present]
+
+    def enough() -> bool:
+        counted = [e for e in report["entries"] if e["outcome"] in ("caught", "survived")]
+        return len(counted) >= arguments.count
+
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(2, mp_context=fork) as pool:
+        running = set()
+        while running or (todo and not enough()):
+            while todo and len(running) < 2 and not enough():
+                running.add(pool.submit(judge, todo.pop(0)))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                entry = future.result()
+                report["entries"].append(entry)
+                write_report(report)
+                told = entry.get("how", "")
+                print(f"{entry['outcome']}: {entry['mutant']}  [{told}]", flush=True)
+    write_report(report)
+    print(score(report["entries"]))
+
+
+def compiler() -> str:
+    command = [cuda_on_host.compile_command(ROOT / "x.cu")[0], "--version"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+
+
+if __name__ == "__main__":
+    main()
