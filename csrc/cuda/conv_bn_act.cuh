@@ -152,20 +152,22 @@ __device__ __forceinline__ void multiply(float (&sums)[kTilesM][kTilesN][4], con
           for (uint32_t& bits : fragment) bits = device::to_tf32(std::bit_cast<float>(bits));
         }
       };
+      // Rows 8 apart are permuted alike, and pairs of chunks stay together.
+      const int a_offset = swizzled<kChunks>(first_m + lane % 16, lane / 16) ^ chunk * 16;
+      const int b_offset =
+          swizzled<kFilterChunks>(first_n + lane / 16 * 8 + lane % 8, lane / 8 % 2) ^
+          chunk % kFilterChunks * 16;
       uint32_t a[kTilesM][4];
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i) {
-        const int row = first_m + i * 16 + lane % 16;
-        device::load_matrix_x4(a[i], pixels + swizzled<kChunks>(row, chunk + lane / 16));
+        device::load_matrix_x4(a[i], pixels + a_offset + i * 16 * kChunks * 16);
         convert(a[i]);
       }
 #pragma unroll
       for (int pair = 0; pair < kTilesN / 2; ++pair) {
         if (!meets(pair)) continue;
-        const int row = first_n + pair * 16 + lane / 16 * 8 + lane % 8;
         uint32_t b[4];
-        device::load_matrix_x4(
-            b, filters + swizzled<kFilterChunks>(row, chunk % kFilterChunks + lane / 8 % 2));
+        device::load_matrix_x4(b, filters + b_offset + pair * 16 * kFilterChunks * 16);
         convert(b);
         const uint32_t columns[2][2] = {{b[0], b[1]}, {b[2], b[3]}};
 #pragma unroll
@@ -234,6 +236,7 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
   constexpr int kPieceRows = kStageBytes / (kOutChunks * 16);  // of the residual in a stage
   static_assert(sizeof(T) == kTile.element_bytes());
   static_assert(kTile.m % kRowsAtOnce == 0 && kTile.n % kRowsAtOnce == 0 && kTilesN % 2 == 0);
+  static_assert(kRowsAtOnce % 8 == 0, "the rows that a thread copies are permuted alike");
   static_assert(kStageBytes % (kOutChunks * 16) == 0, "a row of the output is within a stage");
   static_assert(kTile.m <= kPieceRows * (kStages - 1), "the output leaves the last stage alone");
   static_assert(!kDiagonal ||
@@ -270,8 +273,6 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
     windows[i] = window_of<T>(conv, m0 + row + i * kRowsAtOnce, channel);
   }
   const T* const weight = static_cast<const T*>(conv.weight);
-  const T* filters = weight + (k0 + row) * conv.weight_k + (kDiagonal ? 0 : offset);
-  const bool in_slab = !kDiagonal || channel + chunk * kElements < conv.C;
 
   const auto reaches = [&](const Window<T>& window, const Tap& tap) {
     return tap.r < conv.R &&
@@ -283,15 +284,68 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
            tap.c * conv.input_c;
   };
 
-  // Loads the step that `tap` and `filters` are at, and advances them. Chunks beyond the sum's
-  // depth are zeros in A and in B, so that nothing there, not even NaN, counts.
+  // What only a new tap changes: where it is in a window, and which chunks exist, a bit for each of
+  // the thread's windows and then filters. Chunks beyond the sum's depth are zeros in A and in B,
+  // so that nothing there, not even NaN, counts.
+  const T* first_filter = weight + (k0 + row) * conv.weight_k;
+  int64_t in_window = 0;
+  unsigned exists = 0;
+  const auto enter_tap = [&] {
+    in_window = input_offset(tap);
+    exists = 0;
+    if (tap.r >= conv.R || (kDiagonal && channel + chunk * kElements >= conv.C)) return;
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i) exists |= reaches(windows[i], tap) << i;
+#pragma unroll
+    for (int i = 0; i < kFilters; ++i) {
+      exists |= (k0 + row + i * kRowsAtOnce < k_end) << (kPixels + i);
+    }
+  };
+  if constexpr (kTile.loads != Loads::kElements) {
+    enter_tap();
+    first_filter += offset;
+  }
+
+  // Loads one tap of a block diagonal: a chunk of channels by one filter for each thread, of which
+  // only a piece is the filter's where groups are narrow.
+  const auto load_diagonal = [&](char* stage) {
+    const int filter = threadIdx.x / kFilterChunks, part = threadIdx.x % kFilterChunks;
+    const int group = filter % Tile::kDiagonalBlock / conv.group_c;
+    const T* source =
+        weight + (k0 + filter) * conv.weight_k + tap.r * conv.weight_r + tap.s * conv.weight_s;
+    T* target = reinterpret_cast<T*>(stage + swizzled<kFilterChunks>(filter, part));
+    const auto copy_pieces = [&]<int kPiece>(std::integral_constant<int, kPiece>) {
+#pragma unroll
+      for (int e = 0; e < kElements; e += kPiece) {
+        const int c = part * kElements + e;
+        const bool exists = k0 + filter < k_end && c / conv.group_c == group;
+        if constexpr (kPiece * sizeof(T) < 4) {
+          target[e] = exists ? source[c % conv.group_c] : device::narrow<T>(0.f);
+        } else {
+          device::copy_async<kPiece * sizeof(T)>(target + e, source + c % conv.group_c, exists);
+        }
+      }
+    };
+    if (conv.group_c >= kElements) {
+      copy_pieces(std::integral_constant<int, kElements>{});
+    } else if (conv.group_c == 4) {
+      copy_pieces(std::integral_constant<int, 4>{});
+    } else if (conv.group_c == 2) {
+      copy_pieces(std::integral_constant<int, 2>{});
+    } else {
+      copy_pieces(std::integral_constant<int, 1>{});
+    }
+  };
+
+  // Loads the step that `tap` is at and goes on to the next.
+  const int target = swizzled<kChunks>(row, chunk);
+  constexpr int kNextTarget = kRowsAtOnce * kTile.depth_bytes;
   const auto load_step = [&](char* stage) {
-    char* const a = stage;
-    char* const b = stage + kTile.m * kTile.depth_bytes;
+    char* const a = stage + target;
+    char* const b = stage + kTile.m * kTile.depth_bytes + target;
     if constexpr (kTile.loads == Loads::kElements) {
       Vector<T, kElements> x[kPixels], y[kFilters];
       const T zero = device::narrow<T>(0.f);
-      const T* const first_filter = weight + (k0 + row) * conv.weight_k;
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
         const int64_t in_window = input_offset(tap);
@@ -304,68 +358,41 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
         }
 #pragma unroll
         for (int i = 0; i < kFilters; ++i) {
-          const bool exists = tap.r < conv.R && k0 + row + i * kRowsAtOnce < k_end;
           const T* source = first_filter + i * kRowsAtOnce * conv.weight_k + in_filter;
-          y[i].values[e] = exists ? *source : zero;
+          y[i].values[e] = tap.r < conv.R && k0 + row + i * kRowsAtOnce < k_end ? *source : zero;
         }
         tap.advance(1, channels, conv.S);
       }
       tap.advance(kDepth - kElements, channels, conv.S);
 #pragma unroll
       for (int i = 0; i < kPixels; ++i) {
-        char* target = a + swizzled<kChunks>(row + i * kRowsAtOnce, chunk);
-        device::store(reinterpret_cast<T*>(target), x[i]);
+        device::store(reinterpret_cast<T*>(a + i * kNextTarget), x[i]);
       }
 #pragma unroll
       for (int i = 0; i < kFilters; ++i) {
-        char* target = b + swizzled<kChunks>(row + i * kRowsAtOnce, chunk);
-        device::store(reinterpret_cast<T*>(target), y[i]);
+        device::store(reinterpret_cast<T*>(b + i * kNextTarget), y[i]);
       }
     } else {
-      const int64_t in_window = input_offset(tap);
 #pragma unroll
       for (int i = 0; i < kPixels; ++i) {
-        device::copy_async_16(a + swizzled<kChunks>(row + i * kRowsAtOnce, chunk),
-                              windows[i].origin + in_window, in_slab && reaches(windows[i], tap));
+        device::copy_async_16(a + i * kNextTarget, windows[i].origin + in_window, exists >> i & 1);
       }
       if constexpr (kDiagonal) {
-        // A chunk of channels by one filter: of narrow groups only a piece of it is the filter's.
-        const int filter = threadIdx.x / kFilterChunks, part = threadIdx.x % kFilterChunks;
-        const int group = filter % Tile::kDiagonalBlock / conv.group_c;
-        const T* source =
-            weight + (k0 + filter) * conv.weight_k + tap.r * conv.weight_r + tap.s * conv.weight_s;
-        T* target = reinterpret_cast<T*>(b + swizzled<kFilterChunks>(filter, part));
-        const auto copy_pieces = [&]<int kPiece>(std::integral_constant<int, kPiece>) {
-#pragma unroll
-          for (int e = 0; e < kElements; e += kPiece) {
-            const int c = part * kElements + e;
-            const bool exists = k0 + filter < k_end && c / conv.group_c == group;
-            if constexpr (kPiece * sizeof(T) < 4) {
-              target[e] = exists ? source[c % conv.group_c] : device::narrow<T>(0.f);
-            } else {
-              device::copy_async<kPiece * sizeof(T)>(target + e, source + c % conv.group_c, exists);
-            }
-          }
-        };
-        if (conv.group_c >= kElements) {
-          copy_pieces(std::integral_constant<int, kElements>{});
-        } else if (conv.group_c == 4) {
-          copy_pieces(std::integral_constant<int, 4>{});
-        } else if (conv.group_c == 2) {
-          copy_pieces(std::integral_constant<int, 2>{});
-        } else {
-          copy_pieces(std::integral_constant<int, 1>{});
-        }
+        load_diagonal(stage + kTile.m * kTile.depth_bytes);
       } else {
 #pragma unroll
         for (int i = 0; i < kFilters; ++i) {
-          device::copy_async_16(b + swizzled<kChunks>(row + i * kRowsAtOnce, chunk),
-                                filters + i * kRowsAtOnce * conv.weight_k,
-                                tap.r < conv.R && k0 + row + i * kRowsAtOnce < k_end);
+          device::copy_async_16(b + i * kNextTarget, first_filter + i * kRowsAtOnce * conv.weight_k,
+                                exists >> (kPixels + i) & 1);
         }
-        filters += kDepth;
+        first_filter += kDepth;
       }
-      tap.advance(kDepth, channels, conv.S);
+      in_window += kDepth;
+      tap.c += kDepth;
+      if (tap.c >= channels) {
+        tap.advance(0, channels, conv.S);
+        enter_tap();
+      }
     }
   };
 
