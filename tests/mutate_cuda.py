@@ -42,9 +42,8 @@ from typing import Any
 
 import cuda_on_host
 import pytest
+import support  # noqa: F401 (what takes long to import is, before the tests' processes are forked)
 import torch
-
-import fused_resnet
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "static" / "cuda-mutants.json"
@@ -142,8 +141,8 @@ UNTOUCHED = re.compile(
     r"^\s*(//|#|static_assert|using |template|}|namespace|constexpr int k\w+ = -)"
 )
 DECLARATION = re.compile(
-    r"^\s*(const |constexpr |static |char\*|float\*? |int\d*(_t)? |T\* |auto |bool |Vector|Window|Tap |"
-    r"A |Index |uint32_t |\[\[|return [^;]|Loop |float \()"
+    r"^\s*(const |constexpr |static |char\*|float\*? |int\d*(_t)? |T\* |auto |bool |Vector|Window|"
+    r"Tap |A |Index |uint32_t |\[\[|return [^;]|Loop |float \()"
 )
 
 
@@ -289,6 +288,9 @@ class FirstFailure:
         self.found |= values
         self.path.write_text(json.dumps(self.found))
 
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        random.Random(0).shuffle(items)  # kinds of tests mixed, so that one fails soon
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.write(by=nodeid.partition("::")[2])
 
@@ -369,7 +371,6 @@ def main() -> None:
     parser.add_argument("--survivors", action="store_true", help="judge those again")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    assert fused_resnet.backends.available()["reference"] == "yes"
     cuda_on_host.build(cuda_on_host.sources())
 
     report = read_report()
