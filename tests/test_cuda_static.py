@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import cuda_on_host
 import pytest
 import torch
 
@@ -50,13 +52,60 @@ def kernels(architecture: str) -> dict[str, list[str]]:
     return found
 
 
+def opcodes(instructions: list[str], *names: str) -> list[str]:
+    """The instructions with one of these names, without predicate and operands: "LDG.E.128"."""
+    found = (re.sub(r"^@\S+\s+", "", instruction).split()[0] for instruction in instructions)
+    return [opcode for opcode in found if opcode.partition(".")[0] in names]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """An instance of the convolution's kernel in one library: a row of csrc/cuda/conv_tiles.h."""
+
+    dtype: str  # "half", "bfloat16" or "f"
+    products: int
+    loads: int
+    m: int
+    n: int
+    depth: int
+    warps: int
+    stages: int
+    instructions: list[str]
+
+
+@cache
+def conv_tiles() -> list[list[int]]:
+    """The numbers that the operator of that name lists, by instance."""
+    if _native.cuda_operators is None:
+        if not cuda_on_host.compiler_found():
+            pytest.skip("nothing to read csrc/cuda/conv_tiles.h with")
+        cuda_on_host.load()
+    operators = _native.cuda_operators or torch.ops.fused_resnet_on_host
+    numbers = operators.conv_tiles()
+    return [numbers[at : at + 7] for at in range(0, len(numbers), 7)]
+
+
+def convolutions(architecture: str) -> dict[str, Convolution]:
+    """Every instance of the convolution's kernel, by mangled name."""
+    found = {}
+    for name, instructions in kernels(architecture).items():
+        if match := re.search(r"conv_bn_actI(?:\d+__)?(?:nv_)?(half|bfloat16|f)Li(\d+)E", name):
+            found[name] = Convolution(match[1], *conv_tiles()[int(match[2])], instructions)
+    return found
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_has_every_kernel(architecture):
-    names = {name.split("scale_shift_act_")[-1] for name in kernels(architecture)}
-    first = {name.split("scale_shift_act_")[-1] for name in kernels(ARCHITECTURES[0])}
-    assert names == first
+    def names(architecture: str) -> set[str]:
+        # An anonymous namespace's name differs from compilation to compilation.
+        return {re.sub(r"\d*_GLOBAL__N_\w*?_cu_\w{8}_\d+", "", n) for n in kernels(architecture)}
+
+    assert names(architecture) == names(ARCHITECTURES[0])
     # Four dtypes, with and without a residual.
-    assert sum("channels_last" in name for name in names) == 8
+    assert sum("act_channels_last" in name for name in names(architecture)) == 8
+    # Tiles of 16-bit elements twice, for float16 and bfloat16.
+    twice = sum(tile[0] == 0 for tile in conv_tiles())
+    assert len(convolutions(architecture)) == len(conv_tiles()) + twice
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -67,17 +116,81 @@ def test_nothing_is_spilled(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_is_kept_in_local_memory(architecture):
+    command = [CUOBJDUMP, "-res-usage", "-arch", architecture, str(LIBRARY)]
+    usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    bytes_used = re.findall(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert len(bytes_used) == len(kernels(architecture))
+    assert set(bytes_used) == {("0", "0")}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_convolutions_multiply_on_tensor_cores(architecture):
+    """As many instructions as one step of a warp's tile takes: each once, all in the loop."""
+    for name, conv in convolutions(architecture).items():
+        matrix = opcodes(conv.instructions, "HMMA")
+        if conv.products == 2:
+            assert not matrix, name
+            assert not opcodes(conv.instructions, "LDSM"), name
+            continue
+        opcode = {
+            "half": "HMMA.16816.F32",
+            "bfloat16": "HMMA.16816.F32.BF16",
+            "f": "HMMA.1688.F32.TF32",
+        }[conv.dtype]
+        tile_depth = 8 if conv.dtype == "f" else 16
+        width = 16 if conv.loads == 2 else conv.n  # on the diagonal, a block's own filters
+        expected = conv.m * width * conv.depth // (16 * 8 * tile_depth) // conv.warps
+        assert matrix == [opcode] * expected, name
+        loads = opcodes(conv.instructions, "LDSM")
+        assert set(loads) == {"LDSM.16.M88.4"}, name
+        assert len(loads) < len(matrix), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_convolutions_load_while_they_multiply(architecture):
+    """The loop has the asynchronous copies of a later step, 16 bytes each, and waits for some."""
+    for name, conv in convolutions(architecture).items():
+        if conv.loads == 1:  # element by element, through registers
+            continue
+        # From the first wait to where blocks that share a sum take their tickets.
+        first = next(i for i, x in enumerate(conv.instructions) if "DEPBAR.LE SB0" in x)
+        last = next(i for i, x in enumerate(conv.instructions) if "ATOM" in x)
+        loop = conv.instructions[first:last]
+        assert opcodes(loop, "FFMA" if conv.products == 2 else "HMMA"), name
+        copies = opcodes(loop, "LDGSTS")
+        rows = conv.m + (0 if conv.loads == 2 else conv.n)
+        row_bytes = conv.depth * (4 if conv.dtype == "f" else 2)
+        whole = [copy for copy in copies if copy.startswith("LDGSTS.E.BYPASS.128")]
+        assert len(whole) >= rows * row_bytes // (16 * 32 * conv.warps), name
+        assert conv.loads == 2 or whole == copies, f"{name}: {set(copies) - set(whole)}"
+        assert opcodes(loop, "LDGDEPBAR"), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_convolutions_store_16_bytes(architecture):
+    """One narrower store, in a loop of its own for channel counts that fill no 16 bytes."""
+    for name, conv in convolutions(architecture).items():
+        stores = opcodes(conv.instructions, "STG")
+        narrow = [store for store in stores if not store.endswith(".128")]
+        # Parts of shared sums, 4 numbers of each lane at a time; and the output itself.
+        parts = conv.m * conv.n // (4 * 32 * conv.warps)
+        assert len(stores) - len(narrow) == parts + 1, name
+        assert len(narrow) == 1, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_aligned_paths_access_16_bytes(architecture):
     checked = 0
     for name, instructions in kernels(architecture).items():
         straddling = re.search(r"scale_shift_act_denseI\S*?Li(\d+)E", name)
-        if "channels_last" not in name and not (straddling and int(straddling.group(1)) > 1):
+        if "act_channels_last" not in name and not (straddling and int(straddling.group(1)) > 1):
             continue
         loads = [i for i in instructions if re.search(r"\bLDG\b.*\.128\b", i)]
         stores = [i for i in instructions if re.search(r"\bSTG\b.*\.128\b", i)]
         with_residual = "Lb1E" in name
         assert len(loads) == (2 if with_residual else 1) * len(stores) > 0, name
-        if "channels_last" in name:
+        if "act_channels_last" in name:
             narrow = [i for i in instructions if re.search(r"\bSTG\b", i) and ".128" not in i]
             assert not narrow, f"{name}: {narrow[:3]}"
         checked += 1

@@ -99,7 +99,7 @@ struct Warp {
     uint32_t mask, arrived;
   };
   uint32_t ready;
-  uint32_t barriers;  // __syncwarp, so far
+  uint16_t barriers;  // __syncwarp, so far
   unsigned rotation;  // with `backwards`, the order in which ready lanes go on
   bool backwards;
   unsigned group_count;

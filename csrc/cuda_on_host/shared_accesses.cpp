@@ -11,22 +11,14 @@ namespace {
 constexpr size_t kWord = 4;
 
 // The bytes of word `index` that lie in [begin, end), one bit each.
-uint8_t bytes_in_word(size_t index, size_t begin, size_t end) {
+unsigned bytes_in_word(size_t index, size_t begin, size_t end) {
   if (begin <= index * kWord && (index + 1) * kWord <= end) return 0xf;
   const size_t first = std::max(begin, index * kWord) - index * kWord;
   const size_t last = std::min(end, (index + 1) * kWord) - index * kWord;
-  return static_cast<uint8_t>((1u << last) - (1u << first));
+  return (1u << last) - (1u << first);
 }
 
 }  // namespace
-
-Origin::Origin(const std::source_location& place) : bits_(std::bit_cast<uintptr_t>(place)) {}
-
-Origin Origin::instruction(const void* address) {
-  Origin origin;
-  origin.bits_ = reinterpret_cast<uintptr_t>(address) | kInstruction;
-  return origin;
-}
 
 std::string Origin::line() const {
   if (bits_ & kInstruction)
@@ -50,11 +42,22 @@ SharedAccesses::Word& SharedAccesses::word(size_t index) {
   return word;
 }
 
-bool SharedAccesses::is_unordered(const Access& before, uint8_t bytes, const Time& now) const {
+SharedAccesses::Access SharedAccesses::access(const Time& now, const Origin& origin,
+                                              unsigned bytes) {
+  Access access;
+  access.origin = origin;
+  access.barriers = now.barriers;
+  access.warp_barriers = now.warp_barriers;
+  access.thread = now.thread;
+  access.bytes = bytes;
+  return access;
+}
+
+bool SharedAccesses::is_unordered(const Access& before, unsigned bytes, const Time& now) {
   if (before.barriers != now.barriers && !before.is_under_way) return false;
   if (!(before.bytes & bytes)) return false;
   if (before.is_under_way) return true;
-  if (before.thread == now.thread) return false;
+  if (before.thread == now.thread && !before.is_warps) return false;
   return before.thread / 32 != now.thread / 32 || before.warp_barriers == now.warp_barriers;
 }
 
@@ -77,20 +80,33 @@ void SharedAccesses::complain(const char* what, const Access& before, size_t off
 bool SharedAccesses::read(size_t offset, size_t bytes, const Time& now, const Origin& origin) {
   const size_t end = offset + bytes;
   for (size_t i = offset / kWord; i * kWord < end; ++i) {
-    Word& touched = word(i);
-    const uint8_t part = bytes_in_word(i, offset, end);
-    if (is_unordered(touched.write, part, now)) {
-      complain("a read of", touched.write, i * kWord, now);
-      return false;
-    }
-    if ((touched.written & part) != part) {
-      complaint_ = "uninitialised read: nothing was written to offset " +
-                   std::to_string(i * kWord) + " of shared memory";
-      return false;
-    }
-    Access& last = touched.reads[0];
-    if (last.bytes && last.thread / 32 != now.thread / 32) touched.reads[1] = last;
-    last = {origin, now.barriers, now.warp_barriers, static_cast<uint16_t>(now.thread), part};
+    if (!read_word(word(i), i * kWord, bytes_in_word(i, offset, end), now, origin)) return false;
+  }
+  return true;
+}
+
+bool SharedAccesses::read_word(Word& word, size_t offset, unsigned bytes, const Time& now,
+                               const Origin& origin) {
+  Access& last = word.reads[0];
+  const bool by_same_warp = last.barriers == now.barriers &&
+                            last.warp_barriers == now.warp_barriers &&
+                            last.thread / 32 == now.thread / 32 && (last.bytes & bytes) == bytes;
+  // If two lanes were right to read, one of them did not write, so every lane may.
+  if (by_same_warp && (last.is_warps || last.thread == now.thread)) return true;
+  if (is_unordered(word.write, bytes, now)) {
+    complain("a read of", word.write, offset, now);
+    return false;
+  }
+  if ((word.written & bytes) != bytes) {
+    complaint_ = "uninitialised read: nothing was written to offset " + std::to_string(offset) +
+                 " of shared memory";
+    return false;
+  }
+  if (by_same_warp) {
+    last.is_warps = true;
+  } else {
+    if (last.bytes && last.thread / 32 != now.thread / 32) word.reads[1] = last;
+    last = access(now, origin, bytes);
   }
   return true;
 }
@@ -99,15 +115,15 @@ bool SharedAccesses::write(size_t offset, size_t bytes, const Time& now, const O
   const size_t end = offset + bytes;
   for (size_t i = offset / kWord; i * kWord < end; ++i) {
     Word& touched = word(i);
-    const uint8_t part = bytes_in_word(i, offset, end);
+    const unsigned part = bytes_in_word(i, offset, end);
     for (const Access* before : {&touched.write, &touched.reads[0], &touched.reads[1]}) {
       if (is_unordered(*before, part, now)) {
         complain("a write to", *before, i * kWord, now);
         return false;
       }
     }
-    touched.write = {origin, now.barriers, now.warp_barriers, static_cast<uint16_t>(now.thread),
-                     part};
+    touched.write = access(now, origin, part);
+    touched.reads = {};
     touched.written |= part;
   }
   return true;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <source_location>
@@ -15,8 +16,12 @@ namespace fused_resnet::on_host {
 class Origin {
  public:
   Origin() = default;
-  Origin(const std::source_location& place);
-  static Origin instruction(const void* address);
+  Origin(const std::source_location& place) : bits_(std::bit_cast<uintptr_t>(place)) {}
+  static Origin instruction(const void* address) {
+    Origin origin;
+    origin.bits_ = reinterpret_cast<uintptr_t>(address) | kInstruction;
+    return origin;
+  }
   std::string line() const;  // "file.cu:12"
 
  private:
@@ -31,7 +36,8 @@ class SharedAccesses {
   // to block, `warp_barriers` those of the thread's warp.
   struct Time {
     unsigned thread;
-    uint32_t barriers, warp_barriers;
+    uint32_t barriers;
+    uint16_t warp_barriers;
   };
 
   void begin_block(size_t bytes, uint32_t barriers);
@@ -53,19 +59,24 @@ class SharedAccesses {
  private:
   struct Access {
     Origin origin;
-    uint32_t barriers = 0, warp_barriers = 0;
-    uint16_t thread = 0;
-    uint8_t bytes = 0;          // of the word, one bit each
-    bool is_under_way = false;  // a copy that nobody has waited for
+    uint32_t barriers = 0;
+    uint16_t warp_barriers = 0;
+    uint16_t thread : 10 = 0;
+    uint16_t is_warps : 1 = false;      // other lanes of the thread's warp did the same
+    uint16_t is_under_way : 1 = false;  // a copy that nobody has waited for
+    uint16_t bytes : 4 = 0;             // of the word, one bit each; none where nothing happened
   };
-  struct Word {
+  struct alignas(64) Word {
     Access write;
-    std::array<Access, 2> reads;  // of different warps where there are several
-    uint32_t block = 0;           // the rest is of this block, or of none before
-    uint8_t written = 0;
+    std::array<Access, 2> reads;  // since then, of different warps where there are several
+    uint32_t block = 0;           // what the rest is about
+    uint8_t written = 0;          // bytes
   };
+  static_assert(sizeof(Word) == 64);
 
-  bool is_unordered(const Access& before, uint8_t bytes, const Time& now) const;
+  static Access access(const Time& now, const Origin& origin, unsigned bytes);
+  static bool is_unordered(const Access& before, unsigned bytes, const Time& now);
+  bool read_word(Word& word, size_t offset, unsigned bytes, const Time& now, const Origin& origin);
   Word& word(size_t index);
   void complain(const char* what, const Access& before, size_t offset, const Time& now);
 
