@@ -22,6 +22,7 @@ Entries are added to the report as they come; a run goes on where another stoppe
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
 import json
 import multiprocessing
@@ -30,6 +31,7 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -42,8 +44,10 @@ from typing import Any
 
 import cuda_on_host
 import pytest
-import support  # noqa: F401 (what takes long to import is, before the tests' processes are forked)
+import support  # noqa: F401 (imported before the tests' processes are forked)
 import torch
+
+from fused_resnet import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "static" / "cuda-mutants.json"
@@ -203,8 +207,8 @@ def judge(mutant: Mutant) -> dict[str, Any]:
     """Compiles and tests a mutant; its entry in the report."""
     entry = dict(zip(KEY, mutant.key, strict=True))
     with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(few_instances() / "cuda", Path(folder) / "cuda")
         changed = Path(folder) / Path(mutant.file).relative_to("csrc")
-        changed.parent.mkdir(parents=True)
         lines = (ROOT / mutant.file).read_text().splitlines()
         lines[mutant.number] = mutant.changed
         changed.write_text("\n".join(lines) + "\n")
@@ -240,14 +244,41 @@ def compile_source(source: Path, folder: Path, target: Path) -> str | None:
 
 
 @functools.cache
+def few_instances() -> Path:
+    """A folder with a conv_tiles.h of fewer instances, and the objects that follow from it.
+
+    Of each way to multiply and load, and of each length of a row of shared memory, the smallest.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="cuda-mutants-"))
+    atexit.register(_remove, folder, os.getpid())
+    lines = (ROOT / "csrc" / "cuda" / "conv_tiles.h").read_text().splitlines()
+    row = re.compile(r"\s*\{(Products::\w+, Loads::\w+), (\d+), (\d+), (\d+), ")
+    smallest: dict[tuple[str, str], tuple[int, str]] = {}
+    for line in lines:
+        if match := row.match(line):
+            kind, size = (match[1], match[4]), int(match[2]) * int(match[3])
+            if kind not in smallest or size < smallest[kind][0]:
+                smallest[kind] = (size, line)
+    kept = {line for _, line in smallest.values()}
+    (folder / "cuda").mkdir()
+    text = "\n".join(line for line in lines if not row.match(line) or line in kept)
+    (folder / "cuda" / "conv_tiles.h").write_text(text + "\n")
+    for source in cuda_on_host.sources():
+        if source.stem.startswith("conv_") or source.name in SCALE_SHIFT_ACT:
+            complaint = compile_source(source, folder, folder / f"{source.stem}.o")
+            assert complaint is None, complaint
+    return folder
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(folder)
+
+
+@functools.cache
 def unbroken_code(source: str) -> str:
     """The machine code of a source as it is, compiled as mutants are."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = ROOT / "csrc" / "cuda" / source
-        obj = Path(folder) / f"{path.stem}.o"
-        complaint = compile_source(path, Path(folder), obj)
-        assert complaint is None, complaint
-        return machine_code(obj)
+    return machine_code(few_instances() / Path(source).with_suffix(".o"))
 
 
 def machine_code(obj: Path) -> str:
@@ -262,13 +293,13 @@ def machine_code(obj: Path) -> str:
 
 
 def link(broken: list[Path], folder: Path) -> Path:
-    """The library of broken objects and, for the rest, of what the suite has compiled."""
-    replaced = {obj.stem for obj in broken}
+    """The library of broken objects and, for the rest, of unbroken ones."""
+    few = {obj.stem: obj for obj in few_instances().glob("*.o")}
+    few |= {obj.stem: obj for obj in broken}
     others = [
-        cuda_on_host.compiled(source)
-        for source in cuda_on_host.sources()
-        if source.stem not in replaced
+        few.get(source.stem) or cuda_on_host.compiled(source) for source in cuda_on_host.sources()
     ]
+    others = [obj for obj in others if obj not in broken]
     library = folder / f"{cuda_on_host.NAME}.so"
     # Of what several objects define, the first is taken.
     command = [*cuda_on_host.link_command([*broken, *others]), "-o", str(library)]
@@ -370,9 +401,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="mutants whose line has this text")
     parser.add_argument("--survivors", action="store_true", help="judge those again")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    cuda_on_host.build(cuda_on_host.sources())
-
+    prepare()
     report = read_report()
     report |= {"seed": arguments.seed, "compiler": compiler()}
     order = [mutant for mutant in sample(arguments.seed) if arguments.only in mutant.line]
@@ -406,6 +435,15 @@ def main() -> None:
                 print(f"{entry['outcome']}: {entry['mutant']}  [{told}]", flush=True)
     write_report(report)
     print(score(report["entries"]))
+
+
+def prepare() -> None:
+    """What is the same for every mutant, before processes are forked."""
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    torch.set_num_threads(1)
+    cuda_on_host.build(cuda_on_host.sources())
+    backends.available()
+    few_instances()
 
 
 def compiler() -> str:
