@@ -3,7 +3,8 @@
 A test that takes the `backend` fixture runs once for every backend that `backends.available()` says
 "yes" to, on the device that backend computes on here: a new backend joins the suite by becoming
 available. Interpreted kernels take a thousand times as long as compiled ones, so over these run the
-tests marked `interpreted`, and test_triton.py.
+tests marked `interpreted`, and test_triton.py. CUDA kernels on the host (cuda_on_host.py) run
+everything but whole models, on tensors that end at guard pages.
 """
 
 from __future__ import annotations
@@ -83,9 +84,12 @@ RUNNERS = usable_runners()
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        runners = RUNNERS
+        left_out = set()
         if metafunc.definition.get_closest_marker("interpreted") is None:
-            runners = [runner for runner in RUNNERS if runner.how != "interpreted"]
+            left_out.add("interpreted")
+        if metafunc.definition.get_closest_marker("whole_model") is not None:
+            left_out.add("on the host")
+        runners = [runner for runner in RUNNERS if runner.how not in left_out]
         metafunc.parametrize("backend", runners, ids=lambda runner: runner.name, indirect=True)
 
 

@@ -305,12 +305,13 @@ def test_offsets_beyond_32_bits():
 
     The operating system gives memory to what is touched alone.
     """
-    shape = ConvShape(16, 24, (3, 3), (1, 1), (1, 1))
     if ON_HOST:
         cuda_on_host.load().guard("off")
-    for dtype, strides in itertools.product(
-        (torch.float16, torch.float32), ((2**31 + 8, 1, 64, 16), (2**27, 1, 2**29 + 8, 16))
+    images_apart, rows_apart = (2**31 + 8, 1, 64, 16), (2**27, 1, 2**30 + 8, 16)
+    for channels, dtype, strides in itertools.product(
+        (16, 5), (torch.float16, torch.float32), (images_apart, rows_apart)
     ):
+        shape = ConvShape(channels, 24, (3, 3), (1, 1), (1, 1))
         case = case_of(shape, size=(5, 4), dtype=dtype)
         length = sum((n - 1) * s for n, s in zip(case.input.shape, strides, strict=True)) + 1
         storage = torch.empty(length, dtype=dtype, device=RUNNER.device)
@@ -336,6 +337,22 @@ def test_host_path_converts_nothing(split):
     assert operators() == set()
     case.input = case.input.contiguous()
     assert "aten::contiguous" in operators()
+
+
+def test_the_operator_keeps_to_its_schema(monkeypatch):
+    """It writes to and aliases nothing it should not."""
+    operator = fused_resnet._native.cuda_operators.conv_bn_act_tiled.default
+    calls = []
+
+    def record(*arguments):
+        calls.append(arguments)
+        return operator(*arguments)
+
+    monkeypatch.setattr(cuda, "_operator", lambda: record)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        run(case_of(KINDS["3x3"][1], dtype=torch.float16, bias=True, memory_format=layout))
+    for arguments in calls:
+        torch.library.opcheck(operator, arguments, test_utils=["test_schema"])
 
 
 @pytest.mark.parametrize("shape", model_conv_shapes(), ids=str)

@@ -83,6 +83,7 @@ def test_running_statistics(name, dtype):
             assert actual == 1, buffer
 
 
+@pytest.mark.whole_model
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -154,6 +155,7 @@ def build_variant(variant):
     return model
 
 
+@pytest.mark.whole_model
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -183,6 +185,7 @@ def test_variants(backend, variant, mode, dtype):
             assert records[path].fused, records[path].reason
 
 
+@pytest.mark.whole_model
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_gradients_of_variants(backend, variant, mode):

@@ -1,37 +1,39 @@
-"""The native operator `scale_shift_act`, on the CPU and on a GPU, or as if there were one."""
+"""The native operator `scale_shift_act`, on the CPU and on a GPU or what stands in for one."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import os
+import sys
 
+import cuda_on_host
 import pytest
 import torch
 import torch.nn.functional as F
 from support import assert_same_nonfinite, dtype_id, rerun_on_instruction_set, unchanged
 
-from fused_resnet import _native, backends
+from fused_resnet import _native
 from fused_resnet.testing import assert_error_rule
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DEVICES = ["cpu"]
 if torch.cuda.is_available() and _native.cuda_status == "yes":
     DEVICES.append("cuda")
-elif backends.cuda.on_host():
-    import cuda_on_host
-
-    DEVICES.append("cuda on the host")
+elif cuda_on_host.is_needed():
+    DEVICES.append("on_host")
 
 operator = torch.ops.fused_resnet.scale_shift_act
 
 
 @pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
-    if request.param != "cuda on the host":
+    """Where tensors are for the operator under test, which is `operator`."""
+    if request.param != "on_host":
         yield request.param
         return
-    monkeypatch.setitem(globals(), "operator", torch.ops.fused_resnet_on_host.scale_shift_act)
+    kernel = torch.ops.fused_resnet_on_host.scale_shift_act
+    monkeypatch.setattr(sys.modules[__name__], "operator", kernel)
     with cuda_on_host.guarded():
         yield "cpu"
 

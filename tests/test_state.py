@@ -328,6 +328,7 @@ def test_inference_tensors_as_weights(backend):
             case.bn_bias.add_(0.25)
 
 
+@pytest.mark.whole_model
 def test_functional_call(backend):
     """`torch.func.functional_call` with other parameters, in turn with the model's own."""
     eager = small_resnet().to(backend.device)

@@ -51,6 +51,13 @@ bool is_dense_channels_last(const Tensor& tensor) {
   return true;
 }
 
+// How far from the first element that a window (or a filter) holds its last one lies: where
+// elements are loaded one by one, 32 bits count that.
+int64_t window_span(const Tensor& tensor, int64_t channels, int64_t rows, int64_t columns) {
+  return (channels - 1) * tensor.stride(1) + (rows - 1) * tensor.stride(2) +
+         (columns - 1) * tensor.stride(3);
+}
+
 // A dense channels_last copy, which begins at an aligned address.
 Tensor aligned_copy(const Tensor& tensor) {
   const Tensor copy = torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
@@ -171,7 +178,15 @@ Tensor conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tenso
   const ConvChoice choice = choice_of(tile, problem, input.get_device_index());
   const Loads loads = kTiles[choice.tile].loads;
   const int64_t chunk = dtype == ScalarType::Float ? 4 : 8;
-  if (loads != Loads::kElements) {
+  if (loads == Loads::kElements) {
+    const auto too_long = [&](const Tensor& image) {
+      return window_span(image, problem.group_c(), (R - 1) * dil_h + 1, (S - 1) * dil_w + 1) >
+             INT32_MAX;
+    };
+    if (too_long(input)) input = aligned_copy(input);
+    if (window_span(weight, problem.group_c(), R, S) > INT32_MAX) weight = aligned_copy(weight);
+    STD_TORCH_CHECK(!too_long(input), "conv_bn_act: a window spans 2^31 elements or more");
+  } else {
     if (!has_aligned_pixels(input, chunk)) input = aligned_copy(input);
     if (!is_aligned(weight) || !is_dense_channels_last(weight)) weight = aligned_copy(weight);
   }
@@ -233,7 +248,7 @@ Tensor conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tenso
   if (choice.split > 1) {
     const Tile& shape = kTiles[choice.tile];
     const int64_t tiles = tiles_of(problem, shape);
-    const int64_t tickets = (tiles + 3) / 4 * 4;  // the partial sums after them are aligned
+    const int64_t tickets = (tiles + 31) / 32 * 32;  // the partial sums begin a cache line
     const int64_t partials = tiles * choice.split * shape.m * shape.n;
     workspace = empty({tickets + partials}, {1}, ScalarType::Float, input);
     conv.tickets = static_cast<int*>(workspace->mutable_data_ptr());

@@ -68,15 +68,25 @@ __device__ __forceinline__ float read(const Parameter& parameter, int i, float o
 struct Tap {
   int r, s, c;
 
+  __device__ __forceinline__ void next(int channels, int S) {
+    if (++c < channels) return;
+    c = 0;
+    next_tap(S);
+  }
+
   __device__ __forceinline__ void advance(int by, int channels, int S) {
     c += by;
     while (c >= channels) {
       c -= channels;
-      if (++s == S) {
-        s = 0;
-        ++r;
-      }
+      next_tap(S);
     }
+  }
+
+ private:
+  __device__ __forceinline__ void next_tap(int S) {
+    if (++s < S) return;
+    s = 0;
+    ++r;
   }
 };
 
@@ -348,9 +358,10 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
       const T zero = device::narrow<T>(0.f);
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        const int64_t in_window = input_offset(tap);
-        const int64_t in_filter =
-            tap.r * conv.weight_r + tap.s * conv.weight_s + tap.c * conv.weight_c;
+        // The host sees to it that 32 bits hold these.
+        const int in_window = static_cast<int>(input_offset(tap));
+        const int in_filter =
+            static_cast<int>(tap.r * conv.weight_r + tap.s * conv.weight_s + tap.c * conv.weight_c);
 #pragma unroll
         for (int i = 0; i < kPixels; ++i) {
           const T* source = windows[i].origin + in_window;
@@ -361,7 +372,7 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
           const T* source = first_filter + i * kRowsAtOnce * conv.weight_k + in_filter;
           y[i].values[e] = tap.r < conv.R && k0 + row + i * kRowsAtOnce < k_end ? *source : zero;
         }
-        tap.advance(1, channels, conv.S);
+        tap.next(channels, conv.S);
       }
       tap.advance(kDepth - kElements, channels, conv.S);
 #pragma unroll
