@@ -80,7 +80,7 @@ SUITES = {
         ),
     ],
     SCALE_SHIFT_ACT: [
-        Suite("scale_shift_act.cu", "test_scale_shift_act.py", "host"),
+        Suite("scale_shift_act.cu", "test_scale_shift_act.py", "on_host"),
     ],
 }
 
