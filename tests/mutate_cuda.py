@@ -14,9 +14,11 @@ the first that fails. The report is `bench/results/static/cuda-mutants.json`:
 compiler makes the same machine code of it) or "does not compile"; the last two are no mutants of
 what runs, and count neither way. `how` is an exception's first line, a signal or a time limit.
 
-    python tests/mutate_cuda.py [--count 130] [--seed 0] [--only TEXT] [--survivors]
+    python tests/mutate_cuda.py [--count 100] [--seed 0] [--only TEXT] [--survivors]
+    python tests/mutate_cuda.py --check 3
 
-Entries are added to the report as they come; a run goes on where another stopped.
+Entries are added to the report as they come; a run goes on where another stopped. The second form
+judges a few of the report's mutants again and fails if one is caught no more.
 """
 
 from __future__ import annotations
@@ -88,6 +90,7 @@ KEY = ("file", "line", "occurrence", "mutant")  # of an entry
 
 # Why a mutant that survives is no gap in the tests, by what it is changed to.
 EXPLANATIONS: dict[str, str] = {}
+HARMLESS = ("equivalent: ", "performance: ")  # how the explanation of no mistake begins
 
 
 @dataclass(frozen=True)
@@ -328,6 +331,7 @@ class FirstFailure:
     def pytest_exception_interact(self, call: Any) -> None:
         lines = str(call.excinfo.value).strip().splitlines()
         said = " ".join(line.strip() for line in lines if line.strip())
+        said = re.sub(r"/[\w./]*/", "", said)
         self.write(how=f"{call.excinfo.typename}: {said}"[:160])
 
 
@@ -386,22 +390,50 @@ def write_report(report: dict[str, Any], path: Path = REPORT) -> None:
     path.write_text(json.dumps(head)[:-1] + f', "entries": [\n  {lines}\n]}}\n')
 
 
+def is_harmless(entry: dict[str, Any]) -> bool:
+    """Whether a mutant survives because what it computes is right."""
+    return entry.get("why", "").startswith(HARMLESS)
+
+
+def share_caught(entries: list[dict[str, Any]]) -> float:
+    """Of the mutants that are mistakes."""
+    counted = [e for e in entries if e["outcome"] in ("caught", "survived") and not is_harmless(e)]
+    return sum(entry["outcome"] == "caught" for entry in counted) / max(1, len(counted))
+
+
 def score(entries: list[dict[str, Any]]) -> str:
-    """How many were caught, in words."""
+    """What the report says, in words."""
     counts = Counter(entry["outcome"] for entry in entries)
-    total = counts["caught"] + counts["survived"]
-    share = counts["caught"] / total if total else 0
-    return f"{counts['caught']} of {total} mutants caught ({share:.1%})"
+    harmless = sum(map(is_harmless, entries))
+    return (
+        f"{counts['caught']} caught, {counts['survived']} survived, of which {harmless} compute "
+        f"what they should; {share_caught(entries):.1%} of the others caught"
+    )
+
+
+def check(count: int) -> None:
+    """Judges some of the report's mutants again."""
+    caught = {key_of(e) for e in read_report()["entries"] if e["outcome"] == "caught"}
+    order = [mutant for mutant in sample(0) if mutant.key in caught and mutant.file == CONV]
+    assert len(order) >= count, "the report is about other kernels than these"
+    for mutant in order[:count]:
+        entry = judge(mutant)
+        print(f"{entry['outcome']}: {entry['mutant']}  [{entry.get('how', '')}]")
+        assert entry["outcome"] == "caught", entry
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=130, help="mutants that compile to other code")
+    parser.add_argument("--count", type=int, default=100, help="mutants that compile to other code")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="mutants whose line has this text")
     parser.add_argument("--survivors", action="store_true", help="judge those again")
+    parser.add_argument("--check", type=int, default=0, help="judge so many caught ones again")
     arguments = parser.parse_args()
     prepare()
+    if arguments.check:
+        check(arguments.check)
+        return
     report = read_report()
     report |= {"seed": arguments.seed, "compiler": compiler()}
     order = [mutant for mutant in sample(arguments.seed) if arguments.only in mutant.line]
