@@ -165,7 +165,7 @@ def entries(architecture: str, library: Path = LIBRARY) -> list[dict[str, Any]]:
     found = []
     for mangled, *numbers in used:
         registers, stack, static, local = map(int, numbers)
-        fields, threads, shared = description(_demangled(mangled))
+        fields, threads, shared = description(demangled(mangled))
         shared += static
         limits = LIMITS[architecture]
         blocks = resident(limits, threads, registers, shared)
@@ -204,7 +204,8 @@ def _cuobjdump(option: str, architecture: str, library: Path) -> str:
 
 
 @cache
-def _demangled(name: str) -> str:
+def demangled(name: str) -> str:
+    """A kernel's name as C++ has it."""
     command = ["c++filt", name]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
