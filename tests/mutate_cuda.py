@@ -92,8 +92,8 @@ SUITES = {
 
 KEY = ("file", "line", "occurrence", "mutant")  # of an entry
 
-# Why a mutant that survives is no gap in the tests, by what it is changed to.
-EXPLANATIONS: dict[str, str] = {}
+# Why a mutant that survives is no gap in the tests, by the line and what it is changed to.
+EXPLANATIONS: dict[tuple[str, str], str] = {}
 HARMLESS = ("equivalent: ", "performance: ")  # how the explanation of no mistake begins
 
 
@@ -389,8 +389,9 @@ def key_of(entry: dict[str, Any]) -> tuple[Any, ...]:
 def write_report(report: dict[str, Any], path: Path = REPORT) -> None:
     entries = sorted(report["entries"], key=key_of)
     for entry in entries:
-        if entry["outcome"] == "survived" and entry["mutant"] in EXPLANATIONS:
-            entry["why"] = EXPLANATIONS[entry["mutant"]]
+        why = EXPLANATIONS.get((entry["line"], entry["mutant"]))
+        if entry["outcome"] == "survived" and why:
+            entry["why"] = why
     lines = ",\n  ".join(json.dumps(entry) for entry in entries)
     head = {k: v for k, v in report.items() if k != "entries"}
     path.write_text(json.dumps(head)[:-1] + f', "entries": [\n  {lines}\n]}}\n')
