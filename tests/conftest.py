@@ -98,9 +98,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Runner]:
     """The backend under test, chosen for the duration of the test."""
     runner: Runner = request.param
     request.node.user_properties.append(("backend", runner.name))
-    on_host = runner.how == "on the host"
-    guard = cuda_on_host.guarded() if on_host else contextlib.nullcontext()
-    with fused_resnet.use_backend(runner.name), guard:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(fused_resnet.use_backend(runner.name))
+        if runner.how == "on the host":
+            stack.enter_context(cuda_on_host.drawn_from(request.node.nodeid))
         yield runner
 
 

@@ -55,7 +55,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "static" / "cuda-mutants.json"
 CONV = "csrc/cuda/conv_bn_act.cuh"
 SCALE_SHIFT_ACT = "csrc/cuda/scale_shift_act.cu"
-TIME_LIMIT = 100  # seconds of computing for the tests of one mutant; unbroken, half of it
+TIME_LIMIT = 45  # seconds of computing for the tests of one mutant; unbroken, a third of it
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,27 @@ SUITES = {
 KEY = ("file", "line", "occurrence", "mutant")  # of an entry
 
 # Why a mutant that survives is no gap in the tests, by the line and what it is changed to.
-EXPLANATIONS: dict[tuple[str, str], str] = {}
+EXPLANATIONS: dict[tuple[str, str], str] = {
+    ("__threadfence();", ";"): (
+        "memory order: blocks run one after another on the host, so none sees another's stores late"
+    ),
+    (
+        "for (int i = threadIdx.x; i < kTile.n; i += kThreads) {",
+        "for (int i = threadIdx.x; i < kTile.n; i = kThreads) {",
+    ): "equivalent: no instance has more filters than threads, so this loops once",
+    (
+        "for (int piece = 0; piece < kStages - 1; ++piece) load_residual(piece);",
+        "for (int piece = 0; piece <= kStages - 1; ++piece) load_residual(piece);",
+    ): "equivalent: the pieces before hold all of the residual, by a static_assert",
+    (
+        "for (; row + (kRowsInFlight - 1) * row_step < rows; row += kRowsInFlight * row_step) {",
+        "for (; row + (kRowsInFlight) * row_step < rows; row += kRowsInFlight * row_step) {",
+    ): "performance: the loop after it takes the last rows one by one",
+    (
+        "if (e + 1 < N && ++current_place == plane) {",
+        "if (e < N && ++current_place == plane) {",
+    ): "equivalent: after a vector's last element it loads a scale and a shift that nothing uses",
+}
 HARMLESS = ("equivalent: ", "performance: ")  # how the explanation of no mistake begins
 
 
@@ -238,7 +258,8 @@ def judge(mutant: Mutant, thorough: bool = False) -> dict[str, Any]:
             noticed = run_suite(suite, link(broken, Path(folder)))
             if noticed is not None:
                 return entry | {"outcome": "caught"} | noticed
-    if same:
+    # On the host a fence is no instruction, but on a GPU it is one.
+    if same and "__threadfence" not in mutant.line:
         return entry | {"outcome": "same code"}
     return entry | {"outcome": "survived"}
 

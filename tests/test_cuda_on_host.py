@@ -120,6 +120,34 @@ def test_same_bits_for_every_seed():
     assert all(torch.equal(product, products[0]) for product in products)
 
 
+def test_the_size_of_the_gpu_changes_the_grid_alone():
+    """Few multiprocessors make the kernels loop over what a grid does not cover."""
+    x, scale, shift = torch.randn(2, 16, 100, 50), torch.randn(16), torch.randn(16)
+    outputs, blocks = [], []
+    for processors in (1, 132):
+        module.set_processors(processors)
+        before = module.statistics()["blocks"]
+        outputs.append(operators.scale_shift_act(x, scale, shift))
+        blocks.append(module.statistics()["blocks"] - before)
+    module.set_processors(4)
+    assert torch.equal(*outputs)
+    assert blocks[0] < blocks[1]
+
+
+def test_what_ran_is_counted():
+    a, b = torch.randn(64, 96).half(), torch.randn(128, 96).half()
+    before = module.statistics()
+    operators.test_product(a, b, torch.empty(64, 128), 0)
+    ran = {name: count - before[name] for name, count in module.statistics().items()}
+    blocks, steps, tiles_of_a_step = 2, 3, 4 * 8 * 2
+    assert ran == {
+        "blocks": blocks,
+        "threads": blocks * 128,
+        "barriers": blocks * steps,
+        "multiplications": blocks * steps * tiles_of_a_step,
+    }
+
+
 @pytest.mark.parametrize(
     ("mistake", "kinds"),
     [(1, "unfinished copy"), (2, "uninitialised read|race"), (3, "race")],

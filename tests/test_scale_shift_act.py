@@ -34,7 +34,7 @@ def device(request, monkeypatch):
         return
     kernel = torch.ops.fused_resnet_on_host.scale_shift_act
     monkeypatch.setattr(sys.modules[__name__], "operator", kernel)
-    with cuda_on_host.guarded():
+    with cuda_on_host.drawn_from(request.node.nodeid):
         yield "cpu"
 
 

@@ -246,6 +246,7 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
   constexpr int kPieceRows = kStageBytes / (kOutChunks * 16);  // of the residual in a stage
   static_assert(sizeof(T) == kTile.element_bytes());
   static_assert(kTile.m % kRowsAtOnce == 0 && kTile.n % kRowsAtOnce == 0 && kTilesN % 2 == 0);
+  static_assert(kPixels + kFilters <= 32, "a bit for each");
   static_assert(kRowsAtOnce % 8 == 0, "the rows that a thread copies are permuted alike");
   static_assert(kStageBytes % (kOutChunks * 16) == 0, "a row of the output is within a stage");
   static_assert(kTile.m <= kPieceRows * (kStages - 1), "the output leaves the last stage alone");

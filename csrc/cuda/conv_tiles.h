@@ -69,7 +69,7 @@ inline constexpr Tile kTiles[] = {
     {Products::kIeee, Loads::kVectors, 128, 64, 128, 3, 2, 4, 1},
     {Products::kIeee, Loads::kVectors, 64, 64, 128, 3, 2, 2, 2},
     {Products::kIeee, Loads::kElements, 64, 64, 128, 2, 2, 2, 2},
-    {Products::kIeee, Loads::kDiagonal, 128, 32, 128, 3, 4, 1, 2},
+    {Products::kIeee, Loads::kDiagonal, 128, 32, 128, 3, 4, 1, 3},
 };
 inline constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 

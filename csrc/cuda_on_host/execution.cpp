@@ -1,3 +1,4 @@
+// Blocks, their threads' turns, barriers and operations of a warp; the checks of what they access.
 #include "cuda_on_host/execution.h"
 
 #include <cuda_runtime.h>
@@ -80,8 +81,9 @@ void Block::prepare(const GridShape& shape, void (*thread_function)(void*), void
   argument_ = argument;
   thread_count_ = shape.threads;
   warp_count_ = (thread_count_ + 31) / 32;
-  while (stacks_.size() < thread_count_)
+  while (stacks_.size() < thread_count_) {
     stacks_.push_back(std::make_unique<GuardedPages>(kStackBytes));
+  }
   if (!shared_ || shared_bytes_ != shape.shared_bytes) {
     shared_bytes_ = shape.shared_bytes;
     shared_ = std::make_unique<GuardedPages>(std::max<size_t>(shared_bytes_, 1));
@@ -96,6 +98,7 @@ void Block::run(uint64_t seed) {
   memset(shared_->begin(), 0xff, shared_->end() - shared_->begin());
   late_copies_ = random_.below(2);
   restlessness_ = std::array<unsigned, 4>{0, 1, 16, 128}[random_.below(4)];
+  current_warp_ = random_.below(warp_count_);
   done_count_ = barrier_count_ = predicate_count_ = 0;
   fault_.reset();
   for (unsigned w = 0; w < warp_count_; ++w) {
@@ -108,6 +111,7 @@ void Block::run(uint64_t seed) {
     Thread& thread = threads_[i];
     thread.copies.clear();
     thread.groups = 0;
+    thread.accesses = false;
     const GuardedPages& stack = *stacks_[i];
     thread.stack_begin = stack.begin();
     thread.stack_end = stack.end();
@@ -154,8 +158,7 @@ void Block::enter(Thread& thread) {
 }
 
 Thread* Block::next() {
-  if (!warps_[current_warp_].ready || current_warp_ >= warp_count_ ||
-      (restlessness_ && random_.below(128) < restlessness_)) {
+  if (!warps_[current_warp_].ready || (restlessness_ && random_.below(128) < restlessness_)) {
     std::array<unsigned, kMostThreads / 32> runnable;
     unsigned count = 0;
     for (unsigned w = 0; w < warp_count_; ++w) {
@@ -408,7 +411,7 @@ void Block::write_atomically(const void* address, size_t bytes) {
 namespace {
 
 Block& block() {
-  if (!running) throw_error("a device function_ was called outside a kernel");
+  if (!running) throw_error("a device function was called outside a kernel");
   return *running;
 }
 
@@ -472,7 +475,7 @@ void Block::fail_after_signal() {
   if (!signal_has_address) {
     what = "misaligned access, or an address that cannot be";
   } else if (const GuardedPages& stack = *stacks_[current->index];
-             signal_address < stack.begin() && signal_address >= stack.begin() - 4096) {
+             signal_address < stack.begin() && signal_address >= stack.begin() - page_bytes()) {
     what = "the thread's stack overflows";
   } else {
     std::ostringstream address;

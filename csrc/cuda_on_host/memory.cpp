@@ -16,7 +16,6 @@
 namespace fused_resnet::on_host {
 namespace {
 
-constexpr size_t kPage = 4096;  // at least as large as what mprotect works on
 constexpr size_t kAlignment = 16;
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point format
 
@@ -26,17 +25,23 @@ size_t round_up(size_t size, size_t multiple) {
 
 }  // namespace
 
+size_t page_bytes() {
+  static const size_t bytes = sysconf(_SC_PAGESIZE);
+  return bytes;
+}
+
 GuardedPages::GuardedPages(size_t bytes) {
-  const size_t size = round_up(bytes, kPage);
-  void* pages = mmap(nullptr, size + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const size_t size = round_up(bytes, page_bytes());
+  void* pages =
+      mmap(nullptr, size + 2 * page_bytes(), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (pages == MAP_FAILED) throw std::bad_alloc();
-  begin_ = static_cast<char*>(pages) + kPage;
+  begin_ = static_cast<char*>(pages) + page_bytes();
   end_ = begin_ + size;
   if (mprotect(begin_, size, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
 }
 
 GuardedPages::~GuardedPages() {
-  munmap(begin_ - kPage, end_ - begin_ + 2 * kPage);
+  munmap(begin_ - page_bytes(), end_ - begin_ + 2 * page_bytes());
 }
 
 namespace {
@@ -102,16 +107,17 @@ void guard_tensors(Guard guard) {
 
 TensorMemory tensor_memory_at(const char* address) {
   const std::lock_guard lock(mutex);
-  const auto page = address - reinterpret_cast<uintptr_t>(address) % kPage;
-  TensorMemory nothing{page, page + kPage, nullptr, nullptr};
+  const auto page = address - reinterpret_cast<uintptr_t>(address) % page_bytes();
+  TensorMemory nothing{page, page + page_bytes(), nullptr, nullptr};
   if (buffers().empty()) return nothing;
   // The last to begin before the address, or the next, whose guard page lies before it.
   auto next = buffers().upper_bound(address);
   for (int i = 0; i < 2; ++i) {
     if (next != buffers().end()) {
       const Buffer& buffer = *next->second;
-      const TensorMemory memory{buffer.pages.begin() - kPage, buffer.pages.end() + kPage,
-                                buffer.begin, buffer.begin + buffer.bytes};
+      const TensorMemory memory{buffer.pages.begin() - page_bytes(),
+                                buffer.pages.end() + page_bytes(), buffer.begin,
+                                buffer.begin + buffer.bytes};
       if (address >= memory.reach_begin && address < memory.reach_end) return memory;
     }
     if (next == buffers().begin()) break;

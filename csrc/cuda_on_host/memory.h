@@ -6,6 +6,9 @@
 
 namespace fused_resnet::on_host {
 
+// What memory is guarded in units of.
+size_t page_bytes();
+
 // Whole pages between two that cannot be accessed.
 class GuardedPages {
  public:

@@ -1,6 +1,7 @@
 // float16, bfloat16 and tf32 as bits, rounded as the GPU's conversions round.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
