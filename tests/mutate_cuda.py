@@ -113,6 +113,21 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
         "if (e + 1 < N && ++current_place == plane) {",
         "if (e < N && ++current_place == plane) {",
     ): "equivalent: after a vector's last element it loads a scale and a shift that nothing uses",
+    (
+        "const int tile_n = kDiagonal ? 0 : blockIdx.x % columns;",
+        "const int tile_n = blockIdx.x % columns;",
+    ): "equivalent: on the diagonal there is one column of tiles",
+    (
+        "const float deviation = exists ? sqrtf(read(conv.running_var, k, 1.f) + conv.eps) : 1.f;",
+        "const float deviation = exists ? sqrtf(read(conv.running_var, k, 0.f) + conv.eps) : 1.f;",
+    ): "equivalent: the variance is never left out, so nothing stands for it",
+    (
+        "threadIdx.x == 0 && atomicAdd(conv.tickets + tile, 1) == static_cast<int>(gridDim.z) - 1;",
+        "threadIdx.x == 0 || atomicAdd(conv.tickets + tile, 1) == static_cast<int>(gridDim.z) - 1;",
+    ): (
+        "memory order: every block writes the output, the last one rightly, and on the host the "
+        "last one is the last to write"
+    ),
 }
 HARMLESS = ("equivalent: ", "performance: ")  # how the explanation of no mistake begins
 
