@@ -118,6 +118,14 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
         "const int tile_n = blockIdx.x % columns;",
     ): "equivalent: on the diagonal there is one column of tiles",
     (
+        "if (old == old) continue;",
+        "if (false) continue;",
+    ): "performance: numbers beside a NaN are summed again too, to the same",
+    (
+        "scale[i] = exists ? read(conv.bn_weight, k, 1.f) / deviation : 0.f;",
+        "scale[i] = exists ? read(conv.bn_weight, k, 1.f) / deviation : 1.f;",
+    ): "equivalent: outputs beyond the last filter are not stored",
+    (
         "const float deviation = exists ? sqrtf(read(conv.running_var, k, 1.f) + conv.eps) : 1.f;",
         "const float deviation = exists ? sqrtf(read(conv.running_var, k, 0.f) + conv.eps) : 1.f;",
     ): "equivalent: the variance is never left out, so nothing stands for it",
