@@ -58,18 +58,22 @@ def is_needed() -> bool:
 @functools.cache
 def load() -> ModuleType:
     """The module of csrc/cuda_on_host/module.cpp; its operators are registered then."""
-    own = sorted((ROOT / "csrc" / "cuda_on_host").glob("*.cpp"))
-    host = sorted((ROOT / "csrc" / "cuda").rglob("*.cpp"))
-    library = build([*kernel_sources(), *host, *own, *extra_sources()])
+    return load_library(build(sources()))
+
+
+def load_library(library: Path) -> ModuleType:
+    """The module in a library that `build` or `link` made."""
     spec = importlib.util.spec_from_file_location(NAME, library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def extra_sources() -> list[Path]:
-    """Kernels of the tests' own."""
-    return sorted(Path(__file__).parent.glob("*.cu"))
+def sources() -> list[Path]:
+    """All that the library is made of, kernels of the tests' own included."""
+    own = sorted((ROOT / "csrc" / "cuda_on_host").glob("*.cpp"))
+    host = sorted((ROOT / "csrc" / "cuda").rglob("*.cpp"))
+    return [*kernel_sources(), *host, *own, *sorted(Path(__file__).parent.glob("*.cu"))]
 
 
 @contextlib.contextmanager
@@ -97,11 +101,8 @@ def build(sources: Sequence[Path]) -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(_compile, sources))
-    command = [
-        _compiler(), "-shared", *map(str, objects), f"-L{TORCH / 'lib'}",
-        "-ltorch_cpu", "-lc10", "-ldl",
-    ]  # fmt: skip
+        objects = list(pool.map(compiled, sources))
+    command = link_command(objects)
     library = BUILD / _digest(command) / f"{NAME}.so"
     if not library.is_file():
         library.parent.mkdir(exist_ok=True)
@@ -109,15 +110,32 @@ def build(sources: Sequence[Path]) -> Path:
     return library
 
 
-def _compile(source: Path) -> Path:
-    """The object made of `source`, named by the command and all that it reads."""
-    command = [
+def link_command(objects: Sequence[Path]) -> list[str]:
+    """What makes the library, but for `-o` and its path."""
+    return [
+        _compiler(), "-shared", *map(str, objects), f"-L{TORCH / 'lib'}",
+        "-ltorch_cpu", "-lc10", "-ldl",
+    ]  # fmt: skip
+
+
+def compile_command(source: Path, *instead: Path) -> list[str]:
+    """What makes an object, but for `-o` and its path.
+
+    Headers in the folders `instead` are taken before those of csrc.
+    """
+    return [
         _compiler(), *FLAGS, *(KERNEL_FLAGS if source.suffix == ".cu" else []),
+        *(f"-I{folder}" for folder in instead),
         f"-I{ROOT / 'csrc' / 'cuda_on_host' / 'include'}", f"-I{ROOT / 'csrc'}",
         "-isystem", str(TORCH / "include"),
         "-isystem", sysconfig.get_paths()["include"],
         "-c", str(source),
     ]  # fmt: skip
+
+
+def compiled(source: Path) -> Path:
+    """The object made of `source`, named by the command and all that it reads."""
+    command = compile_command(source)
     key = _digest([*command, torch.__version__, _compiler_version(), _machine()])
     record = BUILD / f"{source.stem}-{key}.json"
     if record.is_file():

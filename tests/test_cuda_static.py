@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import importlib.util
+import json
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,17 +21,12 @@ from fused_resnet import _native
 
 LIBRARY = Path(fused_resnet.__file__).parent / "_cuda.abi3.so"
 CUDA = _native.build_info()["cuda"]
-
-
-def find_cuobjdump() -> str | None:
-    """The toolkit's, or the one that Triton ships."""
-    triton = Path(torch.__file__).parents[1] / "triton" / "backends" / "nvidia" / "bin"
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    folders = [os.environ["PATH"], *(f"{home}/bin" for home in homes if home), str(triton)]
-    return shutil.which("cuobjdump", path=os.pathsep.join(folders))
-
-
-CUOBJDUMP = find_cuobjdump()
+SCRIPT = Path(__file__).parents[1] / "bench" / "static_cuda.py"
+spec = importlib.util.spec_from_file_location("static_cuda", SCRIPT)
+static_cuda = importlib.util.module_from_spec(spec)
+sys.modules["static_cuda"] = static_cuda
+spec.loader.exec_module(static_cuda)
+CUOBJDUMP = static_cuda.find_cuobjdump()
 
 pytestmark = [
     pytest.mark.skipif(CUDA is None, reason="built without CUDA kernels"),
@@ -195,3 +192,15 @@ def test_aligned_paths_access_16_bytes(architecture):
             assert not narrow, f"{name}: {narrow[:3]}"
         checked += 1
     assert checked == 16
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
+def test_the_report_is_of_these_kernels():
+    """`bench/results/static/cuda.json` lists what the library holds for the first architecture."""
+    report = json.loads(static_cuda.REPORT.read_text())
+    architecture = ARCHITECTURES[0]
+    own = [static_cuda.description(static_cuda.demangled(name)) for name in kernels(architecture)]
+    own = sorted(json.dumps(fields, sort_keys=True) for fields, _, _ in own)
+    listed = [static_cuda.identity(e) for e in report["entries"]]
+    listed = [e for e in listed if e.pop("architecture") == architecture]
+    assert sorted(json.dumps(fields, sort_keys=True) for fields in listed) == own

@@ -1,0 +1,96 @@
+"""What `bench/results/static` says of the CUDA kernels is about these kernels, and is good."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import mutate_cuda
+import pytest
+
+from fused_resnet import _native, backends
+
+ROOT = Path(__file__).parents[1]
+STATIC = json.loads((ROOT / "bench" / "results" / "static" / "cuda.json").read_text())
+MUTANTS = mutate_cuda.read_report()
+
+on_host = pytest.mark.skipif(not backends.cuda.on_host(), reason="for the kernels on the host")
+
+
+def test_nothing_is_spilled_and_a_block_fits():
+    for entry in STATIC["entries"]:
+        what = {k: v for k, v in entry.items() if not isinstance(v, dict)}
+        assert entry["stack_bytes"] == 0, what
+        assert entry["blocks_per_multiprocessor"] >= 1, what
+
+
+@pytest.mark.skipif(_native.cuda_operators is None, reason="nothing to read conv_tiles.h with")
+def test_every_instance_is_listed():
+    numbers = _native.cuda_operators.conv_tiles()
+    tiles = Counter()
+    for at in range(0, len(numbers), 7):
+        row = tuple(numbers[at : at + 7])
+        tiles[row] += 1 if row[0] else 2  # float16 and bfloat16
+    kinds = (
+        ("tensor cores", "tensor cores, tf32", "multiply-adds"),
+        ("vectors", "elements", "diagonal"),
+    )
+    fields = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
+    architectures = {entry["architecture"] for entry in STATIC["entries"]}
+    assert {f"sm_{name.removesuffix('+PTX').replace('.', '')}" for name in STATIC["architectures"]}
+    assert len(architectures) == len(STATIC["architectures"]) >= 5
+    for architecture in architectures:
+        listed = Counter(
+            (
+                kinds[0].index(entry["products"]),
+                kinds[1].index(entry["loads"]),
+                *(entry[field] for field in fields),
+            )
+            for entry in STATIC["entries"]
+            if entry["architecture"] == architecture and entry["kernel"] == "conv_bn_act"
+        )
+        assert listed == tiles, architecture
+
+
+def test_tensor_cores_and_wide_accesses():
+    for entry in STATIC["entries"]:
+        if entry["kernel"] != "conv_bn_act":
+            continue
+        what = {k: v for k, v in entry.items() if not isinstance(v, dict)}
+        assert bool(entry["tensor_core"]) == (entry["products"] != "multiply-adds"), what
+        assert entry["global_stores"]["STG.128"] > 0, what
+        assert (entry["global_loads"].get("LDGSTS.128", 0) > 0) == (
+            entry["loads"] != "elements" or "LDGSTS.128" in entry["global_loads"]
+        ), what
+
+
+def test_mutants_are_caught():
+    entries = MUTANTS["entries"]
+    outcomes = Counter(entry["outcome"] for entry in entries)
+    assert outcomes["caught"] + outcomes["survived"] >= 60
+    for entry in entries:
+        if entry["outcome"] == "survived":
+            assert entry.get("why"), f"not explained: {entry}"
+    assert mutate_cuda.share_caught(entries) >= 0.95
+
+
+def test_mutants_are_of_these_kernels():
+    """Lines may have changed since, but not most of them."""
+    current = {mutant.key for mutant in mutate_cuda.sample(MUTANTS["seed"])}
+    known = [mutate_cuda.key_of(entry) in current for entry in MUTANTS["entries"]]
+    assert sum(known) >= 0.8 * len(known)
+
+
+@on_host
+@pytest.mark.slow
+def test_some_mutants_again():
+    script = Path(mutate_cuda.__file__)
+    done = subprocess.run(
+        [sys.executable, script, "--check", "3"], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall("^caught: ", done.stdout, re.MULTILINE)) == 3
