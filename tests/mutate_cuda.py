@@ -130,6 +130,30 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
         "const float deviation = exists ? sqrtf(read(conv.running_var, k, 0.f) + conv.eps) : 1.f;",
     ): "equivalent: the variance is never left out, so nothing stands for it",
     (
+        "(read(conv.bias, k, 0.f) - read(conv.running_mean, k, 0.f)) * scale[i]",
+        "(read(conv.bias, k, 0.f) - read(conv.running_mean, k, 1.f)) * scale[i]",
+    ): "equivalent: the mean is never left out, so nothing stands for it",
+    (
+        "const int end = min(kTile.m, (piece + 1) * kPieceRows) * kOutChunks;",
+        "const int end = ((piece + 1) * kPieceRows) * kOutChunks;",
+    ): "performance: loads rows of the residual that nothing reads, into a stage that is free",
+    (
+        "const int share = (all_steps + gridDim.z - 1) / gridDim.z;",
+        "const int share = (all_steps + gridDim.z) / gridDim.z;",
+    ): "performance: the first shares are longer, and the last shorter or none",
+    (
+        "constexpr int kPlaces = kChunks < 8 ? kChunks : 8;",
+        "constexpr int kPlaces = kChunks;",
+    ): "equivalent: another permutation, of as many banks",
+    (
+        "if (conv.group_c >= kElements) {",
+        "if (conv.group_c > kElements) {",
+    ): "performance: chunks that could be copied whole are copied in pieces",
+    (
+        "const int lanes = min(vectors, kThreads);",
+        "const int lanes = (kThreads);",
+    ): "performance: a block has one row, and threads beyond it nothing to do",
+    (
         "threadIdx.x == 0 && atomicAdd(conv.tickets + tile, 1) == static_cast<int>(gridDim.z) - 1;",
         "threadIdx.x == 0 || atomicAdd(conv.tickets + tile, 1) == static_cast<int>(gridDim.z) - 1;",
     ): (

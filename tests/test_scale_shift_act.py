@@ -71,7 +71,8 @@ def check(x, scale, shift, residual, activation):
     assert_error_rule(out, eager(*arguments), exact(*arguments))
 
 
-# Odd sizes leave partial vectors, sizes of one leave dimensions out, few channels make short rows.
+# Odd sizes leave partial vectors, sizes of one leave dimensions out, few channels make short rows,
+# and thousands of them more than the threads of a block take at once.
 SHAPES = [
     (2, 64, 7, 7),
     (3, 5, 9, 11),
@@ -83,6 +84,7 @@ SHAPES = [
     (2, 6, 3, 4, 5),
     (2, 1000, 1, 3),
     (1, 130, 2, 2),
+    (2, 2056, 1, 2),
     (2, 64, 33, 32),
 ]
 
