@@ -248,6 +248,7 @@ def test_internal_operators_keep_to_their_schemas(monkeypatch, name):
         model.train()(image_batch(4, 40))
         model.eval()
         make_conv_case(ConvShape(16, 24, (3, 3))).fused()
+    model.train()(image_batch(4, 40)).sum().backward()
     assert calls
     for arguments in calls[:8]:
         torch.library.opcheck(operator, arguments, test_utils=["test_schema"])
