@@ -456,7 +456,7 @@ def test_the_tuner_may_choose_it():
         assert tuner.check(tuner.run_of(choice), case) is None
 
 
-@pytest.mark.skipif(not ON_HOST, reason="for the interpreter")
+@pytest.mark.skipif(not ON_HOST, reason="for the kernels on the host")
 def test_the_triton_backend_runs_the_tuners_choice(monkeypatch):
     if backends.available()["triton"] != "yes":
         pytest.skip(backends.available()["triton"])

@@ -6,6 +6,8 @@ namespace fused_resnet::on_host {
 
 #if defined(__x86_64__)
 
+// Of the host: saves what a called function must preserve, changes stacks, and restores it there.
+// swapcontext would ask the kernel for the signal mask each time, which takes longer than the rest.
 asm(R"(
 .text
 .globl fused_resnet_switch_fiber
