@@ -581,25 +581,22 @@ def obstacle(module: nn.Module) -> str | None:
 def structure_obstacle(module: nn.Module) -> str | None:
     """What a module that `forms` knows is made of that has no fused form, or None."""
     form = forms.of(module)
-    acts = []
     for unit in form.units_of(module):
         conv, norm = _conv_norm(module, unit)
         if reason := _conv_obstacle(conv):
             return f"{unit.conv} is {reason}"
         if reason := _norm_obstacle(norm):
             return f"{unit.norm} is {reason}"
-        acts.append(unit.act)
+        if reason := _act_obstacle(forms.part(module, unit.act)):
+            return f"{unit.act} is {reason}"
     for norm, act in form.norms:
         if reason := _norm_obstacle(forms.part(module, norm)):
             return f"{norm} is {reason}"
-        acts.append(act)
+        if reason := _act_obstacle(forms.part(module, act)):
+            return f"{act} is {reason}"
     for conv in form.convs:
         if reason := _conv_obstacle(forms.part(module, conv)):
             return f"{conv} is {reason}"
-    for act in acts:
-        relu = forms.part(module, act)
-        if type(relu) is not nn.ReLU:
-            return f"{act} is {described(relu)}"
     return form.obstacle(module)
 
 
@@ -607,24 +604,9 @@ def hook_obstacle(module: nn.Module) -> str | None:
     """Which hooks inside a module must fire, or None."""
     if _has_any_global_hook():
         return "global module hooks are registered"
-    form = forms.of(module)
-    for unit in form.units_of(module):
-        for name in (unit.conv, unit.norm, unit.act):
-            if reason := _call_obstacle_on_the_way(module, name):
-                return reason
-    for names in (*form.norms, form.convs):
-        for name in names:
-            if reason := _call_obstacle_on_the_way(module, name):
-                return reason
-    return None
-
-
-def _call_obstacle_on_the_way(module: nn.Module, name: str) -> str | None:
-    """What besides the classes' own forwards calling a child, or its parents, would run."""
-    if reason := _call_obstacle(forms.part(module, name)):
-        return f"{name} {reason}"
-    if "." in name:
-        return _call_obstacle_on_the_way(module, name.rpartition(".")[0])
+    for name in forms.of(module).names_of(module):
+        if reason := _call_obstacle(forms.part(module, name)):
+            return f"{name} {reason}"
     return None
 
 
@@ -669,6 +651,11 @@ def _conv_obstacle(conv: nn.Module | None) -> str | None:
 def _norm_obstacle(norm: nn.Module | None) -> str | None:
     """Why a norm has no fused form, or None."""
     return None if type(norm) in (nn.BatchNorm2d, FrozenBatchNorm2d) else described(norm)
+
+
+def _act_obstacle(act: nn.Module | None) -> str | None:
+    """Why an activation has no fused form, or None."""
+    return None if type(act) is nn.ReLU else described(act)
 
 
 def _call_obstacle(module: nn.Module) -> str | None:

@@ -75,9 +75,25 @@ class Form:
     overrides: tuple[str, ...] = ("forward",)
     obstacle: Callable[[nn.Module], str | None] = _no_obstacle
 
+    def __post_init__(self) -> None:
+        if isinstance(self.units, tuple):
+            object.__setattr__(self, "_names", self._names_in(self.units))
+
     def units_of(self, module: nn.Module) -> Sequence[Unit]:
         """The convolutions of a module of this form."""
-        return self.units if type(self.units) is tuple else self.units(module)
+        return self.units if isinstance(self.units, tuple) else self.units(module)
+
+    def names_of(self, module: nn.Module) -> Sequence[str]:
+        """The children that a fused forward pass goes around, and their parents, each once."""
+        if isinstance(self.units, tuple):
+            return self._names
+        return self._names_in(self.units(module))
+
+    def _names_in(self, units: Sequence[Unit]) -> tuple[str, ...]:
+        names = [name for unit in units for name in (unit.conv, unit.norm, unit.act)]
+        names += [name for pair in self.norms for name in pair] + list(self.convs)
+        parents = [name.rpartition(".")[0] for name in names if "." in name]
+        return tuple(dict.fromkeys(names + parents))
 
     @property
     def is_block(self) -> bool:
