@@ -22,6 +22,7 @@ from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 from . import backends, checks, functional, ops
+from .models import cifar
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -30,8 +31,11 @@ CONV_NORM_NAMES: dict[type[nn.Module], tuple[tuple[str, str], ...]] = {
     resnet.BasicBlock: (("conv1", "bn1"), ("conv2", "bn2")),
     resnet.Bottleneck: (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")),
     resnet.ResNet: (("conv1", "bn1"),),
+    cifar.PlainBlock: (("conv1", "bn1"), ("conv2", "bn2")),
+    cifar.CifarResNet: (("conv1", "bn1"),),
 }
-"""Which attributes of torchvision's classes are convolutions, and the norms that follow them."""
+"""Which attributes of torchvision's classes, and of those in `models`, are convolutions, and the
+norms that follow them."""
 
 
 def _named(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
@@ -106,6 +110,33 @@ class ResNet(_Fused, resnet.ResNet):
             return self._unfused_forward_impl(x)
         else:
             return _resnet_forward(self, x)
+
+
+class PlainBlock(_Fused, cifar.PlainBlock):
+    """`models.cifar`'s `PlainBlock`, each convolution running with its norm and ReLU in one."""
+
+    _unfused_forward = _named(cifar.PlainBlock.forward, "_unfused_forward")
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if torch.jit.is_scripting():
+            return self._unfused_forward(x)
+        else:
+            return _plain_block_forward(self, x)
+
+
+class CifarResNet(_Fused, cifar.CifarResNet):
+    """`models.cifar`'s `CifarResNet`, its first convolution, norm and ReLU running in one.
+
+    Whether its blocks are fused is up to them: `fuse` fuses both.
+    """
+
+    _unfused_forward = _named(cifar.CifarResNet.forward, "_unfused_forward")
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if torch.jit.is_scripting():
+            return self._unfused_forward(x)
+        else:
+            return _cifar_resnet_forward(self, x)
 
 
 def _block_forward(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
@@ -290,6 +321,24 @@ def _resnet_forward(model: ResNet, x: Tensor) -> Tensor:
     x = _stages_forward([model.layer1, model.layer2, model.layer3, model.layer4], x)
     x = model.avgpool(x)
     return model.fc(torch.flatten(x, 1))
+
+
+def _plain_block_forward(block: PlainBlock, x: Tensor) -> Tensor:
+    if obstacle(block) is not None or input_obstacle(x) is not None:
+        return block._unfused_forward(x)
+    modules = block._modules
+    for conv, norm in CONV_NORM_NAMES[cifar.PlainBlock]:
+        x = conv_norm_act(modules[conv], modules[norm], x, None, modules["relu"])
+    return x
+
+
+def _cifar_resnet_forward(model: CifarResNet, x: Tensor) -> Tensor:
+    if obstacle(model) is not None or input_obstacle(x) is not None:
+        return model._unfused_forward(x)
+    modules = model._modules
+    x = conv_norm_act(modules["conv1"], modules["bn1"], x, None, modules["relu"])
+    x = _stages_forward([model.layer1, model.layer2, model.layer3], x)
+    return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
 def stem(conv: nn.Conv2d, norm: nn.Module, relu: nn.ReLU, maxpool: nn.Module, x: Tensor) -> Tensor:

@@ -10,12 +10,16 @@ from torch import nn
 from torchvision.models import resnet
 
 from . import backends, blocks, checks
+from .models import cifar
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     resnet.BasicBlock: blocks.BasicBlock,
     resnet.Bottleneck: blocks.Bottleneck,
     resnet.ResNet: blocks.ResNet,
+    cifar.PlainBlock: blocks.PlainBlock,
+    cifar.CifarResNet: blocks.CifarResNet,
 }
+_STEMS = (resnet.ResNet, cifar.CifarResNet)
 _UNFUSED = {fused: unfused for unfused, fused in _FUSED.items()}
 _MEMORY = ("normal", "low")
 
@@ -26,7 +30,7 @@ class Record:
 
     Attributes:
         path: the module's path in the model, "" for the model itself.
-        kind: "BasicBlock", "Bottleneck" or "stem".
+        kind: "BasicBlock", "Bottleneck", "PlainBlock" or "stem".
         fused: whether it runs fused as it is now: class, mode, hooks and dtypes.
         backend: the kernels that run it, such as "cpu: library convolution + scale_shift_act", or
             "eager".
@@ -87,10 +91,10 @@ class Report(Sequence[Record]):
 def fuse(model: nn.Module, memory: str = "normal") -> nn.Module:
     """Makes a model's residual blocks and stem run fused, in place.
 
-    Only modules that are exactly torchvision's `BasicBlock`, `Bottleneck` or `ResNet` change, and
-    only their class: parameters, buffers, hooks and `state_dict` stay the objects they are. A
-    module whose parts have no fused form (other norms or activations) is left alone; `report` says
-    so.
+    Only modules that are exactly torchvision's `BasicBlock`, `Bottleneck` or `ResNet`, or one of
+    the classes in `models`, change, and only their class: parameters, buffers, hooks and
+    `state_dict` stay the objects they are. A module whose parts have no fused form (other norms or
+    activations) is left alone; `report` says so.
 
     Args:
         model: any module, a block itself included.
@@ -119,7 +123,7 @@ def fuse(model: nn.Module, memory: str = "normal") -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Gives a model's fused modules torchvision's classes back, in place.
+    """Gives a model's fused modules the classes back that they had, in place.
 
     Args:
         model: any module, fused or not.
@@ -149,7 +153,8 @@ def report(model: nn.Module) -> Report:
         model: any module.
 
     Returns:
-        A record for each of torchvision's `BasicBlock`, `Bottleneck` and `ResNet` and subclasses.
+        A record for each of torchvision's `BasicBlock`, `Bottleneck` and `ResNet`, for those in
+        `models`, and for subclasses.
 
     Raises:
         TypeError: it is not a module.
@@ -172,7 +177,7 @@ def _modules(model: nn.Module, name: str) -> list[nn.Module]:
 
 def _record(path: str, module: nn.Module) -> Record:
     base = next(base for base in _FUSED if isinstance(module, base))
-    kind = "stem" if base is resnet.ResNet else base.__name__
+    kind = "stem" if base in _STEMS else base.__name__
     reason = _class_obstacle(module, base) or blocks.obstacle(module)
     if reason is not None:
         return Record(path, kind, False, "eager", reason)
@@ -211,7 +216,7 @@ def _ways(module: nn.Module, base: type[nn.Module]) -> Iterator[tuple[str, str]]
         return
     for conv, norm in blocks.CONV_NORM_NAMES[base]:
         yield _way("conv_bn_act", conv, children[conv], children[norm])
-    downsample = module.downsample
+    downsample = getattr(module, "downsample", None)
     if downsample is not None:
         reason = blocks.downsample_obstacle(downsample)
         if reason:
