@@ -39,7 +39,8 @@ from fused_resnet.models import cifar_resnet
 SCHEMA = "fused_resnet.digits/1"
 NAMES = ("eager", "fused")
 COLOURS = {"eager": "#9a9a9a", "fused": "#1f6fb4"}
-BATCH = 128
+BATCH = 64
+LEARNING_RATE = 0.05
 
 
 @dataclass
@@ -92,10 +93,10 @@ def train(data: Digits, name: str, seed: int, epochs: int, depth: int, advance: 
     if name == "fused":
         fused_resnet.fuse(model)
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+        model.parameters(), lr=LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
     steps = epochs * -(-len(data.train_images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
     run = Run(name, seed, [], [], [], 0.0)
     since = time.perf_counter()
@@ -177,6 +178,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     accuracy.legend(frameon=False, loc="lower right")
     for axes in panels:
         axes.set_xlabel("epoch", fontsize=9)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -199,8 +200,9 @@ def _block_training(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor | None:
     if shapes[-1 if downsample is None else -2] != shortcut_shape:
         return None
     layers = [conv_arguments(conv, norm, x)[1:] for conv, norm in pairs]
+    groups = [sync_group(norm) for _, norm in pairs]
     low_memory = block.memory == "low"
-    result = ops.residual_block_training(x, layers, downsample is not None, low_memory)
+    result = ops.residual_block_training(x, layers, groups, downsample is not None, low_memory)
     if result is None:
         return None
     out, statistics = result
@@ -235,7 +237,8 @@ def _trained_shapes(
             for size, r, s, p, d in zip(sizes, filter, stride, padding, dilation, strict=True)
         ]
         shape = torch.Size((N, K, *out))
-        if shape.numel() <= K:
+        # Whether processes go this way must not depend on their own share of a common batch.
+        if shape.numel() <= K and sync_group(norm) is None:
             return None
         shapes.append(shape)
         x = x.detach().new_empty(()).expand(shape)
@@ -244,15 +247,16 @@ def _trained_shapes(
 
 def _count_batches(
     norms: list[nn.BatchNorm2d],
-    statistics: list[tuple[Tensor, Tensor]],
+    statistics: list[tuple[Tensor, Tensor, Tensor | None]],
     shapes: list[torch.Size],
 ) -> None:
     """Updates the norms' buffers as their forward passes would have."""
-    for norm, (mean, var), (N, _, P, Q) in zip(norms, statistics, shapes, strict=True):
+    for norm, (mean, var, shared), (N, _, P, Q) in zip(norms, statistics, shapes, strict=True):
         momentum = _momentum(norm)
         if norm.training and norm.track_running_stats:
+            count = N * P * Q if shared is None else shared
             functional.update_running_statistics(
-                norm.running_mean, norm.running_var, mean, var, N * P * Q, momentum
+                norm.running_mean, norm.running_var, mean, var, count, momentum
             )
 
 
@@ -367,7 +371,7 @@ def _stem_training(
     arguments, pool = conv_arguments(conv, norm, x), pool_arguments(maxpool)
     if checks.pool_error("conv_bn_act_max_pool", *arguments, *pool) is not None:
         return None
-    result = ops.stem_training(x, arguments[1:], pool)
+    result = ops.stem_training(x, arguments[1:], sync_group(norm), pool)
     if result is None:
         return None
     out, statistics = result
@@ -406,12 +410,17 @@ def _norm_act(
     running_mean = norm.running_mean if tracks else None
     running_var = norm.running_var if tracks else None
     momentum = 0.0 if norm.momentum is None else norm.momentum
+    group = sync_group(norm)
     tensors = (x, running_mean, running_var, norm.weight, norm.bias, True)
     error = checks.batch_norm_error(
-        "batch_norm_act", *tensors, momentum, norm.eps, residual, activation
+        "batch_norm_act", *tensors, momentum, norm.eps, residual, activation, group is not None
     )
-    if error is not None or x.dim() != 4:
+    if error is not None or x.dim() != 4 or (group is not None and torch.compiler.is_compiling()):
         return _unfused_norm_act(norm, x, residual, relu)
+    if group is not None:
+        return functional.run_sync_batch_norm_act(
+            *tensors[:-1], _momentum(norm), norm.eps, group, residual, activation
+        )
     return functional.run_batch_norm_act(*tensors, _momentum(norm), norm.eps, residual, activation)
 
 
@@ -422,6 +431,22 @@ def _unfused_norm_act(
     if residual is not None:
         x += residual
     return x if relu is None else relu(x)
+
+
+def sync_group(norm: nn.Module) -> dist.ProcessGroup | None:
+    """The processes that share a norm's batch statistics, if it is such a norm and there are any.
+
+    As `SyncBatchNorm.forward` decides: otherwise it is an ordinary batch norm.
+    """
+    if (
+        type(norm) is not nn.SyncBatchNorm
+        or not norm.training
+        or not dist.is_available()
+        or not dist.is_initialized()
+    ):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def uses_batch_statistics(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> bool:
@@ -569,7 +594,7 @@ def _conv_norm_obstacle(conv: nn.Module | None, norm: nn.Module | None) -> tuple
         return 0, f"a Conv2d with padding_mode={conv.padding_mode!r}"
     if isinstance(conv.padding, str):
         return 0, f"a Conv2d with padding={conv.padding!r}"
-    if type(norm) is not nn.BatchNorm2d and type(norm) is not FrozenBatchNorm2d:
+    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
         return 1, _a(norm)
     return None
 
