@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -24,9 +25,12 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from . import backends, checks, forms, functional, ops
 from .forms import Form, Unit
+from .models import cifar
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 Layers = list[tuple[nn.Conv2d, nn.Module]]
 """Convolutions, each with the norm behind it."""
@@ -106,6 +110,33 @@ class ResNet(Fused, resnet.ResNet):
             return _resnet_forward(self, x)
 
 
+class PlainBlock(Fused, cifar.PlainBlock):
+    """`models.cifar`'s `PlainBlock`, each convolution running with its norm and ReLU in one."""
+
+    _unfused_forward = named_copy(cifar.PlainBlock.forward, "_unfused_forward")
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if torch.jit.is_scripting():
+            return self._unfused_forward(x)
+        else:
+            return _plain_block_forward(self, x)
+
+
+class CifarResNet(Fused, cifar.CifarResNet):
+    """`models.cifar`'s `CifarResNet`, its first convolution, norm and ReLU running in one.
+
+    Whether its blocks are fused is up to them: `fuse` fuses both.
+    """
+
+    _unfused_forward = named_copy(cifar.CifarResNet.forward, "_unfused_forward")
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if torch.jit.is_scripting():
+            return self._unfused_forward(x)
+        else:
+            return _cifar_resnet_forward(self, x)
+
+
 forms.register(
     Form(
         resnet.BasicBlock,
@@ -138,6 +169,15 @@ forms.register(
         overrides=("forward", "_forward_impl"),
     )
 )
+forms.register(
+    Form(
+        cifar.PlainBlock,
+        PlainBlock,
+        "PlainBlock",
+        units=(Unit("conv1", "bn1", "relu"), Unit("conv2", "bn2", "relu")),
+    )
+)
+forms.register(Form(cifar.CifarResNet, CifarResNet, "stem", units=(Unit("conv1", "bn1", "relu"),)))
 
 
 def block_forward(block: nn.Module, x: Tensor) -> Tensor:
@@ -257,8 +297,9 @@ def _block_training(block: nn.Module, x: Tensor) -> Tensor | None:
     if has_projection:
         shapes += projected
     layers = [conv_arguments(conv, norm, x)[1:] for conv, norm in pairs]
+    groups = [sync_group(norm) for _, norm in pairs]
     low_memory = block.memory == "low"
-    result = ops.residual_block_training(x, layers, has_projection, low_memory)
+    result = ops.residual_block_training(x, layers, groups, has_projection, low_memory)
     if result is None:
         return None
     out, statistics = result
@@ -297,7 +338,8 @@ def _trained_shapes(
             for size, r, s, p, d in zip(sizes, filter, stride, padding, dilation, strict=True)
         ]
         shape = torch.Size((N, K, *out))
-        if shape.numel() <= K:
+        # Whether processes go this way must not depend on their own share of a common batch.
+        if shape.numel() <= K and sync_group(norm) is None:
             return None
         shapes.append(shape)
         x = x.detach().new_empty(()).expand(shape)
@@ -306,15 +348,16 @@ def _trained_shapes(
 
 def _count_batches(
     norms: list[nn.BatchNorm2d],
-    statistics: list[tuple[Tensor, Tensor]],
+    statistics: list[tuple[Tensor, Tensor, Tensor | None]],
     shapes: list[torch.Size],
 ) -> None:
     """Updates the norms' buffers as their forward passes would have."""
-    for norm, (mean, var), (N, _, P, Q) in zip(norms, statistics, shapes, strict=True):
+    for norm, (mean, var, shared), (N, _, P, Q) in zip(norms, statistics, shapes, strict=True):
         momentum = _momentum(norm)
         if norm.training and norm.track_running_stats:
+            count = N * P * Q if shared is None else shared
             functional.update_running_statistics(
-                norm.running_mean, norm.running_var, mean, var, N * P * Q, momentum
+                norm.running_mean, norm.running_var, mean, var, count, momentum
             )
 
 
@@ -397,6 +440,23 @@ def _resnet_forward(model: ResNet, x: Tensor) -> Tensor:
     return model.fc(torch.flatten(x, 1))
 
 
+def _plain_block_forward(block: PlainBlock, x: Tensor) -> Tensor:
+    if obstacle(block) is not None or input_obstacle(x) is not None:
+        return block._unfused_forward(x)
+    for unit in forms.of(block).units_of(block):
+        x = run_unit(block, unit, x)
+    return x
+
+
+def _cifar_resnet_forward(model: CifarResNet, x: Tensor) -> Tensor:
+    if obstacle(model) is not None or input_obstacle(x) is not None:
+        return model._unfused_forward(x)
+    modules = model._modules
+    x = conv_norm_act(modules["conv1"], modules["bn1"], x, None, modules["relu"])
+    x = stages_forward([model.layer1, model.layer2, model.layer3], x)
+    return model.fc(torch.flatten(model.avgpool(x), 1))
+
+
 def stem(conv: nn.Conv2d, norm: nn.Module, relu: nn.ReLU, maxpool: nn.Module, x: Tensor) -> Tensor:
     """`maxpool(relu(norm(conv(x))))`."""
     if pool_obstacle(maxpool) is None and not uses_batch_statistics(norm):
@@ -423,7 +483,7 @@ def _stem_training(
     arguments, pool = conv_arguments(conv, norm, x), pool_arguments(maxpool)
     if checks.pool_error("conv_bn_act_max_pool", *arguments, *pool) is not None:
         return None
-    result = ops.stem_training(x, arguments[1:], pool)
+    result = ops.stem_training(x, arguments[1:], sync_group(norm), pool)
     if result is None:
         return None
     out, statistics = result
@@ -476,12 +536,17 @@ def _norm_act(
     running_mean = norm.running_mean if tracks else None
     running_var = norm.running_var if tracks else None
     momentum = 0.0 if norm.momentum is None else norm.momentum
+    group = sync_group(norm)
     tensors = (x, running_mean, running_var, norm.weight, norm.bias, True)
     error = checks.batch_norm_error(
-        "batch_norm_act", *tensors, momentum, norm.eps, residual, activation
+        "batch_norm_act", *tensors, momentum, norm.eps, residual, activation, group is not None
     )
-    if error is not None or x.dim() != 4:
+    if error is not None or x.dim() != 4 or (group is not None and torch.compiler.is_compiling()):
         return _unfused_norm_act(norm, x, residual, relu)
+    if group is not None:
+        return functional.run_sync_batch_norm_act(
+            *tensors[:-1], _momentum(norm), norm.eps, group, residual, activation
+        )
     return functional.run_batch_norm_act(*tensors, _momentum(norm), norm.eps, residual, activation)
 
 
@@ -492,6 +557,22 @@ def _unfused_norm_act(
     if residual is not None:
         x += residual
     return x if relu is None else relu(x)
+
+
+def sync_group(norm: nn.Module) -> dist.ProcessGroup | None:
+    """The processes that share a norm's batch statistics, if it is such a norm and there are any.
+
+    As `SyncBatchNorm.forward` decides: otherwise it is an ordinary batch norm.
+    """
+    if (
+        type(norm) is not nn.SyncBatchNorm
+        or not norm.training
+        or not dist.is_available()
+        or not dist.is_initialized()
+    ):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def uses_batch_statistics(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> bool:
@@ -650,7 +731,7 @@ def _conv_obstacle(conv: nn.Module | None) -> str | None:
 
 def _norm_obstacle(norm: nn.Module | None) -> str | None:
     """Why a norm has no fused form, or None."""
-    return None if type(norm) in (nn.BatchNorm2d, FrozenBatchNorm2d) else described(norm)
+    return None if type(norm) in _NORMS else described(norm)
 
 
 def _act_obstacle(act: nn.Module | None) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
+import torch.distributed as dist
 from torch import nn
 
 from . import backends, blocks, checks, forms
@@ -237,7 +238,9 @@ def _way(operator: str, name: str, conv: nn.Conv2d, norm: nn.Module) -> tuple[st
     where = {"device": weight.device, "dtype": weight.dtype}
     if blocks.uses_batch_statistics(norm):
         way = backends.explain("batch_norm_act_training", **where)
-        return f"eager convolution, {way}", ""
+        group = blocks.sync_group(norm)
+        shared = "" if group is None else f", statistics of {dist.get_world_size(group)} processes"
+        return f"eager convolution, {way}{shared}", ""
     # The smallest input the convolution accepts, of no memory.
     size = [d * (r - 1) + 1 for d, r in zip(conv.dilation, conv.kernel_size, strict=True)]
     x = weight.detach().new_empty(()).expand(1, conv.in_channels, *size)
