@@ -4,6 +4,7 @@ from . import (
     _native,  # noqa: F401  registers the compiled operators, or says how to build them
     backends,
     functional,
+    models,
     reference,
 )
 from .backends import use_backend
@@ -20,6 +21,7 @@ __all__ = [
     "backends",
     "functional",
     "fuse",
+    "models",
     "reference",
     "report",
     "unfuse",

@@ -1,19 +1,21 @@
 """`BasicBlock`, `Bottleneck` and `ResNet` whose forward passes run fused.
 
 They add nothing to a module but its class, so that `fuse` and `unfuse` need only assign classes.
-What the fused way does not cover runs exactly as torchvision's, found out anew in every forward
-pass: `obstacle` says what keeps a module from it, `input_obstacle` what keeps an input, and a
-single convolution or norm whose arguments do not fit runs unfused inside `conv_norm_act`.
+The functions after them run any module that `forms.py` knows. What the fused way does not cover
+runs exactly as the original class does, found out anew in every forward pass: `obstacle` says what
+keeps a module from it, `input_obstacle` what keeps an input, and a single convolution or norm whose
+arguments do not fit runs unfused inside `conv_norm_act`.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -21,26 +23,26 @@ from torch.nn.modules.module import _has_any_global_hook
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from . import backends, checks, functional, ops
+from . import backends, checks, forms, functional, ops
+from .forms import Form, Unit
+from .models import cifar
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-CONV_NORM_NAMES: dict[type[nn.Module], tuple[tuple[str, str], ...]] = {
-    resnet.BasicBlock: (("conv1", "bn1"), ("conv2", "bn2")),
-    resnet.Bottleneck: (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")),
-    resnet.ResNet: (("conv1", "bn1"),),
-}
-"""Which attributes of torchvision's classes are convolutions, and the norms that follow them."""
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+
+Layers = list[tuple[nn.Conv2d, nn.Module]]
+"""Convolutions, each with the norm behind it."""
 
 
-def _named(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+def named_copy(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
     """A copy of a method that TorchScript can compile beside the one that overrides it."""
     copy = types.FunctionType(function.__code__, function.__globals__, name)
     return functools.update_wrapper(copy, function, ("__module__", "__annotations__"), ())
 
 
-class _Fused(nn.Module):
+class Fused(nn.Module):
     """What the fused classes have in common: they let go of what backends made of their tensors.
 
     Attributes:
@@ -50,7 +52,7 @@ class _Fused(nn.Module):
 
     memory = "normal"
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> nn.Module:  # noqa: D102
         _release(self)
         return super().train(mode)
 
@@ -63,43 +65,43 @@ class _Fused(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-class BasicBlock(_Fused, resnet.BasicBlock):
+class BasicBlock(Fused, resnet.BasicBlock):
     """torchvision's `BasicBlock`, each convolution running with its norm, add and ReLU in one.
 
     Takes its arguments, has its parameters and buffers, and computes what it computes.
     """
 
-    _unfused_forward = _named(resnet.BasicBlock.forward, "_unfused_forward")
+    _unfused_forward = named_copy(resnet.BasicBlock.forward, "_unfused_forward")
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         if torch.jit.is_scripting():
             return self._unfused_forward(x)
         else:  # TorchScript leaves out a branch, but not what follows a return
-            return _block_forward(self, x)
+            return block_forward(self, x)
 
 
-class Bottleneck(_Fused, resnet.Bottleneck):
+class Bottleneck(Fused, resnet.Bottleneck):
     """torchvision's `Bottleneck`, each convolution running with its norm, add and ReLU in one.
 
     Takes its arguments, has its parameters and buffers, and computes what it computes.
     """
 
-    _unfused_forward = _named(resnet.Bottleneck.forward, "_unfused_forward")
+    _unfused_forward = named_copy(resnet.Bottleneck.forward, "_unfused_forward")
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         if torch.jit.is_scripting():
             return self._unfused_forward(x)
         else:
-            return _block_forward(self, x)
+            return block_forward(self, x)
 
 
-class ResNet(_Fused, resnet.ResNet):
+class ResNet(Fused, resnet.ResNet):
     """torchvision's `ResNet`, the convolution, norm, ReLU and max-pool of its stem running in one.
 
     Whether its blocks are fused is up to them: `ResNet(fused_resnet.Bottleneck, [3, 4, 6, 3])`.
     """
 
-    _unfused_forward_impl = _named(resnet.ResNet._forward_impl, "_unfused_forward_impl")
+    _unfused_forward_impl = named_copy(resnet.ResNet._forward_impl, "_unfused_forward_impl")
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -108,8 +110,79 @@ class ResNet(_Fused, resnet.ResNet):
             return _resnet_forward(self, x)
 
 
-def _block_forward(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
-    names = CONV_NORM_NAMES[_torchvision_class(block)]
+class PlainBlock(Fused, cifar.PlainBlock):
+    """`models.cifar`'s `PlainBlock`, each convolution running with its norm and ReLU in one."""
+
+    _unfused_forward = named_copy(cifar.PlainBlock.forward, "_unfused_forward")
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if torch.jit.is_scripting():
+            return self._unfused_forward(x)
+        else:
+            return _plain_block_forward(self, x)
+
+
+class CifarResNet(Fused, cifar.CifarResNet):
+    """`models.cifar`'s `CifarResNet`, its first convolution, norm and ReLU running in one.
+
+    Whether its blocks are fused is up to them: `fuse` fuses both.
+    """
+
+    _unfused_forward = named_copy(cifar.CifarResNet.forward, "_unfused_forward")
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if torch.jit.is_scripting():
+            return self._unfused_forward(x)
+        else:
+            return _cifar_resnet_forward(self, x)
+
+
+forms.register(
+    Form(
+        resnet.BasicBlock,
+        BasicBlock,
+        "BasicBlock",
+        units=(Unit("conv1", "bn1", "relu"), Unit("conv2", "bn2", "relu")),
+        shortcut="downsample",
+    )
+)
+forms.register(
+    Form(
+        resnet.Bottleneck,
+        Bottleneck,
+        "Bottleneck",
+        units=(
+            Unit("conv1", "bn1", "relu"),
+            Unit("conv2", "bn2", "relu"),
+            Unit("conv3", "bn3", "relu"),
+        ),
+        shortcut="downsample",
+    )
+)
+forms.register(
+    Form(
+        resnet.ResNet,
+        ResNet,
+        "stem",
+        units=(Unit("conv1", "bn1", "relu"),),
+        pool="maxpool",
+        overrides=("forward", "_forward_impl"),
+    )
+)
+forms.register(
+    Form(
+        cifar.PlainBlock,
+        PlainBlock,
+        "PlainBlock",
+        units=(Unit("conv1", "bn1", "relu"), Unit("conv2", "bn2", "relu")),
+    )
+)
+forms.register(Form(cifar.CifarResNet, CifarResNet, "stem", units=(Unit("conv1", "bn1", "relu"),)))
+
+
+def block_forward(block: nn.Module, x: Tensor) -> Tensor:
+    """A residual block of any form; its class has `_unfused_forward`."""
+    form = forms.of(block)
     if obstacle(block) is not None or input_obstacle(x) is not None:
         return block._unfused_forward(x)
     layers = _inference_layers(block, x)
@@ -117,64 +190,125 @@ def _block_forward(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
         return out
     if (out := _block_training(block, x)) is not None:
         return out
-    modules = block._modules
-    relu = modules["relu"]
+    units = form.units_of(block)
     out = x
-    for conv, norm in names[:-1]:
-        out = conv_norm_act(modules[conv], modules[norm], out, None, relu)
-    conv, norm = names[-1]
-    return conv_norm_act(modules[conv], modules[norm], out, _shortcut(block.downsample, x), relu)
+    for unit in units[:-1]:
+        out = run_unit(block, unit, out)
+    last = units[-1]
+    if not working_parts(block, last.between):
+        return run_unit(block, last, out, _shortcut(getattr(block, form.shortcut), x))
+    out = conv_norm_act(*_conv_norm(block, last), out, None, None)
+    for between in working_parts(block, last.between):
+        out = between(out)
+    out += _shortcut(getattr(block, form.shortcut), x)
+    out = forms.part(block, last.act)(out)
+    for after in working_parts(block, last.after):
+        out = after(out)
+    return out
 
 
-def _inference_layers(block: BasicBlock | Bottleneck, x: Tensor) -> ops.BlockLayers | None:
-    """A block without an obstacle as `ops.residual_blocks` takes it, or None where it cannot."""
-    if torch.compiler.is_compiling():
+def run_unit(module: nn.Module, unit: Unit, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """A unit of a module without an obstacle; with a residual, none of `between` is working."""
+    act = forms.part(module, unit.act)
+    between = working_parts(module, unit.between)
+    x = conv_norm_act(*_conv_norm(module, unit), x, residual, None if between else act)
+    if between:
+        for layer in between:
+            x = layer(x)
+        x = act(x)
+    for layer in working_parts(module, unit.after):
+        x = layer(x)
+    return x
+
+
+def working_parts(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The children of these names that would now do something to a tensor, or carry hooks."""
+    children = []
+    for name in names:
+        child = forms.part(module, name)
+        if child is not None and not _passes_through(child):
+            children.append(child)
+    return children
+
+
+def _passes_through(module: nn.Module) -> bool:
+    is_idle = forms.idle.get(type(module))
+    return is_idle is not None and is_idle(module) and _call_obstacle(module) is None
+
+
+def _conv_norm(module: nn.Module, unit: Unit) -> tuple[nn.Conv2d, nn.Module]:
+    return forms.part(module, unit.conv), forms.part(module, unit.norm)
+
+
+def _layers(block: nn.Module) -> tuple[Layers, bool] | None:
+    """A block's convolutions and norms, and whether the last are the shortcut's.
+
+    None where the block has more to do than these, ReLUs and the add, or its shortcut has no fused
+    form.
+    """
+    form = forms.of(block)
+    if not form.is_block:
         return None
-    modules = block._modules
-    pairs = [(modules[c], modules[n]) for c, n in CONV_NORM_NAMES[_torchvision_class(block)]]
-    downsample = block.downsample
+    pairs = []
+    for unit in form.units_of(block):
+        if working_parts(block, unit.between) or working_parts(block, unit.after):
+            return None
+        pairs.append(_conv_norm(block, unit))
+    downsample = getattr(block, form.shortcut)
     if downsample is not None:
         if downsample_obstacle(downsample) is not None:
             return None
-        pairs.append(tuple(downsample._modules.values()))
+        before, projection = split_downsample(downsample)
+        if any(not _passes_through(module) for module in before):
+            return None
+        pairs.append(projection)
+    return pairs, downsample is not None
+
+
+def _inference_layers(block: nn.Module, x: Tensor) -> ops.BlockLayers | None:
+    """A block without an obstacle as `ops.residual_blocks` takes it, or None where it cannot."""
+    if torch.compiler.is_compiling() or (found := _layers(block)) is None:
+        return None
+    pairs, has_projection = found
     layers = []
     for conv, norm in pairs:
         if uses_batch_statistics(norm) or not keeps_dtype(norm, x) or not norm.eps >= 0:
             return None
         layers.append(conv_arguments(conv, norm, x)[1:])
-    return layers, downsample is not None
+    return layers, has_projection
 
 
-def _block_training(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor | None:
+def _block_training(block: nn.Module, x: Tensor) -> Tensor | None:
     """A block without an obstacle as one node of the graph, or None where it cannot be one."""
-    pairs = [
-        (block._modules[conv], block._modules[norm])
-        for conv, norm in CONV_NORM_NAMES[_torchvision_class(block)]
-    ]
-    shapes = _trained_shapes(pairs, x)
+    if not _may_train_as_one(x) or (found := _layers(block)) is None:
+        return None
+    pairs, has_projection = found
+    shapes = _trained_shapes(pairs[:-1] if has_projection else pairs, x)
     if shapes is None:
         return None
-    downsample, shortcut_shape = block.downsample, x.shape
-    if downsample is not None:
-        if downsample_obstacle(downsample) is not None:
-            return None
-        projection = tuple(downsample._modules.values())
-        projected = _trained_shapes([projection], x)
+    shortcut_shape = x.shape
+    if has_projection:
+        projected = _trained_shapes(pairs[-1:], x)
         if projected is None:
             return None
-        pairs.append(projection)
-        shapes.append(projected[0])
         shortcut_shape = projected[0]
-    if shapes[-1 if downsample is None else -2] != shortcut_shape:
+    if shapes[-1] != shortcut_shape:
         return None
+    if has_projection:
+        shapes += projected
     layers = [conv_arguments(conv, norm, x)[1:] for conv, norm in pairs]
+    groups = [sync_group(norm) for _, norm in pairs]
     low_memory = block.memory == "low"
-    result = ops.residual_block_training(x, layers, downsample is not None, low_memory)
+    result = ops.residual_block_training(x, layers, groups, has_projection, low_memory)
     if result is None:
         return None
     out, statistics = result
     _count_batches([norm for _, norm in pairs], statistics, shapes)
     return out
+
+
+def _may_train_as_one(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and torch.is_grad_enabled()
 
 
 def _trained_shapes(
@@ -185,7 +319,7 @@ def _trained_shapes(
     None where a norm has no batch statistics, or something does not fit: the modules, run one by
     one, then say what.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not _may_train_as_one(x):
         return None
     shapes = []
     for conv, norm in pairs:
@@ -204,7 +338,8 @@ def _trained_shapes(
             for size, r, s, p, d in zip(sizes, filter, stride, padding, dilation, strict=True)
         ]
         shape = torch.Size((N, K, *out))
-        if shape.numel() <= K:
+        # Whether processes go this way must not depend on their own share of a common batch.
+        if shape.numel() <= K and sync_group(norm) is None:
             return None
         shapes.append(shape)
         x = x.detach().new_empty(()).expand(shape)
@@ -213,15 +348,16 @@ def _trained_shapes(
 
 def _count_batches(
     norms: list[nn.BatchNorm2d],
-    statistics: list[tuple[Tensor, Tensor]],
+    statistics: list[tuple[Tensor, Tensor, Tensor | None]],
     shapes: list[torch.Size],
 ) -> None:
     """Updates the norms' buffers as their forward passes would have."""
-    for norm, (mean, var), (N, _, P, Q) in zip(norms, statistics, shapes, strict=True):
+    for norm, (mean, var, shared), (N, _, P, Q) in zip(norms, statistics, shapes, strict=True):
         momentum = _momentum(norm)
         if norm.training and norm.track_running_stats:
+            count = N * P * Q if shared is None else shared
             functional.update_running_statistics(
-                norm.running_mean, norm.running_var, mean, var, N * P * Q, momentum
+                norm.running_mean, norm.running_var, mean, var, count, momentum
             )
 
 
@@ -234,7 +370,7 @@ def _momentum(norm: nn.BatchNorm2d) -> float:
     return 0.0 if norm.momentum is None else norm.momentum
 
 
-def _stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
+def stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
     """One stage after the other: all of their blocks in one call where nothing else is to be seen.
 
     Going through a block's modules in Python between two blocks would find the caches filled with
@@ -260,8 +396,10 @@ def _stage_layers(stage: nn.Module, x: Tensor) -> list[ops.BlockLayers] | None:
         return None
     blocks = []
     for block in stage._modules.values():
+        form = forms.of_fused(type(block))
         if (
-            (type(block) is not Bottleneck and type(block) is not BasicBlock)
+            form is None
+            or not form.is_block
             or _call_obstacle(block) is not None
             or obstacle(block) is not None
         ):
@@ -278,8 +416,18 @@ def _shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
         return x
     if downsample_obstacle(downsample) is not None:
         return downsample(x)
-    conv, norm = downsample._modules.values()
+    before, (conv, norm) = split_downsample(downsample)
+    for module in before:
+        x = module(x)
     return conv_norm_act(conv, norm, x, None, None)
+
+
+def split_downsample(
+    downsample: nn.Sequential,
+) -> tuple[list[nn.Module], tuple[nn.Conv2d, nn.Module]]:
+    """What a projection without an obstacle does first, and its convolution and norm."""
+    *before, conv, norm = downsample._modules.values()
+    return before, (conv, norm)
 
 
 def _resnet_forward(model: ResNet, x: Tensor) -> Tensor:
@@ -287,9 +435,26 @@ def _resnet_forward(model: ResNet, x: Tensor) -> Tensor:
         return model._unfused_forward_impl(x)
     modules = model._modules
     x = stem(modules["conv1"], modules["bn1"], modules["relu"], modules["maxpool"], x)
-    x = _stages_forward([model.layer1, model.layer2, model.layer3, model.layer4], x)
+    x = stages_forward([model.layer1, model.layer2, model.layer3, model.layer4], x)
     x = model.avgpool(x)
     return model.fc(torch.flatten(x, 1))
+
+
+def _plain_block_forward(block: PlainBlock, x: Tensor) -> Tensor:
+    if obstacle(block) is not None or input_obstacle(x) is not None:
+        return block._unfused_forward(x)
+    for unit in forms.of(block).units_of(block):
+        x = run_unit(block, unit, x)
+    return x
+
+
+def _cifar_resnet_forward(model: CifarResNet, x: Tensor) -> Tensor:
+    if obstacle(model) is not None or input_obstacle(x) is not None:
+        return model._unfused_forward(x)
+    modules = model._modules
+    x = conv_norm_act(modules["conv1"], modules["bn1"], x, None, modules["relu"])
+    x = stages_forward([model.layer1, model.layer2, model.layer3], x)
+    return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
 def stem(conv: nn.Conv2d, norm: nn.Module, relu: nn.ReLU, maxpool: nn.Module, x: Tensor) -> Tensor:
@@ -318,7 +483,7 @@ def _stem_training(
     arguments, pool = conv_arguments(conv, norm, x), pool_arguments(maxpool)
     if checks.pool_error("conv_bn_act_max_pool", *arguments, *pool) is not None:
         return None
-    result = ops.stem_training(x, arguments[1:], pool)
+    result = ops.stem_training(x, arguments[1:], sync_group(norm), pool)
     if result is None:
         return None
     out, statistics = result
@@ -348,6 +513,20 @@ def conv_norm_act(
     return _unfused_norm_act(norm, conv(x), residual, relu)
 
 
+def norm_act(norm: nn.BatchNorm2d | FrozenBatchNorm2d, x: Tensor, relu: nn.ReLU) -> Tensor:
+    """`relu(norm(x))` in one where the arguments allow, without hooks."""
+    if uses_batch_statistics(norm):
+        return _norm_act(norm, x, None, relu)
+    frozen = type(norm) is FrozenBatchNorm2d
+    arguments = (x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    error = checks.batch_norm_error(
+        "batch_norm_act", *arguments, False, 0.0, norm.eps, None, "relu"
+    )
+    if error is not None or x.dim() != 4 or (frozen and norm.weight.dtype is not x.dtype):
+        return _unfused_norm_act(norm, x, None, relu)
+    return functional.run_batch_norm_act(*arguments, False, 0.0, norm.eps, None, "relu")
+
+
 def _norm_act(
     norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, relu: nn.ReLU | None
 ) -> Tensor:
@@ -357,12 +536,17 @@ def _norm_act(
     running_mean = norm.running_mean if tracks else None
     running_var = norm.running_var if tracks else None
     momentum = 0.0 if norm.momentum is None else norm.momentum
+    group = sync_group(norm)
     tensors = (x, running_mean, running_var, norm.weight, norm.bias, True)
     error = checks.batch_norm_error(
-        "batch_norm_act", *tensors, momentum, norm.eps, residual, activation
+        "batch_norm_act", *tensors, momentum, norm.eps, residual, activation, group is not None
     )
-    if error is not None or x.dim() != 4:
+    if error is not None or x.dim() != 4 or (group is not None and torch.compiler.is_compiling()):
         return _unfused_norm_act(norm, x, residual, relu)
+    if group is not None:
+        return functional.run_sync_batch_norm_act(
+            *tensors[:-1], _momentum(norm), norm.eps, group, residual, activation
+        )
     return functional.run_batch_norm_act(*tensors, _momentum(norm), norm.eps, residual, activation)
 
 
@@ -373,6 +557,22 @@ def _unfused_norm_act(
     if residual is not None:
         x += residual
     return x if relu is None else relu(x)
+
+
+def sync_group(norm: nn.Module) -> dist.ProcessGroup | None:
+    """The processes that share a norm's batch statistics, if it is such a norm and there are any.
+
+    As `SyncBatchNorm.forward` decides: otherwise it is an ordinary batch norm.
+    """
+    if (
+        type(norm) is not nn.SyncBatchNorm
+        or not norm.training
+        or not dist.is_available()
+        or not dist.is_initialized()
+    ):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def uses_batch_statistics(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> bool:
@@ -460,42 +660,48 @@ def obstacle(module: nn.Module) -> str | None:
 
 
 def structure_obstacle(module: nn.Module) -> str | None:
-    """What a block or a stem is made of that has no fused form, or None."""
-    modules = module._modules
-    for conv_name, norm_name in CONV_NORM_NAMES[_torchvision_class(module)]:
-        reason = _conv_norm_obstacle(modules.get(conv_name), modules.get(norm_name))
-        if reason is not None:
-            conv_or_norm, reason = reason
-            return f"{norm_name if conv_or_norm else conv_name} is {reason}"
-    relu = modules.get("relu")
-    if type(relu) is not nn.ReLU:
-        return f"relu is {_a(relu)}"
-    return None
+    """What a module that `forms` knows is made of that has no fused form, or None."""
+    form = forms.of(module)
+    for unit in form.units_of(module):
+        conv, norm = _conv_norm(module, unit)
+        if reason := _conv_obstacle(conv):
+            return f"{unit.conv} is {reason}"
+        if reason := _norm_obstacle(norm):
+            return f"{unit.norm} is {reason}"
+        if reason := _act_obstacle(forms.part(module, unit.act)):
+            return f"{unit.act} is {reason}"
+    for norm, act in form.norms:
+        if reason := _norm_obstacle(forms.part(module, norm)):
+            return f"{norm} is {reason}"
+        if reason := _act_obstacle(forms.part(module, act)):
+            return f"{act} is {reason}"
+    for conv in form.convs:
+        if reason := _conv_obstacle(forms.part(module, conv)):
+            return f"{conv} is {reason}"
+    return form.obstacle(module)
 
 
 def hook_obstacle(module: nn.Module) -> str | None:
-    """Which hooks inside a block or a stem must fire, or None."""
+    """Which hooks inside a module must fire, or None."""
     if _has_any_global_hook():
         return "global module hooks are registered"
-    modules = module._modules
-    for pair in CONV_NORM_NAMES[_torchvision_class(module)]:
-        for name in pair:
-            if reason := _call_obstacle(modules[name]):
-                return f"{name} {reason}"
-    if reason := _call_obstacle(modules["relu"]):
-        return f"relu {reason}"
+    for name in forms.of(module).names_of(module):
+        if reason := _call_obstacle(forms.part(module, name)):
+            return f"{name} {reason}"
     return None
 
 
 def downsample_obstacle(downsample: nn.Module) -> str | None:
     """Why a block's projection runs as the module it is, or None."""
-    if type(downsample) is not nn.Sequential or len(downsample._modules) != 2:
-        return f"downsample is {_a(downsample)}, not a convolution and a norm"
-    conv, norm = downsample._modules.values()
-    if reason := _conv_norm_obstacle(conv, norm):
-        index, what = reason
-        return f"downsample.{index} is {what}"
-    for name, module in (("", downsample), (".0", conv), (".1", norm)):
+    if type(downsample) is not nn.Sequential or len(downsample._modules) not in (2, 3):
+        return f"downsample is {described(downsample)}, not a convolution and a norm"
+    first = len(downsample._modules) - 2
+    _, (conv, norm) = split_downsample(downsample)
+    if reason := _conv_obstacle(conv):
+        return f"downsample.{first} is {reason}"
+    if reason := _norm_obstacle(norm):
+        return f"downsample.{first + 1} is {reason}"
+    for name, module in (("", downsample), (f".{first}", conv), (f".{first + 1}", norm)):
         if reason := _call_obstacle(module):
             return f"downsample{name} {reason}"
     return None
@@ -504,7 +710,7 @@ def downsample_obstacle(downsample: nn.Module) -> str | None:
 def pool_obstacle(maxpool: nn.Module) -> str | None:
     """Why a stem's pooling is not part of its convolution, or None."""
     if type(maxpool) is not nn.MaxPool2d:
-        return f"maxpool is {_a(maxpool)}"
+        return f"maxpool is {described(maxpool)}"
     if maxpool.ceil_mode or maxpool.return_indices or maxpool.dilation not in (1, (1, 1)):
         return "maxpool has ceil_mode, return_indices or dilation"
     if reason := _call_obstacle(maxpool):
@@ -512,17 +718,25 @@ def pool_obstacle(maxpool: nn.Module) -> str | None:
     return None
 
 
-def _conv_norm_obstacle(conv: nn.Module | None, norm: nn.Module | None) -> tuple[int, str] | None:
-    """Which of the two (0 or 1) has no fused form, and what it is."""
+def _conv_obstacle(conv: nn.Module | None) -> str | None:
+    """Why a convolution has no fused form, or None."""
     if type(conv) is not nn.Conv2d:
-        return 0, _a(conv)
+        return described(conv)
     if conv.padding_mode != "zeros":
-        return 0, f"a Conv2d with padding_mode={conv.padding_mode!r}"
+        return f"a Conv2d with padding_mode={conv.padding_mode!r}"
     if isinstance(conv.padding, str):
-        return 0, f"a Conv2d with padding={conv.padding!r}"
-    if type(norm) is not nn.BatchNorm2d and type(norm) is not FrozenBatchNorm2d:
-        return 1, _a(norm)
+        return f"a Conv2d with padding={conv.padding!r}"
     return None
+
+
+def _norm_obstacle(norm: nn.Module | None) -> str | None:
+    """Why a norm has no fused form, or None."""
+    return None if type(norm) in _NORMS else described(norm)
+
+
+def _act_obstacle(act: nn.Module | None) -> str | None:
+    """Why an activation has no fused form, or None."""
+    return None if type(act) is nn.ReLU else described(act)
 
 
 def _call_obstacle(module: nn.Module) -> str | None:
@@ -534,14 +748,8 @@ def _call_obstacle(module: nn.Module) -> str | None:
     return "has a forward of its own" if "forward" in state else None
 
 
-def _torchvision_class(module: nn.Module) -> type[nn.Module]:
-    for torchvision_class in CONV_NORM_NAMES:
-        if isinstance(module, torchvision_class):
-            return torchvision_class
-    raise TypeError(f"{_a(module)} is not one of torchvision's residual modules")
-
-
-def _a(module: nn.Module | None) -> str:
+def described(module: nn.Module | None) -> str:
+    """A module's class with an article, for messages."""
     if module is None:
         return "missing"
     name = type(module).__name__

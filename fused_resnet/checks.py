@@ -184,8 +184,12 @@ def batch_norm_error(
     eps: float,
     residual: Tensor | None,
     activation: str,
+    shared: bool = False,
 ) -> ValueError | TypeError | None:
-    """What is wrong with the arguments of `batch_norm_act`, or None; it is returned, not raised."""
+    """What is wrong with the arguments of `batch_norm_act`, or None; it is returned, not raised.
+
+    `shared` says that other processes add their values to the batch.
+    """
     if not isinstance(input, Tensor):
         return _not_a_tensor(name, "input", input)
     shape = input.shape
@@ -196,7 +200,7 @@ def batch_norm_error(
     if not isinstance(momentum, (int, float)):
         return TypeError(f"{name}: momentum is {momentum!r}, must be a number")
     if training:
-        if shape[0] * math.prod(shape[2:]) == 1:
+        if not shared and shape[0] * math.prod(shape[2:]) == 1:
             return ValueError(
                 f"Expected more than 1 value per channel when training, got input size {shape}"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -321,30 +322,135 @@ def run_batch_norm_act(
     return output
 
 
+def sync_batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    group: dist.ProcessGroup,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+) -> Tensor:
+    """`batch_norm_act` in training, with the statistics of all processes' batches together.
+
+    Each process of `group` calls it with a batch of its own, which may be empty, and gets its own
+    output. Differentiable once: the gradients of input and residual are those of the joint batch,
+    those of weight and bias this process's part of them, as `nn.SyncBatchNorm`'s. Forward exchanges
+    one message, and so does backward where the input's gradient is needed.
+
+    Unlike `nn.SyncBatchNorm` it takes tensors of any device whose backend of `torch.distributed`
+    gathers and reduces float64, so of the CPU too.
+
+    Args:
+        input: (N, C, *); float32, bfloat16, float16 or float64; N may differ between processes.
+        running_mean: see `batch_norm_act`; updated in place, alike in all processes.
+        running_var: as `running_mean`.
+        weight: see `batch_norm_act`.
+        bias: see `batch_norm_act`.
+        momentum: see `batch_norm_act`.
+        eps: see `batch_norm_act`.
+        group: the processes.
+        residual: see `batch_norm_act`.
+        activation: see `batch_norm_act`.
+
+    Returns:
+        As `input`.
+
+    Raises:
+        TypeError: see `batch_norm_act`.
+        ValueError: see `batch_norm_act`; one value a channel is enough here.
+        RuntimeError: a functorch transform or forward-mode differentiation is active.
+    """
+    error = checks.batch_norm_error(
+        "sync_batch_norm_act",
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        True,
+        momentum,
+        eps,
+        residual,
+        activation,
+        shared=True,
+    )
+    if error is not None:
+        raise error
+    if transforms_active():
+        raise RuntimeError(
+            "sync_batch_norm_act: has no rule for functorch transforms or forward-mode "
+            "differentiation"
+        )
+    return run_sync_batch_norm_act(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        momentum,
+        eps,
+        group,
+        residual,
+        activation,
+    )
+
+
+def run_sync_batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    group: dist.ProcessGroup,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """`sync_batch_norm_act` with its arguments checked."""
+    output, shared = ops.sync_batch_norm_act(input, weight, bias, eps, residual, activation, group)
+    update_running_statistics(running_mean, running_var, *shared, momentum)
+    return output
+
+
 def update_running_statistics(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    count: int,
+    count: int | Tensor,
     momentum: float,
 ) -> None:
-    """What `F.batch_norm` does to them, given the biased statistics of `count` values a channel."""
-    if count == 0:
+    """What `F.batch_norm` does to them, given the biased statistics of `count` values a channel.
+
+    A count that is a tensor, of shape (), stays on its device; a single value, of which there is no
+    unbiased variance, then has the biased one, zero.
+    """
+    if isinstance(count, Tensor):
+        factor = count / (count - 1).clamp(min=1)
+        weight: float | Tensor = (momentum * (count > 0)).to(mean.dtype)
+    elif count == 0:
         return
+    else:
+        factor, weight = count / (count - 1), momentum
     with torch.no_grad():
         if running_mean is not None:
-            _update(running_mean, mean, momentum)
+            _update(running_mean, mean, weight)
         if running_var is not None:
-            _update(running_var, var * (count / (count - 1)), momentum)
+            _update(running_var, var * factor, weight)
 
 
-def _update(running: Tensor, batch: Tensor, momentum: float) -> None:
-    """`running = (1 - momentum) running + momentum batch`, rounded once."""
+def _update(running: Tensor, batch: Tensor, weight: float | Tensor) -> None:
+    """`running = (1 - weight) running + weight batch`, rounded once."""
     if running.dtype is batch.dtype:
-        running.lerp_(batch, momentum)
+        running.lerp_(batch, weight)
     else:
-        running.copy_(torch.lerp(running.to(batch.dtype), batch, momentum))
+        running.copy_(torch.lerp(running.to(batch.dtype), batch, weight))
 
 
 def transforms_active() -> bool:

@@ -174,3 +174,116 @@ def batch_norm_act_training(
     scratch = input.new_zeros(input.size(1), dtype=dtype if affine is None else affine.dtype)
     out = F.batch_norm(input, scratch, scratch.clone(), weight, bias, True, 0.0, eps)
     return add_act(out, residual, activation), mean.flatten(), var
+
+
+def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel.
+
+    They are (C,), float64 for a float64 input and float32 for any other, and zero of no values.
+    """
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if input.numel() == 0:
+        return tuple(input.new_zeros(2, input.size(1), dtype=dtype))
+    dims = (0, *range(2, input.dim()))
+    values = input.to(dtype)
+    mean = values.mean(dims, keepdim=True)
+    return mean.flatten(), (values - mean).square().mean(dims)
+
+
+def combine_statistics(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics of all parts of a batch from those of each.
+
+    Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+    Variances", for more than two parts: deviations are taken from the common mean, and no square of
+    a mean is subtracted from another.
+
+    Args:
+        mean: (parts, C), float64.
+        var: (parts, C), biased, float64.
+        count: (parts,), values a channel, float64; where it is 0 the rest is 0 too.
+
+    Returns:
+        Mean (C,), biased variance (C,) and count (); zeros if no part has a value.
+    """
+    total = count.sum()
+    share = (count / total.clamp(min=1)).unsqueeze(1)
+    common = (share * mean).sum(0)
+    return common, (share * (var + (mean - common).square())).sum(0), total
+
+
+def batch_norm_act_backward_sums(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """`sum(g)` and `sum(g (input - mean))` of each channel.
+
+    g is the gradient before the activation. It passes where `output`, which may be None if there
+    was no residual and is then computed again, is above zero or NaN.
+    """
+    g = _before_act(grad, input, output, weight, bias, mean, var, eps, activation).to(mean.dtype)
+    dims = (0, *range(2, input.dim()))
+    centred = input.to(mean.dtype) - _per_channel(mean, input)
+    return g.sum(dims), (g * centred).sum(dims)
+
+
+def batch_norm_act_backward_input(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    total: Tensor,
+    dot: Tensor,
+    count: Tensor | float,
+    need_residual: bool,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients in the input and the residual, given the sums over all `count` values a channel.
+
+    `scale (g - total / count - (input - mean) dot / (count (var + eps)))` with
+    `scale = weight / sqrt(var + eps)`, and g, see `batch_norm_act_backward_sums`.
+    """
+    g = _before_act(grad, input, output, weight, bias, mean, var, eps, activation)
+    invstd = (var + eps).rsqrt()
+    scale = invstd if weight is None else invstd * weight.to(mean.dtype)
+    slope = dot / count * invstd.square()
+    centred = input.to(mean.dtype) - _per_channel(mean, input)
+    grad_input = g.to(mean.dtype) - _per_channel(total / count, input)
+    grad_input = (grad_input - centred * _per_channel(slope, input)) * _per_channel(scale, input)
+    return grad_input.to(grad.dtype), g if need_residual else None
+
+
+def _before_act(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    if activation == "none":
+        return grad
+    if output is None:
+        scale = (var + eps).rsqrt()
+        scale = scale if weight is None else scale * weight.to(mean.dtype)
+        shift = -mean * scale if bias is None else bias.to(mean.dtype) - mean * scale
+        output = scale_shift_act(input, scale, shift, None, activation)
+    return torch.ops.aten.threshold_backward(grad, output, 0)
+
+
+def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.view(1, -1, *[1] * (like.dim() - 2))

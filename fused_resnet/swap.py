@@ -6,17 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
+import torch.distributed as dist
 from torch import nn
-from torchvision.models import resnet
 
-from . import backends, blocks, checks
+from . import backends, blocks, checks, forms
+from .forms import Form
 
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    resnet.BasicBlock: blocks.BasicBlock,
-    resnet.Bottleneck: blocks.Bottleneck,
-    resnet.ResNet: blocks.ResNet,
-}
-_UNFUSED = {fused: unfused for unfused, fused in _FUSED.items()}
 _MEMORY = ("normal", "low")
 
 
@@ -26,7 +21,7 @@ class Record:
 
     Attributes:
         path: the module's path in the model, "" for the model itself.
-        kind: "BasicBlock", "Bottleneck" or "stem".
+        kind: "BasicBlock", "Bottleneck", "stem" or another `kind` in `forms.py`.
         fused: whether it runs fused as it is now: class, mode, hooks and dtypes.
         backend: the kernels that run it, such as "cpu: library convolution + scale_shift_act", or
             "eager".
@@ -64,7 +59,7 @@ class Report(Sequence[Record]):
 
     def __str__(self) -> str:
         if not self._records:
-            return "nothing to fuse: the model has none of torchvision's residual blocks"
+            return "nothing to fuse: the model has no residual block of a class that is known"
         rows = [
             (
                 record.path or "(model)",
@@ -87,10 +82,11 @@ class Report(Sequence[Record]):
 def fuse(model: nn.Module, memory: str = "normal") -> nn.Module:
     """Makes a model's residual blocks and stem run fused, in place.
 
-    Only modules that are exactly torchvision's `BasicBlock`, `Bottleneck` or `ResNet` change, and
-    only their class: parameters, buffers, hooks and `state_dict` stay the objects they are. A
-    module whose parts have no fused form (other norms or activations) is left alone; `report` says
-    so.
+    Only modules of exactly the known classes change, and only their class: parameters, buffers,
+    hooks and `state_dict` stay the objects they are. Known are torchvision's `BasicBlock`,
+    `Bottleneck` and `ResNet`, the layers of its `DenseNet`, timm's `BasicBlock`, `Bottleneck` and
+    `ResNet`, and the blocks of `fused_resnet.models`. A module whose parts have no fused form
+    (other norms or activations) is left alone; `report` says so.
 
     Args:
         model: any module, a block itself included.
@@ -107,11 +103,12 @@ def fuse(model: nn.Module, memory: str = "normal") -> nn.Module:
     """
     if memory not in _MEMORY:
         raise ValueError(f"fuse: memory is {memory!r}, must be one of {', '.join(_MEMORY)}")
+    forms.load_families()
     for module in _modules(model, "fuse"):
-        fused = _FUSED.get(type(module))
-        if fused is not None and blocks.structure_obstacle(module) is None:
-            module.__class__ = fused
-        if type(module) in _UNFUSED:
+        form = forms.of_original(type(module))
+        if form is not None and blocks.structure_obstacle(module) is None:
+            module.__class__ = form.fused
+        if forms.of_fused(type(module)) is not None:
             vars(module).pop("memory", None)
             if memory != "normal":
                 module.memory = memory
@@ -119,7 +116,7 @@ def fuse(model: nn.Module, memory: str = "normal") -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Gives a model's fused modules torchvision's classes back, in place.
+    """Gives a model's fused modules the classes they had, in place.
 
     Args:
         model: any module, fused or not.
@@ -131,11 +128,11 @@ def unfuse(model: nn.Module) -> nn.Module:
         TypeError: it is not a module.
     """
     for module in _modules(model, "unfuse"):
-        unfused = _UNFUSED.get(type(module))
-        if unfused is not None:
+        form = forms.of_fused(type(module))
+        if form is not None:
             backends.release([*module.parameters(), *module.buffers()])
             vars(module).pop("memory", None)
-            module.__class__ = unfused
+            module.__class__ = form.original
     return model
 
 
@@ -149,17 +146,18 @@ def report(model: nn.Module) -> Report:
         model: any module.
 
     Returns:
-        A record for each of torchvision's `BasicBlock`, `Bottleneck` and `ResNet` and subclasses.
+        A record for each module of a class that `fuse` knows, or of a subclass of one.
 
     Raises:
         TypeError: it is not a module.
     """
     _modules(model, "report")
+    forms.load_families()
     return Report(
         [
-            _record(path, module)
+            _record(path, module, form)
             for path, module in model.named_modules()
-            if isinstance(module, tuple(_FUSED))
+            if (form := forms.of(module)) is not None
         ]
     )
 
@@ -170,54 +168,69 @@ def _modules(model: nn.Module, name: str) -> list[nn.Module]:
     return list(model.modules())
 
 
-def _record(path: str, module: nn.Module) -> Record:
-    base = next(base for base in _FUSED if isinstance(module, base))
-    kind = "stem" if base is resnet.ResNet else base.__name__
-    reason = _class_obstacle(module, base) or blocks.obstacle(module)
+def _record(path: str, module: nn.Module, form: Form) -> Record:
+    reason = _class_obstacle(module, form) or blocks.obstacle(module)
     if reason is not None:
-        return Record(path, kind, False, "eager", reason)
+        return Record(path, form.kind, False, "eager", reason)
     ways, reasons = [], []
-    for way, reason in _ways(module, base):
+    for way, reason in _ways(module, form):
         if way not in ways:
             ways.append(way)
         if reason:
             reasons.append(reason)
-    fused = ways != ["eager"]
-    return Record(path, kind, fused, ", ".join(ways), "; ".join(reasons))
+    fused = any(not way.startswith("eager") or "," in way for way in ways)
+    return Record(path, form.kind, fused, ", ".join(ways), "; ".join(reasons))
 
 
-def _class_obstacle(module: nn.Module, base: type[nn.Module]) -> str | None:
-    if type(module) is base:
+def _class_obstacle(module: nn.Module, form: Form) -> str | None:
+    if type(module) is form.original:
         reason = blocks.structure_obstacle(module)
         return "not fused: call fused_resnet.fuse" if reason is None else reason
-    if type(module) is not _FUSED[base]:
-        own = "forward" in vars(type(module)) or type(module).forward is not base.forward
+    if type(module) is not form.fused:
+        base = form.original
+        own = any(getattr(type(module), n) is not getattr(base, n) for n in form.overrides)
         detail = " with a forward of its own" if own else ""
         return f"{type(module).__name__} is a subclass of {base.__name__}{detail}"
-    if "forward" in vars(module) or "_forward_impl" in vars(module):
+    if any(name in vars(module) for name in form.overrides):
         return "the module has a forward of its own"
     return None
 
 
-def _ways(module: nn.Module, base: type[nn.Module]) -> Iterator[tuple[str, str]]:
+def _ways(module: nn.Module, form: Form) -> Iterator[tuple[str, str]]:
     """For each convolution, which kernels run it and its norm, and why if they are not fused."""
-    children = module._modules
-    if base is resnet.ResNet:
-        reason = blocks.pool_obstacle(children["maxpool"])
-        operator = "conv_bn_act" if reason else "conv_bn_act_max_pool"
-        yield _way(operator, "conv1", children["conv1"], children["bn1"])
-        if reason:
-            yield "eager pooling", reason
-        return
-    for conv, norm in blocks.CONV_NORM_NAMES[base]:
-        yield _way("conv_bn_act", conv, children[conv], children[norm])
-    downsample = module.downsample
+    units = form.units_of(module)
+    reason = None
+    if form.pool is not None:
+        reason = blocks.pool_obstacle(forms.part(module, form.pool))
+    for norm, _ in form.norms:
+        yield _norm_way(forms.part(module, norm))
+    for unit in units:
+        pooled = form.pool is not None and reason is None and unit is units[-1]
+        operator = "conv_bn_act_max_pool" if pooled else "conv_bn_act"
+        conv, norm = forms.part(module, unit.conv), forms.part(module, unit.norm)
+        yield _way(operator, unit.conv, conv, norm)
+        for name in (*unit.between, *unit.after):
+            if blocks.working_parts(module, (name,)):
+                yield f"eager {name}", f"{name} is {blocks.described(forms.part(module, name))}"
+    if reason:
+        yield "eager pooling", reason
+    downsample = getattr(module, form.shortcut) if form.shortcut is not None else None
     if downsample is not None:
-        reason = blocks.downsample_obstacle(downsample)
-        if reason:
+        if reason := blocks.downsample_obstacle(downsample):
             yield "eager downsample", reason
         else:
-            yield _way("conv_bn_act", "downsample.0", *downsample._modules.values())
+            before, projection = blocks.split_downsample(downsample)
+            yield _way("conv_bn_act", f"downsample.{len(before)}", *projection)
+            for index, first in enumerate(before):
+                if type(first) is not nn.Identity:
+                    yield "eager pooling", f"downsample.{index} is {blocks.described(first)}"
+
+
+def _norm_way(norm: nn.Module) -> tuple[str, str]:
+    training = blocks.uses_batch_statistics(norm)
+    operator = "batch_norm_act_training" if training else "batch_norm_act_inference"
+    like = next(t for t in (norm.weight, norm.running_mean) if t is not None)
+    return backends.explain(operator, device=like.device, dtype=like.dtype), ""
 
 
 def _way(operator: str, name: str, conv: nn.Conv2d, norm: nn.Module) -> tuple[str, str]:
@@ -225,7 +238,9 @@ def _way(operator: str, name: str, conv: nn.Conv2d, norm: nn.Module) -> tuple[st
     where = {"device": weight.device, "dtype": weight.dtype}
     if blocks.uses_batch_statistics(norm):
         way = backends.explain("batch_norm_act_training", **where)
-        return f"eager convolution, {way}", ""
+        group = blocks.sync_group(norm)
+        shared = "" if group is None else f", statistics of {dist.get_world_size(group)} processes"
+        return f"eager convolution, {way}{shared}", ""
     # The smallest input the convolution accepts, of no memory.
     size = [d * (r - 1) + 1 for d, r in zip(conv.dilation, conv.kernel_size, strict=True)]
     x = weight.detach().new_empty(()).expand(1, conv.in_channels, *size)

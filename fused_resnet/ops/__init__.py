@@ -10,6 +10,7 @@ from .conv_bn_act import conv_bn_act
 from .conv_bn_act_max_pool import conv_bn_act_max_pool
 from .residual_blocks import BlockLayers, residual_blocks
 from .scale_shift_act import scale_shift_act
+from .sync_batch_norm_act import sync_batch_norm_act
 from .training_blocks import residual_block_training, stem_training
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "residual_blocks",
     "scale_shift_act",
     "stem_training",
+    "sync_batch_norm_act",
 ]

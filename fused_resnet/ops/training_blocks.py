@@ -8,7 +8,8 @@ Kept for backward are the input, the output (whatever follows keeps it as its in
 vectors of one value a channel. Each `h` is computed again from `raw` just before the convolution
 behind it needs it; with `low_memory` so are the `raw` of the last convolution and of the
 projection, where these are 1x1. The stem, `max_pool(relu(batch_norm(conv(input))))`, keeps its
-input and `raw` only.
+input and `raw` only. A norm's statistics are this process's, or those of all processes of the
+layer's group; then backward can run once only.
 
 To compilers and to whatever else looks at single operators a block is its convolutions and
 `batch_norm_act_training`; these functions then decline.
@@ -21,17 +22,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .batch_norm_act_inference import batch_norm_act_inference
 from .batch_norm_act_training import batch_norm_act_training
 from .gradients import aten, has_norm_kernel, norm_act_backward
 from .registration import autocast_tensor, needs_grad
+from .sync_batch_norm_act import normalize, shared_backward, shared_statistics
 
-Statistics = tuple[Tensor, Tensor]
-"""A batch's mean and biased variance, (C,) each."""
+Statistics = tuple[Tensor, Tensor, Tensor | None]
+"""A batch's mean and biased variance, (C,) each, and how many values a channel (): None stands for
+this process's own."""
 
 _PARAMETERS = 4  # a layer's: the weight and bias of the convolution, and those of the norm
+_SAVED = 4  # of a layer: raw, mean, var and count
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class _Layer:
 
     geometry: tuple
     eps: float
+    group: dist.ProcessGroup | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,11 @@ class _Block:
 
 
 def residual_block_training(
-    input: Tensor, layers: Sequence[tuple], has_projection: bool, low_memory: bool
+    input: Tensor,
+    layers: Sequence[tuple],
+    groups: Sequence[dist.ProcessGroup | None],
+    has_projection: bool,
+    low_memory: bool,
 ) -> tuple[Tensor, list[Statistics]] | None:
     """`relu(... + shortcut)` as above.
 
@@ -63,6 +73,7 @@ def residual_block_training(
         input: (N, C, H, W).
         layers: the arguments of `conv_bn_act` from `weight` to `groups`, for each convolution; the
             running statistics are not used.
+        groups: for each of them the processes whose batches make the statistics, or None.
         has_projection: whether the last layer makes the shortcut.
         low_memory: whether 1x1 convolutions are computed twice rather than kept.
 
@@ -70,7 +81,7 @@ def residual_block_training(
         The output and each layer's statistics, or None where the block has to run operator by
         operator.
     """
-    arguments = _prepare(input, layers)
+    arguments = _prepare(input, layers, groups)
     if arguments is None:
         return None
     input, described, parameters = arguments
@@ -81,10 +92,13 @@ def residual_block_training(
 
 
 def stem_training(
-    input: Tensor, layer: tuple, pool: Sequence[Sequence[int]]
+    input: Tensor,
+    layer: tuple,
+    group: dist.ProcessGroup | None,
+    pool: Sequence[Sequence[int]],
 ) -> tuple[Tensor, list[Statistics]] | None:
     """`max_pool2d(relu(batch_norm(conv(input))), *pool)`; see `residual_block_training`."""
-    arguments = _prepare(input, [layer])
+    arguments = _prepare(input, [layer], [group])
     if arguments is None:
         return None
     input, (described,), parameters = arguments
@@ -94,12 +108,14 @@ def stem_training(
 
 
 def _prepare(
-    input: Tensor, layers: Sequence[tuple]
+    input: Tensor, layers: Sequence[tuple], groups: Sequence[dist.ProcessGroup | None]
 ) -> tuple[Tensor, tuple[_Layer, ...], list[Tensor | None]] | None:
     """The input, layers and parameters, as autocast has them, or None to run them one by one."""
     described, parameters = [], []
-    for weight, _, _, bn_weight, bn_bias, eps, bias, *geometry in layers:
-        described.append(_Layer(tuple(geometry), eps))
+    for (weight, _, _, bn_weight, bn_bias, eps, bias, *geometry), group in zip(
+        layers, groups, strict=True
+    ):
+        described.append(_Layer(tuple(geometry), eps, group))
         parameters += (weight, bias, bn_weight, bn_bias)
     if not has_norm_kernel(input, *parameters) or not needs_grad(input, *parameters):
         return None
@@ -123,6 +139,7 @@ class _Pass:
         self.raw: Tensor | None = None
         self.mean: Tensor | None = None
         self.var: Tensor | None = None
+        self.count: Tensor | None = None
 
     def convolve(self, input: Tensor) -> Tensor:
         self.raw = torch.conv2d(input, self.weight, self.bias, *self.layer.geometry)
@@ -130,6 +147,12 @@ class _Pass:
 
     def normalize(self, raw: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """With the batch's statistics, which it keeps."""
+        group = self.layer.group
+        if group is not None:
+            shared = self.mean, self.var, self.count = shared_statistics(raw, group)
+            return normalize(
+                raw, shared, self.bn_weight, self.bn_bias, self.layer.eps, residual, activation
+            )
         out, self.mean, self.var = batch_norm_act_training(
             raw, self.bn_weight, self.bn_bias, self.layer.eps, residual, activation
         )
@@ -149,7 +172,10 @@ class _Pass:
         )
 
     def saved(self, keep_raw: bool = True) -> tuple[Tensor | None, ...]:
-        return (self.raw if keep_raw else None, self.mean, self.var)
+        return (self.raw if keep_raw else None, self.mean, self.var, self.count)
+
+    def restore(self, saved: Sequence[Tensor | None]) -> None:
+        self.raw, self.mean, self.var, self.count = saved
 
     def norm_backward(
         self,
@@ -159,6 +185,13 @@ class _Pass:
         need: Sequence[bool],
         overwrite: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        group = self.layer.group
+        if group is not None:
+            shared = self.mean, self.var, self.count
+            return shared_backward(
+                grad, self.raw, output, self.bn_weight, self.bn_bias, shared,
+                self.layer.eps, activation, group, need, overwrite,
+            )  # fmt: skip
         return norm_act_backward(
             grad, self.raw, output, self.bn_weight, self.bn_bias, self.mean, self.var,
             self.layer.eps, activation, True, tuple(need), overwrite,
@@ -188,7 +221,7 @@ class _ResidualBlock(torch.autograd.Function):
     ) -> Tensor:
         passes = _passes(block.layers, parameters)
         output = _run_block(block, passes, input, [])
-        statistics += [(step.mean, step.var) for step in passes]
+        statistics += [(step.mean, step.var, step.count) for step in passes]
         ctx.block = block
         saved = []
         for index, step in enumerate(passes):
@@ -231,8 +264,8 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     count = _PARAMETERS * len(block.layers)
     input, output, *saved = ctx.saved_tensors
     passes = _passes(block.layers, saved[:count])
-    for step, index in zip(passes, range(count, len(saved), 3), strict=True):
-        step.raw, step.mean, step.var = saved[index : index + 3]
+    for step, index in zip(passes, range(count, len(saved), _SAVED), strict=True):
+        step.restore(saved[index : index + _SAVED])
     need_input, need = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
     needs = [need[_PARAMETERS * i : _PARAMETERS * (i + 1)] for i in range(len(passes))]
     hidden: list[Tensor] = []
@@ -301,7 +334,7 @@ class _Stem(torch.autograd.Function):
     ) -> Tensor:
         step = _Pass(layer, parameters)
         out = step.normalize(step.convolve(input), None, "relu")
-        statistics.append((step.mean, step.var))
+        statistics.append((step.mean, step.var, step.count))
         ctx.layer, ctx.pool = layer, pool
         ctx.save_for_backward(input, *parameters, *step.saved())
         return torch.max_pool2d(out, *pool)
@@ -315,7 +348,7 @@ class _Stem(torch.autograd.Function):
 def _stem_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, *saved = ctx.saved_tensors
     step = _Pass(ctx.layer, saved[:_PARAMETERS])
-    step.raw, step.mean, step.var = saved[_PARAMETERS:]
+    step.restore(saved[_PARAMETERS:])
     again = torch.is_grad_enabled()
     out = step.normalize(step.convolve(input), None, "relu") if again else step.normalized()
     with torch.no_grad():

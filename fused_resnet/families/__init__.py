@@ -1,0 +1,1 @@
+"""Fused forms of other libraries' modules, one file a library; see `forms.py`."""

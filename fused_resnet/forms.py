@@ -1,0 +1,154 @@
+"""What `fuse` knows of a class: a `Form` each, registered by the file with its fused class.
+
+Torchvision's residual networks are in `blocks.py`, other libraries' in `families/`, one file each,
+which are imported when that library has been. The fused class is a subclass of the one it stands
+for and adds nothing to a module but its class, under a name that stays: pickles refer to it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+_FAMILIES = {
+    "timm.models.resnet": "timm",
+    "torchvision.models.densenet": "densenet",
+}
+"""Files of `families/`, and the module without which a model has nothing for them to fuse."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A convolution and what follows it, `after(act(between(norm(conv(x))) + shortcut))`.
+
+    The shortcut is added in the last unit of a residual block only. Attributes are names of
+    attributes of the module, with dots for those of its children.
+
+    Attributes:
+        conv: an `nn.Conv2d`.
+        norm: an `nn.BatchNorm2d` or `FrozenBatchNorm2d`.
+        act: an `nn.ReLU`.
+        between: what is applied before the shortcut and the activation, if it is there, in order.
+        after: what is applied to the activation's output, if it is there, in order.
+    """
+
+    conv: str
+    norm: str
+    act: str
+    between: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+def _no_obstacle(module: nn.Module) -> None:
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """How modules of one class are fused.
+
+    Attributes:
+        original: the class.
+        fused: its subclass that runs fused.
+        kind: what the report calls it.
+        units: its convolutions, in order; or a function that says so for a module.
+        norms: pairs of a norm and the ReLU on its output, where no convolution comes before.
+        convs: convolutions that no norm follows.
+        shortcut: the name of a residual block's projection, which may be None; None if it has none.
+        pool: the name of a stem's max-pool.
+        overrides: the methods that the fused class replaces.
+        obstacle: what besides its parts keeps a module from being fused, or None.
+    """
+
+    original: type[nn.Module]
+    fused: type[nn.Module]
+    kind: str
+    units: tuple[Unit, ...] | Callable[[nn.Module], Sequence[Unit]]
+    norms: tuple[tuple[str, str], ...] = ()
+    convs: tuple[str, ...] = ()
+    shortcut: str | None = None
+    pool: str | None = None
+    overrides: tuple[str, ...] = ("forward",)
+    obstacle: Callable[[nn.Module], str | None] = _no_obstacle
+
+    def __post_init__(self) -> None:
+        if isinstance(self.units, tuple):
+            object.__setattr__(self, "_names", self._names_in(self.units))
+
+    def units_of(self, module: nn.Module) -> Sequence[Unit]:
+        """The convolutions of a module of this form."""
+        return self.units if isinstance(self.units, tuple) else self.units(module)
+
+    def names_of(self, module: nn.Module) -> Sequence[str]:
+        """The children that a fused forward pass goes around, and their parents, each once."""
+        if isinstance(self.units, tuple):
+            return self._names
+        return self._names_in(self.units(module))
+
+    def _names_in(self, units: Sequence[Unit]) -> tuple[str, ...]:
+        names = [name for unit in units for name in (unit.conv, unit.norm, unit.act)]
+        names += [name for pair in self.norms for name in pair] + list(self.convs)
+        parents = [name.rpartition(".")[0] for name in names if "." in name]
+        return tuple(dict.fromkeys(names + parents))
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it is nothing but its units and, in the last of them, the shortcut."""
+        return self.shortcut is not None and not self.norms and not self.convs
+
+
+idle: dict[type[nn.Module], Callable[[nn.Module], bool]] = {nn.Identity: lambda module: True}
+"""Modules that may return their input unchanged, and whether one of them would now."""
+
+_by_original: dict[type[nn.Module], Form] = {}
+_by_fused: dict[type[nn.Module], Form] = {}
+
+
+def register(form: Form) -> None:
+    """Makes `fuse`, `unfuse` and `report` know a class."""
+    _by_original[form.original] = form
+    _by_fused[form.fused] = form
+
+
+def load_families() -> None:
+    """Registers the classes of every family whose library has been imported."""
+    for library, family in _FAMILIES.items():
+        if library in sys.modules:
+            importlib.import_module(f"{__package__}.families.{family}")
+
+
+def of_original(cls: type[nn.Module]) -> Form | None:
+    """The form of exactly this class, unfused."""
+    return _by_original.get(cls)
+
+
+def of_fused(cls: type[nn.Module]) -> Form | None:
+    """The form whose fused class this is."""
+    return _by_fused.get(cls)
+
+
+def of(module: nn.Module) -> Form | None:
+    """The form of the class that a module is of or derives from."""
+    form = _by_fused.get(type(module))
+    if form is not None:
+        return form
+    for cls in type(module).__mro__:
+        form = _by_original.get(cls)
+        if form is not None:
+            return form
+    return None
+
+
+def part(module: nn.Module, name: str) -> nn.Module | None:
+    """The child of this name, or None if there is none."""
+    # Looked up where modules keep them: an attribute takes ten times as long.
+    children = module._modules
+    if name in children:
+        return children[name]
+    for piece in name.split("."):
+        module = getattr(module, piece, None)
+    return module

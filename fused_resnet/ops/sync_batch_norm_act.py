@@ -1,0 +1,192 @@
+"""Batch norm with the statistics of several processes, residual add and activation.
+
+    mean, var, count = of all processes' batches together            one all_gather
+    output           = activation(batch_norm(input, mean, var) + residual)
+    total, dot       = sum(g), sum(g (input - mean)) of all processes    one all_reduce
+    grad_input       = scale (g - total / count - (input - mean) dot / (count (var + eps)))
+
+g is the gradient before the activation. Gradients of weight and bias are of this process's batch
+alone, as `nn.SyncBatchNorm`'s are: data-parallel training averages them with all the others. A
+batch may be empty; its process takes part in both collectives.
+
+What is exchanged is float64, so that counts are exact and the order of additions, which is the
+processes' in forward, leaves nothing that a float32 would show. No process waits for a value from
+a GPU.
+
+It is no operator: a collective cannot be traced, and compilers see the module's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import backends, reference
+from .batch_norm_act_inference import batch_norm_act_inference
+from .layout import contiguous_like_eager
+from .registration import is_plain
+
+Shared = tuple[Tensor, Tensor, Tensor]
+"""Mean (C,) and biased variance (C,) in the accumulation dtype, and count () in float64."""
+
+
+def sync_batch_norm_act(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Shared]:
+    """The output of this process's batch, and the statistics of all processes' of `group`.
+
+    The output can be differentiated once; the statistics cannot.
+    """
+    if residual is not None:
+        residual = residual.to(input.dtype)  # which under autocast may differ
+    shared = shared_statistics(input, group)
+    output = _SyncBatchNormAct.apply(input, weight, bias, eps, residual, activation, group, shared)
+    return output, shared
+
+
+def shared_statistics(input: Tensor, group: dist.ProcessGroup) -> Shared:
+    """The statistics of all processes' `input` together, the same bits in each."""
+    channels = input.size(1)
+    with torch.no_grad():
+        mean, var = _run("batch_statistics", contiguous_like_eager(input))
+        own = input.new_empty(2 * channels + 1, dtype=torch.float64)
+        own[:channels], own[channels:-1] = mean, var
+        own[-1] = input.numel() // max(channels, 1)
+        gathered = own.new_empty(dist.get_world_size(group), own.numel())
+        dist.all_gather(list(gathered.unbind(0)), own, group)
+        means, variances, counts = gathered.split((channels, channels, 1), 1)
+        mean_, var_, count = reference.combine_statistics(means, variances, counts.squeeze(1))
+        return mean_.to(mean.dtype), var_.to(var.dtype), count
+
+
+def normalize(
+    input: Tensor,
+    shared: Shared,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """`activation(batch_norm(input) + residual)` with these statistics."""
+    mean, var, _ = shared
+    # All four in the statistics' dtype: a 16-bit module's weight would else have to be theirs.
+    weight, bias = (t if t is None else t.to(mean.dtype) for t in (weight, bias))
+    return batch_norm_act_inference(input, mean, var, weight, bias, eps, residual, activation)
+
+
+def shared_backward(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shared: Shared,
+    eps: float,
+    activation: str,
+    group: dist.ProcessGroup,
+    need: Sequence[bool],
+    overwrite: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients in the input, weight, bias and residual; see `gradients.norm_act_backward`.
+
+    Every process of `group` has to ask for the input's gradient, or none.
+
+    Raises:
+        RuntimeError: the gradients are to be differentiated again.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "batch norm with statistics of several processes can be differentiated only once: "
+            "run backward without create_graph"
+        )
+    mean, var, count = shared
+    input = contiguous_like_eager(input)
+    arguments = (grad, input, output, weight, bias, mean, var, eps, activation)
+    if grad.numel() == 0:
+        total = dot = mean.new_zeros(input.size(1))
+    else:
+        total, dot = _run("batch_norm_act_backward_sums", *arguments)
+    grad_weight = (dot * (var + eps).rsqrt()).to(weight.dtype) if need[1] else None
+    grad_bias = total.to(bias.dtype) if need[2] else None
+    grad_input, grad_residual = None, grad
+    if need[0]:
+        sums = torch.cat((total, dot)).double()
+        dist.all_reduce(sums, group=group)
+        total, dot = sums.to(total.dtype).chunk(2)
+    if grad.numel() == 0:
+        grad_input = torch.empty_like(input) if need[0] else None
+    elif need[0] or need[3]:
+        grad_input, grad_residual = _run(
+            "batch_norm_act_backward_input", *arguments, total, dot, count, need[3], overwrite
+        )
+    return (
+        grad_input if need[0] else None,
+        grad_weight,
+        grad_bias,
+        grad_residual if need[3] else None,
+    )
+
+
+def needs_output(input: Tensor, residual: Tensor | None, activation: str) -> bool:
+    """Whether `shared_backward` needs the output.
+
+    With a residual it is kept, for whatever takes it keeps it too. Without one the ReLU's mask is
+    computed again from the input, by kernels that come to the same bits as forward's.
+    """
+    return activation == "relu" and (residual is not None or not _has_kernels(input))
+
+
+def _has_kernels(input: Tensor) -> bool:
+    return is_plain(input) and hasattr(
+        backends.choose(input.device.type), "batch_norm_act_backward_sums"
+    )
+
+
+def _run(name: str, first: Tensor, *arguments: Any) -> Any:
+    """The backend's function of this name, where it has one, or the reference's."""
+    if first.numel() > 0 and _has_kernels(first):
+        module: Any = backends.choose(first.device.type)
+    else:
+        module = reference
+    return getattr(module, name)(first, *arguments)
+
+
+class _SyncBatchNormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None,
+        activation: str,
+        group: dist.ProcessGroup,
+        shared: Shared,
+    ) -> Tensor:
+        output = normalize(input, shared, weight, bias, eps, residual, activation)
+        ctx.eps, ctx.activation, ctx.group = eps, activation, group
+        keep = needs_output(input, residual, activation)
+        ctx.save_for_backward(input, weight, bias, *shared, output if keep else None)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, *shared, output = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        *gradients, grad_residual = shared_backward(
+            grad, input, output, weight, bias, tuple(shared), ctx.eps, ctx.activation, ctx.group,
+            (*need[:3], need[4]),
+        )  # fmt: skip
+        return *gradients, None, grad_residual, None, None, None

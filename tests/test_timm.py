@@ -1,0 +1,323 @@
+"""timm's residual networks: the error rule, what stays eager and why, and timm's absence."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from support import (
+    assert_gradients_by_error_rule,
+    assert_same_bits,
+    double_copy,
+    image_batch,
+    parameter_gradients,
+    run_python,
+)
+from torch import nn
+
+import fused_resnet
+from fused_resnet.testing import assert_error_rule, randomize_
+
+timm = pytest.importorskip("timm", reason="timm is not installed: pip install '.[test]'")
+from timm.layers import BlurPool2d  # noqa: E402
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
+
+from fused_resnet.families import timm as family  # noqa: E402
+
+MODELS = [
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "resnet50d",
+    "seresnet50",
+    "resnetblur50",
+]
+
+# Small networks, one for each thing a block or a stem may have besides convolutions.
+VARIANTS = {
+    "plain": {},
+    "bottleneck": {"block": Bottleneck},
+    "deep stem": {"stem_type": "deep", "stem_width": 32},
+    "tiered stem": {"stem_type": "deep_tiered", "stem_width": 32},
+    "convolution for max-pool": {"replace_stem_pool": True},
+    "average-pool shortcut": {"avg_down": True},
+    "3x3 shortcut": {"down_kernel_size": 3, "block_reduce_first": 2},
+    "dilated": {"output_stride": 8, "avg_down": True},
+    "anti-aliased": {"block": Bottleneck, "aa_layer": BlurPool2d},
+    "average anti-aliased": {"aa_layer": nn.AvgPool2d},
+    "squeeze and excitation": {"block_args": {"attn_layer": "se"}},
+    "efficient attention": {"block": Bottleneck, "block_args": {"attn_layer": "eca"}},
+    "drop path": {"drop_path_rate": 0.5},
+    "drop block": {"block": Bottleneck, "drop_block_rate": 0.3},
+    "everything": {
+        "block": Bottleneck,
+        "stem_type": "deep",
+        "stem_width": 32,
+        "avg_down": True,
+        "aa_layer": BlurPool2d,
+        "drop_path_rate": 0.5,
+        "drop_block_rate": 0.3,
+        "block_args": {"attn_layer": "se"},
+    },
+}
+
+
+def build(variant):
+    arguments = {"block": BasicBlock, "layers": (1, 2, 1, 1), "num_classes": 10}
+    torch.manual_seed(1)
+    return randomize_(ResNet(**arguments | VARIANTS[variant]), seed=2).eval()
+
+
+def create(name, **arguments):
+    torch.manual_seed(1)
+    model = timm.create_model(name, pretrained=False, num_classes=10, **arguments)
+    return randomize_(model, seed=2).eval()
+
+
+def records(model):
+    return {record.path: record for record in fused_resnet.report(model)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_in_evaluation(name):
+    """The whole network by the error rule; every block and the stem is fused."""
+    eager = create(name)
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    blocks = [m for m in eager.modules() if isinstance(m, (BasicBlock, Bottleneck, ResNet))]
+    assert sum(record.fused for record in fused_resnet.report(fused)) == len(blocks)
+    assert list(fused.state_dict()) == list(eager.state_dict())
+    x = image_batch(2, 64)
+    with torch.inference_mode():
+        assert_error_rule(fused(x), eager(x), double_copy(eager)(x.double()))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d", "resnet50d", "seresnet50"])
+def test_models_in_training(name):
+    """Output and gradients by the error rule, with two blocks where the network has most."""
+    eager = create(name, layers=(1, 1, 2, 1)).train()
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    assert_gradients_by_error_rule(fused, eager, image_batch(4, 48))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant, mode):
+    """Outputs, gradients and statistics in float64, where a wrong formula shows."""
+    eager = build(variant).double().train(mode == "train")
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    assert all(record.fused for record in fused_resnet.report(fused))
+    x = image_batch(4, 64).double()
+    torch.manual_seed(3)
+    out, ours = parameter_gradients(fused, x)
+    torch.manual_seed(3)
+    expected, theirs = parameter_gradients(eager, x)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        scale = theirs[name].abs().max().item() or 1.0
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-8 * scale, msg=name)
+    for (name, buffer), expected in zip(fused.named_buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("variant", "mode", "path", "reason"),
+    [
+        ("plain", "train", "layer2.0", ""),
+        ("squeeze and excitation", "eval", "layer2.0", "se is a SEModule"),
+        ("drop path", "train", "layer4.0", "drop_path is a DropPath"),
+        ("drop path", "eval", "layer4.0", ""),
+        ("drop block", "train", "layer4.0", "drop_block is a DropBlock2d"),
+        ("drop block", "eval", "layer4.0", ""),
+        ("anti-aliased", "eval", "layer2.0", "aa is a BlurPool2d"),
+        ("anti-aliased", "eval", "layer2.1", ""),
+        ("anti-aliased", "eval", "", "maxpool is a Sequential"),
+        ("average-pool shortcut", "eval", "layer2.0", "downsample.0 is an AvgPool2d"),
+        ("average-pool shortcut", "eval", "layer1.0", ""),
+        ("deep stem", "eval", "", ""),
+    ],
+)
+def test_the_report_names_what_stays_eager(variant, mode, path, reason):
+    """And what was idle anyway is not in it."""
+    model = fused_resnet.fuse(build(variant).train(mode == "train"))
+    record = records(model)[path]
+    assert record.fused
+    assert record.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "word"),
+    [
+        ({"act_layer": nn.SiLU}, "layer1.0", "act1 is a SiLU"),
+        ({"act_layer": nn.SiLU, "stem_type": "deep", "stem_width": 32}, "", "conv1.2 is a SiLU"),
+        ({"norm_layer": "batchnormact2d"}, "layer1.0", "bn1 is a BatchNormAct2d"),
+        ({"norm_layer": "groupnorm"}, "layer2.0", "bn1 is a GroupNorm"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_has_no_fused_form_is_left_alone(arguments, path, word):
+    torch.manual_seed(1)
+    arguments = {"block": BasicBlock, "layers": (1, 1, 1, 1), "num_classes": 10} | arguments
+    eager = randomize_(ResNet(**arguments), seed=2).eval()
+    model = fused_resnet.fuse(copy.deepcopy(eager))
+    assert [type(m) for m in model.modules()] == [type(m) for m in eager.modules()]
+    record = records(model)[path]
+    assert not record.fused
+    assert word in record.reason
+    x = image_batch(2, 40)
+    with torch.no_grad():
+        assert_same_bits(model(x), eager(x))
+
+
+@pytest.mark.parametrize(
+    "site", ["layer2.0.se", "layer2.0.aa", "layer2.0.drop_path", "layer1.0.aa"]
+)
+def test_hooks_on_what_is_between_convolutions(site):
+    """They fire, on attention and on what does nothing, without stopping the convolutions."""
+    eager = build("everything")
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    calls = []
+    for model in (eager, fused):
+        model.get_submodule(site).register_forward_hook(lambda m, args, out: calls.append(out))
+    x = image_batch(2, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), eager(x), rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2
+    torch.testing.assert_close(*calls, rtol=1e-4, atol=1e-4)
+    assert records(fused)[site.rpartition(".")[0]].fused
+
+
+@pytest.mark.parametrize("site", ["conv1", "conv1.4", "act1", "layer2.0.conv2", "layer2.0.act3"])
+def test_hooks_on_convolutions(site):
+    eager = build("everything")
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    calls = []
+    for model in (eager, fused):
+        model.get_submodule(site).register_forward_hook(
+            lambda m, args, out: calls.append(out.clone())
+        )
+    x = image_batch(2, 64)
+    with torch.no_grad():
+        fused(x)
+        eager(x)
+    torch.testing.assert_close(*calls, rtol=1e-4, atol=1e-4)
+    path = "layer2.0" if site.startswith("layer2") else ""
+    assert site in records(fused)[path].reason
+
+
+def test_features_only():
+    """timm's extractor takes the children out of the network; its blocks are fused."""
+    eager = create("resnet18", features_only=True)
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    assert sum(record.fused for record in fused_resnet.report(fused)) == 8
+    x = image_batch(2, 64)
+    with torch.no_grad():
+        for ours, theirs, exact in zip(
+            fused(x), eager(x), double_copy(eager)(x.double()), strict=True
+        ):
+            assert_error_rule(ours, theirs, exact)
+
+
+def test_intermediates_and_gradient_checkpointing():
+    """The stem then runs as timm's, and the blocks stay fused."""
+    eager = build("bottleneck").double()
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    x = image_batch(2, 64).double()
+    with torch.no_grad():
+        ours, theirs = fused.forward_intermediates(x), eager.forward_intermediates(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    eager.train()
+    fused.train().set_grad_checkpointing()
+    out, gradients = parameter_gradients(fused, x)
+    expected, expected_gradients = parameter_gradients(eager, x)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    for name, gradient in expected_gradients.items():
+        scale = gradient.abs().max().item() or 1.0
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-8 * scale, msg=name)
+
+
+def test_frozen_by_timm():
+    """timm's own freezing puts FrozenBatchNorm2d into the blocks."""
+    from timm.utils import freeze
+
+    eager = build("bottleneck")
+    freeze(eager)
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    assert all(record.fused for record in fused_resnet.report(fused))
+    x = image_batch(2, 64)
+    with torch.no_grad():
+        assert_error_rule(fused(x), eager(x), double_copy(eager)(x.double()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_tracers():
+    """torch.export, torch.compile's front end, TorchScript, and timm's fx extractor."""
+    eager = build("everything")
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    x = image_batch(2, 64)
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    with torch.no_grad():
+        exact = double_copy(eager)(x.double())
+        program = torch.export.export(fused, (x,))
+        assert any("fused_resnet.conv_bn_act" in str(node.target) for node in program.graph.nodes)
+        assert_error_rule(program.module()(x), eager(x), exact)
+        assert_error_rule(torch.jit.script(fused)(x), eager(x), exact)
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=True)
+        assert_error_rule(compiled(x), eager(x), exact)
+        nodes = ["maxpool", "layer2.0.aa", "layer3"]
+        ours, theirs = (create_feature_extractor(m, nodes)(x) for m in (fused, eager))
+    for node in nodes:
+        torch.testing.assert_close(ours[node], theirs[node], rtol=1e-4, atol=1e-4)
+
+
+def test_pickles(tmp_path):
+    """A fused model loads in a process that has imported neither library, and stays what it was."""
+    model = fused_resnet.fuse(build("everything"))
+    x = image_batch(2, 64)
+    twin = pickle.loads(pickle.dumps(model))
+    assert type(twin.layer1[0]) is family.Bottleneck
+    with torch.no_grad():
+        expected = model(x)
+        assert_same_bits(twin(x), expected)
+    torch.save({"model": model, "x": x, "expected": expected}, tmp_path / "model.pt")
+    run_python(
+        f"""
+        import torch
+        torch.set_num_threads(2)
+        saved = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+        with torch.no_grad():
+            assert torch.equal(saved["model"](saved["x"]), saved["expected"])
+        import fused_resnet
+        from timm.models.resnet import Bottleneck
+        assert type(fused_resnet.unfuse(saved["model"]).layer1[0]) is Bottleneck
+        """
+    )
+    fused_resnet.unfuse(model)
+    assert type(model) is ResNet
+    assert type(model.layer1[0]) is Bottleneck
+
+
+def test_timm_is_not_imported_for_others():
+    """Nor looked for: a model of torchvision's is fused where importing timm fails."""
+    run_python(
+        """
+        import sys
+        sys.modules["timm"] = None
+        import torch, torchvision, fused_resnet
+        model = fused_resnet.fuse(torchvision.models.resnet18())
+        assert fused_resnet.report(model)[0].fused
+        assert "fused_resnet.families.timm" not in sys.modules
+        """
+    )
+
+
+def test_no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = fused_resnet.fuse(build("everything"))
+        with torch.no_grad():
+            model(image_batch(2, 64))
+        str(fused_resnet.report(model))
