@@ -15,6 +15,17 @@ inline constexpr const char* kCudaSchemas[] = {
     "bool tf32, int[] tile) -> Tensor",
     "conv_tiles() -> int[]",
     "conv_tiles_for(int[] problem, int[] gpu) -> int[]",
+
+    // Internal too: see csrc/cuda/batch_norm.cu.
+    "batch_norm_statistics(Tensor input) -> (Tensor mean, Tensor var)",
+    "batch_norm_normalize(Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+    "float eps, Tensor? residual, bool relu) -> Tensor",
+    "batch_norm_gradient_sums(Tensor grad, Tensor input, Tensor? output, Tensor mean, Tensor var, "
+    "Tensor? weight, Tensor? bias, float eps, bool relu, Tensor(a!)? masked) -> "
+    "(Tensor total, Tensor dot, Tensor grad_weight)",
+    "batch_norm_input_gradient(Tensor grad, Tensor input, Tensor? output, Tensor mean, Tensor var, "
+    "Tensor? weight, Tensor? bias, float eps, bool relu, Tensor? total, Tensor? dot, float count, "
+    "Tensor(a!)? masked, Tensor(b!) grad_input) -> ()",
 };
 
 }  // namespace fused_resnet

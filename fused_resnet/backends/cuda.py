@@ -1,8 +1,9 @@
 """The CUDA backend: kernels written in C++ (csrc/cuda), on a GPU.
 
 Convolutions of float16, bfloat16 and float32 run on one implicit GEMM with everything after them in
-its epilogue; what that does not cover goes to the library. The tests run the same kernels on the
-CPU (csrc/cuda_on_host).
+its epilogue. Batch norm of the same dtypes has kernels of its own for channels_last, forward and
+backward, in training and in inference. What these do not cover goes to the library. The tests run
+the same kernels on the CPU (csrc/cuda_on_host).
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ..ops.layout import contiguous_like_eager
 from ..tuning import cuda_tiles
 from ..tuning.problem import Tile
 from . import library
 
 __all__ = [
     "available",
+    "batch_norm_act_backward",
+    "batch_norm_act_backward_input",
+    "batch_norm_act_backward_sums",
     "batch_norm_act_inference",
     "batch_norm_act_training",
+    "batch_statistics",
     "conv_bn_act",
     "conv_bn_act_max_pool",
     "explain",
@@ -35,6 +41,8 @@ _LEAST_CAPABILITY = (8, 0)
 # Limits of the kernel's grid and of its 32-bit pixel numbers (csrc/cuda/conv_bn_act.cu).
 _MOST_GROUPS = 65535
 _MOST_PIXELS = 2**31 - 2**16
+# Of batch norm's, whose channels are numbered in 32 bits (csrc/cuda/batch_norm.cu).
+_MOST_CHANNELS = 2**31 - 1 - 2**16
 
 
 def available() -> str:
@@ -60,6 +68,7 @@ def run_on_host() -> None:
     """Makes this backend run on CPU tensors, by `torch.ops.fused_resnet_on_host`, once loaded."""
     _native.cuda_operators = torch.ops.fused_resnet_on_host
     _operator.cache_clear()
+    _batch_norm.cache_clear()
     cuda_tiles.instances.cache_clear()
 
 
@@ -69,6 +78,9 @@ def explain(operator: str, *, dtype: torch.dtype, **_: object) -> str:
     if operator.startswith("conv_bn_act") and dtype in _DTYPES:
         pool = " + library pooling" if operator == "conv_bn_act_max_pool" else ""
         return f"{backend}: implicit GEMM{pool}"
+    if operator.startswith("batch_norm_act") and dtype in _DTYPES:
+        passes = "statistics + normalize" if operator.endswith("training") else "normalize"
+        return f"{backend}: {passes}, where channels_last; else {library.explain(operator)}"
     return f"{backend}: {library.explain(operator)}"
 
 
@@ -134,14 +146,194 @@ def conv_bn_act_max_pool(
     return torch.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
 
 
-def batch_norm_act_inference(*arguments: Any) -> Tensor:
-    """See `library.batch_norm_act_inference`."""
-    return library.batch_norm_act_inference(*arguments, finish=_finish())
+def batch_norm_act_inference(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """One launch: see csrc/cuda/batch_norm.cuh for the formulas of this and the next."""
+    input = contiguous_like_eager(input)
+    if not _can_normalize(input, running_mean, running_var, weight, bias, residual):
+        return library.batch_norm_act_inference(
+            input, running_mean, running_var, weight, bias, eps, residual, activation,
+            finish=_finish(),
+        )  # fmt: skip
+    return _batch_norm("normalize")(
+        input, *_vectors(running_mean, running_var, weight, bias), eps, _alike(input, residual),
+        activation == "relu",
+    )  # fmt: skip
 
 
-def batch_norm_act_training(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """See `library.batch_norm_act_training`."""
-    return library.batch_norm_act_training(*arguments, finish=_finish())
+def batch_norm_act_training(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three launches: statistics, a small one, and everything else."""
+    input = contiguous_like_eager(input)
+    if not _can_normalize(input, weight, bias, residual):
+        return library.batch_norm_act_training(
+            input, weight, bias, eps, residual, activation, finish=_finish()
+        )
+    mean, var = _batch_norm("statistics")(input)
+    output = batch_norm_act_inference(input, mean, var, weight, bias, eps, residual, activation)
+    return output, mean, var
+
+
+def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over all dimensions but the second, in float32 (float64)."""
+    input = contiguous_like_eager(input)
+    if not _can_normalize(input):
+        return library.batch_statistics(input)
+    return _batch_norm("statistics")(input)
+
+
+def batch_norm_act_backward(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    training: bool,
+    need: Sequence[bool],
+    overwrite: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Three launches; see `backends.cpu.batch_norm_act_backward` for what it is given and returns.
+
+    The residual's gradient is written by the pass that sums, so that the next need not find out
+    once more where the gradient passes the activation.
+    """
+    input = contiguous_like_eager(input)
+    if not _can_normalize(input, grad, output, weight, bias, mean, var):
+        return library.batch_norm_act_backward(
+            grad, input, output, weight, bias, mean, var, eps, activation, training, need,
+            finish=_finish(),
+        )  # fmt: skip
+    relu = activation == "relu"
+    need_input, need_weight, need_bias, need_residual = need
+    if grad.stride() != input.stride():
+        grad = _alike(input, grad)
+        overwrite = relu or not need_residual  # whose gradient may be `grad` itself
+    output = _alike(input, output)
+    norm = (*_vectors(mean, var, weight, bias), eps)
+    masked = torch.empty_like(input) if need_residual and relu else None
+    total = dot = grad_weight = grad_input = None
+    if training or need_weight or need_bias or not need_input:
+        total, dot, grad_weight = _batch_norm("gradient_sums")(
+            grad, input, output, *norm, relu, masked
+        )
+    grad_residual = (masked if relu else grad) if need_residual else None
+    if need_input:
+        grad_input = grad if overwrite else torch.empty_like(input)
+        through = (total, dot) if training else (None, None)
+        done = total is not None and masked is not None
+        _batch_norm("input_gradient")(
+            masked if done else grad, input, None if done else output, *norm, relu and not done,
+            *through, input.numel() // input.size(1), None if done else masked, grad_input,
+        )  # fmt: skip
+    return (
+        grad_input,
+        grad_weight if need_weight else None,
+        total if need_bias else None,
+        grad_residual,
+    )
+
+
+def batch_norm_act_backward_sums(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Two launches; see `library.batch_norm_act_backward_sums` for what it returns."""
+    input = contiguous_like_eager(input)
+    if not _can_normalize(input, grad, output, weight, bias, mean, var):
+        return library.batch_norm_act_backward_sums(
+            grad, input, output, weight, bias, mean, var, eps, activation, finish=_finish()
+        )
+    total, dot, _ = _batch_norm("gradient_sums")(
+        _alike(input, grad), input, _alike(input, output), *_vectors(mean, var, weight, bias), eps,
+        activation == "relu", None,
+    )  # fmt: skip
+    return total, dot
+
+
+def batch_norm_act_backward_input(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    total: Tensor,
+    dot: Tensor,
+    count: float | Tensor,
+    need_residual: bool,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """One launch; see `library.batch_norm_act_backward_input` for what it returns."""
+    input = contiguous_like_eager(input)
+    if not _can_normalize(input, grad, output, weight, bias, mean, var, total, dot):
+        return library.batch_norm_act_backward_input(
+            grad, input, output, weight, bias, mean, var, eps, activation, total, dot, count,
+            need_residual, finish=_finish(),
+        )  # fmt: skip
+    relu = activation == "relu"
+    if isinstance(count, Tensor):  # which may be on the GPU: nobody waits for it
+        total, dot, count = total / count, dot / count, 1
+    if grad.stride() != input.stride():
+        grad = _alike(input, grad)
+        overwrite = relu or not need_residual  # whose gradient may be `grad` itself
+    masked = torch.empty_like(input) if need_residual and relu else None
+    grad_input = grad if overwrite else torch.empty_like(input)
+    _batch_norm("input_gradient")(
+        grad, input, _alike(input, output), *_vectors(mean, var, weight, bias), eps, relu,
+        *_vectors(total, dot), count, masked, grad_input,
+    )  # fmt: skip
+    return grad_input, (masked if relu else grad) if need_residual else None
+
+
+def _can_normalize(input: Tensor, *others: Tensor | None) -> bool:
+    """Whether an input, laid out as eager lays out its output, is one for batch norm's kernels."""
+    return (
+        input.dtype in _DTYPES
+        and input.numel() > 0
+        and (input.stride(1) == 1 or input.size(1) == 1)
+        and input.size(1) <= _MOST_CHANNELS
+        and all(t is None or t.device == input.device for t in others)
+    )
+
+
+def _alike(input: Tensor, tensor: Tensor | None) -> Tensor | None:
+    """`tensor`, copied if its strides are not those of `input`."""
+    if tensor is None or tensor.stride() == input.stride():
+        return tensor
+    return torch.empty_like(input).copy_(tensor)
+
+
+def _vectors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Values of one a channel as the kernels take them."""
+    return tuple(t if t is None else t.to(torch.float32).contiguous() for t in tensors)
 
 
 def _can_run(
@@ -171,3 +363,10 @@ def _finish() -> Any:
 def _operator() -> Any:
     assert _native.cuda_operators is not None
     return _native.cuda_operators.conv_bn_act_tiled.default
+
+
+@functools.cache
+def _batch_norm(name: str) -> Any:
+    """The operator `batch_norm_` and so on of csrc/cuda/batch_norm.cu."""
+    assert _native.cuda_operators is not None
+    return getattr(_native.cuda_operators, f"batch_norm_{name}").default

@@ -172,6 +172,134 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     return torch.batch_norm_update_stats(input, scratch[0], scratch[1], 0.0)
 
 
+def batch_norm_act_backward(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    training: bool,
+    need: Sequence[bool],
+    finish: Callable[..., Tensor] = scale_shift_act,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The library's gradients; see `backends.cpu.batch_norm_act_backward` for what they are of."""
+    grad = _behind_activation(grad, input, output, weight, bias, mean, var, eps, activation, finish)
+    accumulate = torch.float64 if input.dtype is torch.float64 else torch.float32
+    mean, var = mean.to(accumulate), var.to(accumulate)
+    weight = None if weight is None else weight.to(accumulate)
+    statistics = (None, None, mean, (var + eps).rsqrt_()) if training else (mean, var, None, None)
+    gradients = torch.ops.aten.native_batch_norm_backward(
+        grad, input, weight, *statistics, training, eps, tuple(need[:3])
+    )
+    grads = (g if wanted else None for g, wanted in zip((*gradients, grad), need, strict=True))
+    return tuple(grads)
+
+
+def batch_norm_act_backward_sums(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    finish: Callable[..., Tensor] = scale_shift_act,
+) -> tuple[Tensor, Tensor]:
+    """What the gradients of batch norm need to know of all values of a channel.
+
+    Returns:
+        `sum(g)` and `sum(g * (input - mean))`, (C,) and in the accumulation dtype, where `g` is the
+        gradient behind the activation.
+    """
+    grad = _behind_activation(
+        grad, input, output, weight, bias, mean, var, eps, activation, finish
+    ).to(mean.dtype)
+    dims = (0, *range(2, input.dim()))
+    deviations = input - mean.view(_per_channel(input))
+    return grad.sum(dims), (grad * deviations).sum(dims)
+
+
+def batch_norm_act_backward_input(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    total: Tensor,
+    dot: Tensor,
+    count: float | Tensor,
+    need_residual: bool,
+    finish: Callable[..., Tensor] = scale_shift_act,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the input and the residual, from sums over a batch.
+
+    Args:
+        grad: as all up to `activation`, what `batch_norm_act_backward_sums` was given.
+        input: see `grad`.
+        output: see `grad`.
+        weight: see `grad`.
+        bias: see `grad`.
+        mean: see `grad`.
+        var: see `grad`.
+        eps: see `grad`.
+        activation: see `grad`.
+        total: (C,), of the batch that `mean` and `var` are of, which may be larger than `input`.
+        dot: see `total`.
+        count: how many values of a channel that batch has.
+        need_residual: whether to return the residual's gradient.
+        finish: see `conv_bn_act`.
+
+    Returns:
+        `scale * (g - total / count - (input - mean) * dot / (count * (var + eps)))` with
+        `scale = weight / sqrt(var + eps)`; and `g`, or None.
+    """
+    grad = _behind_activation(grad, input, output, weight, bias, mean, var, eps, activation, finish)
+    shape = _per_channel(input)
+    invstd = (var + eps).rsqrt()
+    scale = invstd if weight is None else invstd * weight
+    slope = (invstd * invstd * dot / count).view(shape)
+    deviations = input - mean.view(shape)
+    grad_input = (grad - (total / count).view(shape) - deviations * slope) * scale.view(shape)
+    return grad_input.to(input.dtype), grad if need_residual else None
+
+
+def _behind_activation(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    finish: Callable[..., Tensor],
+) -> Tensor:
+    """The gradient where the activation's output, computed again if need be, is not <= 0."""
+    if activation == "none":
+        return grad
+    if output is None:
+        output = batch_norm_act_inference(
+            input, mean, var, weight, bias, eps, None, activation, finish
+        )
+    return torch.ops.aten.threshold_backward(grad, output, 0)
+
+
+def _per_channel(tensor: Tensor) -> tuple[int, ...]:
+    """The shape in which one value a channel goes with a tensor."""
+    return (1, -1) + (1,) * (tensor.dim() - 2)
+
+
 def explain(operator: str) -> str:
     """The kernels that run an operator, without the backend's name."""
     return {

@@ -1,0 +1,477 @@
+// Batch norm in training, with the residual add and the activation around it, forward and backward,
+// for tensors whose channels lie innermost. With d = input - mean, scale = weight / sqrt(var +
+// eps), n rows, and g the gradient behind the activation (Ioffe and Szegedy, "Batch Normalization"
+// (2015), section 3):
+//
+//   output      = act(d scale + bias + residual)
+//   grad_bias   = total = sum(g),  grad_weight = dot / sqrt(var + eps),  dot = sum(g d)
+//   grad_input  = scale (g - total / n - d dot / (n (var + eps)))
+//
+// Forward is statistics, which reads the input, and normalize, which reads it again. Backward is
+// gradient_sums, which reads gradient and input, and input_gradient, which reads them again. Of
+// each pair the first leaves sums of every block behind, which a small kernel of few blocks
+// combines in between; and the second goes through memory backwards, so that it finds in the L2
+// cache what the first has read last.
+//
+// The activation's output is either read or computed again in backward, to the same bits: every
+// multiply-add that decides on its sign is written as one.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/batch_norm.h"
+#include "cuda/device/shared_memory.cuh"
+#include "cuda/device/vector.cuh"
+
+namespace fused_resnet {
+
+using device::load_streaming;
+using device::narrow;
+using device::Vector;
+using device::widen;
+
+constexpr int kThreads = Partition::kThreads;
+constexpr int kResident = 2;  // blocks for whose sake the compiler keeps registers few
+
+// Rows a thread loads before it uses the first, where a row is several tensors'.
+constexpr int kRowsOfSeveral = 4;
+
+// A thread's part of a tensor: its first channel, its first row, and where its block's rows end,
+// which for threads without work is no further.
+struct Place {
+  int lane, group, slab, row_block, channel;
+  int64_t row, end;
+
+  __device__ __forceinline__ Place(const Partition& p, unsigned block)
+      : lane(threadIdx.x % p.lanes),
+        group(threadIdx.x / p.lanes),
+        slab(block % p.slabs),
+        row_block(block / p.slabs),
+        channel((slab * p.lanes + lane) * p.elements) {
+    const int64_t first = row_block * p.rows_per_block;
+    const bool has_work = group < p.groups && channel < p.channels;
+    row = first + group;
+    end = has_work ? min(first + p.rows_per_block, p.rows) : first;
+  }
+};
+
+// Calls use(how_many, row) for a thread's rows, `kAtOnce` at a time while there are so many, each
+// `groups` rows from the next.
+template <int kAtOnce, typename Use>
+__device__ __forceinline__ void for_each_row(int64_t row, int64_t end, int groups, const Use& use) {
+  for (; row + (kAtOnce - 1) * groups < end; row += kAtOnce * groups) {
+    use(std::integral_constant<int, kAtOnce>{}, row);
+  }
+  if constexpr (kAtOnce > 1) for_each_row<kAtOnce / 2>(row, end, groups, use);
+}
+
+// Combines the values of a block's groups in a fixed order into those of group 0: each half of the
+// groups takes the other half's over.
+template <int kValues, typename Combine>
+__device__ __forceinline__ void combine_groups(float (&values)[kValues], int group, int groups,
+                                               int lanes, const Combine& combine) {
+  float* const mine = reinterpret_cast<float*>(device::shared_memory()) + threadIdx.x;
+  for (int left = groups; left > 1;) {
+    const int half = (left + 1) / 2;
+    if (group >= half && group < left) {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) mine[i * kThreads] = values[i];
+    }
+    __syncthreads();
+    if (group + half < left) {
+      float others[kValues];
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) others[i] = mine[i * kThreads + half * lanes];
+      combine(others);
+    }
+    left = half;
+  }
+}
+
+// A share of the shared memory for combine_groups, in front of what else there is.
+template <int kValues>
+inline constexpr int kBytesToCombine = kValues * kThreads * static_cast<int>(sizeof(float));
+
+// ---- statistics ---------------------------------------------------------------------------------
+
+// Mean and sum of squared deviations from it, of `count` values; two become one after Chan, Golub
+// and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979),
+// equation 2.1. Nothing in it is of the size of the mean squared, so nothing large cancels.
+struct Merge {
+  float share, product;
+
+  // Of `added` values with `count` others.
+  __device__ __forceinline__ Merge(float count, float added)
+      : share(added / (count + added)), product(count * share) {}
+
+  __device__ __forceinline__ void operator()(float& mean, float& squares, float other_mean,
+                                             float other_squares) const {
+    const float difference = other_mean - mean;
+    squares += other_squares + difference * product * difference;
+    // An infinite mean stays what it is, unless it meets its opposite.
+    mean = mean - mean == 0 ? mean + difference * share : mean + other_mean;
+  }
+};
+
+// What a block leaves behind, and what of a block's channels is combined: means, then squares.
+template <int N>
+__device__ __forceinline__ void store_partials(float* partials, const float* values,
+                                               const Partition& p, const Place& place) {
+  constexpr int kWidth = N < 4 ? N : 4;
+#pragma unroll
+  for (int i = 0; i < 2 * N; i += kWidth) {
+    Vector<float, kWidth> part;
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) part.values[e] = values[i + e];
+    const int64_t row = 2 * place.row_block + i / N;
+    device::store(partials + row * p.channels + place.channel + i % N, part);
+  }
+}
+
+// partials[block] = (mean, sum of squared deviations) of its rows, for every channel.
+//
+// Reads the input once, rows * C elements, and writes 8 bytes a channel and block of rows.
+template <typename T, int N>
+__global__ void __launch_bounds__(kThreads, kResident)
+    batch_norm_statistics(const T* input, float* partials, Partition p) {
+  const Place place(p, blockIdx.x);
+  // N means, N sums of squares, and how many values they are of.
+  float moments[2 * N + 1] = {};
+  float& count = moments[2 * N];
+
+  for_each_row<Partition::kRowsAtOnce>(place.row, place.end, p.groups, [&](auto rows, int64_t row) {
+    constexpr int kRows = rows;
+    Vector<T, N> x[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      x[r] = load_streaming<T, N>(input + (row + r * p.groups) * p.channels + place.channel);
+    }
+    const Merge merge(count, kRows);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      float sum = 0, squares = 0;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) sum += widen(x[r].values[i]);
+      const float mean = sum / kRows;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float deviation = widen(x[r].values[i]) - mean;
+        squares += deviation * deviation;
+      }
+      merge(moments[i], moments[N + i], mean, squares);
+    }
+    count += kRows;
+  });
+
+  combine_groups(moments, place.group, p.groups, p.lanes, [&](const auto& others) {
+    const float added = others[2 * N];
+    if (added == 0) return;
+    const Merge merge(count, added);
+#pragma unroll
+    for (int i = 0; i < N; ++i) merge(moments[i], moments[N + i], others[i], others[N + i]);
+    count += added;
+  });
+  if (place.group == 0 && place.channel < p.channels) {
+    store_partials<N>(partials, moments, p, place);
+  }
+}
+
+// The kernels that combine blocks' sums have few channels a block and many threads for each.
+constexpr int kCombinedChannels = 8;  // 32 bytes, the least that memory hands out
+constexpr int kCombiningGroups = kThreads / kCombinedChannels;
+constexpr int kPartialsAtOnce = 8;
+
+// Calls use(row_block, first, second) for a thread's blocks of rows, with both of a channel's sums.
+template <typename Use>
+__device__ __forceinline__ void for_each_partial(const float* partials, const Partition& p,
+                                                 int channel, int group, const Use& use) {
+  for (int first = group; first < p.row_blocks; first += kPartialsAtOnce * kCombiningGroups) {
+    float sums[2][kPartialsAtOnce];
+    const auto row_block = [&](int i) { return first + i * kCombiningGroups; };
+#pragma unroll
+    for (int i = 0; i < kPartialsAtOnce; ++i) {
+      if (row_block(i) >= p.row_blocks) continue;
+      const float* partial = partials + int64_t{2} * row_block(i) * p.channels + channel;
+      sums[0][i] = __ldg(partial);
+      sums[1][i] = __ldg(partial + p.channels);
+    }
+#pragma unroll
+    for (int i = 0; i < kPartialsAtOnce; ++i) {
+      if (row_block(i) < p.row_blocks) use(row_block(i), sums[0][i], sums[1][i]);
+    }
+  }
+}
+
+// Mean and biased variance of every channel, from what batch_norm_statistics left behind.
+__global__ void __launch_bounds__(kThreads, kResident)
+    batch_norm_combine_statistics(const float* partials, float* mean, float* var, Partition p) {
+  const int group = threadIdx.x / kCombinedChannels;
+  const int channel = blockIdx.x * kCombinedChannels + threadIdx.x % kCombinedChannels;
+  float moments[3] = {};
+  const auto add = [&](float added, float other_mean, float other_squares) {
+    Merge(moments[2], added)(moments[0], moments[1], other_mean, other_squares);
+    moments[2] += added;
+  };
+  if (channel < p.channels) {
+    for_each_partial(partials, p, channel, group, [&](int row_block, float other, float squares) {
+      const int64_t rows_left = p.rows - row_block * p.rows_per_block;
+      add(static_cast<float>(min(p.rows_per_block, rows_left)), other, squares);
+    });
+  }
+  combine_groups(moments, group, kCombiningGroups, kCombinedChannels, [&](const auto& others) {
+    if (others[2] > 0) add(others[2], others[0], others[1]);
+  });
+  if (group == 0 && channel < p.channels) {
+    mean[channel] = moments[0];
+    var[channel] = moments[1] / static_cast<float>(p.rows);
+  }
+}
+
+// ---- normalise ----------------------------------------------------------------------------------
+
+// A channel's batch norm: (input - mean) * scale + bias.
+struct Affine {
+  float mean, scale, bias, invstd;
+
+  __device__ __forceinline__ Affine(const Norm& norm, int channel)
+      : mean(norm.mean[channel]),
+        bias(norm.bias != nullptr ? norm.bias[channel] : 0.f),
+        invstd(1.f / sqrtf(norm.var[channel] + norm.eps)) {
+    scale = norm.weight != nullptr ? norm.weight[channel] * invstd : invstd;
+  }
+};
+
+// Computes kVectors values for every channel of the block, once, and hands each thread its own.
+// `compute(channel, values)`; the shared memory begins `offset` bytes in.
+template <int kVectors, int N, typename Compute>
+__device__ __forceinline__ void fill_vectors(float (&vectors)[kVectors][N], const Partition& p,
+                                             const Place& place, int offset,
+                                             const Compute& compute) {
+  float* const shared = reinterpret_cast<float*>(device::shared_memory() + offset);
+  const int width = p.lanes * N;
+  const int channel = place.slab * width + threadIdx.x;
+  if (static_cast<int>(threadIdx.x) < width && channel < p.channels) {
+    float values[kVectors];
+    compute(channel, values);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) shared[v * width + threadIdx.x] = values[v];
+  }
+  __syncthreads();
+  if (place.channel >= p.channels) return;
+  constexpr int kWidth = N < 4 ? N : 4;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+    for (int i = 0; i < N; i += kWidth) {
+      const auto part = device::load<float, kWidth>(shared + v * width + place.lane * N + i);
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) vectors[v][i + e] = part.values[e];
+    }
+  }
+}
+
+template <int kVectors, int N>
+inline constexpr int kBytesOfVectors =
+    kVectors * Partition::kMostLanes * N * static_cast<int>(sizeof(float));
+
+// output = act((input - mean) * scale + bias + residual), where act(x) = max(x, floor).
+//
+// Reads input and residual and writes the output once, rows * C elements each.
+template <typename T, int N>
+__global__ void __launch_bounds__(kThreads, kResident)
+    batch_norm_normalize(const T* input, const T* residual, T* output, Norm norm, float floor,
+                         Partition p) {
+  const Place place(p, gridDim.x - 1 - blockIdx.x);
+  enum { kMean, kScale, kBias, kVectors };
+  float vectors[kVectors][N];
+  fill_vectors(vectors, p, place, 0, [&](int channel, float (&values)[kVectors]) {
+    const Affine affine(norm, channel);
+    values[kMean] = affine.mean;
+    values[kScale] = affine.scale;
+    values[kBias] = affine.bias;
+  });
+
+  for_each_row<kRowsOfSeveral>(place.row, place.end, p.groups, [&](auto rows, int64_t row) {
+    constexpr int kRows = rows;
+    Vector<T, N> x[kRows], shortcut[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t offset = (row + r * p.groups) * p.channels + place.channel;
+      x[r] = load_streaming<T, N>(input + offset);
+      if (residual != nullptr) shortcut[r] = load_streaming<T, N>(residual + offset);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float deviation = widen(x[r].values[i]) - vectors[kMean][i];
+        float y = __fmaf_rn(deviation, vectors[kScale][i], vectors[kBias][i]);
+        if (residual != nullptr) y += widen(shortcut[r].values[i]);
+        x[r].values[i] = narrow<T>(device::at_least(floor, y));
+      }
+      device::store(output + (row + r * p.groups) * p.channels + place.channel, x[r]);
+    }
+  });
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+// The largest number that T stores as zero: half of the least that it has, since ties go to even.
+template <typename T>
+inline constexpr float kRoundsToZero = 0;
+template <>
+inline constexpr float kRoundsToZero<__half> = 0x1p-25f;
+template <>
+inline constexpr float kRoundsToZero<__nv_bfloat16> = 0x1p-134f;
+
+// Whether the gradient passes the activation. NaN lets it pass, as torch does.
+template <typename T, Mask kMask>
+__device__ __forceinline__ bool passes(float deviation, float scale, float bias, const T& output) {
+  if constexpr (kMask == Mask::kEverywhere) {
+    return true;
+  } else if constexpr (kMask == Mask::kOutput) {
+    return !(widen(output) <= 0);
+  } else {
+    return !(__fmaf_rn(deviation, scale, bias) <= kRoundsToZero<T>);
+  }
+}
+
+// partials[block] = (sum of g, sum of g (input - mean)) of its rows, for every channel, where g is
+// the gradient if it passes the activation and 0 elsewhere; `masked` = g, unless null.
+//
+// Reads gradient and input, and the output where the mask comes from it, and writes `masked` once,
+// rows * C elements each; writes 8 bytes a channel and block of rows.
+template <typename T, int N, Mask kMask>
+__global__ void __launch_bounds__(kThreads, kResident)
+    batch_norm_gradient_sums(const T* grad, const T* input, const T* output, T* masked, Norm norm,
+                             float* partials, Partition p) {
+  const Place place(p, blockIdx.x);
+  enum { kMean, kScale, kBias, kVectors };
+  float vectors[kVectors][N];
+  fill_vectors(vectors, p, place, kBytesToCombine<2 * N>,
+               [&](int channel, float (&values)[kVectors]) {
+                 const Affine affine(norm, channel);
+                 values[kMean] = affine.mean;
+                 values[kScale] = affine.scale;
+                 values[kBias] = affine.bias;
+               });
+
+  float sums[2 * N] = {};
+  for_each_row<kRowsOfSeveral>(place.row, place.end, p.groups, [&](auto rows, int64_t row) {
+    constexpr int kRows = rows;
+    Vector<T, N> g[kRows], x[kRows], y[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t offset = (row + r * p.groups) * p.channels + place.channel;
+      g[r] = load_streaming<T, N>(grad + offset);
+      x[r] = load_streaming<T, N>(input + offset);
+      if constexpr (kMask == Mask::kOutput) y[r] = load_streaming<T, N>(output + offset);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float deviation = widen(x[r].values[i]) - vectors[kMean][i];
+        const bool pass =
+            passes<T, kMask>(deviation, vectors[kScale][i], vectors[kBias][i], y[r].values[i]);
+        if (!pass) g[r].values[i] = narrow<T>(0.f);
+        const float value = widen(g[r].values[i]);
+        sums[i] += value;
+        sums[N + i] += value * deviation;
+      }
+      if (masked != nullptr) {
+        device::store(masked + (row + r * p.groups) * p.channels + place.channel, g[r]);
+      }
+    }
+  });
+
+  combine_groups(sums, place.group, p.groups, p.lanes, [&](const auto& others) {
+#pragma unroll
+    for (int i = 0; i < 2 * N; ++i) sums[i] += others[i];
+  });
+  if (place.group == 0 && place.channel < p.channels) store_partials<N>(partials, sums, p, place);
+}
+
+// total, dot and grad_weight of every channel, from what batch_norm_gradient_sums left behind.
+__global__ void __launch_bounds__(kThreads, kResident)
+    batch_norm_combine_sums(const float* partials, float* total, float* dot, float* grad_weight,
+                            Norm norm, Partition p) {
+  const int group = threadIdx.x / kCombinedChannels;
+  const int channel = blockIdx.x * kCombinedChannels + threadIdx.x % kCombinedChannels;
+  float sums[2] = {};
+  if (channel < p.channels) {
+    for_each_partial(partials, p, channel, group, [&](int, float other_total, float other_dot) {
+      sums[0] += other_total;
+      sums[1] += other_dot;
+    });
+  }
+  combine_groups(sums, group, kCombiningGroups, kCombinedChannels, [&](const auto& others) {
+    sums[0] += others[0];
+    sums[1] += others[1];
+  });
+  if (group == 0 && channel < p.channels) {
+    total[channel] = sums[0];
+    dot[channel] = sums[1];
+    grad_weight[channel] = sums[1] * Affine(norm, channel).invstd;
+  }
+}
+
+// grad_input = g scale + d slope + offset, where slope = -scale dot / (count (var + eps)) and
+// offset = -scale total / count; g scale alone where `total` is null, as it is for statistics that
+// are no function of the input. `masked` = g, unless null. grad_input may be grad.
+//
+// Reads gradient and input (which it leaves alone where nothing depends on it), and the output
+// where the mask comes from it, and writes grad_input and `masked` once, rows * C elements each.
+template <typename T, int N, Mask kMask>
+__global__ void __launch_bounds__(kThreads, kResident)
+    batch_norm_input_gradient(const T* grad, const T* input, const T* output, const float* total,
+                              const float* dot, float count, T* masked, T* grad_input, Norm norm,
+                              Partition p) {
+  const Place place(p, gridDim.x - 1 - blockIdx.x);
+  const bool through_statistics = total != nullptr;
+  enum { kMean, kScale, kBias, kSlope, kOffset, kVectors };
+  float vectors[kVectors][N];
+  fill_vectors(vectors, p, place, 0, [&](int channel, float (&values)[kVectors]) {
+    const Affine affine(norm, channel);
+    const float per_value = -affine.scale / count;
+    values[kMean] = affine.mean;
+    values[kScale] = affine.scale;
+    values[kBias] = affine.bias;
+    values[kSlope] =
+        through_statistics ? per_value * dot[channel] * affine.invstd * affine.invstd : 0.f;
+    values[kOffset] = through_statistics ? per_value * total[channel] : 0.f;
+  });
+
+  for_each_row<kRowsOfSeveral>(place.row, place.end, p.groups, [&](auto rows, int64_t row) {
+    constexpr int kRows = rows;
+    Vector<T, N> g[kRows], x[kRows], y[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t offset = (row + r * p.groups) * p.channels + place.channel;
+      g[r] = device::load<T, N>(grad + offset);  // it may be written to
+      if (kMask == Mask::kRecomputed || through_statistics) {
+        x[r] = load_streaming<T, N>(input + offset);
+      }
+      if constexpr (kMask == Mask::kOutput) y[r] = load_streaming<T, N>(output + offset);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t offset = (row + r * p.groups) * p.channels + place.channel;
+      Vector<T, N> result;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float deviation = widen(x[r].values[i]) - vectors[kMean][i];
+        const bool pass =
+            passes<T, kMask>(deviation, vectors[kScale][i], vectors[kBias][i], y[r].values[i]);
+        if (!pass) g[r].values[i] = narrow<T>(0.f);
+        float value = widen(g[r].values[i]) * vectors[kScale][i];
+        if (through_statistics) value += deviation * vectors[kSlope][i] + vectors[kOffset][i];
+        result.values[i] = narrow<T>(value);
+      }
+      device::store(grad_input + offset, result);
+      if (masked != nullptr) device::store(masked + offset, g[r]);
+    }
+  });
+}
+
+}  // namespace fused_resnet
