@@ -172,6 +172,101 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     return torch.batch_norm_update_stats(input, scratch[0], scratch[1], 0.0)
 
 
+def batch_norm_act_backward_sums(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """`sum(g)` and `sum(g (input - mean))`, (C,), with g the gradient behind the activation.
+
+    `output` may be None where there was no residual: it is then computed again.
+    """
+    g = _behind(grad, input, output, weight, bias, mean, var, eps, activation)
+    others = (0, *range(2, input.dim()))
+    return g.sum(others), (g * (input - _per_channel(mean, input))).sum(others)
+
+
+def batch_norm_act_backward_input(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    total: Tensor,
+    dot: Tensor,
+    count: int | float | Tensor,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of input and residual, from the sums over the `count` values of a batch."""
+    g = _behind(grad, input, output, weight, bias, mean, var, eps, activation)
+    invstd = (var.to(g.dtype) + eps).rsqrt()
+    scale = invstd if weight is None else invstd * weight
+    slope = dot * invstd.square() / count
+    total, slope, scale = (_per_channel(t, input) for t in (total / count, slope, scale))
+    grad_input = scale * (g - total - (input - _per_channel(mean, input)) * slope)
+    grad_input = torch.empty_like(contiguous_like_eager(input)).copy_(grad_input)
+    return grad_input, g.to(grad.dtype) if need_residual else None
+
+
+def batch_norm_act_backward(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    training: bool,
+    need: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients in input, weight, bias and residual, for dtypes that no kernel takes."""
+    arguments = (grad, input, output, weight, bias, mean, var, eps, activation)
+    total, dot = batch_norm_act_backward_sums(*arguments)
+    # Constant statistics pass nothing on.
+    sums = (total, dot) if training else (torch.zeros_like(total), torch.zeros_like(dot))
+    count = input.numel() // input.size(1)
+    grad_input, grad_residual = batch_norm_act_backward_input(*arguments, *sums, count, need[3])
+    grad_weight = dot * (var.to(dot.dtype) + eps).rsqrt()
+    grads = (grad_input, grad_weight, total, grad_residual)
+    return tuple(g if needed else None for g, needed in zip(grads, need, strict=True))
+
+
+def _behind(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """The gradient behind the activation, in the accumulation dtype."""
+    if activation == "relu":
+        if output is None:
+            arguments = (input, mean, var, weight, bias, eps, None, "none")
+            output = batch_norm_act_inference(*arguments)
+        grad = torch.ops.aten.threshold_backward(grad, output, 0)
+    return grad.to(torch.float64 if grad.dtype is torch.float64 else torch.float32)
+
+
+def _per_channel(vector: Tensor, input: Tensor) -> Tensor:
+    return vector.view((1, -1) + (1,) * (input.dim() - 2))
+
+
 def explain(operator: str) -> str:
     """The kernels that run an operator, without the backend's name."""
     return {
