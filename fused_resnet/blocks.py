@@ -185,7 +185,7 @@ def _trained_shapes(
     None where a norm has no batch statistics, or something does not fit: the modules, run one by
     one, then say what.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not ops.has_norm_kernel(x):
         return None
     shapes = []
     for conv, norm in pairs:

@@ -134,7 +134,7 @@ def statistics_kernel(
     shift = tl.where(tl.abs(x) < float("inf"), x, 0.0)
     total = x - shift
     square = total * total
-    for step in range(1, steps):
+    for step in tl.range(1, steps, loop_unroll_factor=2):
         row = first + step * BLOCK_R + lane
         exists = (row < rows)[:, None] & c_exists[None, :]
         offsets = _offsets(row, c, C, S, CHANNELS_LAST)
