@@ -308,7 +308,7 @@ def _block_training(block: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _may_train_as_one(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and torch.is_grad_enabled()
+    return torch.is_grad_enabled() and ops.has_norm_kernel(x)
 
 
 def _trained_shapes(

@@ -55,6 +55,21 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
+def chosen() -> str | None:
+    """The backend that `use_backend` has chosen here, if any, for `as_chosen`."""
+    return _chosen.get()
+
+
+@contextlib.contextmanager
+def as_chosen(name: str | None) -> Iterator[None]:
+    """Chooses in backward what `chosen()` was in forward, which may have been another thread."""
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
 def choose(device_type: str) -> ModuleType:
     """The backend that runs operators on tensors of a device type ("cpu", "cuda", ...)."""
     name = _chosen.get()

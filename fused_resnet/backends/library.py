@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from ..ops.layout import contiguous_like_eager
 from ..ops.scale_shift_act import scale_shift_act
 
@@ -187,7 +188,9 @@ def batch_norm_act_backward(
     finish: Callable[..., Tensor] = scale_shift_act,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The library's gradients; see `backends.cpu.batch_norm_act_backward` for what they are of."""
-    grad = _behind_activation(grad, input, output, weight, bias, mean, var, eps, activation, finish)
+    if activation == "relu":
+        norm = (weight, bias, mean, var, eps, activation)
+        grad = torch.ops.aten.threshold_backward(grad, _output(input, output, *norm, finish), 0)
     accumulate = torch.float64 if input.dtype is torch.float64 else torch.float32
     mean, var = mean.to(accumulate), var.to(accumulate)
     weight = None if weight is None else weight.to(accumulate)
@@ -211,18 +214,10 @@ def batch_norm_act_backward_sums(
     activation: str,
     finish: Callable[..., Tensor] = scale_shift_act,
 ) -> tuple[Tensor, Tensor]:
-    """What the gradients of batch norm need to know of all values of a channel.
-
-    Returns:
-        `sum(g)` and `sum(g * (input - mean))`, (C,) and in the accumulation dtype, where `g` is the
-        gradient behind the activation.
-    """
-    grad = _behind_activation(
-        grad, input, output, weight, bias, mean, var, eps, activation, finish
-    ).to(mean.dtype)
-    dims = (0, *range(2, input.dim()))
-    deviations = input - mean.view(_per_channel(input))
-    return grad.sum(dims), (grad * deviations).sum(dims)
+    """See `reference.batch_norm_act_backward_sums`."""
+    norm = (weight, bias, mean, var, eps, activation)
+    output = _output(input, output, *norm, finish)
+    return reference.batch_norm_act_backward_sums(grad, input, output, *norm)
 
 
 def batch_norm_act_backward_input(
@@ -241,40 +236,15 @@ def batch_norm_act_backward_input(
     need_residual: bool,
     finish: Callable[..., Tensor] = scale_shift_act,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of the input and the residual, from sums over a batch.
-
-    Args:
-        grad: as all up to `activation`, what `batch_norm_act_backward_sums` was given.
-        input: see `grad`.
-        output: see `grad`.
-        weight: see `grad`.
-        bias: see `grad`.
-        mean: see `grad`.
-        var: see `grad`.
-        eps: see `grad`.
-        activation: see `grad`.
-        total: (C,), of the batch that `mean` and `var` are of, which may be larger than `input`.
-        dot: see `total`.
-        count: how many values of a channel that batch has.
-        need_residual: whether to return the residual's gradient.
-        finish: see `conv_bn_act`.
-
-    Returns:
-        `scale * (g - total / count - (input - mean) * dot / (count * (var + eps)))` with
-        `scale = weight / sqrt(var + eps)`; and `g`, or None.
-    """
-    grad = _behind_activation(grad, input, output, weight, bias, mean, var, eps, activation, finish)
-    shape = _per_channel(input)
-    invstd = (var + eps).rsqrt()
-    scale = invstd if weight is None else invstd * weight
-    slope = (invstd * invstd * dot / count).view(shape)
-    deviations = input - mean.view(shape)
-    grad_input = (grad - (total / count).view(shape) - deviations * slope) * scale.view(shape)
-    return grad_input.to(input.dtype), grad if need_residual else None
+    """See `reference.batch_norm_act_backward_input`."""
+    norm = (weight, bias, mean, var, eps, activation)
+    output = _output(input, output, *norm, finish)
+    return reference.batch_norm_act_backward_input(
+        grad, input, output, *norm, total, dot, count, need_residual
+    )
 
 
-def _behind_activation(
-    grad: Tensor,
+def _output(
     input: Tensor,
     output: Tensor | None,
     weight: Tensor | None,
@@ -284,20 +254,11 @@ def _behind_activation(
     eps: float,
     activation: str,
     finish: Callable[..., Tensor],
-) -> Tensor:
-    """The gradient where the activation's output, computed again if need be, is not <= 0."""
-    if activation == "none":
-        return grad
-    if output is None:
-        output = batch_norm_act_inference(
-            input, mean, var, weight, bias, eps, None, activation, finish
-        )
-    return torch.ops.aten.threshold_backward(grad, output, 0)
-
-
-def _per_channel(tensor: Tensor) -> tuple[int, ...]:
-    """The shape in which one value a channel goes with a tensor."""
-    return (1, -1) + (1,) * (tensor.dim() - 2)
+) -> Tensor | None:
+    """The output where the activation's mask needs it, to the bits that forward came to."""
+    if activation == "none" or output is not None:
+        return output
+    return batch_norm_act_inference(input, mean, var, weight, bias, eps, None, activation, finish)
 
 
 def explain(operator: str) -> str:

@@ -8,6 +8,7 @@ from .batch_norm_act_inference import batch_norm_act_inference
 from .batch_norm_act_training import batch_norm_act_training
 from .conv_bn_act import conv_bn_act
 from .conv_bn_act_max_pool import conv_bn_act_max_pool
+from .gradients import has_norm_kernel
 from .residual_blocks import BlockLayers, residual_blocks
 from .scale_shift_act import scale_shift_act
 from .sync_batch_norm_act import sync_batch_norm_act
@@ -19,6 +20,7 @@ __all__ = [
     "batch_norm_act_training",
     "conv_bn_act",
     "conv_bn_act_max_pool",
+    "has_norm_kernel",
     "residual_block_training",
     "residual_blocks",
     "scale_shift_act",

@@ -86,6 +86,7 @@ class _BatchNormActInference(torch.autograd.Function):
             residual,
             ctx.activation,
         ) = arguments
+        ctx.backend = backends.chosen()
         # With a residual the output is kept, for whatever takes it keeps it too.
         from_input = (
             residual is None
@@ -107,19 +108,20 @@ class _BatchNormActInference(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, running_mean, running_var, weight, bias, output = ctx.saved_tensors
         need = ctx.needs_input_grad
-        grad_input, grad_weight, grad_bias, grad_residual = norm_act_backward(
-            grad,
-            input,
-            output,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            ctx.eps,
-            ctx.activation,
-            False,
-            (need[0], need[3], need[4], need[6]),
-        )
+        with backends.as_chosen(ctx.backend):
+            grad_input, grad_weight, grad_bias, grad_residual = norm_act_backward(
+                grad,
+                input,
+                output,
+                weight,
+                bias,
+                running_mean,
+                running_var,
+                ctx.eps,
+                ctx.activation,
+                False,
+                (need[0], need[3], need[4], need[6]),
+            )
         return grad_input, None, None, grad_weight, grad_bias, None, grad_residual, None
 
 

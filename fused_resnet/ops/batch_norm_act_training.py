@@ -80,6 +80,7 @@ class _BatchNormActTraining(torch.autograd.Function):
             output, mean, var = batch_norm_act_training(*arguments)
         input, weight, bias, ctx.eps, residual, ctx.activation = arguments
         ctx.mark_non_differentiable(mean, var)
+        ctx.backend = backends.chosen()
         # With a residual the output is kept, for whatever takes it keeps it too.
         from_input = residual is None and has_norm_kernel(input, weight, bias)
         keep = ctx.activation == "relu" and not from_input
@@ -90,19 +91,20 @@ class _BatchNormActTraining(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, mean, var, output = ctx.saved_tensors
         need = ctx.needs_input_grad
-        *gradients, grad_residual = norm_act_backward(
-            grad,
-            input,
-            output,
-            weight,
-            bias,
-            mean,
-            var,
-            ctx.eps,
-            ctx.activation,
-            True,
-            (*need[:3], need[4]),
-        )
+        with backends.as_chosen(ctx.backend):
+            *gradients, grad_residual = norm_act_backward(
+                grad,
+                input,
+                output,
+                weight,
+                bias,
+                mean,
+                var,
+                ctx.eps,
+                ctx.activation,
+                True,
+                (*need[:3], need[4]),
+            )
         return *gradients, None, grad_residual, None
 
 

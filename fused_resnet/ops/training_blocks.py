@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import backends
 from .batch_norm_act_inference import batch_norm_act_inference
 from .batch_norm_act_training import batch_norm_act_training
 from .gradients import aten, has_norm_kernel, norm_act_backward
@@ -222,7 +223,7 @@ class _ResidualBlock(torch.autograd.Function):
         passes = _passes(block.layers, parameters)
         output = _run_block(block, passes, input, [])
         statistics += [(step.mean, step.var, step.count) for step in passes]
-        ctx.block = block
+        ctx.block, ctx.backend = block, backends.chosen()
         saved = []
         for index, step in enumerate(passes):
             saved += step.saved(not _is_computed_again(block, passes, index))
@@ -231,7 +232,7 @@ class _ResidualBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad.device.type, enabled=False):
+        with backends.as_chosen(ctx.backend), torch.autocast(grad.device.type, enabled=False):
             return _block_backward(ctx, grad)
 
 
@@ -335,13 +336,13 @@ class _Stem(torch.autograd.Function):
         step = _Pass(layer, parameters)
         out = step.normalize(step.convolve(input), None, "relu")
         statistics.append((step.mean, step.var, step.count))
-        ctx.layer, ctx.pool = layer, pool
+        ctx.layer, ctx.pool, ctx.backend = layer, pool, backends.chosen()
         ctx.save_for_backward(input, *parameters, *step.saved())
         return torch.max_pool2d(out, *pool)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad.device.type, enabled=False):
+        with backends.as_chosen(ctx.backend), torch.autocast(grad.device.type, enabled=False):
             return _stem_backward(ctx, grad)
 
 

@@ -1,6 +1,7 @@
 """The Triton backend: convolution, batch norm, shortcut and ReLU in one kernel, on a GPU.
 
-`kernels.py` has the kernels, `conv.py` what launches them. Triton is imported when one first runs.
+`kernels.py` has the kernels of convolutions, `conv.py` what launches them, `batch_norm.py` both for
+norms by themselves. Triton is imported when one first runs.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ...ops.layout import contiguous_like_eager
 from ...tuning.problem import TILED
 from .. import cuda, cudnn, library
-from ..library import batch_norm_act_inference, batch_norm_act_training
 
 __all__ = [
     "available",
+    "batch_norm_act_backward",
+    "batch_norm_act_backward_input",
+    "batch_norm_act_backward_sums",
     "batch_norm_act_inference",
     "batch_norm_act_training",
+    "batch_statistics",
     "conv_bn_act",
     "conv_bn_act_max_pool",
     "explain",
@@ -72,6 +77,9 @@ def explain(
     how = " (interpreted)" if interpreted() else ""
     if operator.startswith("conv_bn_act") and dtype in _DTYPES:
         return f"triton: implicit GEMM{how}"
+    if operator.startswith("batch_norm_act") and dtype in _DTYPES:
+        statistics = "statistics + " if operator == "batch_norm_act_training" else ""
+        return f"triton: {statistics}normalize{how}"
     return "triton: " + library.explain(operator)
 
 
@@ -166,6 +174,122 @@ def conv_bn_act_max_pool(
     )
 
 
+def batch_norm_act_training(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics in one pass, everything else in another: see `batch_norm.py`."""
+    arguments = (input, weight, bias, eps, residual, activation)
+    if _can_normalize(input, weight, bias, residual):
+        return _norms().batch_norm_act_training(*arguments)
+    return library.batch_norm_act_training(*arguments)
+
+
+def batch_norm_act_inference(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Everything in one pass."""
+    arguments = (input, running_mean, running_var, weight, bias, eps, residual, activation)
+    if _can_normalize(input, running_mean, running_var, weight, bias, residual):
+        return _norms().batch_norm_act_inference(*arguments)
+    return library.batch_norm_act_inference(*arguments)
+
+
+def batch_norm_act_backward(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    training: bool,
+    need: Sequence[bool],
+    overwrite: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """A pass that reduces and one that does not; the arguments are those of `cpu`'s."""
+    leading = (grad, input, output, weight, bias, mean, var, eps, activation, training, need)
+    if _can_normalize(input, grad, output, weight, bias, mean, var):
+        return _norms().batch_norm_act_backward(*leading, overwrite)
+    return library.batch_norm_act_backward(*leading)
+
+
+def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of this tensor, (C,), in the accumulation dtype."""
+    if _can_normalize(input):
+        return _norms().batch_statistics(input)
+    return library.batch_statistics(contiguous_like_eager(input))
+
+
+def batch_norm_act_backward_sums(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """`sum(g)` and `sum(g (input - mean))`, g the gradient behind the activation, of this tensor.
+
+    `output` may be None where there was no residual. Shapes (C,), in the accumulation dtype.
+    """
+    arguments = (grad, input, output, weight, bias, mean, var, eps, activation)
+    if _can_normalize(input, grad, output, weight, bias, mean, var):
+        total, dot, _ = _norms().batch_norm_act_backward_sums(*arguments)
+        return total, dot
+    return library.batch_norm_act_backward_sums(*arguments)
+
+
+def batch_norm_act_backward_input(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    total: Tensor,
+    dot: Tensor,
+    count: int | float | Tensor,
+    need_residual: bool,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of input and residual, from the sums and the count of the joint batch."""
+    leading = (grad, input, output, weight, bias, mean, var, eps, activation)
+    sums = (total, dot, count, need_residual)
+    if _can_normalize(input, grad, output, weight, bias, mean, var):
+        return _norms().batch_norm_act_backward_input(*leading, *sums, overwrite)
+    return library.batch_norm_act_backward_input(*leading, *sums)
+
+
+def _can_normalize(input: Tensor, *others: Tensor | None) -> bool:
+    """Whether dtype, size and devices are those the kernels of `batch_norm.py` take."""
+    return (
+        input.dtype in _DTYPES
+        and not _is_traced(input)
+        and input.numel() > 0
+        and all(t is None or t.device == input.device for t in others)
+    )
+
+
 def _can_run(input: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether dtypes and devices are those the kernels take."""
     return (
@@ -196,3 +320,12 @@ def launchers() -> ModuleType:
     from . import conv
 
     return conv
+
+
+@functools.cache
+def _norms() -> ModuleType:
+    """`batch_norm.py`, imported likewise."""
+    launchers()
+    from . import batch_norm
+
+    return batch_norm
