@@ -154,28 +154,28 @@ def bottleneck_kernel(
         k = first + tl.arange(0, BLOCK_O)
         exists = k < K
         offsets = m[:, None] * K + k[None, :]
-        expand = tl.load(expand_ptr + (k * WIDTH)[None, :] + inner[:, None])
-        out = tl.dot(hidden, expand)
-        scale, offset = kernels._affine(
-            k, exists, expand_mean_ptr, expand_var_ptr, expand_bn_weight_ptr, expand_bn_bias_ptr,
-            expand_bias_ptr, expand_eps,
-        )  # fmt: skip
-        out = out * scale[None, :] + offset[None, :]
         if project_ptr is not None:
-            projected = tl.zeros((BLOCK_M, BLOCK_O), dtype=tl.float32)
+            out = tl.zeros((BLOCK_M, BLOCK_O), dtype=tl.float32)
             for start in range(0, shortcut_C, BLOCK_K):
                 c = start + tl.arange(0, BLOCK_K)
                 x = tl.load(shortcut_ptr + shortcut_rows[:, None] + c[None, :])
                 project = tl.load(project_ptr + (k * shortcut_C)[None, :] + c[:, None])
-                projected = tl.dot(x, project, projected)
-            scale, offset = kernels._affine(
+                out = tl.dot(x, project, out)
+            factor, term = kernels._affine(
                 k, exists, project_mean_ptr, project_var_ptr, project_bn_weight_ptr,
                 project_bn_bias_ptr, project_bias_ptr, project_eps,
             )  # fmt: skip
-            out += projected * scale[None, :] + offset[None, :]
+            out = out * factor[None, :] + term[None, :]
         else:
             shortcut = tl.load(shortcut_ptr + offsets, mask=row_exists[:, None], other=0.0)
-            out += shortcut.to(tl.float32)
+            out = shortcut.to(tl.float32)
+        expand = tl.load(expand_ptr + (k * WIDTH)[None, :] + inner[:, None])
+        branch = tl.dot(hidden, expand)
+        factor, term = kernels._affine(
+            k, exists, expand_mean_ptr, expand_var_ptr, expand_bn_weight_ptr, expand_bn_bias_ptr,
+            expand_bias_ptr, expand_eps,
+        )  # fmt: skip
+        out += branch * factor[None, :] + term[None, :]
         out = kernels._relu(out).to(dtype)
         tl.store(output_ptr + offsets, out, mask=row_exists[:, None])
         if NEXT > 0:
