@@ -57,7 +57,6 @@ def bottleneck_kernel(
     P,
     Q,
     K,
-    shortcut_C,
     input_stride_n,
     input_stride_h,
     input_stride_w,
@@ -74,6 +73,7 @@ def bottleneck_kernel(
     PADDING_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    SHORTCUT_C: tl.constexpr,
     PROJECT_STRIDE_H: tl.constexpr,
     PROJECT_STRIDE_W: tl.constexpr,
     WIDE: tl.constexpr,
@@ -147,6 +147,10 @@ def bottleneck_kernel(
             + p * PROJECT_STRIDE_H * shortcut_stride_h
             + q * PROJECT_STRIDE_W * shortcut_stride_w
         )
+        shortcut_ptrs = shortcut_ptr + shortcut_rows[:, None] + tl.arange(0, BLOCK_K)[None, :]
+        # One block deep, it is loaded once; and a loop without a loop inside is pipelined.
+        if SHORTCUT_C == BLOCK_K:
+            x = tl.load(shortcut_ptrs)
     if NEXT > 0:
         following = tl.arange(0, NEXT)
         sum = tl.zeros((BLOCK_M, NEXT), dtype=tl.float32)
@@ -155,12 +159,15 @@ def bottleneck_kernel(
         exists = k < K
         offsets = m[:, None] * K + k[None, :]
         if project_ptr is not None:
-            out = tl.zeros((BLOCK_M, BLOCK_O), dtype=tl.float32)
-            for start in range(0, shortcut_C, BLOCK_K):
-                c = start + tl.arange(0, BLOCK_K)
-                x = tl.load(shortcut_ptr + shortcut_rows[:, None] + c[None, :])
-                project = tl.load(project_ptr + (k * shortcut_C)[None, :] + c[:, None])
-                out = tl.dot(x, project, out)
+            project_ptrs = project_ptr + (k * SHORTCUT_C)[None, :] + tl.arange(0, BLOCK_K)[:, None]
+            if SHORTCUT_C == BLOCK_K:
+                out = tl.dot(x, tl.load(project_ptrs))
+            else:
+                out = tl.zeros((BLOCK_M, BLOCK_O), dtype=tl.float32)
+                for start in range(0, SHORTCUT_C, BLOCK_K):
+                    a = tl.load(shortcut_ptrs + start)
+                    b = tl.load(project_ptrs + start)
+                    out = tl.dot(a, b, out)
             factor, term = kernels._affine(
                 k, exists, project_mean_ptr, project_var_ptr, project_bn_weight_ptr,
                 project_bn_bias_ptr, project_bias_ptr, project_eps,
@@ -247,7 +254,7 @@ def bottleneck(
             (
                 pixels, weights[0], *_norm(convolution), weights[1], *_norm(expand), source,
                 project_weight, *_norm(project), reduce_weight, *_norm(reduce), output, next_input,
-                M, H, W, P, Q, K, source.size(1), *_strides(pixels), *_strides(source),
+                M, H, W, P, Q, K, *_strides(pixels), *_strides(source),
             ),
             WIDTH=width,
             NEXT=following,
@@ -259,6 +266,7 @@ def bottleneck(
             PADDING_W=padding[1],
             DILATION_H=dilation[0],
             DILATION_W=dilation[1],
+            SHORTCUT_C=source.size(1),
             PROJECT_STRIDE_H=project_stride[0],
             PROJECT_STRIDE_W=project_stride[1],
             WIDE=conv._is_wide(pixels, source, output, weights[0]),
