@@ -30,9 +30,11 @@ __all__ = [
     "in_graphs",
     "interpreted",
     "launchers",
+    "residual_blocks",
 ]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_CHAIN_DTYPES = (torch.float16, torch.bfloat16)
 _LEAST_CAPABILITY = (8, 0)
 
 
@@ -164,6 +166,16 @@ def conv_bn_act_max_pool(
     return library.conv_bn_act_max_pool(
         *leading, *geometry, groups, activation, pool_kernel_size, pool_stride, pool_padding
     )
+
+
+def residual_blocks(input: Tensor, blocks: Sequence[tuple[Sequence[tuple], bool]]) -> Tensor | None:
+    """Whole Bottlenecks in a launch each: see `blocks.residual_blocks`, `ops.residual_blocks`."""
+    if input.dtype not in _CHAIN_DTYPES:
+        return None
+    launchers()
+    from . import blocks as chains
+
+    return chains.residual_blocks(input, blocks)
 
 
 def _can_run(input: Tensor, weight: Tensor, *others: Tensor | None) -> bool:

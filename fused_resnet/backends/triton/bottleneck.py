@@ -6,6 +6,7 @@ begins at the only convolution that has one.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...tuning.problem import Tile
-from . import conv, kernels
+from . import conv, kernels, launches
 
 
 @triton.jit
@@ -256,6 +257,16 @@ def bottleneck(
                 project_weight, *_norm(project), reduce_weight, *_norm(reduce), output, next_input,
                 M, H, W, P, Q, K, *_strides(pixels), *_strides(source),
             ),
+            writes=("output_ptr", "next_ptr"),
+            partly={
+                "input_ptr": functools.partial(
+                    launches.addressed, input.shape, (P, Q), (R, S), stride, padding, dilation
+                ),
+                "shortcut_ptr": functools.partial(
+                    launches.addressed, shortcut.shape, (P, Q), (1, 1), project_stride, (0, 0),
+                    (1, 1),
+                ),
+            },
             WIDTH=width,
             NEXT=following,
             R=R,
