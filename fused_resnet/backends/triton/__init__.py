@@ -33,8 +33,8 @@ __all__ = [
     "residual_blocks",
 ]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHAIN_DTYPES = (torch.float16, torch.bfloat16)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...tuning.chain import slice_stages
 from ...tuning.problem import Tile
 from . import conv, kernels, launches
 
@@ -284,7 +285,7 @@ def bottleneck(
             BLOCK_M=tile.block_m,
             BLOCK_O=tile.block_n,
             BLOCK_K=tile.block_k,
-            SLICE_STAGES=tile.num_stages,
+            SLICE_STAGES=slice_stages(width, tile),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )  # fmt: skip
