@@ -17,6 +17,10 @@ registers, shared memory and threads allow to be resident. Loads and stores are 
 width in bits; those of 32 bits have no suffix.
 
     python bench/static.py [--architecture sm_90] [--dtype float16] [--missing]
+
+Which tiles of a chain spill nothing is known only from compiling them: with --chain-tiles, this
+compiles all of `fused_resnet.tuning.chain.SHAPES` and writes down in
+`fused_resnet/tuning/chain_tiles.py` those that do not.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +44,13 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.errors import OutOfResources
 
-from fused_resnet.backends.triton import conv
+from fused_resnet.backends.triton import blocks, bottleneck, conv
+from fused_resnet.tuning import chain
 from fused_resnet.tuning.architecture import ARCHITECTURES, Architecture
 from fused_resnet.tuning.estimate import best, candidates
-from fused_resnet.tuning.problem import ConvProblem, Tile
+from fused_resnet.tuning.problem import CHAIN_DTYPES, ChainProblem, ConvProblem, Problem, Tile
 
 GPUS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200", "sm_120": "RTX 5090"}
 DTYPES = ("float16", "tfloat32", "float32", "bfloat16")
@@ -91,6 +98,41 @@ LAYERS = {
 }
 
 
+# Rows and columns of the images that a width meets in ResNet-50; a projection's are twice as many
+# behind the first stage.
+_SIZES = {64: 56, 128: 28, 256: 14, 512: 7}
+
+
+def chain_problem(
+    width: int, projected: bool, next_width: int, batch: int, dtype: str
+) -> ChainProblem:
+    """A block of ResNet-50, or one as much like it as can be."""
+    K, size = 4 * width, _SIZES[width]
+    stride = 2 if projected and width > 64 else 1
+    C = 64 if width == 64 else K // 2
+    size *= stride
+    pair = (stride, stride)
+    return ChainProblem(
+        batch, width, size, size, K, pair, (1, 1), (1, 1), dtype,
+        (C, size, size, *pair) if projected else None, next_width,
+    )  # fmt: skip
+
+
+def chain_kinds() -> Iterator[tuple[int, bool, int]]:
+    """Width, whether the shortcut is projected, and next width: what a chain is compiled for."""
+    for width, nexts in chain.NEXT_WIDTHS.items():
+        for projected in (False, True):
+            for next_width in nexts:
+                yield width, projected, next_width
+
+
+def chain_name(problem: ChainProblem) -> str:
+    """How the report names it: "chain 64, projected, next 64"."""
+    projected = "" if problem.projection is None else ", projected"
+    following = f", next {problem.next_width}" if problem.next_width else ""
+    return f"chain {problem.width}{projected}{following}"
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel and what it is compiled for."""
@@ -103,7 +145,7 @@ class Launch:
     num_stages: int
 
 
-def configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], ConvProblem]:
+def configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], Problem]:
     """Every (layer, tile) to compile, with a problem that the tile may be chosen for.
 
     Every tile is compiled for 1x1 and 3x3 layers and for the stem. The other layers of
@@ -111,7 +153,14 @@ def configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], Conv
     float16 in the type of some, so of them only what the estimate picks is.
     All split sums of a tile count as one of four shares, and as the same for 1x1 and 3x3.
     """
-    found: dict[tuple[str, Tile], ConvProblem] = {}
+    found: dict[tuple[str, Tile], Problem] = {}
+    for kind in chain_kinds() if dtype in CHAIN_DTYPES else ():
+        for batch in _BATCHES:
+            problem = chain_problem(*kind, batch, dtype)
+            picked = chain.untuned(problem, gpu).tile
+            every = chain.tiles(problem, gpu)
+            for tile in every if dtype == "float16" else [picked] * (picked in every):
+                found[chain_name(problem), tile] = problem
     for name, layers in LAYERS.items():
         for layer in layers:
             for batch in _BATCHES:
@@ -128,13 +177,13 @@ def configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], Conv
     return found
 
 
-def launches(problem: ConvProblem, tile: Tile) -> list[Launch]:
+def launches(problem: Problem, tile: Tile) -> list[Launch]:
     """What a call of the backend would launch, found by making one with fake tensors."""
     recorded: list[Launch] = []
 
     def record(
         _: Any, kernel: Any, grid: Any, arguments: tuple, num_warps: int, num_stages: int = 3,
-        **constants: Any,
+        writes: Any = None, partly: Any = None, **constants: Any,
     ) -> None:  # fmt: skip
         values = dict(zip(kernel.arg_names, arguments, strict=False))
         signature, divisible = {}, []
@@ -163,6 +212,9 @@ def launches(problem: ConvProblem, tile: Tile) -> list[Launch]:
     conv._launch, conv.precision = record, lambda _: precision
     try:
         with FakeTensorMode(), torch.device("cuda"):
+            if isinstance(problem, ChainProblem):
+                _launch_chain(problem, tile, dtype)
+                return recorded
             group_c = problem.C // problem.groups
             x = torch.empty(problem.N, problem.H, problem.W, problem.C, dtype=dtype)
             w = torch.empty(problem.K, problem.R, problem.S, group_c, dtype=dtype)
@@ -180,6 +232,29 @@ def launches(problem: ConvProblem, tile: Tile) -> list[Launch]:
     finally:
         conv._launch, conv.precision = kept
     return recorded
+
+
+def _launch_chain(problem: ChainProblem, tile: Tile, dtype: torch.dtype) -> None:
+    """Calls the launcher of a chain with tensors of its sizes."""
+
+    def pixels(N: int, C: int, H: int, W: int) -> torch.Tensor:
+        return torch.empty(N, H, W, C, dtype=dtype).permute(0, 3, 1, 2)
+
+    def layer(part: ConvProblem | None) -> tuple | None:
+        if part is None:
+            return None
+        per_channel = [torch.empty(part.K) for _ in range(4)]
+        weight = pixels(part.K, part.C, part.R, part.S)
+        return (weight, *per_channel, 1e-5, None, part.stride, part.padding, part.dilation, 1)
+
+    of_input, last = problem.convolution, problem.expand
+    shortcut = pixels(problem.N, problem.K, problem.P, problem.Q)
+    if problem.projection is not None:
+        shortcut = pixels(problem.N, *problem.projection[:3])
+    bottleneck.bottleneck(
+        pixels(problem.N, problem.width, problem.H, problem.W), shortcut, layer(of_input),
+        layer(last), layer(problem.project), layer(problem.reduce), blocks.tile_for(problem, tile),
+    )  # fmt: skip
 
 
 def compiled(launch: Launch, architecture: str) -> dict[str, Any]:
@@ -283,6 +358,56 @@ def entries(architecture: str, dtype: str, present: set[tuple[str, Tile]]) -> An
             }
 
 
+def write_chain_tiles(architectures: Iterable[str]) -> None:
+    """Compiles every shape of a chain and writes down what does not spill."""
+    gpus = {name: ARCHITECTURES[GPUS[name]] for name in architectures}
+    found = {
+        kind: tiles for kind, tiles in chain.COMPILED.items()
+        if kind[0] not in {gpu.capability[0] for gpu in gpus.values()}
+    }  # fmt: skip
+    for name, gpu in gpus.items():
+        for kind in chain_kinds():
+            problem = chain_problem(*kind, 32, "float16")
+            for shape in chain.SHAPES[problem.width]:
+                tile = Tile(*shape[:3], 1, *shape[3:])
+                (launch,) = launches(problem, tile)
+                try:
+                    made = compiled(launch, name)
+                except OutOfResources as error:
+                    print(f"{name} {chain_name(problem)} {tile}: {error}", flush=True)
+                    continue
+                registers, shared = made["registers"], made["shared_bytes"]
+                spilled = made["spilled_bytes"]
+                print(
+                    f"{name} {chain_name(problem)} {tile}: {registers} registers, "
+                    f"{spilled} bytes spilled, {shared} shared",
+                    flush=True,
+                )
+                if spilled == 0 and shared <= gpu.shared_per_block:
+                    found.setdefault((gpu.capability[0], *kind), {})[shape] = registers, shared
+    text = _CHAIN_TILES_HEAD.format(triton.__version__)
+    for kind, tiles in sorted(found.items()):
+        rows = "".join(f"        {shape}: {made},\n" for shape, made in tiles.items())
+        text += f"    {kind}: {{\n{rows}    }},\n"
+    (Path(chain.__file__).parent / "chain_tiles.py").write_text(text + "}\n")
+
+
+_CHAIN_TILES_HEAD = '''"""What the compiler makes of a chain's tiles; written by bench/static.py.
+
+By the major number of a GPU's compute capability, the chain's width, whether its shortcut is
+projected, and the next width: of each tile that spills nothing and fits (block_m, block_n, block_k,
+num_warps, num_stages) the registers of a thread and the bytes of shared memory, by Triton {}.
+"""
+
+from __future__ import annotations
+
+_Kind = tuple[int, int, bool, int]
+_Shape = tuple[int, int, int, int, int]
+
+COMPILED: dict[_Kind, dict[_Shape, tuple[int, int]]] = {{
+'''
+
+
 def tile_of(entry: dict[str, Any]) -> Tile:
     """An entry's tile, as `configurations` has it."""
     names = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
@@ -299,7 +424,10 @@ def main() -> None:
     parser.add_argument("--architecture", choices=GPUS, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--missing", action="store_true", help="keep what the report has")
+    parser.add_argument("--chain-tiles", action="store_true", help="see above")
     arguments = parser.parse_args()
+    if arguments.chain_tiles:
+        return write_chain_tiles(arguments.architecture or GPUS)
     path = report_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"schema": "fused_resnet.static/1", "entries": []}

@@ -186,13 +186,13 @@ def chain_seconds(launch: Sequence[ConvProblem], gpu: Architecture) -> float:
     following = launch[2].K if len(launch) == 3 else 0
     depth = first.R * first.S * max(_BLOCK, first.C // first.groups)
     steps = depth / _BLOCK + last.K / _BLOCK * (first.K + following) / _BLOCK
-    latency = estimate._LATENCY
+    latency = estimate.LATENCY
     terms = (
         waves * products * rows / pixels / rate,
         chain_bytes(launch) / gpu.copy_bandwidth,
         waves * steps * latency / (_STAGES - 1),
     )
-    hidden = estimate._IMPERFECT * (sum(terms) - max(terms))
+    hidden = estimate.IMPERFECT * (sum(terms) - max(terms))
     return max(terms) + hidden + 2 * waves * latency + estimate.LAUNCH
 
 

@@ -11,17 +11,17 @@ import threading
 
 import torch
 
-from . import architecture, cuda_tiles, estimate, table
-from .problem import ESTIMATE, MEASURED, SHIPPED, Choice, ConvProblem, Tile
+from . import architecture, chain, cuda_tiles, estimate, table
+from .problem import ESTIMATE, MEASURED, SHIPPED, ChainProblem, Choice, ConvProblem, Problem, Tile
 
-__all__ = ["Choice", "ConvProblem", "Tile", "choose", "reload"]
+__all__ = ["ChainProblem", "Choice", "ConvProblem", "Tile", "choose", "reload"]
 
 _lock = threading.Lock()
-_choices: dict[tuple[ConvProblem, torch.device], Choice] = {}
-_tables: dict[str, tuple[dict[ConvProblem, table.Entry], dict[ConvProblem, table.Entry]]] = {}
+_choices: dict[tuple[Problem, torch.device], Choice] = {}
+_tables: dict[str, tuple[dict[Problem, table.Entry], dict[Problem, table.Entry]]] = {}
 
 
-def choose(problem: ConvProblem, device: torch.device) -> Choice:
+def choose(problem: Problem, device: torch.device) -> Choice:
     """The kernel and tile that run a problem on a device.
 
     The first call for a problem reads tables or computes the estimate, under a millisecond in all
@@ -43,8 +43,10 @@ def reload() -> None:
         _tables.clear()
 
 
-def untuned(problem: ConvProblem, gpu: architecture.Architecture) -> Choice:
+def untuned(problem: Problem, gpu: architecture.Architecture) -> Choice:
     """What runs a problem that no table has."""
+    if isinstance(problem, ChainProblem):
+        return chain.untuned(problem, gpu)
     if estimate.prefers_library(problem, gpu):
         return Choice("library", None, ESTIMATE)
     return Choice("triton", estimate.best(problem, gpu), ESTIMATE)
@@ -55,11 +57,13 @@ def untuned_tile(problem: ConvProblem, device: torch.device) -> Tile:
     return estimate.best(problem, architecture.of_device(device))
 
 
-def _decide(problem: ConvProblem, device: torch.device) -> Choice:
+def _decide(problem: Problem, device: torch.device) -> Choice:
     gpu = architecture.of_device(device)
     with _lock:
         if device.type == "cuda":
             choice = _from_tables(problem, gpu) or untuned(problem, gpu)
+        elif isinstance(problem, ChainProblem):
+            choice = untuned(problem, gpu)
         else:
             choice = Choice("triton", estimate.best(problem, gpu), ESTIMATE)
         if device.type != "cuda" or device.index is not None:  # else it is the current one's
@@ -67,7 +71,7 @@ def _decide(problem: ConvProblem, device: torch.device) -> Choice:
     return choice
 
 
-def _from_tables(problem: ConvProblem, gpu: architecture.Architecture) -> Choice | None:
+def _from_tables(problem: Problem, gpu: architecture.Architecture) -> Choice | None:
     if gpu.name not in _tables:
         _tables[gpu.name] = (
             table.read(table.user_path(gpu.name)),
@@ -81,7 +85,9 @@ def _from_tables(problem: ConvProblem, gpu: architecture.Architecture) -> Choice
     return None
 
 
-def _can_run(problem: ConvProblem, gpu: architecture.Architecture, entry: table.Entry) -> bool:
+def _can_run(problem: Problem, gpu: architecture.Architecture, entry: table.Entry) -> bool:
+    if isinstance(problem, ChainProblem):
+        return chain.can_run(problem, gpu, entry.kernel, entry.tile)
     if entry.tile is None:
         return True
     if entry.kernel == "cuda":

@@ -35,11 +35,11 @@ from .architecture import Architecture
 from .problem import Choice, ConvProblem, Tile
 
 # Seconds from asking for a block to having it in shared memory: DRAM's latency and the way back.
-_LATENCY = 0.8e-6
+LATENCY = 0.8e-6
 # Seconds between two dependent launches on one stream, as in a CUDA graph.
 LAUNCH = 1.5e-6
 # What a multiprocessor gets out of the L2 cache, bytes a cycle.
-_L2_BYTES_PER_CYCLE = 32
+L2_BYTES_PER_CYCLE = 32
 # Registers of a thread by how many elements of the accumulator it holds, and whether the epilogue
 # has several parts (over 64 channels): the most that ptxas gave any tile here, with warp-group
 # instructions (compute capability 9 and 10) and without.
@@ -66,7 +66,7 @@ _SPILLED = {
 _MOST_REGISTERS = 255
 _SHARED_PER_PROGRAM = 1024  # what the driver takes of every program
 # Which part of what should hide behind the slowest term does not.
-_IMPERFECT = 0.1
+IMPERFECT = 0.1
 _SPLITS = (1, 2, 4, 8, 16)
 # Of the tensor cores' rate, float32 products outside them: what a compiled kernel gets out of plain
 # multiply-adds, and what the library's hand-written ones do.
@@ -215,26 +215,26 @@ def predicted(problem: ConvProblem, architecture: Architecture, tile: Tile) -> f
     memory = problem.bytes_once / architecture.copy_bandwidth
     loaded = programs * steps * _stage_bytes(problem, tile)
     cycles = architecture.clock * min(architecture.multiprocessors, programs)
-    cache = (loaded + problem.output_bytes) / (_L2_BYTES_PER_CYCLE * cycles)
-    latency = waves * steps * _LATENCY / max(1, tile.num_stages - 1)
+    cache = (loaded + problem.output_bytes) / (L2_BYTES_PER_CYCLE * cycles)
+    latency = waves * steps * LATENCY / max(1, tile.num_stages - 1)
 
     # Filling the pipeline and storing: hidden by another program's steps where there is one.
-    exposed = 2 * _LATENCY * waves if resident == 1 else _LATENCY * min(waves, 2)
+    exposed = 2 * LATENCY * waves if resident == 1 else LATENCY * min(waves, 2)
     terms = (arithmetic, memory, cache, latency)
-    seconds = max(terms) + _IMPERFECT * (sum(terms) - max(terms)) + exposed + LAUNCH
+    seconds = max(terms) + IMPERFECT * (sum(terms) - max(terms)) + exposed + LAUNCH
     if tile.split_k > 1:
         partial = 2 * 4 * M * problem.K * tile.split_k
         in_cache = partial <= architecture.l2_bytes / 2
-        speed = _L2_BYTES_PER_CYCLE * architecture.clock * architecture.multiprocessors
+        speed = L2_BYTES_PER_CYCLE * architecture.clock * architecture.multiprocessors
         seconds += partial / (speed if in_cache else architecture.copy_bandwidth)
-        seconds += LAUNCH + 2 * _LATENCY
+        seconds += LAUNCH + 2 * LATENCY
     return seconds
 
 
 def predicted_library(problem: ConvProblem, architecture: Architecture) -> float:
     """Seconds for the library's convolution and one pass of `scale_shift_act` over its output."""
     # Five launches for scale and shift, and as many waits for what is not yet there.
-    return predicted_compiled(problem, architecture) + 5 * LAUNCH + 2 * _LATENCY
+    return predicted_compiled(problem, architecture) + 5 * LAUNCH + 2 * LATENCY
 
 
 def predicted_compiled(problem: ConvProblem, architecture: Architecture) -> float:
@@ -245,7 +245,7 @@ def predicted_compiled(problem: ConvProblem, architecture: Architecture) -> floa
     if problem.pool is not None:
         after += unpooled + problem.output_bytes
         launches += 1
-    latency = launches * (LAUNCH + _LATENCY)
+    latency = launches * (LAUNCH + LATENCY)
     return (
         predicted_convolution(problem, architecture) + after / architecture.copy_bandwidth + latency
     )
@@ -262,7 +262,7 @@ def predicted_convolution(problem: ConvProblem, architecture: Architecture) -> f
         return _best(alone, architecture)[1]
     arithmetic = problem.flops / (_LIBRARY_EFFICIENCY * architecture.rate(problem.dtype))
     memory = alone.bytes_once / architecture.copy_bandwidth
-    return max(arithmetic, memory) + LAUNCH + _LATENCY
+    return max(arithmetic, memory) + LAUNCH + LATENCY
 
 
 def predicted_choice(problem: ConvProblem, architecture: Architecture, choice: Choice) -> float:
@@ -399,9 +399,14 @@ def _resident(problem: ConvProblem, architecture: Architecture, tile: Tile) -> i
     per_thread = registers(problem, architecture, tile)
     if shared > architecture.shared_per_block or per_thread > _MOST_REGISTERS:
         return 0
-    threads = 32 * tile.num_warps
+    return resident(architecture, tile.num_warps, per_thread, shared)
+
+
+def resident(architecture: Architecture, num_warps: int, registers: int, shared: int) -> int:
+    """Programs of so many warps, registers a thread and shared bytes that one SM holds at once."""
+    threads = 32 * num_warps
     by_shared = architecture.shared_per_multiprocessor // (shared + _SHARED_PER_PROGRAM)
-    allocated = 8 * _ceil(per_thread, 8)  # registers come in eights
+    allocated = 8 * _ceil(registers, 8)  # registers come in eights
     by_registers = architecture.registers_per_multiprocessor // (allocated * threads)
     by_threads = architecture.threads_per_multiprocessor // threads
     return min(by_shared, by_registers, by_threads)

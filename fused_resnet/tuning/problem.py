@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
+from typing import TypeAlias
 
 DTYPES = ("float16", "bfloat16", "float32", "tfloat32")
+CHAIN_DTYPES = ("float16", "bfloat16")
 
 _KEY = re.compile(
     r"(\w+) (\d+)x(\d+)x(\d+)x(\d+) k(\d+) (\d+)x(\d+) s(\d+)x(\d+) p(\d+)x(\d+) d(\d+)x(\d+)"
     r" g(\d+)( residual)?(?: pool(\d+)x(\d+),(\d+)x(\d+),(\d+)x(\d+))?",
+    re.ASCII,
+)
+_CHAIN_KEY = re.compile(
+    r"chain (\w+) (\d+)x(\d+)x(\d+)x(\d+) k(\d+) s(\d+)x(\d+) p(\d+)x(\d+) d(\d+)x(\d+)"
+    r"(?: project(\d+)x(\d+)x(\d+),(\d+)x(\d+))?(?: next(\d+))?",
     re.ASCII,
 )
 
@@ -122,12 +130,153 @@ class ConvProblem:
         return text
 
 
-def parse_problem(key: str) -> ConvProblem:
+@dataclass(frozen=True)
+class ChainProblem:
+    """A Bottleneck from its 3x3 convolution to the next block's first 1x1, in inference.
+
+    Attributes:
+        N: images.
+        width: channels of the 3x3's input, and of its output.
+        H: rows of the 3x3's input.
+        W: its columns.
+        K: output channels of the block.
+        stride: of the 3x3, as are `padding` and `dilation`.
+        padding: see `stride`.
+        dilation: see `stride`.
+        dtype: "float16" or "bfloat16".
+        projection: of a shortcut that is one, the block's input and the strides: (C, H, W, stride
+            of rows, of columns); None where the shortcut is the input itself.
+        next_width: output channels of the next block's first convolution, a 1x1 of stride 1; 0
+            where there is none, or it is none.
+    """
+
+    N: int
+    width: int
+    H: int
+    W: int
+    K: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    dtype: str
+    projection: tuple[int, int, int, int, int] | None = None
+    next_width: int = 0
+
+    @property
+    def convolution(self) -> ConvProblem:
+        """The 3x3."""
+        return ConvProblem(
+            self.N, self.width, self.H, self.W, self.width, 3, 3, self.stride, self.padding,
+            self.dilation, 1, self.dtype, False,
+        )  # fmt: skip
+
+    @property
+    def P(self) -> int:  # noqa: N802
+        """Output rows of the block."""
+        return self.convolution.P
+
+    @property
+    def Q(self) -> int:  # noqa: N802
+        """Output columns of the block."""
+        return self.convolution.Q
+
+    @property
+    def expand(self) -> ConvProblem:
+        """The 1x1 behind the 3x3, with the shortcut's addition."""
+        return self._pointwise(self.width, self.P, self.Q, self.K, residual=True)
+
+    @property
+    def project(self) -> ConvProblem | None:
+        """The shortcut's 1x1, if it has one."""
+        if self.projection is None:
+            return None
+        C, H, W, *stride = self.projection
+        return self._pointwise(C, H, W, self.K, (stride[0], stride[1]))
+
+    @property
+    def reduce(self) -> ConvProblem | None:
+        """The next block's first 1x1, if that is here."""
+        if not self.next_width:
+            return None
+        return self._pointwise(self.K, self.P, self.Q, self.next_width)
+
+    @property
+    def parts(self) -> tuple[ConvProblem, ...]:
+        """The convolutions, as they would run one by one."""
+        parts = (self.convolution, self.project, self.expand, self.reduce)
+        return tuple(part for part in parts if part is not None)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of the convolutions."""
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def bytes_once(self) -> int:
+        """The 3x3's input, the shortcut, all parameters and both outputs, each moved once."""
+        shortcut = self.expand.output_bytes if self.project is None else self.project.input_bytes
+        parameters = sum(part.weight_bytes + 16 * part.K for part in self.parts)
+        outputs = self.expand.output_bytes
+        if self.reduce is not None:
+            outputs += self.reduce.output_bytes
+        return self.convolution.input_bytes + shortcut + parameters + outputs
+
+    def without_next(self) -> ChainProblem:
+        """The block alone."""
+        return dataclasses.replace(self, next_width=0)
+
+    def __str__(self) -> str:
+        """What tells one block of a network from another: "block 64x56x56 to 256, next 64"."""
+        text = f"block {self.width}x{self.H}x{self.W} to {self.K}"
+        for name, pair in (("stride", self.stride), ("dilation", self.dilation)):
+            if pair != (1, 1):
+                text += f", {name} {pair[0] if pair[0] == pair[1] else _pair(pair)}"
+        if self.projection is not None:
+            text += f", projection of {self.projection[0]}"
+        return text + (f", next {self.next_width}" if self.next_width else "")
+
+    @property
+    def key(self) -> str:
+        """The problem as a line of text, which `parse_problem` reads back.
+
+        "chain float16 256x64x56x56 k256 s1x1 p1x1 d1x1 project64x56x56,1x1 next64": dtype, input of
+        the 3x3, output channels, the 3x3's geometry, the projection and its strides, what follows.
+        """
+        text = (
+            f"chain {self.dtype} {self.N}x{self.width}x{self.H}x{self.W} k{self.K}"
+            f" s{_pair(self.stride)} p{_pair(self.padding)} d{_pair(self.dilation)}"
+        )
+        if self.projection is not None:
+            C, H, W, *stride = self.projection
+            text += f" project{C}x{H}x{W},{_pair(tuple(stride))}"
+        return text + (f" next{self.next_width}" if self.next_width else "")
+
+    def _pointwise(
+        self, C: int, H: int, W: int, K: int, stride: tuple[int, int] = (1, 1),
+        residual: bool = False,
+    ) -> ConvProblem:  # fmt: skip
+        return ConvProblem(
+            self.N, C, H, W, K, 1, 1, stride, (0, 0), (1, 1), 1, self.dtype, residual
+        )
+
+
+Problem: TypeAlias = ConvProblem | ChainProblem
+
+
+def parse_problem(key: str) -> Problem:
     """The problem whose `key` this is.
 
     Raises:
         ValueError: it is no problem's key.
     """
+    match = _CHAIN_KEY.fullmatch(key)
+    if match is not None and match[1] in CHAIN_DTYPES:
+        N, width, H, W, K, *pairs = map(int, match.groups()[1:12])
+        projection = None if match[13] is None else tuple(map(int, match.groups()[12:17]))
+        return ChainProblem(
+            N, width, H, W, K, (pairs[0], pairs[1]), (pairs[2], pairs[3]), (pairs[4], pairs[5]),
+            match[1], projection, int(match[18] or 0),
+        )  # fmt: skip
     match = _KEY.fullmatch(key)
     if match is None or match[1] not in DTYPES:
         raise ValueError(f"key is {key!r}, must be like {_EXAMPLE.key!r}")
@@ -156,7 +305,8 @@ class Tile:
     """How a convolution, Triton's or CUDA's, cuts a problem up.
 
     A program (a block) computes `block_m` output pixels by `block_n` output channels, `block_k`
-    products deep at a time, `split_k` programs sharing one such tile's sum.
+    products deep at a time, `split_k` programs sharing one such tile's sum. A chain's program
+    computes all channels of its pixels, of the block's output `block_n` at a time.
     """
 
     block_m: int
@@ -176,6 +326,10 @@ class Tile:
 
 TILED = ("triton", "cuda")
 KERNELS = (*TILED, "library", "cudnn_convolution_relu", "cudnn_convolution_add_relu")
+CHAIN, CHAIN_WITHOUT_NEXT = "chain", "chain without next"
+CONVOLUTIONS = "convolutions"
+CHAINED = (CHAIN, CHAIN_WITHOUT_NEXT)
+CHAIN_KERNELS = (*CHAINED, CONVOLUTIONS)
 MEASURED = "measured on this machine"
 SHIPPED = "shipped table"
 ESTIMATE = "estimate"
@@ -186,9 +340,11 @@ class Choice:
     """The kernel that runs a problem, and where that is known from.
 
     Attributes:
-        kernel: "triton" or "cuda"; "library", the library's convolution and then
-            `scale_shift_act`; or the library's fused operator of that name.
-        tile: of the Triton or CUDA kernel; None for the others.
+        kernel: of a convolution "triton" or "cuda"; "library", the library's convolution and then
+            `scale_shift_act`; or the library's fused operator of that name. Of a `ChainProblem`
+            "chain"; "chain without next", the same but for the next block's convolution; or
+            "convolutions", each as it was chosen for itself.
+        tile: of the Triton or CUDA kernel or the chain; None for the others.
         source: "measured on this machine", "shipped table" or "estimate".
     """
 

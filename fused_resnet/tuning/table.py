@@ -36,7 +36,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .problem import KERNELS, TILED, ConvProblem, Tile, parse_problem
+from .problem import (
+    CHAIN_KERNELS,
+    CHAINED,
+    KERNELS,
+    TILED,
+    ChainProblem,
+    Problem,
+    Tile,
+    parse_problem,
+)
 
 try:
     import fcntl
@@ -58,7 +67,8 @@ class Entry:
         tile: see `Choice`.
         microseconds: median time of what was chosen.
         estimate_microseconds: of what runs without tuning; None if that was wrong.
-        library_microseconds: of the library's convolution and `scale_shift_act`; None likewise.
+        library_microseconds: of the library's convolution and `scale_shift_act`, or of a chain's
+            convolutions one by one; None likewise.
         date: of the measurement, as 2026-11-23.
         versions: of torch and Triton, as "torch 2.15.0, triton 3.9.0".
     """
@@ -72,7 +82,7 @@ class Entry:
     versions: str = ""
 
 
-Entries = Mapping[ConvProblem, Entry]
+Entries = Mapping[Problem, Entry]
 
 
 class TableError(OSError):
@@ -109,7 +119,7 @@ def cache_folder() -> Path:
     return Path("~/.cache/fused_resnet").expanduser()
 
 
-def read(path: Path) -> dict[ConvProblem, Entry]:
+def read(path: Path) -> dict[Problem, Entry]:
     """The choices in a table; none where there is no such file or it cannot be read.
 
     Warns of a file that is damaged, which is set aside, or of another format, which stays.
@@ -156,7 +166,7 @@ def merge(path: Path, gpu: str, entries: Entries) -> None:
 class _Content:
     """A file as found: its choices and GPU, and what is wrong with it, if anything."""
 
-    entries: dict[ConvProblem, Entry]
+    entries: dict[Problem, Entry]
     gpu: str | None = None
     damage: str | None = None
     foreign: str | None = None
@@ -186,22 +196,29 @@ def _content(path: Path) -> _Content:
     entries, damage = {}, None
     for key, fields in choices.items():
         try:
-            entries[parse_problem(key)] = _entry(fields)
+            problem = parse_problem(key)
+            entries[problem] = _entry(fields, isinstance(problem, ChainProblem))
         except (ValueError, TypeError) as error:
             damage = f"{key}: {error}"
     return _Content(entries, gpu, damage)
 
 
-def _entry(fields: Any) -> Entry:
-    """The entry a line describes; ValueError or TypeError if it describes none."""
+def _entry(fields: Any, is_chain: bool) -> Entry:
+    """The entry a line describes, of a chain or a convolution.
+
+    Raises:
+        TypeError: it describes none.
+        ValueError: likewise.
+    """
     if not isinstance(fields, dict):
         raise TypeError(f"is {fields!r}, must be an object")
     if isinstance(fields.get("tile"), dict):
         fields = {**fields, "tile": Tile(**fields["tile"])}
     entry = Entry(**{"tile": None, **fields})
-    if entry.kernel not in KERNELS:
-        raise ValueError(f"kernel is {entry.kernel!r}, must be one of {', '.join(KERNELS)}")
-    if (entry.kernel in TILED) != isinstance(entry.tile, Tile):
+    kernels, tiled = (CHAIN_KERNELS, CHAINED) if is_chain else (KERNELS, TILED)
+    if entry.kernel not in kernels:
+        raise ValueError(f"kernel is {entry.kernel!r}, must be one of {', '.join(kernels)}")
+    if (entry.kernel in tiled) != isinstance(entry.tile, Tile):
         raise ValueError(f"kernel is {entry.kernel!r}, tile is {entry.tile!r}")
     if entry.tile is not None:
         for name, value in asdict(entry.tile).items():
@@ -253,7 +270,10 @@ def _fields(entry: Entry) -> dict[str, Any]:
     return {name: value for name, value in asdict(entry).items() if value not in (None, "")}
 
 
-def _order(problem: ConvProblem) -> tuple:
+def _order(problem: Problem) -> tuple:
+    if isinstance(problem, ChainProblem):
+        last = problem.convolution
+        return problem.dtype, problem.N, -last.H, last.C, problem.K, last.R, problem.key
     return problem.dtype, problem.N, -problem.H, problem.C, problem.K, problem.R, problem.key
 
 

@@ -35,8 +35,10 @@ __all__ = [
     "in_graphs",
     "interpreted",
     "launchers",
+    "residual_blocks",
 ]
 
+_CHAIN_DTYPES = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
 
@@ -288,6 +290,16 @@ def _can_normalize(input: Tensor, *others: Tensor | None) -> bool:
         and input.numel() > 0
         and all(t is None or t.device == input.device for t in others)
     )
+
+
+def residual_blocks(input: Tensor, blocks: Sequence[tuple[Sequence[tuple], bool]]) -> Tensor | None:
+    """Whole Bottlenecks in a launch each: see `blocks.residual_blocks`, `ops.residual_blocks`."""
+    if input.dtype not in _CHAIN_DTYPES:
+        return None
+    launchers()
+    from . import blocks as chains
+
+    return chains.residual_blocks(input, blocks)
 
 
 def _can_run(input: Tensor, weight: Tensor, *others: Tensor | None) -> bool:

@@ -7,8 +7,9 @@ compiler sees kernels and not an opaque operator; every size may be symbolic the
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,12 +22,18 @@ from ... import tuning
 from ...tuning.estimate import USUAL_POOL, kernel_for, pooled_rows_each, special_tiles
 from ...tuning.problem import Choice, ConvProblem, Tile
 from ..library import precision
-from . import kernels
+from . import kernels, launches
 
 # Tiles in a column before the next column starts: see `kernels._tile_of`.
 _BAND = 8
 # For the interpreter, whose time goes by the number of operations.
 _INTERPRETED_TILE = Tile(128, 256, 256, 1, 4, 1)
+# What the first pass of split-K is given and leaves to the second.
+_UNTOUCHED = dict.fromkeys(
+    ("mean_ptr", "var_ptr", "bn_weight_ptr", "bn_bias_ptr", "bias_ptr", "residual_ptr",
+     "output_ptr"),
+    lambda: 0,
+)  # fmt: skip
 # The second pass of split-K: elements a program and warps.
 _SUM_BLOCK = (16, 64)
 _SUM_WARPS = 4
@@ -154,6 +161,8 @@ def conv_bn_act(
     parameters = (running_mean, running_var, bn_weight, bn_bias, bias)
     wide = _is_wide(pixels, filters, output, residual)
     rows = triton.cdiv(M, tile.block_m)
+    geometry = ((P, Q), (R, S), stride, padding, dilation)
+    partly = {"input_ptr": functools.partial(launches.addressed, input.shape, *geometry)}
     launch = functools.partial(_launch, input)
 
     if kernel == "packed":
@@ -166,6 +175,7 @@ def conv_bn_act(
                 pixels, filters, *parameters, residual, output, eps, M, H, W, P, Q, groups,
                 pixels.stride(0), pixels.stride(2), pixels.stride(3), *residual_strides,
             ),
+            partly=partly,
             GROUP_C=group_c,
             GROUP_K=K // groups,
             DILATION_W=dilation[1],
@@ -184,6 +194,7 @@ def conv_bn_act(
                 pixels, filters, *parameters, residual, output, eps, M, H, W, P, Q, K,
                 pixels.stride(0), pixels.stride(2), *residual_strides,
             ),
+            partly=partly,
             C=C,
             SKEW=_skew(input, stride, padding),
             WIDE=wide,
@@ -206,6 +217,8 @@ def conv_bn_act(
                 group_c, group_k, groups, pixels.stride(0), pixels.stride(2), pixels.stride(3),
                 *residual_strides,
             ),
+            writes=("output_ptr",) if partial is None else ("partial_ptr",),
+            partly=partly if partial is None else partly | _UNTOUCHED,
             DILATION_W=dilation[1],
             DENSE_ROWS=pointwise and max(stride) == 1 and _has_dense_rows(pixels),
             EVEN_C=group_c % tile.block_k == 0,
@@ -278,6 +291,11 @@ def conv_bn_act_max_pool(
             pixels, filters, running_mean, running_var, bn_weight, bn_bias, bias, output, eps, N, H,
             W, P, Q, K, pooled_P, pooled_Q, rows_each, pixels.stride(0), pixels.stride(2),
         ),
+        partly={
+            "input_ptr": functools.partial(
+                launches.addressed, input.shape, (P, Q), (R, S), stride, padding, dilation
+            )
+        },
         C=C,
         R=R,
         S=S,
@@ -319,9 +337,25 @@ def _launch(
     kernel: Any,
     grid: tuple[int, ...],
     arguments: tuple[Any, ...],
+    writes: Sequence[str] = ("output_ptr",),
+    partly: Mapping[str, Callable[[], int]] = MappingProxyType({}),
     **constants: Any,
 ) -> None:
-    """Launches a kernel on the input's device and that device's current stream."""
+    """Launches a kernel on the input's device and that device's current stream.
+
+    Args:
+        input: any of its tensors.
+        kernel: what to launch.
+        grid: how many programs.
+        arguments: those that are no constants, in order.
+        writes: the names of those that the kernel writes to; see `launches.report`.
+        partly: see `launches.report`.
+        constants: arguments that are compiled in, and the number of warps and stages.
+    """
+    if not launches.report(
+        kernel.fn.__name__, dict(zip(kernel.arg_names, arguments, strict=False)), writes, partly
+    ):
+        return
     if type(input) not in (Tensor, Parameter):
         torch.library.wrap_triton(kernel)[grid](*arguments, **constants)
     elif input.device.type == "cuda" and input.device.index != torch.cuda.current_device():

@@ -1,0 +1,306 @@
+"""One kernel per Bottleneck: from its 3x3 convolution to the next block's first 1x1.
+
+What lies between the convolutions stays in registers. No halo is computed twice, since the launch
+begins at the only convolution that has one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...tuning.chain import slice_stages
+from ...tuning.problem import Tile
+from . import conv, kernels, launches
+
+
+@triton.jit
+def bottleneck_kernel(
+    input_ptr,
+    weight_ptr,
+    mean_ptr,
+    var_ptr,
+    bn_weight_ptr,
+    bn_bias_ptr,
+    bias_ptr,
+    eps,
+    expand_ptr,
+    expand_mean_ptr,
+    expand_var_ptr,
+    expand_bn_weight_ptr,
+    expand_bn_bias_ptr,
+    expand_bias_ptr,
+    expand_eps,
+    shortcut_ptr,
+    project_ptr,
+    project_mean_ptr,
+    project_var_ptr,
+    project_bn_weight_ptr,
+    project_bn_bias_ptr,
+    project_bias_ptr,
+    project_eps,
+    reduce_ptr,
+    reduce_mean_ptr,
+    reduce_var_ptr,
+    reduce_bn_weight_ptr,
+    reduce_bn_bias_ptr,
+    reduce_bias_ptr,
+    reduce_eps,
+    output_ptr,
+    next_ptr,
+    M,
+    H,
+    W,
+    P,
+    Q,
+    K,
+    input_stride_n,
+    input_stride_h,
+    input_stride_w,
+    shortcut_stride_n,
+    shortcut_stride_h,
+    shortcut_stride_w,
+    WIDTH: tl.constexpr,
+    NEXT: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    SHORTCUT_C: tl.constexpr,
+    PROJECT_STRIDE_H: tl.constexpr,
+    PROJECT_STRIDE_W: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICE_STAGES: tl.constexpr,
+):
+    """A Bottleneck from `input`, its first 1x1's output, on; all of a pixel's channels at a time.
+
+    Per tile of BLOCK_M output pixels:
+
+        h = relu(bn(conv3x3(input)))                         in 16 bits, in registers
+        for each slice of BLOCK_O of the K output channels:
+            o = relu(bn(h @ expand[slice]) + shortcut[slice])
+            store o;  sum += o @ reduce[:, slice]            o in 16 bits, as stored
+        store relu(bn(sum)) to `next`
+
+    `shortcut[slice]` is the block's input itself or, where `project_ptr` is given, a second sum,
+    `bn(shortcut[pixel(m)] @ project[slice])` of its pixels `(n, p stride, q stride)`, that is
+    rounded nowhere. NEXT is the next block's width, 0 where its first 1x1 is not in this launch.
+
+    Reads `input`, the shortcut (where strided, the pixels used) and the weights once from memory
+    (again from L2: `input` for each of the R S taps, a projected shortcut for each slice, the
+    weights for each tile of pixels), writes the output and `next` once.
+    """
+    dtype: tl.constexpr = output_ptr.dtype.element_ty
+    tile_m = tl.program_id(0)
+    if WIDE:
+        tile_m = tile_m.to(tl.int64)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_exists = m < M
+    # Rows past the last one compute it again, which needs no mask.
+    row = tl.minimum(m, M - 1)
+    image_row = row // Q
+    n, p, q = image_row // P, image_row % P, row % Q
+    h = p * STRIDE_H - PADDING_H
+    w = q * STRIDE_W - PADDING_W
+    rows = n * input_stride_n + h * input_stride_h + w * input_stride_w
+
+    inner = tl.arange(0, WIDTH)
+    columns = inner * (R * S * WIDTH)
+    acc = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+    tap, start = 0, 0
+    for _ in range(R * S * (WIDTH // BLOCK_K)):
+        c = start + tl.arange(0, BLOCK_K)
+        r = tap // S
+        s = tap - r * S
+        shift = r * DILATION_H * input_stride_h + s * DILATION_W * input_stride_w
+        ptrs = input_ptr + (rows + shift)[:, None] + c[None, :]
+        if PADDING_H + PADDING_W > 0:
+            inside = (h + r * DILATION_H >= 0) & (h + r * DILATION_H < H)
+            inside &= (w + s * DILATION_W >= 0) & (w + s * DILATION_W < W)
+            a = tl.load(ptrs, mask=inside[:, None], other=0.0)
+        else:
+            a = tl.load(ptrs)
+        b = tl.load(weight_ptr + columns[None, :] + (tap * WIDTH + c)[:, None])
+        acc = tl.dot(a, b, acc)
+        start += BLOCK_K
+        done = start >= WIDTH
+        tap += done.to(tl.int32)
+        start = tl.where(done, 0, start)
+    scale, offset = kernels._affine(
+        inner, inner < WIDTH, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, eps
+    )
+    hidden = kernels._relu(acc * scale[None, :] + offset[None, :]).to(dtype)
+
+    if project_ptr is not None:
+        shortcut_rows = (
+            n * shortcut_stride_n
+            + p * PROJECT_STRIDE_H * shortcut_stride_h
+            + q * PROJECT_STRIDE_W * shortcut_stride_w
+        )
+        shortcut_ptrs = shortcut_ptr + shortcut_rows[:, None] + tl.arange(0, BLOCK_K)[None, :]
+        # One block deep, it is loaded once; and a loop without a loop inside is pipelined.
+        if SHORTCUT_C == BLOCK_K:
+            x = tl.load(shortcut_ptrs)
+    if NEXT > 0:
+        following = tl.arange(0, NEXT)
+        sum = tl.zeros((BLOCK_M, NEXT), dtype=tl.float32)
+    for first in tl.range(0, K, BLOCK_O, num_stages=SLICE_STAGES):
+        k = first + tl.arange(0, BLOCK_O)
+        exists = k < K
+        offsets = m[:, None] * K + k[None, :]
+        if project_ptr is not None:
+            project_ptrs = project_ptr + (k * SHORTCUT_C)[None, :] + tl.arange(0, BLOCK_K)[:, None]
+            if SHORTCUT_C == BLOCK_K:
+                out = tl.dot(x, tl.load(project_ptrs))
+            else:
+                out = tl.zeros((BLOCK_M, BLOCK_O), dtype=tl.float32)
+                for start in range(0, SHORTCUT_C, BLOCK_K):
+                    a = tl.load(shortcut_ptrs + start)
+                    b = tl.load(project_ptrs + start)
+                    out = tl.dot(a, b, out)
+            factor, term = kernels._affine(
+                k, exists, project_mean_ptr, project_var_ptr, project_bn_weight_ptr,
+                project_bn_bias_ptr, project_bias_ptr, project_eps,
+            )  # fmt: skip
+            out = out * factor[None, :] + term[None, :]
+        else:
+            shortcut = tl.load(shortcut_ptr + offsets, mask=row_exists[:, None], other=0.0)
+            out = shortcut.to(tl.float32)
+        expand = tl.load(expand_ptr + (k * WIDTH)[None, :] + inner[:, None])
+        branch = tl.dot(hidden, expand)
+        factor, term = kernels._affine(
+            k, exists, expand_mean_ptr, expand_var_ptr, expand_bn_weight_ptr, expand_bn_bias_ptr,
+            expand_bias_ptr, expand_eps,
+        )  # fmt: skip
+        out += branch * factor[None, :] + term[None, :]
+        out = kernels._relu(out).to(dtype)
+        tl.store(output_ptr + offsets, out, mask=row_exists[:, None])
+        if NEXT > 0:
+            reduce = tl.load(reduce_ptr + (following * K)[None, :] + k[:, None])
+            sum = tl.dot(out, reduce, sum)
+    if NEXT > 0:
+        kernels._finish(
+            sum, m, row_exists, 0, NEXT, reduce_mean_ptr, reduce_var_ptr, reduce_bn_weight_ptr,
+            reduce_bn_bias_ptr, reduce_bias_ptr, reduce_eps, None, 0, 0, 0, 0, next_ptr, P, Q, NEXT,
+            False, True,
+        )  # fmt: skip
+
+
+Layer = tuple
+"""The arguments of `conv_bn_act` from `weight` to `groups`."""
+
+
+def bottleneck(
+    input: Tensor,
+    shortcut: Tensor,
+    convolution: Layer,
+    expand: Layer,
+    project: Layer | None,
+    reduce: Layer | None,
+    tile: Tile,
+) -> tuple[Tensor, Tensor | None]:
+    """Launches the kernel; see `bottleneck_kernel` for what it computes, `blocks.py` for when.
+
+    The weights need not be arranged for it: a slice of `expand`, (K, width), is as good an operand
+    as its transpose is to the tensor cores, as is one of `reduce`, (next width, K), of which each
+    row has BLOCK_O neighbouring values. Those of the 3x3 lie as in `conv.conv_bn_act`, channels
+    last; `conv._filters` copies them where they do not.
+
+    Args:
+        input: (N, width, H, W), float16 or bfloat16: the output of the block's first convolution.
+        shortcut: the block's input: (N, K, P, Q), or with `project` (N, C, any size).
+        convolution: the 3x3, of `width` channels to as many.
+        expand: the 1x1 behind it, to K channels.
+        project: the shortcut's 1x1 of any stride, or None.
+        reduce: the next block's first 1x1, or None.
+        tile: `block_m` pixels, slices of `block_n` channels, products `block_k` deep.
+
+    Returns:
+        The block's output, (N, K, P, Q), and `reduce`'s, (N, next width, P, Q) or None, both
+        channels_last.
+    """
+    weight, *_, stride, padding, dilation, _ = convolution
+    N, width, H, W = input.shape
+    _, _, R, S = weight.shape
+    K = expand[0].size(0)
+    P, Q = conv.problem_size(H, W, R, S, stride, padding, dilation)
+    M = N * P * Q
+    following = 0 if reduce is None else reduce[0].size(0)
+    output = input.new_empty((N, P, Q, K))
+    next_input = None if reduce is None else input.new_empty((N, P, Q, following))
+    if M > 0:
+        pixels = conv._channels_last(input)
+        # The kernel finds an unprojected shortcut's pixels where it finds the output's.
+        identity = shortcut.contiguous(memory_format=torch.channels_last)
+        source = identity if project is None else conv._channels_last(shortcut)
+        weights = [conv._filters(layer[0]) for layer in (convolution, expand)]
+        project_weight = None if project is None else conv._filters(project[0])
+        reduce_weight = None if reduce is None else conv._filters(reduce[0])
+        project_stride = (1, 1) if project is None else project[7]
+        conv._launch(
+            input,
+            bottleneck_kernel,
+            (triton.cdiv(M, tile.block_m),),
+            (
+                pixels, weights[0], *_norm(convolution), weights[1], *_norm(expand), source,
+                project_weight, *_norm(project), reduce_weight, *_norm(reduce), output, next_input,
+                M, H, W, P, Q, K, *_strides(pixels), *_strides(source),
+            ),
+            writes=("output_ptr", "next_ptr"),
+            partly={
+                "input_ptr": functools.partial(
+                    launches.addressed, input.shape, (P, Q), (R, S), stride, padding, dilation
+                ),
+                "shortcut_ptr": functools.partial(
+                    launches.addressed, shortcut.shape, (P, Q), (1, 1), project_stride, (0, 0),
+                    (1, 1),
+                ),
+            },
+            WIDTH=width,
+            NEXT=following,
+            R=R,
+            S=S,
+            STRIDE_H=stride[0],
+            STRIDE_W=stride[1],
+            PADDING_H=padding[0],
+            PADDING_W=padding[1],
+            DILATION_H=dilation[0],
+            DILATION_W=dilation[1],
+            SHORTCUT_C=source.size(1),
+            PROJECT_STRIDE_H=project_stride[0],
+            PROJECT_STRIDE_W=project_stride[1],
+            WIDE=conv._is_wide(pixels, source, output, weights[0]),
+            BLOCK_M=tile.block_m,
+            BLOCK_O=tile.block_n,
+            BLOCK_K=tile.block_k,
+            SLICE_STAGES=slice_stages(width, tile),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )  # fmt: skip
+    results = (output, next_input)
+    return tuple(None if t is None else t.permute(0, 3, 1, 2) for t in results)
+
+
+def _norm(layer: Layer | None) -> tuple[Any, ...]:
+    """Mean, variance, weight, bias, the convolution's bias and eps of a layer."""
+    if layer is None:
+        return (None, None, None, None, None, 0.0)
+    _, mean, var, weight, bias, eps, conv_bias, *_ = layer
+    return mean, var, weight, bias, conv_bias, eps
+
+
+def _strides(pixels: Tensor) -> tuple[int, int, int]:
+    """Of image, row and column."""
+    return pixels.stride(0), pixels.stride(2), pixels.stride(3)

@@ -1,0 +1,331 @@
+"""Which blocks of a network one kernel can run, with which tile, and whether that is faster.
+
+The model of a chain's time is that of `estimate.py`: a program computes all channels of `block_m`
+pixels, so there are `ceil(N P Q / block_m)` of them. What it has to wait for are the steps of the
+3x3, `9 width / block_k`, and those of the `K / block_n` slices of the block's output; the latter
+find their weights in the L2 cache, and each walks through all channels of a projected shortcut. The
+same walks are what the program loads through L2.
+
+Registers and shared memory are what the compiler gave each tile (`chain_tiles.py`); a tile that
+spills is not there, and where none is there is no chain.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from . import estimate
+from .architecture import Architecture
+from .chain_tiles import COMPILED
+from .problem import (
+    CHAIN,
+    CHAIN_WITHOUT_NEXT,
+    CONVOLUTIONS,
+    ESTIMATE,
+    MEASURED,
+    ChainProblem,
+    Choice,
+    ConvProblem,
+    Tile,
+)
+
+if TYPE_CHECKING:
+    from ..ops.residual_blocks import BlockLayers
+
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+# The tensor cores' least depth, and the most channels whose sums fit into registers.
+LEAST_CHANNELS, WIDEST, WIDEST_NEXT = 16, 512, 256
+# Tiles worth compiling by width: block_m, block_n, block_k, num_warps, num_stages. The last are for
+# architectures without warp-group instructions or with little shared memory.
+SHAPES = {
+    64: (
+        (128, 64, 64, 8, 4),
+        (128, 64, 64, 8, 3),
+        (128, 32, 64, 8, 4),
+        (64, 64, 64, 4, 4),
+        (64, 32, 64, 4, 4),
+        (64, 32, 64, 4, 3),
+    ),
+    128: (
+        (128, 64, 64, 8, 4),
+        (128, 32, 64, 8, 4),
+        (128, 32, 64, 8, 3),
+        (64, 64, 64, 8, 4),
+        (64, 32, 64, 8, 4),
+        (64, 32, 64, 8, 3),
+        (64, 32, 32, 8, 3),
+    ),
+    256: ((64, 64, 64, 8, 4), (64, 32, 64, 8, 4), (64, 32, 32, 8, 3), (32, 32, 32, 4, 2)),
+    512: ((64, 64, 64, 8, 3), (64, 32, 64, 8, 3), (64, 32, 32, 8, 3)),
+}
+# Next widths that some network of torchvision's has behind a width, and none.
+NEXT_WIDTHS = {64: (0, 64, 128), 128: (0, 128, 256), 256: (0, 256), 512: (0,)}
+# Slices in flight: their weights, as many as the width and the next one have rows, are larger than
+# the 3x3's blocks.
+_SLICE_STAGES = {64: 3, 128: 3, 256: 2, 512: 2}
+# Seconds from asking for a block that L2 has to having it in shared memory.
+_CACHE_LATENCY = 0.3e-6
+
+
+def problems_of(input: Tensor, blocks: Sequence[BlockLayers]) -> list[ChainProblem | None] | None:
+    """What a chain would do of each of a network's blocks.
+
+    A chain takes float16 and bfloat16, Bottlenecks with dense 3x3 convolutions of a power of two of
+    channels from 16 to 512, projections of a multiple of 16 channels, and a next width of a power
+    of two up to 256. Only shapes, dtypes and devices are looked at.
+
+    Args:
+        input: (N, C, H, W), of the first block.
+        blocks: see `ops.residual_blocks`.
+
+    Returns:
+        For each block its problem, or None where it has to run convolution by convolution; None for
+        all if the arguments of some convolution do not go together.
+    """
+
+    def holds(shape: Sequence[int]) -> Tensor:
+        """A tensor of a shape without its memory."""
+        return input.new_empty(()).expand(tuple(shape))
+
+    found: list[ChainProblem | None] = []
+    x = input
+    for index, (layers, has_projection) in enumerate(blocks):
+        main = layers[:-1] if has_projection else layers
+        outs = [x]
+        for layer in main[:-1]:
+            if not _goes_with(outs[-1], layer):
+                return None
+            outs.append(holds(_output_shape(outs[-1], layer)))
+        shortcut = x
+        if has_projection:
+            if not _goes_with(x, layers[-1]):
+                return None
+            shortcut = holds(_output_shape(x, layers[-1]))
+        if not _goes_with(outs[-1], main[-1], shortcut):
+            return None
+        following = blocks[index + 1][0][0] if index + 1 < len(blocks) else None
+        problem = _problem_of(outs[1], x, main, layers[-1] if has_projection else None)
+        if (
+            problem is not None
+            and following is not None
+            and _can_follow(following)
+            and _goes_with(shortcut, following)
+        ):
+            problem = replace(problem, next_width=following[0].size(0))
+        found.append(problem)
+        x = shortcut
+    return found
+
+
+def slice_stages(width: int, tile: Tile) -> int:
+    """Slices of the output that a chain's program has in flight, itself included."""
+    return min(tile.num_stages, _SLICE_STAGES.get(width, 2))
+
+
+def has_chain(layers: Sequence[tuple], has_projection: bool) -> bool:
+    """Whether the weights of a block are those of a Bottleneck that a chain can take."""
+    if len(layers) - has_projection != 3:
+        return False
+    weight, *_, groups = layers[1]
+    K, width, *taps = weight.shape
+    channels = layers[2][0].size(0)
+    return (
+        taps == [3, 3]
+        and groups == 1
+        and width == K
+        and _is_power(width)
+        and width <= WIDEST
+        and _is_pointwise(layers[2])
+        and max(layers[2][7]) == 1
+        and power_in(channels) >= LEAST_CHANNELS
+        and (
+            not has_projection
+            or (_is_pointwise(layers[3]) and power_in(layers[3][0].size(1)) >= LEAST_CHANNELS)
+        )
+    )
+
+
+def power_in(channels: int) -> int:
+    """The largest power of two that divides a number of channels."""
+    return channels & -channels
+
+
+def _problem_of(
+    reduced: Tensor, x: Tensor, main: Sequence[tuple], projection: tuple | None
+) -> ChainProblem | None:
+    layers = main if projection is None else (*main, projection)
+    if x.dtype not in DTYPES or not has_chain(layers, projection is not None):
+        return None
+    N, width, H, W = reduced.shape
+    geometry = (tuple(pair) for pair in main[1][7:10])
+    problem = ChainProblem(N, width, H, W, main[2][0].size(0), *geometry, DTYPES[x.dtype])
+    if projection is not None:
+        problem = replace(problem, projection=(*x.shape[1:], *projection[7]))
+    return problem
+
+
+def _can_follow(layer: tuple) -> bool:
+    """Whether a block's first convolution can be in the launch of the block before."""
+    width = layer[0].size(0)
+    return _is_pointwise(layer) and max(layer[7]) == 1 and _is_power(width) and width <= WIDEST_NEXT
+
+
+def _goes_with(input: Tensor, layer: tuple, residual: Tensor | None = None) -> bool:
+    return checks.conv_error("conv_bn_act", input, *layer, residual, "relu") is None
+
+
+def _output_shape(input: Tensor, layer: tuple) -> tuple[int, ...]:
+    K, _, *taps = layer[0].shape
+    return (
+        input.size(0),
+        K,
+        *(
+            (size + 2 * padding - dilation * (filter - 1) - 1) // stride + 1
+            for size, filter, stride, padding, dilation in zip(
+                input.shape[2:], taps, *layer[7:10], strict=True
+            )
+        ),
+    )
+
+
+def _is_pointwise(layer: tuple) -> bool:
+    """Whether a convolution is a 1x1 without padding or groups."""
+    *_, padding, _, groups = layer
+    return layer[0].shape[2:] == (1, 1) and max(padding) == 0 and groups == 1
+
+
+def _is_power(channels: int) -> bool:
+    return channels >= LEAST_CHANNELS and channels & (channels - 1) == 0
+
+
+def untuned(problem: ChainProblem, gpu: Architecture) -> Choice:
+    """What runs a block that no table has: the candidate that the model thinks fastest."""
+    return replace(_untuned(problem, gpu)[0], source=ESTIMATE)
+
+
+@functools.lru_cache(maxsize=1024)
+def _untuned(problem: ChainProblem, gpu: Architecture) -> tuple[Choice, float]:
+    timed = ((choice, predicted(problem, gpu, choice)) for choice in candidates(problem, gpu))
+    return min(timed, key=lambda pair: pair[1])
+
+
+def candidates(problem: ChainProblem, gpu: Architecture) -> list[Choice]:
+    """Every way to run a block on a GPU, convolution by convolution first."""
+    found = [Choice(CONVOLUTIONS, None, MEASURED)]
+    found += [Choice(CHAIN, tile, MEASURED) for tile in tiles(problem, gpu)]
+    if problem.next_width:
+        alone = tiles(problem.without_next(), gpu)
+        found += [Choice(CHAIN_WITHOUT_NEXT, tile, MEASURED) for tile in alone]
+    return found
+
+
+def tiles(problem: ChainProblem, gpu: Architecture) -> list[Tile]:
+    """The tiles a chain can have on a GPU, as compiled; none for what was not compiled."""
+    return [
+        Tile(block_m, block_n, block_k, 1, warps, stages)
+        for (block_m, block_n, block_k, warps, stages), (_, shared) in _compiled(
+            problem, gpu
+        ).items()
+        if shared <= gpu.shared_per_block
+        and problem.K % block_n == 0
+        and problem.width % block_k == 0
+        and (problem.projection is None or problem.projection[0] % block_k == 0)
+    ]
+
+
+def can_run(problem: ChainProblem, gpu: Architecture, kernel: str, tile: Tile | None) -> bool:
+    """Whether a choice is one of the candidates."""
+    return Choice(kernel, tile, MEASURED) in candidates(problem, gpu)
+
+
+def predicted(problem: ChainProblem, gpu: Architecture, choice: Choice) -> float:
+    """Seconds for all that a problem consists of, by one choice."""
+    if choice.kernel == CONVOLUTIONS:
+        return sum(_predicted_part(part, gpu) for part in problem.parts)
+    if choice.kernel == CHAIN_WITHOUT_NEXT:
+        alone = predicted_launch(problem.without_next(), gpu, choice.tile)
+        return alone + _predicted_part(problem.reduce, gpu)
+    return predicted_launch(problem, gpu, choice.tile)
+
+
+def _predicted_part(part: ConvProblem, gpu: Architecture) -> float:
+    return estimate.predicted(part, gpu, estimate.best(part, gpu))
+
+
+def predicted_launch(problem: ChainProblem, gpu: Architecture, tile: Tile) -> float:
+    """Seconds for one launch of the kernel; see this module's docstring."""
+    pixels = problem.N * problem.P * problem.Q
+    if pixels == 0:
+        return estimate.LAUNCH
+    programs = -(-pixels // tile.block_m)
+    resident = programs_at_once(problem, gpu, tile)
+    waves = -(-programs // (gpu.multiprocessors * resident))
+    slices = problem.K // tile.block_n
+    depth = 0 if problem.projection is None else problem.projection[0]
+    # One block deep, a projected shortcut is loaded before the slices.
+    walked = slices if depth > tile.block_k else 1
+
+    # A pixel's products in the 3x3, and in tiles of a slice's width.
+    wide = 9 * problem.width**2 / _efficiency(tile.block_m, problem.width)
+    narrow = (problem.width + depth) * problem.K / _efficiency(tile.block_m, tile.block_n)
+    last = problem.K * problem.next_width / _efficiency(tile.block_m, max(1, problem.next_width))
+    busiest = -(-programs // gpu.multiprocessors)
+    rate = gpu.rate(problem.dtype) / gpu.multiprocessors
+    arithmetic = busiest * tile.block_m * 2 * (wide + narrow + last) / rate
+
+    weights = problem.width * 9 * problem.width + problem.K * (
+        problem.width + depth + problem.next_width
+    )
+    rows = 9 * problem.width + walked * depth + (0 if depth else problem.K)
+    rows += problem.K + problem.next_width
+    loaded = 2 * programs * (weights + tile.block_m * rows)
+    cycles = gpu.clock * min(gpu.multiprocessors, programs)
+    cache = loaded / (estimate.L2_BYTES_PER_CYCLE * cycles)
+
+    in_flight = max(1, tile.num_stages - 1)
+    steps = 9 * (problem.width // tile.block_k) * estimate.LATENCY / in_flight
+    if walked > 1:
+        # The loop over a projection's channels is what is pipelined, and ends with every slice.
+        each = depth // tile.block_k / in_flight + 2
+        steps += slices * each * _CACHE_LATENCY
+    else:
+        steps += slices * estimate.LATENCY / max(1, slice_stages(problem.width, tile) - 1)
+    terms = (
+        arithmetic,
+        problem.bytes_once / gpu.copy_bandwidth,
+        cache,
+        waves * steps,
+    )
+    hidden = estimate.IMPERFECT * (sum(terms) - max(terms))
+    exposed = 2 * estimate.LATENCY * (waves if resident == 1 else min(waves, 2))
+    return max(terms) + hidden + exposed + estimate.LAUNCH
+
+
+def programs_at_once(problem: ChainProblem, gpu: Architecture, tile: Tile) -> int:
+    """Programs that a multiprocessor holds at once.
+
+    Raises:
+        KeyError: the tile is none of `tiles`.
+    """
+    key = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages)
+    registers, shared = _compiled(problem, gpu)[key]
+    return estimate.resident(gpu, tile.num_warps, registers, shared)
+
+
+def _compiled(problem: ChainProblem, gpu: Architecture) -> dict[tuple[int, ...], tuple[int, int]]:
+    kind = (
+        gpu.capability[0], problem.width, problem.projection is not None, problem.next_width,
+    )  # fmt: skip
+    return COMPILED.get(kind, {})
+
+
+def _efficiency(rows: int, columns: int) -> float:
+    """See `estimate._efficiency`."""
+    return 1 / (1 + 16 / rows + 16 / columns)
