@@ -18,6 +18,7 @@ from typing import Any
 
 from fused_resnet.bench import documents, kernels
 from fused_resnet.bench.report import where
+from fused_resnet.console import kept_text
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -30,17 +31,22 @@ def models_section(path: Path, root: Path = ROOT) -> str:
     """One device's whole models as Markdown: where they are from, times, memory, errors."""
     document = documents.load(path, [documents.MODELS])
     cases = document["cases"]
-    lines = [
-        f"**{where(document)}.** Median latency in ms, in brackets the time divided by eager's.",
-        "",
-        *_table(cases, _time),
-        "",
-    ]
+    modes = [[c for c in cases if c["mode"] == mode] for mode in ("inference", "training")]
+    times = f"**{where(document)}.** Median latency in ms, in brackets the time divided by eager's."
+    lines = [times, ""]
+    for alike in filter(None, modes):
+        lines += [*_table(alike, _time), ""]
+    kept = [c for c in cases if any(one.get("kept_bytes") for one in c["candidates"])]
+    if kept:
+        lines += ["Kept for the backward pass, MiB an image:", "", *_table(kept, kept_text), ""]
     weighed = [c for c in cases if any(one["peak_memory_bytes"] for one in c["candidates"])]
     if weighed:
         lines += ["Peak memory above the model and its input, MiB:", ""]
         lines += [*_table(weighed, _memory), ""]
-    lines += ["Relative error of the logits against float64:", "", *_table(cases, _error), ""]
+    for alike, what in zip(modes, ("logits", "gradients"), strict=True):
+        if alike:
+            lines += [f"Relative error of the {what} against float64:", "", *_table(alike, _error)]
+            lines += [""]
     for reason in dict.fromkeys(
         f"{one['name']}, {case['dtype']}: not run ({one['skipped']})."
         for case in cases
@@ -148,34 +154,35 @@ def _table(cases: Sequence[Mapping[str, Any]], cell: Any) -> list[str]:
     ]
     for case in cases:
         candidates = {one["name"]: one for one in case["candidates"]}
-        cells = [cell(candidates.get(name)) for name in names]
+        cells = [cell(candidates.get(name), case) for name in names]
         training = ", training step" if case["mode"] == "training" else ""
         label = f"{case['model']}, batch {case['batch']}, {case['dtype']}{training}"
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _time(candidate: Mapping[str, Any] | None) -> str:
+def _time(candidate: Mapping[str, Any] | None, case: Mapping[str, Any]) -> str:
     if candidate is None or candidate["skipped"]:
         return "-"
     if candidate["wrong"]:
         return "wrong result"
     text = f"{candidate['latency_ms']['median']:.1f} ({candidate['ratio_to_eager']:.2f})"
-    return f"**{text}**" if candidate["name"] == "fused" else text
+    return f"**{text}**" if candidate["name"] in ("fused", "fused, low memory") else text
 
 
-def _memory(candidate: Mapping[str, Any] | None) -> str:
+def _memory(candidate: Mapping[str, Any] | None, case: Mapping[str, Any]) -> str:
     if candidate is None or candidate["peak_memory_bytes"] is None:
         return "-"
     return f"{candidate['peak_memory_bytes'] / 2**20:.0f}"
 
 
-def _error(candidate: Mapping[str, Any] | None) -> str:
+def _error(candidate: Mapping[str, Any] | None, case: Mapping[str, Any]) -> str:
     if candidate is None or candidate["skipped"]:
         return "-"
-    if candidate["error"] is None:
+    error = candidate["gradient_error" if case["mode"] == "training" else "error"]
+    if error is None:
         return "not finite"
-    return f"{candidate['error']:.1e}" + (" (wrong)" if candidate["wrong"] else "")
+    return f"{error:.1e}" + (" (wrong)" if candidate["wrong"] else "")
 
 
 def _total(name: str, totals: Mapping[str, kernels.Total | None]) -> str:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from . import backends, environment, swap, telemetry
 from .inputs import InvalidArgumentError, build_input, build_model, first_line
-from .measure import Latency, PeakMemory, interleave, synchronize, threads
+from .measure import Latency, PeakMemory, interleave, kept_bytes, synchronize, threads
 from .testing import FACTOR, relative_error
 
 SCHEMA = "fused_resnet.results/2"
@@ -163,6 +163,7 @@ class Candidate:
     latency: Latency | None = None
     accuracy: Accuracy | None = None
     peak_memory: int | None = None
+    kept: int | None = None
     energy: float | None = None
     ratio_to_eager: float | None = None
     wrong: bool = False
@@ -199,9 +200,10 @@ def fused(
     input: torch.Tensor,
     case: Case,
     wrap: Callable[[torch.nn.Module], Callable[..., torch.Tensor]] = lambda model: model,
+    memory: str = "normal",
 ) -> Call:
     """The model after `fuse`, on the case's backend; `wrap` makes what is called of it."""
-    call = step(model, wrap(swap.fuse(model)), input, case)
+    call = step(model, wrap(swap.fuse(model, memory=memory)), input, case)
     if case.backend is None:
         return call
 
@@ -266,6 +268,7 @@ def compare(
 
         calls: dict[str, Call] = {}
         accuracy: dict[str, Accuracy] = {}
+        kept: dict[str, int] = {}
         skipped: dict[str, str] = {}
         wrong: set[str] = set()
         what_is_fused: tuple[str, ...] = ()
@@ -275,6 +278,9 @@ def compare(
             try:
                 calls[name] = engine(own, input, case)
                 accuracy[name] = _accuracy(calls[name], own, truth, case)
+                if case.train:
+                    apart = (*own.parameters(), *own.buffers(), input)
+                    kept[name] = kept_bytes(calls[name], apart)
             except Exception as error:
                 if name in required:
                     raise
@@ -325,6 +331,7 @@ def compare(
                 latency=latencies[name],
                 accuracy=accuracy[name],
                 peak_memory=memory.get(name),
+                kept=kept.get(name),
                 energy=energy.get(name),
                 ratio_to_eager=latencies[name].median / latencies["eager"].median,
             )
@@ -520,6 +527,8 @@ def document(
     only the errors and `top5_agreement` are not null, since what is wrong is not timed),
     `latency_ms` (`median`, `p10`, `p90`, `samples`), `images_per_second`, `ratio_to_eager` (of
     the median latencies), `peak_memory_bytes` (above model and input, null when not measured),
+    `kept_bytes` (for the backward pass, each storage once, without parameters, buffers and
+    the input; null in inference, absent in older files),
     `energy_joules` (of one call, null where the device does not tell),
     `error` and `gradient_error` (relative to float64, `Accuracy`; null when not finite or, for
     the gradient, in inference), `top5_agreement` (0 to 1).
@@ -555,7 +564,13 @@ def _case_document(result: Result) -> dict[str, object]:
 
 def _candidate_document(result: Result, candidate: Candidate) -> dict[str, object]:
     latency, accuracy = candidate.latency, candidate.accuracy
-    timing = ("latency_ms", "images_per_second", "ratio_to_eager", "peak_memory_bytes")
+    timing = (
+        "latency_ms",
+        "images_per_second",
+        "ratio_to_eager",
+        "peak_memory_bytes",
+        "kept_bytes",
+    )
     fields: dict[str, object] = {"name": candidate.name, "skipped": candidate.skipped}
     fields |= dict.fromkeys((*timing, "energy_joules", *_ACCURACY, "wrong"))
     if accuracy is None:
@@ -574,6 +589,7 @@ def _candidate_document(result: Result, candidate: Candidate) -> dict[str, objec
         "images_per_second": result.images_per_second(candidate),
         "ratio_to_eager": candidate.ratio_to_eager,
         "peak_memory_bytes": candidate.peak_memory,
+        "kept_bytes": candidate.kept,
         "energy_joules": candidate.energy,
     }
 

@@ -8,7 +8,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -43,6 +43,28 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def kept_bytes(call: Callable[[], object], apart: Iterable[torch.Tensor]) -> int:
+    """What a call keeps for its backward pass, in bytes, each storage once.
+
+    Args:
+        call: runs the forward pass, and may run the backward pass too.
+        apart: tensors whose storages are not counted, the parameters for example.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in apart}
+    # Held, so that none is freed and another counted in its place.
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def synchronize(device: torch.device) -> None:

@@ -17,7 +17,7 @@ CASE = {
 }  # fmt: skip
 CANDIDATE = {
     "name", "skipped", "latency_ms", "images_per_second", "ratio_to_eager", "peak_memory_bytes",
-    "energy_joules", "error", "gradient_error", "top5_agreement", "wrong",
+    "kept_bytes", "energy_joules", "error", "gradient_error", "top5_agreement", "wrong",
 }  # fmt: skip
 KERNELS_CASE = {
     "model", "batch", "dtype", "device", "threads", "rounds", "interrupted", "ceilings",
@@ -54,6 +54,8 @@ def check_provenance(document: dict[str, Any], schema: str) -> None:
 
 def check_candidate(candidate: dict[str, Any], case: dict[str, Any]) -> None:
     """Asserts the same of one candidate of a case."""
+    # Files from before there was such a field lack it.
+    candidate = {"kept_bytes": None, **candidate}
     assert set(candidate) == CANDIDATE
     if candidate["skipped"]:
         assert all(candidate[key] is None for key in CANDIDATE - {"name", "skipped"})
@@ -71,6 +73,7 @@ def check_candidate(candidate: dict[str, Any], case: dict[str, Any]) -> None:
     eager = case["candidates"][0]["latency_ms"]["median"]
     assert candidate["ratio_to_eager"] == pytest.approx(latency["median"] / eager)
     assert candidate["peak_memory_bytes"] is None or candidate["peak_memory_bytes"] >= 0
+    assert candidate["kept_bytes"] is None or case["mode"] == "training"
 
 
 def check_times(times: dict[str, Any], rounds: int) -> None:

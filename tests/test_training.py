@@ -22,6 +22,7 @@ from torchvision.models import resnet
 
 import fused_resnet
 from fused_resnet import backends, functional
+from fused_resnet.measure import kept_bytes
 from fused_resnet.testing import assert_error_rule
 
 MEMORY = ["normal", "low"]
@@ -238,25 +239,14 @@ def test_a_block_against_finite_differences(name):
     assert torch.autograd.gradgradcheck(evaluate, leaves, fast_mode=True)
 
 
-def kept_bytes(model, x):
-    """What is kept for backward, parameters, buffers and the input left out."""
-    apart = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in apart:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(x)
-    return sum(storage.nbytes() for storage in kept.values()), out
+def kept_by(model, x):
+    """What is kept for backward, parameters, buffers and the input left out, in bytes."""
+    return kept_bytes(lambda: model(x), (*model.parameters(), *model.buffers(), x))
 
 
 @pytest.mark.quick
 def test_what_a_block_keeps():
-    """In units of the block's width: raw outputs and the block's own; see the issue's table."""
+    """In units of the block's width: raw outputs and the block's own."""
     for name, memory, expected in [
         ("basic", "normal", 3),
         ("bottleneck", "normal", 10),
@@ -264,7 +254,7 @@ def test_what_a_block_keeps():
     ]:
         block, x = make_block(BLOCKS[name], projection=False, dtype=torch.float32)
         x = x.repeat(4, 1, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
-        kept, _ = kept_bytes(fused_resnet.fuse(block, memory=memory), x)
+        kept = kept_by(fused_resnet.fuse(block, memory=memory), x)
         unit = x.numel() // x.size(1) * 4 * 4
         assert expected <= kept / unit < expected + 0.1, (name, memory)
 
@@ -276,7 +266,7 @@ def test_what_a_stem_keeps():
     model.layer1 = model.layer2 = model.layer3 = model.layer4 = nn.Identity()
     model.avgpool = model.fc = nn.Identity()
     x = image_batch(4, 64)
-    kept, _ = kept_bytes(model, x)
+    kept = kept_by(model, x)
     raw = 4 * 64 * 32 * 32 * 4
     assert raw <= kept < 1.02 * raw
 

@@ -21,6 +21,7 @@ from ..console import (
     check_output,
     error_text,
     fail,
+    kept_text,
     progress_bar,
     whole_number,
 )
@@ -452,23 +453,26 @@ def _print_model(console: Console, case: Mapping[str, Any]) -> None:
     for column in ("median\nms", "p10 to p90\nms", "images/s", "time /\neager", "peak\nMiB"):
         table.add_column(column, justify="right")
     energy = any(one["energy_joules"] for one in case["candidates"])
-    columns = ["J /\nimage"] if energy else []
+    kept = any(one.get("kept_bytes") for one in case["candidates"])
+    columns = ["kept\nMiB / image"] * kept + ["J /\nimage"] * energy
     for column in (*columns, "error vs\nfloat64"):
         table.add_column(column, justify="right")
     for one in case["candidates"]:
-        table.add_row(*_model_cells(one, case, energy))
+        table.add_row(*_model_cells(one, case, kept, energy))
     console.print(table)
     for one in case["candidates"]:
         if one["skipped"]:
             console.print(f"{one['name']}: not run, {escape(one['skipped'])}", highlight=False)
 
 
-def _model_cells(one: Mapping[str, Any], case: Mapping[str, Any], energy: bool) -> Sequence[str]:
+def _model_cells(
+    one: Mapping[str, Any], case: Mapping[str, Any], kept: bool, energy: bool
+) -> Sequence[str]:
     taken = one["latency_ms"]
     error = error_text(one["gradient_error" if case["mode"] == "training" else "error"])
     if taken is None:
         status = "-" if one["skipped"] else "[red]wrong[/]"
-        return [one["name"], status, *[""] * (4 if energy else 3), "", error]
+        return [one["name"], status, *[""] * (4 + kept + energy), error]
     peak, joules = one["peak_memory_bytes"], one["energy_joules"]
     cells = [
         one["name"],
@@ -478,6 +482,8 @@ def _model_cells(one: Mapping[str, Any], case: Mapping[str, Any], energy: bool) 
         f"{one['ratio_to_eager']:.2f}",
         "-" if peak is None else f"{peak / 2**20:.0f}",
     ]
+    if kept:
+        cells.append(kept_text(one, case))
     if energy:
         cells.append("-" if joules is None else f"{joules / case['batch']:.3g}")
     return [*cells, error]

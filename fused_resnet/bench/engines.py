@@ -158,6 +158,13 @@ def capture(call: Call, device: torch.device, warmup: int = 3) -> Call:
     return replay
 
 
+def fused_low_memory(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
+    """The fused model that keeps less for the backward pass and computes more."""
+    if not case.train:
+        raise NotImplementedError("differs in training only")
+    return compare.fused(model, input, case, memory="low")
+
+
 def fused_compiled(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
     """The fused model under `torch.compile`, which sees our operators."""
     return compare.fused(model, input, case, wrap=torch.compile)
@@ -165,6 +172,7 @@ def fused_compiled(model: torch.nn.Module, input: torch.Tensor, case: Case) -> C
 
 ENGINES: dict[str, Engine] = {
     **compare.ENGINES,
+    "fused, low memory": fused_low_memory,
     "fused, torch.compile": fused_compiled,
     "torch.compile, frozen": compiled_frozen,
     "torch.compile, reduce-overhead": compiled_mode("reduce-overhead"),
@@ -174,20 +182,27 @@ ENGINES: dict[str, Engine] = {
     "OpenVINO": openvino,
     "ONNX Runtime": onnx_runtime,
 }
-_ON_CPU = ("eager", "fused", "torch.compile", "torch.compile, frozen", "OpenVINO", "ONNX Runtime")
+_ON_CPU = (
+    "eager", "fused", "fused, low memory", "fused, torch.compile", "torch.compile",
+    "torch.compile, frozen", "OpenVINO", "ONNX Runtime",
+)  # fmt: skip
 _ON_GPU = (
-    "eager", "CUDA graph", "fused", "fused, CUDA graph", "fused, torch.compile", "torch.compile",
-    "torch.compile, reduce-overhead", "torch.compile, max-autotune",
+    "eager", "CUDA graph", "fused", "fused, low memory", "fused, CUDA graph",
+    "fused, torch.compile", "torch.compile", "torch.compile, reduce-overhead",
+    "torch.compile, max-autotune",
 )  # fmt: skip
 _INFERENCE_ONLY = {
     "torch.compile, frozen", "OpenVINO", "ONNX Runtime", "CUDA graph", "fused, CUDA graph"
 }  # fmt: skip
 
+_TRAINING_ONLY = {"fused, low memory"}
+
 
 def engines_for(device_type: str, train: bool, without: Collection[str] = ()) -> dict[str, Engine]:
     """The candidates on a device, in the tables' order; "eager" cannot be left out."""
     names = _ON_GPU if device_type == "cuda" else _ON_CPU
-    left_out = {*without, *(_INFERENCE_ONLY if train else ())} - {"eager"}
+    elsewhere = _INFERENCE_ONLY if train else _TRAINING_ONLY
+    left_out = {*without, *elsewhere} - {"eager"}
     return {name: ENGINES[name] for name in names if name not in left_out}
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..console import error_text
+from ..console import error_text, kept_text
 from . import documents, kernels
 
 _STYLE = """
@@ -227,18 +227,18 @@ def _model_table(case: Mapping[str, Any]) -> str:
         error = one["gradient_error" if case["mode"] == "training" else "error"]
         if taken is None:
             reason = one["skipped"] or "wrong, not timed"
-            rows.append(("bad", [one["name"], reason, "", "", "", "", "", error_text(error)]))
+            rows.append(("bad", [one["name"], reason, *[""] * 6, error_text(error)]))
             continue
         cells = [
             one["name"], f"{taken['median']:.2f}", f"{taken['p10']:.2f} to {taken['p90']:.2f}",
             f"{one['images_per_second']:.1f}", f"{one['ratio_to_eager']:.2f}",
-            "-" if peak is None else f"{peak / 2**20:.0f}",
+            "-" if peak is None else f"{peak / 2**20:.0f}", kept_text(one, case),
             "-" if joules is None else f"{joules / case['batch']:.3g}", error_text(error),
         ]  # fmt: skip
         rows.append(("ours" if one["name"].startswith("fused") else "", cells))
     head = (
         "candidate", "median, ms", "p10 to p90, ms", "images/s", "time / eager", "peak memory, MiB",
-        "J per image", "error",
+        "kept for backward, MiB per image", "J per image", "error",
     )  # fmt: skip
     training = ", training step" if case["mode"] == "training" else ""
     return f"<h3>{html.escape(_case_title(case))}{training}</h3>\n{_table(head, rows)}"
