@@ -25,12 +25,15 @@ NAMESPACE = "fused_resnet"
 # Native operators that only a backend calls, on plain tensors, below autograd and tracing.
 INTERNAL = {
     "batch_norm_act_backward",
+    "batch_norm_act_backward_input",
+    "batch_norm_act_backward_sums",
     "batch_statistics",
     "conv_bn_act_packed",
     "norm_vectors",
     "pack_conv_weight",
     "pool_empty_like",
     "residual_blocks_packed",
+    "train_batch_norm_act",
 }
 # Those that stand for a backend's kernels in a compiler's graph: tested in test_triton.py.
 IN_GRAPHS = {"triton_conv_bn_act", "triton_conv_bn_act_max_pool"}

@@ -21,7 +21,7 @@ from torch import nn
 from torchvision.models import resnet
 
 import fused_resnet
-from fused_resnet import functional
+from fused_resnet import backends, functional
 from fused_resnet.testing import assert_error_rule
 
 MEMORY = ["normal", "low"]
@@ -81,6 +81,59 @@ def test_gradients_of_any_strides(activation, layout):
         results.append(torch.autograd.grad(out, leaves, grad))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("activation", ["relu", "none"])
+def test_gradients_of_parts_of_a_batch(backend, activation, residual, dtype, memory_format):
+    """The passes of the backward by themselves, on two parts of a batch, against all of it."""
+    module = backends.choose(backend.device)
+    if not hasattr(module, "batch_norm_act_backward_sums"):
+        module = backends.cpu
+    shape, eps = (5, 21, 6, 7), 1e-5
+    x, z, grad = (
+        t.to(backend.device, memory_format=memory_format)
+        for t in torch.randn(3, *shape, dtype=dtype).unbind(0)
+    )
+    weight, bias = torch.randn(2, 21, dtype=dtype, device=backend.device).unbind(0)
+    x[:2] += 3  # so that a part's own statistics are others
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias, z)]
+    expected = F.batch_norm(leaves[0], None, None, *leaves[1:3], True, 0.0, eps)
+    expected = expected + leaves[3] if residual else expected
+    expected = expected.relu() if activation == "relu" else expected
+    expected = torch.autograd.grad(expected, leaves, grad.double(), allow_unused=True)
+
+    var, mean = torch.var_mean(x, (0, 2, 3), unbiased=False)
+    norm = (weight, bias, mean, var, eps, activation)
+    parts = []
+    for part in (slice(0, 2), slice(2, 5)):
+        output = module.batch_norm_act_inference(
+            x[part], mean, var, weight, bias, eps, z[part] if residual else None, activation
+        )
+        parts.append((grad[part], x[part], output if residual else None))
+    total, dot = map(
+        sum,
+        zip(*(module.batch_norm_act_backward_sums(*part, *norm) for part in parts), strict=True),
+    )
+    count = x.numel() // 21
+    inputs, residuals = zip(
+        *(
+            module.batch_norm_act_backward_input(*part, *norm, total, dot, count, residual)
+            for part in parts
+        ),
+        strict=True,
+    )
+    tolerance = 1e-4 if dtype is torch.float32 else 1e-9
+    close = functools.partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
+    close(torch.cat(inputs).double(), expected[0])
+    close((dot * (var + eps).rsqrt()).double(), expected[1])
+    close(total.double(), expected[2])
+    if residual:
+        close(torch.cat(residuals).double(), expected[3])
+    assert_same_bits(grad, torch.cat([part[0] for part in parts]))
 
 
 @pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
