@@ -433,7 +433,7 @@ def update_running_statistics(
     """
     if isinstance(count, Tensor):
         factor = count / (count - 1).clamp(min=1)
-        weight: float | Tensor = (momentum * (count > 0)).to(mean.dtype)
+        weight: float | Tensor = momentum * (count > 0).to(mean.dtype)
     elif count == 0:
         return
     else:
