@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import _has_any_global_hook
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
@@ -527,6 +528,22 @@ def norm_act(norm: nn.BatchNorm2d | FrozenBatchNorm2d, x: Tensor, relu: nn.ReLU)
     return functional.run_batch_norm_act(*arguments, False, 0.0, norm.eps, None, "relu")
 
 
+def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
+    """`conv(x) + residual` in one where the arguments allow, without hooks.
+
+    The kernel's batch norm has mean 0 and variance 1 here, which changes no bit.
+    """
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    zeros = x.new_zeros(conv.out_channels, dtype=dtype)
+    arguments = (
+        *(x, conv.weight, zeros, torch.ones_like(zeros), None, None, 0.0),
+        *(conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups),
+    )
+    if checks.conv_error("conv_bn_act", *arguments, residual, "none") is None:
+        return ops.conv_bn_act(*arguments, residual, "none")
+    return conv(x) + residual
+
+
 def _norm_act(
     norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, relu: nn.ReLU | None
 ) -> Tensor:
@@ -681,6 +698,14 @@ def structure_obstacle(module: nn.Module) -> str | None:
     return form.obstacle(module)
 
 
+def is_lazy(module: nn.Module) -> bool:
+    """Whether a child's class changes in the first call, which finds its number of channels.
+
+    Until then it is an obstacle, and afterwards it may be none.
+    """
+    return any(isinstance(child, LazyModuleMixin) for child in module.modules())
+
+
 def hook_obstacle(module: nn.Module) -> str | None:
     """Which hooks inside a module must fire, or None."""
     if _has_any_global_hook():
@@ -691,19 +716,19 @@ def hook_obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def downsample_obstacle(downsample: nn.Module) -> str | None:
-    """Why a block's projection runs as the module it is, or None."""
+def downsample_obstacle(downsample: nn.Module, what: str = "downsample") -> str | None:
+    """Why a block's projection runs as the module it is, or None; `what` is its name."""
     if type(downsample) is not nn.Sequential or len(downsample._modules) not in (2, 3):
-        return f"downsample is {described(downsample)}, not a convolution and a norm"
+        return f"{what} is {described(downsample)}, not a convolution and a norm"
     first = len(downsample._modules) - 2
     _, (conv, norm) = split_downsample(downsample)
     if reason := _conv_obstacle(conv):
-        return f"downsample.{first} is {reason}"
+        return f"{what}.{first} is {reason}"
     if reason := _norm_obstacle(norm):
-        return f"downsample.{first + 1} is {reason}"
+        return f"{what}.{first + 1} is {reason}"
     for name, module in (("", downsample), (f".{first}", conv), (f".{first + 1}", norm)):
         if reason := _call_obstacle(module):
-            return f"downsample{name} {reason}"
+            return f"{what}{name} {reason}"
     return None
 
 

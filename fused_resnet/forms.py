@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 _FAMILIES = {
+    "fused_resnet.models": "models",
     "timm.models.resnet": "timm",
     "torchvision.models.densenet": "densenet",
 }
@@ -112,6 +113,11 @@ def register(form: Form) -> None:
     """Makes `fuse`, `unfuse` and `report` know a class."""
     _by_original[form.original] = form
     _by_fused[form.fused] = form
+
+
+def registered() -> list[Form]:
+    """Every form there is now."""
+    return list(_by_original.values())
 
 
 def load_families() -> None:

@@ -106,7 +106,9 @@ def fuse(model: nn.Module, memory: str = "normal") -> nn.Module:
     forms.load_families()
     for module in _modules(model, "fuse"):
         form = forms.of_original(type(module))
-        if form is not None and blocks.structure_obstacle(module) is None:
+        if form is not None and (
+            blocks.structure_obstacle(module) is None or blocks.is_lazy(module)
+        ):
             module.__class__ = form.fused
         if forms.of_fused(type(module)) is not None:
             vars(module).pop("memory", None)
@@ -214,16 +216,17 @@ def _ways(module: nn.Module, form: Form) -> Iterator[tuple[str, str]]:
                 yield f"eager {name}", f"{name} is {blocks.described(forms.part(module, name))}"
     if reason:
         yield "eager pooling", reason
-    downsample = getattr(module, form.shortcut) if form.shortcut is not None else None
+    name = form.shortcut
+    downsample = getattr(module, name) if name is not None else None
     if downsample is not None:
-        if reason := blocks.downsample_obstacle(downsample):
-            yield "eager downsample", reason
+        if reason := blocks.downsample_obstacle(downsample, name):
+            yield f"eager {name}", reason
         else:
             before, projection = blocks.split_downsample(downsample)
-            yield _way("conv_bn_act", f"downsample.{len(before)}", *projection)
+            yield _way("conv_bn_act", f"{name}.{len(before)}", *projection)
             for index, first in enumerate(before):
                 if type(first) is not nn.Identity:
-                    yield "eager pooling", f"downsample.{index} is {blocks.described(first)}"
+                    yield "eager pooling", f"{name}.{index} is {blocks.described(first)}"
 
 
 def _norm_way(norm: nn.Module) -> tuple[str, str]:
