@@ -248,13 +248,15 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // A channel's batch norm as one multiply-add. The shift belongs to the scale as it was rounded.
 struct Affine {
   float mean, invstd, scale, shift;
-
-  __device__ __forceinline__ Affine(const Norm& norm, int channel)
-      : mean(norm.mean[channel]),
-        invstd(1.f / sqrtf(norm.var[channel] + norm.eps)),
-        scale(norm.weight != nullptr ? norm.weight[channel] * invstd : invstd),
-        shift(__fmaf_rn(-mean, scale, norm.bias != nullptr ? norm.bias[channel] : 0.f)) {}
 };
+
+__device__ __forceinline__ Affine affine_of(const Norm& norm, int channel) {
+  const float mean = norm.mean[channel];
+  const float invstd = 1.f / sqrtf(norm.var[channel] + norm.eps);
+  const float scale = norm.weight != nullptr ? norm.weight[channel] * invstd : invstd;
+  const float bias = norm.bias != nullptr ? norm.bias[channel] : 0.f;
+  return {mean, invstd, scale, __fmaf_rn(-mean, scale, bias)};
+}
 
 // Computes kVectors values for every channel of the block, once, and hands each thread its own.
 // `compute(channel, values)`; the shared memory begins `offset` bytes in.
@@ -300,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   enum { kScale, kShift, kVectors };
   float vectors[kVectors][N];
   fill_vectors(vectors, p, place, 0, [&](int channel, float (&values)[kVectors]) {
-    const Affine affine(norm, channel);
+    const Affine affine = affine_of(norm, channel);
     values[kScale] = affine.scale;
     values[kShift] = affine.shift;
   });
@@ -363,7 +365,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   float vectors[kVectors][N];
   fill_vectors(vectors, p, place, kBytesToCombine<2 * N>,
                [&](int channel, float (&values)[kVectors]) {
-                 const Affine affine(norm, channel);
+                 const Affine affine = affine_of(norm, channel);
                  values[kMean] = affine.mean;
                  values[kScale] = affine.scale;
                  values[kShift] = affine.shift;
@@ -429,7 +431,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   if (group == 0 && channel < p.channels) {
     total[channel] = sums[0];
     dot[channel] = sums[1];
-    grad_weight[channel] = sums[1] * Affine(norm, channel).invstd;
+    grad_weight[channel] = sums[1] * affine_of(norm, channel).invstd;
   }
 }
 
@@ -449,7 +451,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   enum { kMean, kScale, kShift, kSlope, kOffset, kVectors };
   float vectors[kVectors][N];
   fill_vectors(vectors, p, place, 0, [&](int channel, float (&values)[kVectors]) {
-    const Affine affine(norm, channel);
+    const Affine affine = affine_of(norm, channel);
     const float per_value = -affine.scale / count;
     values[kMean] = affine.mean;
     values[kScale] = affine.scale;
