@@ -15,7 +15,8 @@ Reads the installed library with `cuobjdump` and writes `bench/results/static/cu
 Fields are those of bench/static.py's report where it has them. `stack_bytes` is what a thread keeps
 in local memory, spills included; `matrix_loads` counts LDSM, which is `ldmatrix`. Entries of
 scale_shift_act's kernels say with or without a residual, and the elements of an access or the index
-type, instead of a tile. `commit` is the checkout's, with a plus where csrc differs from it.
+type, instead of a tile; those of batch norm's the elements, and where the activation's mask comes
+from. `commit` is the checkout's, with a plus where csrc differs from it.
 
     python bench/static_cuda.py
 """
@@ -46,7 +47,9 @@ PRODUCTS = ("tensor cores", "tensor cores, tf32", "multiply-adds")
 LOADS = ("vectors", "elements", "diagonal")
 DIAGONAL_BLOCK = 16  # csrc/cuda/conv_tiles.h
 REGISTERS = 65536  # of a multiprocessor, on all of these
-SCALE_SHIFT_ACT_THREADS = 256
+MOST_LANES = 32  # csrc/cuda/batch_norm.h, as are
+MASKS = ("everywhere", "recomputed", "output")
+ELEMENTWISE_THREADS = 256  # of scale_shift_act and of batch norm
 
 
 @dataclass(frozen=True)
@@ -92,17 +95,20 @@ def conv_tiles() -> list[list[int]]:
 
 def description(name: str) -> tuple[dict[str, Any], int, int]:
     """A kernel's own fields by its demangled name; its threads and dynamic shared memory."""
-    match = re.search(r"(\w+)<(.*?)>\(", name)
+    match = re.search(r"(\w+)(?:<(.*?)>)?\(", name)
     assert match, name
-    kernel, arguments = match[1], match[2].split(", ")
+    kernel, arguments = match[1], (match[2] or "float").split(", ")
     fields: dict[str, Any] = {"kernel": kernel, "dtype": DTYPES[arguments[0]]}
+    if kernel.startswith("batch_norm"):
+        own_fields, threads, shared = batch_norm(kernel, arguments[1:])
+        return fields | own_fields, threads, shared
     if kernel != "conv_bn_act":
         fields["residual"] = arguments[-1] == "true"
         if kernel == "scale_shift_act_strided":
             fields["index"] = {"unsigned int": "int32", "long": "int64"}[arguments[1]]
         elif kernel == "scale_shift_act_dense":
             fields["elements"] = int(arguments[1])
-        return fields, SCALE_SHIFT_ACT_THREADS, 0
+        return fields, ELEMENTWISE_THREADS, 0
     products, loads, m, n, depth, warps, stages = conv_tiles()[int(arguments[1])]
     size = 4 if products else 2
     filter_depth = DIAGONAL_BLOCK if LOADS[loads] == "diagonal" else depth
@@ -111,6 +117,26 @@ def description(name: str) -> tuple[dict[str, Any], int, int]:
     fields |= {"block_m": m, "block_n": n, "block_k": depth}
     fields |= {"num_warps": warps, "num_stages": stages}
     return fields, 32 * warps, shared
+
+
+def batch_norm(kernel: str, arguments: list[str]) -> tuple[dict[str, Any], int, int]:
+    """The same for a kernel of csrc/cuda/batch_norm.cuh, by the arguments behind its dtype."""
+    of_channels = {"batch_norm_combine_statistics": 3, "batch_norm_combine_sums": 2}
+    if kernel in of_channels:
+        return {}, ELEMENTWISE_THREADS, of_channels[kernel] * ELEMENTWISE_THREADS * 4
+    elements = int(arguments[0])
+    fields: dict[str, Any] = {"elements": elements}
+    if len(arguments) > 1:
+        fields["mask"] = MASKS[int(arguments[1].rpartition(")")[2])]
+    # Values of every thread that are combined, and values of every channel of the block.
+    values, vectors = {
+        "batch_norm_statistics": (2 * elements + 1, 0),
+        "batch_norm_normalize": (0, 2),
+        "batch_norm_gradient_sums": (2 * elements, 3),
+        "batch_norm_input_gradient": (0, 5),
+    }[kernel]
+    shared = values * ELEMENTWISE_THREADS * 4 + vectors * MOST_LANES * elements * 4
+    return fields, ELEMENTWISE_THREADS, shared
 
 
 def resident(limits: Limits, threads: int, registers: int, shared: int) -> int:
@@ -191,7 +217,7 @@ def identity(entry: dict[str, Any]) -> dict[str, Any]:
     """Which kernel an entry is about."""
     names = (
         "kernel", "dtype", "architecture", "products", "loads", "block_m", "block_n", "block_k",
-        "num_warps", "num_stages", "residual", "elements", "index",
+        "num_warps", "num_stages", "residual", "elements", "index", "mask",
     )  # fmt: skip
     return {name: entry[name] for name in names if name in entry}
 

@@ -14,7 +14,7 @@ the first that fails. The report is `bench/results/static/cuda-mutants.json`:
 compiler makes the same machine code of it) or "does not compile"; the last two are no mutants of
 what runs, and count neither way. `how` is an exception's first line, a signal or a time limit.
 
-    python tests/mutate_cuda.py [--count 100] [--seed 0] [--only TEXT] [--survivors]
+    python tests/mutate_cuda.py [--count 100] [--seed 0] [--file NAME] [--only TEXT] [--survivors]
     python tests/mutate_cuda.py --check 3
 
 Entries are added to the report as they come; a run goes on where another stopped. The second form
@@ -55,6 +55,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "static" / "cuda-mutants.json"
 CONV = "csrc/cuda/conv_bn_act.cuh"
 SCALE_SHIFT_ACT = "csrc/cuda/scale_shift_act.cu"
+BATCH_NORM = "csrc/cuda/batch_norm.cuh"
 TIME_LIMIT = 45  # seconds of computing for the tests of one mutant; unbroken, a third of it
 
 
@@ -86,6 +87,14 @@ SUITES = {
             "scale_shift_act.cu",
             "test_scale_shift_act.py",
             "on_host and not bfloat16 and not float64",
+        ),
+    ],
+    BATCH_NORM: [
+        Suite(
+            "batch_norm.cu",
+            "test_cuda_batch_norm.py",
+            "not float16 and not bfloat16 and not parameters_of_any and not bad_input "
+            "and not explained and not converts and not schemas",
         ),
     ],
 }
@@ -293,8 +302,8 @@ def judge(mutant: Mutant, thorough: bool = False) -> dict[str, Any]:
             if not same and not thorough:
                 break
             source = ROOT / "csrc" / "cuda" / suite.source
-            if changed.name == source.name:
-                source = changed
+            if (changed.parent / source.name).is_file():  # as it was changed, or in fewer dtypes
+                source = changed.parent / source.name
             broken.append(Path(folder) / f"{source.stem}.o")
             complaint = compile_source(source, Path(folder), broken[-1])
             if complaint is not None:
@@ -322,9 +331,10 @@ def compile_source(source: Path, folder: Path, target: Path) -> str | None:
 
 @functools.cache
 def few_instances() -> Path:
-    """A folder with a conv_tiles.h of fewer instances, and the objects that follow from it.
+    """A folder with sources of fewer instances, and the objects that follow from them.
 
-    Of each way to multiply and load, and of each length of a row of shared memory, the smallest.
+    Of the convolutions, for each way to multiply and load and each length of a row of shared memory
+    the smallest; of batch norm, those for float32.
     """
     folder = Path(tempfile.mkdtemp(prefix="cuda-mutants-"))
     atexit.register(_remove, folder, os.getpid())
@@ -340,8 +350,15 @@ def few_instances() -> Path:
     (folder / "cuda").mkdir()
     text = "\n".join(line for line in lines if not row.match(line) or line in kept)
     (folder / "cuda" / "conv_tiles.h").write_text(text + "\n")
+    batch_norm = (ROOT / "csrc" / "cuda" / "batch_norm.cu").read_text()
+    left_out = re.compile(r"return dispatch_in<__(half|nv_bfloat16)>\(most_blocks, run\);")
+    assert len(left_out.findall(batch_norm)) == 2
+    reduced = folder / "cuda" / "batch_norm.cu"
+    reduced.write_text(left_out.sub('fail("float32 alone");', batch_norm))
     for source in cuda_on_host.sources():
-        if source.stem.startswith("conv_") or source.name in SCALE_SHIFT_ACT:
+        if source.name == reduced.name:
+            source = reduced
+        if source.stem.startswith(("batch_norm", "conv_")) or source.name in SCALE_SHIFT_ACT:
             complaint = compile_source(source, folder, folder / f"{source.stem}.o")
             assert complaint is None, complaint
     return folder
@@ -501,6 +518,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=100, help="mutants that compile to other code")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--file", default="", help="mutants of the file of this name")
     parser.add_argument("--only", default="", help="mutants whose line has this text")
     parser.add_argument("--survivors", action="store_true", help="judge those again")
     parser.add_argument("--check", type=int, default=0, help="judge so many caught ones again")
@@ -512,20 +530,22 @@ def main() -> None:
     report = read_report()
     report |= {"seed": arguments.seed, "compiler": compiler()}
     order = [mutant for mutant in sample(arguments.seed) if arguments.only in mutant.line]
+    order = [mutant for mutant in order if mutant.file.endswith(arguments.file)]
     current = {mutant.key for mutant in order}
     kept = []
     for entry in report["entries"]:
         stale = key_of(entry) not in current
         again = arguments.survivors and entry["outcome"] == "survived"
-        if arguments.only or not (stale or again):
+        left_alone = arguments.only or not entry["file"].endswith(arguments.file)
+        if left_alone or not (stale or again):
             kept.append(entry)
     report["entries"] = kept
     present = {key_of(entry) for entry in kept}
     todo = [mutant for mutant in order if mutant.key not in present]
 
     def enough() -> bool:
-        counted = [e for e in report["entries"] if e["outcome"] in ("caught", "survived")]
-        return len(counted) >= arguments.count
+        entries = [e for e in report["entries"] if e["file"].endswith(arguments.file)]
+        return sum(e["outcome"] in ("caught", "survived") for e in entries) >= arguments.count
 
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(2, mp_context=fork) as pool:

@@ -68,6 +68,19 @@ def test_tensor_cores_and_wide_accesses():
         ), what
 
 
+def test_every_kernel_of_batch_norm_is_listed():
+    """Six kernels, four of them in every dtype, in whole accesses and element by element."""
+    listed = Counter()
+    for entry in STATIC["entries"]:
+        if entry["kernel"].startswith("batch_norm"):
+            listed[entry["architecture"]] += 1
+            if entry.get("elements", 1) > 1:
+                assert entry["global_stores"].keys() == {"STG.128"}, entry
+                assert entry["global_loads"]["LDG.128"] >= 2, entry
+    assert len(listed) == len(STATIC["architectures"])
+    assert set(listed.values()) == {3 * 2 * (2 + 2 * 3) + 2}
+
+
 def test_mutants_are_caught():
     entries = MUTANTS["entries"]
     outcomes = Counter(entry["outcome"] for entry in entries)
@@ -76,6 +89,8 @@ def test_mutants_are_caught():
         if entry["outcome"] == "survived":
             assert entry.get("why"), f"not explained: {entry}"
     assert mutate_cuda.share_caught(entries) >= 0.95
+    of_batch_norm = [e["outcome"] for e in entries if e["file"] == mutate_cuda.BATCH_NORM]
+    assert of_batch_norm.count("caught") + of_batch_norm.count("survived") >= 40
 
 
 def test_mutants_are_of_these_kernels():

@@ -204,3 +204,23 @@ def test_the_report_is_of_these_kernels():
     listed = [static_cuda.identity(e) for e in report["entries"]]
     listed = [e for e in listed if e.pop("architecture") == architecture]
     assert sorted(json.dumps(fields, sort_keys=True) for fields in listed) == own
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batch_norm_accesses_16_bytes(architecture):
+    """What the kernels of whole accesses read and write of tensors, but for values of a channel."""
+    found = {name: k for name, k in kernels(architecture).items() if "batch_norm" in name}
+    # Statistics and normalize, and two with three masks, in three dtypes and two widths; and two
+    # that combine.
+    assert len(found) == 3 * 2 * (2 + 2 * 3) + 2
+    whole = {name: k for name, k in found.items() if re.search(r"Li[48]E", name)}
+    assert len(whole) == 3 * (2 + 2 * 3)
+    for name, instructions in whole.items():
+        loads, stores = opcodes(instructions, "LDG"), opcodes(instructions, "STG")
+        wide = [load for load in loads if ".128" in load]
+        # The statistics, parameters and sums that a thread reads of one channel.
+        assert len(loads) - len(wide) <= 6, name
+        assert len(wide) >= 2, name
+        assert all(store.endswith(".128") for store in stores), name
+        assert stores, name
+        assert not opcodes(instructions, "RED", "ATOM", "ATOMG"), name

@@ -201,7 +201,10 @@ def test_batch_norm_act_against_finite_differences(backend, training, activation
     assert check(evaluate, leaves if residual else [*leaves[:3], z.clone()])
 
 
-def batch_norm_gradients(evaluate, dtype, parameter_dtype, device, affine=True, residual=True):
+def batch_norm_gradients(
+    evaluate, dtype, parameter_dtype, device, affine=True, residual=True,
+    memory_format=torch.contiguous_format,
+):  # fmt: skip
     """Gradients of a projection of `evaluate(x, mean, var, weight, bias, residual)`."""
     generator = torch.Generator().manual_seed(11)
 
@@ -218,6 +221,9 @@ def batch_norm_gradients(evaluate, dtype, parameter_dtype, device, affine=True, 
         "bias": bias.to(parameter_dtype) if affine else None,
         "residual": z.to(dtype) if residual else None,
     }
+    for name in ("input", "residual"):
+        if leaves[name] is not None:
+            leaves[name] = leaves[name].to(memory_format=memory_format)
     leaves = {n: t if t is None else t.to(device).requires_grad_() for n, t in leaves.items()}
     mean = torch.full((channels,), 0.125, dtype=parameter_dtype, device=device)
     var = torch.full((channels,), 1.5, dtype=parameter_dtype, device=device)
@@ -242,10 +248,10 @@ def test_batch_norm_act(backend, training, dtype, activation):
         return F.relu(out) if activation == "relu" else out
 
     parameters = {dtype} if dtype == torch.float64 else {dtype, torch.float32}
-    for parameter_dtype, affine, residual in itertools.product(
-        parameters, [True, False], [True, False]
+    for parameter_dtype, affine, residual, memory_format in itertools.product(
+        parameters, [True, False], [True, False], [torch.contiguous_format, torch.channels_last]
     ):
-        options = (backend.device, affine, residual)
+        options = (backend.device, affine, residual, memory_format)
         actual = batch_norm_gradients(ours, dtype, parameter_dtype, *options)
         eager = batch_norm_gradients(theirs, dtype, parameter_dtype, *options)
         exact = batch_norm_gradients(theirs, torch.float64, torch.float64, *options)

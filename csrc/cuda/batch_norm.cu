@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor> statistics(Tensor input) {
   operands.dispatch(kBlocksOfSums, [&](auto zero, auto elements_at_once, const Partition& p) {
     using T = decltype(zero);
     constexpr int N = elements_at_once;
-    const Tensor partials = floats(int64_t{2} * p.row_blocks * p.channels, input);
+    const Tensor partials = floats((int64_t{2} * p.row_blocks + 1) * p.channels, input);
     device::launch(batch_norm_statistics<T, N>,
                    {p.blocks(), kThreads, kBytesToCombine<2 * N + 1>, stream}, elements<T>(input),
                    data(partials), p);
@@ -189,7 +189,7 @@ Tensor normalize(Tensor input, Tensor mean, Tensor var, std::optional<Tensor> we
     using T = decltype(zero);
     constexpr int N = elements_at_once;
     device::launch(batch_norm_normalize<T, N>,
-                   {p.blocks(), kThreads, kBytesOfVectors<3, N>, stream}, elements<T>(input),
+                   {p.blocks(), kThreads, kBytesOfVectors<2, N>, stream}, elements<T>(input),
                    elements<T>(residual), mutable_elements<T>(output), norm, floor, p);
   });
   return output;

@@ -13,8 +13,8 @@
 // combines in between; and the second goes through memory backwards, so that it finds in the L2
 // cache what the first has read last.
 //
-// The activation's output is either read or computed again in backward, to the same bits: every
-// multiply-add that decides on its sign is written as one.
+// The activation's output is either read or computed again in backward, to the same bits: each
+// multiply-add that decides on its sign is written as one, not left to the compiler.
 #pragma once
 
 #include <type_traits>
@@ -31,10 +31,11 @@ using device::Vector;
 using device::widen;
 
 constexpr int kThreads = Partition::kThreads;
+
 constexpr int kResident = 2;  // blocks for whose sake the compiler keeps registers few
 
-// Rows a thread loads before it uses the first, where a row is several tensors'.
-constexpr int kRowsOfSeveral = 4;
+// Rows a thread loads before it uses the first, of one tensor and of several.
+constexpr int kRows = Partition::kRowsAtOnce, kRowsOfSeveral = 2;
 
 // A thread's part of a tensor: its first channel, its first row, and where its block's rows end,
 // which for threads without work is no further.
@@ -96,7 +97,8 @@ inline constexpr int kBytesToCombine = kValues * kThreads * static_cast<int>(siz
 
 // Mean and sum of squared deviations from it, of `count` values; two become one after Chan, Golub
 // and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979),
-// equation 2.1. Nothing in it is of the size of the mean squared, so nothing large cancels.
+// equation 2.1. Nothing in it is of the size of the mean squared, so nothing large cancels; and the
+// values are taken from an origin near their mean, so that a mean is rounded to digits of its own.
 struct Merge {
   float share, product;
 
@@ -113,54 +115,63 @@ struct Merge {
   }
 };
 
-// What a block leaves behind, and what of a block's channels is combined: means, then squares.
+// Stores N numbers in accesses as wide as can be.
 template <int N>
-__device__ __forceinline__ void store_partials(float* partials, const float* values,
-                                               const Partition& p, const Place& place) {
+__device__ __forceinline__ void store_vector(float* target, const float* values) {
   constexpr int kWidth = N < 4 ? N : 4;
 #pragma unroll
-  for (int i = 0; i < 2 * N; i += kWidth) {
+  for (int i = 0; i < N; i += kWidth) {
     Vector<float, kWidth> part;
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) part.values[e] = values[i + e];
-    const int64_t row = 2 * place.row_block + i / N;
-    device::store(partials + row * p.channels + place.channel + i % N, part);
+    device::store(target + i, part);
   }
 }
 
-// partials[block] = (mean, sum of squared deviations) of its rows, for every channel.
+// partials[block] = (mean - origin, sum of squared deviations) of its rows, for every channel,
+// where the origin is the tensor's first row; after those of the last block comes the origin
+// itself.
 //
 // Reads the input once, rows * C elements, and writes 8 bytes a channel and block of rows.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads, kResident)
     batch_norm_statistics(const T* input, float* partials, Partition p) {
   const Place place(p, blockIdx.x);
+  float origin[N] = {};
+  if (place.channel < p.channels) {
+    const auto first = device::load<T, N>(input + place.channel);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float x = widen(first.values[i]);
+      origin[i] = x - x == 0 ? x : 0.f;  // infinity less infinity would be no number
+    }
+  }
   // N means, N sums of squares, and how many values they are of.
   float moments[2 * N + 1] = {};
   float& count = moments[2 * N];
 
-  for_each_row<Partition::kRowsAtOnce>(place.row, place.end, p.groups, [&](auto rows, int64_t row) {
-    constexpr int kRows = rows;
-    Vector<T, N> x[kRows];
+  for_each_row<kRows>(place.row, place.end, p.groups, [&](auto rows, int64_t row) {
+    constexpr int kCount = rows;
+    Vector<T, N> x[kCount];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kCount; ++r) {
       x[r] = load_streaming<T, N>(input + (row + r * p.groups) * p.channels + place.channel);
     }
-    const Merge merge(count, kRows);
+    const Merge merge(count, kCount);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       float sum = 0, squares = 0;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) sum += widen(x[r].values[i]);
-      const float mean = sum / kRows;
+      for (int r = 0; r < kCount; ++r) sum += widen(x[r].values[i]) - origin[i];
+      const float mean = sum / kCount;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const float deviation = widen(x[r].values[i]) - mean;
+      for (int r = 0; r < kCount; ++r) {
+        const float deviation = widen(x[r].values[i]) - origin[i] - mean;
         squares += deviation * deviation;
       }
       merge(moments[i], moments[N + i], mean, squares);
     }
-    count += kRows;
+    count += kCount;
   });
 
   combine_groups(moments, place.group, p.groups, p.lanes, [&](const auto& others) {
@@ -172,7 +183,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
     count += added;
   });
   if (place.group == 0 && place.channel < p.channels) {
-    store_partials<N>(partials, moments, p, place);
+    const int64_t row = 2 * place.row_block;
+    store_vector<N>(partials + row * p.channels + place.channel, moments);
+    store_vector<N>(partials + (row + 1) * p.channels + place.channel, moments + N);
+    if (place.row_block == p.row_blocks - 1) {
+      store_vector<N>(partials + (row + 2) * p.channels + place.channel, origin);
+    }
   }
 }
 
@@ -222,24 +238,25 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if (others[2] > 0) add(others[2], others[0], others[1]);
   });
   if (group == 0 && channel < p.channels) {
-    mean[channel] = moments[0];
+    mean[channel] = partials[int64_t{2} * p.row_blocks * p.channels + channel] + moments[0];
     var[channel] = moments[1] / static_cast<float>(p.rows);
   }
 }
 
 // ---- normalise ----------------------------------------------------------------------------------
 
-// A channel's batch norm: (input - mean) * scale + bias.
+// A channel's batch norm as one multiply-add. The shift belongs to the scale as it was rounded.
 struct Affine {
-  float mean, scale, bias, invstd;
-
-  __device__ __forceinline__ Affine(const Norm& norm, int channel)
-      : mean(norm.mean[channel]),
-        bias(norm.bias != nullptr ? norm.bias[channel] : 0.f),
-        invstd(1.f / sqrtf(norm.var[channel] + norm.eps)) {
-    scale = norm.weight != nullptr ? norm.weight[channel] * invstd : invstd;
-  }
+  float mean, invstd, scale, shift;
 };
+
+__device__ __forceinline__ Affine affine_of(const Norm& norm, int channel) {
+  const float mean = norm.mean[channel];
+  const float invstd = 1.f / sqrtf(norm.var[channel] + norm.eps);
+  const float scale = norm.weight != nullptr ? norm.weight[channel] * invstd : invstd;
+  const float bias = norm.bias != nullptr ? norm.bias[channel] : 0.f;
+  return {mean, invstd, scale, __fmaf_rn(-mean, scale, bias)};
+}
 
 // Computes kVectors values for every channel of the block, once, and hands each thread its own.
 // `compute(channel, values)`; the shared memory begins `offset` bytes in.
@@ -274,7 +291,7 @@ template <int kVectors, int N>
 inline constexpr int kBytesOfVectors =
     kVectors * Partition::kMostLanes * N * static_cast<int>(sizeof(float));
 
-// output = act((input - mean) * scale + bias + residual), where act(x) = max(x, floor).
+// output = act(input * scale + shift + residual), where act(x) = max(x, floor).
 //
 // Reads input and residual and writes the output once, rows * C elements each.
 template <typename T, int N>
@@ -282,30 +299,28 @@ __global__ void __launch_bounds__(kThreads, kResident)
     batch_norm_normalize(const T* input, const T* residual, T* output, Norm norm, float floor,
                          Partition p) {
   const Place place(p, gridDim.x - 1 - blockIdx.x);
-  enum { kMean, kScale, kBias, kVectors };
+  enum { kScale, kShift, kVectors };
   float vectors[kVectors][N];
   fill_vectors(vectors, p, place, 0, [&](int channel, float (&values)[kVectors]) {
-    const Affine affine(norm, channel);
-    values[kMean] = affine.mean;
+    const Affine affine = affine_of(norm, channel);
     values[kScale] = affine.scale;
-    values[kBias] = affine.bias;
+    values[kShift] = affine.shift;
   });
 
   for_each_row<kRowsOfSeveral>(place.row, place.end, p.groups, [&](auto rows, int64_t row) {
-    constexpr int kRows = rows;
-    Vector<T, N> x[kRows], shortcut[kRows];
+    constexpr int kCount = rows;
+    Vector<T, N> x[kCount], shortcut[kCount];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kCount; ++r) {
       const int64_t offset = (row + r * p.groups) * p.channels + place.channel;
       x[r] = load_streaming<T, N>(input + offset);
       if (residual != nullptr) shortcut[r] = load_streaming<T, N>(residual + offset);
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kCount; ++r) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const float deviation = widen(x[r].values[i]) - vectors[kMean][i];
-        float y = __fmaf_rn(deviation, vectors[kScale][i], vectors[kBias][i]);
+        float y = __fmaf_rn(widen(x[r].values[i]), vectors[kScale][i], vectors[kShift][i]);
         if (residual != nullptr) y += widen(shortcut[r].values[i]);
         x[r].values[i] = narrow<T>(device::at_least(floor, y));
       }
@@ -326,13 +341,13 @@ inline constexpr float kRoundsToZero<__nv_bfloat16> = 0x1p-134f;
 
 // Whether the gradient passes the activation. NaN lets it pass, as torch does.
 template <typename T, Mask kMask>
-__device__ __forceinline__ bool passes(float deviation, float scale, float bias, const T& output) {
+__device__ __forceinline__ bool passes(float input, float scale, float shift, const T& output) {
   if constexpr (kMask == Mask::kEverywhere) {
     return true;
   } else if constexpr (kMask == Mask::kOutput) {
     return !(widen(output) <= 0);
   } else {
-    return !(__fmaf_rn(deviation, scale, bias) <= kRoundsToZero<T>);
+    return !(__fmaf_rn(input, scale, shift) <= kRoundsToZero<T>);
   }
 }
 
@@ -346,38 +361,38 @@ __global__ void __launch_bounds__(kThreads, kResident)
     batch_norm_gradient_sums(const T* grad, const T* input, const T* output, T* masked, Norm norm,
                              float* partials, Partition p) {
   const Place place(p, blockIdx.x);
-  enum { kMean, kScale, kBias, kVectors };
+  enum { kMean, kScale, kShift, kVectors };
   float vectors[kVectors][N];
   fill_vectors(vectors, p, place, kBytesToCombine<2 * N>,
                [&](int channel, float (&values)[kVectors]) {
-                 const Affine affine(norm, channel);
+                 const Affine affine = affine_of(norm, channel);
                  values[kMean] = affine.mean;
                  values[kScale] = affine.scale;
-                 values[kBias] = affine.bias;
+                 values[kShift] = affine.shift;
                });
 
   float sums[2 * N] = {};
   for_each_row<kRowsOfSeveral>(place.row, place.end, p.groups, [&](auto rows, int64_t row) {
-    constexpr int kRows = rows;
-    Vector<T, N> g[kRows], x[kRows], y[kRows];
+    constexpr int kCount = rows;
+    Vector<T, N> g[kCount], x[kCount], y[kCount];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kCount; ++r) {
       const int64_t offset = (row + r * p.groups) * p.channels + place.channel;
       g[r] = load_streaming<T, N>(grad + offset);
       x[r] = load_streaming<T, N>(input + offset);
       if constexpr (kMask == Mask::kOutput) y[r] = load_streaming<T, N>(output + offset);
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kCount; ++r) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const float deviation = widen(x[r].values[i]) - vectors[kMean][i];
+        const float value = widen(x[r].values[i]);
         const bool pass =
-            passes<T, kMask>(deviation, vectors[kScale][i], vectors[kBias][i], y[r].values[i]);
+            passes<T, kMask>(value, vectors[kScale][i], vectors[kShift][i], y[r].values[i]);
         if (!pass) g[r].values[i] = narrow<T>(0.f);
-        const float value = widen(g[r].values[i]);
-        sums[i] += value;
-        sums[N + i] += value * deviation;
+        const float gradient = widen(g[r].values[i]);
+        sums[i] += gradient;
+        sums[N + i] += gradient * (value - vectors[kMean][i]);
       }
       if (masked != nullptr) {
         device::store(masked + (row + r * p.groups) * p.channels + place.channel, g[r]);
@@ -389,7 +404,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
     for (int i = 0; i < 2 * N; ++i) sums[i] += others[i];
   });
-  if (place.group == 0 && place.channel < p.channels) store_partials<N>(partials, sums, p, place);
+  if (place.group == 0 && place.channel < p.channels) {
+    const int64_t row = 2 * place.row_block;
+    store_vector<N>(partials + row * p.channels + place.channel, sums);
+    store_vector<N>(partials + (row + 1) * p.channels + place.channel, sums + N);
+  }
 }
 
 // total, dot and grad_weight of every channel, from what batch_norm_gradient_sums left behind.
@@ -412,7 +431,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   if (group == 0 && channel < p.channels) {
     total[channel] = sums[0];
     dot[channel] = sums[1];
-    grad_weight[channel] = sums[1] * Affine(norm, channel).invstd;
+    grad_weight[channel] = sums[1] * affine_of(norm, channel).invstd;
   }
 }
 
@@ -429,24 +448,24 @@ __global__ void __launch_bounds__(kThreads, kResident)
                               Partition p) {
   const Place place(p, gridDim.x - 1 - blockIdx.x);
   const bool through_statistics = total != nullptr;
-  enum { kMean, kScale, kBias, kSlope, kOffset, kVectors };
+  enum { kMean, kScale, kShift, kSlope, kOffset, kVectors };
   float vectors[kVectors][N];
   fill_vectors(vectors, p, place, 0, [&](int channel, float (&values)[kVectors]) {
-    const Affine affine(norm, channel);
+    const Affine affine = affine_of(norm, channel);
     const float per_value = -affine.scale / count;
     values[kMean] = affine.mean;
     values[kScale] = affine.scale;
-    values[kBias] = affine.bias;
+    values[kShift] = affine.shift;
     values[kSlope] =
         through_statistics ? per_value * dot[channel] * affine.invstd * affine.invstd : 0.f;
     values[kOffset] = through_statistics ? per_value * total[channel] : 0.f;
   });
 
   for_each_row<kRowsOfSeveral>(place.row, place.end, p.groups, [&](auto rows, int64_t row) {
-    constexpr int kRows = rows;
-    Vector<T, N> g[kRows], x[kRows], y[kRows];
+    constexpr int kCount = rows;
+    Vector<T, N> g[kCount], x[kCount], y[kCount];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kCount; ++r) {
       const int64_t offset = (row + r * p.groups) * p.channels + place.channel;
       g[r] = device::load<T, N>(grad + offset);  // it may be written to
       if (kMask == Mask::kRecomputed || through_statistics) {
@@ -455,18 +474,20 @@ __global__ void __launch_bounds__(kThreads, kResident)
       if constexpr (kMask == Mask::kOutput) y[r] = load_streaming<T, N>(output + offset);
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kCount; ++r) {
       const int64_t offset = (row + r * p.groups) * p.channels + place.channel;
       Vector<T, N> result;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const float deviation = widen(x[r].values[i]) - vectors[kMean][i];
+        const float value = widen(x[r].values[i]);
         const bool pass =
-            passes<T, kMask>(deviation, vectors[kScale][i], vectors[kBias][i], y[r].values[i]);
+            passes<T, kMask>(value, vectors[kScale][i], vectors[kShift][i], y[r].values[i]);
         if (!pass) g[r].values[i] = narrow<T>(0.f);
-        float value = widen(g[r].values[i]) * vectors[kScale][i];
-        if (through_statistics) value += deviation * vectors[kSlope][i] + vectors[kOffset][i];
-        result.values[i] = narrow<T>(value);
+        float gradient = widen(g[r].values[i]) * vectors[kScale][i];
+        if (through_statistics) {
+          gradient += (value - vectors[kMean][i]) * vectors[kSlope][i] + vectors[kOffset][i];
+        }
+        result.values[i] = narrow<T>(gradient);
       }
       device::store(grad_input + offset, result);
       if (masked != nullptr) device::store(masked + offset, g[r]);

@@ -225,7 +225,8 @@ def batch_norm_act_backward(
     need_input, need_weight, need_bias, need_residual = need
     if grad.stride() != input.stride():
         grad = _alike(input, grad)
-        overwrite = relu or not need_residual  # whose gradient may be `grad` itself
+        overwrite = True
+    overwrite = overwrite and (relu or not need_residual)  # whose gradient may be `grad` itself
     output = _alike(input, output)
     norm = (*_vectors(mean, var, weight, bias), eps)
     masked = torch.empty_like(input) if need_residual and relu else None
@@ -303,7 +304,8 @@ def batch_norm_act_backward_input(
         total, dot, count = total / count, dot / count, 1
     if grad.stride() != input.stride():
         grad = _alike(input, grad)
-        overwrite = relu or not need_residual  # whose gradient may be `grad` itself
+        overwrite = True
+    overwrite = overwrite and (relu or not need_residual)  # whose gradient may be `grad` itself
     masked = torch.empty_like(input) if need_residual and relu else None
     grad_input = grad if overwrite else torch.empty_like(input)
     _batch_norm("input_gradient")(
@@ -333,7 +335,12 @@ def _alike(input: Tensor, tensor: Tensor | None) -> Tensor | None:
 
 def _vectors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Values of one a channel as the kernels take them."""
-    return tuple(t if t is None else t.to(torch.float32).contiguous() for t in tensors)
+    return tuple(
+        t
+        if t is None or (t.dtype is torch.float32 and t.is_contiguous())
+        else t.to(torch.float32).contiguous()
+        for t in tensors
+    )
 
 
 def _can_run(

@@ -1,0 +1,574 @@
+"""The CUDA kernels of batch norm by themselves: every shape, layout, order and mask they meet.
+
+What any backend promises of `batch_norm_act` is in test_batch_norm_act.py and test_gradients.py,
+which run over this one too. Here every single value has a bound, of rounding alone: gradients are
+compared with those of a float64 run whose ReLUs go the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import (
+    assert_same_bits,
+    assert_same_nonfinite,
+    assert_within_bound,
+    dtype_id,
+    unchanged,
+)
+from torch import Tensor
+
+from fused_resnet import _native, backends
+from fused_resnet.backends import cuda
+
+ON_HOST = backends.cuda.on_host()
+if backends.cuda.available() != "yes":
+    pytest.skip(f"cuda: {backends.cuda.available()}", allow_module_level=True)
+if ON_HOST:
+    import cuda_on_host
+
+DEVICE = "cpu" if ON_HOST else "cuda"
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+EPS = 1e-5
+UNIT = torch.finfo(torch.float32).eps
+
+# Rows and channels: of one block and of many, of whole rounds of loads and not, in one slab and in
+# several, with and without threads to spare, in 16-byte accesses and element by element.
+SHAPES = [
+    (2, 1), (1009, 1), (4099, 1), (1021, 3), (1, 8), (97, 24), (409, 40), (521, 64), (67, 33),
+    (131, 264), (75, 2048),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def guarded_tensors(request):
+    """On the host, tensors end at a page that cannot be accessed."""
+    request.node.user_properties.append(("backend", "cuda"))
+    with cuda_on_host.guarded() if ON_HOST else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture
+def set_seed():
+    """Chooses the order of threads and blocks; on a GPU that is as it is."""
+    if not ON_HOST:
+        yield lambda seed: None
+        return
+    module = cuda_on_host.load()
+    yield module.set_seed
+    module.set_seed(0)
+
+
+@dataclass
+class Case:
+    """What `batch_norm_act` is called with, and a gradient of its output."""
+
+    input: Tensor
+    grad: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    activation: str
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {n: t for n, t in vars(self).items() if isinstance(t, Tensor)}
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        return cuda.batch_norm_act_training(
+            self.input, self.weight, self.bias, EPS, self.residual, self.activation
+        )
+
+    def backward(self, output, mean, var, training=True, need=None, overwrite=False):
+        need = need or (True, True, True, self.residual is not None)
+        return cuda.batch_norm_act_backward(
+            self.grad, self.input, output, self.weight, self.bias, mean, var, EPS,
+            self.activation, training, need, overwrite,
+        )  # fmt: skip
+
+
+def as_image(rows: Tensor) -> Tensor:
+    """(rows, C) as an image of that many pixels, channels_last."""
+    return rows.unsqueeze(0).unsqueeze(0).permute(0, 3, 1, 2)
+
+
+def make_case(
+    rows: int,
+    channels: int,
+    dtype: torch.dtype,
+    residual: bool = False,
+    activation: str = "relu",
+    affine: bool = True,
+    mean: float = 0.5,
+    seed: int = 0,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*sizes):
+        return torch.randn(sizes, generator=generator)
+
+    def image(values):
+        return as_image(values.to(dtype)).to(DEVICE)
+
+    x = normal(rows, channels) * (1 + torch.arange(channels) % 3) + mean * normal(channels)
+    return Case(
+        image(x),
+        image(normal(rows, channels)),
+        image(normal(rows, channels)) if residual else None,
+        (normal(channels) * 0.3 + 1).to(DEVICE) if affine else None,
+        normal(channels).to(DEVICE) if affine else None,
+        activation,
+    )
+
+
+class Exact:
+    """Everything in float64, with a bound on each value's rounding.
+
+    A sum of n rounded terms in any tree of additions is off by far less than n units of the sum of
+    their magnitudes; 64 units are less still than what one forgotten row makes.
+    """
+
+    def __init__(self, case: Case, mask: Tensor | None, statistics=None) -> None:
+        def wide(t):
+            return None if t is None else t.double()
+
+        x, z, g = wide(case.input), wide(case.residual), wide(case.grad)
+        channels = (1, -1, 1, 1)
+        one = torch.ones(x.size(1), dtype=torch.float64, device=x.device)
+        weight = one if case.weight is None else wide(case.weight)
+        bias = 0 * one if case.bias is None else wide(case.bias)
+        dims, n = (0, 2, 3), x.numel() // x.size(1)
+        half = torch.finfo(case.input.dtype).eps / 2
+        tiny = torch.finfo(case.input.dtype).smallest_normal * half
+
+        self.mean, self.var = x.mean(dims), x.var(dims, unbiased=False)
+        self.mean_bound = 8 * UNIT * x.abs().mean(dims)
+        # Deviations are of numbers rounded to units of their own size.
+        self.var_bound = 64 * UNIT * self.var + (4 * UNIT * x.abs().amax(dims)) ** 2
+        mean, var = statistics or (self.mean, self.var)
+        invstd = (var + EPS).rsqrt()
+        scale = (weight * invstd).view(channels)
+        # A relative error of the variance is half as large in the scale.
+        relative = 64 * UNIT + (self.var_bound / (self.var + EPS)).view(channels)
+        d = x - mean.view(channels)
+        d_size = d.abs() + 8 * UNIT * (x.abs() + mean.view(channels).abs())
+        y = d * scale + bias.view(channels)
+        size = (d.abs() + x.abs() + mean.view(channels).abs()) * scale.abs()
+        size = size + bias.abs().view(channels)
+        if z is not None:
+            y, size = y + z, size + z.abs()
+        self.output = y.relu() if case.activation == "relu" else y
+        self.output_bound = relative * size + 1.01 * half * self.output.abs() + tiny
+        if mask is not None:
+            g = torch.where(mask, g, 0.0)
+        self.grad_residual = g
+        self.total, self.dot = g.sum(dims), (g * d).sum(dims)
+        total_size, dot_size = g.abs().sum(dims), (g.abs() * d_size).sum(dims)
+        self.total_bound = 64 * UNIT * total_size
+        self.dot_bound = 64 * UNIT * dot_size + 8 * UNIT * total_size * mean.abs()
+        self.grad_weight = self.dot * invstd
+        self.grad_weight_bound = invstd * (self.dot_bound + relative.flatten() * dot_size)
+        self.grad_input, size = g * scale, g.abs() * scale.abs()
+        if statistics is None:
+            invstd2 = (invstd**2).view(channels)
+            dot, dot_size = self.dot.view(channels), dot_size.view(channels)
+            through = self.total.view(channels) / n + d * invstd2 * dot / n
+            self.grad_input = self.grad_input - through * scale
+            through = total_size.view(channels) / n + d_size * invstd2 * dot_size / n
+            size = size + through * scale.abs()
+        self.grad_input_bound = 3 * relative * size + 1.01 * half * self.grad_input.abs() + tiny
+
+    def check(self, **actual: Tensor | None) -> None:
+        for name, tensor in actual.items():
+            expected = getattr(self, name)
+            bound = getattr(self, f"{name}_bound", torch.zeros_like(expected))
+            try:
+                assert_within_bound(tensor, expected, bound)
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from None
+
+
+def check(case: Case, output_to_backward: bool) -> list[Tensor]:
+    """Forward and backward of a case, every value of it; returns all results."""
+    with unchanged(**case.tensors()):
+        output, mean, var = case.forward()
+        keep = output_to_backward or case.residual is not None
+        grads = case.backward(output if keep else None, mean, var)
+    exact = Exact(case, output > 0 if case.activation == "relu" else None)
+    assert output.stride() == case.input.stride()
+    assert mean.dtype == var.dtype == grads[1].dtype == grads[2].dtype == torch.float32
+    exact.check(
+        mean=mean, var=var, output=output, grad_input=grads[0], grad_weight=grads[1],
+        total=grads[2],
+    )  # fmt: skip
+    if case.residual is not None:
+        exact.check(grad_residual=grads[3])
+    return [output, mean, var, *(g for g in grads if g is not None)]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "{}x{}".format(*shape))
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_every_value(dtype, shape, set_seed):
+    """With and without residual, activation and parameters; the mask read and computed again."""
+    set_seed(shape[0])
+    check(make_case(*shape, dtype), output_to_backward=False)
+    check(make_case(*shape, dtype, residual=True), output_to_backward=True)
+    if shape[0] * shape[1] < 10_000:
+        check(make_case(*shape, dtype, affine=False), output_to_backward=True)
+        check(make_case(*shape, dtype, True, "none", affine=False), output_to_backward=False)
+        check(make_case(*shape, dtype, False, "none"), output_to_backward=False)
+
+
+@pytest.mark.quick
+def test_more_blocks_than_are_combined_at_once():
+    """So many blocks of rows that the kernels between the passes loop over them."""
+    rows, channels = 64 * 290 + 5, 31  # eight rows side by side, loaded eight times
+    check(make_case(rows, channels, torch.float32, mean=30), output_to_backward=False)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("channels", [1, 20, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_statistics_far_from_zero(dtype, channels):
+    """A mean of 1e4 beside a deviation of 1 costs no digits of the variance."""
+    mean = 1e4 if dtype == torch.float32 else 1e2
+    for rows, blank in ((7, 0), (7, 3), (300, 0), (300, 100), (5003, 0), (5003, 1), (5003, 300)):
+        x = torch.randn(rows, channels) + mean
+        x[:blank] = 0  # as if the first image were
+        x = as_image(x.to(dtype)).to(DEVICE)
+        actual_mean, var = cuda.batch_statistics(x)
+        expected_var, expected_mean = torch.var_mean(x.double(), (0, 2, 3), unbiased=False)
+        torch.testing.assert_close(actual_mean.double(), expected_mean, rtol=4 * UNIT, atol=0)
+        torch.testing.assert_close(
+            var.double(), expected_var, rtol=64 * UNIT, atol=(2 * UNIT * mean) ** 2
+        )
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_a_constant_channel(dtype):
+    """Its variance is nothing, and its gradient finite."""
+    case = make_case(1301, 8, dtype)
+    case.input[:, 2:5] = 3.7
+    _, mean, var = case.forward()
+    assert (var[2:5] <= (2 * UNIT * 3.7) ** 2).all()
+    assert (var[:2] > 0.1).all()
+    for tensor in case.backward(None, mean, var)[:3]:
+        assert tensor.isfinite().all()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_the_same_bits_in_any_order(dtype, residual, set_seed):
+    """Threads and blocks come in another order with each seed, on GPUs of any size."""
+    for shape in ((1301, 24), (67, 264)):
+        case = make_case(*shape, dtype, residual)
+
+        def run(case=case):
+            output, mean, var = case.forward()
+            grads = case.backward(output if residual else None, mean, var)
+            return [output, mean, var, *(g for g in grads if g is not None)]
+
+        first = run()
+        for seed in range(1, 5):
+            set_seed(seed)
+            if ON_HOST:
+                cuda_on_host.load().set_processors([1, 4, 132, 1000][seed - 1])
+            for again, before in zip(run(), first, strict=True):
+                assert_same_bits(again, before)
+    if ON_HOST:
+        cuda_on_host.load().set_processors(4)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_nonfinite_values(dtype, value):
+    """They stay in their channel, and mean and variance are what they are in eager."""
+    rows, channels = 1301, 24
+    for row, place in itertools.product((0, 700, rows - 1), ("input", "residual", "grad")):
+        case = make_case(rows, channels, dtype, residual=True)
+        getattr(case, place)[0, 5, 0, row] = value
+        if place == "input" and row == 700:
+            case.input[0, 7, 0, [3, 900]] = value  # twice
+            case.input[0, 9, 0, [3, 900]] = torch.tensor([value, -value], dtype=dtype).to(DEVICE)
+        output, mean, var = case.forward()
+        expected = F.batch_norm(
+            case.input.double(), None, None, case.weight.double(), case.bias.double(), True
+        )
+        expected = (expected + case.residual.double()).relu()
+        assert_same_nonfinite(output, expected.to(dtype))
+        assert_same_nonfinite(mean, case.input.double().mean((0, 2, 3)))
+        assert_same_nonfinite(var, case.input.double().var((0, 2, 3)))
+        grads = case.backward(output, mean, var)
+        masked = torch.ops.aten.threshold_backward(case.grad, output, 0)
+        torch.testing.assert_close(grads[3], masked, rtol=0, atol=0, equal_nan=True)
+        touched = {5, 7, 9} if place == "input" and row == 700 else {5}
+        for grad in grads[:3]:
+            finite = (
+                grad.isfinite().transpose(0, 1).flatten(1)
+                if grad.dim() > 1
+                else (grad.isfinite()[:, None])
+            )
+            for channel in set(range(channels)) - touched:
+                assert finite[channel].all(), (place, channel)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_a_nan_lets_the_gradient_pass(dtype):
+    """As in torch, whichever way the mask is found."""
+    case = make_case(40, 16, dtype)
+    case.input[0, 3, 0, 7] = math.nan
+    mean, var = torch.zeros(2, 16, device=DEVICE).add(1).unbind(0)
+    output = cuda.batch_norm_act_inference(
+        case.input, mean, var, case.weight, case.bias, EPS, None, "relu"
+    )
+    assert output[0, 3, 0, 7].isnan()
+    for kept in (output, None):
+        grad_input = case.backward(kept, mean, var, False, (True, False, False, False))[0]
+        assert_within_bound(
+            grad_input[:, 3, 0, 7],
+            (case.grad[:, 3, 0, 7] * case.weight[3] * (1 + EPS) ** -0.5).double(),
+            0.01 * case.grad[:, 3, 0, 7].double().abs(),
+        )
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_the_mask_computed_again_is_the_outputs(dtype):
+    """To the bit: also where an output is positive but stored as zero."""
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    for scale, bias in ((1.0, None), (smallest, 0.0)):
+        case = make_case(1301, 24, dtype)
+        if bias is not None:
+            case.weight.fill_(scale)
+            case.bias.zero_()
+        output, mean, var = case.forward()
+        if bias is not None and dtype != torch.float32:
+            positive = case.input.double() > mean.double().view(1, -1, 1, 1) + 1e-3
+            assert (positive & (output == 0)).any()
+        for training in (True, False):
+            again = case.backward(None, mean, var, training)
+            for ours, theirs in zip(again, case.backward(output, mean, var, training), strict=True):
+                if theirs is not None:
+                    assert_same_bits(ours, theirs)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_what_is_asked_for(dtype):
+    """Any gradients alone, through the batch's statistics and with given ones."""
+    for training, residual in itertools.product((True, False), (True, False)):
+        case = make_case(409, 40, dtype, residual)
+        statistics = None
+        output, mean, var = case.forward()
+        if not training:
+            mean, var = mean + 0.25, var * 1.5
+            output = cuda.batch_norm_act_inference(
+                case.input, mean, var, case.weight, case.bias, EPS, case.residual, "relu"
+            )
+            statistics = (mean.double(), var.double())
+        exact = Exact(case, output > 0, statistics)
+        exact.check(output=output)
+        names = ("grad_input", "grad_weight", "total", "grad_residual")
+        for need in itertools.product((True, False), repeat=4):
+            if (need[3] and not residual) or not any(need):
+                continue
+            with unchanged(**case.tensors()):
+                grads = case.backward(output, mean, var, training, need)
+            assert [g is not None for g in grads] == list(need)
+            exact.check(**{n: g for n, g in zip(names, grads, strict=True) if g is not None})
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("activation", ["relu", "none"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_overwriting_the_gradient(residual, activation):
+    case = make_case(409, 40, torch.float32, residual, activation)
+    output, mean, var = case.forward()
+    expected = case.backward(output, mean, var)
+    before = case.grad.clone()
+    grads = case.backward(output, mean, var, overwrite=True)
+    for ours, theirs in zip(grads, expected, strict=True):
+        if theirs is not None:
+            assert_same_bits(ours, theirs if theirs is not case.grad else before)
+    # Unless it is the gradient of the residual at the same time.
+    kept = residual and activation == "none"
+    assert (grads[0].data_ptr() == case.grad.data_ptr()) == (not kept)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "none"])
+def test_sums_of_a_batch_in_two_parts(activation, residual):
+    """What processes that share their statistics do: the joint batch's gradients."""
+    case = make_case(409, 40, torch.float32, residual, activation)
+    output, mean, var = case.forward()
+    exact = Exact(case, output > 0 if activation == "relu" else None)
+    parts = [slice(0, 150), slice(150, 409)]
+    norm = (case.weight, case.bias, mean, var, EPS, activation)
+    arguments = []
+    for part in parts:
+        kept = output[..., part] if residual else None
+        arguments.append((case.grad[..., part], case.input[..., part], kept, *norm))
+    sums = [cuda.batch_norm_act_backward_sums(*a) for a in arguments]
+    total, dot = sum(s[0] for s in sums), sum(s[1] for s in sums)
+    exact.check(total=total, dot=dot)
+    for count in (409, torch.tensor(409.0, device=DEVICE)):
+        grads = [
+            cuda.batch_norm_act_backward_input(*a, total, dot, count, residual) for a in arguments
+        ]
+        exact.check(grad_input=torch.cat([g[0] for g in grads], 3))
+        if residual:
+            exact.check(grad_residual=torch.cat([g[1] for g in grads], 3))
+        else:
+            assert grads[0][1] is None
+    # Of a batch that is whole, to the bit.
+    whole = (case.grad, case.input, output if residual else None, *norm)
+    total, dot = cuda.batch_norm_act_backward_sums(*whole)
+    grad = case.grad.clone(memory_format=torch.preserve_format)
+    grad_input, grad_residual = cuda.batch_norm_act_backward_input(
+        grad, *whole[1:], total, dot, 409, residual, overwrite=True
+    )
+    expected = case.backward(output, mean, var)
+    assert_same_bits(grad_input, expected[0])
+    assert_same_bits(total, expected[2])
+    if residual:
+        assert_same_bits(grad_residual, expected[3])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_misaligned_tensors(dtype):
+    """One of them is enough to have all loaded element by element."""
+    for name in ("input", "grad", "residual"):
+        case = make_case(97, 24, dtype, residual=True)
+        tensor = getattr(case, name)
+        apart = torch.full((tensor.numel() + 1,), math.nan, dtype=dtype, device=DEVICE)[1:]
+        setattr(case, name, apart.as_strided(tensor.shape, tensor.stride()).copy_(tensor))
+        check(case, output_to_backward=True)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("layout", ["contiguous", "expanded", "sliced", "2d", "3d"])
+def test_layouts(layout):
+    """Gradient, residual and output in other strides than the input's; inputs of any shape."""
+    shape = {"2d": (60, 24), "3d": (4, 24, 15)}.get(layout, (4, 24, 5, 3))
+    x, z, grad = torch.randn(3, *shape, device=DEVICE).unbind(0)
+    if layout == "expanded":
+        grad, z = grad[:, :1].expand(shape), z[:, :, :1].expand(shape)
+    elif layout == "sliced":
+        x, z, grad = (t.repeat_interleave(2, 3)[..., ::2] for t in (x, z, grad))
+    if layout in ("expanded", "contiguous"):
+        x = x.to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, 24, device=DEVICE).unbind(0)
+    case = Case(x, grad, z, weight, bias, "relu")
+    output, mean, var = case.forward()
+    grads = case.backward(output, mean, var)
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight, bias, z)]
+    expected = F.batch_norm(leaves[0], None, None, *leaves[1:3], True) + leaves[3]
+    torch.testing.assert_close(output.double(), expected.relu().detach(), rtol=1e-5, atol=1e-5)
+    expected = torch.autograd.grad(expected, leaves, torch.where(output > 0, grad, 0).double())
+    for ours, theirs in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+    total, dot = cuda.batch_norm_act_backward_sums(
+        grad, x, output, weight, bias, mean, var, EPS, "relu"
+    )
+    torch.testing.assert_close(total.double(), expected[2], rtol=1e-4, atol=1e-4)
+    for count in (60, torch.tensor(60.0, device=DEVICE)):
+        again = cuda.batch_norm_act_backward_input(
+            grad, x, output, weight, bias, mean, var, EPS, "relu", total, dot, count, True
+        )
+        for ours, theirs in zip(again, (expected[0], expected[3]), strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("parameter_dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_parameters_of_any_dtype_and_stride(parameter_dtype):
+    case = make_case(97, 24, torch.float16, residual=True)
+    for name in ("weight", "bias"):
+        vector = getattr(case, name).to(parameter_dtype)
+        setattr(case, name, vector.repeat_interleave(2)[::2])
+    check(case, output_to_backward=True)
+
+
+def test_host_path_converts_nothing():
+    """No operator of torch's runs but for what allocates, in either direction."""
+    for residual in (True, False):
+        case = make_case(97, 24, torch.float16, residual)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as profile:
+            output, mean, var = case.forward()
+            case.backward(output if residual else None, mean, var)
+        names = {event.name for event in profile.events() if event.name.startswith("aten::")}
+        assert names <= {"aten::empty_like", "aten::empty_strided", "aten::empty"}
+
+
+@pytest.mark.quick
+def test_the_operators_keep_to_their_schemas(monkeypatch):
+    """They write to and alias nothing they should not."""
+    calls = []
+
+    def recorded(name):
+        operator = getattr(_native.cuda_operators, f"batch_norm_{name}").default
+
+        def record(*arguments):
+            calls.append((operator, arguments))
+            return operator(*arguments)
+
+        return record
+
+    monkeypatch.setattr(cuda, "_batch_norm", recorded)
+    for residual in (True, False):
+        case = make_case(97, 24, torch.float16, residual)
+        output, mean, var = case.forward()
+        case.backward(output if residual else None, mean, var)
+    assert len({operator for operator, _ in calls}) == 4
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments, test_utils=["test_schema"])
+
+
+@pytest.mark.quick
+def test_bad_input():
+    """The operators check what would otherwise be read beyond its end."""
+    operators = _native.cuda_operators
+    x = make_case(97, 24, torch.float16).input
+    vector = torch.ones(24, device=DEVICE)
+    norm = (vector, vector, None, None, EPS)
+    sums = operators.batch_norm_gradient_sums
+    with pytest.raises(RuntimeError, match="channels innermost"):
+        operators.batch_norm_statistics(x.reshape(1, 24, 97, 1).contiguous())
+    with pytest.raises(RuntimeError, match="must be float16, bfloat16 or float32"):
+        operators.batch_norm_statistics(x.double())
+    with pytest.raises(RuntimeError, match="input is empty"):
+        operators.batch_norm_statistics(x[:0])
+    with pytest.raises(RuntimeError, match="another shape or dtype"):
+        sums(x[..., :96], x, None, *norm, True, None)
+    with pytest.raises(RuntimeError, match="another shape or dtype"):
+        operators.batch_norm_normalize(x, *norm, x.float(), True)
+    with pytest.raises(RuntimeError, match="other strides"):
+        sums(x.contiguous(), x, None, *norm, True, None)
+    with pytest.raises(RuntimeError, match="dense, \\(C,\\) and float32"):
+        sums(x, x, None, vector.double(), *norm[1:], True, None)
+    with pytest.raises(RuntimeError, match="dense, \\(C,\\) and float32"):
+        sums(x, x, None, vector[:23], *norm[1:], True, None)
+    with pytest.raises(RuntimeError, match="both there or neither"):
+        operators.batch_norm_input_gradient(
+            x, x, None, *norm, True, vector, None, 97, None, torch.empty_like(x)
+        )
+
+
+def test_explained():
+    for operator in ("batch_norm_act_training", "batch_norm_act_inference"):
+        said = {dtype: cuda.explain(operator, dtype=dtype) for dtype in (*DTYPES, torch.float64)}
+        assert "normalize" in said[torch.float16]
+        assert "normalize" not in said[torch.float64]
