@@ -84,6 +84,7 @@ def tensors(arguments):
     return {n: t for n, t in arguments.items() if t is not None}
 
 
+@pytest.mark.interpreted
 @pytest.mark.quick
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -143,6 +144,7 @@ def test_momentum(backend, dtype, momentum):
         torch.testing.assert_close(ours[name].double(), exact[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.interpreted
 def test_running_statistics_use_the_unbiased_variance(backend):
     """An expectation that owes nothing to `F.batch_norm`."""
     ours = make_inputs((2, 5, 3, 2), device=backend.device, residual=False)
@@ -155,6 +157,7 @@ def test_running_statistics_use_the_unbiased_variance(backend):
     torch.testing.assert_close(ours["running_var"].double(), var, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.interpreted
 @pytest.mark.quick
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 def test_without_running_statistics(backend, training):
@@ -170,6 +173,7 @@ def test_without_running_statistics(backend, training):
             functional.batch_norm_act(**ours, training=False)
 
 
+@pytest.mark.interpreted
 @pytest.mark.quick
 @pytest.mark.parametrize("shape", [(1, 4, 1, 1)])
 def test_one_value_per_channel_is_torchs_error(backend, shape):
@@ -201,6 +205,7 @@ def test_nonfinite_values(backend, dtype, value, training):
             assert_same_nonfinite(ours[name], theirs[name])
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_same_inputs_give_same_bits(backend, dtype, training):
@@ -285,6 +290,7 @@ def running(exact, ours):
     return exact["running_mean"], exact["running_var"]
 
 
+@pytest.mark.interpreted
 @pytest.mark.quick
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 def test_empty_batch(backend, training):
@@ -303,6 +309,7 @@ def test_empty_batch(backend, training):
         torch.testing.assert_close(ours[name], theirs[name], equal_nan=True)
 
 
+@pytest.mark.interpreted
 def test_the_residual_may_be_the_input(backend):
     for training in (True, False):
         ours = make_inputs(device=backend.device)

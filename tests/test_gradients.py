@@ -232,6 +232,7 @@ def batch_norm_gradients(
     return {n: t.grad for n, t in leaves.items() if t is not None}
 
 
+@pytest.mark.interpreted
 @pytest.mark.quick
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)

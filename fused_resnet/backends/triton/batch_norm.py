@@ -102,6 +102,23 @@ def _behind(
 
 
 @triton.jit
+def _combine(share, base, mean, square, n):
+    """`rounded, rest, square` of all rows, from those of parts of `n` values, a `share` of all.
+
+    A part's mean is `base + mean`, its `square` the sum of `(value - mean)^2` (Chan, Golub and
+    LeVeque, 1983). That of all, `rounded + rest`, is taken in two steps, so that the squares of the
+    distances to it do not suffer from its rounding.
+    """
+    rounded = tl.sum(share * (base + mean), axis=0)
+    # An infinite one would make NaN of the mean, which is infinite.
+    rounded = tl.where(tl.abs(rounded) < float("inf"), rounded, 0.0)
+    mean = tl.where(share > 0.0, (base - rounded[None, :]) + mean, 0.0)
+    rest = tl.sum(share * mean, axis=0)
+    apart = tl.where(share > 0.0, mean - rest[None, :], 0.0)
+    return rounded, rest, tl.sum(square + n * apart * apart, axis=0)
+
+
+@triton.jit
 def statistics_kernel(
     input_ptr,
     partial_ptr,
@@ -115,13 +132,12 @@ def statistics_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """`partial[0, slab, c] = mean`, `partial[1, slab, c] = sum((input - mean)^2)` of a slab.
+    """`partial[:, slab, c] = rounded, rest, sum((input - mean)^2)`, `mean = rounded + rest`.
 
     BLOCK_R sums of `steps` values each are taken of the values less the first of them; shifted by
-    one of their own, n values lose at most the digits of n, whatever their mean. Then the sums are
-    combined (Chan, Golub and LeVeque, 1983).
+    one of their own, n values lose at most the digits of n, whatever their mean.
 
-    Reads the input once, writes 8 bytes a slab and channel.
+    Reads the input once, writes 12 bytes a slab and channel.
     """
     slab, first, c = _place(C, steps, WIDE, BLOCK_R, BLOCK_C)
     c_exists = c < C
@@ -147,19 +163,11 @@ def statistics_kernel(
     n = ((left - lane + (BLOCK_R - 1)) // BLOCK_R).to(tl.float32)[:, None]
     mean = total / tl.maximum(n, 1.0)
     square -= total * mean
-    base = tl.load(
-        input_ptr + _offsets(first + tl.arange(0, 1), c, C, S, CHANNELS_LAST),
-        mask=c_exists[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    base = tl.where(tl.abs(base) < float("inf"), base, 0.0)
-    mean = tl.where(n > 0.0, mean + (shift - base), 0.0)
-    common = tl.sum(n * mean, axis=0)[None, :] / left.to(tl.float32)
-    apart = mean - common
-    square = tl.sum(square + n * apart * apart, axis=0)[None, :]
-    place = partial_ptr + slab * C + c[None, :]
-    tl.store(place, base + common, mask=c_exists[None, :])
-    tl.store(place + slabs * C, square, mask=c_exists[None, :])
+    rounded, rest, square = _combine(n / left.to(tl.float32), shift, mean, square, n)
+    place = partial_ptr + slab * C + c
+    tl.store(place, rounded, mask=c_exists)
+    tl.store(place + slabs * C, rest, mask=c_exists)
+    tl.store(place + 2 * slabs * C, square, mask=c_exists)
 
 
 @triton.jit
@@ -174,30 +182,25 @@ def combine_statistics_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """`mean[c]` and `var[c]`, biased, from the slabs' (Chan, Golub and LeVeque, 1983).
+    """`mean[c]` and `var[c]`, biased, from the slabs'.
 
-    Reads `8 slabs C` bytes, writes `8 C`.
+    Reads `12 slabs C` bytes, writes `8 C`.
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     slab = tl.arange(0, BLOCK_S)
     exists = (slab < slabs)[:, None] & (c < C)[None, :]
     before = slab.to(tl.int64) * slab_rows
-    n = tl.maximum(tl.minimum(rows - before, slab_rows), 0)
-    share = (n.to(tl.float32) / tl.cast(rows, tl.float32))[:, None]
+    n = tl.maximum(tl.minimum(rows - before, slab_rows), 0).to(tl.float32)[:, None]
+    count = tl.cast(rows, tl.float32)
     places = partial_ptr + slab[:, None] * C + c[None, :]
-    mean = tl.load(places, mask=exists, other=0.0)
-    square = tl.load(places + slabs * C, mask=exists, other=0.0)
-    base = tl.load(partial_ptr + c, mask=c < C, other=0.0)[None, :]
-    base = tl.where(tl.abs(base) < float("inf"), base, 0.0)
-    mean = tl.where(exists, mean - base, 0.0)
-    common = tl.sum(share * mean, axis=0)[None, :]
-    apart = tl.where(exists, mean - common, 0.0)
-    var = tl.sum(square, axis=0) / tl.cast(rows, tl.float32)
-    var += tl.sum(share * apart * apart, axis=0)
-    # Rounding may have left less than nothing of values that are all but equal.
-    var = tl.maximum(var, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(mean_ptr + c[None, :], base + common, mask=(c < C)[None, :])
-    tl.store(var_ptr + c, var, mask=c < C)
+    base = tl.load(places, mask=exists, other=0.0)
+    mean = tl.load(places + slabs * C, mask=exists, other=0.0)
+    square = tl.load(places + 2 * slabs * C, mask=exists, other=0.0)
+    rounded, rest, square = _combine(n / count, base, mean, square, n)
+    tl.store(mean_ptr + c, rounded + rest, mask=c < C)
+    # Rounding may have left less than nothing of values that are all but equal: kept from below
+    # zero as ReLU keeps values.
+    tl.store(var_ptr + c, _relu(square / count), mask=c < C)
 
 
 @triton.jit
@@ -460,7 +463,7 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     input = contiguous_like_eager(input)
     layout = _layout_of(input)
     steps, slabs = layout.reduction()
-    partial, mean, var = _partial(input, slabs), *_results(input, 2)
+    partial, mean, var = _partial(input, 3, slabs), *_results(input, 2)
     _launch(
         input,
         statistics_kernel,
@@ -570,7 +573,7 @@ def batch_norm_act_backward_sums(
     output = None if output is None or activation != "relu" else _lying_like(output, input)
     layout = _layout_of(input)
     steps, slabs = layout.reduction()
-    partial, total, dot, grad_weight = _partial(input, slabs), *_results(input, 3)
+    partial, total, dot, grad_weight = _partial(input, 2, slabs), *_results(input, 3)
     mean, var, weight, bias = _vectors(mean, var, weight, bias)
     _launch(
         input,
@@ -738,8 +741,8 @@ def batch_norm_act_backward(
     )
 
 
-def _partial(input: Tensor, slabs: int) -> Tensor:
-    return torch.empty((2, slabs, input.size(1)), dtype=torch.float32, device=input.device)
+def _partial(input: Tensor, values: int, slabs: int) -> Tensor:
+    return torch.empty((values, slabs, input.size(1)), dtype=torch.float32, device=input.device)
 
 
 def _results(input: Tensor, count: int) -> tuple[Tensor, ...]:

@@ -1,0 +1,337 @@
+"""The Triton kernels of `batch_norm_act` in both directions, interpreted where there is no GPU.
+
+With the tiles that GPUs get, and others; the functions over all backends are tested in
+test_batch_norm_act.py and test_gradients.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import RUNNERS
+from support import BLOCKS, assert_same_bits, assert_same_nonfinite, dtype_id
+from test_training import block_results, kept_bytes, make_block
+
+import fused_resnet
+from fused_resnet import backends, functional
+from fused_resnet.testing import assert_error_rule
+
+RUNNER = next((runner for runner in RUNNERS if runner.name == "triton"), None)
+
+pytestmark = pytest.mark.skipif(RUNNER is None, reason=backends.available()["triton"])
+
+FORMATS = [torch.channels_last, torch.contiguous_format]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# One channel, few, no power of two, and more than a tile has; rows fewer than a tile's, and prime.
+SHAPES = [(13, 1, 3, 1), (7, 3, 1, 1), (1, 3, 1, 2), (2, 24, 11, 5), (1, 70, 1, 61)]
+
+
+@pytest.fixture
+def norms(monkeypatch):
+    """`batch_norm.py`, going through tensors as on a GPU in slabs of `steps` at most."""
+    module = backends.triton._norms()
+    original = module._layout_of
+
+    def as_on_a_gpu(input):
+        layout = original(input)
+        channels = module._LINE // input.element_size() if layout.S == 1 else 1
+        block_c = min(module.triton.next_power_of_2(layout.C), channels)
+        return dataclasses.replace(layout, block_r=module._STEP // block_c, block_c=block_c)
+
+    if RUNNER.device != "cuda":
+        monkeypatch.setattr(module, "_layout_of", as_on_a_gpu)
+    with fused_resnet.use_backend("triton"):
+        yield module
+
+
+def drawn(shape, dtype, memory_format, count=1, mean=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    made = [
+        (torch.randn(shape, generator=generator) + mean)
+        .to(RUNNER.device, dtype)
+        .contiguous(memory_format=memory_format)
+        for _ in range(count)
+    ]
+    return made[0] if count == 1 else made
+
+
+def vectors(channels, count):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, channels, generator=generator).to(RUNNER.device).unbind(0)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_statistics_far_from_zero(norms, dtype, memory_format):
+    """A mean of 1e4 beside a deviation of 1 costs no digits, whatever the first value is."""
+    for shape in [*SHAPES[1:], (3, 5, 43, 37)]:
+        x = drawn(shape, dtype, memory_format, mean=1e4 if dtype is torch.float32 else 1e2)
+        x[0, 0, 0, 0] = 0
+        mean, var = norms.batch_statistics(x)
+        expected_var, expected_mean = torch.var_mean(x.double(), (0, 2, 3), unbiased=False)
+        unit = torch.finfo(torch.float32).eps
+        torch.testing.assert_close(mean.double(), expected_mean, rtol=unit, atol=0)
+        torch.testing.assert_close(var.double(), expected_var, rtol=32 * unit, atol=0)
+
+
+@pytest.mark.parametrize("slabs", [1, 3, 1000])
+def test_slabs(norms, monkeypatch, slabs):
+    """One program for all rows, some for many each, and one for every tile."""
+    monkeypatch.setattr(norms, "_PROGRAMS", slabs)
+    monkeypatch.setattr(norms, "_LEAST_STEPS", 1000)
+    x, grad = drawn((3, 5, 41, 37), torch.float32, torch.channels_last, 2)
+    layout = norms._layout_of(x)
+    steps, count = layout.reduction()
+    assert layout.tiles_r > 6
+    assert (count == 1) == (slabs == 1)
+    assert (steps == 1) == (slabs == 1000)
+    var, mean = torch.var_mean(x.double(), (0, 2, 3), unbiased=False)
+    results = norms.batch_statistics(x)
+    for ours, expected in zip(results, (mean, var), strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=1e-7)
+    sums = norms.batch_norm_act_backward_sums(grad, x, None, None, None, *results, 1e-5, "none")
+    g = grad.double()
+    dot = (g * (x.double() - mean[:, None, None])).sum((0, 2, 3))
+    expected = (g.sum((0, 2, 3)), dot, dot * (var + 1e-5).rsqrt())
+    for ours, exact in zip(sums, expected, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+def gradients(evaluate, tensors, grad):
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    out = evaluate(*leaves)
+    out.backward(grad.to(out.dtype))
+    return [out.detach(), *(t.grad for t in leaves if t is not None)]
+
+
+def unfused(x, weight, bias, residual):
+    out = F.batch_norm(x, None, None, weight, bias, True)
+    return F.relu(out if residual is None else out + residual)
+
+
+def fused(x, weight, bias, residual):
+    return functional.batch_norm_act(x, None, None, weight, bias, True, residual=residual)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(norms, shape, dtype):
+    """Output and gradients by the error rule, with and without a residual of other strides."""
+    weight, bias = vectors(shape[1], 2)
+    for memory_format, with_residual in itertools.product(FORMATS, [True, False]):
+        # Few values a channel: far from zero, where the sign of a ReLU is not up to rounding.
+        x, grad = drawn(shape, dtype, memory_format, 2)
+        z = drawn(shape, dtype, torch.contiguous_format, seed=2) if with_residual else None
+        tensors = (x, weight, bias, z)
+        ours = gradients(fused, tensors, grad)
+        theirs = gradients(unfused, tensors, grad)
+        decided = ours[0] > 0
+
+        def exact(*arguments, decided=decided):
+            out = F.batch_norm(arguments[0], None, None, *arguments[1:3], True)
+            out = out if arguments[3] is None else out + arguments[3]
+            return torch.where(decided, out, 0.0)
+
+        doubles = [t if t is None else t.double() for t in tensors]
+        expected = gradients(exact, doubles, grad)
+        if not with_residual:
+            for a, b in zip(ours, gradients(fused, tensors, grad), strict=True):
+                assert_same_bits(a, b)
+        for a, b, c in zip(ours, theirs, expected, strict=True):
+            if a.dim() > 1:
+                assert_error_rule(a, b, c)
+            else:  # the norm of few values is unsteady
+                torch.testing.assert_close(a.double(), c, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_wide_offsets_give_the_same_bits(norms, monkeypatch, memory_format):
+    x, z, grad = drawn((3, 20, 9, 7), torch.float16, memory_format, 3)
+    weight, bias = vectors(20, 2)
+    narrow = gradients(fused, (x, weight, bias, z), grad)
+    layout_of = norms._layout_of
+    monkeypatch.setattr(
+        norms, "_layout_of", lambda input: dataclasses.replace(layout_of(input), wide=True)
+    )
+    for a, b in zip(narrow, gradients(fused, (x, weight, bias, z), grad), strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.quick
+def test_which_tensors_are_wide():
+    """Those of which some element, or a row counted on, is 2^31 or more from the first."""
+    layout_of = backends.triton._norms()._layout_of
+    for rows, wide in [(2**22, False), (2**25 - 2**10, True), (2**25 + 5, True)]:
+        shape = (rows, 64, 1, 1)
+        x = torch.empty(1, dtype=torch.float16, device=RUNNER.device).expand(shape)
+        stands = torch.empty_strided(shape, (64, 1, 64, 64), dtype=torch.float16, device="meta")
+        assert x.numel() == stands.numel()
+        assert layout_of(stands).wide == wide
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_the_mask_recomputed_is_the_one_used(norms, dtype):
+    """Backward from the input and from the output: the same bits, ReLUs next to zero included."""
+    for memory_format in FORMATS:
+        x, grad = drawn((2, 24, 11, 5), dtype, memory_format, 2)
+        weight, bias = vectors(24, 2)
+        mean, var = norms.batch_statistics(x)
+        # Values whose norm is next to nothing: some come out on one side, some on the other.
+        x[0] = (mean - bias * (var + 1e-5).sqrt() / weight)[:, None, None]
+        arguments = (weight, bias, mean, var, 1e-5, "relu")
+        out = norms.batch_norm_act_inference(x, mean, var, weight, bias, 1e-5, None, "relu")
+        assert (out[0] > 0).any()
+        assert (out[0] == 0).any()
+        for training in (True, False):
+            need = (training, (True, True, True, False))
+            recomputed = norms.batch_norm_act_backward(grad, x, None, *arguments, *need)
+            from_output = norms.batch_norm_act_backward(grad, x, out, *arguments, *need)
+            for a, b in zip(recomputed[:3], from_output[:3], strict=True):
+                assert_same_bits(a, b)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("activation", ["relu", "none"])
+def test_parts_of_a_batch(norms, activation):
+    """Sums of two parts, added, then both parts' gradients: those of the whole."""
+    whole, z, grad = drawn((5, 24, 3, 7), torch.float32, torch.channels_last, 3)
+    weight, bias = vectors(24, 2)
+    out, mean, var = norms.batch_norm_act_training(whole, weight, bias, 1e-5, z, activation)
+    arguments = (weight, bias, mean, var, 1e-5, activation)
+    expected = norms.batch_norm_act_backward(
+        grad, whole, out, *arguments, True, (True, True, True, True)
+    )
+    parts = [tuple(t[:2] for t in (grad, whole, out)), tuple(t[2:] for t in (grad, whole, out))]
+    triton = backends.triton
+    sums = [triton.batch_norm_act_backward_sums(*part, *arguments) for part in parts]
+    total, dot = (a + b for a, b in zip(*sums, strict=True))
+    torch.testing.assert_close(total, expected[2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dot * (var + 1e-5).rsqrt(), expected[1], rtol=1e-5, atol=1e-5)
+    count = 5 * 3 * 7
+    for number in (count, torch.tensor(count, device=whole.device)):
+        results = [
+            triton.batch_norm_act_backward_input(*p, *arguments, total, dot, number, True)
+            for p in parts
+        ]
+        for ours, exact in zip(zip(*results, strict=True), expected[::3], strict=True):
+            torch.testing.assert_close(torch.cat(ours), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "constant"])
+def test_each_gradient_by_itself(norms, training, dtype):
+    """Whatever is asked for, what is there is the same, and nothing is written that may not be."""
+    triton = backends.triton
+    x, z, grad = drawn((3, 20, 5, 4), torch.float32, torch.channels_last, 3)
+    x, z, grad = (t.to(dtype) for t in (x, z, grad))
+    weight, bias = (t.to(dtype) for t in vectors(20, 2))
+    for activation in ("relu", "none"):
+        out, mean, var = triton.batch_norm_act_training(x, weight, bias, 1e-5, z, activation)
+        kept = grad.clone()
+
+        def backward(need, overwrite=False, arguments=(mean, var, 1e-5, activation), out=out):
+            given = grad.clone() if overwrite else grad
+            return triton.batch_norm_act_backward(
+                given, x, out, weight, bias, *arguments, training, need, overwrite
+            )
+
+        every = backward((True,) * 4)
+        for need in itertools.product([True, False], repeat=4):
+            for overwrite in (False, True):
+                results = backward(need, overwrite)
+                assert [r is not None for r in results] == list(need)
+                for ours, expected in zip(results, every, strict=True):
+                    if ours is not None:
+                        assert_same_bits(ours, expected)
+        assert_same_bits(grad, kept)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nonfinite(norms, value):
+    """The statistics of a channel with such a value first or later; NaN lets gradients pass."""
+    for place in ((0, 1, 0, 0), (2, 1, 3, 2)):
+        x, grad = drawn((3, 4, 43, 41), torch.float32, torch.channels_last, 2)
+        x[place] = value
+        mean, var = norms.batch_statistics(x)
+        expected = x.double().mean((0, 2, 3))
+        assert_same_nonfinite(mean, expected)
+        assert_same_nonfinite(var, torch.where(expected.isfinite(), 1.0, math.nan))
+        out, mean, var = norms.batch_norm_act_training(x, None, None, 1e-5, None, "relu")
+        assert out[:, 1].isnan().all()
+        results = norms.batch_norm_act_backward(
+            grad, x, None, None, None, mean, var, 1e-5, "relu", True, (True, True, True, False)
+        )
+        torch.testing.assert_close(results[2][1], grad[:, 1].sum(), rtol=1e-4, atol=1e-3)
+        assert results[0][:, 1].isnan().all()
+        assert not results[0][:, 0].isnan().any()
+
+
+@pytest.mark.parametrize("memory", ["normal", "low"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(name, memory):
+    """One node of the graph, by the error rule; under autocast with its dtypes."""
+    for projection in (True, False):
+        eager, x = make_block(BLOCKS[name], projection, torch.float32)
+        eager, x = eager.to(RUNNER.device), x.to(RUNNER.device)
+        unused = fused_resnet.fuse(copy.deepcopy(eager), memory=memory)
+        with fused_resnet.use_backend("triton"):
+            kept, out = kept_bytes(unused, x.requires_grad_())
+            unit = x.numel() // x.size(1) * 4 * 4
+            assert "ResidualBlock" in out.grad_fn.name()
+            if not projection:
+                expected = {"basic": 3, "normal": 10, "low": 6}
+                expected = expected["basic" if name == "basic" else memory]
+                assert expected <= kept / unit < expected + 2
+        x = x.detach()
+        exact = block_results(copy.deepcopy(eager).double(), x.double())
+        for dtype in (None, torch.float16):
+            fused = fused_resnet.fuse(copy.deepcopy(eager), memory=memory)
+            with torch.autocast(RUNNER.device, dtype=dtype, enabled=dtype is not None):
+                theirs = block_results(copy.deepcopy(eager), x)
+                with fused_resnet.use_backend("triton"):
+                    ours = block_results(fused, x)
+            for a, b in zip(ours, theirs, strict=True):
+                assert a.dtype == b.dtype
+            assert_error_rule(ours[0], theirs[0], exact[0])
+            if dtype is None:
+                for a, c in zip(ours, exact, strict=True):
+                    torch.testing.assert_close(a.double(), c, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.quick
+def test_backward_in_another_thread(norms, monkeypatch):
+    """On a GPU autograd runs backward in a thread of its own, which knows no `use_backend`."""
+    ran = []
+    backward = backends.triton.batch_norm_act_backward
+
+    def record(*arguments):
+        ran.append(threading.current_thread())
+        return backward(*arguments)
+
+    monkeypatch.setattr(backends.triton, "batch_norm_act_backward", record)
+    x, z = drawn((2, 4, 3, 3), torch.float32, torch.channels_last, 2)
+    weight, bias = vectors(4, 2)
+    outs = [fused(x.requires_grad_(), weight, bias, z)]
+    one = torch.ones_like(weight)
+    outs.append(functional.batch_norm_act(x, weight, one, one.clone().requires_grad_(), bias))
+    block, image = make_block(BLOCKS["basic"], dtype=torch.float32)
+    outs.append(fused_resnet.fuse(block).to(x.device)(image.to(x.device)))
+    for number, out in enumerate(outs):
+        ran.clear()
+        thread = threading.Thread(target=lambda out=out: out.sum().backward())
+        thread.start()
+        thread.join()
+        assert ran, number
