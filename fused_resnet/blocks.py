@@ -375,20 +375,29 @@ def stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
     """One stage after the other: all of their blocks in one call where nothing else is to be seen.
 
     Going through a block's modules in Python between two blocks would find the caches filled with
-    the last one's weights, and takes twice as long as going through all blocks before.
+    the last one's weights, and takes twice as long as going through all blocks before. On a GPU it
+    is what lets a block's kernel compute the next block's first convolution, in the next stage too.
+
+    A stage called by itself, `model.layer1(x)`, is torchvision's `nn.Sequential`, so its blocks run
+    one by one.
     """
-    blocks: list[ops.BlockLayers] | None = []
-    for stage in stages:
-        added = _stage_layers(stage, x)
-        if added is None:
-            blocks = None
-            break
-        blocks += added
+    blocks = stages_layers(stages, x)
     if blocks and (out := ops.residual_blocks(x, blocks)) is not None:
         return out
     for stage in stages:
         x = stage(x)
     return x
+
+
+def stages_layers(stages: list[nn.Module], x: Tensor) -> list[ops.BlockLayers] | None:
+    """The blocks of all stages, or None where calling some stage is more than inference by them."""
+    blocks: list[ops.BlockLayers] = []
+    for stage in stages:
+        added = _stage_layers(stage, x)
+        if added is None:
+            return None
+        blocks += added
+    return blocks
 
 
 def _stage_layers(stage: nn.Module, x: Tensor) -> list[ops.BlockLayers] | None:

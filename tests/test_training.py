@@ -304,11 +304,11 @@ def test_what_frozen_statistics_keep(name, kind, projection):
     for module in (block.conv1, block.conv2, getattr(block, "conv3", None)):
         if module is not None:
             module.register_forward_hook(lambda _, __, out: outputs.append(out.nbytes))
-    eager_kept, _ = kept_bytes(block, x)
+    eager_kept = kept_by(block, x)
     for trained in (True, False):
         for parameter in (p for n, p in fused.named_parameters() if "conv" not in n):
             parameter.requires_grad_(trained)
-        kept, _ = kept_bytes(fused, x)
+        kept = kept_by(fused, x)
         assert kept == sum(outputs)
     assert kept < 0.6 * eager_kept if kind == "eval mode" else kept <= eager_kept
 

@@ -1,7 +1,9 @@
 """`residual_blocks`: whole residual blocks in one call, where the backend has such a kernel.
 
 It is no operator of its own: to compilers, autograd and autocast a block is its `conv_bn_act`
-calls, which compute the same. This only spares a plain inference pass the way through each of them.
+calls, which compute the same, and under autocast, `torch.compile` and `torch.export` it runs as
+these. Elsewhere a plain inference pass is spared the way through each of them, and on the Triton
+backend the way through memory between them.
 """
 
 from __future__ import annotations

@@ -42,31 +42,26 @@ if TYPE_CHECKING:
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # The tensor cores' least depth, and the most channels whose sums fit into registers.
 LEAST_CHANNELS, WIDEST, WIDEST_NEXT = 16, 512, 256
-# Tiles worth compiling by width: block_m, block_n, block_k, num_warps, num_stages. The last are for
-# architectures without warp-group instructions or with little shared memory.
+# Tiles worth compiling by width: block_m, block_n, block_k, num_warps, num_stages. The smaller
+# ones are for what spills, and for little shared memory.
 SHAPES = {
-    64: (
-        (128, 64, 64, 8, 4),
-        (128, 64, 64, 8, 3),
-        (128, 32, 64, 8, 4),
-        (64, 64, 64, 4, 4),
-        (64, 32, 64, 4, 4),
-        (64, 32, 64, 4, 3),
-    ),
-    128: (
-        (128, 64, 64, 8, 4),
-        (128, 32, 64, 8, 4),
-        (128, 32, 64, 8, 3),
-        (64, 64, 64, 8, 4),
-        (64, 32, 64, 8, 4),
-        (64, 32, 64, 8, 3),
-        (64, 32, 32, 8, 3),
-    ),
+    64: ((128, 64, 64, 8, 4), (128, 32, 64, 8, 4), (64, 32, 64, 4, 4)),
+    128: ((128, 64, 64, 8, 4), (128, 32, 64, 8, 3), (64, 64, 64, 8, 4), (64, 32, 64, 8, 3)),
     256: ((64, 64, 64, 8, 4), (64, 32, 64, 8, 4), (64, 32, 32, 8, 3), (32, 32, 32, 4, 2)),
-    512: ((64, 64, 64, 8, 3), (64, 32, 64, 8, 3), (64, 32, 32, 8, 3)),
+    512: ((64, 64, 64, 8, 3), (64, 32, 32, 8, 3)),
 }
-# Next widths that some network of torchvision's has behind a width, and none.
-NEXT_WIDTHS = {64: (0, 64, 128), 128: (0, 128, 256), 256: (0, 256), 512: (0,)}
+# Next widths that some network of torchvision's has behind a width, after a shortcut that is the
+# input and after a projected one, and none.
+NEXT_WIDTHS = {
+    (64, False): (0, 64, 128),
+    (64, True): (0, 64),
+    (128, False): (0, 128, 256),
+    (128, True): (0, 128),
+    (256, False): (0, 256),
+    (256, True): (0, 256),
+    (512, False): (0,),
+    (512, True): (0,),
+}
 # Slices in flight: their weights, as many as the width and the next one have rows, are larger than
 # the 3x3's blocks.
 _SLICE_STAGES = {64: 3, 128: 3, 256: 2, 512: 2}

@@ -11,8 +11,10 @@ import torchvision
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .. import blocks as fused_blocks
 from .. import swap
-from .problem import ConvProblem
+from . import chain
+from .problem import CHAIN_DTYPES, ChainProblem, ConvProblem
 
 
 def of_model(name: str, batch: int, dtype: str, size: int = 224) -> Counter[ConvProblem]:
@@ -33,6 +35,26 @@ def of_model(name: str, batch: int, dtype: str, size: int = 224) -> Counter[Conv
     with torch.no_grad(), recorder:
         model(images)
     return recorder.found
+
+
+def chains_of_model(
+    name: str, batch: int, dtype: str, size: int = 224
+) -> list[ChainProblem | None]:
+    """What a chain can do of each block of one of torchvision's models, in their order.
+
+    None stands for a block that has to run convolution by convolution; so do all in other dtypes
+    than `CHAIN_DTYPES`. Arguments as of `of_model`.
+    """
+    with torch.device("meta"):
+        model = swap.fuse(torchvision.models.get_model(name).eval())
+        images = torch.empty(batch, 3, size, size)
+    if dtype in CHAIN_DTYPES:
+        model.to(getattr(torch, dtype))
+        images = images.to(getattr(torch, dtype))
+    with torch.no_grad():
+        x = fused_blocks.stem(model.conv1, model.bn1, model.relu, model.maxpool, images)
+    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
+    return chain.problems_of(x, fused_blocks.stages_layers(stages, x))
 
 
 class _Recorder(TorchDispatchMode):

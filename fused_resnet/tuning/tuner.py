@@ -5,6 +5,9 @@ convolution with `scale_shift_act`, and cuDNN's fused operators. What would run 
 the library are always among them and are timed to the end, so a choice is never slower than not
 tuning.
 
+Of a chain they are its tiles, with and without the next block's convolution, and its convolutions
+one by one, each as it is chosen by then; these take the library's place.
+
 Every candidate is checked before it is timed: its error against float64 obeys the error rule of
 `testing.py`, and NaN in the input and the residual reaches every output it should and no other
 image. A candidate that fails, or raises, is reported and never chosen. That is how cuDNN's fused
@@ -25,6 +28,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +38,17 @@ from .. import measure
 from ..backends import cuda, cudnn, library
 from ..inputs import first_line
 from ..testing import FACTOR
-from . import cuda_tiles, estimate, reload, table, untuned
+from . import chain, cuda_tiles, estimate, reload, table, untuned
 from .architecture import Architecture
-from .problem import MEASURED, Choice, ConvProblem
+from .problem import (
+    CHAIN_KERNELS,
+    CONVOLUTIONS,
+    MEASURED,
+    ChainProblem,
+    Choice,
+    ConvProblem,
+    Problem,
+)
 
 Timer = Callable[[Mapping[str, Callable[[], object]], int], dict[str, list[float]]]
 """Takes calls by name and a number of rounds; returns each call's times in seconds."""
@@ -75,8 +87,28 @@ class Case:
         return self.arguments[12]
 
 
-Run = Callable[[tuple, ConvProblem], Tensor]
-"""Runs a candidate on the arguments of `conv_bn_act`, and pools where the problem does."""
+@dataclass(frozen=True)
+class ChainCase:
+    """The tensors of a chain, with the references for its results.
+
+    Attributes:
+        problem: what they are of.
+        arguments: the output of the block's first convolution, its input, and the arguments of
+            `conv_bn_act` from `weight` to `groups` of the 3x3, the 1x1, the projection and the next
+            block's first convolution, where there are these, else None.
+        expected: the block's output and the next one's 3x3 input, if it has one, in float64.
+        allowed_errors: of these, relative.
+    """
+
+    problem: ChainProblem
+    arguments: tuple
+    expected: tuple[Tensor, ...]
+    allowed_errors: tuple[float, ...]
+
+
+Run = Callable[[tuple, Problem], Any]
+"""Runs a candidate on a case's arguments. Returns a tensor, pooled where the problem has a pool; of
+a chain a tuple, as `ChainCase.expected`."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +124,7 @@ class Result:
         failures: why a candidate was not timed, by its name.
     """
 
-    problem: ConvProblem
+    problem: Problem
     choice: Choice
     microseconds: dict[str, float]
     untuned: Choice
@@ -112,17 +144,23 @@ class Result:
             self.choice.tile,
             of(self.choice),
             of(self.untuned),
-            of(LIBRARY),
+            of(baseline(self.problem)),
             datetime.date.today().isoformat(),
             _versions(),
         )
 
 
 LIBRARY = Choice("library", None, MEASURED)
+_ONE_BY_ONE = Choice(CONVOLUTIONS, None, MEASURED)
+
+
+def baseline(problem: Problem) -> Choice:
+    """What a problem's candidates are measured against: the library, or no chain."""
+    return _ONE_BY_ONE if isinstance(problem, ChainProblem) else LIBRARY
 
 
 def candidates(
-    problem: ConvProblem, architecture: Architecture, device: torch.device, most: int = MOST_TILES
+    problem: Problem, architecture: Architecture, device: torch.device, most: int = MOST_TILES
 ) -> list[Choice]:
     """What is worth timing: what runs without tuning first, then the rest, the likeliest first.
 
@@ -132,6 +170,15 @@ def candidates(
         device: where it will run; cuDNN's operators are candidates where torch has cuDNN.
         most: how many Triton tiles.
     """
+    if isinstance(problem, ChainProblem):
+        return [
+            replace(untuned(problem, architecture), source=MEASURED),
+            *(
+                choice
+                for choice in chain.candidates(problem, architecture)
+                if str(choice) != str(untuned(problem, architecture))
+            ),
+        ]
     tiles = sorted(
         estimate.candidates(problem, architecture),
         key=lambda tile: estimate.predicted(problem, architecture, tile),
@@ -148,7 +195,7 @@ def candidates(
 
 
 def tune(
-    problem: ConvProblem,
+    problem: Problem,
     architecture: Architecture,
     device: torch.device,
     timer: Timer,
@@ -176,7 +223,8 @@ def tune(
     default = untuned(problem, architecture)
     runner = runner or run_of
     with precision(problem.dtype), torch.inference_mode():
-        case = make_case(problem, device)
+        make = make_chain_case if isinstance(problem, ChainProblem) else make_case
+        case = make(problem, device)
         calls: dict[str, Callable[[], object]] = {}
         failures: dict[str, str] = {}
         for done, choice in enumerate(choices):
@@ -187,7 +235,7 @@ def tune(
             else:
                 failures[str(choice)] = reason
             progress(0.6 * (done + 1) / len(choices))
-        keep = {str(default), str(LIBRARY)}
+        keep = {str(default), str(baseline(problem))}
         medians = race(calls, keep, timer, lambda share: progress(0.6 + 0.4 * share))
     if not medians:
         return Result(problem, default, {}, default, failures)
@@ -214,17 +262,17 @@ class Session:
     results: list[Result] = field(default_factory=list)
     interrupted: bool = False
     unsaved: str | None = None
-    skipped: dict[ConvProblem, str] = field(default_factory=dict)
+    skipped: dict[Problem, str] = field(default_factory=dict)
 
 
 def tune_all(
-    problems: Sequence[ConvProblem],
+    problems: Sequence[Problem],
     architecture: Architecture,
     device: torch.device,
     timer: Timer,
     path: Path,
     *,
-    progress: Callable[[ConvProblem, float], None] = lambda problem, done: None,
+    progress: Callable[[Problem, float], None] = lambda problem, done: None,
     runner: Callable[[Choice], Run] | None = None,
 ) -> Session:
     """Tunes problems one after another; see `tune`. Ctrl-C keeps what was found until then.
@@ -259,6 +307,7 @@ def tune_all(
                 table.merge(path, architecture.name, {problem: entry})
             except OSError as error:
                 session.unsaved = str(error)
+            reload()  # a chain's convolutions run as they were just found to be fastest
     except KeyboardInterrupt:
         session.interrupted = True
     reload()
@@ -303,8 +352,70 @@ def race(
     return {name: statistics.median(times[name]) for name in alive}
 
 
+def make_chain_case(problem: ChainProblem, device: torch.device, seed: int = 0) -> ChainCase:
+    """Random tensors for a chain, channels_last, and their float64 results."""
+    parts = (problem.convolution, problem.expand, problem.project, problem.reduce)
+    cases = [
+        None if part is None else _random_arguments(part, device, seed + index)
+        for index, part in enumerate(parts)
+    ]
+    reduced, shortcut = cases[0][0], cases[1][12]
+    if cases[2] is not None:
+        shortcut = cases[2][0]
+    layers = (None if one is None else one[1:12] for one in cases)
+    arguments = (reduced, shortcut, *layers)
+    expected = _expected_chain(arguments)
+    floor = 4 * torch.finfo(torch.float32).eps
+    allowed = (
+        max(FACTOR * relative_error(eager, exact), floor)
+        for eager, exact in zip(_eager_chain(arguments), expected, strict=True)
+    )
+    return ChainCase(problem, arguments, expected, tuple(allowed))
+
+
+def _eager_chain(arguments: tuple) -> tuple[Tensor, ...]:
+    """A chain by operators of their own, in the dtype of its arguments."""
+    reduced, x, convolution, expand, project, reduce = arguments
+
+    def run(input: Tensor, layer: tuple, residual: Tensor | None, relu: bool) -> Tensor:
+        weight, mean, var, bn_weight, bn_bias, eps, bias, *geometry = layer
+        out = F.conv2d(input, weight, bias, *geometry)
+        out = F.batch_norm(out, mean, var, bn_weight, bn_bias, False, 0.0, eps)
+        if residual is not None:
+            out += residual
+        return F.relu(out) if relu else out
+
+    shortcut = x if project is None else run(x, project, None, False)
+    out = run(run(reduced, convolution, None, True), expand, shortcut, True)
+    return (out,) if reduce is None else (out, run(out, reduce, None, True))
+
+
+def _expected_chain(arguments: tuple) -> tuple[Tensor, ...]:
+    """`_eager_chain` in float64, some images at a time."""
+    layers = tuple(
+        None
+        if layer is None
+        else tuple(one.double() if isinstance(one, Tensor) else one for one in layer)
+        for layer in arguments[2:]
+    )
+    parts = [
+        _eager_chain((*(part.double() for part in images), *layers))
+        for images in zip(*(one.split(_IMAGES_AT_ONCE) for one in arguments[:2]), strict=True)
+    ]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
 def make_case(problem: ConvProblem, device: torch.device, seed: int = 0) -> Case:
     """Random tensors for a problem, channels_last, and their float64 result."""
+    arguments = _random_arguments(problem, device, seed)
+    expected = _expected(arguments, problem)
+    eager = relative_error(_eager(arguments, problem), expected)
+    floor = 4 * torch.finfo(torch.float32).eps
+    return Case(problem, arguments, expected, max(FACTOR * eager, floor))
+
+
+def _random_arguments(problem: ConvProblem, device: torch.device, seed: int) -> tuple:
+    """Those of `conv_bn_act`."""
     dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(problem.dtype, torch.float32)
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -321,7 +432,7 @@ def make_case(problem: ConvProblem, device: torch.device, seed: int = 0) -> Case
     residual = None
     if problem.residual:
         residual = normal(problem.N, problem.K, problem.P, problem.Q).to(**nhwc)
-    arguments = (
+    return (
         normal(problem.N, problem.C, problem.H, problem.W).to(**nhwc),
         weight.to(**nhwc),
         normal(problem.K).mul_(0.3),
@@ -337,16 +448,14 @@ def make_case(problem: ConvProblem, device: torch.device, seed: int = 0) -> Case
         residual,
         "relu",
     )
-    expected = _expected(arguments, problem)
-    eager = relative_error(_eager(arguments, problem), expected)
-    floor = 4 * torch.finfo(torch.float32).eps
-    return Case(problem, arguments, expected, max(FACTOR * eager, floor))
 
 
-def check(run: Run, case: Case) -> str | None:
+def check(run: Run, case: Case | ChainCase) -> str | None:
     """What is wrong with a candidate's results, or None."""
     try:
         out = run(case.arguments, case.problem)
+        if isinstance(case, ChainCase):
+            return _chain_error(out, case) or _chain_nan_error(run, case)
         reason = _error(out, case) or nan_error(run, case)
     except (KeyboardInterrupt, MemoryError):
         raise
@@ -359,6 +468,8 @@ def run_of(choice: Choice) -> Run:
     """How this package runs a choice."""
     if choice.kernel == "triton":
         return lambda arguments, problem: _run_triton(arguments, problem, choice)
+    if choice.kernel in CHAIN_KERNELS:
+        return lambda arguments, problem: _run_chain(arguments, problem, choice)
     if choice.kernel == "cuda":
         return lambda arguments, problem: cuda.conv_bn_act(*arguments, tile=choice.tile)
     if choice.kernel == "library":
@@ -442,6 +553,12 @@ def _run_triton(arguments: tuple, problem: ConvProblem, choice: Choice) -> Tenso
     return _pooled(conv.conv_bn_act(*arguments, tile=choice.tile), problem)
 
 
+def _run_chain(arguments: tuple, problem: ChainProblem, choice: Choice) -> tuple[Tensor, ...]:
+    from ..backends import triton
+
+    return triton.run_chain(arguments, problem, choice)
+
+
 def _run_library(arguments: tuple, problem: ConvProblem) -> Tensor:
     return _pooled(library.conv_bn_act(*arguments), problem)
 
@@ -516,6 +633,36 @@ def nan_error(run: Run, case: Case) -> str | None:
         return f"{lost} of {int(wanted.sum())} NaN lost"
     if found[:-1].any():
         return "NaN in an image that has none"
+    return None
+
+
+def _chain_error(outputs: Sequence[Tensor], case: ChainCase) -> str | None:
+    for name, out, expected, allowed in zip(
+        ("output", "next"), outputs, case.expected, case.allowed_errors, strict=False
+    ):
+        if out.shape != expected.shape:
+            return f"{name}: shape {tuple(out.shape)}, must be {tuple(expected.shape)}"
+        error = relative_error(out, expected)
+        if not error <= allowed:
+            return f"{name}: error {error:.1e}, must be at most {allowed:.1e}"
+    if len(outputs) != len(case.expected):
+        return f"{len(outputs)} outputs, must be {len(case.expected)}"
+    return None
+
+
+def _chain_nan_error(run: Run, case: ChainCase) -> str | None:
+    """As `nan_error`: NaN in a pixel of the last image, and in another of its shortcut."""
+    reduced, shortcut = (one.clone() for one in case.arguments[:2])
+    reduced[-1, :, reduced.size(2) // 2, reduced.size(3) // 2] = float("nan")
+    shortcut[-1, 0, 0, 0] = float("nan")
+    arguments = (reduced, shortcut, *case.arguments[2:])
+    wanted = _expected_chain((reduced[-1:], shortcut[-1:], *case.arguments[2:]))
+    for out, expected in zip(run(arguments, case.problem), wanted, strict=True):
+        found = out.isnan()
+        if lost := int((expected.isnan() & ~found[-1:]).sum()):
+            return f"{lost} of {int(expected.isnan().sum())} NaN lost"
+        if found[:-1].any():
+            return "NaN in an image that has none"
     return None
 
 

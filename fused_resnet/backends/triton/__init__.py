@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ...ops.layout import contiguous_like_eager
-from ...tuning.problem import TILED
+from ...tuning.problem import TILED, ChainProblem, Choice
 from .. import cuda, cudnn, library
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "interpreted",
     "launchers",
     "residual_blocks",
+    "run_chain",
 ]
 
 _CHAIN_DTYPES = (torch.float16, torch.bfloat16)
@@ -300,6 +301,20 @@ def residual_blocks(input: Tensor, blocks: Sequence[tuple[Sequence[tuple], bool]
     from . import blocks as chains
 
     return chains.residual_blocks(input, blocks)
+
+
+def run_chain(arguments: tuple, problem: ChainProblem, choice: Choice) -> tuple[Tensor, ...]:
+    """All that a chain consists of, as chosen, for those who time it; see `tuner.ChainCase`."""
+    launchers()
+    from . import blocks as chains
+
+    reduced, x, *layers = arguments
+    out, following = chains.run(reduced, x, layers, problem, choice)
+    if layers[-1] is None:
+        return (out,)
+    if following is None:
+        following = conv_bn_act(out, *layers[-1], None, "relu")
+    return out, following
 
 
 def _can_run(input: Tensor, weight: Tensor, *others: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ from torch._prims_common import suggest_memory_format
 
 from ... import tuning
 from ...tuning import chain
-from ...tuning.problem import CHAIN, CHAINED, ChainProblem, Choice, Tile
+from ...tuning.problem import CHAIN, CHAIN_WITHOUT_NEXT, CHAINED, ChainProblem, Choice, Tile
 from . import bottleneck, conv_bn_act
 
 if TYPE_CHECKING:
@@ -54,21 +54,51 @@ def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | No
         if reduced is None:
             reduced = conv_bn_act(x, *main[0], None, "relu")
         problem, choice = problems[index], choices[index]
-        if choice is None or choice.kernel not in CHAINED:
-            shortcut = x
-            if projection is not None:
-                shortcut = conv_bn_act(x, *projection, None, "none")
-            for layer in main[1:-1]:
-                reduced = conv_bn_act(reduced, *layer, None, "relu")
-            x, reduced = conv_bn_act(reduced, *main[-1], shortcut, "relu"), None
+        if choice is None:
+            x, reduced = _convolutions(reduced, x, main[1:], projection), None
             continue
-        following = None
-        if choice.kernel == CHAIN and problem.next_width > 0:
-            following = blocks[index + 1][0][0]
-        x, reduced = bottleneck.bottleneck(
-            reduced, x, main[1], main[2], projection, following, tile_for(problem, choice.tile)
-        )
+        following = blocks[index + 1][0][0] if problem.next_width else None
+        x, reduced = run(reduced, x, (*main[1:], projection, following), problem, choice)
     return x if channels_last else x.contiguous()
+
+
+def run(
+    reduced: Tensor,
+    x: Tensor,
+    layers: Sequence[tuple | None],
+    problem: ChainProblem,
+    choice: Choice,
+) -> tuple[Tensor, Tensor | None]:
+    """A block from its second convolution on, as chosen.
+
+    Args:
+        reduced: the output of its first convolution.
+        x: its input.
+        layers: its 3x3, its last 1x1, its projection or None, and the next block's first
+            convolution or None.
+        problem: what `tuning` calls it.
+        choice: how to run it.
+
+    Returns:
+        Its output, and where the choice is a chain with the next block's convolution, that one's.
+    """
+    *main, projection, following = layers
+    if choice.kernel not in CHAINED:
+        return _convolutions(reduced, x, main, projection), None
+    if choice.kernel == CHAIN_WITHOUT_NEXT:
+        following = None
+    tile = tile_for(problem, choice.tile)
+    return bottleneck.bottleneck(reduced, x, *main, projection, following, tile)
+
+
+def _convolutions(
+    out: Tensor, x: Tensor, layers: Sequence[tuple], projection: tuple | None
+) -> Tensor:
+    """A block behind its first convolution, one convolution after the other."""
+    shortcut = x if projection is None else conv_bn_act(x, *projection, None, "none")
+    for layer in layers[:-1]:
+        out = conv_bn_act(out, *layer, None, "relu")
+    return conv_bn_act(out, *layers[-1], shortcut, "relu")
 
 
 def choose(problem: ChainProblem, device: torch.device) -> Choice:
