@@ -22,7 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from . import backends, checks, functional, ops
+from . import backends, checks, functional, ops, reference
 from .models import cifar
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
@@ -155,7 +155,11 @@ def _block_forward(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
     for conv, norm in names[:-1]:
         out = conv_norm_act(modules[conv], modules[norm], out, None, relu)
     conv, norm = names[-1]
-    return conv_norm_act(modules[conv], modules[norm], out, _shortcut(block.downsample, x), relu)
+    last = modules[conv]
+    if pads_channels(block.downsample) and block.downsample.padded_channels(x) == last.out_channels:
+        shortcut = block.downsample.subsampled(x)
+        return conv_norm_act(last, modules[norm], out, shortcut, relu, narrow=True)
+    return conv_norm_act(last, modules[norm], out, _shortcut(block.downsample, x), relu)
 
 
 def _inference_layers(block: BasicBlock | Bottleneck, x: Tensor) -> ops.BlockLayers | None:
@@ -385,19 +389,27 @@ def conv_norm_act(
     x: Tensor,
     residual: Tensor | None,
     relu: nn.ReLU | None,
+    narrow: bool = False,
 ) -> Tensor:
     """`relu(norm(conv(x)) + residual)`, in one where the arguments allow, without hooks.
 
-    Where they do not, this calls the modules, which then raise what they raise.
+    Where they do not, this calls the modules, which then raise what they raise. If `narrow`, a
+    residual of fewer channels stands for one with as many zeros before as behind them.
     """
     activation = "none" if relu is None else "relu"
     if uses_batch_statistics(norm):
+        if narrow:
+            residual = reference.pad_channels(residual, conv.out_channels)
         return _norm_act(norm, conv(x), residual, relu)
     arguments = conv_arguments(conv, norm, x)
-    if checks.conv_error("conv_bn_act", *arguments, residual, activation) is None and keeps_dtype(
-        norm, x
+    if (
+        (narrow or residual is None or residual.shape[1:2] == arguments[1].shape[:1])
+        and checks.conv_error("conv_bn_act", *arguments, residual, activation) is None
+        and keeps_dtype(norm, x)
     ):
         return ops.conv_bn_act(*arguments, residual, activation)
+    if narrow:
+        residual = reference.pad_channels(residual, conv.out_channels)
     return _unfused_norm_act(norm, conv(x), residual, relu)
 
 
@@ -573,6 +585,11 @@ def downsample_obstacle(downsample: nn.Module) -> str | None:
         if reason := _call_obstacle(module):
             return f"downsample{name} {reason}"
     return None
+
+
+def pads_channels(downsample: nn.Module | None) -> bool:
+    """Whether a shortcut has no parameters, only zeros to add, and need not run as a module."""
+    return type(downsample) is cifar.PaddedShortcut and _call_obstacle(downsample) is None
 
 
 def pool_obstacle(maxpool: nn.Module) -> str | None:

@@ -220,7 +220,12 @@ def _ways(module: nn.Module, base: type[nn.Module]) -> Iterator[tuple[str, str]]
     downsample = getattr(module, "downsample", None)
     if downsample is not None:
         reason = blocks.downsample_obstacle(downsample)
-        if reason:
+        if blocks.pads_channels(downsample):
+            backend = backends.choose(children[conv].weight.device.type)
+            in_place = getattr(backend, "reads_narrow_residuals", False)
+            if not in_place or blocks.uses_batch_statistics(children[norm]):
+                yield "padded shortcut", ""
+        elif reason:
             yield "eager downsample", reason
         else:
             yield _way("conv_bn_act", "downsample.0", *downsample._modules.values())
