@@ -252,9 +252,19 @@ def test_internal_operators_keep_to_their_schemas(monkeypatch, name):
         model.eval()
         make_conv_case(ConvShape(16, 24, (3, 3))).fused()
     model.train()(image_batch(4, 40)).sum().backward()
+    train_on_shared_statistics()
     assert calls
     for arguments in calls[:8]:
         torch.library.opcheck(operator, arguments, test_utils=["test_schema"])
+
+
+def train_on_shared_statistics():
+    """The passes of training as processes call them that share a batch."""
+    x = image_batch(2, 8)
+    mean, var = backends.cpu.batch_statistics(x)
+    norm = (x, x, x, None, None, mean, var, 1e-5, "relu")
+    total, dot = backends.cpu.batch_norm_act_backward_sums(*norm)
+    backends.cpu.batch_norm_act_backward_input(*norm, total, dot, x.numel() // 3, True)
 
 
 @pytest.mark.quick
