@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..ops.layout import contiguous_like_eager
 from ..ops.scale_shift_act import scale_shift_act
 from . import library
@@ -33,6 +34,9 @@ __all__ = [
     "release",
     "residual_blocks",
 ]
+
+reads_narrow_residuals = True
+"""Whether `conv_bn_act` takes a residual of fewer channels, without padding it in memory."""
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The filter's taps the kernel keeps offsets for, kMaxRuns in csrc/cpu/conv.h.
@@ -94,6 +98,8 @@ def conv_bn_act(
 ) -> Tensor:
     """One pass: see csrc/cpu/conv.h for the formula and the memory traffic."""
     if not _is_native(input.dtype, weight.shape, groups):
+        if residual is not None:
+            residual = reference.pad_channels(residual, weight.size(0))
         return library.conv_bn_act(
             input,
             weight,
