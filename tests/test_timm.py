@@ -111,12 +111,12 @@ def test_models_in_training(name):
 
 
 def test_gradients_around_attention():
-    """By the error rule over several draws: attention's own are a few sums a layer, so unsteady."""
+    """By the error rule over many draws: attention's own are sums of a few values, so unsteady."""
     errors = defaultdict(lambda: {"fused": [], "eager": []})
-    for seed in range(12):
+    for seed in range(24):
         torch.manual_seed(seed)
-        eager = randomize_(Bottleneck(128, 32, attn_layer=SEModule), seed).train()
-        x = torch.randn(4, 128, 12, 12).to(memory_format=torch.channels_last)
+        eager = randomize_(Bottleneck(64, 16, attn_layer=SEModule), seed).train()
+        x = torch.randn(4, 64, 8, 8).to(memory_format=torch.channels_last)
         models = {"fused": fused_resnet.fuse(copy.deepcopy(eager)), "eager": eager}
         for name, model in models.items():
             exact = double_copy(model)
@@ -127,8 +127,8 @@ def test_gradients_around_attention():
             errors["output"][name].append(relative_error(out, exact_out))
             for tensor, gradient in gradients.items():
                 error = relative_error(gradient, exact_gradients[tensor])
-                errors[tensor][name].append(error)
-    assert len(errors) == 15
+                errors["se" if tensor.startswith("se.") else tensor][name].append(error)
+    assert len(errors) == 12
     for tensor, found in errors.items():
         ours, theirs = (
             sum(error**2 for error in found[name]) ** 0.5 for name in ("fused", "eager")
