@@ -55,14 +55,19 @@ class Transition(blocks.Fused, densenet._Transition):
     """torchvision's `_Transition`, its norm and ReLU in one pass."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
-        x = self.relu(self.norm(input)) if torch.jit.is_scripting() else _norm_relu(self, input)
-        return self.pool(self.conv(x))
+        if torch.jit.is_scripting():
+            for module in self:
+                input = module(input)
+            return input
+        else:
+            return _transition_forward(self, input)
 
 
-def _norm_relu(transition: Transition, x: Tensor) -> Tensor:
+def _transition_forward(transition: Transition, x: Tensor) -> Tensor:
     if blocks.obstacle(transition) is not None or blocks.input_obstacle(x) is not None:
-        return transition.relu(transition.norm(x))
-    return blocks.norm_act(transition.norm, x, transition.relu)
+        return densenet._Transition.forward(transition, x)
+    x = blocks.norm_act(transition.norm, x, transition.relu)
+    return transition.pool(transition.conv(x))
 
 
 def _layer_obstacle(layer: densenet._DenseLayer) -> str | None:
