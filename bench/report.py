@@ -118,13 +118,51 @@ def predicted_section(path: Path, root: Path = ROOT) -> str:
     return "\n".join(lines)
 
 
+def training_section(path: Path) -> str:
+    """What is predicted for training steps on GPUs, as Markdown that says so."""
+    steps = documents.load(path, [documents.PREDICTED])["training"]
+    batches = sorted({step["batch"] for step in steps})
+    lines = [
+        f"**Training on GPUs: predicted, not measured**, {steps[0]['dtype']} autocast, forward and "
+        "backward. How many times as long eager is predicted to take, with the same convolutions "
+        "in both; in brackets the least share of copy bandwidth that a norm of the network is "
+        "predicted to reach, forward and backward.",
+        "",
+        "| | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
+        "| --- |" + " ---: |" * len(batches),
+    ]
+    rows: dict[str, list[str]] = {}
+    for step in sorted(steps, key=lambda step: step["batch"]):
+        times = step["microseconds"]
+        least = (
+            f"{100 * min(norm[f'{way}_share_of_copy_bandwidth'] for norm in step['norms']):.0f} %"
+            for way in ("forward", "backward")
+        )
+        cell = f"{times['eager'] / times['fused']:.2f} ({', '.join(least)})"
+        rows.setdefault(f"{step['gpu']}, {step['model']}", []).append(cell)
+    lines += [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows.items()]
+    step = next(step for step in steps if step["model"] == "resnet50")
+    lines += [
+        "",
+        "What batch norms, adds and ReLUs move, forward and backward, MB per image of "
+        f"{step['model']}:",
+        "",
+        "| block | eager | fused | ratio |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for block in step["blocks"]:
+        eager, fused = (block[f"{how}_megabytes"] / step["batch"] for how in ("eager", "fused"))
+        lines.append(f"| {block['block']} | {eager:.1f} | {fused:.1f} | {fused / eager:.2f} |")
+    return "\n".join(lines)
+
+
 def report(results: Path = RESULTS, root: Path = ROOT) -> str:
     """Everything that belongs between the markers."""
     sections = [models_section(p, root) for p in documents.newest(results, documents.MODELS)]
     sections += [kernels_section(p, root) for p in documents.newest(results, documents.KERNELS)]
     predicted = results / "static" / "predicted.json"
     if predicted.exists():
-        sections.append(predicted_section(predicted, root))
+        sections += [predicted_section(predicted, root), training_section(predicted)]
     return "\n\n".join(sections) or "There are no results yet."
 
 

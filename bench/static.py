@@ -12,6 +12,7 @@ network's shapes would (dtypes, alignment, constants), and writes what came out 
         "instructions": 1100, "tensor_core": {"HGMMA": 4},
         "global_loads": {"LDGSTS.128": 24, "LDG.128": 8}, "global_stores": {"STG.128": 8}}]}
 
+A norm's `block_m` are rows (slabs, where these are combined), its `block_n` channels.
 `spilled_bytes` is a thread's stack, and `occupancy` the share of a multiprocessor's threads that
 registers, shared memory and threads allow to be resident. Loads and stores are counted by their
 width in bits; those of 32 bits have no suffix.
@@ -32,7 +33,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.errors import OutOfResources
 
-from fused_resnet.backends.triton import blocks, bottleneck, conv
+from fused_resnet.backends.triton import batch_norm, blocks, bottleneck, conv
 from fused_resnet.tuning import chain
 from fused_resnet.tuning.architecture import ARCHITECTURES, Architecture
 from fused_resnet.tuning.estimate import best, candidates
@@ -176,9 +177,8 @@ def configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], Prob
     return found
 
 
-def launches(problem: Problem, tile: Tile) -> list[Launch]:
-    """What a call of the backend would launch, found by making one with fake tensors."""
-    recorded: list[Launch] = []
+def recorder(recorded: list[Launch]) -> Any:
+    """What takes the place of the backend's `_launch`, to record instead."""
 
     def record(
         _: Any, kernel: Any, grid: Any, arguments: tuple, num_warps: int, num_stages: int = 3,
@@ -205,10 +205,16 @@ def launches(problem: Problem, tile: Tile) -> list[Launch]:
             )
         )  # fmt: skip
 
+    return record
+
+
+def launches(problem: Problem, tile: Tile) -> list[Launch]:
+    """What a call of the backend would launch, found by making one with fake tensors."""
+    recorded: list[Launch] = []
     dtype = torch.float32 if problem.dtype == "tfloat32" else getattr(torch, problem.dtype)
     precision = "tf32" if problem.dtype == "tfloat32" else "ieee"
     kept = conv._launch, conv.precision
-    conv._launch, conv.precision = record, lambda _: precision
+    conv._launch, conv.precision = recorder(recorded), lambda _: precision
     try:
         with FakeTensorMode(), torch.device("cuda"):
             if isinstance(problem, ChainProblem):
@@ -254,6 +260,28 @@ def _launch_chain(problem: ChainProblem, tile: Tile, dtype: torch.dtype) -> None
         pixels(problem.N, problem.width, problem.H, problem.W), shortcut, layer(of_input),
         layer(last), layer(problem.project), layer(problem.reduce), blocks.tile_for(problem, tile),
     )  # fmt: skip
+
+
+def norm_launches(dtype: str) -> dict[str, list[Launch]]:
+    """What batch norm in training launches forward and backward, with a shortcut and without."""
+    found: dict[str, list[Launch]] = {"norm": [], "norm, add": []}
+    kept = batch_norm._launch
+    try:
+        with FakeTensorMode(), torch.device("cuda"):
+            x, grad = torch.empty(2, 64, 56, 56, 256, dtype=getattr(torch, dtype)).unbind(0)
+            x, grad = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
+            vectors = [torch.empty(256) for _ in range(4)]
+            for layer, recorded in found.items():
+                batch_norm._launch = recorder(recorded)
+                add = layer == "norm, add"
+                residual = grad if add else None
+                batch_norm.batch_norm_act_training(x, *vectors[:2], 1e-5, residual, "relu")
+                batch_norm.batch_norm_act_backward(
+                    grad, x, residual, *vectors, 1e-5, "relu", True, (True, True, True, add)
+                )
+    finally:
+        batch_norm._launch = kept
+    return found
 
 
 def compiled(launch: Launch, architecture: str) -> dict[str, Any]:
@@ -353,6 +381,34 @@ def entries(architecture: str, dtype: str, present: set[tuple[str, Tile]]) -> An
                 "architecture": architecture,
                 **values,
                 "split": split,
+                **compiled(launch, architecture),
+            }
+    kept = {layer for layer, _ in present}
+    yield from norm_entries(architecture, dtype, lambda layer: layer not in kept)
+
+
+def norm_entries(architecture: str, dtype: str, wanted: Callable[[str], bool]) -> Any:
+    """Yields the norms' entries, of the layers that are wanted."""
+    if dtype == "tfloat32":  # norms have no products
+        return
+    seen = set()
+    for layer, found in norm_launches(dtype).items():
+        for launch in found:
+            kernel, constants = launch.kernel.fn.__name__, dict(launch.constants)
+            if launch in seen or not wanted(layer):
+                continue
+            seen.add(launch)
+            yield {
+                "kernel": kernel,
+                "layer": layer,
+                "dtype": dtype,
+                "architecture": architecture,
+                "block_m": constants.get("BLOCK_R") or constants["BLOCK_S"],
+                "block_n": constants["BLOCK_C"],
+                "block_k": 1,
+                "num_warps": launch.num_warps,
+                "num_stages": launch.num_stages,
+                "split": False,
                 **compiled(launch, architecture),
             }
 

@@ -634,13 +634,30 @@ def test_a_chain_moves_ten_units_for_sixteen() -> None:
     assert predict.chain_seconds(first.blocks[0], h100) > predict.CHAIN_EFFICIENCY * 1e-5
 
 
+def test_what_a_training_step_moves() -> None:
+    """ResNet-50's norms, and a Bottleneck by hand: widths 64, 64 and 256 at 56 x 56."""
+    content = documents.load(STATIC / "predicted.json")
+    for step in content["training"]:
+        assert step["microseconds"]["convolutions"] < step["microseconds"]["fused"]
+        assert step["microseconds"]["fused"] < step["microseconds"]["eager"]
+        assert sum(norm["count"] for norm in step["norms"]) == 53
+        assert len(step["blocks"]) == 17
+        block = next(block for block in step["blocks"] if block["block"] == "layer1.1")
+        unit = 2 * step["batch"] * 64 * 56 * 56 / 1e6
+        assert block["eager_megabytes"] == pytest.approx((2 * 13 + 4 * 16) * unit, abs=0.1)
+        assert block["fused_megabytes"] == pytest.approx((2 * 10 + 4 * 11) * unit, abs=0.1)
+        for norm in step["norms"]:
+            assert 0 < norm["forward_share_of_copy_bandwidth"] < 1
+            assert 0 < norm["backward_share_of_copy_bandwidth"] < 1
+
+
 def test_static_says_that_it_predicts(run: Run, tmp_path: Path) -> None:
     written = tmp_path / "p.json"
     code, out, err = run(
         "bench", "static", "--model", "resnet50", "--batch", 32, "--gpu", "H100", "--json", written
     )
     assert code == 0, err
-    assert out.count("PREDICTED") == 2
+    assert out.count("PREDICTED") == 3
     for gpu in predict.GPUS:
         assert gpu in out
     assert "conv_kernel" in out  # what the compiler said, from the repository

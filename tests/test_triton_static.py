@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,39 @@ SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
+
+
+NORM_KERNELS = ["statistics_kernel", "normalize_kernel", "backward_sums_kernel"]
+NORM_KERNELS += ["backward_input_kernel", "combine_statistics_kernel", "combine_sums_kernel"]
+
+
+def judge_norm(entry: dict) -> None:
+    """No spills, room for many programs, 16-byte accesses to whatever is as large as the input."""
+    what = {k: v for k, v in entry.items() if not isinstance(v, dict)}
+    loads, stores = entry["global_loads"], entry["global_stores"]
+    assert entry["spilled_bytes"] == 0, what
+    assert entry["programs_per_multiprocessor"] * entry["num_warps"] >= 16, what
+    assert not entry["tensor_core"], what
+    kernel, add = entry["kernel"], entry["layer"] == "norm, add"
+    # A thread's share of a step; what is left are per-channel vectors and a base of a slab.
+    share = entry["block_m"] * entry["block_n"] // (32 * entry["num_warps"])
+    share = share * (4 if entry["dtype"] == "float32" else 2) // 16
+    tensors = {
+        "statistics_kernel": (1, 0),
+        "normalize_kernel": (1 + add, 1),
+        "backward_sums_kernel": (2 + add, int(add)),
+        "backward_input_kernel": (2, 1),
+    }
+    if kernel in tensors:
+        read, written = tensors[kernel]
+        assert loads["LDG.128"] >= read * share, (what, loads)
+        assert set(loads) <= {"LDG.128", "LDG"}, (what, loads)
+        assert stores.get("STG.128", 0) == written * share, (what, stores)
+        if kernel in ("normalize_kernel", "backward_input_kernel"):
+            assert stores.keys() == {"STG.128"}, (what, stores)
+    else:
+        assert kernel.startswith("combine_"), what
+        assert loads["LDG.128"] >= share // 4, (what, loads)
 
 
 def judge(entry: dict, most_spilled: int = 0) -> None:
@@ -91,6 +125,36 @@ def test_what_compiles_now(architecture):
     reported = f"triton-{importlib.metadata.version('triton')}" in {path.stem for path in REPORTS}
     for entry in entries:
         judge(entry, most_spilled=0 if reported else 8)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_norms_compile_now(architecture):
+    out = run_python(
+        f"""
+        import json, sys
+        sys.path.insert(0, {str(BENCH)!r})
+        import static
+        wanted = lambda layer: layer == "norm, add"
+        print(json.dumps(list(static.norm_entries({architecture!r}, "float16", wanted))))
+        """,
+        TRITON_INTERPRET="0",
+    )
+    entries = json.loads(out.splitlines()[-1])
+    assert {entry["kernel"] for entry in entries} == set(NORM_KERNELS)
+    for entry in entries:
+        judge_norm(entry)
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)
+def test_norms_in_the_report(path):
+    """Every kernel for each architecture and dtype, judged as above."""
+    found = set()
+    for entry in json.loads(path.read_text())["entries"]:
+        if entry["layer"].startswith("norm"):
+            judge_norm(entry)
+            found.add((entry["kernel"], entry["architecture"], entry["dtype"]))
+    dtypes = ["float16", "bfloat16", "float32"]
+    assert found == set(itertools.product(NORM_KERNELS, ARCHITECTURES, dtypes))
 
 
 @pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)

@@ -274,6 +274,7 @@ def static_command(
     content = predict.document(tuple(_models(model)), tuple(_batches(batch)))
     console = _console()
     static.print_networks(console, content)
+    static.print_training(console, content)
     if gpu is not None:
         for network in content["networks"]:
             if network["gpu"] == gpu:

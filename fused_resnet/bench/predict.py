@@ -14,7 +14,10 @@ of the schema "fused_resnet.predicted/2":
             "share_of_copy_bandwidth": 0.9, "share_of_matrix_rate": 0.1}],
         "chains": [{
             "stage": "layer1", "blocks": 3, "width": 64, "megabytes": 2.0, "gigaflops": 3.0,
-            "microseconds": 1.0, "fused_microseconds": 2.0}]}]}
+            "microseconds": 1.0, "fused_microseconds": 2.0}]}],
+     "training": [...]}
+
+`training` is described in `predict_training.py`.
 
 - eager: the library's convolutions, every other operator a kernel of its own.
 - compiled, as `torch.compile` does: all that follows a convolution is one kernel.
@@ -55,7 +58,7 @@ from torch.utils._pytree import tree_leaves
 from ..tuning import estimate, layers, untuned
 from ..tuning.architecture import ARCHITECTURES, Architecture
 from ..tuning.problem import ConvProblem
-from . import documents
+from . import documents, predict_training
 
 GPUS = ("A100", "H100", "H200", "B200", "RTX 4090")
 NETWORKS = ("resnet50", "resnext50_32x4d")
@@ -305,17 +308,30 @@ def document(models: Sequence[str] = NETWORKS, batches: Sequence[int] = BATCHES)
         for name in models
         for batch in batches
     ]
-    return {"schema": documents.PREDICTED, "kind": "prediction", "networks": networks}
+    training = [
+        predict_training.predicted_step(name, batch, ARCHITECTURES[gpu])
+        for gpu in GPUS
+        for name in models
+        for batch in predict_training.BATCHES
+    ]
+    return {
+        "schema": documents.PREDICTED,
+        "kind": "prediction",
+        "networks": networks,
+        "training": training,
+    }
 
 
 def text(content: dict[str, Any]) -> str:
     """The file's text: one line a layer."""
-    lines = []
-    for network in content["networks"]:
-        head = json.dumps({k: v for k, v in network.items() if k not in ("layers", "chains")})
-        for key in ("layers", "chains"):
-            rows = ",\n    ".join(json.dumps(row) for row in network[key])
-            head = f'{head[:-1]}, "{key}": [\n    {rows}]}}'
-        lines.append(f"  {head}")
-    head = json.dumps({k: v for k, v in content.items() if k != "networks"})
-    return f'{head[:-1]}, "networks": [\n' + ",\n".join(lines) + "\n]}\n"
+    parts = [json.dumps({k: v for k, v in content.items() if k not in ("networks", "training")})]
+    for name, lists in (("networks", ("layers", "chains")), ("training", ("norms", "blocks"))):
+        lines = []
+        for network in content[name]:
+            head = json.dumps({k: v for k, v in network.items() if k not in lists})
+            for key in lists:
+                rows = ",\n    ".join(json.dumps(row) for row in network[key])
+                head = f'{head[:-1]}, "{key}": [\n    {rows}]}}'
+            lines.append(f"  {head}")
+        parts.append(f'"{name}": [\n' + ",\n".join(lines) + "\n]")
+    return parts[0][:-1] + ", " + ", ".join(parts[1:]) + "}\n"

@@ -45,6 +45,33 @@ def print_networks(console: Console, content: Mapping[str, Any]) -> None:
     )
 
 
+def print_training(console: Console, content: Mapping[str, Any]) -> None:
+    """Predicted time of training steps, and what their norms, adds and ReLUs move."""
+    table = Table(
+        title="PREDICTED, nothing was measured: training steps in ms, in brackets MB per image "
+        "beside the convolutions",
+        header_style="bold",
+    )
+    for column in ("GPU", "network"):
+        table.add_column(column)
+    table.add_column("batch", justify="right")
+    for column in ("eager", "fused", "eager /\nfused", "least of copy,\nforward", "backward"):
+        table.add_column(column, justify="right")
+    for step in content["training"]:
+        times, moved = step["microseconds"], step["megabytes_per_image"]
+        cells = [f"{times[how] / 1e3:.1f} ({moved[how]:.0f})" for how in ("eager", "fused")]
+        cells.append(f"{times['eager'] / times['fused']:.2f}")
+        for direction in ("forward", "backward"):
+            least = min(n[f"{direction}_share_of_copy_bandwidth"] for n in step["norms"])
+            cells.append(f"{100 * least:.0f} %")
+        table.add_row(step["gpu"], step["model"], str(step["batch"]), *cells)
+    console.print(table)
+    console.print(
+        "By byte counts (fused_resnet/bench/predict_training.py): the same convolutions for both, "
+        "without the optimizer. The last columns are of the norm that is furthest from it."
+    )
+
+
 def print_layers(console: Console, network: Mapping[str, Any]) -> None:
     """Predicted time of a network's layers on one GPU."""
     title = f"PREDICTED: {network['gpu']}, {network['model']}, batch {network['batch']}"
