@@ -30,10 +30,10 @@ from . import compare as comparison
 from .bench.cli import app as bench
 from .console import batch_size, check_model, check_output, error_text, fail, whole_number
 from .inputs import InvalidArgumentError, first_line
-from .tuning import architecture, estimate, layers, tuner
+from .tuning import architecture, chain, estimate, layers, tuner
 from .tuning import table as tables
 from .tuning.architecture import Architecture
-from .tuning.problem import DTYPES, ConvProblem
+from .tuning.problem import DTYPES, ChainProblem, ConvProblem, Problem
 
 app = typer.Typer(
     help="Residual networks with fewer passes over memory: compare, tune, bench, see what works.",
@@ -257,8 +257,18 @@ def tune(
     if predicted_for is not None:
         for (name, count), problems in found.items():
             _print_prediction(f"{model}, batch {count}, {name}", problems, predicted_for)
+            chains = _chains(model, count, name, size)
+            _print_chains(f"{model}, batch {count}, {name}", chains, predicted_for)
         return
-    _tune(model, found, torch.device(device), table, again)
+    # Behind their convolutions, with which they are compared.
+    chains = {(name, count): _chains(model, count, name, size) for name, count in found}
+    _tune(model, [found, chains], torch.device(device), table, again)
+
+
+def _chains(model: str, batch: int, dtype: str, size: int) -> Counter[ChainProblem]:
+    """The blocks that one kernel can run, and how often the model has each."""
+    found = layers.chains_of_model(model, batch, dtype, size)
+    return Counter(problem for problem in found or () if problem is not None)
 
 
 def _architecture(name: str | None) -> Architecture:
@@ -273,7 +283,7 @@ def _architecture(name: str | None) -> Architecture:
 
 def _tune(
     model: str,
-    found: dict[tuple[str, int], Counter[ConvProblem]],
+    found: list[dict[tuple[str, int], Counter[Problem]]],
     device: torch.device,
     path: Path | None,
     again: bool,
@@ -284,7 +294,9 @@ def _tune(
         tables.merge(path, here.name, {})  # fails before the measuring, not after it
     except OSError as error:
         raise InvalidArgumentError(f"--table cannot be written: {error}") from None
-    problems = list(dict.fromkeys(problem for layers in found.values() for problem in layers))
+    problems = list(
+        dict.fromkeys(problem for kind in found for layers in kind.values() for problem in layers)
+    )
     known = set() if again else tables.read(path).keys()
     wanted = [problem for problem in problems if problem not in known]
 
@@ -310,8 +322,9 @@ def _tune(
                 task, description=escape(f"batch {problem.N}, {problem}"), completed=done
             ),
         )
-    for (name, count), layers_found in found.items():
-        _print_tuned(console, f"{model}, batch {count}, {name}", layers_found, session.results)
+    for kind in found:
+        for (name, count), layers_found in kind.items():
+            _print_tuned(console, f"{model}, batch {count}, {name}", layers_found, session.results)
     _print_session(console, session, len(problems) - len(wanted), len(wanted), path)
     if session.interrupted:
         raise typer.Exit(130)
@@ -320,7 +333,7 @@ def _tune(
 
 
 def _print_tuned(
-    console: Console, title: str, layers: Counter[ConvProblem], results: list[tuner.Result]
+    console: Console, title: str, layers: Counter[Problem], results: list[tuner.Result]
 ) -> None:
     rows = [result for result in results if result.problem in layers and result.microseconds]
     if not rows:
@@ -329,11 +342,12 @@ def _print_tuned(
     table.add_column("layer")
     table.add_column("runs", justify="right")
     table.add_column("chosen")
-    for column in ("median\nus", "time / the\nestimate's", "time / the\nlibrary's"):
+    others = "the library's" if tuner.baseline(rows[0].problem) is tuner.LIBRARY else "one by one"
+    for column in ("median\nus", "time / the\nestimate's", f"time /\n{others}"):
         table.add_column(column, justify="right")
-    totals = {"chosen": 0.0, "the estimate's": 0.0, "the library's": 0.0}
+    totals = {"chosen": 0.0, "the estimate's": 0.0, others: 0.0}
     for result in rows:
-        names = (result.choice, result.untuned, tuner.LIBRARY)
+        names = (result.choice, result.untuned, tuner.baseline(result.problem))
         times = [result.microseconds.get(str(name), math.inf) for name in names]
         runs = layers[result.problem]
         for name, time in zip(totals, times, strict=True):
@@ -392,6 +406,36 @@ def _print_prediction(title: str, layers: Counter[ConvProblem], gpu: Architectur
     console = Console()
     console.print(table)
     console.print(f"predicted, all of them: {1e6 * total:.0f} us")
+
+
+def _print_chains(title: str, chains: Counter[ChainProblem], gpu: Architecture) -> None:
+    if not chains:
+        return
+    table = Table(
+        title=f"{title}: blocks, predicted for {gpu.name}, nothing was timed", header_style="bold"
+    )
+    table.add_column("block, from its 3x3 on")
+    for column in ("runs", "candidates"):
+        table.add_column(column, justify="right")
+    table.add_column("the estimate's choice")
+    for column in ("predicted\nus", "one by one,\nus", "bytes and FLOPs\nalone, us"):
+        table.add_column(column, justify="right")
+    saved = 0.0
+    for problem, runs in chains.items():
+        choice = tuning.untuned(problem, gpu)
+        seconds = chain.predicted(problem, gpu, choice)
+        apart = chain.predicted(problem, gpu, tuner.baseline(problem))
+        bound = max(
+            problem.bytes_once / gpu.copy_bandwidth, problem.flops / gpu.rate(problem.dtype)
+        )
+        table.add_row(
+            str(problem), str(runs), str(len(chain.candidates(problem, gpu))), str(choice),
+            f"{1e6 * seconds:.1f}", f"{1e6 * apart:.1f}", f"{1e6 * bound:.1f}",
+        )  # fmt: skip
+        saved += runs * (apart - seconds)
+    console = Console()
+    console.print(table)
+    console.print(f"predicted, of all of the above less: {1e6 * saved:.0f} us")
 
 
 @app.command()

@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from support import MODELS, Run
 from torch import Tensor, nn
 
+import fused_resnet
 from fused_resnet import backends, cli, tuning
 from fused_resnet.backends import cudnn, library
 from fused_resnet.tuning import (
@@ -39,12 +40,21 @@ from fused_resnet.tuning import (
     ConvProblem,
     Tile,
     architecture,
+    chain,
     estimate,
     layers,
     table,
     tuner,
 )
-from fused_resnet.tuning.problem import DTYPES, ESTIMATE, MEASURED, SHIPPED, parse_problem
+from fused_resnet.tuning.problem import (
+    CHAIN_KERNELS,
+    DTYPES,
+    ESTIMATE,
+    MEASURED,
+    SHIPPED,
+    ChainProblem,
+    parse_problem,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -1234,3 +1244,139 @@ def test_tune_needs_triton(
     code, _, err = run("tune", "resnet18")
     assert (code, err.count("\n")) == (2, 1)
     assert "cannot run: no such luck" in err
+
+
+# Chains
+
+BLOCK = ChainProblem(
+    1, 64, 3, 3, 128, (1, 1), (1, 1), (1, 1), "float16", (64, 3, 3, 1, 1), next_width=64
+)
+LAST_BLOCK = dataclasses.replace(
+    BLOCK, N=256, H=56, W=56, K=256, projection=None, next_width=0, dtype="bfloat16"
+)
+
+
+def test_chains_have_keys() -> None:
+    for model in ("resnet50", "wide_resnet50_2"):
+        for problem in layers.chains_of_model(model, 32, "float16"):
+            if problem is not None:
+                assert parse_problem(problem.key) == problem
+    for key in (BLOCK.key.replace("float16", "float32"), BLOCK.key + " ", "chain float16 1x2"):
+        with pytest.raises(ValueError, match="key is"):
+            parse_problem(key)
+    assert str(BLOCK) == "block 64x3x3 to 128, projection of 64, next 64"
+
+
+def test_which_blocks_are_chains() -> None:
+    found = layers.chains_of_model("resnet50", 2, "float16")
+    assert [problem.width for problem in found] == [64] * 3 + [128] * 4 + [256] * 6 + [512] * 3
+    # Across stages, up to a width of 256; the last stage's blocks end with themselves.
+    assert [problem.next_width for problem in found] == [
+        *(64, 64, 128), *(128, 128, 128, 256), *(256, 256, 256, 256, 256, 0), *(0, 0, 0),
+    ]  # fmt: skip
+    assert [index for index, one in enumerate(found) if one.projection] == [0, 3, 7, 13]
+    assert found[3].projection == (256, 56, 56, 2, 2)
+    wide = layers.chains_of_model("wide_resnet50_2", 2, "bfloat16")
+    assert [one and (one.width, one.K) for one in wide][-4:] == [(512, 1024), None, None, None]
+    for model, dtype in (("resnext50_32x4d", "float16"), ("resnet18", "float16")):
+        assert set(layers.chains_of_model(model, 2, dtype)) == {None}
+    assert set(layers.chains_of_model("resnet50", 2, "tfloat32")) == {None}
+
+
+@pytest.mark.parametrize("gpu", architecture.ARCHITECTURES.values(), ids=lambda gpu: gpu.name)
+def test_chain_candidates_fit(gpu: architecture.Architecture) -> None:
+    """In shared memory and registers, by what was compiled; where nothing was, there is none."""
+    compiled = {kind[0] for kind in chain.COMPILED}
+    for problem in layers.chains_of_model("resnet50", 32, "float16"):
+        first, *others = chain.candidates(problem, gpu)
+        assert first.kernel == "convolutions"
+        for choice in others:
+            measured = problem if choice.kernel == "chain" else problem.without_next()
+            assert chain.programs_at_once(measured, gpu, choice.tile) >= 1
+            assert chain.predicted(problem, gpu, choice) > problem.bytes_once / gpu.bandwidth
+            assert chain.can_run(problem, gpu, choice.kernel, choice.tile)
+            assert not chain.can_run(
+                problem, gpu, choice.kernel, dataclasses.replace(choice.tile, num_stages=7)
+            )
+        assert bool(others) <= (gpu.capability[0] in compiled)
+        best = tuning.untuned(problem, gpu)
+        predicted = {str(one): chain.predicted(problem, gpu, one) for one in (first, *others)}
+        assert predicted[str(best)] == min(predicted.values())
+
+
+def test_a_chain_pays_where_bytes_bound() -> None:
+    """On an H100: the first stage of a large batch, not a few pixels of many channels."""
+    assert tuning.untuned(LAST_BLOCK, H100).kernel == "chain"
+    few = dataclasses.replace(LAST_BLOCK, N=1, H=7, W=7, width=512, K=2048)
+    assert tuning.untuned(few, H100).kernel == "convolutions"
+    assert chain.predicted(BLOCK, H100, tuning.untuned(BLOCK, H100)) < 1e-3
+    empty = dataclasses.replace(LAST_BLOCK, N=0)
+    assert chain.predicted(empty, H100, chain.candidates(empty, H100)[1]) == estimate.LAUNCH
+
+
+def test_chains_in_tables(tmp_path: Path, an_h100: architecture.Architecture) -> None:
+    """Written, read and followed; a kernel or tile that a chain cannot have is not."""
+    path = table.user_path(GPU)
+    tile = chain.tiles(BLOCK, H100)[-1]
+    table.merge(path, GPU, {BLOCK: table.Entry("chain", tile, 5.0), SMALL: LIBRARY_ENTRY})
+    table.merge(path, GPU, {LAST_BLOCK: table.Entry("convolutions", None, 7.0)})
+    assert table.read(path)[BLOCK] == table.Entry("chain", tile, 5.0)
+    assert table.read(path)[LAST_BLOCK].kernel == "convolutions"
+    tuning.reload()
+    assert tuning.choose(BLOCK, CUDA) == Choice("chain", tile, MEASURED)
+    assert tuning.choose(LAST_BLOCK, CUDA) == Choice("convolutions", None, MEASURED)
+    too_large = dataclasses.replace(tile, block_m=512)
+    table.merge(path, GPU, {BLOCK: table.Entry("chain", too_large, 5.0)})
+    tuning.reload()
+    assert tuning.choose(BLOCK, CUDA).source == ESTIMATE
+    for fields in ({"kernel": "triton", "tile": None}, {"kernel": "chain", "tile": None}):
+        text = document(choices={BLOCK.key: {"microseconds": 1.0, **fields}})
+        path.write_text(text)
+        with pytest.warns(UserWarning, match="damaged"):
+            assert not table.read(path)
+
+
+def test_a_chains_reference_is_float64() -> None:
+    problem = dataclasses.replace(BLOCK, N=3)
+    case = tuner.make_chain_case(problem, CPU)
+    assert [tuple(one.shape) for one in case.expected] == [(3, 128, 3, 3), (3, 64, 3, 3)]
+    assert {one.dtype for one in case.expected} == {torch.float64}
+
+    def eager(arguments: tuple, problem: ChainProblem) -> tuple[Tensor, ...]:
+        return tuner._eager_chain(arguments)
+
+    assert tuner.check(eager, case) is None
+    for spoil, part in (
+        (lambda out, after: (out, after * 1.01), "next: error"),
+        (lambda out, after: (out * 1.01, after), "output: error"),
+        (lambda out, after: (out[:2], after), "output: shape"),
+        (lambda out, after: (out,), "1 outputs"),
+        (lambda out, after: (out.nan_to_num(0.0), after), "NaN lost"),
+    ):
+        assert part in tuner.check(lambda *both, spoil=spoil: spoil(*eager(*both)), case)
+
+
+@pytest.mark.skipif(TRITON != "yes", reason=f"triton: {TRITON}")
+def test_chains_pass_the_tuners_check() -> None:
+    """Each kind of candidate, as the backend runs it; the fastest is written down."""
+    device = CUDA if torch.cuda.is_available() else CPU
+    gpu = architecture.of_device(device)
+    tried = tuner.candidates(BLOCK, gpu, device)
+    assert {choice.kernel for choice in tried} == set(CHAIN_KERNELS)
+    choices = [next(one for one in tried if one.kernel == kernel) for kernel in CHAIN_KERNELS]
+    seconds = {str(choices[1]): 2e-6}
+    with fused_resnet.use_backend("triton"):
+        result = tuner.tune(
+            BLOCK, gpu, device, FakeTimer(lambda name: seconds.get(name, 1e-5)), choices=choices
+        )
+    assert not result.failures
+    assert result.choice.kernel == "chain without next"
+    assert result.entry().library_microseconds == 10.0
+
+
+def test_dry_run_lists_blocks(run: Run) -> None:
+    code, out, err = run("tune", "resnet50", "--dry-run", "--gpu", "h100", "--batch", "256")
+    assert (code, err) == (0, "")
+    assert "resnet50, batch 256, float16: blocks, predicted for H100, nothing was timed" in out
+    assert "block 64x56x56 to 256" in out
+    assert "chain 128x" in out

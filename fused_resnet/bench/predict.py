@@ -5,7 +5,7 @@ of the schema "fused_resnet.predicted/2":
 
     {"schema": "fused_resnet.predicted/2", "kind": "prediction", "networks": [{
         "gpu": "H100", "model": "resnet50", "dtype": "float16", "batch": 256,
-        "megabytes_per_image": {"eager": 165.0, "fused": 54.0, "chain": 31.0},
+        "megabytes_per_image": {"eager": 165.0, "fused": 54.0, "chain": 42.0, "chained": 31.0},
         "microseconds": {"eager": 1.0, "compiled": 1.0, "fused": 1.0, "chain": 1.0},
         "layers": [{
             "problem": "float16 256x64x56x56 k256 1x1 s1x1 p0x0 d1x1 g1 residual", "count": 3,
@@ -13,7 +13,8 @@ of the schema "fused_resnet.predicted/2":
             "microseconds": 1.0, "eager_microseconds": 2.0,
             "share_of_copy_bandwidth": 0.9, "share_of_matrix_rate": 0.1}],
         "chains": [{
-            "stage": "layer1", "blocks": 3, "width": 64, "megabytes": 2.0, "gigaflops": 3.0,
+            "problem": "chain float16 256x64x56x56 k256 s1x1 p1x1 d1x1 next64", "count": 1,
+            "choice": "chain 128x32x64, 8 warps, 4 stages", "megabytes": 2.0, "gigaflops": 3.0,
             "microseconds": 1.0, "fused_microseconds": 2.0}]}],
      "training": [...]}
 
@@ -22,11 +23,11 @@ of the schema "fused_resnet.predicted/2":
 - eager: the library's convolutions, every other operator a kernel of its own.
 - compiled, as `torch.compile` does: all that follows a convolution is one kernel.
 - fused: batch norm, add, ReLU and the stem's pool inside the convolution (epilogue fusion).
-- chain: as fused, but each Bottleneck of width up to 256 runs from its 3x3 convolution to the next
-  block's first 1x1 in one kernel, which reads the 3x3's input, the shortcut and the weights once
-  and writes the block's output and the next block's 3x3 input once. It stays within a stage, and
-  projections are kernels of their own. No such kernel exists yet. Where `chain_seconds` is more
-  than its layers take fused, they stay fused.
+- chain: as fused, but each Bottleneck runs as `fused_resnet/tuning/chain.py` expects to be fastest:
+  from its 3x3 convolution to the next block's first 1x1 in one kernel, without the latter, or still
+  convolution by convolution. `chains` has the blocks, `microseconds` as chosen and
+  `fused_microseconds` one by one. `megabytes_per_image` of "chained" are those of the network with
+  every block chained that can be, whether or not that is expected to be faster.
 
 The library's convolutions are taken to be as good as the kernels here, so ratios show what fusing
 saves and nothing else. Eager, every other operator takes as long as its tensors' bytes at copy
@@ -39,8 +40,8 @@ tensor once. `share_of_copy_bandwidth` is the time to move them, divided by the 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import itertools
 import json
 import math
 import re
@@ -55,22 +56,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..tuning import estimate, layers, untuned
+from ..tuning import chain, estimate, layers, untuned
 from ..tuning.architecture import ARCHITECTURES, Architecture
-from ..tuning.problem import ConvProblem
+from ..tuning.problem import (
+    CHAIN_WITHOUT_NEXT,
+    CONVOLUTIONS,
+    ChainProblem,
+    Choice,
+    ConvProblem,
+)
 from . import documents, predict_training
 
 GPUS = ("A100", "H100", "H200", "B200", "RTX 4090")
 NETWORKS = ("resnet50", "resnext50_32x4d")
 BATCHES = (1, 32, 256)
 DTYPE = "float16"
-# Widest Bottleneck whose inner activations stay in one multiprocessor's registers.
-WIDEST_CHAIN = 256
-# Of the matrix rate: that of a tile of 128 x 64, see `estimate._efficiency`, with its epilogues.
-CHAIN_EFFICIENCY = 0.7
-# Channels of one step of a product, and steps in flight.
-_BLOCK = 64
-_STAGES = 3
 
 
 class Recorder(TorchDispatchMode):
@@ -112,113 +112,148 @@ def _is_fused(operator: str) -> bool:
     return re.match(r"aten\.(convolution|\w*batch_norm|relu|add|max_pool2d)", operator) is not None
 
 
+@functools.lru_cache(maxsize=64)
+def chains_of(name: str, batch: int, dtype: str) -> Counter[ChainProblem]:
+    """The blocks of a network that the chain kernel takes, and how often it has each."""
+    return Counter(one for one in layers.chains_of_model(name, batch, dtype) if one is not None)
+
+
+def bytes_chosen(problem: ChainProblem, choice: Choice) -> int:
+    """What the launches of a choice move, each tensor once a launch."""
+    if choice.kernel == CONVOLUTIONS:
+        return sum(part.bytes_once for part in problem.parts)
+    if choice.kernel == CHAIN_WITHOUT_NEXT:
+        return problem.without_next().bytes_once + problem.reduce.bytes_once
+    return problem.bytes_once
+
+
+def predicted_chain(problem: ChainProblem, count: int, gpu: Architecture) -> dict[str, Any]:
+    """A block's entry: see this module's docstring."""
+    choice = untuned(problem, gpu)
+    one_by_one = Choice(CONVOLUTIONS, None, choice.source)
+    return {
+        "problem": problem.key,
+        "count": count,
+        "choice": str(choice),
+        "megabytes": round(bytes_chosen(problem, choice) / 1e6, 2),
+        "gigaflops": round(problem.flops / 1e9, 3),
+        "microseconds": round(1e6 * chain.predicted(problem, gpu, choice), 2),
+        "fused_microseconds": round(1e6 * chain.predicted(problem, gpu, one_by_one), 2),
+    }
+
+
 @dataclass(frozen=True)
-class Chain:
-    """The Bottlenecks of one stage of a network, as the chain kernel would run them.
+class BasicBlock:
+    """A BasicBlock's two 3x3 convolutions on a GPU, in a launch each and in one.
 
     Attributes:
-        stage: its module's name.
-        width: output channels of the 3x3 convolutions.
-        blocks: for each, the problems that one launch does: 3x3, 1x1 with the shortcut and, unless
-            it is the stage's last, the next block's first 1x1.
+        batch: images.
+        width: channels.
+        size: rows and columns of an image.
+        rows: of the tile of output pixels a program computes, the fastest one.
+        columns: of the tile.
+        apart: seconds of two launches.
+        chained: seconds of one.
     """
 
-    stage: str
+    batch: int
     width: int
-    blocks: tuple[tuple[ConvProblem, ...], ...]
+    size: int
+    rows: int
+    columns: int
+    apart: float
+    chained: float
+
+    @property
+    def recomputed(self) -> float:
+        """How often a pixel between the convolutions is computed: in its tile and in halos."""
+        return (self.rows + 2) * (self.columns + 2) / (self.rows * self.columns)
+
+    @property
+    def map_bytes(self) -> int:
+        """Of the activations of one tensor."""
+        return 2 * self.batch * self.width * self.size**2
+
+    @property
+    def fewer_bytes(self) -> int:
+        """What is not moved: the tensor between, twice, and the input again as the shortcut."""
+        return 3 * self.map_bytes
 
 
-@functools.lru_cache(maxsize=64)
-def chains_of(name: str, batch: int, dtype: str) -> list[Chain]:
-    """The stages of a network that the chain kernel fits; none for networks without Bottlenecks."""
-    with torch.device("meta"):
-        model = torchvision.models.get_model(name).eval()
-        images = torch.empty(batch, 3, 224, 224)
-    sizes: dict[torch.nn.Module, torch.Size] = {}
-    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
-    for module in convolutions:
-        module.register_forward_pre_hook(lambda m, args: sizes.update({m: args[0].shape}))
-    with torch.no_grad():
-        model(images)
+# Stages of a ResNet-18: width, and rows and columns of an image.
+_BASIC_STAGES = ((64, 56), (128, 28), (256, 14), (512, 7))
+_BASIC_TILES = (4, 7, 8, 14, 16, 28)
+# What half of a multiprocessor's registers hold of sums, bytes.
+_SUM_BYTES = 128 * 1024
 
-    def problem(conv: torch.nn.Conv2d, residual: bool = False) -> ConvProblem:
-        R, S = conv.kernel_size
-        return ConvProblem(
-            *sizes[conv], conv.out_channels, R, S, conv.stride, conv.padding, conv.dilation,
-            conv.groups, dtype, residual,
-        )  # fmt: skip
 
+def basic_blocks(gpu: Architecture, batches: Sequence[int] = BATCHES) -> list[BasicBlock]:
+    """The BasicBlocks of a ResNet-18 of stride 1: see docs/basic_block_chain.md for the model."""
     found = []
-    for stage, blocks in model.named_children():
-        if not stage.startswith("layer") or not hasattr(blocks[0], "conv3"):
-            continue
-        width = blocks[0].conv2.out_channels
-        if width > WIDEST_CHAIN:
-            continue
-        launches = []
-        for block, following in itertools.zip_longest(blocks, list(blocks)[1:]):
-            launch = [problem(block.conv2), problem(block.conv3, residual=True)]
-            if following is not None:
-                launch.append(problem(following.conv1))
-            launches.append(tuple(launch))
-        found.append(Chain(stage, width, tuple(launches)))
+    for width, size in _BASIC_STAGES:
+        for batch in batches:
+            first = ConvProblem(
+                batch, width, size, size, width, 3, 3, (1, 1), (1, 1), (1, 1), 1, DTYPE, False
+            )
+            second = dataclasses.replace(first, residual=True)
+            apart = sum(estimate.predicted(p, gpu, estimate.best(p, gpu)) for p in (first, second))
+            tiles = [
+                (_basic_chain_seconds(first, rows, columns, gpu), rows, columns)
+                for rows in _BASIC_TILES
+                for columns in _BASIC_TILES
+                if rows <= size
+                and columns <= size
+                and 4 * width * _in_rows_of_64((rows + 2) * (columns + 2)) <= _SUM_BYTES
+            ]
+            chained, rows, columns = min(tiles) if tiles else (math.inf, 0, 0)
+            found.append(BasicBlock(batch, width, size, rows, columns, apart, chained))
     return found
 
 
-def chain_bytes(launch: Sequence[ConvProblem]) -> int:
-    """Of one launch: the 3x3's input, shortcut, both outputs, weights and batch norms."""
-    first, last = launch[0], launch[1]
-    weights = sum(problem.weight_bytes + 16 * problem.K for problem in launch)
-    following = launch[2].output_bytes if len(launch) == 3 else 0
-    return first.input_bytes + 2 * last.output_bytes + following + weights
-
-
-def chain_seconds(launch: Sequence[ConvProblem], gpu: Architecture) -> float:
-    """Of one launch, by the rules of `estimate.predicted` with one program a multiprocessor.
-
-    A program has all channels of its pixels, so small images fill few multiprocessors.
-    """
-    first, last = launch[0], launch[1]
-    pixels = first.N * first.P * first.Q
-    rows = 128 if first.K <= 128 else 64  # what leaves the registers room at this width
-    waves = math.ceil(math.ceil(pixels / rows) / gpu.multiprocessors)
-    # Narrow groups share a block of 64 channels, most of whose products are with zeros.
-    dense = max(1.0, _BLOCK * first.groups / first.C) if first.groups > 1 else 1.0
-    products = dense * first.flops + sum(problem.flops for problem in launch[1:])
-    rate = CHAIN_EFFICIENCY * gpu.rate(first.dtype) / gpu.multiprocessors
-    following = launch[2].K if len(launch) == 3 else 0
-    depth = first.R * first.S * max(_BLOCK, first.C // first.groups)
-    steps = depth / _BLOCK + last.K / _BLOCK * (first.K + following) / _BLOCK
-    latency = estimate.LATENCY
+def _basic_chain_seconds(first: ConvProblem, rows: int, columns: int, gpu: Architecture) -> float:
+    """Both convolutions in one launch, by the rules of `estimate.py`, one program on each SM."""
+    width = first.C
+    programs = first.N * -(-first.H // rows) * -(-first.W // columns)
+    halo = (rows + 2) * (columns + 2)
+    waves = -(-programs // gpu.multiprocessors)
+    efficiency = 1 / (1 + 16 / 128 + 16 / width)
+    products = 9 * width**2 * (_in_rows_of_64(halo) + _in_rows_of_64(rows * columns))
+    rate = efficiency * gpu.rate(DTYPE) / gpu.multiprocessors
+    loaded = 2 * programs * (2 * 9 * width**2 + 9 * halo * width + 2 * rows * columns * width)
+    cycles = gpu.clock * min(gpu.multiprocessors, programs)
     terms = (
-        waves * products * rows / pixels / rate,
-        chain_bytes(launch) / gpu.copy_bandwidth,
-        waves * steps * latency / (_STAGES - 1),
+        waves * 2 * products / rate,
+        (first.input_bytes + first.output_bytes + 2 * first.weight_bytes) / gpu.copy_bandwidth,
+        loaded / (estimate.L2_BYTES_PER_CYCLE * cycles),
+        waves * 2 * 9 * -(-width // 64) * estimate.LATENCY / 2,
     )
     hidden = estimate.IMPERFECT * (sum(terms) - max(terms))
-    return max(terms) + hidden + 2 * waves * latency + estimate.LAUNCH
+    return max(terms) + hidden + 2 * waves * estimate.LATENCY + estimate.LAUNCH
 
 
-def predicted_chain(chain: Chain, gpu: Architecture) -> dict[str, Any]:
-    """A stage's entry: see this module's docstring."""
-    seconds, fused, moved, flops = 0.0, 0.0, 0, 0
-    for launch in chain.blocks:
-        layer_by_layer = sum(
-            estimate.predicted_choice(problem, gpu, untuned(problem, gpu)) for problem in launch
+def _in_rows_of_64(pixels: int) -> int:
+    return -(-pixels // 64) * 64
+
+
+def basic_block_table(blocks: Sequence[BasicBlock]) -> str:
+    """The table of docs/basic_block_chain.md."""
+    lines = [
+        "| stage | batch | tile | pixels computed / needed | bytes saved / moved | apart, us "
+        "| in one, us | one / two |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in blocks:
+        stage = f"{one.width} channels, {one.size} x {one.size}"
+        if not one.rows:
+            two = f"{1e6 * one.apart:.1f}"
+            lines.append(f"| {stage} | {one.batch} | none fits | | | {two} | | |")
+            continue
+        lines.append(
+            f"| {stage} | {one.batch} | {one.rows} x {one.columns} | {one.recomputed:.2f} | "
+            f"{one.fewer_bytes / (5 * one.map_bytes):.0%} | {1e6 * one.apart:.1f} | "
+            f"{1e6 * one.chained:.1f} | {one.chained / one.apart:.2f} |"
         )
-        seconds += min(chain_seconds(launch, gpu), layer_by_layer)
-        fused += layer_by_layer
-        moved += chain_bytes(launch)
-        flops += sum(problem.flops for problem in launch)
-    return {
-        "stage": chain.stage,
-        "blocks": len(chain.blocks),
-        "width": chain.width,
-        "megabytes": round(moved / 1e6, 2),
-        "gigaflops": round(flops / 1e9, 3),
-        "microseconds": round(1e6 * seconds, 2),
-        "fused_microseconds": round(1e6 * fused, 2),
-    }
+    return "\n".join(lines) + "\n"
 
 
 def eager_seconds(problem: ConvProblem, gpu: Architecture) -> float:
@@ -271,8 +306,9 @@ def predicted_network(name: str, batch: int, gpu: Architecture) -> dict[str, Any
         + sum(n * estimate.predicted_compiled(p, gpu) for p, n in problems.items()),
         "fused": head + sum(1e-6 * e["microseconds"] * e["count"] for e in entries),
     }
-    chains = [predicted_chain(chain, gpu) for chain in chains_of(name, batch, DTYPE)]
-    saved = sum(one["fused_microseconds"] - one["microseconds"] for one in chains)
+    blocks = chains_of(name, batch, DTYPE)
+    chains = [predicted_chain(problem, count, gpu) for problem, count in blocks.items()]
+    saved = sum(one["count"] * (one["fused_microseconds"] - one["microseconds"]) for one in chains)
     seconds["chain"] = seconds["fused"] - 1e-6 * saved
     fused_bytes = sum(n * p.bytes_once for p, n in problems.items()) + sum(outside)
     return {
@@ -283,7 +319,8 @@ def predicted_network(name: str, batch: int, gpu: Architecture) -> dict[str, Any
         "megabytes_per_image": {
             "eager": round(sum(moved for _, moved in operators) / batch / 1e6, 1),
             "fused": round(fused_bytes / batch / 1e6, 1),
-            "chain": round((fused_bytes - _chain_savings(name, batch)) / batch / 1e6, 1),
+            "chain": round((fused_bytes - saved_bytes(blocks, gpu)) / batch / 1e6, 1),
+            "chained": round((fused_bytes - saved_bytes(blocks, None)) / batch / 1e6, 1),
         },
         "microseconds": {how: round(1e6 * value, 1) for how, value in seconds.items()},
         "layers": entries,
@@ -291,13 +328,13 @@ def predicted_network(name: str, batch: int, gpu: Architecture) -> dict[str, Any
     }
 
 
-def _chain_savings(name: str, batch: int) -> int:
-    """Bytes that the chain kernel does not move and its layers, fused one by one, do."""
-    return sum(
-        sum(problem.bytes_once for problem in launch) - chain_bytes(launch)
-        for chain in chains_of(name, batch, DTYPE)
-        for launch in chain.blocks
-    )
+def saved_bytes(blocks: Counter[ChainProblem], gpu: Architecture | None) -> int:
+    """Bytes that blocks as chosen for a GPU, or all of them chained, move less than one by one."""
+    saved = 0
+    for problem, count in blocks.items():
+        moved = problem.bytes_once if gpu is None else bytes_chosen(problem, untuned(problem, gpu))
+        saved += count * (sum(part.bytes_once for part in problem.parts) - moved)
+    return saved
 
 
 def document(models: Sequence[str] = NETWORKS, batches: Sequence[int] = BATCHES) -> dict[str, Any]:

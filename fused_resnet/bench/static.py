@@ -40,8 +40,8 @@ def print_networks(console: Console, content: Mapping[str, Any]) -> None:
     console.print(table)
     console.print(
         "A roofline model of published figures (fused_resnet/tuning/architecture.py cites them); "
-        "the library's convolutions are taken to be as good as these kernels. The kernel per "
-        "Bottleneck does not exist yet."
+        "the library's convolutions are taken to be as good as these kernels. One kernel per "
+        "Bottleneck where that is predicted to be faster."
     )
 
 
@@ -86,11 +86,11 @@ def print_layers(console: Console, network: Mapping[str, Any]) -> None:
             f"{layer['microseconds']:.1f}", f"{100 * layer['share_of_copy_bandwidth']:.0f} %",
             f"{100 * layer['share_of_matrix_rate']:.0f} %",
         )  # fmt: skip
-    for chain in network["chains"]:
+    for block in network["chains"]:
         table.add_row(
-            f"{chain['stage']}: {chain['blocks']} kernels, one per Bottleneck", "1",
-            f"{chain['megabytes']:.2f}", f"{chain['gigaflops']:.2f}", "",
-            f"{chain['microseconds']:.1f}", "", "",
+            f"{block['problem'].partition(' ')[2]}: {block['choice']}", str(block["count"]),
+            f"{block['megabytes']:.2f}", f"{block['gigaflops']:.2f}", "",
+            f"{block['microseconds']:.1f}", "", "",
         )  # fmt: skip
     console.print(table)
 
