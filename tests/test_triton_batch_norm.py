@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import RUNNERS
 from support import BLOCKS, assert_same_bits, assert_same_nonfinite, dtype_id
-from test_training import block_results, kept_bytes, make_block
+from test_training import block_results, kept_by, make_block
 
 import fused_resnet
 from fused_resnet import backends, functional
@@ -289,7 +289,7 @@ def test_blocks(name, memory):
         eager, x = eager.to(RUNNER.device), x.to(RUNNER.device)
         unused = fused_resnet.fuse(copy.deepcopy(eager), memory=memory)
         with fused_resnet.use_backend("triton"):
-            kept, out = kept_bytes(unused, x.requires_grad_())
+            kept, out = kept_by(unused, x.requires_grad_()), unused(x)
             unit = x.numel() // x.size(1) * 4 * 4
             assert "ResidualBlock" in out.grad_fn.name()
             if not projection:
@@ -335,3 +335,25 @@ def test_backward_in_another_thread(norms, monkeypatch):
         thread.start()
         thread.join()
         assert ran, number
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_what_the_launches_move(norms, residual):
+    """Counted by the launches: the passes over tensors that the kernels' docstrings name."""
+    from fused_resnet.backends.triton import launches
+
+    x, z, grad = drawn((64, 256, 28, 28), torch.float16, torch.channels_last, 3)
+    z, output = (z, x) if residual else (None, None)
+    with launches.logged(run=False) as log:
+        _, mean, var = norms.batch_norm_act_training(x, None, None, 1e-5, z, "relu")
+        forward = sum(launch.bytes for launch in log) / x.nbytes
+        log.clear()
+        need = (True, True, True, residual)
+        norms.batch_norm_act_backward(
+            grad, x, output, None, None, mean, var, 1e-5, "relu", True, need
+        )
+        backward = sum(launch.bytes for launch in log) / x.nbytes
+    # Beside these, the slabs' partial sums, written and read.
+    assert 3 + residual < forward < 3.06 + residual
+    assert 5 + 2 * residual < backward < 5.06 + 2 * residual

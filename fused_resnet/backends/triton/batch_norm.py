@@ -469,6 +469,7 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
         statistics_kernel,
         (slabs * layout.tiles_c,),
         (input, partial, layout.rows, layout.C, layout.S, steps, slabs),
+        writes=("partial_ptr",),
         **layout.constants(),
     )
     _launch(
@@ -476,6 +477,7 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
         combine_statistics_kernel,
         (triton.cdiv(layout.C, _combined(input)),),
         (partial, mean, var, layout.rows, layout.C, steps * layout.block_r, slabs),
+        writes=("mean_ptr", "var_ptr"),
         BLOCK_S=_MOST_SLABS,
         BLOCK_C=_combined(input),
         num_warps=_COMBINE_WARPS,
@@ -583,6 +585,7 @@ def batch_norm_act_backward_sums(
             grad, input, output, mean, var, weight, bias, masked, partial, eps, layout.rows,
             layout.C, layout.S, steps, slabs,
         ),
+        writes=("masked_ptr", "partial_ptr"),
         RELU=activation == "relu",
         **layout.constants(),
     )  # fmt: skip
@@ -591,6 +594,7 @@ def batch_norm_act_backward_sums(
         combine_sums_kernel,
         (triton.cdiv(layout.C, _combined(input)),),
         (partial, var, total, dot, grad_weight, eps, layout.C, slabs),
+        writes=("total_ptr", "dot_ptr", "grad_weight_ptr"),
         BLOCK_S=_MOST_SLABS,
         BLOCK_C=_combined(input),
         num_warps=_COMBINE_WARPS,
@@ -684,6 +688,7 @@ def _input_pass(
             grad, input, output, *vectors, grad_input, masked, eps, 1.0 / count, layout.rows,
             layout.C, layout.S, steps,
         ),
+        writes=("grad_input_ptr", "masked_ptr"),
         RELU=relu,
         **layout.constants(),
     )  # fmt: skip
