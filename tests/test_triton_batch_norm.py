@@ -189,7 +189,9 @@ def test_the_mask_recomputed_is_the_one_used(norms, dtype):
         weight, bias = vectors(6, 2)
         mean, var = norms.batch_statistics(x)
         # Values whose norm is next to nothing: some come out on one side, some on the other.
-        x[0] = (mean - bias * (var + 1e-5).sqrt() / weight)[:, None, None]
+        zero = (mean - bias * (var + 1e-5).sqrt() / weight)[:, None, None]
+        steps = torch.linspace(-2, 2, 55, device=x.device).view(11, 5)
+        x[0] = zero * (1 + steps * torch.finfo(dtype).eps)
         arguments = (weight, bias, mean, var, 1e-5, "relu")
         out = norms.batch_norm_act_inference(x, mean, var, weight, bias, 1e-5, None, "relu")
         assert (out[0] > 0).any()

@@ -751,7 +751,10 @@ def _partial(input: Tensor, values: int, slabs: int) -> Tensor:
 
 
 def _results(input: Tensor, count: int) -> tuple[Tensor, ...]:
-    return torch.empty((count, input.size(1)), dtype=torch.float32, device=input.device).unbind(0)
+    channels = input.size(1)
+    return tuple(
+        torch.empty(channels, dtype=torch.float32, device=input.device) for _ in range(count)
+    )
 
 
 def _combined(input: Tensor) -> int:
