@@ -7,6 +7,7 @@ bits and the kernel only those it stores or multiplies.
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import inspect
 import math
@@ -500,6 +501,36 @@ def test_wrong_arguments_raise_what_the_modules_raise(tile):
             Stages(fused)(x)
         assert type(ours.value) is type(theirs.value)
         assert names(log)["bottleneck_kernel"] <= 1
+
+
+@pytest.mark.quick
+def test_weights_are_arranged_once(tile):
+    """Where they do not lie channels last; anew when changed, gone when released or dead."""
+    stage = Stage()
+    model, x = bottlenecks(stage), input_of(stage, torch.float16)
+    fused = fused_resnet.fuse(model).to(x.device).half()
+    bottleneck._cache.clear()
+    weight = fused[0].conv2.weight
+    with torch.no_grad(), fused_resnet.use_backend("triton"):
+        before = fused(x)
+        assert list(bottleneck._cache) == [id(weight)]
+        kept = bottleneck._cache[id(weight)]
+        assert_same_bits(fused(x), before)
+        assert bottleneck._cache[id(weight)] is kept
+        weight[0] += 1.0
+        after = fused(x)
+        assert bottleneck._cache[id(weight)] is not kept
+        assert not torch.equal(after, before)
+        fused.to(memory_format=torch.channels_last)
+        assert not bottleneck._cache
+        assert_same_bits(fused(x), after)
+        assert not bottleneck._cache
+        fused.to(memory_format=torch.contiguous_format)
+        fused(x)
+        assert len(bottleneck._cache) == 1
+        del weight, kept, fused, model
+    gc.collect()
+    assert not bottleneck._cache
 
 
 # Broken kernels: a line of bottleneck.py, and what it becomes.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +36,7 @@ __all__ = [
     "in_graphs",
     "interpreted",
     "launchers",
+    "release",
     "residual_blocks",
     "run_chain",
 ]
@@ -301,6 +303,14 @@ def residual_blocks(input: Tensor, blocks: Sequence[tuple[Sequence[tuple], bool]
     from . import blocks as chains
 
     return chains.residual_blocks(input, blocks)
+
+
+def release(tensors: Iterable[Tensor]) -> None:
+    """Drops what was made of these weights; see `bottleneck._arranged`."""
+    # Nothing was made where the module was never imported.
+    module = sys.modules.get(f"{__name__}.bottleneck")
+    if module is not None:
+        module.release(tensors)
 
 
 def run_chain(arguments: tuple, problem: ChainProblem, choice: Choice) -> tuple[Tensor, ...]:

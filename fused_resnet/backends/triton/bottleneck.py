@@ -7,7 +7,9 @@ begins at the only convolution that has one.
 from __future__ import annotations
 
 import functools
-from typing import Any
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -245,9 +247,9 @@ def bottleneck(
         # The kernel finds an unprojected shortcut's pixels where it finds the output's.
         identity = shortcut.contiguous(memory_format=torch.channels_last)
         source = identity if project is None else conv._channels_last(shortcut)
-        weights = [conv._filters(layer[0]) for layer in (convolution, expand)]
-        project_weight = None if project is None else conv._filters(project[0])
-        reduce_weight = None if reduce is None else conv._filters(reduce[0])
+        weights = [_arranged(layer[0]) for layer in (convolution, expand)]
+        project_weight = None if project is None else _arranged(project[0])
+        reduce_weight = None if reduce is None else _arranged(reduce[0])
         project_stride = (1, 1) if project is None else project[7]
         conv._launch(
             input,
@@ -291,6 +293,57 @@ def bottleneck(
         )  # fmt: skip
     results = (output, next_input)
     return tuple(None if t is None else t.permute(0, 3, 1, 2) for t in results)
+
+
+def release(tensors: Iterable[Tensor]) -> None:
+    """Drops the arranged copies of these weights."""
+    for tensor in tensors:
+        _cache.pop(id(tensor), None)
+
+
+class _Entry(NamedTuple):
+    weight: weakref.ref[Tensor]
+    # Held so that no other weight can come to lie at the same address while the entry lives.
+    storage: torch.UntypedStorage
+    pointer: int
+    version: int
+    arranged: Tensor
+
+
+_cache: dict[int, _Entry] = {}
+
+
+def _arranged(weight: Tensor) -> Tensor:
+    """The weight as (K, R, S, C), copied once per storage and version where it does not lie so."""
+    rows = weight.permute(0, 2, 3, 1)
+    if rows.is_contiguous():
+        return rows
+    if weight.is_inference():  # such a tensor has no version to tell changes by
+        return rows.contiguous()
+    key = id(weight)
+    entry = _cache.get(key)
+    if (
+        entry is None
+        or entry.weight() is not weight
+        or entry.pointer != weight.data_ptr()
+        or entry.version != weight._version
+    ):
+        forget = functools.partial(_forget, key)
+        entry = _cache[key] = _Entry(
+            weakref.ref(weight, forget),
+            weight.untyped_storage(),
+            weight.data_ptr(),
+            weight._version,
+            rows.contiguous(),
+        )
+    return entry.arranged
+
+
+def _forget(key: int, dead: weakref.ref[Tensor]) -> None:
+    entry = _cache.get(key)
+    # The address may already belong to another weight.
+    if entry is not None and entry.weight is dead:
+        del _cache[key]
 
 
 def _norm(layer: Layer | None) -> tuple[Any, ...]:
