@@ -38,7 +38,7 @@ import signal
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -331,7 +331,7 @@ def compile_source(source: Path, folder: Path, target: Path) -> str | None:
 
 @functools.cache
 def few_instances() -> Path:
-    """A folder with sources of fewer instances, and the objects that follow from them.
+    """A folder with sources of fewer instances.
 
     Of the convolutions, for each way to multiply and load and each length of a row of shared memory
     the smallest; of batch norm, those for float32.
@@ -355,13 +355,19 @@ def few_instances() -> Path:
     assert len(left_out.findall(batch_norm)) == 2
     reduced = folder / "cuda" / "batch_norm.cu"
     reduced.write_text(left_out.sub('fail("float32 alone");', batch_norm))
+    return folder
+
+
+def compile_few_instances(file: str) -> None:
+    """Makes the objects that mutants of a file are linked with or compared to."""
+    folder = few_instances()
+    family = "conv_" if file == CONV else Path(file).stem
     for source in cuda_on_host.sources():
-        if source.name == reduced.name:
-            source = reduced
-        if source.stem.startswith(("batch_norm", "conv_")) or source.name in SCALE_SHIFT_ACT:
+        if source.stem.startswith(family):
+            reduced = folder / "cuda" / source.name
+            source = reduced if reduced.is_file() else source
             complaint = compile_source(source, folder, folder / f"{source.stem}.o")
             assert complaint is None, complaint
-    return folder
 
 
 def _remove(folder: Path, owner: int) -> None:
@@ -523,10 +529,11 @@ def main() -> None:
     parser.add_argument("--survivors", action="store_true", help="judge those again")
     parser.add_argument("--check", type=int, default=0, help="judge so many caught ones again")
     arguments = parser.parse_args()
-    prepare()
     if arguments.check:
+        prepare([CONV])
         check(arguments.check)
         return
+    prepare(file for file in SUITES if file.endswith(arguments.file))
     report = read_report()
     report |= {"seed": arguments.seed, "compiler": compiler()}
     order = [mutant for mutant in sample(arguments.seed) if arguments.only in mutant.line]
@@ -564,13 +571,14 @@ def main() -> None:
     print(score(report["entries"]))
 
 
-def prepare() -> None:
-    """What is the same for every mutant, before processes are forked."""
+def prepare(files: Iterable[str]) -> None:
+    """What is the same for every mutant of these files, before processes are forked."""
     os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(1)
     cuda_on_host.build(cuda_on_host.sources())
     backends.available()
-    few_instances()
+    for file in files:
+        compile_few_instances(file)
 
 
 def compiler() -> str:
