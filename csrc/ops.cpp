@@ -23,12 +23,22 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   // The CPU backend's training: internal too, see csrc/cpu/batch_norm.cpp.
   m.def("batch_statistics(Tensor input) -> (Tensor mean, Tensor var)");
   m.def(
-      "batch_norm_act_backward(Tensor grad, Tensor input, Tensor? output, Tensor mean, "
-      "Tensor? invstd, Tensor scale, Tensor shift, bool relu, Tensor(a!)? grad_input, "
-      "Tensor(b!)? masked) -> (Tensor sum, Tensor dot)");
+      "train_batch_norm_act(Tensor input, Tensor? weight, Tensor? bias, float eps, "
+      "Tensor? residual, str activation) -> (Tensor output, Tensor mean, Tensor var)");
+  m.def(
+      "batch_norm_act_backward(Tensor grad, Tensor input, Tensor? output, Tensor? weight, "
+      "Tensor? bias, Tensor mean, Tensor var, float eps, bool relu, bool training, "
+      "Tensor(a!)? grad_input, Tensor(b!)? masked) -> (Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "batch_norm_act_backward_sums(Tensor grad, Tensor input, Tensor? output, Tensor? weight, "
+      "Tensor? bias, Tensor mean, Tensor var, float eps, bool relu) -> (Tensor total, Tensor dot)");
+  m.def(
+      "batch_norm_act_backward_input(Tensor grad, Tensor input, Tensor? output, Tensor? weight, "
+      "Tensor? bias, Tensor mean, Tensor var, float eps, bool relu, Tensor total, Tensor dot, "
+      "float count, Tensor(a!) grad_input) -> ()");
   m.def(
       "norm_vectors(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps) -> "
-      "(Tensor scale, Tensor shift, Tensor invstd)");
+      "(Tensor scale, Tensor shift)");
   m.def("pool_empty_like(Tensor like) -> Tensor");
 
   m.def("cpu_pool_statistics() -> int[]");

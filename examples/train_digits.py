@@ -11,9 +11,7 @@ The 1797 images of 8 x 8 pixels come with scikit-learn; a fifth of each digit's 
 
 from __future__ import annotations
 
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -253,7 +251,10 @@ def main(
                 progress.update(task, description=f"seed {seed}, {name}")
                 runs.append(train(data, name, seed, epochs, depth, lambda: progress.advance(task)))
     arguments = {"epochs": epochs, "depth": depth, "threads": threads}
-    results = document(runs, arguments, shlex.join(["python", *sys.argv]))
+    options = " ".join(
+        f"--{name} {value}" for name, value in ({"seeds": seeds} | arguments).items()
+    )
+    results = document(runs, arguments, f"python examples/train_digits.py {options}")
     write_json(results, output.with_name(output.name + ".json"))
     draw(results, output.with_name(output.name + ".png"))
     out = Console()

@@ -24,7 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from . import backends, checks, forms, functional, ops
+from . import backends, checks, forms, functional, ops, reference
 from .forms import Form, Unit
 from .models import cifar
 
@@ -196,12 +196,20 @@ def block_forward(block: nn.Module, x: Tensor) -> Tensor:
     for unit in units[:-1]:
         out = run_unit(block, unit, out)
     last = units[-1]
+    downsample = getattr(block, form.shortcut)
     if not working_parts(block, last.between):
-        return run_unit(block, last, out, _shortcut(getattr(block, form.shortcut), x))
+        conv, norm = _conv_norm(block, last)
+        if pads_channels(downsample) and downsample.padded_channels(x) == conv.out_channels:
+            relu, shortcut = forms.part(block, last.act), downsample.subsampled(x)
+            out = conv_norm_act(conv, norm, out, shortcut, relu, narrow=True)
+            for after in working_parts(block, last.after):
+                out = after(out)
+            return out
+        return run_unit(block, last, out, _shortcut(downsample, x))
     out = conv_norm_act(*_conv_norm(block, last), out, None, None)
     for between in working_parts(block, last.between):
         out = between(out)
-    out += _shortcut(getattr(block, form.shortcut), x)
+    out += _shortcut(downsample, x)
     out = forms.part(block, last.act)(out)
     for after in working_parts(block, last.after):
         out = after(out)
@@ -498,19 +506,27 @@ def conv_norm_act(
     x: Tensor,
     residual: Tensor | None,
     relu: nn.ReLU | None,
+    narrow: bool = False,
 ) -> Tensor:
     """`relu(norm(conv(x)) + residual)`, in one where the arguments allow, without hooks.
 
-    Where they do not, this calls the modules, which then raise what they raise.
+    Where they do not, this calls the modules, which then raise what they raise. If `narrow`, a
+    residual of fewer channels stands for one with as many zeros before as behind them.
     """
     activation = "none" if relu is None else "relu"
     if uses_batch_statistics(norm):
+        if narrow:
+            residual = reference.pad_channels(residual, conv.out_channels)
         return _norm_act(norm, conv(x), residual, relu)
     arguments = conv_arguments(conv, norm, x)
-    if checks.conv_error("conv_bn_act", *arguments, residual, activation) is None and keeps_dtype(
-        norm, x
+    if (
+        (narrow or residual is None or residual.shape[1:2] == arguments[1].shape[:1])
+        and checks.conv_error("conv_bn_act", *arguments, residual, activation) is None
+        and keeps_dtype(norm, x)
     ):
         return ops.conv_bn_act(*arguments, residual, activation)
+    if narrow:
+        residual = reference.pad_channels(residual, conv.out_channels)
     return _unfused_norm_act(norm, conv(x), residual, relu)
 
 
@@ -730,6 +746,11 @@ def downsample_obstacle(downsample: nn.Module, what: str = "downsample") -> str 
         if reason := _call_obstacle(module):
             return f"{what}{name} {reason}"
     return None
+
+
+def pads_channels(downsample: nn.Module | None) -> bool:
+    """Whether a shortcut has no parameters, only zeros to add, and need not run as a module."""
+    return type(downsample) is cifar.PaddedShortcut and _call_obstacle(downsample) is None
 
 
 def pool_obstacle(maxpool: nn.Module) -> str | None:

@@ -48,7 +48,8 @@ def conv_bn_act(
         padding: as `conv2d`'s, in numbers.
         dilation: as `conv2d`'s.
         groups: as `conv2d`'s.
-        residual: (N, K, P, Q), of the input's dtype; it is not broadcast.
+        residual: (N, K, P, Q), of the input's dtype; it is not broadcast. Of fewer channels, by an
+            even number, it stands for one that has them in the middle, between zeros.
         activation: "relu" or "none".
 
     Returns:
@@ -433,7 +434,7 @@ def update_running_statistics(
     """
     if isinstance(count, Tensor):
         factor = count / (count - 1).clamp(min=1)
-        weight: float | Tensor = (momentum * (count > 0)).to(mean.dtype)
+        weight: float | Tensor = momentum * (count > 0).to(mean.dtype)
     elif count == 0:
         return
     else:

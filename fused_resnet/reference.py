@@ -13,10 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def pad_channels(residual: Tensor, channels: int) -> Tensor:
+    """`residual` (N, C, *) with as many channels of zeros before its own as behind them."""
+    added = (channels - residual.size(1)) // 2
+    if added == 0:
+        return residual
+    return F.pad(residual, (*[0, 0] * (residual.dim() - 2), added, added))
+
+
 def add_act(input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    """`activation(input + residual)`; `activation` is "relu" or "none"."""
+    """`activation(input + pad_channels(residual))`; `activation` is "relu" or "none"."""
     if residual is not None:
-        input = input + residual
+        input = input + pad_channels(residual, input.size(1))
     if activation == "relu":
         return torch.relu(input)
     if activation == "none":

@@ -219,7 +219,14 @@ def _ways(module: nn.Module, form: Form) -> Iterator[tuple[str, str]]:
     name = form.shortcut
     downsample = getattr(module, name) if name is not None else None
     if downsample is not None:
-        if reason := blocks.downsample_obstacle(downsample, name):
+        reason = blocks.downsample_obstacle(downsample, name)
+        if blocks.pads_channels(downsample):
+            conv, norm = (forms.part(module, part) for part in (units[-1].conv, units[-1].norm))
+            backend = backends.choose(conv.weight.device.type)
+            in_place = getattr(backend, "reads_narrow_residuals", False)
+            if not in_place or blocks.uses_batch_statistics(norm):
+                yield "padded shortcut", ""
+        elif reason:
             yield f"eager {name}", reason
         else:
             before, projection = blocks.split_downsample(downsample)

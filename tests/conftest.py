@@ -20,6 +20,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
+# Read when torch is imported: threads that wait give up the core, which others may need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # Read when Triton is first imported, which is later than this.

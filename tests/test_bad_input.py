@@ -177,9 +177,9 @@ BAD_CONVOLUTIONS = {
         ["residual", "1, 12, 1, 1", "2, 12, 6, 6"],
     ),
     "residual of other channels": (
-        dict(residual=torch.randn(2, 8, 6, 6)),
+        dict(residual=torch.randn(2, 9, 6, 6)),
         ValueError,
-        ["residual", "2, 8, 6, 6", "2, 12, 6, 6"],
+        ["residual", "2, 9, 6, 6", "2, 12, 6, 6"],
     ),
     "residual 3-d": (
         dict(residual=torch.randn(12, 6, 6)),

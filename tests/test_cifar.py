@@ -7,15 +7,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import (
+    ConvShape,
     assert_gradients_by_error_rule,
     assert_same_bits,
     double_copy,
     image_batch,
+    make_conv_case,
+    rerun_on_instruction_set,
+    unchanged,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models import resnet
 
 import fused_resnet
-from fused_resnet import blocks
+from fused_resnet import blocks, reference
 from fused_resnet.models import cifar, cifar_resnet
 from fused_resnet.testing import assert_error_rule, randomize_
 
@@ -249,3 +255,134 @@ def test_a_network_by_hand():
     for network in (model, fused_resnet.fuse(model)):
         with torch.no_grad():
             torch.testing.assert_close(network(x), expected, rtol=1e-10, atol=1e-10)
+
+
+# Output channels, the residual's, and whether its pixels and channels are dense. Blocks of a kernel
+# have 16 or 32 channels: all, some or none of one have a residual.
+NARROW = [
+    (32, 16, True),
+    (64, 32, True),
+    (96, 32, True),
+    (160, 32, True),
+    (64, 62, True),
+    (48, 2, False),
+    (29, 13, True),
+    (64, 20, False),
+]
+
+
+def assert_narrow_like_padded(K, channels, subsampled, memory_format, device, geometries):
+    for filter, padding, stride, groups in geometries:
+        shape = ConvShape(
+            2 * channels, K, filter, (stride, stride), (padding, padding), groups=groups
+        )
+        case = make_conv_case(shape, size=(9, 7), residual=False, device=device)
+        P, Q = case.eager().shape[2:]
+        narrow = torch.randn(2, channels, 2 * P, 2 * Q, device=device)
+        narrow = narrow.contiguous(memory_format=memory_format)
+        narrow = narrow[:, :, ::2, ::2] if subsampled else narrow[:, :, :P, -Q:]
+        for dtype in (torch.float32, torch.bfloat16):
+            for activation in ("relu", "none"):
+                low = case.map(lambda t, dtype=dtype: t.to(dtype))
+                low.activation = activation
+                low.residual = reference.pad_channels(narrow.to(dtype), K)
+                assert low.residual.shape[1] == K
+                expected = low.fused()
+                low.residual = narrow.to(dtype)
+                with unchanged(residual=low.residual):
+                    assert torch.equal(low.fused(), expected)
+
+
+@pytest.mark.parametrize(
+    "memory_format", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"]
+)
+@pytest.mark.parametrize(("K", "channels", "subsampled"), NARROW)
+def test_a_narrow_residual(K, channels, subsampled, memory_format):
+    """It is read as if it lay between zeros, with any strides, and is not written to."""
+    geometries = [((3, 3), 1, 1, 1), ((1, 1), 0, 1, 1), ((3, 3), 1, 2, 1)]
+    if K % channels == 0:
+        geometries.append(((3, 3), 1, 1, channels))
+    with fused_resnet.use_backend("cpu"):
+        assert_narrow_like_padded(K, channels, subsampled, memory_format, "cpu", geometries)
+
+
+@pytest.mark.interpreted
+def test_a_narrow_residual_everywhere(backend):
+    geometries = [((1, 1), 0, 1, 1)]
+    assert_narrow_like_padded(16, 8, True, torch.channels_last, backend.device, geometries)
+
+
+def test_a_narrow_residual_on_another_instruction_set():
+    rerun_on_instruction_set("avx2", __file__, "test_a_narrow_residual and nhwc")
+
+
+def test_gradients_of_a_narrow_residual(backend):
+    shape = ConvShape(6, 16, (3, 3), (1, 1), (1, 1))
+    results = []
+    for fused in (True, False):
+        case = make_conv_case(shape, residual=False, dtype=torch.float64, device=backend.device)
+        z = torch.randn(2, 8, 16, 16, dtype=torch.float64, device=backend.device)
+        z = torch.arange(z.numel(), dtype=z.dtype, device=z.device).view(z.shape).sin()
+        leaves = [z.requires_grad_(), case.weight.requires_grad_(), case.input.requires_grad_()]
+        case.residual = z[:, :, ::2, ::2]
+        if not fused:
+            case.residual = F.pad(case.residual, (0, 0, 0, 0, 4, 4))
+        out = case.fused() if fused else case.eager()
+        results.append(torch.autograd.grad(out.square().sum(), leaves))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("channels", [15, 17, 18, 0])
+def test_residuals_that_do_not_fit(channels):
+    case = make_conv_case(ConvShape(8, 16, (1, 1)), residual=False)
+    case.residual = torch.randn(2, channels, 8, 8)
+    with pytest.raises(ValueError, match=r"residual has shape .* must have"):
+        case.fused()
+    case.residual = torch.randn(2, 14, 8, 7)
+    with pytest.raises(ValueError, match=r"residual has shape .* must have"):
+        case.fused()
+
+
+def test_option_a_is_not_padded_in_memory():
+    """In inference on the CPU no tensor of the padded shape is made but the block's own."""
+    model = fused_resnet.fuse(make("A")).eval()
+    block = model.layer2[0]
+    x = torch.randn(2, 16, 12, 12).to(memory_format=torch.channels_last)
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            names.append(operator.overloadpacket.__name__)
+            return operator(*args, **(kwargs or {}))
+
+    names = []
+    with torch.no_grad(), Seen():
+        block(x)
+    assert names.count("conv_bn_act") == 2
+    assert not {"constant_pad_nd", "cat", "clone", "copy_"} & set(names)
+    ways = {record.path: record.backend for record in fused_resnet.report(model)}
+    assert ways["layer2.0"] == ways["layer1.0"]
+    model.train()
+    assert "padded shortcut" in fused_resnet.report(model)[2].backend
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_shortcut_that_does_not_fit_the_block(training):
+    """It fails as it does unfused: zeros are not added to make it fit."""
+    for shortcut in (cifar.PaddedShortcut(32, 48, 2), nn.Conv2d(32, 62, 1, 2)):
+        for fuse in (False, True):
+            model = make("A").train(training)
+            model.layer3[0].downsample = shortcut
+            if fuse:
+                fused_resnet.fuse(model)
+            with pytest.raises(RuntimeError, match="must match"):
+                model(image_batch(2, 16))
+
+
+def test_a_shortcut_of_one_channel_is_broadcast():
+    """As `+=` does, also where it would do as a narrow residual."""
+    block = resnet.BasicBlock(5, 5, 1, nn.Conv2d(5, 1, 1)).eval()
+    fused = fused_resnet.fuse(copy.deepcopy(block))
+    x = torch.randn(2, 5, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), block(x))

@@ -25,12 +25,15 @@ NAMESPACE = "fused_resnet"
 # Native operators that only a backend calls, on plain tensors, below autograd and tracing.
 INTERNAL = {
     "batch_norm_act_backward",
+    "batch_norm_act_backward_input",
+    "batch_norm_act_backward_sums",
     "batch_statistics",
     "conv_bn_act_packed",
     "norm_vectors",
     "pack_conv_weight",
     "pool_empty_like",
     "residual_blocks_packed",
+    "train_batch_norm_act",
 }
 # Those that stand for a backend's kernels in a compiler's graph: tested in test_triton.py.
 IN_GRAPHS = {"triton_conv_bn_act", "triton_conv_bn_act_max_pool"}
@@ -249,9 +252,19 @@ def test_internal_operators_keep_to_their_schemas(monkeypatch, name):
         model.eval()
         make_conv_case(ConvShape(16, 24, (3, 3))).fused()
     model.train()(image_batch(4, 40)).sum().backward()
+    train_on_shared_statistics()
     assert calls
     for arguments in calls[:8]:
         torch.library.opcheck(operator, arguments, test_utils=["test_schema"])
+
+
+def train_on_shared_statistics():
+    """The passes of training as processes call them that share a batch."""
+    x = image_batch(2, 8)
+    mean, var = backends.cpu.batch_statistics(x)
+    norm = (x, x, x, None, None, mean, var, 1e-5, "relu")
+    total, dot = backends.cpu.batch_norm_act_backward_sums(*norm)
+    backends.cpu.batch_norm_act_backward_input(*norm, total, dot, x.numel() // 3, True)
 
 
 @pytest.mark.quick

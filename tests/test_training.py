@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ from support import (
 )
 from torch import nn
 from torchvision.models import resnet
+from torchvision.ops import FrozenBatchNorm2d
 
 import fused_resnet
-from fused_resnet import functional
-from fused_resnet.testing import assert_error_rule
+from fused_resnet import backends, functional
+from fused_resnet.models import cifar_resnet
+from fused_resnet.testing import assert_error_rule, relative_error
 
 MEMORY = ["normal", "low"]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -81,6 +84,59 @@ def test_gradients_of_any_strides(activation, layout):
         results.append(torch.autograd.grad(out, leaves, grad))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("activation", ["relu", "none"])
+def test_gradients_of_parts_of_a_batch(backend, activation, residual, dtype, memory_format):
+    """The passes of the backward by themselves, on two parts of a batch, against all of it."""
+    module = backends.choose(backend.device)
+    if not hasattr(module, "batch_norm_act_backward_sums"):
+        module = backends.cpu
+    shape, eps = (5, 21, 6, 7), 1e-5
+    x, z, grad = (
+        t.to(backend.device, memory_format=memory_format)
+        for t in torch.randn(3, *shape, dtype=dtype).unbind(0)
+    )
+    weight, bias = torch.randn(2, 21, dtype=dtype, device=backend.device).unbind(0)
+    x[:2] += 3  # so that a part's own statistics are others
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias, z)]
+    expected = F.batch_norm(leaves[0], None, None, *leaves[1:3], True, 0.0, eps)
+    expected = expected + leaves[3] if residual else expected
+    expected = expected.relu() if activation == "relu" else expected
+    expected = torch.autograd.grad(expected, leaves, grad.double(), allow_unused=True)
+
+    var, mean = torch.var_mean(x, (0, 2, 3), unbiased=False)
+    norm = (weight, bias, mean, var, eps, activation)
+    parts = []
+    for part in (slice(0, 2), slice(2, 5)):
+        output = module.batch_norm_act_inference(
+            x[part], mean, var, weight, bias, eps, z[part] if residual else None, activation
+        )
+        parts.append((grad[part], x[part], output if residual else None))
+    total, dot = map(
+        sum,
+        zip(*(module.batch_norm_act_backward_sums(*part, *norm) for part in parts), strict=True),
+    )
+    count = x.numel() // 21
+    inputs, residuals = zip(
+        *(
+            module.batch_norm_act_backward_input(*part, *norm, total, dot, count, residual)
+            for part in parts
+        ),
+        strict=True,
+    )
+    tolerance = 1e-4 if dtype is torch.float32 else 1e-9
+    close = functools.partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
+    close(torch.cat(inputs).double(), expected[0])
+    close((dot * (var + eps).rsqrt()).double(), expected[1])
+    close(total.double(), expected[2])
+    if residual:
+        close(torch.cat(residuals).double(), expected[3])
+    assert_same_bits(grad, torch.cat([part[0] for part in parts]))
 
 
 @pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
@@ -226,6 +282,104 @@ def test_what_a_stem_keeps():
     kept, _ = kept_bytes(model, x)
     raw = 4 * 64 * 32 * 32 * 4
     assert raw <= kept < 1.02 * raw
+
+
+def freeze(block, kind):
+    """Running statistics: of batch norms in eval mode, or of `FrozenBatchNorm2d`."""
+    if kind == "eval mode":
+        return block.eval()
+    norms = [(n, m) for n, m in block.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    for name, norm in norms:
+        frozen = FrozenBatchNorm2d(norm.num_features).to(norm.weight.dtype)
+        frozen.load_state_dict(norm.state_dict())
+        block.set_submodule(name, frozen)
+    return block
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("projection", [True, False])
+@pytest.mark.parametrize("kind", ["eval mode", "frozen"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_frozen_statistics_keep(name, kind, projection):
+    """Each rectified output and nothing else, whether or not weight and bias of norms are trained.
+
+    Eager keeps the raw outputs too if the norms are batch norms, and as much if they are frozen:
+    then the raw ones, by which a weight's gradient would be multiplied, are not needed.
+    """
+    block, x = make_block(BLOCKS[name], projection, dtype=torch.float32)
+    freeze(block, kind)
+    x = x.repeat(4, 1, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    fused = fused_resnet.fuse(copy.deepcopy(block))
+    outputs = []
+    for module in (block.conv1, block.conv2, getattr(block, "conv3", None)):
+        if module is not None:
+            module.register_forward_hook(lambda _, __, out: outputs.append(out.nbytes))
+    eager_kept, _ = kept_bytes(block, x)
+    for trained in (True, False):
+        for parameter in (p for n, p in fused.named_parameters() if "conv" not in n):
+            parameter.requires_grad_(trained)
+        kept, _ = kept_bytes(fused, x)
+        assert kept == sum(outputs)
+    assert kept < 0.6 * eager_kept if kind == "eval mode" else kept <= eager_kept
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("kind", ["eval mode", "frozen"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gradients_with_frozen_statistics(name, kind, trained):
+    """Of everything that requires one, in float64; the buffers stay what they are."""
+    eager, x = make_block(BLOCKS[name])
+    freeze(eager, kind)
+    set_parameters(eager, TRAINED[trained])
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    before = [b.clone() for b in fused.buffers()]
+    for create_graph in (False, True):
+        theirs = block_results(eager, x, create_graph)
+        ours = block_results(fused, x, create_graph)
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    for buffer, old in zip(fused.buffers(), before, strict=True):
+        assert_same_bits(buffer, old)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "memory"), [(torch.float16, "normal"), (torch.bfloat16, "low")], ids=dtype_id
+)
+def test_autocast_with_a_gradient_scaler(dtype, memory):
+    """Accumulated gradients, a step that overflows and is skipped, and steps that are taken."""
+    eager = fused_resnet.testing.randomize_(cifar_resnet(8, shortcut="B")).train()
+    models = {
+        "exact": copy.deepcopy(eager).double(),
+        "fused": fused_resnet.fuse(copy.deepcopy(eager), memory=memory),
+        "eager": eager,
+    }
+    before = torch.nn.utils.parameters_to_vector(eager.parameters()).detach().double()
+    updates, scales = {}, {}
+    for name, model in models.items():
+        low = name != "exact"
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=low)
+        scales[name] = []
+        for step in range(3):
+            optimizer.zero_grad()
+            for part in range(2):
+                x = image_batch(16, 8, model.fc.weight.dtype, seed=2 * step + part)
+                with torch.autocast("cpu", dtype, enabled=low):
+                    loss = F.cross_entropy(model(x), torch.arange(16) % 10)
+                scaler.scale(loss).backward()
+            if low and step == 1:
+                model.conv1.weight.grad[0, 0, 0, 0] = math.inf
+            if low or step != 1:
+                scaler.step(optimizer)
+            scaler.update()
+            scales[name].append(scaler.get_scale())
+        assert all(p.grad.dtype is p.dtype for p in model.parameters())
+        updates[name] = torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before
+    assert scales["fused"] == scales["eager"] == [2.0**10, 2.0**9, 2.0**9]
+    errors = {n: relative_error(updates[n], updates["exact"]) for n in ("fused", "eager")}
+    assert errors["fused"] <= 1.5 * errors["eager"] < 0.5
 
 
 @pytest.mark.parametrize("memory", MEMORY)

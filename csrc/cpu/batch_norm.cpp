@@ -10,7 +10,9 @@
 //
 // in two passes: sums, which reads gradient and input (and the output, where the mask comes from
 // it) and writes g if that is the residual's gradient; and grad_input, which reads the same, or
-// g and the input, and writes once.
+// g and the input, and writes once. Both visit whole rows: a few channels at a time, which would
+// find their values in the cache for the second visit, were tried, and take longer, because
+// prefetching does not follow such strides.
 //
 // Values are summed in float in pieces of a fixed size and those sums in double in a fixed order,
 // so that the result depends on nothing but the input: not on the number of threads.
@@ -28,6 +30,7 @@
 #include "cpu/batch_norm_rows.h"
 #include "cpu/conv_layer.h"
 #include "cpu/isa.h"
+#include "cpu/scale_shift_act_operator.h"
 #include "scale_shift_act.h"
 
 namespace fused_resnet::cpu {
@@ -79,8 +82,8 @@ Layout layout_of(const char* name, const Tensor& tensor) {
   return {per_channel, channels, 1};
 }
 
-template <typename P>
-Tensor per_channel(const std::vector<double>& values) {
+template <typename P, typename Value>
+Tensor per_channel(const std::vector<Value>& values) {
   constexpr ScalarType dtype = sizeof(P) == 8 ? ScalarType::Double : ScalarType::Float;
   Tensor tensor = pool_tensor({static_cast<int64_t>(values.size())}, {1}, dtype);
   P* data = tensor.mutable_data_ptr<P>();
@@ -172,6 +175,69 @@ std::tuple<Tensor, Tensor> batch_statistics(Tensor input) {
                                                    : batch_statistics_in<float>(input, layout);
 }
 
+// ---- batch norm as one multiply-add ------------------------------------------------------------
+
+// A dense (C,) tensor's values.
+template <typename P>
+const P* parameter_data(const char* name, const Tensor& tensor, int64_t channels) {
+  constexpr ScalarType dtype = sizeof(P) == 8 ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(
+      tensor.is_contiguous() && tensor.numel() == channels && tensor.scalar_type() == dtype, name,
+      ": a parameter must be dense, (C,), float32 (float64 for float64)");
+  return tensor.const_data_ptr<P>();
+}
+
+// scale = weight * invstd and shift = bias - mean * scale, with invstd = 1 / sqrt(var + eps). Made
+// here for forward and backward, which must come to the same bits: else a mask that is computed
+// again is not the one used.
+template <typename P>
+struct NormVectors {
+  const P* mean;
+  std::vector<P> scale, shift, invstd;
+
+  NormVectors(const Tensor& mean_in, const Tensor& var, const std::optional<Tensor>& weight,
+              const std::optional<Tensor>& bias, double eps)
+      : scale(mean_in.numel()), shift(mean_in.numel()), invstd(mean_in.numel()) {
+    const int64_t channels = mean_in.numel();
+    const auto data = [&](const Tensor& tensor) {
+      return parameter_data<P>("batch_norm_act", tensor, channels);
+    };
+    mean = data(mean_in);
+    const P* var_data = data(var);
+    const P* weight_data = weight ? data(*weight) : nullptr;
+    const P* bias_data = bias ? data(*bias) : nullptr;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double exact = 1 / std::sqrt(static_cast<double>(var_data[c]) + eps);
+      invstd[c] = static_cast<P>(exact);
+      // Rounded before the shift is made, so that the shift belongs to the scale there will be.
+      scale[c] = static_cast<P>(exact * (weight_data ? static_cast<double>(weight_data[c]) : 1));
+      shift[c] = static_cast<P>((bias_data ? static_cast<double>(bias_data[c]) : 0) -
+                                static_cast<double>(mean[c]) * static_cast<double>(scale[c]));
+    }
+  }
+};
+
+// Scale and shift of tensors that are dense, (C,), and of one dtype, float or double.
+std::tuple<Tensor, Tensor> norm_vectors(Tensor mean, Tensor var, std::optional<Tensor> weight,
+                                        std::optional<Tensor> bias, double eps) {
+  const auto run = [&](auto parameter) -> std::tuple<Tensor, Tensor> {
+    using P = decltype(parameter);
+    const NormVectors<P> vectors(mean, var, weight, bias, eps);
+    return {per_channel<P>(vectors.scale), per_channel<P>(vectors.shift)};
+  };
+  return mean.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+}
+
+// The output, and the batch's mean and biased variance.
+std::tuple<Tensor, Tensor, Tensor> train_batch_norm_act(Tensor input, std::optional<Tensor> weight,
+                                                        std::optional<Tensor> bias, double eps,
+                                                        std::optional<Tensor> residual,
+                                                        std::string activation) {
+  const auto [mean, var] = batch_statistics(input);
+  const auto [scale, shift] = norm_vectors(mean, var, weight, bias, eps);
+  return {scale_shift_act(input, scale, shift, residual, activation), mean, var};
+}
+
 // ---- backward ----------------------------------------------------------------------------------
 
 struct Backward {
@@ -181,7 +247,16 @@ struct Backward {
   Mask mask;
   const char *grad, *input, *output;
   char *grad_input, *masked;
-  const void *mean, *scale, *shift;
+  const void *mean = nullptr, *scale = nullptr, *shift = nullptr;
+
+  template <typename P>
+  void set_parameters(const NormVectors<P>& vectors) {
+    STD_TORCH_CHECK(static_cast<int64_t>(vectors.scale.size()) == layout.channels,
+                    "batch_norm_act: statistics and input have different channels");
+    mean = vectors.mean;
+    scale = vectors.scale.data();
+    shift = vectors.shift.data();
+  }
 };
 
 const char* at(const char* data, int64_t offset) {
@@ -313,46 +388,12 @@ void input_gradient(const Backward& b, const P* slope, const P* offset) {
                });
 }
 
-template <typename P>
-std::tuple<Tensor, Tensor> run_backward(Backward b, const std::optional<Tensor>& invstd) {
-  const auto [images, channels, length] = b.layout;
-  std::vector<double> sum(channels), dot(channels);
-  gradient_sums<P>(b, sum, dot);
-  if (b.grad_input) {
-    if (b.masked) {
-      b.grad = b.masked;
-      b.mask = Mask::everywhere;
-    }
-    std::vector<P> slope(channels), offset(channels);
-    if (invstd) {
-      const P* scale = static_cast<const P*>(b.scale);
-      const P* invstd_data = invstd->const_data_ptr<P>();
-      const double per_value = 1 / static_cast<double>(images * length);
-      for (int64_t c = 0; c < channels; ++c) {
-        const auto scale_c = static_cast<double>(scale[c]);
-        const auto invstd_c = static_cast<double>(invstd_data[c]);
-        slope[c] = static_cast<P>(-scale_c * invstd_c * invstd_c * dot[c] * per_value);
-        offset[c] = static_cast<P>(-scale_c * sum[c] * per_value);
-      }
-    }
-    input_gradient<P>(b, invstd ? slope.data() : nullptr, offset.data());
-  }
-  return {per_channel<P>(sum), per_channel<P>(dot)};
-}
-
-// The sums of g and of g * (input - mean), as the comment at the top has them; writes `grad_input`
-// (through the statistics where `invstd` is given), which may be `grad`, and g to `masked`. Where
-// `output` is given the mask comes from it, else it is computed from the input.
-std::tuple<Tensor, Tensor> batch_norm_act_backward(Tensor grad, Tensor input,
-                                                   std::optional<Tensor> output, Tensor mean,
-                                                   std::optional<Tensor> invstd, Tensor scale,
-                                                   Tensor shift, bool relu,
-                                                   std::optional<Tensor> grad_input,
-                                                   std::optional<Tensor> masked) {
-  constexpr const char* name = "batch_norm_act_backward";
+// What a pass of the backward works on, without the parameters.
+Backward backward_of(const char* name, const Tensor& grad, const Tensor& input,
+                     const std::optional<Tensor>& output, bool relu,
+                     const std::optional<Tensor>& grad_input, const std::optional<Tensor>& masked) {
   STD_TORCH_CHECK(input.numel() > 0, name, ": input is empty");
   const ScalarType dtype = input.scalar_type();
-  const bool is_double = dtype == ScalarType::Double;
   const auto check = [&](const Tensor& tensor) {
     STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.sizes().vec() == input.sizes().vec(),
                     name, ": a tensor has another shape or dtype than input");
@@ -361,71 +402,110 @@ std::tuple<Tensor, Tensor> batch_norm_act_backward(Tensor grad, Tensor input,
                       ": a tensor has other strides than input");
     }
   };
-  const auto check_parameter = [&](const Tensor& parameter) {
-    STD_TORCH_CHECK(
-        parameter.is_contiguous() && parameter.numel() == input.size(1) &&
-            parameter.scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float),
-        name, ": a parameter must be dense, (C,), float32 (float64 for float64)");
-  };
   check(grad);
   if (output) check(*output);
   if (grad_input) check(*grad_input);
   if (masked) check(*masked);
-  for (const Tensor* parameter : {&mean, &scale, &shift}) check_parameter(*parameter);
-  if (invstd) check_parameter(*invstd);
   const Mask mask = !relu ? Mask::everywhere : output ? Mask::output : Mask::recomputed;
-  const Backward backward{
-      rows_for(dtype),
-      layout_of(name, input),
-      static_cast<int64_t>(input.element_size()),
-      mask,
-      static_cast<const char*>(grad.const_data_ptr()),
-      static_cast<const char*>(input.const_data_ptr()),
-      mask == Mask::output ? static_cast<const char*>(output->const_data_ptr()) : nullptr,
-      grad_input ? static_cast<char*>(grad_input->mutable_data_ptr()) : nullptr,
-      masked ? static_cast<char*>(masked->mutable_data_ptr()) : nullptr,
-      mean.const_data_ptr(),
-      scale.const_data_ptr(),
-      shift.const_data_ptr()};
-  return is_double ? run_backward<double>(backward, invstd) : run_backward<float>(backward, invstd);
+  return {rows_for(dtype),
+          layout_of(name, input),
+          static_cast<int64_t>(input.element_size()),
+          mask,
+          static_cast<const char*>(grad.const_data_ptr()),
+          static_cast<const char*>(input.const_data_ptr()),
+          mask == Mask::output ? static_cast<const char*>(output->const_data_ptr()) : nullptr,
+          grad_input ? static_cast<char*>(grad_input->mutable_data_ptr()) : nullptr,
+          masked ? static_cast<char*>(masked->mutable_data_ptr()) : nullptr};
 }
+
+// Sums over the joint batch of `count` values a channel, of which this tensor may be a part.
+struct Sums {
+  std::vector<double> total, dot;
+  double count;
+};
 
 template <typename P>
-std::tuple<Tensor, Tensor, Tensor> norm_vectors_in(const Tensor& mean, const Tensor& var,
-                                                   const std::optional<Tensor>& weight,
-                                                   const std::optional<Tensor>& bias, double eps) {
-  const int64_t channels = mean.numel();
-  const P *mean_data = mean.const_data_ptr<P>(), *var_data = var.const_data_ptr<P>();
-  const P* weight_data = weight ? weight->const_data_ptr<P>() : nullptr;
-  const P* bias_data = bias ? bias->const_data_ptr<P>() : nullptr;
-  std::vector<double> scale(channels), shift(channels), invstd(channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    invstd[c] = 1 / std::sqrt(static_cast<double>(var_data[c]) + eps);
-    // Rounded here, so that the shift belongs to the scale there will be.
-    const P rounded =
-        static_cast<P>(invstd[c] * (weight ? static_cast<double>(weight_data[c]) : 1));
-    scale[c] = static_cast<double>(rounded);
-    shift[c] = (bias ? static_cast<double>(bias_data[c]) : 0) -
-               static_cast<double>(mean_data[c]) * scale[c];
+Sums sums_of(Backward& b, const NormVectors<P>& vectors) {
+  b.set_parameters(vectors);
+  const auto [images, channels, length] = b.layout;
+  Sums sums{std::vector<double>(channels), std::vector<double>(channels),
+            static_cast<double>(images * length)};
+  gradient_sums<P>(b, sums.total, sums.dot);
+  if (b.masked) {  // which later passes read instead
+    b.grad = b.masked;
+    b.mask = Mask::everywhere;
   }
-  return {per_channel<P>(scale), per_channel<P>(shift), per_channel<P>(invstd)};
+  return sums;
 }
 
-// Batch norm as one multiply-add, scale = weight * invstd and shift = bias - mean * scale, with
-// invstd = 1 / sqrt(var + eps). All tensors are dense, (C,), and of one dtype, float or double.
-std::tuple<Tensor, Tensor, Tensor> norm_vectors(Tensor mean, Tensor var,
-                                                std::optional<Tensor> weight,
-                                                std::optional<Tensor> bias, double eps) {
-  const ScalarType dtype = mean.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                  "norm_vectors: mean must be float32 or float64");
-  for (const std::optional<Tensor>& t : {std::optional(var), weight, bias, std::optional(mean)}) {
-    STD_TORCH_CHECK(
-        !t || (t->is_contiguous() && t->scalar_type() == dtype && t->numel() == mean.numel()),
-        "norm_vectors: tensors must be dense and of one size and dtype");
+// Through the statistics where `sums` is given.
+template <typename P>
+void input_gradient_of(Backward& b, const NormVectors<P>& vectors, const Sums* sums) {
+  b.set_parameters(vectors);
+  if (!sums) return input_gradient<P>(b, nullptr, nullptr);
+  std::vector<P> slope(b.layout.channels), offset(b.layout.channels);
+  for (int64_t c = 0; c < b.layout.channels; ++c) {
+    const auto scale = static_cast<double>(vectors.scale[c]);
+    const auto invstd = static_cast<double>(vectors.invstd[c]);
+    slope[c] = static_cast<P>(-scale * invstd * invstd * sums->dot[c] / sums->count);
+    offset[c] = static_cast<P>(-scale * sums->total[c] / sums->count);
   }
-  return dtype == ScalarType::Double ? norm_vectors_in<double>(mean, var, weight, bias, eps)
-                                     : norm_vectors_in<float>(mean, var, weight, bias, eps);
+  input_gradient<P>(b, slope.data(), offset.data());
+}
+
+// Gradients of weight and bias; writes `grad_input`, which may be `grad`, and g to `masked`. Where
+// `output` is given the mask comes from it, else it is computed from the input.
+std::tuple<Tensor, Tensor> batch_norm_act_backward(
+    Tensor grad, Tensor input, std::optional<Tensor> output, std::optional<Tensor> weight,
+    std::optional<Tensor> bias, Tensor mean, Tensor var, double eps, bool relu, bool training,
+    std::optional<Tensor> grad_input, std::optional<Tensor> masked) {
+  Backward b =
+      backward_of("batch_norm_act_backward", grad, input, output, relu, grad_input, masked);
+  const auto run = [&](auto parameter) -> std::tuple<Tensor, Tensor> {
+    using P = decltype(parameter);
+    const NormVectors<P> vectors(mean, var, weight, bias, eps);
+    Sums sums = sums_of(b, vectors);
+    if (grad_input) input_gradient_of(b, vectors, training ? &sums : nullptr);
+    for (int64_t c = 0; c < b.layout.channels; ++c) {
+      sums.dot[c] *= static_cast<double>(vectors.invstd[c]);
+    }
+    return {per_channel<P>(sums.dot), per_channel<P>(sums.total)};
+  };
+  return input.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+}
+
+// The first pass alone: the sums of g and of g * (input - mean).
+std::tuple<Tensor, Tensor> batch_norm_act_backward_sums(Tensor grad, Tensor input,
+                                                        std::optional<Tensor> output,
+                                                        std::optional<Tensor> weight,
+                                                        std::optional<Tensor> bias, Tensor mean,
+                                                        Tensor var, double eps, bool relu) {
+  Backward b = backward_of("batch_norm_act_backward_sums", grad, input, output, relu, {}, {});
+  const auto run = [&](auto parameter) -> std::tuple<Tensor, Tensor> {
+    using P = decltype(parameter);
+    const Sums sums = sums_of(b, NormVectors<P>(mean, var, weight, bias, eps));
+    return {per_channel<P>(sums.total), per_channel<P>(sums.dot)};
+  };
+  return input.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+}
+
+// The second pass alone, with the sums of a joint batch of `count` values a channel.
+void batch_norm_act_backward_input(Tensor grad, Tensor input, std::optional<Tensor> output,
+                                   std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                   Tensor mean, Tensor var, double eps, bool relu, Tensor total,
+                                   Tensor dot, double count, Tensor grad_input) {
+  constexpr const char* name = "batch_norm_act_backward_input";
+  Backward b = backward_of(name, grad, input, output, relu, grad_input, {});
+  const auto run = [&](auto parameter) {
+    using P = decltype(parameter);
+    const auto values = [&](const Tensor& tensor) {
+      const P* data = parameter_data<P>(name, tensor, b.layout.channels);
+      return std::vector<double>(data, data + b.layout.channels);
+    };
+    const Sums sums{values(total), values(dot), count};
+    input_gradient_of(b, NormVectors<P>(mean, var, weight, bias, eps), &sums);
+  };
+  input.scalar_type() == ScalarType::Double ? run(double()) : run(float());
 }
 
 // torch.empty_like(like) in the pool's memory.
@@ -439,7 +519,10 @@ Tensor pool_empty_like(Tensor like) {
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m)
 {
   m.impl("batch_statistics", TORCH_BOX(&batch_statistics));
+  m.impl("train_batch_norm_act", TORCH_BOX(&train_batch_norm_act));
   m.impl("batch_norm_act_backward", TORCH_BOX(&batch_norm_act_backward));
+  m.impl("batch_norm_act_backward_sums", TORCH_BOX(&batch_norm_act_backward_sums));
+  m.impl("batch_norm_act_backward_input", TORCH_BOX(&batch_norm_act_backward_input));
   m.impl("norm_vectors", TORCH_BOX(&norm_vectors));
   m.impl("pool_empty_like", TORCH_BOX(&pool_empty_like));
 }

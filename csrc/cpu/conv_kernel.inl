@@ -231,15 +231,18 @@ struct Product {
   int64_t prefetch_step;
 };
 
-// Where results go. `channels` counts the valid ones of this block.
+// Where results go. `channels` counts the valid ones of this block, of which those in [res_begin,
+// res_end) have a residual, the first of them at `residual`.
 template <class T>
 struct Epilogue {
   const float *scale, *shift;
   const typename T::Storage* residual;
   typename T::Storage* output;
   int64_t out_pixel, res_pixel, out_channel, res_channel;
-  int64_t channels;
-  bool relu, vectorised;
+  int64_t channels, res_begin, res_end;
+  // Whether channels are whole vectors that lie together, and if so, whether only some of them have
+  // a residual.
+  bool relu, vectorised, padded;
 };
 
 // Scale and shift of a block of output channels, from `channel` on, `count` of them.
@@ -272,10 +275,25 @@ __attribute__((noinline)) void store_strided(const float* tile, int64_t width, i
   for (int64_t k = 0; k < e.channels; ++k) {
     for (int64_t i = 0; i < kPixels; ++i) {
       float y = tile[i * width + k];
-      if (e.residual) {
-        y += load_one<T>(e.residual + res + i * e.res_pixel + k * e.res_channel);
+      if (k >= e.res_begin && k < e.res_end) {
+        y += load_one<T>(e.residual + res + i * e.res_pixel + (k - e.res_begin) * e.res_channel);
       }
       store_one<T>(e.output + out + i * e.out_pixel + k * e.out_channel, e.relu ? relu(y) : y);
+    }
+  }
+}
+
+// Whole vectors of channels, some of which have a residual.
+template <class T, int kPixels, int kV>
+__attribute__((noinline)) void store_padded(float* tile, int64_t out, int64_t res,
+                                            const Epilogue<T>& e) {
+  for (int64_t i = 0; i < kPixels; ++i) {
+    float* y = tile + i * kV * kLanes;
+    const typename T::Storage* residual = e.residual + res + i * e.res_pixel;
+    for (int64_t k = e.res_begin; k < e.res_end; ++k) y[k] += load_one<T>(residual++);
+    for (int64_t v = 0; v < kV; ++v) {
+      const Vec sum = Float32::load(y + v * kLanes);
+      T::store(e.output + out + i * e.out_pixel + v * kLanes, e.relu ? relu(sum) : sum);
     }
   }
 }
@@ -361,12 +379,16 @@ void multiply(const Product& product, const Tile& tile, const float* weight, con
     FR_FOR (g, kG)
       FR_FOR (i, kM) acc[g][i][v] = acc[g][i][v] * scale + shift;
   }
-  if (!e.vectorised) {
+  if (!e.vectorised || e.padded) {
     FR_FOR (g, kG) {
       alignas(64) float spill[kM][kV * kLanes];
       FR_FOR (i, kM)
         FR_FOR (v, kV) Float32::store(&spill[i][v * kLanes], acc[g][i][v]);
-      store_strided<T, kM>(&spill[0][0], kV * kLanes, tile.out[g], tile.res[g], e);
+      if (e.vectorised) {
+        store_padded<T, kM, kV>(&spill[0][0], tile.out[g], tile.res[g], e);
+      } else {
+        store_strided<T, kM>(&spill[0][0], kV * kLanes, tile.out[g], tile.res[g], e);
+      }
     }
     return;
   }
@@ -569,10 +591,18 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
       e.scale = scale + block * width;
       e.shift = shift + block * width;
       e.output = base.output + channel * base.out_channel;
-      e.residual = base.residual ? base.residual + channel * base.res_channel : nullptr;
       e.channels = valid(block);
+      // The block's first channel as the residual counts them.
+      const int64_t first = channel - conv.res_skip, res_channels = conv.K - 2 * conv.res_skip;
+      e.res_begin = first < 0 ? -first : 0;
+      e.res_end = res_channels - first < e.channels ? res_channels - first : e.channels;
+      const bool has_residual = base.residual != nullptr && e.res_begin < e.res_end;
+      if (!has_residual) e.res_begin = e.res_end = 0;
+      e.residual =
+          has_residual ? base.residual + (first < 0 ? 0 : first) * base.res_channel : nullptr;
       e.vectorised = e.channels == vectors * kLanes && base.out_channel == 1 &&
-                     (!base.residual || base.res_channel == 1);
+                     (!has_residual || base.res_channel == 1);
+      e.padded = has_residual && e.res_end - e.res_begin < e.channels;
       const float* weight = conv.weight + weight_offset(conv, width, task.group, block);
       // Without help the first tile of a block would wait for its weights. So while the tiles of
       // one block run, the next block is asked for, a part of it by each of the first tiles. Once

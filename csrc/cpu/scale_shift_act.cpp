@@ -1,6 +1,6 @@
 // scale_shift_act on the CPU: output = act(input * scale[c] + shift[c] + residual), in one pass
 // that reads input and residual once and writes output once: (2 or 3) * numel * element size bytes.
-#include "scale_shift_act.h"
+#include "cpu/scale_shift_act_operator.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,6 +11,7 @@
 #include "cpu/conv_layer.h"
 #include "cpu/isa.h"
 #include "cpu/scale_shift_act_row.h"
+#include "scale_shift_act.h"
 
 namespace fused_resnet {
 namespace {
@@ -197,20 +198,21 @@ Tensor finish(const Tensor& input, const Tensor& scale, const Tensor& shift,
   return output;
 }
 
-Tensor scale_shift_act(const Tensor& input, const Tensor& scale, const Tensor& shift,
-                       const std::optional<Tensor>& residual, const std::string& activation) {
+}  // namespace
+
+Tensor cpu::scale_shift_act(const Tensor& input, const Tensor& scale, const Tensor& shift,
+                            const std::optional<Tensor>& residual, const std::string& activation) {
   const bool relu = check_scale_shift_act(input, scale, shift, residual, activation);
   if (input.numel() == 0 || !is_non_overlapping_and_dense(input)) {
     return finish(input, scale, shift, residual, relu, empty_output(input));
   }
   return finish(input, scale, shift, residual, relu,
-                cpu::pool_tensor(input.sizes().vec(), input.strides().vec(), input.scalar_type()));
+                pool_tensor(input.sizes().vec(), input.strides().vec(), input.scalar_type()));
 }
 
-}  // namespace
 }  // namespace fused_resnet
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m)
 {
-  m.impl("scale_shift_act", TORCH_BOX(&fused_resnet::scale_shift_act));
+  m.impl("scale_shift_act", TORCH_BOX(&fused_resnet::cpu::scale_shift_act));
 }

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..ops.layout import contiguous_like_eager
 from ..ops.scale_shift_act import scale_shift_act
 from . import library
@@ -21,8 +22,11 @@ from . import library
 __all__ = [
     "available",
     "batch_norm_act_backward",
+    "batch_norm_act_backward_input",
+    "batch_norm_act_backward_sums",
     "batch_norm_act_inference",
     "batch_norm_act_training",
+    "batch_statistics",
     "conv_bn_act",
     "conv_bn_act_max_pool",
     "empty_cache",
@@ -30,6 +34,9 @@ __all__ = [
     "release",
     "residual_blocks",
 ]
+
+reads_narrow_residuals = True
+"""Whether `conv_bn_act` takes a residual of fewer channels, without padding it in memory."""
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The filter's taps the kernel keeps offsets for, kMaxRuns in csrc/cpu/conv.h.
@@ -42,7 +49,10 @@ _conv_bn_act_packed = torch.ops.fused_resnet.conv_bn_act_packed.default
 _residual_blocks_packed = torch.ops.fused_resnet.residual_blocks_packed.default
 _pack_conv_weight = torch.ops.fused_resnet.pack_conv_weight.default
 _batch_statistics = torch.ops.fused_resnet.batch_statistics.default
+_train_batch_norm_act = torch.ops.fused_resnet.train_batch_norm_act.default
 _batch_norm_act_backward = torch.ops.fused_resnet.batch_norm_act_backward.default
+_batch_norm_act_backward_sums = torch.ops.fused_resnet.batch_norm_act_backward_sums.default
+_batch_norm_act_backward_input = torch.ops.fused_resnet.batch_norm_act_backward_input.default
 _norm_vectors = torch.ops.fused_resnet.norm_vectors.default
 _pool_empty_like = torch.ops.fused_resnet.pool_empty_like.default
 
@@ -88,6 +98,8 @@ def conv_bn_act(
 ) -> Tensor:
     """One pass: see csrc/cpu/conv.h for the formula and the memory traffic."""
     if not _is_native(input.dtype, weight.shape, groups):
+        if residual is not None:
+            residual = reference.pad_channels(residual, weight.size(0))
         return library.conv_bn_act(
             input,
             weight,
@@ -194,10 +206,15 @@ def batch_norm_act_training(
     input = contiguous_like_eager(input)
     if input.numel() == 0:
         mean, var = library.batch_statistics(input)
-    else:
-        mean, var = _batch_statistics(input)
-    scale, shift, _ = _vectors(mean, var, weight, bias, eps, input.dtype)
-    return scale_shift_act(input, scale, shift, residual, activation), mean, var
+        return scale_shift_act(input, mean, var, residual, activation), mean, var
+    weight, bias = _in_accumulation_dtype(input, weight, bias)
+    return _train_batch_norm_act(input, weight, bias, eps, residual, activation)
+
+
+def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, (C,) each, float32 (float64 for float64), in one pass."""
+    input = contiguous_like_eager(input)
+    return library.batch_statistics(input) if input.numel() == 0 else _batch_statistics(input)
 
 
 def batch_norm_act_inference(
@@ -211,25 +228,18 @@ def batch_norm_act_inference(
     activation: str,
 ) -> Tensor:
     """Everything in one pass."""
-    scale, shift, _ = _vectors(running_mean, running_var, weight, bias, eps, input.dtype)
+    parameters = _in_accumulation_dtype(input, running_mean, running_var, weight, bias)
+    scale, shift = _norm_vectors(*parameters, eps)
     return scale_shift_act(contiguous_like_eager(input), scale, shift, residual, activation)
 
 
-def _vectors(
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`library.scale_and_shift`'s two, and `1 / sqrt(var + eps)`, in one call.
-
-    Forward and backward must come to the same bits: where they do not, a mask is not the one used.
-    """
-    accumulate = torch.float64 if dtype is torch.float64 else torch.float32
-    tensors = (t if t is None else t.to(accumulate).contiguous() for t in (mean, var, weight, bias))
-    return _norm_vectors(*tensors, eps)
+def _in_accumulation_dtype(input: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """(C,) parameters as the native operators take them."""
+    dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
+    return tuple(
+        p if p is None or (p.dtype is dtype and p.is_contiguous()) else p.to(dtype).contiguous()
+        for p in parameters
+    )
 
 
 def batch_norm_act_backward(
@@ -266,30 +276,125 @@ def batch_norm_act_backward(
     Returns:
         The gradients, None where not needed; those of weight and bias in the accumulation dtype.
     """
-    input = contiguous_like_eager(input)
     relu = activation == "relu"
     need_input, need_weight, need_bias, need_residual = need
-    if grad.stride() != input.stride():
-        grad = _pool_empty_like(input).copy_(grad)
+    grad, input, output, copied = _lying_alike(grad, input, output)
+    if copied:
         overwrite = relu or not need_residual  # whose gradient may be `grad` itself
-    if output is not None and output.stride() != input.stride():
-        output = _pool_empty_like(input).copy_(output)
-    scale, shift, invstd = _vectors(mean, var, weight, bias, eps, input.dtype)
-    mean = mean.to(scale.dtype).contiguous()
     masked = _pool_empty_like(input) if need_residual and relu else None
     grad_input = None
     if need_input:
         grad_input = grad if overwrite else _pool_empty_like(input)
-    total, dot = _batch_norm_act_backward(
-        grad, input, output, mean, invstd if training else None, scale, shift, relu, grad_input,
-        masked,
-    )  # fmt: skip
+    parameters = _in_accumulation_dtype(input, weight, bias, mean, var)
+    grad_weight, grad_bias = _batch_norm_act_backward(
+        grad, input, output, *parameters, eps, relu, training, grad_input, masked
+    )
     return (
         grad_input,
-        dot.mul_(invstd) if need_weight else None,
-        total if need_bias else None,
+        grad_weight if need_weight else None,
+        grad_bias if need_bias else None,
         (masked if relu else grad) if need_residual else None,
     )
+
+
+def batch_norm_act_backward_sums(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """The first pass of `batch_norm_act_backward`, for statistics that processes share.
+
+    Args:
+        grad: as the others, see `batch_norm_act_backward`; not empty.
+        input: see `grad`.
+        output: see `grad`.
+        weight: see `grad`.
+        bias: see `grad`.
+        mean: (C,), of the joint batch.
+        var: (C,), of the joint batch.
+        eps: see `grad`.
+        activation: see `grad`.
+
+    Returns:
+        With g the gradient behind the activation, the sums of g and of g * (input - mean), (C,),
+        in the accumulation dtype.
+    """
+    grad, input, output, _ = _lying_alike(grad, input, output)
+    parameters = _in_accumulation_dtype(input, weight, bias, mean, var)
+    return _batch_norm_act_backward_sums(
+        grad, input, output, *parameters, eps, activation == "relu"
+    )
+
+
+def batch_norm_act_backward_input(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    total: Tensor,
+    dot: Tensor,
+    count: float,
+    need_residual: bool,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The second pass of `batch_norm_act_backward`, for statistics that processes share.
+
+    Args:
+        grad: as up to `activation`, see `batch_norm_act_backward_sums`.
+        input: see `grad`.
+        output: see `grad`.
+        weight: see `grad`.
+        bias: see `grad`.
+        mean: see `grad`.
+        var: see `grad`.
+        eps: see `grad`.
+        activation: see `grad`.
+        total: (C,), the sum of g over the joint batch.
+        dot: (C,), the sum of g * (input - mean) over the joint batch.
+        count: how many values a channel the joint batch has.
+        need_residual: whether to return g, the gradient of a residual.
+        overwrite: whether `grad` may be overwritten, by the input's gradient.
+
+    Returns:
+        The gradient of `input`, and g where it is needed.
+    """
+    relu = activation == "relu"
+    if need_residual and relu:
+        assert output is not None
+        grad, relu, overwrite = torch.ops.aten.threshold_backward(grad, output, 0), False, False
+    residual = grad if need_residual else None
+    grad, input, output, copied = _lying_alike(grad, input, output)
+    grad_input = grad if copied or (overwrite and not need_residual) else _pool_empty_like(input)
+    parameters = _in_accumulation_dtype(input, weight, bias, mean, var)
+    sums = _in_accumulation_dtype(input, total, dot)
+    _batch_norm_act_backward_input(
+        grad, input, output, *parameters, eps, relu, *sums, float(count), grad_input
+    )
+    return grad_input, residual
+
+
+def _lying_alike(
+    grad: Tensor, input: Tensor, output: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """The three in one dense layout, and whether `grad` is a copy of our own."""
+    input = contiguous_like_eager(input)
+    copied = grad.stride() != input.stride()
+    if copied:
+        grad = _pool_empty_like(input).copy_(grad)
+    if output is not None and output.stride() != input.stride():
+        output = _pool_empty_like(input).copy_(output)
+    return grad, input, output, copied
 
 
 def residual_blocks(input: Tensor, blocks: Sequence[tuple[Sequence[tuple], bool]]) -> Tensor | None:

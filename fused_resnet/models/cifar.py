@@ -49,6 +49,10 @@ class PaddedShortcut(nn.Module):
         """The pixels kept, a view."""
         return x[:, :, :: self.stride, :: self.stride]
 
+    def padded_channels(self, x: Tensor) -> int:
+        """How many channels come out."""
+        return x.size(1) + self.out_channels - self.in_channels
+
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         added = (self.out_channels - self.in_channels) // 2
         return F.pad(self.subsampled(x), (0, 0, 0, 0, added, added))

@@ -73,8 +73,17 @@ def conv_bn_act(
         return _kernel(*arguments)
 
 
-def _kernel(input: Tensor, *arguments: Any) -> Tensor:
-    return backends.choose(input.device.type).conv_bn_act(input, *arguments)
+def _kernel(input: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    backend = backends.choose(input.device.type)
+    *others, residual, activation = arguments
+    # Few backends' kernels read a residual of fewer channels as if there were zeros around it.
+    if (
+        residual is not None
+        and residual.size(1) != weight.size(0)
+        and not getattr(backend, "reads_narrow_residuals", False)
+    ):
+        residual = reference.pad_channels(residual, weight.size(0))
+    return backend.conv_bn_act(input, weight, *others, residual, activation)
 
 
 library.impl("conv_bn_act", _kernel, "CompositeExplicitAutograd")
@@ -119,9 +128,10 @@ class _ConvBnAct(torch.autograd.Function):
             ctx.padding,
             ctx.dilation,
             ctx.groups,
-            _,
+            residual,
             ctx.activation,
         ) = arguments
+        ctx.residual_channels = None if residual is None else residual.size(1)
         ctx.bn_bias_dtype = None if bn_bias is None else bn_bias.dtype
         ctx.save_for_backward(
             input,
@@ -155,7 +165,11 @@ class _ConvBnAct(torch.autograd.Function):
             ctx.groups,
             need[:8],
         )
-        return *gradients, None, None, None, None, grad if need[12] else None, None
+        grad_residual = None
+        if need[12]:
+            channels = ctx.residual_channels
+            grad_residual = grad.narrow(1, (grad.size(1) - channels) // 2, channels)
+        return *gradients, None, None, None, None, grad_residual, None
 
 
 register_autograd("conv_bn_act", _ConvBnAct)
