@@ -37,8 +37,8 @@ def text() -> str:
     """The whole file."""
     parts = [
         "# Reference\n",
-        "Written by `docs/make_reference.py` from the docstrings. What each operator means is said\n"
-        "best by `fused_resnet/reference.py`, in plain PyTorch.\n",
+        "Written by `docs/make_reference.py` from the docstrings. What each operator means is\n"
+        "said best by `fused_resnet/reference.py`, in plain PyTorch.\n",
     ]
     for module, members in MODULES:
         parts.append(f"## {module.__name__}\n")
