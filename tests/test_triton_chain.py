@@ -103,7 +103,7 @@ class Stages(ResNet):
     def forward(self, x: Tensor) -> Tensor:
         from fused_resnet import blocks
 
-        return blocks._stages_forward([one for one in self._modules.values() if one], x)
+        return blocks.stages_forward([one for one in self._modules.values() if one], x)
 
 
 def input_of(stage: Stage, dtype: torch.dtype, seed: int = 3) -> Tensor:
