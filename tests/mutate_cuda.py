@@ -163,6 +163,10 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
         "const int lanes = (kThreads);",
     ): "performance: a block has one row, and threads beyond it nothing to do",
     (
+        "if (kMask == Mask::kRecomputed || through_statistics) {",
+        "if (true) {",
+    ): "performance: loads an input on which nothing depends",
+    (
         "threadIdx.x == 0 && atomicAdd(conv.tickets + tile, 1) == static_cast<int>(gridDim.z) - 1;",
         "threadIdx.x == 0 || atomicAdd(conv.tickets + tile, 1) == static_cast<int>(gridDim.z) - 1;",
     ): (
