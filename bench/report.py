@@ -96,7 +96,7 @@ def predicted_section(path: Path, root: Path = ROOT) -> str:
     lines = [
         f"**GPUs: predicted, not measured**, {dtype}, channels_last. Time per batch in us, in "
         "brackets how many times as long eager and `torch.compile` are predicted to take, and how "
-        "many times as long the planned kernel per Bottleneck.",
+        "many times as long with Bottlenecks in one launch each, where that is predicted to pay.",
         "",
         "| | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
         "| --- |" + " ---: |" * len(batches),

@@ -21,7 +21,7 @@ CANDIDATE = {
 }  # fmt: skip
 KERNELS_CASE = {
     "model", "batch", "dtype", "device", "threads", "rounds", "interrupted", "ceilings",
-    "telemetry", "layers",
+    "telemetry", "layers", "blocks",
 }  # fmt: skip
 LAYER = {"problem", "label", "count", "bytes", "flops", "least_microseconds", "candidates"}
 LAYER_CANDIDATE = {
@@ -88,9 +88,11 @@ def check_kernels_document(document: dict[str, Any]) -> None:
     """Asserts the same of a file of layers."""
     check_provenance(document, "fused_resnet.kernels/1")
     for case in document["cases"]:
+        # Files from before there was such a field lack it.
+        case = {"blocks": [], **case}
         assert set(case) == KERNELS_CASE
         assert set(case["telemetry"]) == {"before", "after"}
-        for layer in case["layers"]:
+        for layer in [*case["layers"], *case["blocks"]]:
             assert set(layer) == LAYER
             problem = parse_problem(layer["problem"])
             assert (layer["bytes"], layer["flops"]) == (problem.bytes_once, problem.flops)

@@ -21,7 +21,7 @@ import torch
 from results_schema import check_document, check_kernels_document
 from support import Run
 
-from fused_resnet import compare, environment, telemetry
+from fused_resnet import backends, compare, environment, telemetry
 from fused_resnet.bench import (
     candidates,
     ceilings,
@@ -259,6 +259,39 @@ def test_interrupted_kernels_keep_the_layers_that_are_done(
     check_kernels_document(content)
     assert content["cases"][0]["interrupted"]
     assert len(content["cases"][0]["layers"]) == 1
+
+
+@pytest.mark.usefixtures("small")
+def test_bottlenecks_are_timed_as_one_kernel_and_by_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel runs interpreted here; without that it is a row with its reason."""
+    found = kernels.layers.chains_of_model("resnet50", 1, "bfloat16", 32)
+    chosen = {problem: 2 for problem in found if problem and problem.width == 64}
+    assert [bool(problem.projection) for problem in chosen] == [True, False, False]
+    layers = candidates.for_device(CPU, without=["torch.compile"])
+    blocks = candidates.for_blocks(layers)
+    assert list(blocks) == ["eager", "fused, cpu", "fused, one kernel"]
+    case = kernels.Case("resnet50", 1, "bfloat16", "cpu")
+
+    def rows_of(chosen: dict[Any, int]) -> list[dict[str, Any]]:
+        result = kernels.measure(case, chosen, layers, blocks, rounds=1, thread_count=1, scale=0.02)
+        content = kernels.document([result], "command")
+        check_kernels_document(content)
+        assert not content["cases"][0]["layers"]
+        assert kernels.totals(content["cases"][0]) == {}
+        return [one for block in content["cases"][0]["blocks"] for one in block["candidates"]]
+
+    if backends.triton.interpreted():
+        assert [one["status"] for one in rows_of(chosen)] == ["timed"] * 9
+    monkeypatch.setattr(backends.triton, "interpreted", lambda: False)
+    *timed, last = rows_of(dict(list(chosen.items())[:1]))
+    assert [one["status"] for one in timed] == ["timed"] * 2
+    assert last["reason"] == "NotImplementedError: runs on a GPU only"
+    monkeypatch.setitem(
+        blocks, "fused, cpu", lambda *both: lambda: [1.1 * o for o in blocks["eager"](*both)()]
+    )
+    _, wrong, _ = rows_of(dict(list(chosen.items())[:1]))
+    assert wrong["status"] == "wrong"
+    assert "output: error" in wrong["reason"]
 
 
 @pytest.mark.usefixtures("small")

@@ -1343,7 +1343,7 @@ def test_a_chains_reference_is_float64() -> None:
     assert {one.dtype for one in case.expected} == {torch.float64}
 
     def eager(arguments: tuple, problem: ChainProblem) -> tuple[Tensor, ...]:
-        return tuner._eager_chain(arguments)
+        return tuner.eager_chain(arguments)
 
     assert tuner.check(eager, case) is None
     for spoil, part in (

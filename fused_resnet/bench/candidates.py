@@ -1,8 +1,9 @@
-"""The ways to run one layer that `bench kernels` puts side by side.
+"""The ways to run one layer, or one Bottleneck, that `bench kernels` puts side by side.
 
-Each takes a layer's tensors (the arguments of `conv_bn_act`, see `tuner.Case`) and returns the call
-to time, so that what happens once per model, not once per pass, is outside of it: folding batch
-norm and prepacking for the libraries' fused operators, compiling.
+Each takes a layer's tensors (the arguments of `conv_bn_act`, see `tuner.Case`; a Bottleneck's, see
+`tuner.ChainCase`) and returns the call to time, so that what happens once per model, not once per
+pass, is outside of it: folding batch norm and prepacking for the libraries' fused operators,
+compiling.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, functional
-from ..backends import library
+from ..backends import library, triton
 from ..inputs import InvalidArgumentError
-from ..tuning.problem import ConvProblem
+from ..tuning import architecture, chain, choose, tuner
+from ..tuning.problem import CHAINED, ChainProblem, ConvProblem, Problem
 
-Call = Callable[[], Tensor]
-Prepare = Callable[[tuple, ConvProblem], Call]
+Call = Callable[[], Any]
+Prepare = Callable[[tuple, Problem], Call]
+
+ONE_KERNEL = "fused, one kernel"
 
 
 def eager(arguments: tuple, problem: ConvProblem) -> Call:
@@ -97,18 +101,68 @@ def fused(backend: str) -> Prepare:
                 pool_padding=pool_padding,
             )  # fmt: skip
 
-        with backends.use_backend(backend):
-            here = backends.choose(input.device.type)
-        if here is backends.choose(input.device.type):
-            return call  # chosen anyway, without the cost of asking for it
-
-        def on_backend() -> Tensor:
-            with backends.use_backend(backend):
-                return call()
-
-        return on_backend
+        return _on_backend(backend, input.device, call)
 
     return prepare
+
+
+def eager_block(arguments: tuple, problem: ChainProblem) -> Call:
+    """A Bottleneck from its 3x3 to the next one's first 1x1, by operators of their own."""
+    return lambda: tuner.eager_chain(arguments)
+
+
+def fused_block(backend: str) -> Prepare:
+    """The same, one of this package's convolutions after the other."""
+
+    def run(input: Tensor, layer: tuple, residual: Tensor | None, activation: str) -> Tensor:
+        *norm, bias, stride, padding, dilation, groups = layer
+        return functional.conv_bn_act(
+            input, *norm, bias=bias, stride=stride, padding=padding, dilation=dilation,
+            groups=groups, residual=residual, activation=activation,
+        )  # fmt: skip
+
+    def prepare(arguments: tuple, problem: ChainProblem) -> Call:
+        reduced, x, convolution, expand, project, reduce = arguments
+
+        def call() -> tuple[Tensor, ...]:
+            shortcut = x if project is None else run(x, project, None, "none")
+            out = run(run(reduced, convolution, None, "relu"), expand, shortcut, "relu")
+            return (out,) if reduce is None else (out, run(out, reduce, None, "relu"))
+
+        return _on_backend(backend, reduced.device, call)
+
+    return prepare
+
+
+def one_kernel(arguments: tuple, problem: ChainProblem) -> Call:
+    """The same in one launch, two where the next block's convolution is better left out.
+
+    With the tile that tuning chose; where it chose convolutions, with the likeliest tile.
+    """
+    device = arguments[0].device
+    if device.type != "cuda" and not triton.interpreted():
+        raise NotImplementedError("runs on a GPU only")
+    choice = choose(problem, device)
+    if choice.kernel not in CHAINED:
+        gpu = architecture.of_device(device)
+        chains = [one for one in chain.candidates(problem, gpu) if one.kernel in CHAINED]
+        if not chains:
+            raise NotImplementedError(f"no tile is known to compile for {gpu.name}")
+        choice = min(chains, key=lambda one: chain.predicted(problem, gpu, one))
+    return lambda: triton.run_chain(arguments, problem, choice)
+
+
+def _on_backend(backend: str, device: torch.device, call: Call) -> Call:
+    with backends.use_backend(backend):
+        here = backends.choose(device.type)
+    if here is backends.choose(device.type):
+        return call  # chosen anyway, without the cost of asking for it
+
+    def on_backend() -> Any:
+        with backends.use_backend(backend):
+            return call()
+
+    return on_backend
 
 
 def for_device(
@@ -138,10 +192,24 @@ def for_device(
     found["torch.compile"] = compiled()
     found |= {f"fused, {name}": fused(name) for name in wanted or own}
     for name in without:
-        if name not in found:
-            known = ", ".join(found)
+        if name not in (*found, ONE_KERNEL):
+            known = ", ".join((*found, ONE_KERNEL))
             raise InvalidArgumentError(f"--without is {name!r}, must be one of {known}")
     return {name: prepare for name, prepare in found.items() if name not in without}
+
+
+def for_blocks(found: Collection[str], without: Collection[str] = ()) -> dict[str, Prepare]:
+    """The candidates on Bottlenecks that go with those on layers, by name, "eager" first.
+
+    Args:
+        found: the names that `for_device` gave.
+        without: names to leave out.
+    """
+    own = [name.removeprefix("fused, ") for name in found if name.startswith("fused, ")]
+    blocks: dict[str, Prepare] = {"eager": eager_block}
+    blocks |= {f"fused, {name}": fused_block(name) for name in own}
+    blocks[ONE_KERNEL] = one_kernel
+    return {name: prepare for name, prepare in blocks.items() if name not in without}
 
 
 def _operators(arguments: tuple, problem: ConvProblem) -> Tensor:

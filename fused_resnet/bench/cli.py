@@ -28,7 +28,7 @@ from ..console import (
 from ..inputs import InvalidArgumentError
 from ..tuning.problem import DTYPES
 from . import comparison, documents, kernels, models
-from .candidates import for_device
+from .candidates import for_blocks, for_device
 from .engines import ENGINES
 
 app = typer.Typer(
@@ -84,9 +84,11 @@ def kernels_command(
     ]
     wanted = backend.split(",") if backend else []
     candidates = for_device(torch.device(device), wanted, without or ())
-    found = {case: case.problems(layers) for case in cases}
+    blocks = for_blocks(candidates, without or ())
+    found = {case: case.problems(layers) | case.blocks(layers) for case in cases}
     if not all(found.values()):
-        names = ", ".join(dict.fromkeys(str(p) for case in cases for p in case.problems()))
+        every = (p for case in cases for p in case.problems() | case.blocks())
+        names = ", ".join(dict.fromkeys(map(str, every)))
         raise InvalidArgumentError(f"--layers is {layers!r}, which none has in its name: {names}")
 
     console, results, done = _console(), [], 0
@@ -102,17 +104,18 @@ def kernels_command(
                     bar.update(task, description=escape(text), completed=done + at)
 
                 result = kernels.measure(
-                    case, problems, candidates, rounds=rounds, thread_count=threads, progress=tell
-                )
+                    case, problems, candidates, blocks, rounds=rounds, thread_count=threads,
+                    progress=tell,
+                )  # fmt: skip
                 results.append(result)
                 done += len(problems)
                 if result.interrupted:
                     break
     except KeyboardInterrupt:
-        if not any(result.layers for result in results):
+        if not any(result.layers or result.blocks for result in results):
             raise
         results[-1].interrupted = True
-    results = [result for result in results if result.layers]
+    results = [result for result in results if result.layers or result.blocks]
     if not results:
         raise typer.Exit(fail("interrupted before anything was timed", 130))
     content = kernels.document(results, _command(), documents.repository() or Path())
@@ -121,7 +124,8 @@ def kernels_command(
     # Part of a model is not what the file of the repository is for.
     _keep(console, content, json, default=not layers)
     if content["cases"][-1]["interrupted"]:
-        console.print(f"interrupted after {sum(len(r.layers) for r in results)} of {total} layers")
+        timed = sum(len(r.layers) + len(r.blocks) for r in results)
+        console.print(f"interrupted after {timed} of {total} layers")
         raise typer.Exit(130)
 
 
@@ -373,7 +377,8 @@ def _print_layers(console: Console, content: Mapping[str, Any], case: Mapping[st
         table.add_column(column, justify="right")
     for column in ("time /\neager", "error vs\nfloat64"):
         table.add_column(column, justify="right")
-    for layer in case["layers"]:
+    every = [*case["layers"], *case.get("blocks", ())]
+    for layer in every:
         first = (layer["label"], str(layer["count"]))
         for at, one in enumerate(layer["candidates"]):
             table.add_row(*(("", "") if at else first), *_layer_cells(one, scale))
@@ -390,17 +395,14 @@ def _print_layers(console: Console, content: Mapping[str, Any], case: Mapping[st
         console.print(line, highlight=False)
     reasons = dict.fromkeys(
         f"{one['name']}: {one['status']}, {one['reason']}"
-        for layer in case["layers"]
+        for layer in every
         for one in layer["candidates"]
         if one["reason"]
     )
     for reason in reasons:
         console.print(f"[red]{escape(reason)}[/red]", highlight=False)
     lost = dict.fromkeys(
-        one["name"]
-        for layer in case["layers"]
-        for one in layer["candidates"]
-        if one["keeps_nan"] is False
+        one["name"] for layer in every for one in layer["candidates"] if one["keeps_nan"] is False
     )
     if lost:
         console.print(f"loses NaN: {', '.join(lost)}", highlight=False)

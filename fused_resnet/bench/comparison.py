@@ -96,7 +96,7 @@ def _entries(document: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], dic
                     {"samples": latency.get("samples"), "reason": reason},
                 )
             continue
-        for layer in case["layers"]:
+        for layer in [*case["layers"], *case.get("blocks", ())]:
             for one in layer["candidates"]:
                 taken = (one["microseconds"] or {}).get("samples")
                 samples = taken and [1e-3 * sample for sample in taken]

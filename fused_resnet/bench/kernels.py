@@ -1,6 +1,8 @@
 """Times every distinct layer of a network, each candidate side by side.
 
-A layer is a convolution with the batch norm, shortcut add, ReLU and pool that follow it. Tensors
+A layer is a convolution with the batch norm, shortcut add, ReLU and pool that follow it. What one
+kernel can run of a Bottleneck, from its 3x3 convolution to the next one's first 1x1, is timed too:
+as that, and layer by layer. Tensors
 and batch-norm statistics are random, channels_last. Every candidate's output is checked against
 float64 first; one that is wrong, or fails, is a row that says so and is not timed. The others take
 turns, round by round. Nothing finds its inputs in the cache because it has just used them: on a GPU
@@ -22,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 
 from .. import environment, telemetry
 from ..compare import FACTOR_OF_OTHERS
@@ -29,7 +32,7 @@ from ..inputs import first_line
 from ..measure import Latency, threads
 from ..testing import FACTOR
 from ..tuning import architecture, layers, tuner
-from ..tuning.problem import ConvProblem
+from ..tuning.problem import ChainProblem, ConvProblem, Problem
 from . import ceilings, documents
 from .candidates import Call, Prepare
 
@@ -61,9 +64,9 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer's rows, and how often the network has it."""
+    """A layer's rows, or a Bottleneck's, and how often the network has it."""
 
-    problem: ConvProblem
+    problem: Problem
     count: int
     rows: tuple[Row, ...]
 
@@ -82,29 +85,36 @@ class Case:
         found = layers.of_model(self.model, self.batch, self.dtype)
         return Counter({p: count for p, count in found.items() if selected in str(p)})
 
+    def blocks(self, selected: str = "") -> Counter[ChainProblem]:
+        """The Bottlenecks that one kernel can run, likewise; there are none in float32."""
+        found = Counter(layers.chains_of_model(self.model, self.batch, self.dtype))
+        return Counter({p: count for p, count in found.items() if p and selected in str(p)})
+
 
 @dataclasses.dataclass
 class Result:
-    """A case's layers as far as they were measured."""
+    """A case's layers and Bottlenecks as far as they were measured."""
 
     case: Case
     threads: int
     rounds: int
     ceilings: ceilings.Ceilings
     layers: list[Layer]
+    blocks: list[Layer]
     interrupted: bool
     telemetry: dict[str, dict[str, float | None]]
 
 
 def measure(
     case: Case,
-    problems: Mapping[ConvProblem, int],
+    problems: Mapping[Problem, int],
     candidates: Mapping[str, Prepare],
+    block_candidates: Mapping[str, Prepare] | None = None,
     *,
     rounds: int,
     thread_count: int | None = None,
     scale: float = 1.0,
-    progress: Callable[[ConvProblem | None, float], None] = lambda problem, done: None,
+    progress: Callable[[Problem | None, float], None] = lambda problem, done: None,
 ) -> Result:
     """Measures the ceilings, layer after layer, and the ceilings again, of which the better count.
 
@@ -112,8 +122,9 @@ def measure(
 
     Args:
         case: what the problems are of.
-        problems: see `Case.problems`.
-        candidates: see `candidates.for_device`.
+        problems: see `Case.problems` and `Case.blocks`.
+        candidates: on layers; see `candidates.for_device`.
+        block_candidates: on Bottlenecks; see `candidates.for_blocks`.
         rounds: how often each candidate is timed.
         thread_count: torch's CPU threads; its own choice by default.
         scale: see `ceilings.measure`.
@@ -133,12 +144,15 @@ def measure(
         before = telemetry.snapshot(device)
         limits = ceilings.measure(device, case.dtype, scale=scale)
         states = {"before": before, "after": before}
-        result = Result(case, torch.get_num_threads(), rounds, limits, [], False, states)
+        result = Result(case, torch.get_num_threads(), rounds, limits, [], [], False, states)
         try:
             for done, (problem, count) in enumerate(problems.items()):
                 progress(problem, done)
-                rows = _rows(problem, candidates, device, timer, rounds)
-                result.layers.append(Layer(problem, count, tuple(rows)))
+                is_block = isinstance(problem, ChainProblem)
+                ways = (block_candidates or {}) if is_block else candidates
+                rows = _rows(problem, ways, device, timer, rounds)
+                measured = result.blocks if is_block else result.layers
+                measured.append(Layer(problem, count, tuple(rows)))
             progress(None, len(problems))
             # Whoever else used the device while the first were measured may be gone by now.
             again = ceilings.measure(device, case.dtype, scale=scale)
@@ -183,7 +197,7 @@ def flop_unit(case: Mapping[str, Any]) -> tuple[str, float]:
 
 
 def _rows(
-    problem: ConvProblem,
+    problem: Problem,
     candidates: Mapping[str, Prepare],
     device: torch.device,
     timer: tuner.Timer,
@@ -194,7 +208,8 @@ def _rows(
     # that a model's weights are those it has prepared already.
     with tuner.precision(problem.dtype), torch.no_grad():
         try:
-            case = tuner.make_case(problem, device)
+            make = tuner.make_chain_case if isinstance(problem, ChainProblem) else tuner.make_case
+            case = make(problem, device)
             sets = _argument_sets(case, device)
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
             reason = f"the layer's tensors cannot be made: {first_line(error)}"
@@ -221,17 +236,19 @@ def _rows(
     return list(rows.values())
 
 
-def _checked(name: str, prepare: Prepare, case: tuner.Case) -> Row:
+def _checked(name: str, prepare: Prepare, case: tuner.Case | tuner.ChainCase) -> Row:
     """A candidate's row before it is timed.
 
     Eager is the measure of error, so only what is not finite makes it wrong.
     """
 
-    def run(arguments: tuple, problem: ConvProblem) -> torch.Tensor:
+    def run(arguments: tuple, problem: Problem) -> Any:
         return prepare(arguments, problem)()
 
     try:
         out = run(case.arguments, case.problem)
+        if isinstance(case, tuner.ChainCase):
+            return _checked_block(name, run, out, case)
         if out.shape != case.expected.shape:
             reason = f"shape {tuple(out.shape)}, must be {tuple(case.expected.shape)}"
             return Row(name, WRONG, reason)
@@ -249,13 +266,29 @@ def _checked(name: str, prepare: Prepare, case: tuner.Case) -> Row:
     return Row(name, TIMED, None, error, nan is None)
 
 
-def _argument_sets(case: tuner.Case, device: torch.device) -> list[tuple]:
+def _checked_block(
+    name: str, run: tuner.Run, outputs: tuple[torch.Tensor, ...], case: tuner.ChainCase
+) -> Row:
+    """`_checked` of a Bottleneck, whose error is the larger of its outputs'."""
+    if (reason := tuner.chain_error(outputs, case)) and name != "eager":
+        return Row(name, WRONG, reason)
+    errors = map(tuner.relative_error, outputs, case.expected)
+    error = max(errors, key=lambda one: one if math.isfinite(one) else math.inf)
+    if not math.isfinite(error):
+        return Row(name, WRONG, "not finite")
+    nan = tuner.chain_nan_error(run, case)
+    if nan is not None and name.startswith("fused"):
+        return Row(name, WRONG, nan, error, False)
+    return Row(name, TIMED, None, error, nan is None)
+
+
+def _argument_sets(case: tuner.Case | tuner.ChainCase, device: torch.device) -> list[tuple]:
     """The layer's tensors, on a CPU as often as it takes to be out of a core's cache."""
     if device.type == "cuda":
         return [case.arguments]
     wanted = math.ceil(ceilings.COLD_BYTES / max(1, case.problem.bytes_once))
     copies = [
-        tuple(one.clone() if isinstance(one, torch.Tensor) else one for one in case.arguments)
+        pytree.tree_map_only(torch.Tensor, torch.clone, case.arguments)
         for _ in range(min(_MOST_SETS, wanted) - 1)
     ]
     return [case.arguments, *copies]
@@ -285,7 +318,8 @@ def document(results: Sequence[Result], command: str, root: Any = environment.RO
     A case: `model`, `batch`, `dtype` (see `ConvProblem`), `device`, `threads`, `rounds`,
     `interrupted`, `ceilings` (`copy_gigabytes_per_second`, `teraflops_per_second`, `copy_bytes`,
     `matrix_size`: measured in this run), `telemetry` (`before` and `after`, see
-    `telemetry.snapshot`), `layers`.
+    `telemetry.snapshot`), `layers`, `blocks` (what one kernel can run of a Bottleneck, as a layer;
+    absent in older files).
 
     A layer: `problem` (`ConvProblem.key`), `label` (to read), `count` (how often the network has
     it), `bytes` (each tensor once), `flops`, `least_microseconds` (at the ceilings), `candidates`.
@@ -318,6 +352,7 @@ def _case_document(result: Result) -> dict[str, Any]:
         },
         "telemetry": result.telemetry,
         "layers": [_layer_document(layer, limits) for layer in result.layers],
+        "blocks": [_layer_document(block, limits) for block in result.blocks],
     }
 
 

@@ -264,7 +264,7 @@ def _summary_table(case: Mapping[str, Any]) -> str:
 def _layer_table(case: Mapping[str, Any]) -> str:
     rows = []
     unit, scale = kernels.flop_unit(case)
-    for layer in case["layers"]:
+    for layer in [*case["layers"], *case.get("blocks", ())]:
         label, runs = layer["label"], str(layer["count"])
         for one in layer["candidates"]:
             taken = one["microseconds"]

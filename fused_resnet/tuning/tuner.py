@@ -368,12 +368,12 @@ def make_chain_case(problem: ChainProblem, device: torch.device, seed: int = 0) 
     floor = 4 * torch.finfo(torch.float32).eps
     allowed = (
         max(FACTOR * relative_error(eager, exact), floor)
-        for eager, exact in zip(_eager_chain(arguments), expected, strict=True)
+        for eager, exact in zip(eager_chain(arguments), expected, strict=True)
     )
     return ChainCase(problem, arguments, expected, tuple(allowed))
 
 
-def _eager_chain(arguments: tuple) -> tuple[Tensor, ...]:
+def eager_chain(arguments: tuple) -> tuple[Tensor, ...]:
     """A chain by operators of their own, in the dtype of its arguments."""
     reduced, x, convolution, expand, project, reduce = arguments
 
@@ -391,7 +391,7 @@ def _eager_chain(arguments: tuple) -> tuple[Tensor, ...]:
 
 
 def _expected_chain(arguments: tuple) -> tuple[Tensor, ...]:
-    """`_eager_chain` in float64, some images at a time."""
+    """`eager_chain` in float64, some images at a time."""
     layers = tuple(
         None
         if layer is None
@@ -399,7 +399,7 @@ def _expected_chain(arguments: tuple) -> tuple[Tensor, ...]:
         for layer in arguments[2:]
     )
     parts = [
-        _eager_chain((*(part.double() for part in images), *layers))
+        eager_chain((*(part.double() for part in images), *layers))
         for images in zip(*(one.split(_IMAGES_AT_ONCE) for one in arguments[:2]), strict=True)
     ]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
@@ -455,7 +455,7 @@ def check(run: Run, case: Case | ChainCase) -> str | None:
     try:
         out = run(case.arguments, case.problem)
         if isinstance(case, ChainCase):
-            return _chain_error(out, case) or _chain_nan_error(run, case)
+            return chain_error(out, case) or chain_nan_error(run, case)
         reason = _error(out, case) or nan_error(run, case)
     except (KeyboardInterrupt, MemoryError):
         raise
@@ -636,7 +636,8 @@ def nan_error(run: Run, case: Case) -> str | None:
     return None
 
 
-def _chain_error(outputs: Sequence[Tensor], case: ChainCase) -> str | None:
+def chain_error(outputs: Sequence[Tensor], case: ChainCase) -> str | None:
+    """What is wrong with a chain's outputs, but for NaN, or None."""
     for name, out, expected, allowed in zip(
         ("output", "next"), outputs, case.expected, case.allowed_errors, strict=False
     ):
@@ -650,7 +651,7 @@ def _chain_error(outputs: Sequence[Tensor], case: ChainCase) -> str | None:
     return None
 
 
-def _chain_nan_error(run: Run, case: ChainCase) -> str | None:
+def chain_nan_error(run: Run, case: ChainCase) -> str | None:
     """As `nan_error`: NaN in a pixel of the last image, and in another of its shortcut."""
     reduced, shortcut = (one.clone() for one in case.arguments[:2])
     reduced[-1, :, reduced.size(2) // 2, reduced.size(3) // 2] = float("nan")
