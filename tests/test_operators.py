@@ -37,8 +37,16 @@ INTERNAL = {
 }
 # Those that stand for a backend's kernels in a compiler's graph: tested in test_triton.py.
 IN_GRAPHS = {"triton_conv_bn_act", "triton_conv_bn_act_max_pool"}
-# The CUDA backend's own: tested in test_cuda_conv.py.
-CUDA = {"conv_bn_act_tiled", "conv_tiles", "conv_tiles_for"}
+# The CUDA backend's own: tested in test_cuda_conv.py and test_cuda_batch_norm.py.
+CUDA = {
+    "batch_norm_gradient_sums",
+    "batch_norm_input_gradient",
+    "batch_norm_normalize",
+    "batch_norm_statistics",
+    "conv_bn_act_tiled",
+    "conv_tiles",
+    "conv_tiles_for",
+}
 # Those without tensors.
 QUERIES = {"cpu_isa", "conv_isa", "cpu_pool_statistics", "cpu_pool_trim"}
 
