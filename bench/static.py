@@ -422,26 +422,13 @@ def write_chain_tiles(architectures: Iterable[str]) -> None:
     }  # fmt: skip
     for name, gpu in gpus.items():
         for kind in chain_kinds():
-            problem = chain_problem(*kind, 32, "float16")
-            for shape in chain.SHAPES[problem.width]:
+            for shape in chain.SHAPES[kind[0]]:
                 if shape[0] < 64 and gpu.capability[0] in (9, 10):
                     continue  # what warp-group instructions need
-                tile = Tile(*shape[:3], 1, *shape[3:])
-                (launch,) = launches(problem, tile)
-                try:
-                    made = compiled(launch, name)
-                except OutOfResources as error:
-                    print(f"{name} {chain_name(problem)} {tile}: {error}", flush=True)
-                    continue
-                registers, shared = made["registers"], made["shared_bytes"]
-                spilled = made["spilled_bytes"]
-                print(
-                    f"{name} {chain_name(problem)} {tile}: {registers} registers, "
-                    f"{spilled} bytes spilled, {shared} shared",
-                    flush=True,
-                )
-                if spilled == 0 and shared <= gpu.shared_per_block:
-                    found.setdefault((gpu.capability[0], *kind), {})[shape] = registers, shared
+                made = [_compiled_chain(kind, dtype, shape, name) for dtype in CHAIN_DTYPES]
+                if all(one and one["spilled_bytes"] == 0 for one in made):
+                    first = made[0]["registers"], made[0]["shared_bytes"]
+                    found.setdefault((gpu.capability[0], *kind), {})[shape] = first
     text = _CHAIN_TILES_HEAD.format(triton.__version__)
     for kind, tiles in sorted(found.items()):
         rows = "".join(f"        {shape}: {made},\n" for shape, made in tiles.items())
@@ -449,11 +436,29 @@ def write_chain_tiles(architectures: Iterable[str]) -> None:
     (Path(chain.__file__).parent / "chain_tiles.py").write_text(text + "}\n")
 
 
+def _compiled_chain(
+    kind: tuple[int, bool, int], dtype: str, shape: tuple[int, ...], architecture: str
+) -> dict[str, Any] | None:
+    """What a chain's tile becomes; None where its shared memory is more than there is."""
+    problem = chain_problem(*kind, 32, dtype)
+    (launch,) = launches(problem, Tile(*shape[:3], 1, *shape[3:]))
+    label = f"{architecture} {dtype} {chain_name(problem)} {shape}"
+    try:
+        made = compiled(launch, architecture)
+    except OutOfResources as error:
+        print(f"{label}: {error}", flush=True)
+        return None
+    registers, spilled, shared = (made[k] for k in ("registers", "spilled_bytes", "shared_bytes"))
+    print(f"{label}: {registers} registers, {spilled} bytes spilled, {shared} shared", flush=True)
+    return made if shared <= ARCHITECTURES[GPUS[architecture]].shared_per_block else None
+
+
 _CHAIN_TILES_HEAD = '''"""What the compiler makes of a chain's tiles; written by bench/static.py.
 
 By the major number of a GPU's compute capability, the chain's width, whether its shortcut is
-projected, and the next width: of each tile that spills nothing and fits (block_m, block_n, block_k,
-num_warps, num_stages) the registers of a thread and the bytes of shared memory, by Triton {}.
+projected, and the next width: of each tile that in float16 and bfloat16 spills nothing and fits
+(block_m, block_n, block_k, num_warps, num_stages) the registers of a thread and the bytes of shared
+memory, in float16, by Triton {}.
 """
 
 from __future__ import annotations
