@@ -833,6 +833,14 @@ def test_readme_is_made_from_the_newest_files(readme_report: Any, tmp_path: Path
         content = models_document(date, fused_ms)
         check_document(content)
         (results / "some-cpu" / f"{name}.json").write_text(json.dumps(content))
+    # The newest with training, though another file is newer.
+    trained = models_document("2026-01-03T00:00:00+00:00", 70.0)
+    trained["cases"][0]["mode"] = "training"
+    for one in trained["cases"][0]["candidates"]:
+        if not one["skipped"]:
+            one |= {"gradient_error": 4e-6, "kept_bytes": None if one["wrong"] else 9 * 2**20}
+    check_document(trained)
+    (results / "some-cpu" / "c.json").write_text(json.dumps(trained))
     layers = measured({"eager": candidates.eager, "fused, cpu": _fails})
     (results / "some-cpu" / "a-kernels.json").write_text(json.dumps(layers))
     text = readme_report.report(results, tmp_path)
@@ -844,6 +852,10 @@ def test_readme_is_made_from_the_newest_files(readme_report: Any, tmp_path: Path
     assert "Some CPU, 2 threads, torch 2, commit abc, 2026-02-01" in text
     assert "bench/results/some-cpu/a.json" in text
     assert "60.0" not in text
+    assert "float32, training step | 100.0 (1.00) | **70.0 (0.70)** | wrong result | - |" in text
+    assert "| resnet50, batch 1, float32, training step | 9.0 | 9.0 | - | - |" in text
+    assert "Relative error of the gradients" in text
+    assert "4.0e-06" in text
     assert "Layer by layer" in text
     assert "not all ran" in text
 

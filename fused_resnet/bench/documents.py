@@ -109,11 +109,18 @@ def _key(case: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def newest(results: Path, schema: str) -> list[Path]:
-    """The newest file of a schema in every device's folder, by the date inside it."""
+    """The newest files of a schema in every device's folder, by the date inside them.
+
+    Of whole models that may be two: the newest with inference, and the newest with training.
+    """
     found = []
     folders = sorted(f for f in results.glob("*") if f.is_dir() and f.name != "static")
     for folder in folders:
         files = [(load(path), path) for path in sorted(folder.glob("*.json"))]
-        dated = [(content["date"], path) for content, path in files if content["schema"] == schema]
-        found += [max(dated)[1]] if dated else []
+        latest: dict[str | None, tuple[str, Path]] = {}
+        for content, path in files:
+            for case in content["cases"] if content["schema"] == schema else ():
+                mode, dated = case.get("mode"), (content["date"], path)
+                latest[mode] = max(latest.get(mode, dated), dated)
+        found += [path for _, path in sorted(set(latest.values()))]
     return found
