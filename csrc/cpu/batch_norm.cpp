@@ -248,6 +248,7 @@ struct Backward {
   const char *grad, *input, *output;
   char *grad_input, *masked;
   const void *mean = nullptr, *scale = nullptr, *shift = nullptr;
+  bool stream = false;
 
   template <typename P>
   void set_parameters(const NormVectors<P>& vectors) {
@@ -268,7 +269,7 @@ GradientMatrix matrix_at(const Backward& b, int64_t first, int64_t rows, int64_t
                          const void* mean, const void* scale, const void* shift) {
   const int64_t offset = first * b.element_size;
   return {b.grad + offset, b.input + offset, at(b.output, offset), mean, scale, shift, rows,
-          columns};
+          columns,         b.stream};
 }
 
 // One channel's parameters, each repeated for the columns of a run.
@@ -327,6 +328,7 @@ void gradient_sums(const Backward& b, std::vector<double>& sum, std::vector<doub
                               });
             }
           }
+          if (b.stream && b.masked) finish_streaming();
         });
     return;
   }
@@ -349,6 +351,7 @@ void gradient_sums(const Backward& b, std::vector<double>& sum, std::vector<doub
                      }
                    }
                  }
+                 if (b.stream && b.masked) finish_streaming();
                });
   for (int64_t task = 0; task < tasks.count; ++task) {
     for (int64_t c = 0; c < channels; ++c) {
@@ -377,6 +380,7 @@ void input_gradient(const Backward& b, const P* slope, const P* offset) {
                                            b.grad_input + first * b.element_size);
                 });
           }
+          if (b.stream) finish_streaming();
         });
     return;
   }
@@ -385,6 +389,7 @@ void input_gradient(const Backward& b, const P* slope, const P* offset) {
                  b.kernels.input_gradient(
                      matrix_at(b, begin * channels, end - begin, channels, mean, scale, shift),
                      b.mask, slope, offset, b.grad_input + begin * channels * b.element_size);
+                 if (b.stream) finish_streaming();
                });
 }
 
@@ -415,7 +420,11 @@ Backward backward_of(const char* name, const Tensor& grad, const Tensor& input,
           static_cast<const char*>(input.const_data_ptr()),
           mask == Mask::output ? static_cast<const char*>(output->const_data_ptr()) : nullptr,
           grad_input ? static_cast<char*>(grad_input->mutable_data_ptr()) : nullptr,
-          masked ? static_cast<char*>(masked->mutable_data_ptr()) : nullptr};
+          masked ? static_cast<char*>(masked->mutable_data_ptr()) : nullptr,
+          nullptr,
+          nullptr,
+          nullptr,
+          exceeds_caches(input)};
 }
 
 // Sums over the joint batch of `count` values a channel, of which this tensor may be a part.

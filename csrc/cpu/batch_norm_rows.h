@@ -20,6 +20,7 @@ struct GradientMatrix {
   const void *grad, *input, *output;
   const void *mean, *scale, *shift;
   int64_t rows, columns;
+  bool stream;  // whether what is written goes past the caches, if it lies on a line's border
 };
 
 struct BatchNormRows {
@@ -197,7 +198,16 @@ struct GradientRow {
   }
 };
 
-template <class V, Mask kMask, bool kStore, int64_t kRows>
+// Whether the vectors of all rows written at `out` can be streamed.
+template <class V>
+bool streams_rows(const GradientMatrix& matrix, const void* out) {
+  constexpr int64_t kLine = 64 / sizeof(typename V::Element);
+  return matrix.stream && is_streamable(out) && (matrix.rows == 1 || matrix.columns % kLine == 0);
+}
+
+enum class Masked { dropped, stored, streamed };
+
+template <class V, Mask kMask, Masked kMasked, int64_t kRows>
 void add_gradients(const GradientRow<V>& row, int64_t columns, typename V::Element* masked,
                    typename V::Parameter* sum, typename V::Parameter* dot) {
   for_each_vector<V>(columns, [&](int64_t i, auto... rest) {
@@ -208,7 +218,9 @@ void add_gradients(const GradientRow<V>& row, int64_t columns, typename V::Eleme
       const int64_t element = k * columns + i;
       const auto x = V::load(row.input + element, rest...);
       const auto g = row.template masked<kMask>(element, i, x, rest...);
-      if constexpr (kStore) V::store(masked + element, g, rest...);
+      if constexpr (kMasked != Masked::dropped) {
+        store_or_stream<V, kMasked == Masked::streamed>(masked + element, g, rest...);
+      }
       column_sum = column_sum + g;
       column_dot = V::multiply_add(g, x - mean, column_dot);
     }
@@ -217,7 +229,7 @@ void add_gradients(const GradientRow<V>& row, int64_t columns, typename V::Eleme
   });
 }
 
-template <class V, Mask kMask, bool kStore>
+template <class V, Mask kMask, Masked kMasked>
 void gradient_sums_loop(const GradientMatrix& matrix, void* masked_out, void* sum_out,
                         void* dot_out) {
   using P = typename V::Parameter;
@@ -227,15 +239,15 @@ void gradient_sums_loop(const GradientMatrix& matrix, void* masked_out, void* su
   int64_t r = 0;
   const auto advance = [&](int64_t rows) {
     row.advance(rows * matrix.columns);
-    if constexpr (kStore) masked += rows * matrix.columns;
+    if constexpr (kMasked != Masked::dropped) masked += rows * matrix.columns;
     r += rows;
   };
   while (r + kRowsAtOnce <= matrix.rows) {
-    add_gradients<V, kMask, kStore, kRowsAtOnce>(row, matrix.columns, masked, sum, dot);
+    add_gradients<V, kMask, kMasked, kRowsAtOnce>(row, matrix.columns, masked, sum, dot);
     advance(kRowsAtOnce);
   }
   while (r < matrix.rows) {
-    add_gradients<V, kMask, kStore, 1>(row, matrix.columns, masked, sum, dot);
+    add_gradients<V, kMask, kMasked, 1>(row, matrix.columns, masked, sum, dot);
     advance(1);
   }
 }
@@ -243,16 +255,21 @@ void gradient_sums_loop(const GradientMatrix& matrix, void* masked_out, void* su
 template <class V>
 void gradient_sums(const GradientMatrix& matrix, Mask mask, void* masked, void* sum, void* dot) {
   using Loop = void (*)(const GradientMatrix&, void*, void*, void*);
-  static constexpr Loop loops[3][2] = {
-      {gradient_sums_loop<V, Mask::everywhere, false>,
-       gradient_sums_loop<V, Mask::everywhere, true>},
-      {gradient_sums_loop<V, Mask::recomputed, false>,
-       gradient_sums_loop<V, Mask::recomputed, true>},
-      {gradient_sums_loop<V, Mask::output, false>, gradient_sums_loop<V, Mask::output, true>}};
-  loops[static_cast<int>(mask)][masked != nullptr](matrix, masked, sum, dot);
+#define FR_LOOPS(mask)                                                                         \
+  {                                                                                            \
+    gradient_sums_loop<V, mask, Masked::dropped>, gradient_sums_loop<V, mask, Masked::stored>, \
+        gradient_sums_loop<V, mask, Masked::streamed>                                          \
+  }
+  static constexpr Loop loops[3][3] = {FR_LOOPS(Mask::everywhere), FR_LOOPS(Mask::recomputed),
+                                       FR_LOOPS(Mask::output)};
+#undef FR_LOOPS
+  const Masked how = !masked                           ? Masked::dropped
+                     : streams_rows<V>(matrix, masked) ? Masked::streamed
+                                                       : Masked::stored;
+  loops[static_cast<int>(mask)][static_cast<int>(how)](matrix, masked, sum, dot);
 }
 
-template <class V, Mask kMask, bool kStatistics>
+template <class V, Mask kMask, bool kStatistics, bool kStream>
 void input_gradient_loop(const GradientMatrix& matrix, const void* slope_in, const void* offset_in,
                          void* grad_input) {
   using P = typename V::Parameter;
@@ -269,9 +286,10 @@ void input_gradient_loop(const GradientMatrix& matrix, const void* slope_in, con
         const auto through_statistics =
             V::multiply_add(deviation, V::load_parameter(slope + i, rest...),
                             V::load_parameter(offset + i, rest...));
-        V::store(out + i, V::multiply_add(g, scale, through_statistics), rest...);
+        store_or_stream<V, kStream>(out + i, V::multiply_add(g, scale, through_statistics),
+                                    rest...);
       } else {
-        V::store(out + i, g * scale, rest...);
+        store_or_stream<V, kStream>(out + i, g * scale, rest...);
       }
     });
   }
@@ -281,13 +299,18 @@ template <class V>
 void input_gradient(const GradientMatrix& matrix, Mask mask, const void* slope, const void* offset,
                     void* grad_input) {
   using Loop = void (*)(const GradientMatrix&, const void*, const void*, void*);
-  static constexpr Loop loops[3][2] = {
-      {input_gradient_loop<V, Mask::everywhere, false>,
-       input_gradient_loop<V, Mask::everywhere, true>},
-      {input_gradient_loop<V, Mask::recomputed, false>,
-       input_gradient_loop<V, Mask::recomputed, true>},
-      {input_gradient_loop<V, Mask::output, false>, input_gradient_loop<V, Mask::output, true>}};
-  loops[static_cast<int>(mask)][slope != nullptr](matrix, slope, offset, grad_input);
+#define FR_LOOPS(mask)                                                                         \
+  {                                                                                            \
+    {input_gradient_loop<V, mask, false, false>, input_gradient_loop<V, mask, false, true>}, { \
+      input_gradient_loop<V, mask, true, false>, input_gradient_loop<V, mask, true, true>      \
+    }                                                                                          \
+  }
+  static constexpr Loop loops[3][2][2] = {FR_LOOPS(Mask::everywhere), FR_LOOPS(Mask::recomputed),
+                                          FR_LOOPS(Mask::output)};
+#undef FR_LOOPS
+  // In place, the lines are in the cache already.
+  const bool stream = grad_input != matrix.grad && streams_rows<V>(matrix, grad_input);
+  loops[static_cast<int>(mask)][slope != nullptr][stream](matrix, slope, offset, grad_input);
 }
 
 template <class V>

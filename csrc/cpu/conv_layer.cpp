@@ -45,6 +45,10 @@ int64_t l2_bytes() {
   return bytes;
 }
 
+bool exceeds_caches(const Tensor& tensor) {
+  return tensor.numel() * static_cast<int64_t>(tensor.element_size()) > l2_bytes();
+}
+
 namespace {
 
 template <class F>

@@ -47,6 +47,9 @@ void run_conv(Conv conv);
 // How many bytes of the second-level cache a core has.
 int64_t l2_bytes();
 
+// Whether a tensor that is written cannot still be in the second-level cache when it is read.
+bool exceeds_caches(const torch::stable::Tensor& tensor);
+
 // A 4-d tensor's strides in a layout.
 Strides dense_strides(int64_t C, int64_t H, int64_t W, bool channels_last);
 Strides strides_of(const torch::stable::Tensor& tensor);

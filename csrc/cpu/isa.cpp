@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <string>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 namespace fused_resnet {
 namespace {
 
@@ -29,6 +33,12 @@ Isa detect() {
 Isa cpu_isa() {
   static const Isa isa = detect();
   return isa;
+}
+
+void finish_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 }  // namespace fused_resnet

@@ -13,4 +13,7 @@ enum class Isa { baseline, avx2, avx512 };  // avx2: with FMA and F16C; avx512: 
 // The best the processor has, or less where FUSED_RESNET_CPU_ISA (avx2, none) says so.
 Isa cpu_isa();
 
+// Makes what this thread has streamed past the caches visible to other threads.
+void finish_streaming();
+
 }  // namespace fused_resnet

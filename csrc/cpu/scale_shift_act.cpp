@@ -93,6 +93,7 @@ struct Problem {
   const Tensor& output;
   std::vector<Loop> loops;  // outermost first, never empty
   bool relu;
+  bool stream;
 };
 
 // Elements [begin, end) of the output in memory order.
@@ -135,7 +136,8 @@ void run_range(const Problem& problem, int64_t begin, int64_t end) {
              scale + first * parameter_size, shift + first * parameter_size,
              residual_row ? residual_row->at(residual_offset + column * inner.residual, count)
                           : nullptr,
-             output + position * element_size, count, !inner.is_channel, problem.relu);
+             output + position * element_size, count, !inner.is_channel, problem.relu,
+             problem.stream);
       column += count;
       position += count;
     }
@@ -144,6 +146,7 @@ void run_range(const Problem& problem, int64_t begin, int64_t end) {
       index[i] = 0;
     }
   }
+  if (problem.stream) finish_streaming();
 }
 
 // `parameter` (C,) repeated `times` times.
@@ -188,8 +191,10 @@ void run(Problem problem, const Tensor& scale, const Tensor& shift) {
 Tensor finish(const Tensor& input, const Tensor& scale, const Tensor& shift,
               const std::optional<Tensor>& residual, bool relu, Tensor output) {
   if (output.numel() == 0) return output;
-  const Problem problem{
-      input, nullptr, nullptr, residual, output, make_loops(input, residual, output), relu};
+  const Problem problem{input,   nullptr,
+                        nullptr, residual,
+                        output,  make_loops(input, residual, output),
+                        relu,    cpu::exceeds_caches(output)};
   if (input.scalar_type() == ScalarType::Double) {
     run<double>(problem, dense_parameter(scale), dense_parameter(shift));
   } else {

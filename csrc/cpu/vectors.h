@@ -2,7 +2,9 @@
 //
 // A vector `V` holds V::width values as V::Register, on which + - * work: elements are V::Element
 // in memory and V::Parameter in arithmetic. Partial loads and stores touch `count` elements only.
-// V::where_positive(y, x) is x where not y <= 0, so also where y is NaN, and 0 elsewhere.
+// V::stream is a store that does not bring the line it fills into the caches first: `p` must be a
+// multiple of the vector's size, and the thread calls finish_streaming() (cpu/isa.h) before others
+// read. V::where_positive(y, x) is x where not y <= 0, so also where y is NaN, and 0 elsewhere.
 //
 // No header but <cstdint>'s C twin is included and everything with a body is in an anonymous
 // namespace, because the including files are compiled for different instruction sets (cpu/isa.h).
@@ -25,6 +27,24 @@ struct Padded {
     for (int64_t i = 0; i < count; ++i) target[i] = values[i];
   }
 };
+
+// Where streamed vectors of every type may begin.
+bool is_streamable(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 64 == 0;
+}
+
+template <class V, bool kStream>
+void store_or_stream(typename V::Element* p, typename V::Register x) {
+  if constexpr (kStream) {
+    V::stream(p, x);
+  } else {
+    V::store(p, x);
+  }
+}
+template <class V, bool kStream>
+void store_or_stream(typename V::Element* p, typename V::Register x, int64_t count) {
+  V::store(p, x, count);
+}
 
 // Elements of two bytes are told apart by type; the bits are IEEE binary16 and bfloat16.
 struct Half {

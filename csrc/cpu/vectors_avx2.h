@@ -28,6 +28,7 @@ struct Float32 {
   }
   static Register broadcast(float value) { return _mm256_set1_ps(value); }
   static void store(float* p, Register x) { _mm256_storeu_ps(p, x); }
+  static void stream(float* p, Register x) { _mm256_stream_ps(p, x); }
   static void store(float* p, Register x, int64_t count) {
     Padded<float, width> padded;
     store(padded.values, x);
@@ -54,8 +55,13 @@ struct Float16 : Float32 {
     return load(Padded<Half, width>(p, count).values);
   }
   static void store(Half* p, Register x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), round(x));
+  }
+  static void stream(Half* p, Register x) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), round(x));
+  }
+  static __m128i round(Register x) {
+    return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static void store(Half* p, Register x, int64_t count) {
     Padded<Half, width> padded;
@@ -74,9 +80,15 @@ struct Bfloat16 : Float32 {
   static Register load(const BFloat16* p, int64_t count) {
     return load(Padded<BFloat16, width>(p, count).values);
   }
+  static void store(BFloat16* p, Register x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), round(x));
+  }
+  static void stream(BFloat16* p, Register x) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), round(x));
+  }
   // To nearest even by integer addition. A NaN whose payload sits in the low half would become an
   // infinity, so NaNs are replaced.
-  static void store(BFloat16* p, Register x) {
+  static __m128i round(Register x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
@@ -85,7 +97,7 @@ struct Bfloat16 : Float32 {
     const __m256i kept = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
     // packus works within 128-bit lanes; the permutation brings both halves together.
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+    return _mm256_castsi256_si128(packed);
   }
   static void store(BFloat16* p, Register x, int64_t count) {
     Padded<BFloat16, width> padded;
@@ -114,6 +126,7 @@ struct Float64 {
   }
   static Register broadcast(double value) { return _mm256_set1_pd(value); }
   static void store(double* p, Register x) { _mm256_storeu_pd(p, x); }
+  static void stream(double* p, Register x) { _mm256_stream_pd(p, x); }
   static void store(double* p, Register x, int64_t count) {
     Padded<double, width> padded;
     store(padded.values, x);

@@ -30,6 +30,7 @@ struct Float32 {
   }
   static Register broadcast(float value) { return _mm512_set1_ps(value); }
   static void store(float* p, Register x) { _mm512_storeu_ps(p, x); }
+  static void stream(float* p, Register x) { _mm512_stream_ps(p, x); }
   static void store(float* p, Register x, int64_t count) {
     _mm512_mask_storeu_ps(p, first16(count), x);
   }
@@ -56,6 +57,9 @@ struct Float16 : Float32 {
   static void store(Half* p, Register x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round(x));
   }
+  static void stream(Half* p, Register x) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), round(x));
+  }
   static void store(Half* p, Register x, int64_t count) {
     _mm256_mask_storeu_epi16(p, first16(count), round(x));
   }
@@ -78,6 +82,9 @@ struct Bfloat16 : Float32 {
   }
   static void store(BFloat16* p, Register x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round(x));
+  }
+  static void stream(BFloat16* p, Register x) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), round(x));
   }
   static void store(BFloat16* p, Register x, int64_t count) {
     _mm256_mask_storeu_epi16(p, first16(count), round(x));
@@ -113,6 +120,7 @@ struct Float64 {
   }
   static Register broadcast(double value) { return _mm512_set1_pd(value); }
   static void store(double* p, Register x) { _mm512_storeu_pd(p, x); }
+  static void stream(double* p, Register x) { _mm512_stream_pd(p, x); }
   static void store(double* p, Register x, int64_t count) {
     _mm512_mask_storeu_pd(p, first8(count), x);
   }

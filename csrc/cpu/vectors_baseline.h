@@ -88,6 +88,7 @@ struct Scalar {
   static void store_parameter(P* p, Register x, int64_t) { *p = x; }
   static Register broadcast(P value) { return value; }
   static void store(T* p, Register x) { from_float(x, p); }
+  static void stream(T* p, Register x) { store(p, x); }
   static void store(T* p, Register x, int64_t) { store(p, x); }
   static Register multiply_add(Register a, Register b, Register c) { return a * b + c; }
   static Register add(Register a, Register b) { return a + b; }
