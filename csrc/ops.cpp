@@ -39,6 +39,12 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   m.def(
       "norm_vectors(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps) -> "
       "(Tensor scale, Tensor shift)");
+  m.def(
+      "conv_input_gradient(Tensor grad, Tensor weight, int stride_h, int stride_w, int pad_h, "
+      "int pad_w, int dil_h, int dil_w, Tensor(a!) grad_input, bool accumulate) -> ()");
+  m.def(
+      "max_pool_gradient(Tensor grad, Tensor input, Tensor scale, Tensor shift, int[] max_pool) -> "
+      "Tensor");
   m.def("pool_empty_like(Tensor like) -> Tensor");
 
   m.def("cpu_pool_statistics() -> int[]");

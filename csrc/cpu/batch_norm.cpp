@@ -101,6 +101,9 @@ struct Tasks {
     rows = (rows + kRowsPerSum - 1) / kRowsPerSum * kRowsPerSum;
     count = (layout.images + rows - 1) / rows;
   }
+
+  // How many channels of all tasks are worth a thread to add up.
+  int64_t channels_at_once() const { return kLeastPerTask / 4 / count + 1; }
 };
 
 // ---- statistics --------------------------------------------------------------------------------
@@ -146,18 +149,23 @@ std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout
             }
           }
         });
-    for (int64_t task = 0; task < tasks.count; ++task) {
-      const auto before = static_cast<double>(task * tasks.rows);
-      const double added = static_cast<double>(std::min(tasks.rows, images - task * tasks.rows));
-      const double per_before = before > 0 ? 1 / before : 0;
-      const double weight = added * before / (added + before);
-      for (int64_t c = 0; c < channels; ++c) {
-        const double task_sum = sums[task * channels + c];
-        const double difference = task_sum / added - sum[c] * per_before;
-        sum[c] += task_sum;
-        squares[c] += task_squares[task * channels + c] + difference * difference * weight;
-      }
-    }
+    parallel_for(0, channels, tasks.channels_at_once(),
+                 [&, images = images, channels = channels](int64_t begin, int64_t end) {
+                   for (int64_t task = 0; task < tasks.count; ++task) {
+                     const auto before = static_cast<double>(task * tasks.rows);
+                     const double added =
+                         static_cast<double>(std::min(tasks.rows, images - task * tasks.rows));
+                     const double per_before = before > 0 ? 1 / before : 0, per_added = 1 / added;
+                     const double weight = added * before / (added + before);
+                     const double* task_sum = &sums[task * channels];
+                     const double* within = &task_squares[task * channels];
+                     for (int64_t c = begin; c < end; ++c) {
+                       const double difference = task_sum[c] * per_added - sum[c] * per_before;
+                       sum[c] += task_sum[c];
+                       squares[c] += within[c] + difference * difference * weight;
+                     }
+                   }
+                 });
   }
   const double per_value = 1 / static_cast<double>(images * length);
   for (int64_t c = 0; c < channels; ++c) {
@@ -353,12 +361,15 @@ void gradient_sums(const Backward& b, std::vector<double>& sum, std::vector<doub
                  }
                  if (b.stream && b.masked) finish_streaming();
                });
-  for (int64_t task = 0; task < tasks.count; ++task) {
-    for (int64_t c = 0; c < channels; ++c) {
-      sum[c] += sums[task * channels + c];
-      dot[c] += dots[task * channels + c];
-    }
-  }
+  parallel_for(0, channels, tasks.channels_at_once(),
+               [&, channels = channels](int64_t begin, int64_t end) {
+                 for (int64_t task = 0; task < tasks.count; ++task) {
+                   for (int64_t c = begin; c < end; ++c) {
+                     sum[c] += sums[task * channels + c];
+                     dot[c] += dots[task * channels + c];
+                   }
+                 }
+               });
 }
 
 template <typename P>

@@ -51,14 +51,6 @@ extern const BatchNormKernels batch_norm_avx512;
 
 namespace {
 
-// Calls step(i) for whole vectors of `columns` values and step(i, rest) for what remains.
-template <class V, class Step>
-void for_each_vector(int64_t columns, const Step& step) {
-  int64_t i = 0;
-  for (; i + V::width <= columns; i += V::width) step(i);
-  if (i < columns) step(i, columns - i);
-}
-
 // Pairwise merging of sums of squared deviations: Chan, Golub and LeVeque, "Updating formulae and a
 // pairwise algorithm for computing sample variances" (1979), equation 2.1. The new values' sums are
 // of deviations from `first`, one of themselves.

@@ -16,21 +16,6 @@ namespace {
 
 using torch::stable::Tensor;
 
-// {kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w} over a P x Q image.
-MaxPool make_pool(const std::vector<int64_t>& numbers, int64_t P, int64_t Q) {
-  STD_TORCH_CHECK(numbers.size() == 6, "conv_bn_act: max_pool has ", numbers.size(),
-                  " numbers, must have 6");
-  MaxPool pool{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], 0, 0};
-  STD_TORCH_CHECK(pool.kernel_h > 0 && pool.kernel_w > 0 && pool.stride_h > 0 &&
-                      pool.stride_w > 0 && pool.pad_h >= 0 && pool.pad_w >= 0 &&
-                      2 * pool.pad_h <= pool.kernel_h && 2 * pool.pad_w <= pool.kernel_w &&
-                      P + 2 * pool.pad_h >= pool.kernel_h && Q + 2 * pool.pad_w >= pool.kernel_w,
-                  "conv_bn_act: the pooling window does not fit its input, ", P, " x ", Q);
-  pool.P = (P + 2 * pool.pad_h - pool.kernel_h) / pool.stride_h + 1;
-  pool.Q = (Q + 2 * pool.pad_w - pool.kernel_w) / pool.stride_w + 1;
-  return pool;
-}
-
 Tensor conv_bn_act_packed(Tensor input, Tensor weight, Tensor packed, Tensor running_mean,
                           Tensor running_var, std::optional<Tensor> bn_weight,
                           std::optional<Tensor> bn_bias, double eps, std::optional<Tensor> bias,

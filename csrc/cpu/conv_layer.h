@@ -41,6 +41,11 @@ class PreparedLayer {
   std::vector<float> copies_[5];
 };
 
+// {kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w} over a P x Q image.
+MaxPool make_pool(const std::vector<int64_t>& numbers, int64_t P, int64_t Q);
+
+Dtype kernel_dtype(torch::headeronly::ScalarType dtype);
+
 // Runs the convolution on torch's threads.
 void run_conv(Conv conv);
 

@@ -4,7 +4,9 @@
 // in memory and V::Parameter in arithmetic. Partial loads and stores touch `count` elements only.
 // V::stream is a store that does not bring the line it fills into the caches first: `p` must be a
 // multiple of the vector's size, and the thread calls finish_streaming() (cpu/isa.h) before others
-// read. V::where_positive(y, x) is x where not y <= 0, so also where y is NaN, and 0 elsewhere.
+// read. V::where_positive(y, x) is x where not y <= 0, so also where y is NaN, and 0 elsewhere;
+// V::where_exceeds(a, b, x, y) is x where a > b or a is NaN, and y elsewhere; V::where_equal(a, b,
+// x) is x where a == b, and 0 elsewhere.
 //
 // No header but <cstdint>'s C twin is included and everything with a body is in an anonymous
 // namespace, because the including files are compiled for different instruction sets (cpu/isa.h).
@@ -27,6 +29,14 @@ struct Padded {
     for (int64_t i = 0; i < count; ++i) target[i] = values[i];
   }
 };
+
+// Calls step(i) for whole vectors of `columns` values and step(i, rest) for what remains.
+template <class V, class Step>
+void for_each_vector(int64_t columns, const Step& step) {
+  int64_t i = 0;
+  for (; i + V::width <= columns; i += V::width) step(i);
+  if (i < columns) step(i, columns - i);
+}
 
 // Where streamed vectors of every type may begin.
 bool is_streamable(const void* p) {

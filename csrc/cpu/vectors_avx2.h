@@ -43,6 +43,14 @@ struct Float32 {
   static Register where_positive(Register y, Register x) {
     return _mm256_and_ps(_mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_NLE_UQ), x);
   }
+  static Register where_exceeds(Register a, Register b, Register x, Register y) {
+    const Register exceeds =
+        _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    return _mm256_blendv_ps(y, x, exceeds);
+  }
+  static Register where_equal(Register a, Register b, Register x) {
+    return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ), x);
+  }
 };
 
 struct Float16 : Float32 {
@@ -139,6 +147,14 @@ struct Float64 {
   static Register relu(Register x) { return _mm256_max_pd(_mm256_setzero_pd(), x); }
   static Register where_positive(Register y, Register x) {
     return _mm256_and_pd(_mm256_cmp_pd(y, _mm256_setzero_pd(), _CMP_NLE_UQ), x);
+  }
+  static Register where_exceeds(Register a, Register b, Register x, Register y) {
+    const Register exceeds =
+        _mm256_or_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ), _mm256_cmp_pd(a, a, _CMP_UNORD_Q));
+    return _mm256_blendv_pd(y, x, exceeds);
+  }
+  static Register where_equal(Register a, Register b, Register x) {
+    return _mm256_and_pd(_mm256_cmp_pd(a, b, _CMP_EQ_OQ), x);
   }
 };
 

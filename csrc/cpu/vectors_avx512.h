@@ -43,6 +43,14 @@ struct Float32 {
   static Register where_positive(Register y, Register x) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NLE_UQ), x);
   }
+  static Register where_exceeds(Register a, Register b, Register x, Register y) {
+    const __mmask16 exceeds =
+        _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    return _mm512_mask_mov_ps(y, exceeds, x);
+  }
+  static Register where_equal(Register a, Register b, Register x) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), x);
+  }
 };
 
 struct Float16 : Float32 {
@@ -131,6 +139,14 @@ struct Float64 {
   static Register relu(Register x) { return _mm512_max_pd(_mm512_setzero_pd(), x); }
   static Register where_positive(Register y, Register x) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y, _mm512_setzero_pd(), _CMP_NLE_UQ), x);
+  }
+  static Register where_exceeds(Register a, Register b, Register x, Register y) {
+    const __mmask8 exceeds =
+        _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_pd_mask(a, a, _CMP_UNORD_Q);
+    return _mm512_mask_mov_pd(y, exceeds, x);
+  }
+  static Register where_equal(Register a, Register b, Register x) {
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ), x);
   }
 };
 

@@ -94,6 +94,10 @@ struct Scalar {
   static Register add(Register a, Register b) { return a + b; }
   static Register relu(Register x) { return x < 0 ? 0 : x; }
   static Register where_positive(Register y, Register x) { return y <= 0 ? 0 : x; }
+  static Register where_exceeds(Register a, Register b, Register x, Register y) {
+    return a > b || a != a ? x : y;
+  }
+  static Register where_equal(Register a, Register b, Register x) { return a == b ? x : 0; }
 };
 
 }  // namespace

@@ -29,8 +29,10 @@ __all__ = [
     "batch_statistics",
     "conv_bn_act",
     "conv_bn_act_max_pool",
+    "conv_input_gradient",
     "empty_cache",
     "explain",
+    "max_pool_backward",
     "release",
     "residual_blocks",
 ]
@@ -53,6 +55,8 @@ _train_batch_norm_act = torch.ops.fused_resnet.train_batch_norm_act.default
 _batch_norm_act_backward = torch.ops.fused_resnet.batch_norm_act_backward.default
 _batch_norm_act_backward_sums = torch.ops.fused_resnet.batch_norm_act_backward_sums.default
 _batch_norm_act_backward_input = torch.ops.fused_resnet.batch_norm_act_backward_input.default
+_conv_input_gradient = torch.ops.fused_resnet.conv_input_gradient.default
+_max_pool_gradient = torch.ops.fused_resnet.max_pool_gradient.default
 _norm_vectors = torch.ops.fused_resnet.norm_vectors.default
 _pool_empty_like = torch.ops.fused_resnet.pool_empty_like.default
 
@@ -382,6 +386,89 @@ def batch_norm_act_backward_input(
         grad, input, output, *parameters, eps, relu, *sums, float(count), grad_input
     )
     return grad_input, residual
+
+
+def conv_input_gradient(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    add_to: Tensor | None = None,
+) -> Tensor | None:
+    """The gradient of a convolution in its input, by the forward's own kernel.
+
+    Args:
+        grad: of the output, (N, K, P, Q).
+        input: (N, C, H, W), of which only the shape, dtype and layout matter.
+        weight: (K, C, R, S).
+        stride: two numbers.
+        padding: two numbers.
+        dilation: two numbers.
+        groups: how many groups the channels are in.
+        add_to: a tensor like `input` to add the gradient to, in place; may be None.
+
+    Returns:
+        The gradient, `add_to` itself if there is one; None, with nothing done, where the kernel
+        does not cover the convolution: with a stride it has to be 1x1 without padding.
+    """
+    _, C, R, S = weight.shape
+    pointwise = R == S == 1
+    if (
+        groups != 1
+        or not _is_native(input.dtype, weight.shape, 1)
+        or not grad.dtype is weight.dtype is input.dtype
+        or not (input.is_contiguous(memory_format=torch.channels_last) or input.is_contiguous())
+        # Packing a weight whose input channels do not lie together takes longer than it saves.
+        or (weight.stride(1) != 1 and C > 1)
+    ):
+        return None
+    if tuple(stride) == (1, 1):
+        covered = all(
+            0 <= p <= d * (r - 1) for p, d, r in zip(padding, dilation, (R, S), strict=True)
+        )
+    else:
+        covered = pointwise and not any(padding)
+    if not covered or (add_to is not None and add_to.shape != input.shape):
+        return None
+    out = _pool_empty_like(input) if add_to is None else add_to
+    _conv_input_gradient(grad, weight, *stride, *padding, *dilation, out, add_to is not None)
+    return out
+
+
+def max_pool_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    pool: Sequence[Sequence[int]],
+) -> Tensor | None:
+    """The gradient that `max_pool2d(relu(batch_norm(input)), *pool)` passes to the ReLU's output.
+
+    Args:
+        grad: of the pooled tensor, (N, C, P, Q).
+        input: (N, C, H, W).
+        weight: (C,) or None.
+        bias: (C,) or None.
+        mean: (C,).
+        var: (C,), biased.
+        eps: added to `var`.
+        pool: kernel size, stride and padding, two numbers each.
+
+    Returns:
+        The gradient (N, C, H, W), or None where `input` is not channels_last.
+    """
+    if input.is_contiguous() or not input.is_contiguous(memory_format=torch.channels_last):
+        return None
+    parameters = _in_accumulation_dtype(input, mean, var, weight, bias)
+    numbers = [number for pair in pool for number in pair]
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    return _max_pool_gradient(grad, input, *_norm_vectors(*parameters, eps), numbers)
 
 
 def _lying_alike(

@@ -17,7 +17,7 @@ To compilers and to whatever else looks at single operators a block is its convo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from .. import backends
 from .batch_norm_act_inference import batch_norm_act_inference
 from .batch_norm_act_training import batch_norm_act_training
 from .gradients import aten, has_norm_kernel, norm_act_backward
-from .registration import autocast_tensor, needs_grad
+from .registration import autocast_tensor, is_plain, needs_grad
 from .sync_batch_norm_act import normalize, shared_backward, shared_statistics
 
 Statistics = tuple[Tensor, Tensor, Tensor | None]
@@ -199,13 +199,38 @@ class _Pass:
         )  # fmt: skip
 
     def conv_backward(
-        self, grad: Tensor, input: Tensor, need: Sequence[bool]
+        self,
+        grad: Tensor,
+        input: Tensor,
+        need: Sequence[bool],
+        add_to: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        *geometry, groups = self.layer.geometry
-        return aten.convolution_backward(
-            grad, input, self.weight, [self.weight.size(0)], *geometry, False, (0, 0), groups,
-            tuple(need),
-        )  # fmt: skip
+        """Gradients of input, weight and bias; the first is added to `add_to`, maybe in place."""
+        grad_input = grad_weight = grad_bias = None
+        need_input, *need_parameters = need
+        kernel = _backend_function("conv_input_gradient", grad)
+        if need_input and kernel is not None:
+            grad_input = kernel(grad, input, self.weight, *self.layer.geometry, add_to)
+            if grad_input is not None:
+                need_input, add_to = False, None
+        if need_input or any(need_parameters):
+            *geometry, groups = self.layer.geometry
+            by_library, grad_weight, grad_bias = aten.convolution_backward(
+                grad, input, self.weight, [self.weight.size(0)], *geometry, False, (0, 0), groups,
+                (need_input, *need_parameters),
+            )  # fmt: skip
+            grad_input = by_library if need_input else grad_input
+        if add_to is not None and grad_input is not None:
+            again = torch.is_grad_enabled()
+            grad_input = grad_input + add_to if again else grad_input.add_(add_to)
+        return grad_input, grad_weight, grad_bias
+
+
+def _backend_function(name: str, grad: Tensor) -> Callable[..., Any] | None:
+    """What the backend has for the backward pass, unless that is to be differentiated again."""
+    if torch.is_grad_enabled() or not is_plain(grad):
+        return None
+    return getattr(backends.choose(grad.device.type), name, None)
 
 
 def _passes(layers: Sequence[_Layer], parameters: Sequence[Tensor | None]) -> list[_Pass]:
@@ -299,7 +324,9 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             shortcut_grad = residual_grad
         conv_grads = (None, None, None)
         if any(need_conv):
-            conv_grads = step.conv_backward(grad, h, need_conv)
+            # The shortcut's gradient is the block's own, to be overwritten.
+            add_to = shortcut_grad if index == 0 and not block.has_projection else None
+            conv_grads = step.conv_backward(grad, h, need_conv, add_to)
         del h
         grad = conv_grads[0]
         grads[_PARAMETERS * index : _PARAMETERS * (index + 1)] = (*conv_grads[1:], *norm_grads)
@@ -315,11 +342,11 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         )
         conv_grads = (None, None, None)
         if any(need_conv):
-            conv_grads = step.conv_backward(shortcut_grad, input, need_conv)
-        shortcut_grad = conv_grads[0]
+            conv_grads = step.conv_backward(
+                shortcut_grad, input, need_conv, grad if need_input else None
+            )
+        grad = conv_grads[0]
         grads[-_PARAMETERS:] = (*conv_grads[1:], *norm_grads)
-    if need_input:
-        grad = grad + shortcut_grad if again else grad.add_(shortcut_grad)
     return grad if need_input else None, None, None, *grads
 
 
@@ -351,11 +378,21 @@ def _stem_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     step = _Pass(ctx.layer, saved[:_PARAMETERS])
     step.restore(saved[_PARAMETERS:])
     again = torch.is_grad_enabled()
-    out = step.normalize(step.convolve(input), None, "relu") if again else step.normalized()
-    with torch.no_grad():
-        _, indices = aten.max_pool2d_with_indices(out, *ctx.pool)
-    grad = aten.max_pool2d_with_indices_backward(grad, out, *ctx.pool, (1, 1), False, indices)
-    del indices
+    out = pool_grad = None
+    kernel = _backend_function("max_pool_backward", grad)
+    if kernel is not None and grad.numel() > 0:
+        pool_grad = kernel(
+            *(grad, step.raw, step.bn_weight, step.bn_bias, step.mean, step.var, ctx.layer.eps),
+            ctx.pool,
+        )
+    if pool_grad is not None:
+        grad = pool_grad
+    else:
+        out = step.normalize(step.convolve(input), None, "relu") if again else step.normalized()
+        with torch.no_grad():
+            _, indices = aten.max_pool2d_with_indices(out, *ctx.pool)
+        grad = aten.max_pool2d_with_indices_backward(grad, out, *ctx.pool, (1, 1), False, indices)
+        del indices
     need = ctx.needs_input_grad
     need_conv = (need[0], need[4], need[5])
     mask_from = out if again else None
