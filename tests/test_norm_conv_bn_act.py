@@ -516,6 +516,7 @@ def test_explain_says_what_runs():
     explain = functools.partial(fused_resnet.backends.explain, "norm_conv_bn_act", **arguments)
     with fused_resnet.use_backend("reference"):
         assert explain() == "reference"
+    assert explain().startswith("cpu: native norm + convolution (")
     assert explain(dtype=torch.float64) == (
         "cpu: scale_shift_act + library convolution + scale_shift_act"
     )

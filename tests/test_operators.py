@@ -30,6 +30,7 @@ INTERNAL = {
     "batch_norm_act_backward_sums",
     "batch_statistics",
     "conv_bn_act_packed",
+    "norm_conv_bn_act_packed",
     "norm_vectors",
     "pack_conv_weight",
     "pool_empty_like",
