@@ -316,6 +316,7 @@ def test_fused_classes_keep_their_names():
         "fused_resnet.blocks.PlainBlock",
         "fused_resnet.blocks.ResNet",
         "fused_resnet.families.densenet.DenseLayer",
+        "fused_resnet.families.densenet.DenseNet",
         "fused_resnet.families.densenet.Transition",
         "fused_resnet.families.models.PreActBasicBlock",
         "fused_resnet.families.models.PreActBottleneck",

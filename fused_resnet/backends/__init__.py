@@ -92,6 +92,17 @@ def in_graphs(input: Tensor) -> bool:
     return choose(input.device.type) is triton and triton.in_graphs(input)
 
 
+def has_prologue(
+    device_type: str, dtype: torch.dtype, weight_shape: Sequence[int], groups: int
+) -> bool:
+    """Whether `norm_conv_bn_act` is more than two operators in turn for such a convolution."""
+    backend = choose(device_type)
+    if not hasattr(backend, "norm_conv_bn_act"):
+        return False
+    asked = getattr(backend, "has_prologue", None)
+    return asked is None or asked(dtype, weight_shape, groups)
+
+
 def explain(
     operator: str,
     *,

@@ -31,6 +31,7 @@ __all__ = [
     "conv_bn_act_max_pool",
     "empty_cache",
     "explain",
+    "has_prologue",
     "norm_conv_bn_act",
     "release",
     "residual_blocks",
@@ -138,6 +139,11 @@ def conv_bn_act(
         activation == "relu",
         (),
     )
+
+
+def has_prologue(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> bool:
+    """Whether `norm_conv_bn_act` runs such a convolution in one pass."""
+    return _is_native(dtype, tuple(weight_shape), groups)
 
 
 def norm_conv_bn_act(
