@@ -593,11 +593,11 @@ class NormAct:
 
     def conv(self, conv: nn.Conv2d) -> Tensor:
         """A convolution of it that no norm follows."""
-        if applies_norms(conv, self._x):
+        if has_kernel(conv, self._x):
             _, *arguments = _bare_conv_arguments(conv, self._x)
             if (out := self._in_one(*arguments, None, "none")) is not None:
                 return out
-        return conv(self.tensor())
+        return bare_conv(conv, self.tensor())
 
     def _in_one(self, *convolution: Any) -> Tensor | None:
         norm, x = self._norm, self._x
@@ -618,14 +618,18 @@ class NormAct:
         return ops.norm_conv_bn_act(x, *before, *convolution)
 
 
-def applies_norms(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether a convolution of tensors like x has a kernel that can do a norm and ReLU before it.
+def bare_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """`conv(x)`, without hooks, by our kernel where there is one and no gradients are recorded."""
+    if has_kernel(conv, x) and not ops.registration.needs_grad(x, conv.weight, conv.bias):
+        arguments = _bare_conv_arguments(conv, x)
+        if checks.conv_error("conv_bn_act", *arguments, None, "none") is None:
+            return ops.conv_bn_act(*arguments, None, "none")
+    return conv(x)
 
-    Without one it would not pay where no norm follows it. A compiler is told that it has.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    return backends.has_prologue(x.device.type, x.dtype, conv.weight.shape, conv.groups)
+
+def has_kernel(conv: nn.Conv2d, x: Tensor) -> bool:
+    """See `backends.has_kernel`; `x` is like the convolution's input."""
+    return backends.has_kernel(x.device.type, x.dtype, conv.weight.shape, conv.groups)
 
 
 def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def fuse(model: nn.Module, memory: str = "normal") -> nn.Module:
 
     Only modules of exactly the known classes change, and only their class: parameters, buffers,
     hooks and `state_dict` stay the objects they are. Known are torchvision's `BasicBlock`,
-    `Bottleneck` and `ResNet`, the layers of its `DenseNet`, timm's `BasicBlock`, `Bottleneck` and
+    `Bottleneck`, `ResNet` and `DenseNet` with its layers, timm's `BasicBlock`, `Bottleneck` and
     `ResNet`, and the blocks of `fused_resnet.models`. A module whose parts have no fused form
     (other norms or activations) is left alone; `report` says so.
 
@@ -263,7 +263,7 @@ def _prologues(module: nn.Module, form: Form) -> list[str]:
                 applied = blocks.keeps_dtype(forms.part(module, behind[name]), conv.weight)
             else:
                 norms = (norm,)
-                applied = blocks.bare_conv_obstacle(conv) is None and blocks.applies_norms(
+                applied = blocks.bare_conv_obstacle(conv) is None and blocks.has_kernel(
                     conv, conv.weight
                 )
             batch = any(blocks.uses_batch_statistics(forms.part(module, n)) for n in norms)

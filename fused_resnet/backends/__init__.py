@@ -92,15 +92,18 @@ def in_graphs(input: Tensor) -> bool:
     return choose(input.device.type) is triton and triton.in_graphs(input)
 
 
-def has_prologue(
+def has_kernel(
     device_type: str, dtype: torch.dtype, weight_shape: Sequence[int], groups: int
 ) -> bool:
-    """Whether `norm_conv_bn_act` is more than two operators in turn for such a convolution."""
-    backend = choose(device_type)
-    if not hasattr(backend, "norm_conv_bn_act"):
+    """Whether a convolution without a norm of its own is better run by our operators.
+
+    That is where the backend has a kernel that does what comes before and behind it for nothing.
+    """
+    asked = getattr(choose(device_type), "has_kernel", None)
+    if asked is None:
         return False
-    asked = getattr(backend, "has_prologue", None)
-    return asked is None or asked(dtype, weight_shape, groups)
+    # Answers are cached, where Dynamo will not follow; in its graphs the operator is right anyway.
+    return torch.compiler.is_compiling() or asked(dtype, weight_shape, groups)
 
 
 def explain(

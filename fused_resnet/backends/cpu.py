@@ -31,7 +31,7 @@ __all__ = [
     "conv_bn_act_max_pool",
     "empty_cache",
     "explain",
-    "has_prologue",
+    "has_kernel",
     "norm_conv_bn_act",
     "release",
     "residual_blocks",
@@ -141,8 +141,8 @@ def conv_bn_act(
     )
 
 
-def has_prologue(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> bool:
-    """Whether `norm_conv_bn_act` runs such a convolution in one pass."""
+def has_kernel(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> bool:
+    """Whether such a convolution is native, with what comes before and behind it."""
     return _is_native(dtype, tuple(weight_shape), groups)
 
 

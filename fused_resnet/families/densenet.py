@@ -49,7 +49,8 @@ def _layer_forward(layer: DenseLayer, input: Tensor | list[Tensor]) -> Tensor:
         return layer.conv2(layer.relu2(layer.norm2(layer.bn_function(features))))
     x = features[0] if len(features) == 1 else torch.cat(features, 1)
     normalised = blocks.NormAct(layer.norm1, x, layer.relu1)
-    return layer.conv2(normalised.conv_norm_act(layer.conv1, layer.norm2, layer.relu2))
+    h = normalised.conv_norm_act(layer.conv1, layer.norm2, layer.relu2)
+    return blocks.bare_conv(layer.conv2, h)
 
 
 class Transition(blocks.Fused, densenet._Transition):
