@@ -37,6 +37,8 @@ EXPANDED = [
     ConvShape(44, 44, (3, 3), (1, 1), (1, 1), (1, 1), 11),
     ConvShape(20, 40, (3, 3), (2, 2), (1, 1), (1, 1), 10),
 ]
+# Groups of more than a vector of input channels, with a rest that is none.
+UNEVEN = ConvShape(2 * 37, 2 * 32, (3, 2), (1, 1), (1, 0), (1, 1), 2)
 FORMATS = [torch.channels_last, torch.contiguous_format]
 
 
@@ -63,7 +65,7 @@ def test_sample_shapes(backend, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("shape", [*SAMPLE_SHAPES, *EXPANDED], ids=str)
+@pytest.mark.parametrize("shape", [*SAMPLE_SHAPES, *EXPANDED, UNEVEN], ids=str)
 def test_every_kind_of_convolution(backend, shape, dtype, memory_format):
     case = make_norm_conv_case(
         shape, dtype=dtype, size=(17, 15), memory_format=memory_format, device=backend.device
@@ -138,7 +140,7 @@ def test_padding_is_zero_behind_the_norm(backend, dtype, groups):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=dtype_id)
-@pytest.mark.parametrize("shape", [*QUICK_SHAPES, EXPANDED[0]], ids=str)
+@pytest.mark.parametrize("shape", [*QUICK_SHAPES, EXPANDED[0], UNEVEN], ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_the_normalised_input_is_rounded_once(backend, dtype, shape, memory_format):
     """To the input's dtype, as if it had been written: the convolution sees no finer values."""
