@@ -558,20 +558,96 @@ def norm_act(norm: nn.BatchNorm2d | FrozenBatchNorm2d, x: Tensor, relu: nn.ReLU)
     return functional.run_batch_norm_act(*arguments, False, 0.0, norm.eps, None, "relu")
 
 
-def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
-    """`conv(x) + residual` in one where the arguments allow, without hooks.
+class NormAct:
+    """`relu(norm(x))`, for convolutions that can make it themselves while they load x.
 
-    The kernel's batch norm has mean 0 and variance 1 here, which changes no bit.
+    In inference they do where their arguments allow. Otherwise it is computed once, when it is
+    first needed. Training and gradients keep what a convolution reads, so it is computed for them.
+
+    Args:
+        norm: a batch norm without hooks.
+        x: (N, C, H, W).
+        relu: without hooks.
     """
-    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    zeros = x.new_zeros(conv.out_channels, dtype=dtype)
-    arguments = (
-        *(x, conv.weight, zeros, torch.ones_like(zeros), None, None, 0.0),
-        *(conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups),
-    )
+
+    def __init__(self, norm: nn.BatchNorm2d | FrozenBatchNorm2d, x: Tensor, relu: nn.ReLU) -> None:
+        self._norm, self._x, self._relu = norm, x, relu
+        self._computed: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """All of it, in memory."""
+        if self._computed is None:
+            self._computed = norm_act(self._norm, self._x, self._relu)
+        return self._computed
+
+    def conv_norm_act(
+        self, conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d, relu: nn.ReLU | None
+    ) -> Tensor:
+        """`conv_norm_act` of it, without a residual."""
+        activation = "none" if relu is None else "relu"
+        if not uses_batch_statistics(norm) and keeps_dtype(norm, self._x):
+            _, *arguments = conv_arguments(conv, norm, self._x)
+            if (out := self._in_one(*arguments, None, activation)) is not None:
+                return out
+        return conv_norm_act(conv, norm, self.tensor(), None, relu)
+
+    def conv(self, conv: nn.Conv2d) -> Tensor:
+        """A convolution of it that no norm follows."""
+        if has_kernel(conv, self._x):
+            _, *arguments = _bare_conv_arguments(conv, self._x)
+            if (out := self._in_one(*arguments, None, "none")) is not None:
+                return out
+        return bare_conv(conv, self.tensor())
+
+    def _in_one(self, *convolution: Any) -> Tensor | None:
+        norm, x = self._norm, self._x
+        if (
+            self._computed is not None
+            or uses_batch_statistics(norm)
+            or (type(norm) is FrozenBatchNorm2d and norm.weight.dtype is not x.dtype)
+        ):
+            return None
+        before = (norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+        name = "norm_conv_bn_act"
+        if (
+            ops.registration.needs_grad(x, *before, *convolution)
+            or checks.conv_error(name, x, *convolution) is not None
+            or checks.prologue_error(name, x, *before) is not None
+        ):
+            return None
+        return ops.norm_conv_bn_act(x, *before, *convolution)
+
+
+def bare_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """`conv(x)`, without hooks, by our kernel where there is one and no gradients are recorded."""
+    if has_kernel(conv, x) and not ops.registration.needs_grad(x, conv.weight, conv.bias):
+        arguments = _bare_conv_arguments(conv, x)
+        if checks.conv_error("conv_bn_act", *arguments, None, "none") is None:
+            return ops.conv_bn_act(*arguments, None, "none")
+    return conv(x)
+
+
+def has_kernel(conv: nn.Conv2d, x: Tensor) -> bool:
+    """See `backends.has_kernel`; `x` is like the convolution's input."""
+    return backends.has_kernel(x.device.type, x.dtype, conv.weight.shape, conv.groups)
+
+
+def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
+    """`conv(x) + residual` in one where the arguments allow, without hooks."""
+    arguments = _bare_conv_arguments(conv, x)
     if checks.conv_error("conv_bn_act", *arguments, residual, "none") is None:
         return ops.conv_bn_act(*arguments, residual, "none")
     return conv(x) + residual
+
+
+def _bare_conv_arguments(conv: nn.Conv2d, x: Tensor) -> tuple:
+    """`conv_arguments` without a norm: one with mean 0 and variance 1, which changes no bit."""
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    zeros = x.new_zeros(conv.out_channels, dtype=dtype)
+    return (
+        *(x, conv.weight, zeros, torch.ones_like(zeros), None, None, 0.0),
+        *(conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups),
+    )
 
 
 def _norm_act(
@@ -776,6 +852,11 @@ def pool_obstacle(maxpool: nn.Module) -> str | None:
     if reason := _call_obstacle(maxpool):
         return f"maxpool {reason}"
     return None
+
+
+def bare_conv_obstacle(conv: nn.Module | None) -> str | None:
+    """Why a convolution that no norm follows runs as the module it is, or None."""
+    return _conv_obstacle(conv) or _call_obstacle(conv)
 
 
 def _conv_obstacle(conv: nn.Module | None) -> str | None:

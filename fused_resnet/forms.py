@@ -58,6 +58,8 @@ class Form:
         kind: what the report calls it.
         units: its convolutions, in order; or a function that says so for a module.
         norms: pairs of a norm and the ReLU on its output, where no convolution comes before.
+        prologues: for each of these norms and each convolution of the module, which need not be
+            there, that reads its output: pairs of the two.
         convs: convolutions that no norm follows.
         shortcut: the name of a residual block's projection, which may be None; None if it has none.
         pool: the name of a stem's max-pool.
@@ -70,6 +72,7 @@ class Form:
     kind: str
     units: tuple[Unit, ...] | Callable[[nn.Module], Sequence[Unit]]
     norms: tuple[tuple[str, str], ...] = ()
+    prologues: tuple[tuple[str, str], ...] = ()
     convs: tuple[str, ...] = ()
     shortcut: str | None = None
     pool: str | None = None

@@ -84,7 +84,7 @@ def fuse(model: nn.Module, memory: str = "normal") -> nn.Module:
 
     Only modules of exactly the known classes change, and only their class: parameters, buffers,
     hooks and `state_dict` stay the objects they are. Known are torchvision's `BasicBlock`,
-    `Bottleneck` and `ResNet`, the layers of its `DenseNet`, timm's `BasicBlock`, `Bottleneck` and
+    `Bottleneck`, `ResNet` and `DenseNet` with its layers, timm's `BasicBlock`, `Bottleneck` and
     `ResNet`, and the blocks of `fused_resnet.models`. A module whose parts have no fused form
     (other norms or activations) is left alone; `report` says so.
 
@@ -204,11 +204,20 @@ def _ways(module: nn.Module, form: Form) -> Iterator[tuple[str, str]]:
     reason = None
     if form.pool is not None:
         reason = blocks.pool_obstacle(forms.part(module, form.pool))
+    inside = _prologues(module, form)
     for norm, _ in form.norms:
-        yield _norm_way(forms.part(module, norm))
+        readers = _readers(module, form, norm)
+        if not readers or any(name not in inside for name in readers):
+            yield _norm_way(forms.part(module, norm))
+    followed = {unit.conv for unit in units}
+    for name in inside:
+        if name not in followed:
+            yield _explained("norm_conv_bn_act", forms.part(module, name)), ""
     for unit in units:
         pooled = form.pool is not None and reason is None and unit is units[-1]
         operator = "conv_bn_act_max_pool" if pooled else "conv_bn_act"
+        if unit.conv in inside:
+            operator = "norm_conv_bn_act"
         conv, norm = forms.part(module, unit.conv), forms.part(module, unit.norm)
         yield _way(operator, unit.conv, conv, norm)
         for name in (*unit.between, *unit.after):
@@ -236,6 +245,33 @@ def _ways(module: nn.Module, form: Form) -> Iterator[tuple[str, str]]:
                     yield "eager pooling", f"{name}.{index} is {blocks.described(first)}"
 
 
+def _readers(module: nn.Module, form: Form, norm: str) -> list[str]:
+    """The convolutions there are that read a norm's output, which no other comes before."""
+    pairs = form.prologues
+    return [name for n, name in pairs if n == norm and forms.part(module, name) is not None]
+
+
+def _prologues(module: nn.Module, form: Form) -> list[str]:
+    """The convolutions that apply the norm before them themselves, in inference."""
+    behind = {unit.conv: unit.norm for unit in form.units_of(module)}
+    inside = []
+    for norm, _ in form.norms:
+        for name in _readers(module, form, norm):
+            conv = forms.part(module, name)
+            if name in behind:
+                norms = (norm, behind[name])
+                applied = blocks.keeps_dtype(forms.part(module, behind[name]), conv.weight)
+            else:
+                norms = (norm,)
+                applied = blocks.bare_conv_obstacle(conv) is None and blocks.has_kernel(
+                    conv, conv.weight
+                )
+            batch = any(blocks.uses_batch_statistics(forms.part(module, n)) for n in norms)
+            if applied and not batch:
+                inside.append(name)
+    return inside
+
+
 def _norm_way(norm: nn.Module) -> tuple[str, str]:
     training = blocks.uses_batch_statistics(norm)
     operator = "batch_norm_act_training" if training else "batch_norm_act_inference"
@@ -259,13 +295,18 @@ def _way(operator: str, name: str, conv: nn.Conv2d, norm: nn.Module) -> tuple[st
         return "eager", str(error)
     if not blocks.keeps_dtype(norm, x):
         return "eager", f"{name}: a FrozenBatchNorm2d in {norm.weight.dtype} after {weight.dtype}"
-    way = backends.explain(
+    return _explained(operator, conv), ""
+
+
+def _explained(operator: str, conv: nn.Conv2d) -> str:
+    weight = conv.weight
+    return backends.explain(
         operator,
-        **where,
+        device=weight.device,
+        dtype=weight.dtype,
         weight_shape=tuple(weight.shape),
         stride=conv.stride,
         padding=conv.padding,
         dilation=conv.dilation,
         groups=conv.groups,
     )
-    return way, ""

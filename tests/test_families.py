@@ -1,7 +1,9 @@
 """Blocks that are not torchvision's ResNet's: pre-activation, the books' and DenseNet's."""
 
+import collections
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -9,16 +11,18 @@ from support import (
     assert_gradients_by_error_rule,
     assert_same_bits,
     double_copy,
+    dtype_id,
     image_batch,
     parameter_gradients,
     run_python,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.densenet import DenseNet
 from torchvision.ops import FrozenBatchNorm2d
 
 import fused_resnet
-from fused_resnet import forms, models
+from fused_resnet import blocks, forms, models
 from fused_resnet.models.preact import PreActResNet
 from fused_resnet.testing import assert_error_rule, randomize_
 
@@ -83,6 +87,132 @@ def test_in_evaluation(backend, network):
         assert_error_rule(fused(x), expected, double_copy(eager)(x.double()))
         assert_same_bits(fused_resnet.unfuse(fused)(x), expected)
     assert [type(m) for m in fused.modules()] == [type(m) for m in eager.modules()]
+
+
+def called_operators(model, x):
+    """How often each of our operators is called, by name."""
+    counts = collections.Counter()
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator.namespace == "fused_resnet":
+                counts[operator._schema.name.partition("::")[2]] += 1
+            return operator(*args, **(kwargs or {}))
+
+    with Calls():
+        model(x)
+    return dict(counts)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("network", "inference", "recorded"),
+    [
+        # Blocks with a projection have two convolutions of what their first norm makes.
+        (
+            "preact basic",
+            {"norm_conv_bn_act": 8, "conv_bn_act": 5},
+            {"batch_norm_act_inference": 5, "conv_bn_act": 10},
+        ),
+        (
+            "preact bottleneck",
+            {"norm_conv_bn_act": 9, "conv_bn_act": 10},
+            {"batch_norm_act_inference": 5, "conv_bn_act": 15},
+        ),
+        # Eight layers and three transitions, the second convolutions of layers, the last norm.
+        (
+            "densenet",
+            {
+                "conv_bn_act_max_pool": 1,
+                "norm_conv_bn_act": 11,
+                "conv_bn_act": 8,
+                "batch_norm_act_inference": 1,
+            },
+            {"conv_bn_act": 9, "batch_norm_act_inference": 12},
+        ),
+    ],
+)
+def test_norms_are_inside_convolutions_in_inference(network, inference, recorded):
+    """And before them where gradients are recorded, which keep what a convolution reads."""
+    model, x = fused_resnet.fuse(build(network)), image_batch(2, 48)
+    with torch.inference_mode():
+        assert called_operators(model, x) == inference
+    assert called_operators(model, x) == recorded
+
+
+@pytest.mark.parametrize("network", ["preact basic", "densenet"])
+def test_norms_stay_inside_convolutions_in_a_graph(network):
+    """Of whichever dtype: nothing that answers what runs is in the compiler's way."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model, x = fused_resnet.fuse(build(network)).to(dtype), image_batch(2, 48, dtype)
+        graphs = []
+
+        def keep(graph, inputs):
+            graphs.append(graph)  # noqa: B023
+            return graph
+
+        torch._dynamo.reset()
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            compiled = torch.compile(model, backend=keep, fullgraph=True)(x)
+            assert_same_bits(compiled, model(x))
+        targets = [str(node.target) for node in graphs[0].graph.nodes]
+        count = sum(target.startswith("fused_resnet.norm_conv_bn_act") for target in targets)
+        assert count == {"preact basic": 8, "densenet": 11}[network]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("network", ["preact basic", "preact bottleneck", "densenet"])
+def test_prologues_compute_what_separate_norms_do(network, dtype, monkeypatch):
+    """To the bit: the normalised input is what would have been written."""
+    model, x = fused_resnet.fuse(build(network)).to(dtype), image_batch(2, 48, dtype)
+    with torch.inference_mode():
+        inside = model(x)
+        monkeypatch.setattr(blocks.NormAct, "_in_one", lambda *arguments: None)
+        assert_same_bits(inside, model(x))
+
+
+def test_a_hook_on_the_projection_of_a_preactivation_block_fires():
+    """It sees the normalised input, and the other convolution reads that too."""
+    model, x = build("preact basic"), image_batch(2, 48)
+    expected = model(x)
+    fused_resnet.fuse(model)
+    seen = []
+    model.layer2[0].downsample.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.inference_mode():
+        out = model(x)
+        calls = called_operators(model.layer2[0], x.new_zeros(1, 64, 8, 8))
+    assert calls == {"batch_norm_act_inference": 1, "conv_bn_act": 2}
+    assert (seen[0] >= 0).all()
+    torch.testing.assert_close(out, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda m: m.features.norm5.register_forward_hook(lambda *_: None),
+            "features.norm5 carries hooks",
+        ),
+        (lambda m: m.features.register_forward_hook(lambda *_: None), "features carries hooks"),
+        (
+            lambda m: setattr(m.features, "norm0", nn.Identity()),
+            "features.norm0 is an Identity",
+        ),
+        (lambda m: m.features.add_module("more", nn.Identity()), "the children of features are"),
+    ],
+    ids=["norm5", "features", "norm0", "more"],
+)
+def test_what_keeps_the_stem_of_a_densenet(change, reason):
+    model, x = build("densenet"), image_batch(2, 48)
+    change(model)
+    expected = model(x)
+    fused_resnet.fuse(model)
+    record = records(model)[""]
+    assert not record.fused
+    assert reason in record.reason
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("network", ["preact basic", "d2l", "model garden", "densenet"])
@@ -316,6 +446,7 @@ def test_fused_classes_keep_their_names():
         "fused_resnet.blocks.PlainBlock",
         "fused_resnet.blocks.ResNet",
         "fused_resnet.families.densenet.DenseLayer",
+        "fused_resnet.families.densenet.DenseNet",
         "fused_resnet.families.densenet.Transition",
         "fused_resnet.families.models.PreActBasicBlock",
         "fused_resnet.families.models.PreActBottleneck",

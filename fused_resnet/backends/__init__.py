@@ -3,7 +3,8 @@
 A backend is a module with these functions, named and ordered as the operators in `ops/`:
 `conv_bn_act`, `conv_bn_act_max_pool`, `batch_norm_act_training`, `batch_norm_act_inference`, plus
 `available() -> str`, `explain(operator, ...) -> str` and, if it caches anything made from
-parameters, `release(tensors)`. Their arguments are checked before they get there.
+parameters, `release(tensors)`. Their arguments are checked before they get there. A backend without
+the function `norm_conv_bn_act` runs `batch_norm_act_inference` and `conv_bn_act` in its place.
 """
 
 from __future__ import annotations
@@ -91,6 +92,20 @@ def in_graphs(input: Tensor) -> bool:
     return choose(input.device.type) is triton and triton.in_graphs(input)
 
 
+def has_kernel(
+    device_type: str, dtype: torch.dtype, weight_shape: Sequence[int], groups: int
+) -> bool:
+    """Whether a convolution without a norm of its own is better run by our operators.
+
+    That is where the backend has a kernel that does what comes before and behind it for nothing.
+    """
+    asked = getattr(choose(device_type), "has_kernel", None)
+    if asked is None:
+        return False
+    # Answers are cached, where Dynamo will not follow; in its graphs the operator is right anyway.
+    return torch.compiler.is_compiling() or asked(dtype, weight_shape, groups)
+
+
 def explain(
     operator: str,
     *,
@@ -114,16 +129,21 @@ def explain(
         dilation: see `stride`.
         groups: see `stride`.
     """
-    return choose(device.type).explain(
-        operator,
-        device=device,
-        dtype=dtype,
-        weight_shape=weight_shape,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-    )
+    backend = choose(device.type)
+    arguments = {
+        "device": device,
+        "dtype": dtype,
+        "weight_shape": weight_shape,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+    }
+    if operator == "norm_conv_bn_act" and not hasattr(backend, operator):
+        before = backend.explain("batch_norm_act_inference", **arguments)
+        behind = backend.explain("conv_bn_act", **arguments)
+        return before if before == behind else f"{before} + {behind.rpartition(': ')[2]}"
+    return backend.explain(operator, **arguments)
 
 
 def release(tensors: Iterable[Tensor]) -> None:

@@ -1,11 +1,13 @@
-"""The layers and transitions of torchvision's `DenseNet`.
+"""torchvision's `DenseNet`: its stem, its layers and its transitions.
 
+    stem:       pool0(relu0(norm0(conv0(x))))
     layer:      conv2(relu2(norm2(conv1(relu1(norm1(cat(features)))))))
     transition: pool(conv(relu(norm(x))))
 
-Norm and ReLU before a convolution are one pass over its input, those between the two convolutions
-of a layer are in the first one's epilogue. Only the concatenation and the first pass's output are
-written between the convolutions of two layers.
+In inference the norm and ReLU before a convolution are applied while it loads its input, so that
+between the convolutions of two layers only the concatenation is written; where gradients are
+recorded they are one pass over that. The norm and ReLU between the two convolutions of a layer are
+in the first one's epilogue.
 """
 
 # Without `from __future__ import annotations`, which TorchScript's overloads do not read.
@@ -46,13 +48,13 @@ def _layer_forward(layer: DenseLayer, input: Tensor | list[Tensor]) -> Tensor:
     if blocks.obstacle(layer) is not None or any(map(blocks.input_obstacle, features)):
         return layer.conv2(layer.relu2(layer.norm2(layer.bn_function(features))))
     x = features[0] if len(features) == 1 else torch.cat(features, 1)
-    x = blocks.norm_act(layer.norm1, x, layer.relu1)
-    x = blocks.conv_norm_act(layer.conv1, layer.norm2, x, None, layer.relu2)
-    return layer.conv2(x)
+    normalised = blocks.NormAct(layer.norm1, x, layer.relu1)
+    h = normalised.conv_norm_act(layer.conv1, layer.norm2, layer.relu2)
+    return blocks.bare_conv(layer.conv2, h)
 
 
 class Transition(blocks.Fused, densenet._Transition):
-    """torchvision's `_Transition`, its norm and ReLU in one pass."""
+    """torchvision's `_Transition`, its norm and ReLU in one pass or in its convolution."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
         if torch.jit.is_scripting():
@@ -66,8 +68,43 @@ class Transition(blocks.Fused, densenet._Transition):
 def _transition_forward(transition: Transition, x: Tensor) -> Tensor:
     if blocks.obstacle(transition) is not None or blocks.input_obstacle(x) is not None:
         return densenet._Transition.forward(transition, x)
-    x = blocks.norm_act(transition.norm, x, transition.relu)
-    return transition.pool(transition.conv(x))
+    normalised = blocks.NormAct(transition.norm, x, transition.relu)
+    return transition.pool(normalised.conv(transition.conv))
+
+
+class DenseNet(blocks.Fused, densenet.DenseNet):
+    """torchvision's `DenseNet`, the norms and ReLUs of its stem and of its end in one pass each.
+
+    Whether its layers are fused is up to them: `fuse` fuses both.
+    """
+
+    _unfused_forward = blocks.named_copy(densenet.DenseNet.forward, "_unfused_forward")
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if torch.jit.is_scripting():
+            return self._unfused_forward(x)
+        else:
+            return _network_forward(self, x)
+
+
+def _network_forward(model: DenseNet, x: Tensor) -> Tensor:
+    if blocks.obstacle(model) is not None or blocks.input_obstacle(x) is not None:
+        return model._unfused_forward(x)
+    conv0, norm0, relu0, pool0, *middle, norm5 = model.features._modules.values()
+    x = blocks.stem(conv0, norm0, relu0, pool0, x)
+    for module in middle:
+        x = module(x)
+    x = blocks.norm_act(norm5, x, relu0)
+    return model.classifier(torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1))
+
+
+def _network_obstacle(model: densenet.DenseNet) -> str | None:
+    if type(model.features) is not torch.nn.Sequential:
+        return f"features is {blocks.described(model.features)}"
+    names = list(model.features._modules)
+    if names[:4] != ["conv0", "norm0", "relu0", "pool0"] or names[-1] != "norm5":
+        return f"the children of features are {names}"
+    return None
 
 
 def _layer_obstacle(layer: densenet._DenseLayer) -> str | None:
@@ -86,6 +123,7 @@ forms.register(
         "DenseLayer",
         units=(Unit("conv1", "norm2", "relu2"),),
         norms=(("norm1", "relu1"),),
+        prologues=(("norm1", "conv1"),),
         convs=("conv2",),
         overrides=("forward", "bn_function"),
         obstacle=_layer_obstacle,
@@ -98,7 +136,20 @@ forms.register(
         "Transition",
         units=(),
         norms=(("norm", "relu"),),
+        prologues=(("norm", "conv"),),
         convs=("conv",),
         obstacle=_transition_obstacle,
+    )
+)
+forms.register(
+    Form(
+        densenet.DenseNet,
+        DenseNet,
+        "stem",
+        units=(Unit("features.conv0", "features.norm0", "features.relu0"),),
+        # The ReLU behind the last norm is a function; this one does the same.
+        norms=(("features.norm5", "features.relu0"),),
+        pool="features.pool0",
+        obstacle=_network_obstacle,
     )
 )

@@ -1,9 +1,9 @@
 """Fused forms of the blocks in `fused_resnet.models` that are not torchvision's.
 
-A pre-activation block is one pass for its first norm and ReLU, whose output the convolution and
-the block's own input, kept for the add, both need; then convolutions with the next norm and ReLU;
-then a convolution with the add. The norm and ReLU that the next block begins with cannot be in that
-last epilogue, which stores one output while two are needed.
+A pre-activation block is convolutions with the next norm and ReLU, then one with the add. In
+inference the first of them, and the projection, do the first norm and ReLU while they load the
+block's input; where gradients are recorded these are a pass of their own. They cannot be in the
+last epilogue of the block before, which stores one output while two are needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..models import preact, residual
 
 
 class PreActBasicBlock(blocks.Fused, preact.PreActBasicBlock):
-    """`models.PreActBasicBlock` in one pass for its first norm and one for each convolution."""
+    """`models.PreActBasicBlock` in one pass for each convolution."""
 
     _unfused_forward = blocks.named_copy(preact.PreActBasicBlock.forward, "_unfused_forward")
 
@@ -30,7 +30,7 @@ class PreActBasicBlock(blocks.Fused, preact.PreActBasicBlock):
 
 
 class PreActBottleneck(blocks.Fused, preact.PreActBottleneck):
-    """`models.PreActBottleneck` in one pass for its first norm and one for each convolution."""
+    """`models.PreActBottleneck` in one pass for each convolution."""
 
     _unfused_forward = blocks.named_copy(preact.PreActBottleneck.forward, "_unfused_forward")
 
@@ -69,9 +69,17 @@ def _preact_forward(block: PreActBasicBlock | PreActBottleneck, x: Tensor) -> Te
     if blocks.obstacle(block) is not None or blocks.input_obstacle(x) is not None:
         return block._unfused_forward(x)
     form = forms.of(block)
-    h = blocks.norm_act(block.bn1, x, block.relu)
-    shortcut = x if block.downsample is None else block.downsample(h)
-    for unit in form.units_of(block):
+    normalised = blocks.NormAct(block.bn1, x, block.relu)
+    shortcut = x
+    if block.downsample is not None:
+        if blocks.bare_conv_obstacle(block.downsample) is None:
+            shortcut = normalised.conv(block.downsample)
+        else:
+            shortcut = block.downsample(normalised.tensor())
+    first, *units = form.units_of(block)
+    conv, norm = forms.part(block, first.conv), forms.part(block, first.norm)
+    h = normalised.conv_norm_act(conv, norm, forms.part(block, first.act))
+    for unit in units:
         h = blocks.run_unit(block, unit, h)
     return blocks.conv_add(forms.part(block, form.convs[0]), h, shortcut)
 
@@ -86,6 +94,7 @@ forms.register(
         "PreActBasicBlock",
         units=(Unit("conv1", "bn2", "relu"),),
         norms=(("bn1", "relu"),),
+        prologues=(("bn1", "downsample"), ("bn1", "conv1")),
         convs=("conv2",),
     )
 )
@@ -96,6 +105,7 @@ forms.register(
         "PreActBottleneck",
         units=(Unit("conv1", "bn2", "relu"), Unit("conv2", "bn3", "relu")),
         norms=(("bn1", "relu"),),
+        prologues=(("bn1", "downsample"), ("bn1", "conv1")),
         convs=("conv3",),
     )
 )
