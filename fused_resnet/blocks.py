@@ -281,7 +281,7 @@ def _layers(block: nn.Module) -> tuple[Layers, bool] | None:
 
 def _inference_layers(block: nn.Module, x: Tensor) -> ops.BlockLayers | None:
     """A block without an obstacle as `ops.residual_blocks` takes it, or None where it cannot."""
-    if torch.compiler.is_compiling() or (found := _layers(block)) is None:
+    if (found := _layers(block)) is None:
         return None
     pairs, has_projection = found
     layers = []
@@ -385,7 +385,7 @@ def _momentum(norm: nn.BatchNorm2d) -> float:
 
 
 def stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
-    """One stage after the other: all of their blocks in one call where nothing else is to be seen.
+    """One stage after the other: all blocks in one call between what else is to be seen.
 
     Going through a block's modules in Python between two blocks would find the caches filled with
     the last one's weights, and takes twice as long as going through all blocks before. On a GPU it
@@ -394,7 +394,21 @@ def stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
     A stage called by itself, `model.layer1(x)`, is torchvision's `nn.Sequential`, so its blocks run
     one by one.
     """
-    blocks = stages_layers(stages, x)
+    together: list[nn.Module] = []
+    blocks: list[ops.BlockLayers] = []
+    for stage in stages:
+        layers = _stage_layers(stage, x)
+        if layers is None:
+            x = stage(_joined_stages(together, blocks, x))
+            together, blocks = [], []
+        else:
+            together.append(stage)
+            blocks += layers
+    return _joined_stages(together, blocks, x)
+
+
+def _joined_stages(stages: list[nn.Module], blocks: list[ops.BlockLayers], x: Tensor) -> Tensor:
+    """Stages that consist of `blocks`, in one call where the backend has one."""
     if blocks and (out := ops.residual_blocks(x, blocks)) is not None:
         return out
     for stage in stages:

@@ -126,6 +126,43 @@ def conv_error(
     )
 
 
+def blocks_fit(input: Tensor, blocks: Sequence[tuple[Sequence[tuple], bool]]) -> bool:
+    """Whether no convolution of these blocks has an error; see `ops.residual_blocks`."""
+    for layers, has_projection in blocks:
+        *main, last = layers[:-1] if has_projection else layers
+        shortcut = input
+        if has_projection:
+            shortcut = _output_like(input, layers[-1], None, "none")
+        out: Tensor | None = input
+        for layer in main:
+            out = None if out is None else _output_like(out, layer, None, "relu")
+        if out is None or shortcut is None:
+            return False
+        following = _output_like(out, last, shortcut, "relu")
+        if following is None:
+            return False
+        input = following
+    return True
+
+
+def _output_like(
+    input: Tensor, layer: tuple, residual: Tensor | None, activation: str
+) -> Tensor | None:
+    """A tensor without memory like the output of `conv_bn_act`, or None if that has an error."""
+    if conv_error("conv_bn_act", input, *layer, residual, activation) is not None:
+        return None
+    weight, stride, padding, dilation = layer[0], *layer[7:10]
+    if residual is not None and residual.shape[1:2] != weight.shape[:1]:
+        return None
+    sizes = [
+        (size + 2 * p - d * (r - 1) - 1) // s + 1
+        for size, r, s, p, d in zip(
+            input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
+    return input.detach().new_empty(()).expand(input.size(0), weight.size(0), *sizes)
+
+
 def pool_error(
     name: str,
     input: Tensor,

@@ -17,6 +17,7 @@ from support import (
     run_python,
     small_resnet,
 )
+from torch.utils._pytree import tree_map_only
 
 import fused_resnet
 from fused_resnet import backends
@@ -130,6 +131,29 @@ def batch_norm_samples(device, dtype, training):
         yield require_grad(arguments, indices if grad else set())
 
 
+def block_samples(device, dtype):
+    """Two blocks: one with a projection, then one without affine parameters, with biases."""
+    parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    shapes = [(12, 8, 3, 3), (12, 12, 3, 3), (12, 8, 1, 1), (16, 12, 1, 1), (12, 8, 3, 3)]
+    strides, paddings, groups = [2, 1, 2, 1, 1], [1, 1, 0, 0, 1], [1, 1, 1, 1, 2]
+    for grad, memory_format in itertools.product(
+        [True, False], [torch.channels_last, torch.contiguous_format]
+    ):
+        x = torch.randn(3, 8, 9, 7, device=device).to(dtype).to(memory_format=memory_format)
+        tensors = []
+        for i, shape in enumerate(shapes):
+            K = shape[0]
+            weight = torch.randn(shape, device=device).to(dtype).requires_grad_(grad)
+            mean = torch.zeros(K, device=device, dtype=parameter_dtype)
+            affine = torch.rand(K, device=device, dtype=parameter_dtype) if i < 3 else None
+            bias = torch.randn(K, device=device).to(dtype).requires_grad_(grad) if i > 2 else None
+            tensors += [weight, mean, torch.ones_like(mean), affine, affine, bias]
+        numbers = []
+        for stride, padding, group_count in zip(strides, paddings, groups, strict=True):
+            numbers += [stride, stride, padding, padding, 1, 1, group_count]
+        yield (x.requires_grad_(grad), tensors, numbers, [1e-5] * 5, [3, 2], [True, False])
+
+
 def scale_shift_samples(device, dtype):
     parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     for residual, activation in itertools.product([True, False], ["relu", "none"]):
@@ -148,6 +172,8 @@ def samples(name, device, dtype):
         return batch_norm_samples(device, dtype, True)
     if name == "batch_norm_act_inference":
         return batch_norm_samples(device, dtype, False)
+    if name == "residual_blocks":
+        return block_samples(device, dtype)
     if name == "scale_shift_act":
         return scale_shift_samples(device, dtype)
     raise KeyError(name)
@@ -164,6 +190,7 @@ PUBLIC = [
     "conv_bn_act_max_pool",
     "batch_norm_act_training",
     "batch_norm_act_inference",
+    "residual_blocks",
     "scale_shift_act",
 ]
 
@@ -202,9 +229,7 @@ def test_fake_kernels_predict_shape_dtype_and_strides(backend, name, dtype):
         with torch.no_grad():
             real = operator(*arguments)
         with FakeTensorMode() as mode, torch.no_grad():
-            fake = operator(
-                *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments)
-            )
+            fake = operator(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
         real, fake = (r if isinstance(r, tuple) else (r,) for r in (real, fake))
         assert len(real) == len(fake)
         for ours, predicted in zip(real, fake, strict=True):
@@ -218,7 +243,7 @@ def test_meta_tensors(backend):
     for name in PUBLIC:
         operator = getattr(torch.ops.fused_resnet, name).default
         arguments = next(iter(samples(name, "cpu", torch.float32)))
-        out = operator(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
+        out = operator(*tree_map_only(torch.Tensor, lambda a: a.to("meta"), arguments))
         out = out[0] if isinstance(out, tuple) else out
         assert out.device.type == "meta"
 
