@@ -56,8 +56,12 @@ def conv_error(
     groups: int,
     residual: Tensor | None,
     activation: str,
+    shape: Sequence[int] | None = None,
 ) -> ValueError | TypeError | None:
-    """What is wrong with the arguments of `conv_bn_act`, or None; it is returned, not raised."""
+    """What is wrong with the arguments of `conv_bn_act`, or None; it is returned, not raised.
+
+    A `shape` stands for the input's own, so that there need not be a tensor of it.
+    """
     for what, tensor in (("input", input), ("weight", weight)):
         if not isinstance(tensor, Tensor):
             return _not_a_tensor(name, what, tensor)
@@ -65,7 +69,7 @@ def conv_error(
             return ValueError(f"{name}: {what} has {tensor.dim()} dimensions, must have 4")
         if tensor.layout is not torch.strided:
             return _layout_error(name, what, tensor)
-    N, C, H, W = input.shape
+    N, C, H, W = input.shape if shape is None else shape
     K, group_channels, R, S = weight.shape
     if not isinstance(groups, int):
         return TypeError(f"{name}: groups is {groups!r}, must be an int")
@@ -128,39 +132,28 @@ def conv_error(
 
 def blocks_fit(input: Tensor, blocks: Sequence[tuple[Sequence[tuple], bool]]) -> bool:
     """Whether no convolution of these blocks has an error; see `ops.residual_blocks`."""
+    shape: Sequence[int] | None = tuple(input.shape)
     for layers, has_projection in blocks:
-        *main, last = layers[:-1] if has_projection else layers
-        shortcut = input
+        shortcut = shape
         if has_projection:
-            shortcut = _output_like(input, layers[-1], None, "none")
-        out: Tensor | None = input
-        for layer in main:
-            out = None if out is None else _output_like(out, layer, None, "relu")
-        if out is None or shortcut is None:
+            *layers, projection = layers
+            shortcut = _conv_shape(input, shape, projection)
+        for layer in layers:
+            shape = None if shape is None else _conv_shape(input, shape, layer)
+        if shape is None or shape != shortcut:
             return False
-        following = _output_like(out, last, shortcut, "relu")
-        if following is None:
-            return False
-        input = following
     return True
 
 
-def _output_like(
-    input: Tensor, layer: tuple, residual: Tensor | None, activation: str
-) -> Tensor | None:
-    """A tensor without memory like the output of `conv_bn_act`, or None if that has an error."""
-    if conv_error("conv_bn_act", input, *layer, residual, activation) is not None:
+def _conv_shape(input: Tensor, shape: Sequence[int], layer: tuple) -> Sequence[int] | None:
+    """The output's shape where `shape` is the input's, or None if something does not fit."""
+    if conv_error("conv_bn_act", input, *layer, None, "relu", shape) is not None:
         return None
     weight, stride, padding, dilation = layer[0], *layer[7:10]
-    if residual is not None and residual.shape[1:2] != weight.shape[:1]:
-        return None
-    sizes = [
-        (size + 2 * p - d * (r - 1) - 1) // s + 1
-        for size, r, s, p, d in zip(
-            input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
-    ]
-    return input.detach().new_empty(()).expand(input.size(0), weight.size(0), *sizes)
+    N, _, *sizes = shape
+    K, _, *filter = weight.shape
+    numbers = zip(sizes, filter, stride, padding, dilation, strict=True)
+    return (N, K, *((size + 2 * p - d * (r - 1) - 1) // s + 1 for size, r, s, p, d in numbers))
 
 
 def pool_error(
