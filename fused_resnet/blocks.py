@@ -313,7 +313,12 @@ def _block_training(block: nn.Module, x: Tensor) -> Tensor | None:
     layers = [conv_arguments(conv, norm, x)[1:] for conv, norm in pairs]
     groups = [sync_group(norm) for _, norm in pairs]
     low_memory = block.memory == "low"
-    result = ops.residual_block_training(x, layers, groups, has_projection, low_memory)
+    if not torch.compiler.is_compiling():
+        result = ops.residual_block_training(x, layers, groups, has_projection, low_memory)
+    elif all(group is None for group in groups):
+        result = ops.block_training_in_graph(x, layers, has_projection, low_memory)
+    else:
+        result = None
     if result is None:
         return None
     out, statistics = result
@@ -322,7 +327,7 @@ def _block_training(block: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _may_train_as_one(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and ops.has_norm_kernel(x)
+    return torch.is_grad_enabled() and (ops.has_norm_kernel(x) or ops.holds_training_in_graphs(x))
 
 
 def _trained_shapes(
@@ -520,7 +525,11 @@ def _stem_training(
     arguments, pool = conv_arguments(conv, norm, x), pool_arguments(maxpool)
     if checks.pool_error("conv_bn_act_max_pool", *arguments, *pool) is not None:
         return None
-    result = ops.stem_training(x, arguments[1:], sync_group(norm), pool)
+    group = sync_group(norm)
+    if not torch.compiler.is_compiling():
+        result = ops.stem_training(x, arguments[1:], group, pool)
+    else:
+        result = ops.stem_training_in_graph(x, arguments[1:], pool) if group is None else None
     if result is None:
         return None
     out, statistics = result
