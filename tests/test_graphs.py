@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func, nop
+from functorch.compile import make_boxed_func
 from support import BLOCKS, assert_same_bits, double_copy, image_batch, run_python, small_resnet
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -37,14 +37,14 @@ def our_operators(graph):
 
 
 def compiled(model, **options):
-    """A compiled model, and the list of its forward graphs' operators, as they come."""
+    """A compiled model, and the list of its graphs' operators, forward and backward."""
     graphs = []
 
     def collect(module, inputs):
         graphs.append(our_operators(module.graph))
         return make_boxed_func(module.forward)
 
-    backend = aot_autograd(fw_compiler=collect, bw_compiler=nop)
+    backend = aot_autograd(fw_compiler=collect, bw_compiler=collect)
     return torch.compile(model, fullgraph=True, backend=backend, **options), graphs
 
 
@@ -249,6 +249,68 @@ def test_a_traced_graph_holds_whole_blocks_unless_autograd_records(recorded):
     x = image_batch(3, 32, seed=1)
     with torch.no_grad():
         assert_same_bits(graph(x), model(x))
+
+
+def trained_step(model, run, x):
+    """One step's loss gradients and buffers, and the bytes that autograd kept for it."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = run(x).square().sum()
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return gradients, list(model.buffers()), sum(v for k, v in kept.items() if k not in own)
+
+
+@pytest.mark.parametrize(("block", "memory"), [("basic", "normal"), ("bottleneck", "low")])
+def test_training_holds_whole_blocks(block, memory):
+    """The fused step's bits, and its memory: one operator a block, and one for its backward."""
+    model = fused_resnet.fuse(small_resnet(BLOCKS[block]), memory=memory).train()
+    twin = copy.deepcopy(model)
+    run, graphs = compiled(model)
+    for seed in (0, 1):
+        x = image_batch(3, 40, seed=seed)
+        ours, theirs = trained_step(model, run, x), trained_step(twin, twin, x)
+        for tensors, expected in zip(ours[:2], theirs[:2], strict=True):
+            for one, other in zip(tensors, expected, strict=True):
+                assert_same_bits(one, other)
+        assert ours[2] <= 1.01 * theirs[2]
+    assert graphs == [
+        {"stem_training": 1, "block_training": 4},
+        {"stem_training_backward": 1, "block_training_backward": 4},
+    ]
+
+
+def test_training_under_autocast_holds_whole_blocks():
+    """Convolutions in bfloat16, everything else as autocast leaves it."""
+    model = fused_model("basic").train()
+    twin = copy.deepcopy(model)
+    run, graphs = compiled(model)
+    x = image_batch(3, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (trained_step(m, r, x) for m, r in ((model, run), (twin, twin)))
+    for one, other in zip(ours[0], theirs[0], strict=True):
+        assert one.dtype is other.dtype
+        torch.testing.assert_close(one, other, rtol=0, atol=0.02 * other.abs().max().item())
+    assert graphs[0] == {"stem_training": 1, "block_training": 4}
+
+
+def test_training_around_what_must_be_seen():
+    """A hooked block, and one in eval mode, are their convolutions."""
+    model = fused_model("basic").train()
+    seen = []
+    model.layer2[0].bn1.register_forward_hook(lambda *_: seen.append(1))
+    model.layer3.eval()
+    run, graphs = compiled(model)
+    run(image_batch(3, 40)).sum().backward()
+    assert seen
+    assert graphs[0]["block_training"] == 2
+    assert graphs[0]["conv_bn_act"] == 3
 
 
 def test_weights_of_a_package_are_packed_once(tmp_path):
