@@ -281,7 +281,7 @@ def _layers(block: nn.Module) -> tuple[Layers, bool] | None:
 
 def _inference_layers(block: nn.Module, x: Tensor) -> ops.BlockLayers | None:
     """A block without an obstacle as `ops.residual_blocks` takes it, or None where it cannot."""
-    if torch.compiler.is_compiling() or (found := _layers(block)) is None:
+    if (found := _layers(block)) is None:
         return None
     pairs, has_projection = found
     layers = []
@@ -313,7 +313,12 @@ def _block_training(block: nn.Module, x: Tensor) -> Tensor | None:
     layers = [conv_arguments(conv, norm, x)[1:] for conv, norm in pairs]
     groups = [sync_group(norm) for _, norm in pairs]
     low_memory = block.memory == "low"
-    result = ops.residual_block_training(x, layers, groups, has_projection, low_memory)
+    if not torch.compiler.is_compiling():
+        result = ops.residual_block_training(x, layers, groups, has_projection, low_memory)
+    elif all(group is None for group in groups):
+        result = ops.block_training_in_graph(x, layers, has_projection, low_memory)
+    else:
+        result = None
     if result is None:
         return None
     out, statistics = result
@@ -322,7 +327,7 @@ def _block_training(block: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _may_train_as_one(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and ops.has_norm_kernel(x)
+    return torch.is_grad_enabled() and (ops.has_norm_kernel(x) or ops.holds_training_in_graphs(x))
 
 
 def _trained_shapes(
@@ -385,7 +390,7 @@ def _momentum(norm: nn.BatchNorm2d) -> float:
 
 
 def stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
-    """One stage after the other: all of their blocks in one call where nothing else is to be seen.
+    """One stage after the other: all blocks in one call between what else is to be seen.
 
     Going through a block's modules in Python between two blocks would find the caches filled with
     the last one's weights, and takes twice as long as going through all blocks before. On a GPU it
@@ -394,7 +399,21 @@ def stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
     A stage called by itself, `model.layer1(x)`, is torchvision's `nn.Sequential`, so its blocks run
     one by one.
     """
-    blocks = stages_layers(stages, x)
+    together: list[nn.Module] = []
+    blocks: list[ops.BlockLayers] = []
+    for stage in stages:
+        layers = _stage_layers(stage, x)
+        if layers is None:
+            x = stage(_joined_stages(together, blocks, x))
+            together, blocks = [], []
+        else:
+            together.append(stage)
+            blocks += layers
+    return _joined_stages(together, blocks, x)
+
+
+def _joined_stages(stages: list[nn.Module], blocks: list[ops.BlockLayers], x: Tensor) -> Tensor:
+    """Stages that consist of `blocks`, in one call where the backend has one."""
     if blocks and (out := ops.residual_blocks(x, blocks)) is not None:
         return out
     for stage in stages:
@@ -506,7 +525,11 @@ def _stem_training(
     arguments, pool = conv_arguments(conv, norm, x), pool_arguments(maxpool)
     if checks.pool_error("conv_bn_act_max_pool", *arguments, *pool) is not None:
         return None
-    result = ops.stem_training(x, arguments[1:], sync_group(norm), pool)
+    group = sync_group(norm)
+    if not torch.compiler.is_compiling():
+        result = ops.stem_training(x, arguments[1:], group, pool)
+    else:
+        result = ops.stem_training_in_graph(x, arguments[1:], pool) if group is None else None
     if result is None:
         return None
     out, statistics = result

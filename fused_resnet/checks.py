@@ -56,8 +56,12 @@ def conv_error(
     groups: int,
     residual: Tensor | None,
     activation: str,
+    shape: Sequence[int] | None = None,
 ) -> ValueError | TypeError | None:
-    """What is wrong with the arguments of `conv_bn_act`, or None; it is returned, not raised."""
+    """What is wrong with the arguments of `conv_bn_act`, or None; it is returned, not raised.
+
+    A `shape` stands for the input's own, so that there need not be a tensor of it.
+    """
     for what, tensor in (("input", input), ("weight", weight)):
         if not isinstance(tensor, Tensor):
             return _not_a_tensor(name, what, tensor)
@@ -65,7 +69,7 @@ def conv_error(
             return ValueError(f"{name}: {what} has {tensor.dim()} dimensions, must have 4")
         if tensor.layout is not torch.strided:
             return _layout_error(name, what, tensor)
-    N, C, H, W = input.shape
+    N, C, H, W = input.shape if shape is None else shape
     K, group_channels, R, S = weight.shape
     if not isinstance(groups, int):
         return TypeError(f"{name}: groups is {groups!r}, must be an int")
@@ -144,6 +148,32 @@ def prologue_error(
         (in_mean, in_var, in_weight, in_bias),
         2,
     ) or _eps_error(name, in_eps, "in_eps")
+
+
+def blocks_fit(input: Tensor, blocks: Sequence[tuple[Sequence[tuple], bool]]) -> bool:
+    """Whether no convolution of these blocks has an error; see `ops.residual_blocks`."""
+    shape: Sequence[int] | None = tuple(input.shape)
+    for layers, has_projection in blocks:
+        shortcut = shape
+        if has_projection:
+            *layers, projection = layers
+            shortcut = _conv_shape(input, shape, projection)
+        for layer in layers:
+            shape = None if shape is None else _conv_shape(input, shape, layer)
+        if shape is None or shape != shortcut:
+            return False
+    return True
+
+
+def _conv_shape(input: Tensor, shape: Sequence[int], layer: tuple) -> Sequence[int] | None:
+    """The output's shape where `shape` is the input's, or None if something does not fit."""
+    if conv_error("conv_bn_act", input, *layer, None, "relu", shape) is not None:
+        return None
+    weight, stride, padding, dilation = layer[0], *layer[7:10]
+    N, _, *sizes = shape
+    K, _, *filter = weight.shape
+    numbers = zip(sizes, filter, stride, padding, dilation, strict=True)
+    return (N, K, *((size + 2 * p - d * (r - 1) - 1) // s + 1 for size, r, s, p, d in numbers))
 
 
 def pool_error(

@@ -109,7 +109,7 @@ def fuse(model: nn.Module, memory: str = "normal") -> nn.Module:
         if form is not None and (
             blocks.structure_obstacle(module) is None or blocks.is_lazy(module)
         ):
-            module.__class__ = form.fused
+            _assign_class(module, form.fused)
         if forms.of_fused(type(module)) is not None:
             vars(module).pop("memory", None)
             if memory != "normal":
@@ -134,8 +134,15 @@ def unfuse(model: nn.Module) -> nn.Module:
         if form is not None:
             backends.release([*module.parameters(), *module.buffers()])
             vars(module).pop("memory", None)
-            module.__class__ = form.original
+            _assign_class(module, form.original)
     return model
+
+
+def _assign_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+    # What torch.compile made of the module may be looked at again only if the dictionary changed.
+    vars(module)["_changed"] = True
+    del vars(module)["_changed"]
 
 
 def report(model: nn.Module) -> Report:

@@ -18,6 +18,7 @@ from support import (
     run_python,
     small_resnet,
 )
+from torch.utils._pytree import tree_map_only
 
 import fused_resnet
 from fused_resnet import backends
@@ -141,6 +142,50 @@ def batch_norm_samples(device, dtype, training):
         yield require_grad(arguments, indices if grad else set())
 
 
+def block_samples(device, dtype):
+    """Two blocks: one with a projection, then one without affine parameters, with biases."""
+    parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    shapes = [(12, 8, 3, 3), (12, 12, 3, 3), (12, 8, 1, 1), (16, 6, 3, 3), (12, 16, 1, 1)]
+    strides, paddings, groups = [2, 1, 2, 1, 1], [1, 1, 0, 1, 0], [1, 1, 1, 2, 1]
+    for grad, memory_format in [(True, torch.channels_last), (False, torch.contiguous_format)]:
+        x = torch.randn(3, 8, 9, 7, device=device).to(dtype).to(memory_format=memory_format)
+        tensors = []
+        for i, shape in enumerate(shapes):
+            K = shape[0]
+            weight = torch.randn(shape, device=device).to(dtype).requires_grad_(grad)
+            mean = torch.zeros(K, device=device, dtype=parameter_dtype)
+            affine = torch.rand(K, device=device, dtype=parameter_dtype) if i < 3 else None
+            bias = torch.randn(K, device=device).to(dtype).requires_grad_(grad) if i > 2 else None
+            tensors += [weight, mean, torch.ones_like(mean), affine, affine, bias]
+        numbers = []
+        for stride, padding, group_count in zip(strides, paddings, groups, strict=True):
+            numbers += [stride, stride, padding, padding, 1, 1, group_count]
+        yield (x.requires_grad_(grad), tensors, numbers, [1e-5] * 5, [3, 2], [True, False])
+
+
+def training_samples(name, device, dtype):
+    """The same two blocks one by one, and the first convolution as a stem; or their backward."""
+    for i, (x, tensors, numbers, eps, *_) in enumerate(block_samples(device, dtype)):
+        parameters = [tensors[6 * k + j] for k in range(len(eps)) for j in (0, 5, 3, 4)]
+        if name.startswith("stem"):
+            arguments = (x, parameters[:4], numbers[:7], eps[0], [3, 3, 2, 2, 1, 1])
+        elif i == 0:
+            arguments = (x, parameters[:12], numbers[:21], eps[:3], True, True)
+        else:
+            x = torch.randn(3, 12, 9, 7, device=device).to(dtype).requires_grad_(x.requires_grad)
+            arguments = (x, parameters[12:], numbers[21:], eps[3:], False, True)
+        if not name.endswith("_backward"):
+            yield arguments
+            continue
+        x, parameters, *description = tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
+        forward = getattr(torch.ops.fused_resnet, name.removesuffix("_backward")).default
+        output, *kept = forward(x, parameters, *description)
+        need = [i != 1, *(parameter is not None for parameter in parameters)]
+        leading = (x, output) if name.startswith("block") else (x,)
+        grad = torch.randn(output.shape, device=device).to(dtype)
+        yield (grad, *leading, parameters, kept, need, *description)
+
+
 def scale_shift_samples(device, dtype):
     parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     for residual, activation in itertools.product([True, False], ["relu", "none"]):
@@ -161,6 +206,10 @@ def samples(name, device, dtype):
         return batch_norm_samples(device, dtype, True)
     if name == "batch_norm_act_inference":
         return batch_norm_samples(device, dtype, False)
+    if name.startswith(("block_training", "stem_training")):
+        return training_samples(name, device, dtype)
+    if name == "residual_blocks":
+        return block_samples(device, dtype)
     if name == "scale_shift_act":
         return scale_shift_samples(device, dtype)
     raise KeyError(name)
@@ -172,7 +221,14 @@ def test_every_operator_has_samples(name):
     assert list(samples(name, "cpu", torch.float32))
 
 
-PUBLIC = [
+WHOLE = [
+    "block_training",
+    "block_training_backward",
+    "residual_blocks",
+    "stem_training",
+    "stem_training_backward",
+]
+SINGLE = [
     "conv_bn_act",
     "conv_bn_act_max_pool",
     "norm_conv_bn_act",
@@ -180,10 +236,11 @@ PUBLIC = [
     "batch_norm_act_inference",
     "scale_shift_act",
 ]
+PUBLIC = SINGLE + WHOLE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", SINGLE)
 def test_opcheck(backend, name, dtype):
     """Schema, autograd registration, fake kernel and AOT dispatch with dynamic shapes."""
     operator = getattr(torch.ops.fused_resnet, name).default
@@ -216,10 +273,8 @@ def test_fake_kernels_predict_shape_dtype_and_strides(backend, name, dtype):
         with torch.no_grad():
             real = operator(*arguments)
         with FakeTensorMode() as mode, torch.no_grad():
-            fake = operator(
-                *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments)
-            )
-        real, fake = (r if isinstance(r, tuple) else (r,) for r in (real, fake))
+            fake = operator(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
+        real, fake = (r if isinstance(r, (tuple, list)) else (r,) for r in (real, fake))
         assert len(real) == len(fake)
         for ours, predicted in zip(real, fake, strict=True):
             assert predicted.shape == ours.shape
@@ -232,8 +287,8 @@ def test_meta_tensors(backend):
     for name in PUBLIC:
         operator = getattr(torch.ops.fused_resnet, name).default
         arguments = next(iter(samples(name, "cpu", torch.float32)))
-        out = operator(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
-        out = out[0] if isinstance(out, tuple) else out
+        out = operator(*tree_map_only(torch.Tensor, lambda a: a.to("meta"), arguments))
+        out = out[0] if isinstance(out, (tuple, list)) else out
         assert out.device.type == "meta"
 
 

@@ -87,6 +87,15 @@ def choose(device_type: str) -> ModuleType:
     return _MODULES[name] if runs else reference
 
 
+@torch._dynamo.assume_constant_result
+def hold_blocks_in_graphs(device_type: str) -> bool:
+    """Whether a graph of operators should hold whole blocks, not their convolutions.
+
+    A compiler takes the answer for a constant: an operator chooses anew whenever it runs.
+    """
+    return getattr(choose(device_type), "hold_blocks_in_graphs", False)
+
+
 def in_graphs(input: Tensor) -> bool:
     """Whether a compiler's graph should hold the kernels `input` leads to, not the operator."""
     return choose(input.device.type) is triton and triton.in_graphs(input)

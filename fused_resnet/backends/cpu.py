@@ -41,6 +41,8 @@ __all__ = [
 
 reads_narrow_residuals = True
 """Whether `conv_bn_act` takes a residual of fewer channels, without padding it in memory."""
+hold_blocks_in_graphs = True
+"""Whether compiled and exported graphs hold the operator `residual_blocks`."""
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The filter's taps the kernel keeps offsets for, kMaxRuns in csrc/cpu/conv.h.
@@ -554,45 +556,33 @@ def _lying_alike(
     return grad, input, output, copied
 
 
-def residual_blocks(input: Tensor, blocks: Sequence[tuple[Sequence[tuple], bool]]) -> Tensor | None:
+def residual_blocks(
+    input: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    layer_counts: Sequence[int],
+    projections: Sequence[bool],
+) -> Tensor | None:
     """Whole blocks in one call: see csrc/cpu/residual_blocks.cpp, and `ops.residual_blocks`."""
-    tensors: list[Tensor] = []
-    numbers: list[int] = []
-    epsilons: list[float] = []
-    layer_counts: list[int] = []
-    projections: list[int] = []
+    native: list[Tensor] = []
     dtype = input.dtype
-    for layers, has_projection in blocks:
-        for (
+    # For each convolution six tensors, and seven numbers of which the last is groups.
+    for first, groups in zip(range(0, len(tensors), 6), numbers[6::7], strict=True):
+        weight, running_mean, running_var, bn_weight, bn_bias, bias = tensors[first : first + 6]
+        if not _is_native(dtype, weight.shape, groups):
+            return None
+        native += (
             weight,
+            _packed(weight, groups),
             running_mean,
             running_var,
-            bn_weight,
-            bn_bias,
-            eps,
-            bias,
-            stride,
-            padding,
-            dilation,
-            groups,
-        ) in layers:
-            if not _is_native(dtype, weight.shape, groups):
-                return None
-            tensors += (
-                weight,
-                _packed(weight, groups),
-                running_mean,
-                running_var,
-                _ABSENT if bn_weight is None else bn_weight,
-                _ABSENT if bn_bias is None else bn_bias,
-                _ABSENT if bias is None else bias,
-            )
-            numbers += (*stride, *padding, *dilation, groups)
-            epsilons.append(eps)
-        layer_counts.append(len(layers))
-        projections.append(int(has_projection))
+            _ABSENT if bn_weight is None else bn_weight,
+            _ABSENT if bn_bias is None else bn_bias,
+            _ABSENT if bias is None else bias,
+        )
     try:
-        return _residual_blocks_packed(input, tensors, numbers, epsilons, layer_counts, projections)
+        return _residual_blocks_packed(input, native, numbers, eps, layer_counts, projections)
     except RuntimeError:
         # Shapes, dtypes or devices that do not go together: step by step the reason comes out.
         return None

@@ -6,6 +6,11 @@ same name, and what computes it is in `backends/`, again under the same name.
 
 from .batch_norm_act_inference import batch_norm_act_inference
 from .batch_norm_act_training import batch_norm_act_training
+from .block_training import (
+    block_training_in_graph,
+    holds_training_in_graphs,
+    stem_training_in_graph,
+)
 from .conv_bn_act import conv_bn_act
 from .conv_bn_act_max_pool import conv_bn_act_max_pool
 from .gradients import has_norm_kernel
@@ -19,13 +24,16 @@ __all__ = [
     "BlockLayers",
     "batch_norm_act_inference",
     "batch_norm_act_training",
+    "block_training_in_graph",
     "conv_bn_act",
     "conv_bn_act_max_pool",
     "has_norm_kernel",
+    "holds_training_in_graphs",
     "norm_conv_bn_act",
     "residual_block_training",
     "residual_blocks",
     "scale_shift_act",
     "stem_training",
+    "stem_training_in_graph",
     "sync_batch_norm_act",
 ]

@@ -1,24 +1,43 @@
 """`residual_blocks`: whole residual blocks in one call, where the backend has such a kernel.
 
-It is no operator of its own: to compilers, autograd and autocast a block is its `conv_bn_act`
-calls, which compute the same, and under autocast, `torch.compile` and `torch.export` it runs as
-these. Elsewhere a plain inference pass is spared the way through each of them, and on the Triton
-backend the way through memory between them.
+A plain inference pass is spared the way through each convolution, and on the Triton backend the way
+through memory between them. Compilers, autocast and dispatch modes see one operator, on backends
+that `hold_blocks_in_graphs`; on others a block is to them its `conv_bn_act` calls, which compute
+the same. To autograd it always is these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
-from .. import backends
-from .registration import needs_grad, nothing_intercepts
+from .. import backends, checks
+from .conv_bn_act import conv_bn_act
+from .registration import (
+    autocast_tensor,
+    has_foreign,
+    is_plain,
+    library,
+    needs_grad,
+    nothing_intercepts,
+    register_autocast,
+)
 
 BlockLayers: TypeAlias = tuple[Sequence[tuple], bool]
 """The arguments of `conv_bn_act` from `weight` to `groups`, for each convolution of a block, and
 whether the last of them makes the shortcut from the block's input."""
+
+_TENSORS = 6  # a layer's: weight, running_mean, running_var, bn_weight, bn_bias, bias
+_NUMBERS = 7  # stride, padding and dilation, two each, and groups
+
+library.define(
+    "residual_blocks(Tensor input, Tensor?[] tensors, int[] numbers, float[] eps, "
+    "int[] layer_counts, bool[] projections) -> Tensor"
+)
+_operator = torch.ops.fused_resnet.residual_blocks.default
 
 
 def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | None:
@@ -32,11 +51,115 @@ def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | No
         (N, K, P, Q), or None where the blocks have to be run convolution by convolution: the
         backend does not do these, or something besides the kernel has to see each of them.
     """
-    tensors = [input]
-    for layers, _ in blocks:
-        for weight, running_mean, running_var, bn_weight, bn_bias, _, bias, *_ in layers:
-            tensors += (weight, running_mean, running_var, bn_weight, bn_bias, bias)
-    if not nothing_intercepts(*tensors) or needs_grad(*tensors):
-        return None
+    tensors: list[Tensor | None] = []
+    numbers: list[int] = []
+    eps: list[float] = []
+    layer_counts: list[int] = []
+    projections: list[bool] = []
+    for layers, has_projection in blocks:
+        for weight, mean, var, bn_weight, bn_bias, bn_eps, bias, *geometry in layers:
+            tensors += (weight, mean, var, bn_weight, bn_bias, bias)
+            stride, padding, dilation, groups = geometry
+            numbers += (*stride, *padding, *dilation, groups)
+            eps.append(bn_eps)
+        layer_counts.append(len(layers))
+        projections.append(has_projection)
+    arguments = (input, tensors, numbers, eps, layer_counts, projections)
+    if not nothing_intercepts(input, *tensors):
+        if (
+            has_foreign(input, *tensors)
+            or not backends.hold_blocks_in_graphs(input.device.type)
+            or not checks.blocks_fit(input, blocks)
+        ):
+            return None
+        return _operator(*arguments)
+    return None if needs_grad(input, *tensors) else _in_one(*arguments)
+
+
+def described_blocks(
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    layer_counts: Sequence[int],
+    projections: Sequence[bool],
+) -> Iterator[BlockLayers]:
+    """The blocks that the operator's arguments describe."""
+    layer = 0
+    for count, has_projection in zip(layer_counts, projections, strict=True):
+        layers = []
+        for i in range(layer, layer + count):
+            weight, mean, var, bn_weight, bn_bias, bias = tensors[_TENSORS * i : _TENSORS * (i + 1)]
+            n = numbers[_NUMBERS * i : _NUMBERS * (i + 1)]
+            geometry = (n[0:2], n[2:4], n[4:6], n[6])
+            layers.append((weight, mean, var, bn_weight, bn_bias, eps[i], bias, *geometry))
+        yield layers, has_projection
+        layer += count
+
+
+def _in_one(input: Tensor, *arguments: Any) -> Tensor | None:
+    """What the backend makes of it, or None where it does not do these blocks."""
     run = getattr(backends.choose(input.device.type), "residual_blocks", None)
-    return None if run is None else run(input, blocks)
+    return None if run is None else run(input, *arguments)
+
+
+def _one_by_one(input: Tensor, *arguments: Any) -> Tensor:
+    """The blocks convolution by convolution."""
+    for layers, has_projection in described_blocks(*arguments):
+        shortcut = input
+        if has_projection:
+            *layers, projection = layers
+            shortcut = conv_bn_act(input, *projection, None, "none")
+        *first, last = layers
+        for layer in first:
+            input = conv_bn_act(input, *layer, None, "relu")
+        input = conv_bn_act(input, *last, shortcut, "relu")
+    return input
+
+
+def _kernel(input: Tensor, *arguments: Any) -> Tensor:
+    out = _in_one(input, *arguments)
+    return _one_by_one(input, *arguments) if out is None else out
+
+
+library.impl("residual_blocks", _kernel, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fused_resnet::residual_blocks", lib=library)
+def _fake(
+    input: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    layer_counts: Sequence[int],
+    projections: Sequence[bool],
+) -> Tensor:
+    for layers, has_projection in described_blocks(
+        tensors, numbers, eps, layer_counts, projections
+    ):
+        for weight, _, _, _, _, _, bias, *geometry in layers[:-1] if has_projection else layers:
+            input = torch.conv2d(input, weight, bias, *geometry)
+    return input
+
+
+def _autograd(input: Tensor, tensors: Sequence[Tensor | None], *described: Any) -> Tensor:
+    if needs_grad(input, *tensors):
+        return _one_by_one(input, tensors, *described)
+    # Another way through the dispatcher, with all these tensors, takes as long as the kernel's own.
+    run = _kernel if is_plain(input, *tensors) else _operator
+    with torch._C._AutoDispatchBelowAutograd():
+        return run(input, tensors, *described)
+
+
+library.impl("residual_blocks", _autograd, "Autograd")
+
+
+def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:
+    input, tensors, *described = arguments
+    tensors = [
+        autocast_tensor(tensor, dtype, device_type) if i % _TENSORS in (0, 5) else tensor
+        for i, tensor in enumerate(tensors)
+    ]
+    return autocast_tensor(input, dtype, device_type), tensors, *described
+
+
+register_autocast("residual_blocks", _cast)

@@ -120,6 +120,14 @@ def _prepare(
         parameters += (weight, bias, bn_weight, bn_bias)
     if not has_norm_kernel(input, *parameters) or not needs_grad(input, *parameters):
         return None
+    input, parameters = _as_autocast_casts(input, parameters)
+    return input, tuple(described), parameters
+
+
+def _as_autocast_casts(
+    input: Tensor, parameters: list[Tensor | None]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The convolutions' tensors as autocast, if enabled, would hand them to `conv2d`."""
     device_type = input.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -128,7 +136,7 @@ def _prepare(
             autocast_tensor(p, dtype, device_type) if index % _PARAMETERS < 2 else p
             for index, p in enumerate(parameters)
         ]
-    return input, tuple(described), parameters
+    return input, parameters
 
 
 class _Pass:

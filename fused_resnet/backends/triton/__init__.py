@@ -295,14 +295,23 @@ def _can_normalize(input: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-def residual_blocks(input: Tensor, blocks: Sequence[tuple[Sequence[tuple], bool]]) -> Tensor | None:
+def residual_blocks(
+    input: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    layer_counts: Sequence[int],
+    projections: Sequence[bool],
+) -> Tensor | None:
     """Whole Bottlenecks in a launch each: see `blocks.residual_blocks`, `ops.residual_blocks`."""
     if input.dtype not in _CHAIN_DTYPES:
         return None
     launchers()
+    from ...ops.residual_blocks import described_blocks
     from . import blocks as chains
 
-    return chains.residual_blocks(input, blocks)
+    described = described_blocks(tensors, numbers, eps, layer_counts, projections)
+    return chains.residual_blocks(input, list(described))
 
 
 def release(tensors: Iterable[Tensor]) -> None:
