@@ -51,7 +51,15 @@ from fused_resnet.backends.triton import batch_norm, blocks, bottleneck, conv
 from fused_resnet.tuning import chain
 from fused_resnet.tuning.architecture import ARCHITECTURES, Architecture
 from fused_resnet.tuning.estimate import best, candidates
-from fused_resnet.tuning.problem import CHAIN_DTYPES, ChainProblem, ConvProblem, Problem, Tile
+from fused_resnet.tuning.problem import (
+    CHAIN,
+    CHAIN_DTYPES,
+    PAIR,
+    ChainProblem,
+    ConvProblem,
+    Problem,
+    Tile,
+)
 
 GPUS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200", "sm_120": "RTX 5090"}
 DTYPES = ("float16", "tfloat32", "float32", "bfloat16")
@@ -177,13 +185,15 @@ def configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], Prob
     return found
 
 
-def recorder(recorded: list[Launch]) -> Any:
+def recorder(recorded: list[Launch], dependent: bool = False) -> Any:
     """What takes the place of the backend's `_launch`, to record instead."""
 
     def record(
         _: Any, kernel: Any, grid: Any, arguments: tuple, num_warps: int, num_stages: int = 3,
         writes: Any = None, partly: Any = None, **constants: Any,
     ) -> None:  # fmt: skip
+        if "DEPENDENT" in kernel.arg_names:
+            constants["DEPENDENT"] = dependent
         values = dict(zip(kernel.arg_names, arguments, strict=False))
         signature, divisible = {}, []
         for name, value in values.items():
@@ -208,17 +218,26 @@ def recorder(recorded: list[Launch]) -> Any:
     return record
 
 
-def launches(problem: Problem, tile: Tile) -> list[Launch]:
-    """What a call of the backend would launch, found by making one with fake tensors."""
+def launches(
+    problem: Problem, tile: Tile, kernel: str = CHAIN, dependent: bool = False
+) -> list[Launch]:
+    """What a call of the backend would launch, found by making one with fake tensors.
+
+    Args:
+        problem: to be run.
+        tile: what with.
+        kernel: of a chain's problem "chain" or "pair".
+        dependent: whether the launches are those of a row; see `kernels.py`.
+    """
     recorded: list[Launch] = []
     dtype = torch.float32 if problem.dtype == "tfloat32" else getattr(torch, problem.dtype)
     precision = "tf32" if problem.dtype == "tfloat32" else "ieee"
     kept = conv._launch, conv.precision
-    conv._launch, conv.precision = recorder(recorded), lambda _: precision
+    conv._launch, conv.precision = recorder(recorded, dependent), lambda _: precision
     try:
         with FakeTensorMode(), torch.device("cuda"):
             if isinstance(problem, ChainProblem):
-                _launch_chain(problem, tile, dtype)
+                _launch_chain(problem, tile, dtype, kernel)
                 return recorded
             group_c = problem.C // problem.groups
             x = torch.empty(problem.N, problem.H, problem.W, problem.C, dtype=dtype)
@@ -239,7 +258,7 @@ def launches(problem: Problem, tile: Tile) -> list[Launch]:
     return recorded
 
 
-def _launch_chain(problem: ChainProblem, tile: Tile, dtype: torch.dtype) -> None:
+def _launch_chain(problem: ChainProblem, tile: Tile, dtype: torch.dtype, kernel: str) -> None:
     """Calls the launcher of a chain with tensors of its sizes."""
 
     def pixels(N: int, C: int, H: int, W: int) -> torch.Tensor:
@@ -256,9 +275,12 @@ def _launch_chain(problem: ChainProblem, tile: Tile, dtype: torch.dtype) -> None
     shortcut = pixels(problem.N, problem.K, problem.P, problem.Q)
     if problem.projection is not None:
         shortcut = pixels(problem.N, *problem.projection[:3])
+    size = (problem.H, problem.W)
+    if kernel == PAIR:
+        of_input, size = None, (problem.P, problem.Q)
     bottleneck.bottleneck(
-        pixels(problem.N, problem.width, problem.H, problem.W), shortcut, layer(of_input),
-        layer(last), layer(problem.project), layer(problem.reduce), blocks.tile_for(problem, tile),
+        pixels(problem.N, problem.width, *size), shortcut, layer(of_input), layer(last),
+        layer(problem.project), layer(problem.reduce), blocks.tile_for(problem, tile),
     )  # fmt: skip
 
 

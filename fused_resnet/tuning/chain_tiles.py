@@ -303,3 +303,6 @@ COMPILED: dict[_Kind, dict[_Shape, tuple[int, int]]] = {
         (64, 32, 32, 8, 3): (222, 98304),
     },
 }
+
+# The same of the pair of 1x1s behind a 3x3 that is a launch of its own.
+PAIRS: dict[_Kind, dict[_Shape, tuple[int, int]]] = {}
