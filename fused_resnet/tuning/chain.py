@@ -6,6 +6,13 @@ pixels, so there are `ceil(N P Q / block_m)` of them. What it has to wait for ar
 find their weights in the L2 cache, and each walks through all channels of a projected shortcut. The
 same walks are what the program loads through L2.
 
+A pair is the same without the 3x3, which then is a launch of its own with a tile of its own: the
+sums of more pixels fit into registers, so that weights are loaded less often, and `split_k`
+programs can share the slices of a tile, where there are few pixels.
+
+Launches of few pixels run in a row (`overlaps`, docs/small_batches.md), which shortens what a
+launch costs and what its steps wait for.
+
 Registers and shared memory are what the compiler gave each tile (`chain_tiles.py`); a tile that
 spills is not there, and where none is there is no chain.
 """
@@ -53,8 +60,8 @@ SHAPES = {
 }
 # The same of pairs, whose 3x3 is a launch of its own: wider ones fit, with more pixels.
 PAIR_SHAPES = {
-    128: ((128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 2)),
-    256: ((128, 64, 64, 8, 3), (128, 32, 64, 8, 3), (64, 32, 64, 4, 2)),
+    128: ((128, 64, 64, 8, 3), (64, 64, 64, 8, 3), (64, 32, 64, 4, 2)),
+    256: ((128, 64, 64, 8, 3), (128, 32, 64, 8, 3), (64, 64, 64, 8, 3), (64, 32, 64, 4, 2)),
 }
 # Next widths that some network of torchvision's has behind a width, after a shortcut that is the
 # input and after a projected one, and none.
@@ -266,7 +273,7 @@ def predicted(problem: ChainProblem, gpu: Architecture, choice: Choice) -> float
     """Seconds for all that a problem consists of, by one choice."""
     in_row = overlaps(problem, gpu)
     if choice.kernel == CONVOLUTIONS:
-        return sum(_predicted_part(part, gpu, in_row) for part in problem.parts)
+        return predicted_convolutions(problem, gpu, in_row)
     if choice.kernel == CHAIN_WITHOUT_NEXT:
         alone = predicted_launch(problem.without_next(), gpu, choice.tile)
         return alone + _predicted_part(problem.reduce, gpu, in_row)
@@ -274,6 +281,11 @@ def predicted(problem: ChainProblem, gpu: Architecture, choice: Choice) -> float
         pair = predicted_launch(problem, gpu, choice.tile, PAIR)
         return _predicted_part(problem.convolution, gpu, in_row) + pair
     return predicted_launch(problem, gpu, choice.tile)
+
+
+def predicted_convolutions(problem: ChainProblem, gpu: Architecture, in_row: bool) -> float:
+    """Seconds for the convolutions one by one, each after the last has ended or in a row."""
+    return sum(_predicted_part(part, gpu, in_row) for part in problem.parts)
 
 
 def overlaps(problem: ChainProblem, gpu: Architecture) -> bool:
@@ -334,10 +346,7 @@ def predicted_launch(
         steps += slices * each * estimate.CACHE_LATENCY
     else:
         steps += slices * latency / max(1, slice_stages(problem.width, tile) - 1)
-    moved = problem.bytes_once
-    if kernel == PAIR:
-        moved -= problem.convolution.bytes_once - 2 * problem.convolution.output_bytes
-        moved += problem.convolution.input_bytes - problem.convolution.output_bytes
+    moved = problem.bytes_of_pair if kernel == PAIR else problem.bytes_once
     terms = (
         arithmetic,
         moved / gpu.copy_bandwidth,
@@ -348,9 +357,7 @@ def predicted_launch(
     exposed = 2 * latency * (waves if resident == 1 else min(waves, 2))
     seconds = max(terms) + hidden + exposed + estimate.launch(in_row)
     if split > 1:
-        seconds += estimate.predicted_second_pass(
-            pixels * problem.next_width, split, gpu, in_row
-        )
+        seconds += estimate.predicted_second_pass(pixels * problem.next_width, split, gpu, in_row)
     return seconds
 
 

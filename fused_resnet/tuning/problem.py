@@ -221,6 +221,11 @@ class ChainProblem:
             outputs += self.reduce.output_bytes
         return self.convolution.input_bytes + shortcut + parameters + outputs
 
+    @property
+    def bytes_of_pair(self) -> int:
+        """The same of all that follows the 3x3, whose output then is the input."""
+        return self.bytes_once - self.convolution.bytes_once + 2 * self.convolution.output_bytes
+
     def without_next(self) -> ChainProblem:
         """The block alone."""
         return dataclasses.replace(self, next_width=0)
