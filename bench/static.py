@@ -473,7 +473,7 @@ def write_chain_tiles(architectures: Iterable[str], kernels: Iterable[str]) -> N
                 for kind in chain_kinds(kernel):
                     tiles = _chain_tiles(kind, kernel, shapes[kind[0]], name)
                     if tiles:
-                        found[gpu.capability[0], *kind] = tiles
+                        found[(gpu.capability[0], *kind)] = tiles
         text += _CHAIN_TABLE_HEADS[kernel]
         for kind, tiles in sorted(found.items()):
             rows = "".join(f"        {shape}: {made},\n" for shape, made in tiles.items())

@@ -272,17 +272,17 @@ def test_a_whole_resnet50(resnet50):
 
 
 WHOLE = {
-    "thin": ({}, 64),
-    "dilated": ({"replace_stride_with_dilation": [False, True, True]}, 64),
-    "wide": ({"width_per_group": 32}, 48),
+    "thin": ({}, 64, torch.float16),
+    "thin, bfloat16": ({}, 64, torch.bfloat16),
+    "dilated": ({"replace_stride_with_dilation": [False, True, True]}, 48, torch.float16),
+    "wide": ({"width_per_group": 32}, 48, torch.bfloat16),
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", WHOLE)
-def test_whole_networks_on_larger_images(name, dtype):
+def test_whole_networks_on_larger_images(name):
     """Stem to classifier against float64, of 16 and 32 channels: borders within many tiles."""
-    options, size = WHOLE[name]
+    options, size, dtype = WHOLE[name]
     options = {"width_per_group": 16} | options
     torch.manual_seed(5)
     model = randomize_(ResNet(Bottleneck, [1, 2, 1, 1], num_classes=10, **options).eval())
@@ -395,10 +395,7 @@ def test_the_log_is_what_kernels_address(tile, monkeypatch):
     "name", ["two blocks", "deep projection", "stride", "odd outputs", "three images", "stage 2"]
 )
 def test_pairs(monkeypatch, name, split):
-    """The 3x3 by itself, then both 1x1s at once, their slices shared among programs or not.
-
-    Every other next block's convolution begins a block anew where its width is odd.
-    """
+    """The 3x3 by itself, then both 1x1s at once, their slices shared among programs or not."""
     tile = Tile(32, 16, 32, split, 4, 2)
     stage = STAGES[name]
     if stage.outputs % (16 * split):

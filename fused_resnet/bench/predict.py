@@ -25,9 +25,10 @@ of the schema "fused_resnet.predicted/2":
 - fused: batch norm, add, ReLU and the stem's pool inside the convolution (epilogue fusion).
 - chain: as fused, but each Bottleneck runs as `fused_resnet/tuning/chain.py` expects to be fastest:
   from its 3x3 convolution to the next block's first 1x1 in one kernel, without the latter, without
-  the 3x3, or still convolution by convolution; small batches with launches that overlap. `chains` has the blocks, `microseconds` as chosen and
-  `fused_microseconds` one by one. `megabytes_per_image` of "chained" are those of the network with
-  every block chained that can be, whether or not that is expected to be faster.
+  the 3x3, or still convolution by convolution; small batches with launches that overlap. `chains`
+  has the blocks, `microseconds` as chosen and `fused_microseconds` one by one, one after the
+  other. `megabytes_per_image` of "chained" are those of the network with every block chained that
+  can be, whether or not that is expected to be faster.
 
 The library's convolutions are taken to be as good as the kernels here, so ratios show what fusing
 saves and nothing else. Eager, every other operator takes as long as its tensors' bytes at copy

@@ -40,7 +40,7 @@ LATENCY = 0.8e-6
 CACHE_LATENCY = 0.3e-6
 # Seconds between two dependent launches on one stream, as in a CUDA graph.
 LAUNCH = 1.5e-6
-# The same where the second has begun before the first ends: of signalling its end, and of waking up.
+# The same where the second has begun before the first ends: signalling its end and waking up.
 DEPENDENT_LAUNCH = 0.7e-6
 # What a multiprocessor gets out of the L2 cache, bytes a cycle.
 L2_BYTES_PER_CYCLE = 32
