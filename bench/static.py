@@ -19,9 +19,9 @@ width in bits; those of 32 bits have no suffix.
 
     python bench/static.py [--architecture sm_90] [--dtype float16] [--missing]
 
-Which tiles of a chain spill nothing is known only from compiling them: with --chain-tiles, this
-compiles all of `fused_resnet.tuning.chain.SHAPES` and writes down in
-`fused_resnet/tuning/chain_tiles.py` those that do not.
+Which tiles of a chain spill nothing is known only from compiling them: with `--chain-tiles chain`,
+this compiles all of `fused_resnet.tuning.chain.SHAPES`, with `--chain-tiles pair` all of
+`PAIR_SHAPES`, and writes down in `fused_resnet/tuning/chain_tiles.py` those that do not.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,15 @@ from fused_resnet.backends.triton import batch_norm, blocks, bottleneck, conv
 from fused_resnet.tuning import chain
 from fused_resnet.tuning.architecture import ARCHITECTURES, Architecture
 from fused_resnet.tuning.estimate import best, candidates
-from fused_resnet.tuning.problem import CHAIN_DTYPES, ChainProblem, ConvProblem, Problem, Tile
+from fused_resnet.tuning.problem import (
+    CHAIN,
+    CHAIN_DTYPES,
+    PAIR,
+    ChainProblem,
+    ConvProblem,
+    Problem,
+    Tile,
+)
 
 GPUS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200", "sm_120": "RTX 5090"}
 DTYPES = ("float16", "tfloat32", "float32", "bfloat16")
@@ -119,18 +127,19 @@ def chain_problem(
     )  # fmt: skip
 
 
-def chain_kinds() -> Iterator[tuple[int, bool, int]]:
+def chain_kinds(kernel: str = CHAIN) -> Iterator[tuple[int, bool, int]]:
     """Width, whether the shortcut is projected, and next width: what a chain is compiled for."""
     for (width, projected), nexts in chain.NEXT_WIDTHS.items():
         for next_width in nexts:
-            yield width, projected, next_width
+            if kernel == CHAIN or (next_width and width in chain.PAIR_SHAPES):
+                yield width, projected, next_width
 
 
-def chain_name(problem: ChainProblem) -> str:
+def chain_name(problem: ChainProblem, kernel: str = CHAIN) -> str:
     """How the report names it: "chain 64, projected, next 64"."""
     projected = "" if problem.projection is None else ", projected"
     following = f", next {problem.next_width}" if problem.next_width else ""
-    return f"chain {problem.width}{projected}{following}"
+    return f"{kernel} {problem.width}{projected}{following}"
 
 
 @dataclass(frozen=True)
@@ -161,6 +170,9 @@ def configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], Prob
             every = chain.tiles(problem, gpu)
             for tile in every if dtype == "float16" else [picked] * (picked in every):
                 found[chain_name(problem), tile] = problem
+            for tile in chain.pair_tiles(problem, gpu) if dtype == "float16" else ():
+                shared = replace(tile, split_k=4 if tile.split_k > 1 else 1)
+                found[chain_name(problem, PAIR), shared] = problem
     for name, layers in LAYERS.items():
         for layer in layers:
             for batch in _BATCHES:
@@ -177,13 +189,15 @@ def configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], Prob
     return found
 
 
-def recorder(recorded: list[Launch]) -> Any:
+def recorder(recorded: list[Launch], dependent: bool = False) -> Any:
     """What takes the place of the backend's `_launch`, to record instead."""
 
     def record(
         _: Any, kernel: Any, grid: Any, arguments: tuple, num_warps: int, num_stages: int = 3,
         writes: Any = None, partly: Any = None, **constants: Any,
     ) -> None:  # fmt: skip
+        if "DEPENDENT" in kernel.arg_names:
+            constants["DEPENDENT"] = dependent
         values = dict(zip(kernel.arg_names, arguments, strict=False))
         signature, divisible = {}, []
         for name, value in values.items():
@@ -208,17 +222,26 @@ def recorder(recorded: list[Launch]) -> Any:
     return record
 
 
-def launches(problem: Problem, tile: Tile) -> list[Launch]:
-    """What a call of the backend would launch, found by making one with fake tensors."""
+def launches(
+    problem: Problem, tile: Tile, kernel: str = CHAIN, dependent: bool = False
+) -> list[Launch]:
+    """What a call of the backend would launch, found by making one with fake tensors.
+
+    Args:
+        problem: to be run.
+        tile: what with.
+        kernel: of a chain's problem "chain" or "pair".
+        dependent: whether the launches are those of a row; see `kernels.py`.
+    """
     recorded: list[Launch] = []
     dtype = torch.float32 if problem.dtype == "tfloat32" else getattr(torch, problem.dtype)
     precision = "tf32" if problem.dtype == "tfloat32" else "ieee"
     kept = conv._launch, conv.precision
-    conv._launch, conv.precision = recorder(recorded), lambda _: precision
+    conv._launch, conv.precision = recorder(recorded, dependent), lambda _: precision
     try:
         with FakeTensorMode(), torch.device("cuda"):
             if isinstance(problem, ChainProblem):
-                _launch_chain(problem, tile, dtype)
+                _launch_chain(problem, tile, dtype, kernel)
                 return recorded
             group_c = problem.C // problem.groups
             x = torch.empty(problem.N, problem.H, problem.W, problem.C, dtype=dtype)
@@ -239,7 +262,7 @@ def launches(problem: Problem, tile: Tile) -> list[Launch]:
     return recorded
 
 
-def _launch_chain(problem: ChainProblem, tile: Tile, dtype: torch.dtype) -> None:
+def _launch_chain(problem: ChainProblem, tile: Tile, dtype: torch.dtype, kernel: str) -> None:
     """Calls the launcher of a chain with tensors of its sizes."""
 
     def pixels(N: int, C: int, H: int, W: int) -> torch.Tensor:
@@ -256,9 +279,12 @@ def _launch_chain(problem: ChainProblem, tile: Tile, dtype: torch.dtype) -> None
     shortcut = pixels(problem.N, problem.K, problem.P, problem.Q)
     if problem.projection is not None:
         shortcut = pixels(problem.N, *problem.projection[:3])
+    size = (problem.H, problem.W)
+    if kernel == PAIR:
+        of_input, size = None, (problem.P, problem.Q)
     bottleneck.bottleneck(
-        pixels(problem.N, problem.width, problem.H, problem.W), shortcut, layer(of_input),
-        layer(last), layer(problem.project), layer(problem.reduce), blocks.tile_for(problem, tile),
+        pixels(problem.N, problem.width, *size), shortcut, layer(of_input), layer(last),
+        layer(problem.project), layer(problem.reduce), blocks.tile_for(problem, tile),
     )  # fmt: skip
 
 
@@ -284,8 +310,12 @@ def norm_launches(dtype: str) -> dict[str, list[Launch]]:
     return found
 
 
-def compiled(launch: Launch, architecture: str) -> dict[str, Any]:
-    """What a launch's kernel becomes on an architecture: see this module's docstring."""
+def compiled(launch: Launch, architecture: str, order: bool = False) -> dict[str, Any]:
+    """What a launch's kernel becomes on an architecture: see this module's docstring.
+
+    With `order`, also what touches memory and what waits for other launches, as it stands in the
+    machine code: see `order_of`.
+    """
     names = launch.kernel.arg_names
     place = {name: (names.index(name),) for name in names}
     constants = dict(launch.constants)
@@ -323,7 +353,22 @@ def compiled(launch: Launch, architecture: str) -> dict[str, Any]:
         * threads
         / ARCHITECTURES[GPUS[architecture]].threads_per_multiprocessor,
         **instructions(listing),
+        **({"order": order_of(listing)} if order else {}),
     }
+
+
+def order_of(listing: str) -> list[str]:
+    """The instructions of a listing that load, store, prefetch, trigger or wait, in its order.
+
+    "prefetch" asks for memory in L2, "trigger" lets the next launch begin, "wait" waits for the
+    last one.
+    """
+    kinds = {
+        "UBLKPF": "prefetch", "PREEXIT": "trigger", "ACQBULK": "wait", "LDG": "load",
+        "LDGSTS": "load", "UBLKCP": "load", "UTMALDG": "load", "STG": "store", "UTMASTG": "store",
+    }  # fmt: skip
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+).*?;", listing)
+    return [kinds[base] for name in found if (base := name.split(".")[0]) in kinds]
 
 
 def resident(gpu: Architecture, num_warps: int, registers: int, shared: int) -> int:
@@ -368,7 +413,8 @@ def entries(architecture: str, dtype: str, present: set[tuple[str, Tile]]) -> An
     for (layer, tile), problem in configurations(dtype, gpu).items():
         if (layer, tile) in present:
             continue
-        for launch in launches(problem, tile):
+        kernel = PAIR if layer.startswith(PAIR) else CHAIN
+        for launch in launches(problem, tile, kernel):
             if launch in seen:
                 continue
             seen.add(launch)
@@ -413,36 +459,66 @@ def norm_entries(architecture: str, dtype: str, wanted: Callable[[str], bool]) -
             }
 
 
-def write_chain_tiles(architectures: Iterable[str]) -> None:
-    """Compiles every shape of a chain and writes down what does not spill."""
+def write_chain_tiles(architectures: Iterable[str], kernels: Iterable[str]) -> None:
+    """Compiles every shape of chains, of pairs or of both and writes down what does not spill."""
     gpus = {name: ARCHITECTURES[GPUS[name]] for name in architectures}
-    found = {
-        kind: tiles for kind, tiles in chain.COMPILED.items()
-        if kind[0] not in {gpu.capability[0] for gpu in gpus.values()}
-    }  # fmt: skip
-    for name, gpu in gpus.items():
-        for kind in chain_kinds():
-            for shape in chain.SHAPES[kind[0]]:
-                if shape[0] < 64 and gpu.capability[0] in (9, 10):
-                    continue  # what warp-group instructions need
-                made = [_compiled_chain(kind, dtype, shape, name) for dtype in CHAIN_DTYPES]
-                if all(one and one["spilled_bytes"] == 0 for one in made):
-                    first = made[0]["registers"], made[0]["shared_bytes"]
-                    found.setdefault((gpu.capability[0], *kind), {})[shape] = first
+    majors = {gpu.capability[0] for gpu in gpus.values()}
+    tables = {CHAIN: (chain.SHAPES, chain.COMPILED), PAIR: (chain.PAIR_SHAPES, chain.PAIRS)}
     text = _CHAIN_TILES_HEAD.format(triton.__version__)
-    for kind, tiles in sorted(found.items()):
-        rows = "".join(f"        {shape}: {made},\n" for shape, made in tiles.items())
-        text += f"    {kind}: {{\n{rows}    }},\n"
-    (Path(chain.__file__).parent / "chain_tiles.py").write_text(text + "}\n")
+    for kernel, (shapes, known) in tables.items():
+        found = known
+        if kernel in kernels:
+            found = {kind: tiles for kind, tiles in known.items() if kind[0] not in majors}
+            for name, gpu in gpus.items():
+                for kind in chain_kinds(kernel):
+                    tiles = _chain_tiles(kind, kernel, shapes[kind[0]], name)
+                    if tiles:
+                        found[(gpu.capability[0], *kind)] = tiles
+        text += _CHAIN_TABLE_HEADS[kernel]
+        for kind, tiles in sorted(found.items()):
+            rows = "".join(f"        {shape}: {made},\n" for shape, made in tiles.items())
+            text += f"    {kind}: {{\n{rows}    }},\n"
+        text += "}\n"
+    (Path(chain.__file__).parent / "chain_tiles.py").write_text(text)
+
+
+def _chain_tiles(
+    kind: tuple[int, bool, int], kernel: str, shapes: Iterable[tuple[int, ...]], architecture: str
+) -> dict[tuple[int, ...], tuple[int, int]]:
+    """Registers and shared memory of the shapes that spill nothing, as `chain_tiles.py` has them.
+
+    Those of a pair are the most that it takes with slices shared and without.
+    """
+    warp_groups = ARCHITECTURES[GPUS[architecture]].capability[0] in (9, 10)
+    found = {}
+    for shape in shapes:
+        if shape[0] < 64 and warp_groups:
+            continue  # what warp-group instructions need
+        made = [
+            _compiled_chain(kind, kernel, dtype, shape, split, architecture)
+            for dtype in CHAIN_DTYPES
+            for split in ((1, 4) if kernel == PAIR else (1,))
+        ]
+        if all(one and one["spilled_bytes"] == 0 for one in made):
+            of_float16 = made[: len(made) // len(CHAIN_DTYPES)]
+            found[shape] = tuple(
+                max(one[name] for one in of_float16) for name in ("registers", "shared_bytes")
+            )
+    return found
 
 
 def _compiled_chain(
-    kind: tuple[int, bool, int], dtype: str, shape: tuple[int, ...], architecture: str
+    kind: tuple[int, bool, int],
+    kernel: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    split: int,
+    architecture: str,
 ) -> dict[str, Any] | None:
     """What a chain's tile becomes; None where its shared memory is more than there is."""
     problem = chain_problem(*kind, 32, dtype)
-    (launch,) = launches(problem, Tile(*shape[:3], 1, *shape[3:]))
-    label = f"{architecture} {dtype} {chain_name(problem)} {shape}"
+    launch, *_ = launches(problem, Tile(*shape[:3], split, *shape[3:]), kernel)
+    label = f"{architecture} {dtype} {chain_name(problem, kernel)} {shape}, split {split}"
     try:
         made = compiled(launch, architecture)
     except OutOfResources as error:
@@ -466,8 +542,12 @@ from __future__ import annotations
 _Kind = tuple[int, int, bool, int]
 _Shape = tuple[int, int, int, int, int]
 
-COMPILED: dict[_Kind, dict[_Shape, tuple[int, int]]] = {{
 '''
+_CHAIN_TABLE_HEADS = {
+    CHAIN: "COMPILED: dict[_Kind, dict[_Shape, tuple[int, int]]] = {\n",
+    PAIR: "\n# The same of the pair of 1x1s behind a 3x3 that is a launch of its own.\n"
+    "PAIRS: dict[_Kind, dict[_Shape, tuple[int, int]]] = {\n",
+}
 
 
 def tile_of(entry: dict[str, Any]) -> Tile:
@@ -486,10 +566,10 @@ def main() -> None:
     parser.add_argument("--architecture", choices=GPUS, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--missing", action="store_true", help="keep what the report has")
-    parser.add_argument("--chain-tiles", action="store_true", help="see above")
+    parser.add_argument("--chain-tiles", choices=(CHAIN, PAIR), action="append", help="see above")
     arguments = parser.parse_args()
     if arguments.chain_tiles:
-        return write_chain_tiles(arguments.architecture or GPUS)
+        return write_chain_tiles(arguments.architecture or GPUS, arguments.chain_tiles)
     path = report_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"schema": "fused_resnet.static/1", "entries": []}

@@ -674,6 +674,7 @@ def test_a_chain_moves_ten_units_for_sixteen() -> None:
     assert moved == {
         "chain": 10 * unit + small,
         "chain without next": 9 * unit + 5 * unit + small,
+        "pair": 2 * unit + 10 * unit + small,
         "convolutions": 16 * unit + small,
     }
     assert not predict.chains_of("resnet18", 1, "float16")

@@ -34,7 +34,7 @@ import fused_resnet
 from fused_resnet import backends
 from fused_resnet.testing import assert_error_rule, randomize_
 from fused_resnet.tuning import Choice, Tile
-from fused_resnet.tuning.problem import CHAIN, CHAIN_WITHOUT_NEXT, CONVOLUTIONS
+from fused_resnet.tuning.problem import CHAIN, CHAIN_WITHOUT_NEXT, CONVOLUTIONS, PAIR
 
 RUNNER = next((runner for runner in RUNNERS if runner.name == "triton"), None)
 
@@ -271,6 +271,32 @@ def test_a_whole_resnet50(resnet50):
     assert names(log)["stem_pool_kernel"] == 1
 
 
+WHOLE = {
+    "thin": ({}, 64, torch.float16),
+    "thin, bfloat16": ({}, 64, torch.bfloat16),
+    "dilated": ({"replace_stride_with_dilation": [False, True, True]}, 48, torch.float16),
+    "wide": ({"width_per_group": 32}, 48, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_networks_on_larger_images(name):
+    """Stem to classifier against float64, of 16 and 32 channels: borders within many tiles."""
+    options, size, dtype = WHOLE[name]
+    options = {"width_per_group": 16} | options
+    torch.manual_seed(5)
+    model = randomize_(ResNet(Bottleneck, [1, 2, 1, 1], num_classes=10, **options).eval())
+    x = image_batch(1, size, dtype).to(RUNNER.device)
+    fused = fused_resnet.fuse(copy.deepcopy(model)).to(x.device, dtype)
+    fused = fused.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        with fused_resnet.use_backend("triton"), launches.logged() as log:
+            out = fused(x)
+        eager = copy.deepcopy(model).to(x.device, dtype)(x)
+        assert_error_rule(out, eager, double_copy(model).to(x.device)(x.double()))
+    assert names(log)["bottleneck_kernel"] == 5
+
+
 def traffic(fused: nn.Module, widest: int) -> list:
     """The launches of a network on an image of 224 x 224, none of which is run.
 
@@ -362,6 +388,100 @@ def test_the_log_is_what_kernels_address(tile, monkeypatch):
         for place in ("reads", "writes"):
             moved = sum(size for _, size in seen[place])
             assert sum(getattr(reported, place).values()) == moved, (reported, place)
+
+
+@pytest.mark.parametrize("split", [1, 4])
+@pytest.mark.parametrize(
+    "name", ["two blocks", "deep projection", "stride", "odd outputs", "three images", "stage 2"]
+)
+def test_pairs(monkeypatch, name, split):
+    """The 3x3 by itself, then both 1x1s at once, their slices shared among programs or not."""
+    tile = Tile(32, 16, 32, split, 4, 2)
+    stage = STAGES[name]
+    if stage.outputs % (16 * split):
+        split = 1
+        tile = Tile(32, 16, 32, 1, 4, 2)
+    monkeypatch.setattr(chains, "choose", lambda *_: Choice(PAIR, tile, "test"))
+    log = check(bottlenecks(stage), input_of(stage, torch.float16))
+    blocks = stage.blocks + bool(stage.next_width)
+    counted = names(log)
+    # The last block has no next convolution: one program has all of a tile's slices there.
+    assert counted["bottleneck_kernel"] == blocks
+    assert counted["sum_partials_kernel"] == (blocks - 1) * (split > 1)
+    assert counted["conv_kernel"] == blocks + 1
+    check(bottlenecks(stage), input_of(stage, torch.bfloat16))
+
+
+@pytest.mark.quick
+def test_a_shared_pair_is_deterministic_and_has_its_bytes(monkeypatch):
+    """The same bits again; h, shortcut, output and float32 partial sums, each once."""
+    tile = Tile(16, 16, 16, 2, 4, 2)
+    monkeypatch.setattr(chains, "choose", lambda *_: Choice(PAIR, tile, "test"))
+    stage = Stage(blocks=2, batch=3)
+    model, x = bottlenecks(stage), input_of(stage, torch.float16)
+    out, log = run(model, x)
+    assert_same_bits(run(model, x)[0], out)
+    monkeypatch.setattr(conv, "_is_wide", lambda *_: True)
+    assert_same_bits(run(model, x)[0], out)
+    pair = next(launch for launch in log if launch.kernel == "bottleneck_kernel")
+    pixels = 3 * 5 * 4
+    assert pair.reads["input_ptr"] == 2 * pixels * 16
+    assert pair.reads["shortcut_ptr"] == 2 * pixels * 64
+    assert pair.writes == {"output_ptr": 2 * pixels * 64, "partial_ptr": 2 * 4 * pixels * 16}
+
+
+@pytest.mark.quick
+def test_launches_in_a_row(monkeypatch):
+    """Of few pixels, all but the first may begin early; of many, or on older GPUs, none."""
+    stage = Stage(blocks=3, inputs=32)
+    model, x = bottlenecks(stage), input_of(stage, torch.float16)
+    constants = []
+    dependence = conv._dependence
+
+    def noted(*arguments):
+        constants.append(dependence(*arguments))
+        return {}  # the interpreter has no such thing
+
+    monkeypatch.setattr(conv, "_dependence", noted)
+    monkeypatch.setattr(conv, "_can_depend", lambda _: True)
+    monkeypatch.setattr(chains, "choose", lambda *_: Choice(CHAIN, TILE, "test"))
+    run(model, x)
+    first, *others = constants
+    assert first == {"DEPENDENT": True, "launch_pdl": False}
+    assert others == [{"DEPENDENT": True, "launch_pdl": True}] * 3
+    assert launches.next_in_row() is None
+    constants.clear()
+    monkeypatch.setattr(chains.chain, "OVERLAPPED_PIXELS", 2 * 5 * 4 - 1)
+    run(model, x)
+    assert constants == [{}] * 4
+    monkeypatch.setattr(chains.chain, "OVERLAPPED_PIXELS", 2 * 5 * 4)
+    monkeypatch.setattr(conv, "_can_depend", lambda _: False)
+    constants.clear()
+    run(model, x)
+    assert constants == [{}] * 4
+
+
+@pytest.mark.quick
+def test_convolutions_in_a_row(monkeypatch):
+    """Where no block is chained, a small batch's convolutions overlap all the same."""
+    stage = Stage(blocks=2)
+    model, x = bottlenecks(stage), input_of(stage, torch.float16)
+    rows = []
+    dependence = conv._dependence
+
+    def noted(*arguments):
+        rows.append(launches.next_in_row())
+        return dependence(*arguments)
+
+    monkeypatch.setattr(conv, "_dependence", noted)
+    monkeypatch.setattr(chains, "choose", lambda *_: Choice(CONVOLUTIONS, None, "test"))
+    log = check(model, x)
+    assert names(log) == {"conv_kernel": 6}
+    assert None not in rows
+    monkeypatch.setattr(chains.chain, "OVERLAPPED_PIXELS", 1)
+    rows.clear()
+    check(model, x)
+    assert set(rows) == {None}
 
 
 def test_choices_are_followed(monkeypatch):
@@ -538,7 +658,7 @@ MUTATIONS = {
     "last tap lost": ("range(R * S * (WIDTH", "range((R * S - 1) * (WIDTH"),
     "wraps at the border": ("(w + s * DILATION_W < W)", "(w + s * DILATION_W < W + 1)"),
     "first norm forgotten": ("_relu(acc * scale[None, :] + offset[None, :])", "_relu(acc)"),
-    "no ReLU between": ("hidden = kernels._relu(acc", "hidden = (acc"),
+    "no ReLU between": ("return kernels._relu(acc", "return (acc"),
     "shortcut forgotten": ("out = shortcut.to(tl.float32)", "out = 0.0 * shortcut.to(tl.float32)"),
     "projection's norm forgotten": ("out = out * factor[None, :] + term[None, :]", "out = out"),
     "projection reads every pixel": ("p * PROJECT_STRIDE_H *", "p *"),

@@ -127,6 +127,76 @@ def test_what_compiles_now(architecture):
         judge(entry, most_spilled=0 if reported else 8)
 
 
+@cache
+def chains_compiled(architecture: str) -> list[dict]:
+    """A chain and a pair whose slices are shared, compiled now, apart and in a row."""
+    out = run_python(
+        f"""
+        import json, sys
+        sys.path.insert(0, {str(BENCH)!r})
+        import static
+        gpu = static.ARCHITECTURES[static.GPUS[{architecture!r}]]
+        found = []
+        for kernel, kind in (("chain", (64, False, 64)), ("pair", (128, False, 128))):
+            problem = static.chain_problem(*kind, 1, "float16")
+            tile = static.Tile(64, 32, 64, 4, 4, 2)
+            if kernel == "chain":
+                tile = static.chain.tiles(problem, gpu)[-1]
+            for dependent in (False, True) if gpu.capability[0] >= 9 else (False,):
+                for launch in static.launches(problem, tile, kernel, dependent):
+                    entry = static.compiled(launch, {architecture!r}, order=True)
+                    entry |= dict(kernel=launch.kernel.fn.__name__, layer=kernel, dtype="float16")
+                    found.append(entry | dict(architecture={architecture!r}, row=dependent))
+        if gpu.capability[0] >= 9:
+            for name in ("1x1", "3x3"):
+                problem = static.LAYERS[name][-1].problem(1, "float16")
+                tile = static.best(problem, gpu)
+                for launch in static.launches(problem, tile, dependent=True):
+                    entry = static.compiled(launch, {architecture!r}, order=True)
+                    entry |= dict(kernel=launch.kernel.fn.__name__, layer=name, dtype="float16")
+                    found.append(entry | dict(architecture={architecture!r}, row=True))
+        print(json.dumps(found))
+        """,
+        TRITON_INTERPRET="0",
+    )
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_chains_compile_now(architecture):
+    entries = chains_compiled(architecture)
+    reported = f"triton-{importlib.metadata.version('triton')}" in {path.stem for path in REPORTS}
+    for entry in entries:
+        judge(entry, most_spilled=0 if reported else 8)
+    apart = {(e["layer"], e["kernel"]) for e in entries if not e["row"]}
+    assert apart >= {("chain", "bottleneck_kernel"), ("pair", "bottleneck_kernel")}
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100", "sm_120"])
+def test_where_launches_in_a_row_wait(architecture):
+    """In the machine code: weights are asked for, then the next launch let go, then the wait.
+
+    And only behind it does anything load from memory or store there.
+    """
+    entries = chains_compiled(architecture)
+    kernels = {entry["kernel"] for entry in entries if entry["row"]}
+    assert kernels == {"bottleneck_kernel", "conv_kernel", "sum_partials_kernel"}
+    for entry in entries:
+        order = entry["order"]
+        if not entry["row"]:
+            assert not {"prefetch", "trigger", "wait"} & set(order), entry["kernel"]
+            continue
+        wait = order.index("wait")
+        before = order[:wait]
+        assert before.count("trigger") == 1, order
+        assert order.count("wait") == 1, order
+        assert not {"load", "store"} & set(before), (entry["kernel"], order)
+        assert {"load", "store"} <= set(order[wait:]), order
+        asked = {"sum_partials_kernel": 0, "conv_kernel": 1}.get(entry["kernel"])
+        asked = {"chain": 3, "pair": 2}[entry["layer"]] if asked is None else asked
+        assert before.index("trigger") == before.count("prefetch") == asked, order
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_norms_compile_now(architecture):
     out = run_python(

@@ -47,10 +47,13 @@ from fused_resnet.tuning import (
     tuner,
 )
 from fused_resnet.tuning.problem import (
+    CHAIN,
     CHAIN_KERNELS,
+    CHAIN_WITHOUT_NEXT,
     DTYPES,
     ESTIMATE,
     MEASURED,
+    PAIR,
     SHIPPED,
     ChainProblem,
     parse_problem,
@@ -1291,8 +1294,9 @@ def test_chain_candidates_fit(gpu: architecture.Architecture) -> None:
         first, *others = chain.candidates(problem, gpu)
         assert first.kernel == "convolutions"
         for choice in others:
-            measured = problem if choice.kernel == "chain" else problem.without_next()
-            assert chain.programs_at_once(measured, gpu, choice.tile) >= 1
+            measured = problem.without_next() if choice.kernel == CHAIN_WITHOUT_NEXT else problem
+            kernel = PAIR if choice.kernel == PAIR else CHAIN
+            assert chain.programs_at_once(measured, gpu, choice.tile, kernel) >= 1
             assert chain.predicted(problem, gpu, choice) > problem.bytes_once / gpu.bandwidth
             assert chain.can_run(problem, gpu, choice.kernel, choice.tile)
             assert not chain.can_run(
@@ -1312,6 +1316,45 @@ def test_a_chain_pays_where_bytes_bound() -> None:
     assert chain.predicted(BLOCK, H100, tuning.untuned(BLOCK, H100)) < 1e-3
     empty = dataclasses.replace(LAST_BLOCK, N=0)
     assert chain.predicted(empty, H100, chain.candidates(empty, H100)[1]) == estimate.LAUNCH
+
+
+@pytest.mark.parametrize("gpu", architecture.ARCHITECTURES.values(), ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("batch", [1, 2, 8, 32, 256])
+def test_the_fastest_candidate_runs_each_block(gpu: architecture.Architecture, batch: int) -> None:
+    """From one image to many, on every GPU; overlapped only where a GPU can and it matters."""
+    for problem in layers.chains_of_model("resnet50", batch, "float16"):
+        choice = tuning.untuned(problem, gpu)
+        every = chain.candidates(problem, gpu)
+        least = min(chain.predicted(problem, gpu, one) for one in every)
+        assert chain.predicted(problem, gpu, choice) == least
+        assert chain.overlaps(problem, gpu) == (
+            gpu.capability[0] >= 9 and batch * problem.P * problem.Q <= chain.OVERLAPPED_PIXELS
+        )
+        apart = chain.predicted_convolutions(problem, gpu, in_row=False)
+        assert least <= apart
+        if chain.overlaps(problem, gpu):
+            assert chain.predicted_convolutions(problem, gpu, in_row=True) < apart
+
+
+def test_a_pair_pays_between_chains_and_convolutions() -> None:
+    """On an H100: for many pixels of the third stage, whose chain reads its weights too often.
+
+    With its slices shared, for a few pixels too.
+    """
+    stage_3 = dataclasses.replace(LAST_BLOCK, H=14, W=14, width=256, K=1024, next_width=256)
+    kinds = {one.kernel for one in chain.candidates(stage_3, H100)}
+    assert kinds == set(CHAIN_KERNELS)
+    assert tuning.untuned(stage_3, H100).kernel == PAIR
+    few = dataclasses.replace(stage_3, N=1)
+    shared = [one.tile.split_k for one in chain.candidates(few, H100) if one.kernel == PAIR]
+    assert max(shared) > 1
+    alone, *_, split = sorted(
+        (one for one in chain.candidates(few, H100) if one.kernel == PAIR),
+        key=lambda one: one.tile.split_k,
+    )
+    assert chain.predicted(few, H100, split) < chain.predicted(few, H100, alone)
+    moved = stage_3.convolution.bytes_once + stage_3.bytes_of_pair
+    assert moved == stage_3.bytes_once + 2 * stage_3.convolution.output_bytes
 
 
 def test_chains_in_tables(tmp_path: Path, an_h100: architecture.Architecture) -> None:
@@ -1362,6 +1405,8 @@ def test_chains_pass_the_tuners_check() -> None:
     device = CUDA if torch.cuda.is_available() else CPU
     gpu = architecture.of_device(device)
     tried = tuner.candidates(BLOCK, gpu, device)
+    # Pairs are for wider blocks; any width can be run as one.
+    tried.append(Choice(PAIR, Tile(32, 32, 32, 4, 4, 2), ESTIMATE))
     assert {choice.kernel for choice in tried} == set(CHAIN_KERNELS)
     choices = [next(one for one in tried if one.kernel == kernel) for kernel in CHAIN_KERNELS]
     seconds = {str(choices[1]): 2e-6}

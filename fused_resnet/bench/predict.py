@@ -24,10 +24,11 @@ of the schema "fused_resnet.predicted/2":
 - compiled, as `torch.compile` does: all that follows a convolution is one kernel.
 - fused: batch norm, add, ReLU and the stem's pool inside the convolution (epilogue fusion).
 - chain: as fused, but each Bottleneck runs as `fused_resnet/tuning/chain.py` expects to be fastest:
-  from its 3x3 convolution to the next block's first 1x1 in one kernel, without the latter, or still
-  convolution by convolution. `chains` has the blocks, `microseconds` as chosen and
-  `fused_microseconds` one by one. `megabytes_per_image` of "chained" are those of the network with
-  every block chained that can be, whether or not that is expected to be faster.
+  from its 3x3 convolution to the next block's first 1x1 in one kernel, without the latter, without
+  the 3x3, or still convolution by convolution; small batches with launches that overlap. `chains`
+  has the blocks, `microseconds` as chosen and `fused_microseconds` one by one, one after the
+  other. `megabytes_per_image` of "chained" are those of the network with every block chained that
+  can be, whether or not that is expected to be faster.
 
 The library's convolutions are taken to be as good as the kernels here, so ratios show what fusing
 saves and nothing else. Eager, every other operator takes as long as its tensors' bytes at copy
@@ -61,6 +62,7 @@ from ..tuning.architecture import ARCHITECTURES, Architecture
 from ..tuning.problem import (
     CHAIN_WITHOUT_NEXT,
     CONVOLUTIONS,
+    PAIR,
     ChainProblem,
     Choice,
     ConvProblem,
@@ -124,13 +126,15 @@ def bytes_chosen(problem: ChainProblem, choice: Choice) -> int:
         return sum(part.bytes_once for part in problem.parts)
     if choice.kernel == CHAIN_WITHOUT_NEXT:
         return problem.without_next().bytes_once + problem.reduce.bytes_once
+    if choice.kernel == PAIR:
+        return problem.convolution.bytes_once + problem.bytes_of_pair
     return problem.bytes_once
 
 
 def predicted_chain(problem: ChainProblem, count: int, gpu: Architecture) -> dict[str, Any]:
     """A block's entry: see this module's docstring."""
     choice = untuned(problem, gpu)
-    one_by_one = Choice(CONVOLUTIONS, None, choice.source)
+    one_by_one = chain.predicted_convolutions(problem, gpu, in_row=False)
     return {
         "problem": problem.key,
         "count": count,
@@ -138,7 +142,7 @@ def predicted_chain(problem: ChainProblem, count: int, gpu: Architecture) -> dic
         "megabytes": round(bytes_chosen(problem, choice) / 1e6, 2),
         "gigaflops": round(problem.flops / 1e9, 3),
         "microseconds": round(1e6 * chain.predicted(problem, gpu, choice), 2),
-        "fused_microseconds": round(1e6 * chain.predicted(problem, gpu, one_by_one), 2),
+        "fused_microseconds": round(1e6 * one_by_one, 2),
     }
 
 

@@ -6,6 +6,13 @@ pixels, so there are `ceil(N P Q / block_m)` of them. What it has to wait for ar
 find their weights in the L2 cache, and each walks through all channels of a projected shortcut. The
 same walks are what the program loads through L2.
 
+A pair is the same without the 3x3, which then is a launch of its own with a tile of its own: the
+sums of more pixels fit into registers, so that weights are loaded less often, and `split_k`
+programs can share the slices of a tile, where there are few pixels.
+
+Launches of few pixels run in a row (`overlaps`, docs/small_batches.md), which shortens what a
+launch costs and what its steps wait for.
+
 Registers and shared memory are what the compiler gave each tile (`chain_tiles.py`); a tile that
 spills is not there, and where none is there is no chain.
 """
@@ -23,13 +30,14 @@ from torch import Tensor
 from .. import checks
 from . import estimate
 from .architecture import Architecture
-from .chain_tiles import COMPILED
+from .chain_tiles import COMPILED, PAIRS
 from .problem import (
     CHAIN,
     CHAIN_WITHOUT_NEXT,
     CONVOLUTIONS,
     ESTIMATE,
     MEASURED,
+    PAIR,
     ChainProblem,
     Choice,
     ConvProblem,
@@ -50,6 +58,11 @@ SHAPES = {
     256: ((64, 64, 64, 8, 4), (64, 32, 64, 8, 4), (64, 32, 32, 8, 3), (32, 32, 32, 4, 2)),
     512: ((64, 64, 64, 8, 3), (64, 32, 32, 8, 3)),
 }
+# The same of pairs, whose 3x3 is a launch of its own: wider ones fit, with more pixels.
+PAIR_SHAPES = {
+    128: ((128, 64, 64, 8, 3), (64, 64, 64, 8, 3), (64, 32, 64, 4, 2)),
+    256: ((128, 64, 64, 8, 3), (128, 32, 64, 8, 3), (64, 64, 64, 8, 3), (64, 32, 64, 4, 2)),
+}
 # Next widths that some network of torchvision's has behind a width, after a shortcut that is the
 # input and after a projected one, and none.
 NEXT_WIDTHS = {
@@ -65,8 +78,10 @@ NEXT_WIDTHS = {
 # Slices in flight: their weights, as many as the width and the next one have rows, are larger than
 # the 3x3's blocks.
 _SLICE_STAGES = {64: 3, 128: 3, 256: 2, 512: 2}
-# Seconds from asking for a block that L2 has to having it in shared memory.
-_CACHE_LATENCY = 0.3e-6
+# Programs that may share the slices of a pair's tile.
+_SPLITS = (1, 2, 4, 8, 16)
+# Output pixels of a block up to which its launches overlap: of longer launches it is a percent.
+OVERLAPPED_PIXELS = 8 * 56 * 56
 
 
 def problems_of(input: Tensor, blocks: Sequence[BlockLayers]) -> list[ChainProblem | None] | None:
@@ -218,15 +233,29 @@ def candidates(problem: ChainProblem, gpu: Architecture) -> list[Choice]:
     if problem.next_width:
         alone = tiles(problem.without_next(), gpu)
         found += [Choice(CHAIN_WITHOUT_NEXT, tile, MEASURED) for tile in alone]
+        found += [Choice(PAIR, tile, MEASURED) for tile in pair_tiles(problem, gpu)]
     return found
 
 
-def tiles(problem: ChainProblem, gpu: Architecture) -> list[Tile]:
+def pair_tiles(problem: ChainProblem, gpu: Architecture) -> list[Tile]:
+    """The tiles of the pair of 1x1s; slices are shared where that leaves multiprocessors idle."""
+    found = []
+    for tile in tiles(problem, gpu, PAIR):
+        programs = -(-problem.N * problem.P * problem.Q // tile.block_m)
+        slices = problem.K // tile.block_n
+        for split in _SPLITS:
+            if split > 1 and (programs * split > 2 * gpu.multiprocessors or slices % split):
+                break
+            found.append(replace(tile, split_k=split))
+    return found
+
+
+def tiles(problem: ChainProblem, gpu: Architecture, kernel: str = CHAIN) -> list[Tile]:
     """The tiles a chain can have on a GPU, as compiled; none for what was not compiled."""
     return [
         Tile(block_m, block_n, block_k, 1, warps, stages)
         for (block_m, block_n, block_k, warps, stages), (_, shared) in _compiled(
-            problem, gpu
+            problem, gpu, kernel
         ).items()
         if shared <= gpu.shared_per_block
         and problem.K % block_n == 0
@@ -242,83 +271,116 @@ def can_run(problem: ChainProblem, gpu: Architecture, kernel: str, tile: Tile | 
 
 def predicted(problem: ChainProblem, gpu: Architecture, choice: Choice) -> float:
     """Seconds for all that a problem consists of, by one choice."""
+    in_row = overlaps(problem, gpu)
     if choice.kernel == CONVOLUTIONS:
-        return sum(_predicted_part(part, gpu) for part in problem.parts)
+        return predicted_convolutions(problem, gpu, in_row)
     if choice.kernel == CHAIN_WITHOUT_NEXT:
         alone = predicted_launch(problem.without_next(), gpu, choice.tile)
-        return alone + _predicted_part(problem.reduce, gpu)
+        return alone + _predicted_part(problem.reduce, gpu, in_row)
+    if choice.kernel == PAIR:
+        pair = predicted_launch(problem, gpu, choice.tile, PAIR)
+        return _predicted_part(problem.convolution, gpu, in_row) + pair
     return predicted_launch(problem, gpu, choice.tile)
 
 
-def _predicted_part(part: ConvProblem, gpu: Architecture) -> float:
-    return estimate.predicted(part, gpu, estimate.best(part, gpu))
+def predicted_convolutions(problem: ChainProblem, gpu: Architecture, in_row: bool) -> float:
+    """Seconds for the convolutions one by one, each after the last has ended or in a row."""
+    return sum(_predicted_part(part, gpu, in_row) for part in problem.parts)
 
 
-def predicted_launch(problem: ChainProblem, gpu: Architecture, tile: Tile) -> float:
-    """Seconds for one launch of the kernel; see this module's docstring."""
+def overlaps(problem: ChainProblem, gpu: Architecture) -> bool:
+    """Whether a block's launches begin before those before them have ended.
+
+    Where the GPU can do that, and launches are so short that it matters.
+    """
+    return gpu.capability[0] >= 9 and problem.N * problem.P * problem.Q <= OVERLAPPED_PIXELS
+
+
+def _predicted_part(part: ConvProblem, gpu: Architecture, in_row: bool) -> float:
+    return estimate.predicted(part, gpu, estimate.best(part, gpu), in_row)
+
+
+def predicted_launch(
+    problem: ChainProblem, gpu: Architecture, tile: Tile, kernel: str = CHAIN
+) -> float:
+    """Seconds for one launch of the kernel; see this module's docstring.
+
+    Of a pair, for what follows its 3x3, with the second launch of slices that are shared.
+    """
     pixels = problem.N * problem.P * problem.Q
     if pixels == 0:
         return estimate.LAUNCH
-    programs = -(-pixels // tile.block_m)
-    resident = programs_at_once(problem, gpu, tile)
+    in_row = overlaps(problem, gpu)
+    latency = estimate.CACHE_LATENCY if in_row else estimate.LATENCY
+    split = tile.split_k
+    programs = split * -(-pixels // tile.block_m)
+    resident = programs_at_once(problem, gpu, tile, kernel)
     waves = -(-programs // (gpu.multiprocessors * resident))
-    slices = problem.K // tile.block_n
+    slices = problem.K // tile.block_n // split
     depth = 0 if problem.projection is None else problem.projection[0]
     # One block deep, a projected shortcut is loaded before the slices.
     walked = slices if depth > tile.block_k else 1
+    taps = 0 if kernel == PAIR else 9
 
     # A pixel's products in the 3x3, and in tiles of a slice's width.
-    wide = 9 * problem.width**2 / _efficiency(tile.block_m, problem.width)
+    wide = taps * problem.width**2 / _efficiency(tile.block_m, problem.width)
     narrow = (problem.width + depth) * problem.K / _efficiency(tile.block_m, tile.block_n)
     last = problem.K * problem.next_width / _efficiency(tile.block_m, max(1, problem.next_width))
     busiest = -(-programs // gpu.multiprocessors)
     rate = gpu.rate(problem.dtype) / gpu.multiprocessors
-    arithmetic = busiest * tile.block_m * 2 * (wide + narrow + last) / rate
+    arithmetic = busiest * tile.block_m * 2 * (wide + (narrow + last) / split) / rate
 
-    weights = problem.width * 9 * problem.width + problem.K * (
-        problem.width + depth + problem.next_width
-    )
-    rows = 9 * problem.width + walked * depth + (0 if depth else problem.K)
-    rows += problem.K + problem.next_width
+    weights = taps * problem.width**2
+    weights += problem.K // split * (problem.width + depth + problem.next_width)
+    rows = max(1, taps) * problem.width + walked * depth + (0 if depth else problem.K // split)
+    rows += problem.K // split + (2 if split > 1 else 1) * problem.next_width
     loaded = 2 * programs * (weights + tile.block_m * rows)
     cycles = gpu.clock * min(gpu.multiprocessors, programs)
     cache = loaded / (estimate.L2_BYTES_PER_CYCLE * cycles)
 
     in_flight = max(1, tile.num_stages - 1)
-    steps = 9 * (problem.width // tile.block_k) * estimate.LATENCY / in_flight
+    steps = taps * (problem.width // tile.block_k) * latency / in_flight
     if walked > 1:
         # The loop over a projection's channels is what is pipelined, and ends with every slice.
         each = depth // tile.block_k / in_flight + 2
-        steps += slices * each * _CACHE_LATENCY
+        steps += slices * each * estimate.CACHE_LATENCY
     else:
-        steps += slices * estimate.LATENCY / max(1, slice_stages(problem.width, tile) - 1)
+        steps += slices * latency / max(1, slice_stages(problem.width, tile) - 1)
+    moved = problem.bytes_of_pair if kernel == PAIR else problem.bytes_once
     terms = (
         arithmetic,
-        problem.bytes_once / gpu.copy_bandwidth,
+        moved / gpu.copy_bandwidth,
         cache,
         waves * steps,
     )
     hidden = estimate.IMPERFECT * (sum(terms) - max(terms))
-    exposed = 2 * estimate.LATENCY * (waves if resident == 1 else min(waves, 2))
-    return max(terms) + hidden + exposed + estimate.LAUNCH
+    exposed = 2 * latency * (waves if resident == 1 else min(waves, 2))
+    seconds = max(terms) + hidden + exposed + estimate.launch(in_row)
+    if split > 1:
+        seconds += estimate.predicted_second_pass(pixels * problem.next_width, split, gpu, in_row)
+    return seconds
 
 
-def programs_at_once(problem: ChainProblem, gpu: Architecture, tile: Tile) -> int:
+def programs_at_once(
+    problem: ChainProblem, gpu: Architecture, tile: Tile, kernel: str = CHAIN
+) -> int:
     """Programs that a multiprocessor holds at once.
 
     Raises:
         KeyError: the tile is none of `tiles`.
     """
     key = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages)
-    registers, shared = _compiled(problem, gpu)[key]
+    registers, shared = _compiled(problem, gpu, kernel)[key]
     return estimate.resident(gpu, tile.num_warps, registers, shared)
 
 
-def _compiled(problem: ChainProblem, gpu: Architecture) -> dict[tuple[int, ...], tuple[int, int]]:
+def _compiled(
+    problem: ChainProblem, gpu: Architecture, kernel: str = CHAIN
+) -> dict[tuple[int, ...], tuple[int, int]]:
     kind = (
         gpu.capability[0], problem.width, problem.projection is not None, problem.next_width,
     )  # fmt: skip
-    return COMPILED.get(kind, {})
+    return (PAIRS if kernel == PAIR else COMPILED).get(kind, {})
 
 
 def _efficiency(rows: int, columns: int) -> float:

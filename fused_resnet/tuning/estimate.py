@@ -36,8 +36,12 @@ from .problem import Choice, ConvProblem, Tile
 
 # Seconds from asking for a block to having it in shared memory: DRAM's latency and the way back.
 LATENCY = 0.8e-6
+# Seconds from asking for a block that L2 has to having it in shared memory.
+CACHE_LATENCY = 0.3e-6
 # Seconds between two dependent launches on one stream, as in a CUDA graph.
 LAUNCH = 1.5e-6
+# The same where the second has begun before the first ends: signalling its end and waking up.
+DEPENDENT_LAUNCH = 0.7e-6
 # What a multiprocessor gets out of the L2 cache, bytes a cycle.
 L2_BYTES_PER_CYCLE = 32
 # Registers of a thread by how many elements of the accumulator it holds, and whether the epilogue
@@ -193,8 +197,19 @@ def _best(problem: ConvProblem, architecture: Architecture) -> tuple[Tile, float
     return min(_timed(problem, architecture), key=lambda pair: pair[1])
 
 
-def predicted(problem: ConvProblem, architecture: Architecture, tile: Tile) -> float:
-    """Seconds the model predicts; see this module's docstring."""
+def launch(in_row: bool) -> float:
+    """Seconds that a launch costs beside what its programs do."""
+    return DEPENDENT_LAUNCH if in_row else LAUNCH
+
+
+def predicted(
+    problem: ConvProblem, architecture: Architecture, tile: Tile, in_row: bool = False
+) -> float:
+    """Seconds the model predicts; see this module's docstring.
+
+    With `in_row` the launch has begun before the one before it ended, and has asked for its
+    weights: what it then waits for comes from L2.
+    """
     M = problem.N * problem.P * problem.Q
     if M == 0:
         return LAUNCH
@@ -216,19 +231,28 @@ def predicted(problem: ConvProblem, architecture: Architecture, tile: Tile) -> f
     loaded = programs * steps * _stage_bytes(problem, tile)
     cycles = architecture.clock * min(architecture.multiprocessors, programs)
     cache = (loaded + problem.output_bytes) / (L2_BYTES_PER_CYCLE * cycles)
-    latency = waves * steps * LATENCY / max(1, tile.num_stages - 1)
+    in_row = in_row and kernel_for(problem) == "conv"
+    each = CACHE_LATENCY if in_row else LATENCY
+    latency = waves * steps * each / max(1, tile.num_stages - 1)
 
     # Filling the pipeline and storing: hidden by another program's steps where there is one.
-    exposed = 2 * LATENCY * waves if resident == 1 else LATENCY * min(waves, 2)
+    exposed = 2 * each * waves if resident == 1 else each * min(waves, 2)
     terms = (arithmetic, memory, cache, latency)
-    seconds = max(terms) + IMPERFECT * (sum(terms) - max(terms)) + exposed + LAUNCH
+    seconds = max(terms) + IMPERFECT * (sum(terms) - max(terms)) + exposed + launch(in_row)
     if tile.split_k > 1:
-        partial = 2 * 4 * M * problem.K * tile.split_k
-        in_cache = partial <= architecture.l2_bytes / 2
-        speed = L2_BYTES_PER_CYCLE * architecture.clock * architecture.multiprocessors
-        seconds += partial / (speed if in_cache else architecture.copy_bandwidth)
-        seconds += LAUNCH + 2 * LATENCY
+        seconds += predicted_second_pass(M * problem.K, tile.split_k, architecture, in_row)
     return seconds
+
+
+def predicted_second_pass(
+    outputs: int, shares: int, architecture: Architecture, in_row: bool = False
+) -> float:
+    """Seconds for the partial sums of so many outputs: written, read, and the launch that reads."""
+    partial = 2 * 4 * outputs * shares
+    in_cache = partial <= architecture.l2_bytes / 2
+    speed = L2_BYTES_PER_CYCLE * architecture.clock * architecture.multiprocessors
+    seconds = partial / (speed if in_cache else architecture.copy_bandwidth)
+    return seconds + launch(in_row) + 2 * (CACHE_LATENCY if in_row else LATENCY)
 
 
 def predicted_library(problem: ConvProblem, architecture: Architecture) -> float:

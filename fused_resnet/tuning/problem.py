@@ -221,6 +221,11 @@ class ChainProblem:
             outputs += self.reduce.output_bytes
         return self.convolution.input_bytes + shortcut + parameters + outputs
 
+    @property
+    def bytes_of_pair(self) -> int:
+        """The same of all that follows the 3x3, whose output then is the input."""
+        return self.bytes_once - self.convolution.bytes_once + 2 * self.convolution.output_bytes
+
     def without_next(self) -> ChainProblem:
         """The block alone."""
         return dataclasses.replace(self, next_width=0)
@@ -306,7 +311,8 @@ class Tile:
 
     A program (a block) computes `block_m` output pixels by `block_n` output channels, `block_k`
     products deep at a time, `split_k` programs sharing one such tile's sum. A chain's program
-    computes all channels of its pixels, of the block's output `block_n` at a time.
+    computes all channels of its pixels, of the block's output `block_n` at a time; in a pair,
+    `split_k` programs share these.
     """
 
     block_m: int
@@ -327,8 +333,9 @@ class Tile:
 TILED = ("triton", "cuda")
 KERNELS = (*TILED, "library", "cudnn_convolution_relu", "cudnn_convolution_add_relu")
 CHAIN, CHAIN_WITHOUT_NEXT = "chain", "chain without next"
+PAIR = "pair"
 CONVOLUTIONS = "convolutions"
-CHAINED = (CHAIN, CHAIN_WITHOUT_NEXT)
+CHAINED = (CHAIN, CHAIN_WITHOUT_NEXT, PAIR)
 CHAIN_KERNELS = (*CHAINED, CONVOLUTIONS)
 MEASURED = "measured on this machine"
 SHIPPED = "shipped table"
@@ -342,8 +349,9 @@ class Choice:
     Attributes:
         kernel: of a convolution "triton" or "cuda"; "library", the library's convolution and then
             `scale_shift_act`; or the library's fused operator of that name. Of a `ChainProblem`
-            "chain"; "chain without next", the same but for the next block's convolution; or
-            "convolutions", each as it was chosen for itself.
+            "chain"; "chain without next", the same but for the next block's convolution; "pair",
+            the 3x3 by itself and all else in one launch; or "convolutions", each as it was chosen
+            for itself.
         tile: of the Triton or CUDA kernel or the chain; None for the others.
         source: "measured on this machine", "shipped table" or "estimate".
     """

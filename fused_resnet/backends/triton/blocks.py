@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,8 +14,16 @@ from torch._prims_common import suggest_memory_format
 
 from ... import tuning
 from ...tuning import chain
-from ...tuning.problem import CHAIN, CHAIN_WITHOUT_NEXT, CHAINED, ChainProblem, Choice, Tile
-from . import bottleneck, conv_bn_act
+from ...tuning.problem import (
+    CHAIN,
+    CHAIN_WITHOUT_NEXT,
+    CHAINED,
+    PAIR,
+    ChainProblem,
+    Choice,
+    Tile,
+)
+from . import bottleneck, conv_bn_act, launches
 
 if TYPE_CHECKING:
     from ...ops.residual_blocks import BlockLayers
@@ -40,8 +49,21 @@ def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | No
     if problems is None:
         return None
     choices = [None if one is None else choose(one, input.device) for one in problems]
-    if not any(choice is not None and choice.kernel in CHAINED for choice in choices):
+    chained = any(choice is not None and choice.kernel in CHAINED for choice in choices)
+    overlapped = input.size(0) * input.size(2) * input.size(3) <= chain.OVERLAPPED_PIXELS
+    if not chained and not overlapped:
         return None
+    with launches.in_a_row() if overlapped else contextlib.nullcontext():
+        return _run_all(input, blocks, problems, choices)
+
+
+def _run_all(
+    input: Tensor,
+    blocks: Sequence[BlockLayers],
+    problems: Sequence[ChainProblem | None],
+    choices: Sequence[Choice | None],
+) -> Tensor:
+    """All blocks, each as chosen."""
     channels_last = suggest_memory_format(input) is torch.channels_last
     x, reduced = input, None
     for index, (layers, has_projection) in enumerate(blocks):
@@ -88,6 +110,9 @@ def run(
     if choice.kernel == CHAIN_WITHOUT_NEXT:
         following = None
     tile = tile_for(problem, choice.tile)
+    if choice.kernel == PAIR:
+        hidden = conv_bn_act(reduced, *main[0], None, "relu")
+        return bottleneck.bottleneck(hidden, x, None, main[1], projection, following, tile)
     return bottleneck.bottleneck(reduced, x, *main, projection, following, tile)
 
 

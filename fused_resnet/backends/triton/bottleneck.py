@@ -15,10 +15,74 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...tuning.chain import slice_stages
 from ...tuning.problem import Tile
 from . import conv, kernels, launches
+
+
+@triton.jit
+def _convolution(
+    input_ptr,
+    weight_ptr,
+    mean_ptr,
+    var_ptr,
+    bn_weight_ptr,
+    bn_bias_ptr,
+    bias_ptr,
+    eps,
+    n,
+    p,
+    q,
+    H,
+    W,
+    input_stride_n,
+    input_stride_h,
+    input_stride_w,
+    WIDTH: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """`relu(bn(conv(input)))` at the pixels (n, p, q), all channels."""
+    h = p * STRIDE_H - PADDING_H
+    w = q * STRIDE_W - PADDING_W
+    rows = n * input_stride_n + h * input_stride_h + w * input_stride_w
+    inner = tl.arange(0, WIDTH)
+    columns = inner * (R * S * WIDTH)
+    acc = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+    tap, start = 0, 0
+    for _ in range(R * S * (WIDTH // BLOCK_K)):
+        c = start + tl.arange(0, BLOCK_K)
+        r = tap // S
+        s = tap - r * S
+        shift = r * DILATION_H * input_stride_h + s * DILATION_W * input_stride_w
+        ptrs = input_ptr + (rows + shift)[:, None] + c[None, :]
+        if PADDING_H + PADDING_W > 0:
+            inside = (h + r * DILATION_H >= 0) & (h + r * DILATION_H < H)
+            inside &= (w + s * DILATION_W >= 0) & (w + s * DILATION_W < W)
+            a = tl.load(ptrs, mask=inside[:, None], other=0.0)
+        else:
+            a = tl.load(ptrs)
+        b = tl.load(weight_ptr + columns[None, :] + (tap * WIDTH + c)[:, None])
+        acc = tl.dot(a, b, acc)
+        start += BLOCK_K
+        done = start >= WIDTH
+        tap += done.to(tl.int32)
+        start = tl.where(done, 0, start)
+    scale, offset = kernels._affine(
+        inner, inner < WIDTH, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, eps
+    )
+    return kernels._relu(acc * scale[None, :] + offset[None, :]).to(DTYPE)
 
 
 @triton.jit
@@ -55,6 +119,7 @@ def bottleneck_kernel(
     reduce_eps,
     output_ptr,
     next_ptr,
+    partial_ptr,
     M,
     H,
     W,
@@ -84,7 +149,9 @@ def bottleneck_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     SLICE_STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """A Bottleneck from `input`, its first 1x1's output, on; all of a pixel's channels at a time.
 
@@ -100,6 +167,12 @@ def bottleneck_kernel(
     `bn(shortcut[pixel(m)] @ project[slice])` of its pixels `(n, p stride, q stride)`, that is
     rounded nowhere. NEXT is the next block's width, 0 where its first 1x1 is not in this launch.
 
+    With R = 0 the 3x3 has a launch of its own, and `input` is `h`. With SPLIT > 1 (then R = 0) that
+    many programs share a tile's slices, and each writes its part of `sum`, in float32, to
+    `partial[z, m]`, which `kernels.sum_partials_kernel` adds up in order.
+
+    DEPENDENT is explained at the top of `kernels.py`.
+
     Reads `input`, the shortcut (where strided, the pixels used) and the weights once from memory
     (again from L2: `input` for each of the R S taps, a projected shortcut for each slice, the
     weights for each tile of pixels), writes the output and `next` once.
@@ -114,36 +187,29 @@ def bottleneck_kernel(
     row = tl.minimum(m, M - 1)
     image_row = row // Q
     n, p, q = image_row // P, image_row % P, row % Q
-    h = p * STRIDE_H - PADDING_H
-    w = q * STRIDE_W - PADDING_W
-    rows = n * input_stride_n + h * input_stride_h + w * input_stride_w
+
+    if DEPENDENT:
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        if R > 0:
+            kernels._prefetch(weight_ptr, WIDTH * R * S * WIDTH, program, programs)
+        kernels._prefetch(expand_ptr, K * WIDTH, program, programs)
+        if project_ptr is not None:
+            kernels._prefetch(project_ptr, K * SHORTCUT_C, program, programs)
+        if NEXT > 0:
+            kernels._prefetch(reduce_ptr, K * NEXT, program, programs)
+        gdc_launch_dependents()
+        gdc_wait()
 
     inner = tl.arange(0, WIDTH)
-    columns = inner * (R * S * WIDTH)
-    acc = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
-    tap, start = 0, 0
-    for _ in range(R * S * (WIDTH // BLOCK_K)):
-        c = start + tl.arange(0, BLOCK_K)
-        r = tap // S
-        s = tap - r * S
-        shift = r * DILATION_H * input_stride_h + s * DILATION_W * input_stride_w
-        ptrs = input_ptr + (rows + shift)[:, None] + c[None, :]
-        if PADDING_H + PADDING_W > 0:
-            inside = (h + r * DILATION_H >= 0) & (h + r * DILATION_H < H)
-            inside &= (w + s * DILATION_W >= 0) & (w + s * DILATION_W < W)
-            a = tl.load(ptrs, mask=inside[:, None], other=0.0)
-        else:
-            a = tl.load(ptrs)
-        b = tl.load(weight_ptr + columns[None, :] + (tap * WIDTH + c)[:, None])
-        acc = tl.dot(a, b, acc)
-        start += BLOCK_K
-        done = start >= WIDTH
-        tap += done.to(tl.int32)
-        start = tl.where(done, 0, start)
-    scale, offset = kernels._affine(
-        inner, inner < WIDTH, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, eps
-    )
-    hidden = kernels._relu(acc * scale[None, :] + offset[None, :]).to(dtype)
+    if R == 0:
+        hidden = tl.load(input_ptr + (row * WIDTH)[:, None] + inner[None, :])
+    else:
+        hidden = _convolution(
+            input_ptr, weight_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, eps, n,
+            p, q, H, W, input_stride_n, input_stride_h, input_stride_w, WIDTH, R, S, STRIDE_H,
+            STRIDE_W, PADDING_H, PADDING_W, DILATION_H, DILATION_W, BLOCK_M, BLOCK_K, dtype,
+        )  # fmt: skip
 
     if project_ptr is not None:
         shortcut_rows = (
@@ -158,7 +224,11 @@ def bottleneck_kernel(
     if NEXT > 0:
         following = tl.arange(0, NEXT)
         sum = tl.zeros((BLOCK_M, NEXT), dtype=tl.float32)
-    for first in tl.range(0, K, BLOCK_O, num_stages=SLICE_STAGES):
+    first_k, end_k = 0, K
+    if SPLIT > 1:
+        first_k = tl.program_id(1) * (K // SPLIT)
+        end_k = first_k + K // SPLIT
+    for first in tl.range(first_k, end_k, BLOCK_O, num_stages=SLICE_STAGES):
         k = first + tl.arange(0, BLOCK_O)
         exists = k < K
         offsets = m[:, None] * K + k[None, :]
@@ -192,7 +262,13 @@ def bottleneck_kernel(
         if NEXT > 0:
             reduce = tl.load(reduce_ptr + (following * K)[None, :] + k[:, None])
             sum = tl.dot(out, reduce, sum)
-    if NEXT > 0:
+    if NEXT > 0 and SPLIT > 1:
+        part = tl.program_id(1)
+        if WIDE:
+            part = part.to(tl.int64)
+        offsets = (part * M + m)[:, None] * NEXT + following[None, :]
+        tl.store(partial_ptr + offsets, sum, mask=row_exists[:, None])
+    elif NEXT > 0:
         kernels._finish(
             sum, m, row_exists, 0, NEXT, reduce_mean_ptr, reduce_var_ptr, reduce_bn_weight_ptr,
             reduce_bn_bias_ptr, reduce_bias_ptr, reduce_eps, None, 0, 0, 0, 0, next_ptr, P, Q, NEXT,
@@ -207,7 +283,7 @@ Layer = tuple
 def bottleneck(
     input: Tensor,
     shortcut: Tensor,
-    convolution: Layer,
+    convolution: Layer | None,
     expand: Layer,
     project: Layer | None,
     reduce: Layer | None,
@@ -221,55 +297,72 @@ def bottleneck(
     last; `conv._filters` copies them where they do not.
 
     Args:
-        input: (N, width, H, W), float16 or bfloat16: the output of the block's first convolution.
+        input: (N, width, H, W), float16 or bfloat16: the output of the block's first convolution,
+            or without `convolution` that of its 3x3.
         shortcut: the block's input: (N, K, P, Q), or with `project` (N, C, any size).
-        convolution: the 3x3, of `width` channels to as many.
+        convolution: the 3x3, of `width` channels to as many, or None.
         expand: the 1x1 behind it, to K channels.
         project: the shortcut's 1x1 of any stride, or None.
         reduce: the next block's first 1x1, or None.
-        tile: `block_m` pixels, slices of `block_n` channels, products `block_k` deep.
+        tile: `block_m` pixels, slices of `block_n` channels, products `block_k` deep; without
+            `convolution`, `split_k` programs share the slices, which takes a second launch.
 
     Returns:
         The block's output, (N, K, P, Q), and `reduce`'s, (N, next width, P, Q) or None, both
         channels_last.
     """
-    weight, *_, stride, padding, dilation, _ = convolution
     N, width, H, W = input.shape
-    _, _, R, S = weight.shape
+    stride, padding, dilation = (1, 1), (0, 0), (1, 1)
+    R = S = 0
+    P, Q = H, W
+    if convolution is not None:
+        weight, *_, stride, padding, dilation, _ = convolution
+        R, S = weight.shape[2:]
+        P, Q = conv.problem_size(H, W, R, S, stride, padding, dilation)
     K = expand[0].size(0)
-    P, Q = conv.problem_size(H, W, R, S, stride, padding, dilation)
     M = N * P * Q
     following = 0 if reduce is None else reduce[0].size(0)
     output = input.new_empty((N, P, Q, K))
     next_input = None if reduce is None else input.new_empty((N, P, Q, following))
     if M > 0:
         pixels = conv._channels_last(input)
+        if convolution is None:  # found where the output's pixels are
+            pixels = input.contiguous(memory_format=torch.channels_last)
         # The kernel finds an unprojected shortcut's pixels where it finds the output's.
         identity = shortcut.contiguous(memory_format=torch.channels_last)
         source = identity if project is None else conv._channels_last(shortcut)
-        weights = [_arranged(layer[0]) for layer in (convolution, expand)]
-        project_weight = None if project is None else _arranged(project[0])
-        reduce_weight = None if reduce is None else _arranged(reduce[0])
+        weights = [
+            None if layer is None else _arranged(layer[0])
+            for layer in (convolution, expand, project, reduce)
+        ]
         project_stride = (1, 1) if project is None else project[7]
+        split = tile.split_k if convolution is None and reduce is not None else 1
+        partial = None
+        if split > 1:
+            partial = input.new_empty((split, M, following), dtype=torch.float32)
+        wide = conv._is_wide(pixels, source, output, *weights, partial)
+        partly = {
+            "shortcut_ptr": functools.partial(
+                launches.addressed, shortcut.shape, (P, Q), (1, 1), project_stride, (0, 0), (1, 1)
+            )
+        }
+        if convolution is not None:
+            partly["input_ptr"] = functools.partial(
+                launches.addressed, input.shape, (P, Q), (R, S), stride, padding, dilation
+            )
         conv._launch(
             input,
             bottleneck_kernel,
-            (triton.cdiv(M, tile.block_m),),
+            (triton.cdiv(M, tile.block_m), split),
             (
                 pixels, weights[0], *_norm(convolution), weights[1], *_norm(expand), source,
-                project_weight, *_norm(project), reduce_weight, *_norm(reduce), output, next_input,
-                M, H, W, P, Q, K, *_strides(pixels), *_strides(source),
+                weights[2], *_norm(project), weights[3],
+                *_norm(reduce if partial is None else None), output,
+                next_input if partial is None else None, partial, M, H, W, P, Q, K,
+                *_strides(pixels), *_strides(source),
             ),
-            writes=("output_ptr", "next_ptr"),
-            partly={
-                "input_ptr": functools.partial(
-                    launches.addressed, input.shape, (P, Q), (R, S), stride, padding, dilation
-                ),
-                "shortcut_ptr": functools.partial(
-                    launches.addressed, shortcut.shape, (P, Q), (1, 1), project_stride, (0, 0),
-                    (1, 1),
-                ),
-            },
+            writes=("output_ptr", "next_ptr", "partial_ptr"),
+            partly=partly,
             WIDTH=width,
             NEXT=following,
             R=R,
@@ -283,14 +376,17 @@ def bottleneck(
             SHORTCUT_C=source.size(1),
             PROJECT_STRIDE_H=project_stride[0],
             PROJECT_STRIDE_W=project_stride[1],
-            WIDE=conv._is_wide(pixels, source, output, weights[0]),
+            WIDE=wide,
             BLOCK_M=tile.block_m,
             BLOCK_O=tile.block_n,
             BLOCK_K=tile.block_k,
+            SPLIT=split,
             SLICE_STAGES=slice_stages(width, tile),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )  # fmt: skip
+        if partial is not None:
+            conv.sum_partials(input, partial, reduce[1:5], reduce[6], reduce[5], next_input, wide)
     results = (output, next_input)
     return tuple(None if t is None else t.permute(0, 3, 1, 2) for t in results)
 

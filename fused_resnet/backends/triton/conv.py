@@ -228,20 +228,53 @@ def conv_bn_act(
             **tiled,
         )  # fmt: skip
         if partial is not None:
-            launch(
-                kernels.sum_partials_kernel,
-                (triton.cdiv(M, _SUM_BLOCK[0]), triton.cdiv(K, _SUM_BLOCK[1])),
-                (
-                    partial, *parameters, residual, output, eps, M, P, Q, K, *residual_strides,
-                ),
-                WIDE=wide,
-                BLOCK_M=_SUM_BLOCK[0],
-                BLOCK_N=_SUM_BLOCK[1],
-                SPLIT_K=split_k,
-                num_warps=_SUM_WARPS,
-                **common,
+            sum_partials(
+                input, partial, parameters[:4], bias, eps, output, wide, residual,
+                activation == "relu",
             )  # fmt: skip
     return _as_conv2d_would(output, input, weight)
+
+
+def sum_partials(
+    input: Tensor,
+    partial: Tensor,
+    norm: Sequence[Tensor | None],
+    bias: Tensor | None,
+    eps: float,
+    output: Tensor,
+    wide: bool,
+    residual: Tensor | None = None,
+    relu: bool = True,
+) -> None:
+    """Launches the second pass of a sum that several programs shared.
+
+    Args:
+        input: any tensor of the first pass.
+        partial: (shares, N P Q, K), float32.
+        norm: mean, variance, weight and bias.
+        bias: the convolution's.
+        eps: of the norm.
+        output: (N, P, Q, K), which this writes.
+        wide: whether some offset does not fit into 31 bits.
+        residual: (N, K, P, Q) with any strides, or None.
+        relu: whether there is one.
+    """
+    split_k, M, K = partial.shape
+    _, P, Q, _ = output.shape
+    residual_strides = (0, 0, 0, 0) if residual is None else residual.stride()
+    _launch(
+        input,
+        kernels.sum_partials_kernel,
+        (triton.cdiv(M, _SUM_BLOCK[0]), triton.cdiv(K, _SUM_BLOCK[1])),
+        (partial, *norm, bias, residual, output, eps, M, P, Q, K, *residual_strides),
+        RESIDUAL_DENSE=residual is not None and _lies_like(residual, output),
+        RELU=relu,
+        WIDE=wide,
+        BLOCK_M=_SUM_BLOCK[0],
+        BLOCK_N=_SUM_BLOCK[1],
+        SPLIT_K=split_k,
+        num_warps=_SUM_WARPS,
+    )
 
 
 def conv_bn_act_max_pool(
@@ -356,6 +389,7 @@ def _launch(
         kernel.fn.__name__, dict(zip(kernel.arg_names, arguments, strict=False)), writes, partly
     ):
         return
+    constants |= _dependence(input, kernel)
     if type(input) not in (Tensor, Parameter):
         torch.library.wrap_triton(kernel)[grid](*arguments, **constants)
     elif input.device.type == "cuda" and input.device.index != torch.cuda.current_device():
@@ -363,6 +397,28 @@ def _launch(
             kernel[grid](*arguments, **constants)
     else:
         kernel[grid](*arguments, **constants)
+
+
+def _dependence(input: Tensor, kernel: Any) -> dict[str, bool]:
+    """The constants of a launch in a row, with which it may begin before the one before ends.
+
+    The first of a row waits for all before it, as any launch does, but lets the next one begin.
+    See `kernels.py` for what the kernels do about it.
+    """
+    place = launches.next_in_row()
+    if place is None or not _can_depend(input) or "DEPENDENT" not in kernel.arg_names:
+        return {}
+    return {"DEPENDENT": True, "launch_pdl": place > 0}
+
+
+def _can_depend(input: Tensor) -> bool:
+    """Whether a device has programmatic dependent launches."""
+    return input.device.type == "cuda" and _capability(input.device.index) >= (9, 0)
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def _hint(size: int | torch.SymInt) -> int:

@@ -3,12 +3,29 @@
 All read `input` as rows of pixels (`channels_last`: the channel's stride is 1) and the weight as
 `[K, R, S, C / groups]`, which is how a `channels_last` weight lies in memory, accumulate in float32
 and write `[N, P, Q, K]` once. In what follows a row `m` is an output pixel, `m = (n P + p) Q + q`.
+
+DEPENDENT, from compute capability 9 on, is for launches in a row (`launches.in_a_row`), each of
+which may begin before the one before it has ended (programmatic dependent launch). Such a kernel
+
+1. asks for its weights to be brought into the L2 cache, a share of them each program;
+2. lets the next launch begin, once all of its own programs have come this far;
+3. waits until the launch before it has ended and all that it wrote can be seen;
+4. only then loads or stores anything.
+
+Every program of every such kernel waits, so a launch that has ended knows that the one before it
+has, and so on back to the first, which begins when all that came before it has ended: what a wait
+makes visible is everything that any earlier launch wrote, and nobody still reads what is about to
+be overwritten. What comes before the wait loads no value. L2 is where a GPU's multiprocessors agree
+on what memory holds, so that a line brought there early is as new as one brought there late, even
+of a weight that a launch just before changes or copies. A launch that is not dependent begins when
+all before it have ended, as ever.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -22,6 +39,36 @@ def _tile_of(program, tiles_m, tiles_n, BAND: tl.constexpr):
     height = tl.minimum(tiles_m - band * BAND, BAND)
     place = program - band * BAND * tiles_n
     return band * BAND + place % height, place // height
+
+
+@triton.jit
+def _prefetch(ptr, length, program, programs):
+    """Asks for a program's share of `length` neighbouring elements to be brought into L2.
+
+    In whole pieces of 16 bytes, none of which lies beyond the last element's; one thread asks.
+    """
+    size: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    total = tl.cast(length, tl.int64) * size // 16 * 16
+    share = tl.cdiv(tl.cdiv(total, programs), 16) * 16
+    start = program * share
+    bytes = tl.minimum(share, total - start).to(tl.int32)
+    address = ((ptr.to(tl.int64) + start) >> 4) << 4
+    tl.inline_asm_elementwise(
+        """{
+            .reg .pred mine, some;
+            .reg .u32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 mine, thread, 0;
+            setp.gt.and.s32 some, $2, 0, mine;
+            @some cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+        }""",
+        "=r,l,r",
+        [address, bytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -215,6 +262,7 @@ def conv_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BAND: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """Implicit GEMM, with batch norm, residual and ReLU in its epilogue.
 
@@ -261,6 +309,13 @@ def conv_kernel(
         rows = (image_row // P) * input_stride_n + h * input_stride_h + w * input_stride_w
     rows += group * C
     columns = column * (R * S * C)
+
+    if DEPENDENT:
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        place = tl.program_id(1) * tl.num_programs(0) + program
+        _prefetch(weight_ptr, K * groups * R * S * C, place, programs)
+        gdc_launch_dependents()
+        gdc_wait()
 
     # The sum over (r, s, c), c fastest.
     c_blocks = tl.cdiv(C, BLOCK_K)
@@ -361,11 +416,15 @@ def sum_partials_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """The second pass of split-K: `output = relu(bn(sum_z partial[z, m, k]))`, z in order.
 
     Reads `4 SPLIT_K` bytes and the residual and writes the output, once for each element.
     """
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     tile_m = tl.program_id(0)
     if WIDE:
         tile_m = tile_m.to(tl.int64)

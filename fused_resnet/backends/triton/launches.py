@@ -73,6 +73,32 @@ def logged(run: bool = True) -> Iterator[list[Launch]]:
         _log.reset(token)
 
 
+_row: ContextVar[list[int] | None] = ContextVar("fused_resnet_row", default=None)
+
+
+@contextlib.contextmanager
+def in_a_row() -> Iterator[None]:
+    """Launches of this thread or task that may overlap with the ones before and behind them.
+
+    Nothing but inference may launch here, and all of it on one stream. Other kernels may run
+    between: they wait for what precedes them, and what follows waits for them.
+    """
+    token = _row.set([0])
+    try:
+        yield
+    finally:
+        _row.reset(token)
+
+
+def next_in_row() -> int | None:
+    """How many launches of the row came before the one that asks; None outside of rows."""
+    row = _row.get()
+    if row is None:
+        return None
+    row[0] += 1
+    return row[0] - 1
+
+
 def report(
     kernel: str,
     tensors: Mapping[str, object],
