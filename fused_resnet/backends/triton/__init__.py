@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ... import tuning
 from ...ops.layout import contiguous_like_eager
-from ...tuning.problem import TILED, ChainProblem, Choice
+from ...tuning import basic_block
+from ...tuning.problem import ESTIMATE, TILED, ChainProblem, Choice
 from .. import cuda, cudnn, library
 
 __all__ = [
@@ -296,9 +298,19 @@ def _can_normalize(input: Tensor, *others: Tensor | None) -> bool:
 
 
 def residual_blocks(input: Tensor, blocks: Sequence[tuple[Sequence[tuple], bool]]) -> Tensor | None:
-    """Whole Bottlenecks in a launch each: see `blocks.residual_blocks`, `ops.residual_blocks`."""
+    """Whole Bottlenecks in a launch each: see `blocks.residual_blocks`, `ops.residual_blocks`.
+
+    A BasicBlock runs on the CUDA backend's kernel where that was measured to be the fastest.
+    """
     if input.dtype not in _CHAIN_DTYPES:
         return None
+    if (problem := basic_block.problem_of(input, blocks)) is not None:
+        if input.device.type != "cuda":
+            return None
+        choice = tuning.choose(problem, input.device)
+        if choice.tile is None or choice.source == ESTIMATE:
+            return None
+        return cuda.run_basic_block(input, *blocks[0][0], choice.tile)
     launchers()
     from . import blocks as chains
 
