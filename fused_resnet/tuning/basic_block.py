@@ -45,8 +45,7 @@ if TYPE_CHECKING:
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # csrc/cuda/basic_block.h, as is `Shape`.
 CHANNELS, COLUMNS = 64, 14
-_PIXEL_BYTES = 2 * CHANNELS
-_WEIGHT_BYTES = 2 * 2 * 9 * CHANNELS**2  # of both convolutions
+_STAGE_CHANNELS = 64  # of a tap, that a stage of the ring of weights has
 # Bytes a cycle that shared memory hands to a multiprocessor: 32 banks of 4.
 _SHARED_BYTES_PER_CYCLE = 128
 # The part of the tensor cores' published rate that mma.sync reaches, by compute capability; all
@@ -66,20 +65,42 @@ class Shape:
     Attributes:
         rows: of output pixels in a block's tile, by `COLUMNS` columns.
         warps: of a block.
-        stages: taps whose weights are in shared memory.
+        stages: taps whose weights are in shared memory, or 64 channels of these.
         registers: of a thread, the most that any architecture takes.
+        channels: of everything; others than `CHANNELS` are not built, only thought about.
     """
 
     rows: int
     warps: int
     stages: int
     registers: int
+    channels: int = CHANNELS
+
+    @property
+    def input_bytes(self) -> int:
+        """Of the input's tile, with a border of two."""
+        return 2 * self.channels * (self.rows + 4) * (COLUMNS + 4)
+
+    @property
+    def middle_bytes(self) -> int:
+        """Of the tile between the convolutions, with a border of one."""
+        return 2 * self.channels * (self.rows + 2) * (COLUMNS + 2)
+
+    @property
+    def output_bytes(self) -> int:
+        """Of the output's tile."""
+        return 2 * self.channels * self.rows * COLUMNS
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of both convolutions."""
+        return 2 * 2 * 9 * self.channels**2
 
     @property
     def shared_bytes(self) -> int:
         """Of a block: the input's tile, the one between, stages, scales and shifts."""
-        pixels = (self.rows + 4) * (COLUMNS + 4) + (self.rows + 2) * (COLUMNS + 2)
-        return pixels * _PIXEL_BYTES + self.stages * _WEIGHT_BYTES // 18 + 4 * CHANNELS * 4
+        ring = self.stages * 2 * self.channels * _STAGE_CHANNELS
+        return self.input_bytes + self.middle_bytes + ring + 4 * self.channels * 4
 
     @property
     def tile(self) -> Tile:
@@ -182,7 +203,11 @@ def predicted(problem: BasicBlockProblem, gpu: Architecture, choice: Choice) -> 
 
 def predicted_launch(problem: BasicBlockProblem, gpu: Architecture, tile: Tile) -> float:
     """Seconds for one launch of the kernel; see this module's docstring."""
-    shape = _BY_TILE[tile]
+    return predicted_shape(problem, gpu, _BY_TILE[tile])
+
+
+def predicted_shape(problem: BasicBlockProblem, gpu: Architecture, shape: Shape) -> float:
+    """Seconds for one launch, also of instances that are not built."""
     blocks = problem.N * -(-problem.H // shape.rows) * -(-problem.W // COLUMNS)
     if blocks == 0:
         return estimate.LAUNCH
@@ -190,26 +215,23 @@ def predicted_launch(problem: BasicBlockProblem, gpu: Architecture, tile: Tile) 
     at_once = resident(shape, gpu)
     waves = -(-blocks // (gpu.multiprocessors * at_once))
 
-    depth = 9 * CHANNELS
+    depth = 9 * shape.channels
     rows = sum(-(-rows // shape.warps) * shape.warps for rows in (shape.rows + 2, shape.rows))
-    products = rows * (COLUMNS + 2) * CHANNELS * depth
-    row_bytes = (COLUMNS + 2) * 2 * depth
-    input_bytes = (shape.rows + 4) * (COLUMNS + 4) * _PIXEL_BYTES
-    output_bytes = shape.rows * COLUMNS * _PIXEL_BYTES
-    middle_bytes = (shape.rows + 2) * (COLUMNS + 2) * _PIXEL_BYTES
-    shared = (
-        rows * row_bytes + shape.warps * _WEIGHT_BYTES  # ldmatrix
-        + input_bytes + _WEIGHT_BYTES + middle_bytes + 3 * output_bytes
-    )  # fmt: skip
+    products = rows * (COLUMNS + 2) * shape.channels * depth
+    matrix_loads = rows * (COLUMNS + 2) * 2 * depth + shape.warps * shape.weight_bytes
+    filling = shape.input_bytes + shape.weight_bytes + shape.middle_bytes
+    emptying = 3 * shape.output_bytes  # the residual is read, the output written and read
+    shared = matrix_loads + filling + emptying
 
     memory = problem.bytes_once / gpu.copy_bandwidth
     cycles = gpu.clock * min(gpu.multiprocessors, blocks)
-    loaded = blocks * (input_bytes + _WEIGHT_BYTES + output_bytes)
+    loaded = blocks * (shape.input_bytes + shape.weight_bytes + shape.output_bytes)
+    steps = 18 * shape.channels // _STAGE_CHANNELS
     terms = [
         busiest * 2 * products / _mma_rate(gpu),
         busiest * shared / (_SHARED_BYTES_PER_CYCLE * gpu.clock),
         loaded / (estimate.L2_BYTES_PER_CYCLE * cycles),
-        waves * 18 * _CACHE_LATENCY / (shape.stages - 1),
+        waves * steps * _CACHE_LATENCY / (shape.stages - 1),
     ]
     if at_once > 1:
         terms.append(memory)
