@@ -17,7 +17,6 @@ it multiplies:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -156,8 +155,8 @@ def index(tile: Tile) -> int:
 
 def untuned(problem: BasicBlockProblem, gpu: Architecture) -> Choice:
     """What runs a block that no table has: the candidate that the model thinks fastest."""
-    choice, _ = min(_timed(problem, gpu), key=lambda pair: pair[1])
-    return replace(choice, source=ESTIMATE)
+    best = min(candidates(problem, gpu), key=lambda choice: predicted(problem, gpu, choice))
+    return replace(best, source=ESTIMATE)
 
 
 def candidates(problem: BasicBlockProblem, gpu: Architecture) -> list[Choice]:
@@ -182,11 +181,6 @@ def tiles(problem: BasicBlockProblem, gpu: Architecture) -> list[Tile]:
 def can_run(problem: BasicBlockProblem, gpu: Architecture, kernel: str, tile: Tile | None) -> bool:
     """Whether a choice is one of the candidates."""
     return Choice(kernel, tile, MEASURED) in candidates(problem, gpu)
-
-
-@functools.lru_cache(maxsize=1024)
-def _timed(problem: BasicBlockProblem, gpu: Architecture) -> list[tuple[Choice, float]]:
-    return [(choice, predicted(problem, gpu, choice)) for choice in candidates(problem, gpu)]
 
 
 def predicted(problem: BasicBlockProblem, gpu: Architecture, choice: Choice) -> float:
