@@ -181,6 +181,17 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
         "memory order: every block writes the output, the last one rightly, and on the host the "
         "last one is the last to write"
     ),
+    (
+        "convolve(middle_tile, min(lane % 16, kTile.kColumns - 1),",
+        "convolve(middle_tile, min(lane % 16, kTile.kColumns),",
+    ): (
+        "equivalent: a column beyond the tile, of which nothing is stored, reads one more pixel, "
+        "which is the next row's or the ring's"
+    ),
+    (
+        "return (i + 1) * kWarps <= rows || warp + i * kWarps < rows;",
+        "return (i + 1) * kWarps < rows || warp + i * kWarps < rows;",
+    ): "equivalent: the second comparison alone is right, the first is for the compiler to see",
 }
 HARMLESS = ("equivalent: ", "performance: ")  # how the explanation of no mistake begins
 

@@ -117,6 +117,8 @@ def test_mutants_are_caught():
     assert mutate_cuda.share_caught(entries) >= 0.95
     of_batch_norm = [e["outcome"] for e in entries if e["file"] == mutate_cuda.BATCH_NORM]
     assert of_batch_norm.count("caught") + of_batch_norm.count("survived") >= 40
+    of_basic_blocks = [e["outcome"] for e in entries if e["file"] == mutate_cuda.BASIC_BLOCK]
+    assert of_basic_blocks.count("caught") >= 20
 
 
 def test_mutants_are_of_these_kernels():
