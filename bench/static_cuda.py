@@ -15,14 +15,16 @@ Reads the installed library with `cuobjdump` and writes `bench/results/static/cu
 Fields are those of bench/static.py's report where it has them. `stack_bytes` is what a thread keeps
 in local memory, spills included; `matrix_loads` counts LDSM, which is `ldmatrix`. Entries of
 scale_shift_act's kernels say with or without a residual, and the elements of an access or the index
-type, instead of a tile; those of batch norm's the elements, and where the activation's mask comes
-from. `commit` is the checkout's, with a plus where csrc differs from it.
+type, instead of a tile; those of basic_block's have the tile's pixels as `block_m`; those of batch
+norm's the elements, and where the activation's mask comes from. `commit` is the checkout's, with a
+plus where csrc differs from it.
 
     python bench/static_cuda.py
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -38,6 +40,7 @@ import torch
 
 import fused_resnet
 from fused_resnet import _native
+from fused_resnet.tuning import basic_block
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "static" / "cuda.json"
@@ -102,6 +105,12 @@ def description(name: str) -> tuple[dict[str, Any], int, int]:
     if kernel.startswith("batch_norm"):
         own_fields, threads, shared = batch_norm(kernel, arguments[1:])
         return fields | own_fields, threads, shared
+    if kernel == "basic_block":
+        shape = basic_block.SHAPES[int(arguments[1])]
+        names = ("block_m", "block_n", "block_k", "split_k", "num_warps", "num_stages")
+        tile = dict(zip(names, dataclasses.astuple(shape.tile), strict=True))
+        del tile["split_k"]
+        return fields | {"products": PRODUCTS[0]} | tile, 32 * shape.warps, shape.shared_bytes
     if kernel != "conv_bn_act":
         fields["residual"] = arguments[-1] == "true"
         if kernel == "scale_shift_act_strided":

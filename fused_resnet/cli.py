@@ -30,10 +30,10 @@ from . import compare as comparison
 from .bench.cli import app as bench
 from .console import batch_size, check_model, check_output, error_text, fail, whole_number
 from .inputs import InvalidArgumentError, first_line
-from .tuning import architecture, chain, estimate, layers, tuner
+from .tuning import architecture, basic_block, chain, estimate, layers, tuner
 from .tuning import table as tables
 from .tuning.architecture import Architecture
-from .tuning.problem import DTYPES, ChainProblem, ConvProblem, Problem
+from .tuning.problem import DTYPES, BasicBlockProblem, ChainProblem, ConvProblem, Problem
 
 app = typer.Typer(
     help="Residual networks with fewer passes over memory: compare, tune, bench, see what works.",
@@ -265,10 +265,13 @@ def tune(
     _tune(model, [found, chains], torch.device(device), table, again)
 
 
-def _chains(model: str, batch: int, dtype: str, size: int) -> Counter[ChainProblem]:
+def _chains(
+    model: str, batch: int, dtype: str, size: int
+) -> Counter[ChainProblem | BasicBlockProblem]:
     """The blocks that one kernel can run, and how often the model has each."""
-    found = layers.chains_of_model(model, batch, dtype, size)
-    return Counter(problem for problem in found or () if problem is not None)
+    chains = layers.chains_of_model(model, batch, dtype, size)
+    found = Counter(problem for problem in chains or () if problem is not None)
+    return found + layers.basic_blocks_of_model(model, batch, dtype, size)
 
 
 def _architecture(name: str | None) -> Architecture:
@@ -408,13 +411,15 @@ def _print_prediction(title: str, layers: Counter[ConvProblem], gpu: Architectur
     console.print(f"predicted, all of them: {1e6 * total:.0f} us")
 
 
-def _print_chains(title: str, chains: Counter[ChainProblem], gpu: Architecture) -> None:
+def _print_chains(
+    title: str, chains: Counter[ChainProblem | BasicBlockProblem], gpu: Architecture
+) -> None:
     if not chains:
         return
     table = Table(
         title=f"{title}: blocks, predicted for {gpu.name}, nothing was timed", header_style="bold"
     )
-    table.add_column("block, from its 3x3 on")
+    table.add_column("block, from its first 3x3 on")
     for column in ("runs", "candidates"):
         table.add_column(column, justify="right")
     table.add_column("the estimate's choice")
@@ -422,14 +427,15 @@ def _print_chains(title: str, chains: Counter[ChainProblem], gpu: Architecture) 
         table.add_column(column, justify="right")
     saved = 0.0
     for problem, runs in chains.items():
+        kind = basic_block if isinstance(problem, BasicBlockProblem) else chain
         choice = tuning.untuned(problem, gpu)
-        seconds = chain.predicted(problem, gpu, choice)
-        apart = chain.predicted(problem, gpu, tuner.baseline(problem))
+        seconds = kind.predicted(problem, gpu, choice)
+        apart = kind.predicted(problem, gpu, tuner.baseline(problem))
         bound = max(
             problem.bytes_once / gpu.copy_bandwidth, problem.flops / gpu.rate(problem.dtype)
         )
         table.add_row(
-            str(problem), str(runs), str(len(chain.candidates(problem, gpu))), str(choice),
+            str(problem), str(runs), str(len(kind.candidates(problem, gpu))), str(choice),
             f"{1e6 * seconds:.1f}", f"{1e6 * apart:.1f}", f"{1e6 * bound:.1f}",
         )  # fmt: skip
         saved += runs * (apart - seconds)

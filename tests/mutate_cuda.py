@@ -56,6 +56,7 @@ REPORT = ROOT / "bench" / "results" / "static" / "cuda-mutants.json"
 CONV = "csrc/cuda/conv_bn_act.cuh"
 SCALE_SHIFT_ACT = "csrc/cuda/scale_shift_act.cu"
 BATCH_NORM = "csrc/cuda/batch_norm.cuh"
+BASIC_BLOCK = "csrc/cuda/basic_block.cuh"
 TIME_LIMIT = 45  # seconds of computing for the tests of one mutant; unbroken, a third of it
 
 
@@ -95,6 +96,13 @@ SUITES = {
             "test_cuda_batch_norm.py",
             "not float16 and not bfloat16 and not parameters_of_any and not bad_input "
             "and not explained and not converts and not schemas",
+        ),
+    ],
+    BASIC_BLOCK: [
+        Suite(
+            "basic_block.cu",
+            "test_cuda_basic_block.py",
+            "not bfloat16 and not float64 and not run and not other_blocks and not tuner",
         ),
     ],
 }
@@ -173,6 +181,17 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
         "memory order: every block writes the output, the last one rightly, and on the host the "
         "last one is the last to write"
     ),
+    (
+        "convolve(middle_tile, min(lane % 16, kTile.kColumns - 1),",
+        "convolve(middle_tile, min(lane % 16, kTile.kColumns),",
+    ): (
+        "equivalent: a column beyond the tile, of which nothing is stored, reads one more pixel, "
+        "which is the next row's or the ring's"
+    ),
+    (
+        "return (i + 1) * kWarps <= rows || warp + i * kWarps < rows;",
+        "return (i + 1) * kWarps < rows || warp + i * kWarps < rows;",
+    ): "equivalent: the second comparison alone is right, the first is for the compiler to see",
 }
 HARMLESS = ("equivalent: ", "performance: ")  # how the explanation of no mistake begins
 

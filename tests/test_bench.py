@@ -686,10 +686,18 @@ def test_what_is_written_of_basic_blocks_is_computed() -> None:
     blocks = predict.basic_blocks(ARCHITECTURES["H100"])
     text = (ROOT / "docs" / "basic_block_chain.md").read_text()
     assert predict.basic_block_table(blocks) in text
+    assert predict.first_stage_table(list(ARCHITECTURES)) in text
     for one in blocks:
-        assert one.recomputed == (one.rows + 2) * (one.columns + 2) / (one.rows * one.columns)
-        pays = one.chained < 0.9 * one.apart
-        assert pays == (one.width == 64 and one.batch >= 32), one
+        assert (one.chained < one.apart) == (one.width == 64), one
+        if one.rows:
+            assert one.recomputed == (one.rows + 2) * 16 / (one.rows * 14)
+            assert one.fewer_bytes == 0.6 * 5 * one.map_bytes
+        assert (one.rows == 0) == (one.width == 512)
+    for name, gpu in ARCHITECTURES.items():
+        ratios = [one.chained / one.apart for one in predict.basic_blocks(gpu, (256,))]
+        # What the text says of Hopper, of the A100 and of desktops, with many images.
+        assert (ratios[0] < 0.75) == (gpu.capability == (9, 0)), name
+        assert (ratios[0] > 1) == (gpu.capability in ((8, 0), (8, 9), (12, 0))), name
 
 
 def test_what_a_training_step_moves() -> None:

@@ -13,6 +13,7 @@ import mutate_cuda
 import pytest
 
 from fused_resnet import _native, backends
+from fused_resnet.tuning import basic_block
 
 ROOT = Path(__file__).parents[1]
 STATIC = json.loads((ROOT / "bench" / "results" / "static" / "cuda.json").read_text())
@@ -25,7 +26,32 @@ def test_nothing_is_spilled_and_a_block_fits():
     for entry in STATIC["entries"]:
         what = {k: v for k, v in entry.items() if not isinstance(v, dict)}
         assert entry["stack_bytes"] == 0, what
-        assert entry["blocks_per_multiprocessor"] >= 1, what
+        # Tiles of whole blocks are for the shared memory of one architecture or another.
+        if entry["kernel"] != "basic_block":
+            assert entry["blocks_per_multiprocessor"] >= 1, what
+
+
+def test_every_tile_of_a_basic_block_is_listed():
+    """In both dtypes, on tensor cores, in whole accesses; what the model takes of them is so."""
+    entries = [entry for entry in STATIC["entries"] if entry["kernel"] == "basic_block"]
+    assert len(entries) == 2 * len(basic_block.SHAPES) * len(STATIC["architectures"])
+    by_tile = {shape.tile.block_m + shape.warps: shape for shape in basic_block.SHAPES}
+    assert len(by_tile) == len(basic_block.SHAPES)
+    fitting = set()
+    for entry in entries:
+        shape = by_tile[entry["block_m"] + entry["num_warps"]]
+        assert entry["num_stages"] == shape.stages
+        # Statically, some architectures take 1 KiB of every block, which the model adds itself.
+        assert entry["shared_bytes"] - shape.shared_bytes in (0, 1024), entry
+        assert entry["registers"] <= shape.registers, entry
+        assert entry["global_stores"].keys() == {"STG.128"}, entry
+        # The rest are the norms' parameters and the weights' addresses.
+        assert entry["global_loads"]["LDGSTS.128"] >= 3, entry
+        if entry["blocks_per_multiprocessor"]:
+            fitting.add((entry["architecture"], entry["block_m"]))
+    smallest = min(shape.tile.block_m for shape in basic_block.SHAPES)
+    for architecture in {entry["architecture"] for entry in entries}:
+        assert {(architecture, smallest), (architecture, 196)} <= fitting
 
 
 @pytest.mark.skipif(_native.cuda_operators is None, reason="nothing to read conv_tiles.h with")
@@ -91,6 +117,8 @@ def test_mutants_are_caught():
     assert mutate_cuda.share_caught(entries) >= 0.95
     of_batch_norm = [e["outcome"] for e in entries if e["file"] == mutate_cuda.BATCH_NORM]
     assert of_batch_norm.count("caught") + of_batch_norm.count("survived") >= 40
+    of_basic_blocks = [e["outcome"] for e in entries if e["file"] == mutate_cuda.BASIC_BLOCK]
+    assert of_basic_blocks.count("caught") >= 20
 
 
 def test_mutants_are_of_these_kernels():

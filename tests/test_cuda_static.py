@@ -18,6 +18,7 @@ import torch
 
 import fused_resnet
 from fused_resnet import _native
+from fused_resnet.tuning import basic_block
 
 LIBRARY = Path(fused_resnet.__file__).parent / "_cuda.abi3.so"
 CUDA = _native.build_info()["cuda"]
@@ -91,6 +92,45 @@ def convolutions(architecture: str) -> dict[str, Convolution]:
     return found
 
 
+def basic_blocks(architecture: str) -> dict[str, tuple[str, basic_block.Shape, list[str]]]:
+    """Every instance of the BasicBlocks' kernel: its dtype, shape and instructions."""
+    found = {}
+    for name, instructions in kernels(architecture).items():
+        if match := re.search(r"basic_blockI(?:\d+__)?(?:nv_)?(half|bfloat16)Li(\d+)E", name):
+            found[name] = match[1], basic_block.SHAPES[int(match[2])], instructions
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_basic_blocks_multiply_on_tensor_cores(architecture):
+    """As many instructions as two taps of a warp's rows take, four and two loads for each 8."""
+    for name, (dtype, shape, instructions) in basic_blocks(architecture).items():
+        matrix = opcodes(instructions, "HMMA")
+        opcode = {"half": "HMMA.16816.F32", "bfloat16": "HMMA.16816.F32.BF16"}[dtype]
+        steps = basic_block.CHANNELS // 16  # of a tap
+        warp_rows = -(-(shape.rows + 2) // shape.warps) + -(-shape.rows // shape.warps)
+        assert matrix == [opcode] * (steps * warp_rows * basic_block.CHANNELS // 8), name
+        loads = opcodes(instructions, "LDSM")
+        assert loads == ["LDSM.16.M88.4"] * (steps * (warp_rows + 2 * 4)), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_basic_blocks_access_16_bytes(architecture):
+    """The input once and weights before and in both loops, asynchronously; the output."""
+    for name, (_, shape, instructions) in basic_blocks(architecture).items():
+        stores = opcodes(instructions, "STG")
+        assert stores, name
+        assert all(store.endswith(".128") for store in stores), name
+        copies = opcodes(instructions, "LDGSTS")
+        each = basic_block.CHANNELS * 8 // (32 * shape.warps)  # of a tap, by a thread
+        assert len(copies) >= 1 + 3 * each, name
+        assert all(copy.startswith("LDGSTS.E.BYPASS.128") for copy in copies), name
+        # Copies come between the products, not before or behind all of them.
+        places = [i for i, x in enumerate(instructions) if "LDGSTS" in x]
+        products = [i for i, x in enumerate(instructions) if "HMMA" in x]
+        assert any(products[0] < i < products[-1] for i in places), name
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_has_every_kernel(architecture):
     def names(architecture: str) -> set[str]:
@@ -103,6 +143,7 @@ def test_every_architecture_has_every_kernel(architecture):
     # Tiles of 16-bit elements twice, for float16 and bfloat16.
     twice = sum(tile[0] == 0 for tile in conv_tiles())
     assert len(convolutions(architecture)) == len(conv_tiles()) + twice
+    assert len(basic_blocks(architecture)) == 2 * len(basic_block.SHAPES)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

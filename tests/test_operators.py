@@ -40,8 +40,11 @@ INTERNAL = {
 }
 # Those that stand for a backend's kernels in a compiler's graph: tested in test_triton.py.
 IN_GRAPHS = {"triton_conv_bn_act", "triton_conv_bn_act_max_pool"}
-# The CUDA backend's own: tested in test_cuda_conv.py and test_cuda_batch_norm.py.
+# The CUDA backend's own: tested in test_cuda_conv.py, test_cuda_batch_norm.py and
+# test_cuda_basic_block.py.
 CUDA = {
+    "basic_block_tiled",
+    "basic_block_tiles",
     "batch_norm_gradient_sums",
     "batch_norm_input_gradient",
     "batch_norm_normalize",

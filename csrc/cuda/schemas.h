@@ -16,6 +16,13 @@ inline constexpr const char* kCudaSchemas[] = {
     "conv_tiles() -> int[]",
     "conv_tiles_for(int[] problem, int[] gpu) -> int[]",
 
+    // Internal likewise. `tile` is an index into what basic_block_tiles lists.
+    "basic_block_tiled(Tensor input, Tensor weight1, Tensor running_mean1, Tensor running_var1, "
+    "Tensor? bn_weight1, Tensor? bn_bias1, float eps1, Tensor? bias1, Tensor weight2, "
+    "Tensor running_mean2, Tensor running_var2, Tensor? bn_weight2, Tensor? bn_bias2, float eps2, "
+    "Tensor? bias2, int tile) -> Tensor",
+    "basic_block_tiles() -> int[]",
+
     // Internal too: see csrc/cuda/batch_norm.cu.
     "batch_norm_statistics(Tensor input) -> (Tensor mean, Tensor var)",
     "batch_norm_normalize(Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "

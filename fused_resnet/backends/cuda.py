@@ -1,9 +1,10 @@
 """The CUDA backend: kernels written in C++ (csrc/cuda), on a GPU.
 
 Convolutions of float16, bfloat16 and float32 run on one implicit GEMM with everything after them in
-its epilogue. Batch norm of the same dtypes has kernels of its own for channels_last, forward and
-backward, in training and in inference. What these do not cover goes to the library. The tests run
-the same kernels on the CPU (csrc/cuda_on_host).
+its epilogue; of BasicBlocks with 64 channels both run in one launch, where that is faster. Batch
+norm of the same dtypes has kernels of its own for channels_last, forward and backward, in training
+and in inference. What these do not cover goes to the library. The tests run the same kernels on the
+CPU (csrc/cuda_on_host).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, tuning
 from ..ops.layout import contiguous_like_eager
-from ..tuning import cuda_tiles
+from ..tuning import architecture, basic_block, cuda_tiles
 from ..tuning.problem import Tile
 from . import library
 
@@ -33,6 +34,8 @@ __all__ = [
     "conv_bn_act_max_pool",
     "explain",
     "on_host",
+    "residual_blocks",
+    "run_basic_block",
     "run_on_host",
 ]
 
@@ -68,6 +71,7 @@ def run_on_host() -> None:
     """Makes this backend run on CPU tensors, by `torch.ops.fused_resnet_on_host`, once loaded."""
     _native.cuda_operators = torch.ops.fused_resnet_on_host
     _operator.cache_clear()
+    _basic_block.cache_clear()
     _batch_norm.cache_clear()
     cuda_tiles.instances.cache_clear()
 
@@ -144,6 +148,49 @@ def conv_bn_act_max_pool(
         dilation, groups, None, activation,
     )  # fmt: skip
     return torch.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
+
+
+def residual_blocks(
+    input: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    layer_counts: Sequence[int],
+    projections: Sequence[bool],
+) -> Tensor | None:
+    """A BasicBlock in one launch, where `tuning` says so; see `ops.residual_blocks`.
+
+    Returns:
+        None for all that `tuning.basic_block.problem_of` has no problem for, and where two launches
+        are faster.
+    """
+    from ..ops.residual_blocks import described_blocks
+
+    blocks = list(described_blocks(tensors, numbers, eps, layer_counts, projections))
+    problem = basic_block.problem_of(input, blocks)
+    if problem is None:
+        return None
+    if on_host():
+        tile = basic_block.tiles(problem, architecture.of_device(input.device))[0]
+        return run_basic_block(input, *blocks[0][0], tile)
+    choice = tuning.choose(problem, input.device)
+    return None if choice.tile is None else run_basic_block(input, *blocks[0][0], choice.tile)
+
+
+def run_basic_block(input: Tensor, first: tuple, second: tuple, tile: Tile) -> Tensor:
+    """One launch: see csrc/cuda/basic_block.cuh for the formula and the memory traffic.
+
+    Args:
+        input: (N, 64, H, W), float16 or bfloat16, on this backend's device.
+        first: the arguments of `conv_bn_act` from `weight` to `groups`, of the first convolution:
+            3x3, stride 1, padding 1, dilation 1.
+        second: of the other.
+        tile: one of `tuning.basic_block.tiles`.
+
+    Returns:
+        (N, 64, H, W), channels_last.
+    """
+    return _basic_block()(input, *first[:7], *second[:7], basic_block.index(tile))
 
 
 def batch_norm_act_inference(
@@ -370,6 +417,12 @@ def _finish() -> Any:
 def _operator() -> Any:
     assert _native.cuda_operators is not None
     return _native.cuda_operators.conv_bn_act_tiled.default
+
+
+@functools.cache
+def _basic_block() -> Any:
+    assert _native.cuda_operators is not None
+    return _native.cuda_operators.basic_block_tiled.default
 
 
 @functools.cache

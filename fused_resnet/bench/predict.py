@@ -41,7 +41,6 @@ tensor once. `share_of_copy_bandwidth` is the time to move them, divided by the 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -57,12 +56,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..tuning import chain, estimate, layers, untuned
+from ..tuning import basic_block, chain, estimate, layers, untuned
 from ..tuning.architecture import ARCHITECTURES, Architecture
 from ..tuning.problem import (
     CHAIN_WITHOUT_NEXT,
     CONVOLUTIONS,
+    ESTIMATE,
     PAIR,
+    BasicBlockProblem,
     ChainProblem,
     Choice,
     ConvProblem,
@@ -186,9 +187,15 @@ class BasicBlock:
 
 # Stages of a ResNet-18: width, and rows and columns of an image.
 _BASIC_STAGES = ((64, 56), (128, 28), (256, 14), (512, 7))
-_BASIC_TILES = (4, 7, 8, 14, 16, 28)
-# What half of a multiprocessor's registers hold of sums, bytes.
-_SUM_BYTES = 128 * 1024
+# What the kernel could be for more channels: sums of at most 128 registers a thread, of which a
+# multiprocessor then holds 8 warps. Nothing but 64 channels is built.
+_UNBUILT = tuple(
+    basic_block.Shape(rows, 8, stages, 255, channels)
+    for channels in (128, 256, 512)
+    for rows in (2, 6, 14)
+    for stages in (2, 3, 4)
+    if -(-(rows + 2) // 8) * channels // 2 <= 128
+)
 
 
 def basic_blocks(gpu: Architecture, batches: Sequence[int] = BATCHES) -> list[BasicBlock]:
@@ -196,47 +203,30 @@ def basic_blocks(gpu: Architecture, batches: Sequence[int] = BATCHES) -> list[Ba
     found = []
     for width, size in _BASIC_STAGES:
         for batch in batches:
-            first = ConvProblem(
-                batch, width, size, size, width, 3, 3, (1, 1), (1, 1), (1, 1), 1, DTYPE, False
-            )
-            second = dataclasses.replace(first, residual=True)
-            apart = sum(estimate.predicted(p, gpu, estimate.best(p, gpu)) for p in (first, second))
-            tiles = [
-                (_basic_chain_seconds(first, rows, columns, gpu), rows, columns)
-                for rows in _BASIC_TILES
-                for columns in _BASIC_TILES
-                if rows <= size
-                and columns <= size
-                and 4 * width * _in_rows_of_64((rows + 2) * (columns + 2)) <= _SUM_BYTES
+            problem = BasicBlockProblem(batch, width, size, size, DTYPE)
+            apart = basic_block.predicted(problem, gpu, Choice(CONVOLUTIONS, None, ESTIMATE))
+            shapes = [
+                (basic_block.predicted_shape(problem, gpu, shape), shape.rows)
+                for shape in (*basic_block.SHAPES, *_UNBUILT)
+                if shape.channels == width and shape.shared_bytes <= gpu.shared_per_block
             ]
-            chained, rows, columns = min(tiles) if tiles else (math.inf, 0, 0)
+            chained, rows = min(shapes) if shapes else (math.inf, 0)
+            columns = basic_block.COLUMNS if rows else 0
             found.append(BasicBlock(batch, width, size, rows, columns, apart, chained))
     return found
 
 
-def _basic_chain_seconds(first: ConvProblem, rows: int, columns: int, gpu: Architecture) -> float:
-    """Both convolutions in one launch, by the rules of `estimate.py`, one program on each SM."""
-    width = first.C
-    programs = first.N * -(-first.H // rows) * -(-first.W // columns)
-    halo = (rows + 2) * (columns + 2)
-    waves = -(-programs // gpu.multiprocessors)
-    efficiency = 1 / (1 + 16 / 128 + 16 / width)
-    products = 9 * width**2 * (_in_rows_of_64(halo) + _in_rows_of_64(rows * columns))
-    rate = efficiency * gpu.rate(DTYPE) / gpu.multiprocessors
-    loaded = 2 * programs * (2 * 9 * width**2 + 9 * halo * width + 2 * rows * columns * width)
-    cycles = gpu.clock * min(gpu.multiprocessors, programs)
-    terms = (
-        waves * 2 * products / rate,
-        (first.input_bytes + first.output_bytes + 2 * first.weight_bytes) / gpu.copy_bandwidth,
-        loaded / (estimate.L2_BYTES_PER_CYCLE * cycles),
-        waves * 2 * 9 * -(-width // 64) * estimate.LATENCY / 2,
-    )
-    hidden = estimate.IMPERFECT * (sum(terms) - max(terms))
-    return max(terms) + hidden + 2 * waves * estimate.LATENCY + estimate.LAUNCH
-
-
-def _in_rows_of_64(pixels: int) -> int:
-    return -(-pixels // 64) * 64
+def first_stage_table(gpus: Sequence[str], batches: Sequence[int] = (1, 8, *BATCHES[1:])) -> str:
+    """One launch over two, of the first stage's blocks, by GPU and batch."""
+    lines = [
+        "| GPU | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
+        "| --- |" + " --- |" * len(batches),
+    ]
+    for name in gpus:
+        blocks = basic_blocks(ARCHITECTURES[name], batches)[: len(batches)]
+        ratios = [f"{one.chained / one.apart:.2f}" for one in blocks]
+        lines.append(f"| {name} | " + " | ".join(ratios) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def basic_block_table(blocks: Sequence[BasicBlock]) -> str:

@@ -11,10 +11,28 @@ import threading
 
 import torch
 
-from . import architecture, chain, cuda_tiles, estimate, table
-from .problem import ESTIMATE, MEASURED, SHIPPED, ChainProblem, Choice, ConvProblem, Problem, Tile
+from . import architecture, basic_block, chain, cuda_tiles, estimate, table
+from .problem import (
+    ESTIMATE,
+    MEASURED,
+    SHIPPED,
+    BasicBlockProblem,
+    ChainProblem,
+    Choice,
+    ConvProblem,
+    Problem,
+    Tile,
+)
 
-__all__ = ["ChainProblem", "Choice", "ConvProblem", "Tile", "choose", "reload"]
+__all__ = [
+    "BasicBlockProblem",
+    "ChainProblem",
+    "Choice",
+    "ConvProblem",
+    "Tile",
+    "choose",
+    "reload",
+]
 
 _lock = threading.Lock()
 _choices: dict[tuple[Problem, torch.device], Choice] = {}
@@ -47,6 +65,8 @@ def untuned(problem: Problem, gpu: architecture.Architecture) -> Choice:
     """What runs a problem that no table has."""
     if isinstance(problem, ChainProblem):
         return chain.untuned(problem, gpu)
+    if isinstance(problem, BasicBlockProblem):
+        return basic_block.untuned(problem, gpu)
     if estimate.prefers_library(problem, gpu):
         return Choice("library", None, ESTIMATE)
     return Choice("triton", estimate.best(problem, gpu), ESTIMATE)
@@ -62,7 +82,7 @@ def _decide(problem: Problem, device: torch.device) -> Choice:
     with _lock:
         if device.type == "cuda":
             choice = _from_tables(problem, gpu) or untuned(problem, gpu)
-        elif isinstance(problem, ChainProblem):
+        elif isinstance(problem, ChainProblem | BasicBlockProblem):
             choice = untuned(problem, gpu)
         else:
             choice = Choice("triton", estimate.best(problem, gpu), ESTIMATE)
@@ -88,6 +108,8 @@ def _from_tables(problem: Problem, gpu: architecture.Architecture) -> Choice | N
 def _can_run(problem: Problem, gpu: architecture.Architecture, entry: table.Entry) -> bool:
     if isinstance(problem, ChainProblem):
         return chain.can_run(problem, gpu, entry.kernel, entry.tile)
+    if isinstance(problem, BasicBlockProblem):
+        return basic_block.can_run(problem, gpu, entry.kernel, entry.tile)
     if entry.tile is None:
         return True
     if entry.kernel == "cuda":

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import blocks as fused_blocks
 from .. import swap
-from . import chain
-from .problem import CHAIN_DTYPES, ChainProblem, ConvProblem
+from ..ops import BlockLayers
+from . import basic_block, chain
+from .problem import CHAIN_DTYPES, BasicBlockProblem, ChainProblem, ConvProblem
 
 
 def of_model(name: str, batch: int, dtype: str, size: int = 224) -> Counter[ConvProblem]:
@@ -45,6 +46,32 @@ def chains_of_model(
     None stands for a block that has to run convolution by convolution; so do all in other dtypes
     than `CHAIN_DTYPES`. Arguments as of `of_model`.
     """
+    return chain.problems_of(*_first_input_and_blocks(name, batch, dtype, size))
+
+
+def basic_blocks_of_model(
+    name: str, batch: int, dtype: str, size: int = 224
+) -> Counter[BasicBlockProblem]:
+    """The BasicBlocks that one kernel can run, and how often a model has each.
+
+    None in other dtypes than `CHAIN_DTYPES`. Arguments as of `of_model`.
+    """
+    x, blocks = _first_input_and_blocks(name, batch, dtype, size)
+    found: Counter[BasicBlockProblem] = Counter()
+    for layers, has_projection in blocks:
+        x = x.to(memory_format=torch.channels_last)
+        problem = basic_block.problem_of(x, [(layers, has_projection)])
+        if problem is not None:
+            found[problem] += 1
+        for weight, _, _, _, _, _, bias, *geometry in layers[: len(layers) - has_projection]:
+            x = torch.conv2d(x, weight, bias, *geometry)
+    return found
+
+
+def _first_input_and_blocks(
+    name: str, batch: int, dtype: str, size: int
+) -> tuple[Tensor, list[BlockLayers]]:
+    """What a model's stem hands on, and the blocks behind it, on tensors without data."""
     with torch.device("meta"):
         model = swap.fuse(torchvision.models.get_model(name).eval())
         images = torch.empty(batch, 3, size, size)
@@ -54,7 +81,9 @@ def chains_of_model(
     with torch.no_grad():
         x = fused_blocks.stem(model.conv1, model.bn1, model.relu, model.maxpool, images)
     stages = [model.layer1, model.layer2, model.layer3, model.layer4]
-    return chain.problems_of(x, fused_blocks.stages_layers(stages, x))
+    blocks = fused_blocks.stages_layers(stages, x)
+    assert blocks is not None, "a fused model in eval mode"
+    return x, blocks
 
 
 class _Recorder(TorchDispatchMode):

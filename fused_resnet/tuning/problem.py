@@ -20,6 +20,7 @@ _CHAIN_KEY = re.compile(
     r"(?: project(\d+)x(\d+)x(\d+),(\d+)x(\d+))?(?: next(\d+))?",
     re.ASCII,
 )
+_BASIC_KEY = re.compile(r"basic (\w+) (\d+)x(\d+)x(\d+)x(\d+)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,55 @@ class ChainProblem:
         )
 
 
-Problem: TypeAlias = ConvProblem | ChainProblem
+@dataclass(frozen=True)
+class BasicBlockProblem:
+    """A BasicBlock whose shortcut is its input, in inference: two 3x3 of stride 1, padding 1.
+
+    Attributes:
+        N: images.
+        C: channels of everything.
+        H: rows.
+        W: columns.
+        dtype: "float16" or "bfloat16".
+    """
+
+    N: int
+    C: int
+    H: int
+    W: int
+    dtype: str
+
+    @property
+    def parts(self) -> tuple[ConvProblem, ConvProblem]:
+        """Its convolutions, the second with the shortcut's addition."""
+        first = ConvProblem(
+            self.N, self.C, self.H, self.W, self.C, 3, 3, (1, 1), (1, 1), (1, 1), 1, self.dtype,
+            False,
+        )  # fmt: skip
+        return first, dataclasses.replace(first, residual=True)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of its convolutions."""
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def bytes_once(self) -> int:
+        """Input, weights, batch-norm parameters and output, each moved once."""
+        first, _ = self.parts
+        return first.input_bytes + first.output_bytes + 2 * (first.weight_bytes + 16 * self.C)
+
+    def __str__(self) -> str:
+        """What tells it from others: "64x56x56, two 3x3"."""
+        return f"{self.C}x{self.H}x{self.W}, two 3x3"
+
+    @property
+    def key(self) -> str:
+        """The problem as a line of text, which `parse_problem` reads back: dtype and input."""
+        return f"basic {self.dtype} {self.N}x{self.C}x{self.H}x{self.W}"
+
+
+Problem: TypeAlias = ConvProblem | ChainProblem | BasicBlockProblem
 
 
 def parse_problem(key: str) -> Problem:
@@ -282,6 +331,9 @@ def parse_problem(key: str) -> Problem:
             N, width, H, W, K, (pairs[0], pairs[1]), (pairs[2], pairs[3]), (pairs[4], pairs[5]),
             match[1], projection, int(match[18] or 0),
         )  # fmt: skip
+    match = _BASIC_KEY.fullmatch(key)
+    if match is not None and match[1] in CHAIN_DTYPES:
+        return BasicBlockProblem(*map(int, match.groups()[1:]), match[1])
     match = _KEY.fullmatch(key)
     if match is None or match[1] not in DTYPES:
         raise ValueError(f"key is {key!r}, must be like {_EXAMPLE.key!r}")
@@ -337,6 +389,8 @@ PAIR = "pair"
 CONVOLUTIONS = "convolutions"
 CHAINED = (CHAIN, CHAIN_WITHOUT_NEXT, PAIR)
 CHAIN_KERNELS = (*CHAINED, CONVOLUTIONS)
+BASIC_BLOCK = "basic block"
+BASIC_BLOCK_KERNELS = (BASIC_BLOCK, CONVOLUTIONS)
 MEASURED = "measured on this machine"
 SHIPPED = "shipped table"
 ESTIMATE = "estimate"
@@ -351,8 +405,9 @@ class Choice:
             `scale_shift_act`; or the library's fused operator of that name. Of a `ChainProblem`
             "chain"; "chain without next", the same but for the next block's convolution; "pair",
             the 3x3 by itself and all else in one launch; or "convolutions", each as it was chosen
-            for itself.
-        tile: of the Triton or CUDA kernel or the chain; None for the others.
+            for itself. Of a `BasicBlockProblem` "basic block", CUDA's kernel of both convolutions,
+            or "convolutions".
+        tile: of the Triton or CUDA kernel, the chain or the block; None for the others.
         source: "measured on this machine", "shipped table" or "estimate".
     """
 

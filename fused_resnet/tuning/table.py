@@ -37,10 +37,13 @@ from pathlib import Path
 from typing import Any
 
 from .problem import (
+    BASIC_BLOCK,
+    BASIC_BLOCK_KERNELS,
     CHAIN_KERNELS,
     CHAINED,
     KERNELS,
     TILED,
+    BasicBlockProblem,
     ChainProblem,
     Problem,
     Tile,
@@ -67,7 +70,7 @@ class Entry:
         tile: see `Choice`.
         microseconds: median time of what was chosen.
         estimate_microseconds: of what runs without tuning; None if that was wrong.
-        library_microseconds: of the library's convolution and `scale_shift_act`, or of a chain's
+        library_microseconds: of the library's convolution and `scale_shift_act`, or of a block's
             convolutions one by one; None likewise.
         date: of the measurement, as 2026-11-23.
         versions: of torch and Triton, as "torch 2.15.0, triton 3.9.0".
@@ -197,14 +200,14 @@ def _content(path: Path) -> _Content:
     for key, fields in choices.items():
         try:
             problem = parse_problem(key)
-            entries[problem] = _entry(fields, isinstance(problem, ChainProblem))
+            entries[problem] = _entry(fields, problem)
         except (ValueError, TypeError) as error:
             damage = f"{key}: {error}"
     return _Content(entries, gpu, damage)
 
 
-def _entry(fields: Any, is_chain: bool) -> Entry:
-    """The entry a line describes, of a chain or a convolution.
+def _entry(fields: Any, problem: Problem) -> Entry:
+    """The entry a line describes.
 
     Raises:
         TypeError: it describes none.
@@ -215,7 +218,11 @@ def _entry(fields: Any, is_chain: bool) -> Entry:
     if isinstance(fields.get("tile"), dict):
         fields = {**fields, "tile": Tile(**fields["tile"])}
     entry = Entry(**{"tile": None, **fields})
-    kernels, tiled = (CHAIN_KERNELS, CHAINED) if is_chain else (KERNELS, TILED)
+    kernels, tiled = KERNELS, TILED
+    if isinstance(problem, ChainProblem):
+        kernels, tiled = CHAIN_KERNELS, CHAINED
+    elif isinstance(problem, BasicBlockProblem):
+        kernels, tiled = BASIC_BLOCK_KERNELS, (BASIC_BLOCK,)
     if entry.kernel not in kernels:
         raise ValueError(f"kernel is {entry.kernel!r}, must be one of {', '.join(kernels)}")
     if (entry.kernel in tiled) != isinstance(entry.tile, Tile):
@@ -274,7 +281,11 @@ def _order(problem: Problem) -> tuple:
     if isinstance(problem, ChainProblem):
         last = problem.convolution
         return problem.dtype, problem.N, -last.H, last.C, problem.K, last.R, problem.key
-    return problem.dtype, problem.N, -problem.H, problem.C, problem.K, problem.R, problem.key
+    if isinstance(problem, BasicBlockProblem):
+        problem, key = problem.parts[1], problem.key
+    else:
+        key = problem.key
+    return problem.dtype, problem.N, -problem.H, problem.C, problem.K, problem.R, key
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ the library are always among them and are timed to the end, so a choice is never
 tuning.
 
 Of a chain they are its tiles, with and without the next block's convolution, and its convolutions
-one by one, each as it is chosen by then; these take the library's place.
+one by one, each as it is chosen by then; these take the library's place. Of a BasicBlock they are
+CUDA's tiles and its convolutions one by one.
 
 Every candidate is checked before it is timed: its error against float64 obeys the error rule of
 `testing.py`, and NaN in the input and the residual reaches every output it should and no other
@@ -38,12 +39,14 @@ from .. import measure
 from ..backends import cuda, cudnn, library
 from ..inputs import first_line
 from ..testing import FACTOR
-from . import chain, cuda_tiles, estimate, reload, table, untuned
+from . import basic_block, chain, cuda_tiles, estimate, reload, table, untuned
 from .architecture import Architecture
 from .problem import (
+    BASIC_BLOCK,
     CHAIN_KERNELS,
     CONVOLUTIONS,
     MEASURED,
+    BasicBlockProblem,
     ChainProblem,
     Choice,
     ConvProblem,
@@ -89,21 +92,27 @@ class Case:
 
 @dataclass(frozen=True)
 class ChainCase:
-    """The tensors of a chain, with the references for its results.
+    """The tensors of a chain or of a BasicBlock, with the references for its results.
 
     Attributes:
         problem: what they are of.
         arguments: the output of the block's first convolution, its input, and the arguments of
             `conv_bn_act` from `weight` to `groups` of the 3x3, the 1x1, the projection and the next
-            block's first convolution, where there are these, else None.
+            block's first convolution, where there are these, else None. Of a BasicBlock its input
+            and those of its two convolutions.
         expected: the block's output and the next one's 3x3 input, if it has one, in float64.
         allowed_errors: of these, relative.
     """
 
-    problem: ChainProblem
+    problem: ChainProblem | BasicBlockProblem
     arguments: tuple
     expected: tuple[Tensor, ...]
     allowed_errors: tuple[float, ...]
+
+    @property
+    def images(self) -> int:
+        """How many of the arguments, the first ones, are images."""
+        return 1 if isinstance(self.problem, BasicBlockProblem) else 2
 
 
 Run = Callable[[tuple, Problem], Any]
@@ -156,7 +165,7 @@ _ONE_BY_ONE = Choice(CONVOLUTIONS, None, MEASURED)
 
 def baseline(problem: Problem) -> Choice:
     """What a problem's candidates are measured against: the library, or no chain."""
-    return _ONE_BY_ONE if isinstance(problem, ChainProblem) else LIBRARY
+    return LIBRARY if isinstance(problem, ConvProblem) else _ONE_BY_ONE
 
 
 def candidates(
@@ -170,12 +179,13 @@ def candidates(
         device: where it will run; cuDNN's operators are candidates where torch has cuDNN.
         most: how many Triton tiles.
     """
-    if isinstance(problem, ChainProblem):
+    if not isinstance(problem, ConvProblem):
+        kind = basic_block if isinstance(problem, BasicBlockProblem) else chain
         return [
             replace(untuned(problem, architecture), source=MEASURED),
             *(
                 choice
-                for choice in chain.candidates(problem, architecture)
+                for choice in kind.candidates(problem, architecture)
                 if str(choice) != str(untuned(problem, architecture))
             ),
         ]
@@ -223,8 +233,7 @@ def tune(
     default = untuned(problem, architecture)
     runner = runner or run_of
     with precision(problem.dtype), torch.inference_mode():
-        make = make_chain_case if isinstance(problem, ChainProblem) else make_case
-        case = make(problem, device)
+        case = case_of(problem, device)
         calls: dict[str, Callable[[], object]] = {}
         failures: dict[str, str] = {}
         for done, choice in enumerate(choices):
@@ -352,6 +361,25 @@ def race(
     return {name: statistics.median(times[name]) for name in alive}
 
 
+def case_of(problem: Problem, device: torch.device) -> Case | ChainCase:
+    """Random tensors for a problem, channels_last, and their float64 results."""
+    if isinstance(problem, ChainProblem):
+        return make_chain_case(problem, device)
+    if isinstance(problem, BasicBlockProblem):
+        return make_basic_block_case(problem, device)
+    return make_case(problem, device)
+
+
+def make_basic_block_case(
+    problem: BasicBlockProblem, device: torch.device, seed: int = 0
+) -> ChainCase:
+    """As `make_chain_case`, for a BasicBlock."""
+    parts = [
+        _random_arguments(part, device, seed + index) for index, part in enumerate(problem.parts)
+    ]
+    return _block_case(problem, (parts[0][0], *(one[1:12] for one in parts)), 1)
+
+
 def make_chain_case(problem: ChainProblem, device: torch.device, seed: int = 0) -> ChainCase:
     """Random tensors for a chain, channels_last, and their float64 results."""
     parts = (problem.convolution, problem.expand, problem.project, problem.reduce)
@@ -363,44 +391,61 @@ def make_chain_case(problem: ChainProblem, device: torch.device, seed: int = 0) 
     if cases[2] is not None:
         shortcut = cases[2][0]
     layers = (None if one is None else one[1:12] for one in cases)
-    arguments = (reduced, shortcut, *layers)
-    expected = _expected_chain(arguments)
+    return _block_case(problem, (reduced, shortcut, *layers), 2)
+
+
+def _block_case(
+    problem: ChainProblem | BasicBlockProblem, arguments: tuple, images: int
+) -> ChainCase:
+    expected = _expected_block(arguments, images)
     floor = 4 * torch.finfo(torch.float32).eps
     allowed = (
         max(FACTOR * relative_error(eager, exact), floor)
-        for eager, exact in zip(eager_chain(arguments), expected, strict=True)
+        for eager, exact in zip(_eager_block(arguments, images), expected, strict=True)
     )
     return ChainCase(problem, arguments, expected, tuple(allowed))
+
+
+def _eager_block(arguments: tuple, images: int) -> tuple[Tensor, ...]:
+    return eager_chain(arguments) if images == 2 else eager_basic_block(arguments)
+
+
+def eager_basic_block(arguments: tuple) -> tuple[Tensor, ...]:
+    """A BasicBlock by operators of their own, in the dtype of its arguments."""
+    x, first, second = arguments
+    out = _eager_layer(_eager_layer(x, first, None, True), second, x, True)
+    return (out,)
 
 
 def eager_chain(arguments: tuple) -> tuple[Tensor, ...]:
     """A chain by operators of their own, in the dtype of its arguments."""
     reduced, x, convolution, expand, project, reduce = arguments
 
-    def run(input: Tensor, layer: tuple, residual: Tensor | None, relu: bool) -> Tensor:
-        weight, mean, var, bn_weight, bn_bias, eps, bias, *geometry = layer
-        out = F.conv2d(input, weight, bias, *geometry)
-        out = F.batch_norm(out, mean, var, bn_weight, bn_bias, False, 0.0, eps)
-        if residual is not None:
-            out += residual
-        return F.relu(out) if relu else out
-
-    shortcut = x if project is None else run(x, project, None, False)
-    out = run(run(reduced, convolution, None, True), expand, shortcut, True)
-    return (out,) if reduce is None else (out, run(out, reduce, None, True))
+    shortcut = x if project is None else _eager_layer(x, project, None, False)
+    out = _eager_layer(_eager_layer(reduced, convolution, None, True), expand, shortcut, True)
+    return (out,) if reduce is None else (out, _eager_layer(out, reduce, None, True))
 
 
-def _expected_chain(arguments: tuple) -> tuple[Tensor, ...]:
-    """`eager_chain` in float64, some images at a time."""
+def _eager_layer(input: Tensor, layer: tuple, residual: Tensor | None, relu: bool) -> Tensor:
+    weight, mean, var, bn_weight, bn_bias, eps, bias, *geometry = layer
+    out = F.conv2d(input, weight, bias, *geometry)
+    out = F.batch_norm(out, mean, var, bn_weight, bn_bias, False, 0.0, eps)
+    if residual is not None:
+        out += residual
+    return F.relu(out) if relu else out
+
+
+def _expected_block(arguments: tuple, images: int) -> tuple[Tensor, ...]:
+    """`_eager_block` in float64, some images at a time."""
     layers = tuple(
         None
         if layer is None
         else tuple(one.double() if isinstance(one, Tensor) else one for one in layer)
-        for layer in arguments[2:]
+        for layer in arguments[images:]
     )
     parts = [
-        eager_chain((*(part.double() for part in images), *layers))
-        for images in zip(*(one.split(_IMAGES_AT_ONCE) for one in arguments[:2]), strict=True)
+        _eager_block((*(part.double() for part in group), *layers), images)
+        for group in zip(*(one.split(_IMAGES_AT_ONCE) for one in arguments[:images]), strict=True)
     ]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
@@ -468,6 +513,8 @@ def run_of(choice: Choice) -> Run:
     """How this package runs a choice."""
     if choice.kernel == "triton":
         return lambda arguments, problem: _run_triton(arguments, problem, choice)
+    if choice.kernel == BASIC_BLOCK:
+        return lambda arguments, problem: (cuda.run_basic_block(*arguments, choice.tile),)
     if choice.kernel in CHAIN_KERNELS:
         return lambda arguments, problem: _run_chain(arguments, problem, choice)
     if choice.kernel == "cuda":
@@ -553,9 +600,15 @@ def _run_triton(arguments: tuple, problem: ConvProblem, choice: Choice) -> Tenso
     return _pooled(conv.conv_bn_act(*arguments, tile=choice.tile), problem)
 
 
-def _run_chain(arguments: tuple, problem: ChainProblem, choice: Choice) -> tuple[Tensor, ...]:
+def _run_chain(
+    arguments: tuple, problem: ChainProblem | BasicBlockProblem, choice: Choice
+) -> tuple[Tensor, ...]:
     from ..backends import triton
 
+    if isinstance(problem, BasicBlockProblem):
+        x, first, second = arguments
+        out = triton.conv_bn_act(x, *first, None, "relu")
+        return (triton.conv_bn_act(out, *second, x, "relu"),)
     return triton.run_chain(arguments, problem, choice)
 
 
@@ -653,11 +706,13 @@ def chain_error(outputs: Sequence[Tensor], case: ChainCase) -> str | None:
 
 def chain_nan_error(run: Run, case: ChainCase) -> str | None:
     """As `nan_error`: NaN in a pixel of the last image, and in another of its shortcut."""
-    reduced, shortcut = (one.clone() for one in case.arguments[:2])
-    reduced[-1, :, reduced.size(2) // 2, reduced.size(3) // 2] = float("nan")
-    shortcut[-1, 0, 0, 0] = float("nan")
-    arguments = (reduced, shortcut, *case.arguments[2:])
-    wanted = _expected_chain((reduced[-1:], shortcut[-1:], *case.arguments[2:]))
+    images = [one.clone() for one in case.arguments[: case.images]]
+    images[0][-1, :, images[0].size(2) // 2, images[0].size(3) // 2] = float("nan")
+    for shortcut in images[1:]:
+        shortcut[-1, 0, 0, 0] = float("nan")
+    layers = case.arguments[case.images :]
+    arguments = (*images, *layers)
+    wanted = _expected_block((*(one[-1:] for one in images), *layers), case.images)
     for out, expected in zip(run(arguments, case.problem), wanted, strict=True):
         found = out.isnan()
         if lost := int((expected.isnan() & ~found[-1:]).sum()):

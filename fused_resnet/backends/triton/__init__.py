@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ... import tuning
 from ...ops.layout import contiguous_like_eager
-from ...tuning.problem import TILED, ChainProblem, Choice
+from ...tuning import basic_block
+from ...tuning.problem import ESTIMATE, TILED, ChainProblem, Choice
 from .. import cuda, cudnn, library
 
 __all__ = [
@@ -303,15 +305,25 @@ def residual_blocks(
     layer_counts: Sequence[int],
     projections: Sequence[bool],
 ) -> Tensor | None:
-    """Whole Bottlenecks in a launch each: see `blocks.residual_blocks`, `ops.residual_blocks`."""
+    """Whole Bottlenecks in a launch each: see `blocks.residual_blocks`, `ops.residual_blocks`.
+
+    A BasicBlock runs on the CUDA backend's kernel where that was measured to be the fastest.
+    """
     if input.dtype not in _CHAIN_DTYPES:
         return None
-    launchers()
     from ...ops.residual_blocks import described_blocks
     from . import blocks as chains
 
-    described = described_blocks(tensors, numbers, eps, layer_counts, projections)
-    return chains.residual_blocks(input, list(described))
+    described = list(described_blocks(tensors, numbers, eps, layer_counts, projections))
+    if (problem := basic_block.problem_of(input, described)) is not None:
+        if input.device.type != "cuda":
+            return None
+        choice = tuning.choose(problem, input.device)
+        if choice.tile is None or choice.source == ESTIMATE:
+            return None
+        return cuda.run_basic_block(input, *described[0][0], choice.tile)
+    launchers()
+    return chains.residual_blocks(input, described)
 
 
 def release(tensors: Iterable[Tensor]) -> None:
