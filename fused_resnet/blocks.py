@@ -664,11 +664,12 @@ def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
 
 
 def _bare_conv_arguments(conv: nn.Conv2d, x: Tensor) -> tuple:
-    """`conv_arguments` without a norm: one with mean 0 and variance 1, which changes no bit."""
+    """`conv_arguments` without a norm: one with mean 0 and var + eps = 1, which changes no bit."""
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     zeros = x.new_zeros(conv.out_channels, dtype=dtype)
     return (
-        *(x, conv.weight, zeros, torch.ones_like(zeros), None, None, 0.0),
+        # Not an eps of 0, which `F.batch_norm` refuses in some versions of torch.
+        *(x, conv.weight, zeros, torch.full_like(zeros, 0.5), None, None, 0.5),
         *(conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups),
     )
 
