@@ -56,8 +56,8 @@ struct Conv {
   const float* bias;    // the convolution's own; may be null
   Norm norm;
   const void* residual;  // null: none
-  // So many output channels at either end have no residual, which has the channels between them.
-  int64_t res_skip;
+  // The residual is that of so many output channels, after so many that have none.
+  int64_t res_channels, res_skip;
   void* output;
   // The packed weight that is wanted after this one, to be brought into the cache; may be null.
   const float* next_weight;

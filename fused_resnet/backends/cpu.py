@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 reads_narrow_residuals = True
-"""Whether `conv_bn_act` takes a residual of fewer channels, without padding it in memory."""
+"""Whether operators take a residual of fewer channels, without padding it in memory."""
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The filter's taps the kernel keeps offsets for, kMaxRuns in csrc/cpu/conv.h.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
-from .gradients import act_backward, conv_norm_backward
+from .gradients import act_backward, conv_norm_backward, middle_channels
+from .layout import readable_residual
 from .registration import (
     autocast_tensor,
     has_foreign,
@@ -76,13 +77,7 @@ def conv_bn_act(
 def _kernel(input: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
     backend = backends.choose(input.device.type)
     *others, residual, activation = arguments
-    # Few backends' kernels read a residual of fewer channels as if there were zeros around it.
-    if (
-        residual is not None
-        and residual.size(1) != weight.size(0)
-        and not getattr(backend, "reads_narrow_residuals", False)
-    ):
-        residual = reference.pad_channels(residual, weight.size(0))
+    residual = readable_residual(backend, residual, weight.size(0))
     return backend.conv_bn_act(input, weight, *others, residual, activation)
 
 
@@ -167,8 +162,7 @@ class _ConvBnAct(torch.autograd.Function):
         )
         grad_residual = None
         if need[12]:
-            channels = ctx.residual_channels
-            grad_residual = grad.narrow(1, (grad.size(1) - channels) // 2, channels)
+            grad_residual = middle_channels(grad, ctx.residual_channels)
         return *gradients, None, None, None, None, grad_residual, None
 
 
