@@ -58,7 +58,7 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
 
 // Whether `activation` is "relu"; throws unless every argument is what the schema's users are
 // promised: input (N, C, *) in fp16, bf16, fp32 or fp64, scale and shift (C,) in fp32 (fp64 for
-// fp64), residual like input with any strides, all on one device.
+// fp64), residual like input with any strides and maybe fewer channels, all on one device.
 inline bool check_scale_shift_act(const Tensor& input, const Tensor& scale, const Tensor& shift,
                                   const std::optional<Tensor>& residual,
                                   const std::string& activation) {
@@ -89,7 +89,11 @@ inline bool check_scale_shift_act(const Tensor& input, const Tensor& scale, cons
   check_parameter("scale", scale);
   check_parameter("shift", shift);
   if (residual) {
-    if (residual->sizes().vec() != input.sizes().vec()) {
+    std::vector<int64_t> shape = input.sizes().vec();
+    if (residual->dim() == input.dim() && residual->size(1) > 0 && residual->size(1) < shape[1]) {
+      shape[1] = residual->size(1);
+    }
+    if (residual->sizes().vec() != shape) {
       fail("scale_shift_act: residual has shape ", shape_string(*residual), ", input has shape ",
            shape_string(input));
     }
@@ -107,6 +111,17 @@ inline bool check_scale_shift_act(const Tensor& input, const Tensor& scale, cons
   }
   return activation == "relu";
 }
+
+// The channels of a residual among those of the input, which has zeros for it before and behind.
+struct ResidualChannels {
+  int64_t begin, end;
+
+  ResidualChannels(int64_t channels, const std::optional<Tensor>& residual)
+      : begin(residual ? (channels - residual->size(1)) / 2 : 0),
+        end(residual ? begin + residual->size(1) : 0) {}
+
+  bool are_all(int64_t channels) const { return end - begin == channels; }
+};
 
 // Dimensions of more than one element, outermost in memory first.
 inline std::vector<int64_t> memory_order(const Tensor& tensor) {

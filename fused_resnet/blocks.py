@@ -254,11 +254,11 @@ def _conv_norm(module: nn.Module, unit: Unit) -> tuple[nn.Conv2d, nn.Module]:
     return forms.part(module, unit.conv), forms.part(module, unit.norm)
 
 
-def _layers(block: nn.Module) -> tuple[Layers, bool] | None:
+def _layers(block: nn.Module, may_pad: bool = False) -> tuple[Layers, bool] | None:
     """A block's convolutions and norms, and whether the last are the shortcut's.
 
     None where the block has more to do than these, ReLUs and the add, or its shortcut has no fused
-    form.
+    form. Whether one that pads channels, and has no layers, counts as fused is up to `may_pad`.
     """
     form = forms.of(block)
     if not form.is_block:
@@ -269,14 +269,15 @@ def _layers(block: nn.Module) -> tuple[Layers, bool] | None:
             return None
         pairs.append(_conv_norm(block, unit))
     downsample = getattr(block, form.shortcut)
-    if downsample is not None:
+    has_projection = downsample is not None and not (may_pad and pads_channels(downsample))
+    if has_projection:
         if downsample_obstacle(downsample) is not None:
             return None
         before, projection = split_downsample(downsample)
         if any(not _passes_through(module) for module in before):
             return None
         pairs.append(projection)
-    return pairs, downsample is not None
+    return pairs, has_projection
 
 
 def _inference_layers(block: nn.Module, x: Tensor) -> ops.BlockLayers | None:
@@ -294,14 +295,21 @@ def _inference_layers(block: nn.Module, x: Tensor) -> ops.BlockLayers | None:
 
 def _block_training(block: nn.Module, x: Tensor) -> Tensor | None:
     """A block without an obstacle as one node of the graph, or None where it cannot be one."""
-    if not _may_train_as_one(x) or (found := _layers(block)) is None:
+    if not _may_train_as_one(x) or (found := _layers(block, may_pad=True)) is None:
         return None
     pairs, has_projection = found
     shapes = _trained_shapes(pairs[:-1] if has_projection else pairs, x)
     if shapes is None:
         return None
     shortcut_shape = x.shape
-    if has_projection:
+    step = 1
+    downsample = getattr(block, forms.of(block).shortcut)
+    if downsample is not None and not has_projection:
+        step = downsample.stride
+        N, _, *sizes = x.shape
+        sizes = [(size + step - 1) // step for size in sizes]
+        shortcut_shape = torch.Size((N, downsample.padded_channels(x), *sizes))
+    elif has_projection:
         projected = _trained_shapes(pairs[-1:], x)
         if projected is None:
             return None
@@ -314,8 +322,8 @@ def _block_training(block: nn.Module, x: Tensor) -> Tensor | None:
     groups = [sync_group(norm) for _, norm in pairs]
     low_memory = block.memory == "low"
     if not torch.compiler.is_compiling():
-        result = ops.residual_block_training(x, layers, groups, has_projection, low_memory)
-    elif all(group is None for group in groups):
+        result = ops.residual_block_training(x, layers, groups, has_projection, low_memory, step)
+    elif (downsample is None or has_projection) and all(group is None for group in groups):
         result = ops.block_training_in_graph(x, layers, has_projection, low_memory)
     else:
         result = None
@@ -552,9 +560,7 @@ def conv_norm_act(
     """
     activation = "none" if relu is None else "relu"
     if uses_batch_statistics(norm):
-        if narrow:
-            residual = reference.pad_channels(residual, conv.out_channels)
-        return _norm_act(norm, conv(x), residual, relu)
+        return _norm_act(norm, conv(x), residual, relu, narrow)
     arguments = conv_arguments(conv, norm, x)
     if (
         (narrow or residual is None or residual.shape[1:2] == arguments[1].shape[:1])
@@ -675,7 +681,11 @@ def _bare_conv_arguments(conv: nn.Conv2d, x: Tensor) -> tuple:
 
 
 def _norm_act(
-    norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, relu: nn.ReLU | None
+    norm: nn.BatchNorm2d,
+    x: Tensor,
+    residual: Tensor | None,
+    relu: nn.ReLU | None,
+    narrow: bool = False,
 ) -> Tensor:
     """`relu(norm(x) + residual)` with batch statistics, kept as `BatchNorm2d.forward` does."""
     activation = "none" if relu is None else "relu"
@@ -688,7 +698,14 @@ def _norm_act(
     error = checks.batch_norm_error(
         "batch_norm_act", *tensors, momentum, norm.eps, residual, activation, group is not None
     )
-    if error is not None or x.dim() != 4 or (group is not None and torch.compiler.is_compiling()):
+    if (
+        error is not None
+        or x.dim() != 4
+        or (group is not None and torch.compiler.is_compiling())
+        or not (narrow or residual is None or residual.shape == x.shape)
+    ):
+        if narrow:
+            residual = reference.pad_channels(residual, x.size(1))
         return _unfused_norm_act(norm, x, residual, relu)
     if group is not None:
         return functional.run_sync_batch_norm_act(

@@ -126,7 +126,7 @@ def conv_error(
             2,
         )
         or _eps_error(name, eps)
-        or _act_error(name, input, residual, (N, K, P, Q), activation, narrower=True)
+        or _act_error(name, input, residual, (N, K, P, Q), activation)
     )
 
 
@@ -341,7 +341,6 @@ def _act_error(
     residual: Tensor | None,
     shape: Sequence[int],
     activation: str,
-    narrower: bool = False,
 ) -> ValueError | TypeError | None:
     if activation not in ACTIVATIONS:
         return ValueError(
@@ -350,7 +349,7 @@ def _act_error(
     if residual is not None:
         if not isinstance(residual, Tensor):
             return _not_a_tensor(name, "residual", residual)
-        if residual.shape != shape and not (narrower and _is_narrower(residual.shape, shape)):
+        if residual.shape != shape and not _is_narrower(residual.shape, shape):
             return _shape_error(name, "residual", residual, shape)
         if residual.dtype is not input.dtype and not _autocasts(input.device):
             return _dtype_error(name, "residual", residual, f"that of input, {input.dtype}")
@@ -362,13 +361,11 @@ def _act_error(
 
 
 def _is_narrower(shape: Sequence[int], full: Sequence[int]) -> bool:
-    """Whether only channels are missing, half of them at either end."""
-    N, K, P, Q = full
+    """Whether only channels are missing."""
     return (
-        len(shape) == 4
-        and (shape[0], shape[2], shape[3]) == (N, P, Q)
-        and 0 < shape[1] < K
-        and (K - shape[1]) % 2 == 0
+        len(shape) == len(full)
+        and (shape[0], *shape[2:]) == (full[0], *full[2:])
+        and 0 < shape[1] < full[1]
     )
 
 

@@ -48,8 +48,8 @@ def conv_bn_act(
         padding: as `conv2d`'s, in numbers.
         dilation: as `conv2d`'s.
         groups: as `conv2d`'s.
-        residual: (N, K, P, Q), of the input's dtype; it is not broadcast. Of fewer channels, by an
-            even number, it stands for one that has them in the middle, between zeros.
+        residual: (N, K, P, Q), of the input's dtype; it is not broadcast. Of fewer channels, it
+            stands for one that has them in the middle, of an odd number of zeros one more behind.
         activation: "relu" or "none".
 
     Returns:
@@ -336,7 +336,8 @@ def batch_norm_act(
         training: normalise with the batch's statistics instead of the running ones.
         momentum: the weight of the batch in the running statistics.
         eps: added to the variance.
-        residual: of the input's shape and dtype; it is not broadcast.
+        residual: of the input's shape and dtype; it is not broadcast. Of fewer channels, it stands
+            for one between zeros, see `conv_bn_act`.
         activation: "relu" or "none".
 
     Returns:

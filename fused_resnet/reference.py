@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 def pad_channels(residual: Tensor, channels: int) -> Tensor:
-    """`residual` (N, C, *) with as many channels of zeros before its own as behind them."""
-    added = (channels - residual.size(1)) // 2
+    """`residual` (N, C, *) between zeros, half of the added channels before it, rounded down."""
+    added = channels - residual.size(1)
     if added == 0:
         return residual
-    return F.pad(residual, (*[0, 0] * (residual.dim() - 2), added, added))
+    return F.pad(residual, (*[0, 0] * (residual.dim() - 2), added // 2, added - added // 2))
 
 
 def add_act(input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
@@ -46,7 +46,7 @@ def scale_shift_act(
         input: (N, C, *).
         scale: (C,), float64 for a float64 input and float32 for any other.
         shift: as `scale`.
-        residual: as `input`, or None.
+        residual: as `input`, or with fewer channels, see `pad_channels`, or None.
         activation: "relu" or "none".
 
     Returns:

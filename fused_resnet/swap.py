@@ -236,11 +236,9 @@ def _ways(module: nn.Module, form: Form) -> Iterator[tuple[str, str]]:
     downsample = getattr(module, name) if name is not None else None
     if downsample is not None:
         if blocks.pads_channels(downsample):
-            last = units[-1]
-            conv, norm = forms.part(module, last.conv), forms.part(module, last.norm)
+            conv = forms.part(module, units[-1].conv)
             backend = backends.choose(conv.weight.device.type)
-            in_place = getattr(backend, "reads_narrow_residuals", False)
-            if not in_place or blocks.uses_batch_statistics(norm):
+            if not getattr(backend, "reads_narrow_residuals", False):
                 yield "padded shortcut", ""
         elif reason := blocks.downsample_obstacle(downsample, name):
             yield f"eager {name}", reason

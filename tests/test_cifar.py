@@ -87,8 +87,8 @@ def test_bad_arguments():
         cifar_resnet(20.0)
     with pytest.raises(ValueError, match="shortcut is 'D', must be one of A, B, C"):
         cifar_resnet(20, shortcut="D")
-    with pytest.raises(ValueError, match="out_channels is 33, must be in_channels, 16, and"):
-        cifar.PaddedShortcut(16, 33, 2)
+    with pytest.raises(ValueError, match="out_channels is 15, must be at least in_channels, 16"):
+        cifar.PaddedShortcut(16, 15, 2)
 
 
 def test_shapes_of_the_stages():
@@ -111,6 +111,15 @@ def test_option_a_keeps_every_second_pixel():
     for k in range(10):
         expected = x[:, k - 3, ::2, ::2] if 3 <= k < 7 else torch.zeros(2, 3, 3)
         assert_same_bits(out[:, k], expected)
+
+
+def test_an_odd_number_of_new_channels():
+    x = torch.randn(2, 4, 5, 6)
+    out = cifar.PaddedShortcut(4, 9, 1)(x)
+    assert_same_bits(out[:, 2:6], x)
+    assert out.shape == (2, 9, 5, 6)
+    assert not out[:, :2].any()
+    assert not out[:, 6:].any()
 
 
 def test_which_blocks_have_which_shortcut():
@@ -267,6 +276,8 @@ NARROW = [
     (64, 62, True),
     (48, 2, False),
     (29, 13, True),
+    (33, 16, True),
+    (40, 1, False),
     (64, 20, False),
 ]
 
@@ -333,7 +344,76 @@ def test_gradients_of_a_narrow_residual(backend):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("channels", [15, 17, 18, 0])
+# Channels of a norm, and of its residual.
+NARROW_NORMS = [(32, 16), (33, 16), (29, 13), (8, 1), (600, 530), (1100, 3)]
+
+
+def subsampled_residual(channels, memory_format, dtype, device):
+    wide = torch.randn(2, channels, 9, 12, device=device).to(dtype)
+    wide = wide.contiguous(memory_format=memory_format).requires_grad_()
+    return wide, wide[:, :, ::2, ::2]
+
+
+def norm_results(residual, leaves, x, vectors, training, activation):
+    """Outputs, running statistics and gradients."""
+    mean, var, weight, bias = (v.detach().clone() for v in vectors)
+    leaves = (x, weight.requires_grad_(), bias.requires_grad_(), *leaves)
+    out = fused_resnet.functional.batch_norm_act(
+        x, mean, var, weight, bias, training, residual=residual, activation=activation
+    )
+    grad = torch.arange(out.numel(), device=x.device).view_as(out).sin().to(x.dtype)
+    return out, mean, var, *torch.autograd.grad(out, leaves, grad)
+
+
+def assert_narrow_norm_like_padded(C, channels, formats, dtype, device):
+    x = torch.randn(2, C, 5, 6, device=device).to(dtype).contiguous(memory_format=formats[0])
+    x.requires_grad_()
+    parameters = torch.float64 if dtype is torch.float64 else torch.float32
+    vectors = [torch.rand(C, device=device).to(parameters) + 0.5 for _ in range(4)]
+    for training in (True, False):
+        for activation in ("relu", "none"):
+            results = []
+            for pad in (False, True):
+                torch.manual_seed(0)
+                leaf, residual = subsampled_residual(channels, formats[1], dtype, device)
+                before = leaf.detach().clone()
+                if pad:
+                    residual = reference.pad_channels(residual, C)
+                case = (x, vectors, training, activation)
+                results.append(norm_results(residual, [leaf], *case))
+                assert torch.equal(leaf, before)
+            for ours, padded in zip(*results, strict=True):
+                assert torch.equal(ours, padded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("C", "channels"), NARROW_NORMS)
+def test_a_narrow_residual_of_a_norm(C, channels, dtype):
+    """As if it lay between zeros: output and all gradients, in every memory format."""
+    nhwc, nchw = torch.channels_last, torch.contiguous_format
+    with fused_resnet.use_backend("cpu"):
+        for formats in ((nhwc, nhwc), (nchw, nchw), (nhwc, nchw), (nchw, nhwc)):
+            assert_narrow_norm_like_padded(C, channels, formats, dtype, "cpu")
+
+
+@pytest.mark.interpreted
+def test_a_narrow_residual_of_a_norm_everywhere(backend):
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        for C, channels in ((16, 8), (19, 6)):
+            formats = (memory_format, memory_format)
+            assert_narrow_norm_like_padded(C, channels, formats, torch.float32, backend.device)
+
+
+def test_residuals_of_a_norm_that_do_not_fit():
+    x, ones = torch.randn(2, 8, 4, 4), torch.ones(8)
+    for shape in ((2, 9, 4, 4), (2, 0, 4, 4), (2, 6, 4, 3), (1, 6, 4, 4), (2, 6, 4)):
+        with pytest.raises(ValueError, match=r"residual has shape .* must have"):
+            fused_resnet.functional.batch_norm_act(x, ones, ones, residual=torch.randn(shape))
+        with pytest.raises(RuntimeError, match="residual has shape"):
+            torch.ops.fused_resnet.scale_shift_act(x, ones, ones, torch.randn(shape), "relu")
+
+
+@pytest.mark.parametrize("channels", [18, 0])
 def test_residuals_that_do_not_fit(channels):
     case = make_conv_case(ConvShape(8, 16, (1, 1)), residual=False)
     case.residual = torch.randn(2, channels, 8, 8)
@@ -345,7 +425,7 @@ def test_residuals_that_do_not_fit(channels):
 
 
 def test_option_a_is_not_padded_in_memory():
-    """In inference on the CPU no tensor of the padded shape is made but the block's own."""
+    """On the CPU nothing is padded, copied or scattered, in inference and in training."""
     model = fused_resnet.fuse(make("A")).eval()
     block = model.layer2[0]
     x = torch.randn(2, 16, 12, 12).to(memory_format=torch.channels_last)
@@ -359,11 +439,46 @@ def test_option_a_is_not_padded_in_memory():
     with torch.no_grad(), Seen():
         block(x)
     assert names.count("conv_bn_act") == 2
-    assert not {"constant_pad_nd", "cat", "clone", "copy_"} & set(names)
-    ways = {record.path: record.backend for record in fused_resnet.report(model)}
-    assert ways["layer2.0"] == ways["layer1.0"]
+    copies = {"constant_pad_nd", "cat", "clone", "copy_", "new_zeros", "zeros_like", "zeros"}
+    assert not copies & set(names)
     model.train()
-    assert "padded shortcut" in fused_resnet.report(model)[2].backend
+    x.requires_grad_()
+    ones = torch.ones(2, 32, 6, 6).to(memory_format=torch.channels_last)
+    with torch.autograd.profiler.profile() as profile:
+        torch.autograd.grad(block(x), (x, *block.parameters()), ones)
+    names = [event.name.removeprefix("aten::") for event in profile.function_events]
+    assert names.count("convolution_backward") == 2
+    assert not {"constant_pad_nd", "cat", "zeros", "slice_backward"} & set(names)
+    for training in (True, False):
+        ways = {r.path: r.backend for r in fused_resnet.report(model.train(training))}
+        assert ways["layer2.0"] == ways["layer1.0"]
+    with fused_resnet.use_backend("reference"):
+        assert "padded shortcut" in fused_resnet.report(model)[2].backend
+
+
+@pytest.mark.parametrize("planes", [33, 32, 17, 16])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_blocks_with_option_a(planes, stride):
+    """In training one node of the graph; its gradients, those of its gradients, and inference."""
+    shortcut = cifar.PaddedShortcut(16, planes, stride)
+    block = resnet.BasicBlock(16, planes, stride, shortcut).double()
+    fused = fused_resnet.fuse(copy.deepcopy(block))
+    x = torch.randn(2, 16, 7, 8, dtype=torch.float64)
+    results = []
+    for module in (block, fused):
+        leaf = x.clone().requires_grad_()
+        out = module(leaf)
+        assert ("_ResidualBlock" in type(out.grad_fn).__name__) == (module is fused)
+        weights = (leaf, *module.parameters())
+        once = torch.autograd.grad(out.square().sum(), weights, create_graph=True)
+        twice = torch.autograd.grad(once[0].square().sum(), weights)
+        plain = torch.autograd.grad(module(x.clone().requires_grad_()).square().sum(), weights[1:])
+        with torch.no_grad():
+            inference = module.eval()(x)
+        buffers = [b for b in module.buffers() if b.dim()]
+        results.append((out, *once, *twice, *plain, inference, *buffers))
+    for ours, theirs in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("training", [True, False])

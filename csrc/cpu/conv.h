@@ -63,8 +63,8 @@ struct Conv {
   const void* residual;  // null: none
   // The prologue's, by input channel; null: none. Then comes kPrologueSlack times zero.
   const float *in_scale, *in_shift;
-  // So many output channels at either end have no residual, which has the channels between them.
-  int64_t res_skip;
+  // The residual is that of so many output channels, after so many that have none.
+  int64_t res_channels, res_skip;
   void* output;
   // The packed weight that is wanted after this one, to be brought into the cache; may be null.
   const float* next_weight;

@@ -39,15 +39,16 @@ Tensor run(const Tensor& input, const ConvLayer& layer, const InputNorm* input_n
   conv.output = output.mutable_data_ptr();
   conv.out = strides_of(output);
   if (residual) {
-    STD_TORCH_CHECK(residual->dim() == 4 && residual->size(0) == conv.N &&
-                        residual->size(1) <= conv.K && (conv.K - residual->size(1)) % 2 == 0 &&
-                        residual->size(2) == P && residual->size(3) == Q &&
-                        residual->scalar_type() == input.scalar_type(),
-                    "conv_bn_act: residual must have the output's shape, or an even number of "
-                    "channels less, and its dtype");
+    STD_TORCH_CHECK(
+        residual->dim() == 4 && residual->size(0) == conv.N && residual->size(1) <= conv.K &&
+            residual->size(2) == P && residual->size(3) == Q &&
+            residual->scalar_type() == input.scalar_type(),
+        "conv_bn_act: residual must have the output's shape, or fewer channels, and its "
+        "dtype");
     if (residual->size(1) > 0) conv.residual = residual->const_data_ptr();
     conv.res = strides_of(*residual);
     conv.res_skip = (conv.K - residual->size(1)) / 2;
+    conv.res_channels = residual->size(1);
   }
   std::optional<Prologue> prologue;
   if (input_norm != nullptr) {

@@ -148,6 +148,7 @@ void conv_input_gradient(Tensor grad, Tensor weight, int64_t stride_h, int64_t s
   if (accumulate) {
     conv.residual = conv.output;
     conv.res = conv.out;
+    conv.res_channels = conv.K;
   }
   run_conv(conv);
 }

@@ -650,9 +650,9 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
       e.output = base.output + channel * base.out_channel;
       e.channels = valid(block);
       // The block's first channel as the residual counts them.
-      const int64_t first = channel - conv.res_skip, res_channels = conv.K - 2 * conv.res_skip;
+      const int64_t first = channel - conv.res_skip;
       e.res_begin = first < 0 ? -first : 0;
-      e.res_end = res_channels - first < e.channels ? res_channels - first : e.channels;
+      e.res_end = conv.res_channels - first < e.channels ? conv.res_channels - first : e.channels;
       const bool has_residual = base.residual != nullptr && e.res_begin < e.res_end;
       if (!has_residual) e.res_begin = e.res_end = 0;
       e.residual =

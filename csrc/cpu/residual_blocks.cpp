@@ -166,6 +166,7 @@ Tensor run_block(const Tensor& input, const ConvLayer* layers, int64_t count, bo
     Conv conv = prepared[last].conv;
     conv.relu = true;
     conv.residual = has_projection ? result : image;
+    conv.res_channels = conv.K;
     conv.res = has_projection ? out : in;
     run(conv, source, source_strides, result, out,
         n + at_once < N ? NextWeight(layers[0]) : next_block);

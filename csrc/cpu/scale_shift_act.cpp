@@ -1,11 +1,13 @@
 // scale_shift_act on the CPU: output = act(input * scale[c] + shift[c] + residual), in one pass
 // that reads input and residual once and writes output once: (2 or 3) * numel * element size bytes.
+// A residual of fewer channels is read as it lies, and its zeros are made row by row in the cache.
 #include "cpu/scale_shift_act_operator.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "cpu/conv_layer.h"
@@ -70,6 +72,21 @@ class Row {
     }
   }
 
+  // `count` values from column `first` on, of which only those in [begin, end) are there; the
+  // others are zero. Null where none is there.
+  const void* between_zeros(int64_t offset, int64_t first, int64_t count, int64_t begin,
+                            int64_t end) {
+    const int64_t from = std::max(first, begin), to = std::min(first + count, end);
+    if (from >= to) return nullptr;
+    const void* there = at(offset + (from - begin) * stride_, to - from);
+    if (to - from == count) return there;
+    const int64_t before = (from - first) * element_size_, size = (to - from) * element_size_;
+    std::memmove(buffer_ + before, there, size);
+    std::memset(buffer_, 0, before);
+    std::memset(buffer_ + before + size, 0, count * element_size_ - before - size);
+    return buffer_;
+  }
+
  private:
   template <typename Bits>
   const void* gather(const char* source, int64_t count) {
@@ -90,6 +107,7 @@ struct Problem {
   const void* scale;  // double for float64 input, else float
   const void* shift;
   const std::optional<Tensor>& residual;
+  ResidualChannels residual_channels;
   const Tensor& output;
   std::vector<Loop> loops;  // outermost first, never empty
   bool relu;
@@ -110,7 +128,12 @@ void run_range(const Problem& problem, int64_t begin, int64_t end) {
   Row input_row(problem.input, inner.input);
   std::optional<Row> residual_row;
   if (problem.residual) residual_row.emplace(*problem.residual, inner.residual);
-  const bool all_dense = input_row.is_dense() && (!residual_row || residual_row->is_dense());
+  const auto [residual_begin, residual_end] = problem.residual_channels;
+  const bool narrow = residual_row && !problem.residual_channels.are_all(problem.input.size(1));
+  const bool all_dense =
+      input_row.is_dense() && (!residual_row || (residual_row->is_dense() && !narrow));
+  // The step from channel to channel, by which the residual's first one comes later.
+  const int64_t residual_step = narrow ? problem.residual->stride(1) : 0;
   const int64_t longest = all_dense ? inner.size : std::min(inner.size, Row::kCapacity);
 
   std::vector<int64_t> index(outer_count);
@@ -132,10 +155,20 @@ void run_range(const Problem& problem, int64_t begin, int64_t end) {
     while (column < row_end) {
       const int64_t count = std::min(longest, row_end - column);
       const int64_t first = inner.is_channel ? column : channel;
+      const void* residual = nullptr;
+      if (narrow && inner.is_channel) {
+        residual = residual_row->between_zeros(residual_offset, column, count, residual_begin,
+                                               residual_end);
+      } else if (narrow) {
+        if (residual_begin <= channel && channel < residual_end) {
+          residual = residual_row->at(
+              residual_offset - residual_begin * residual_step + column * inner.residual, count);
+        }
+      } else if (residual_row) {
+        residual = residual_row->at(residual_offset + column * inner.residual, count);
+      }
       kernel(input_row.at(input_offset + column * inner.input, count),
-             scale + first * parameter_size, shift + first * parameter_size,
-             residual_row ? residual_row->at(residual_offset + column * inner.residual, count)
-                          : nullptr,
+             scale + first * parameter_size, shift + first * parameter_size, residual,
              output + position * element_size, count, !inner.is_channel, problem.relu,
              problem.stream);
       column += count;
@@ -174,7 +207,8 @@ void run(Problem problem, const Tensor& scale, const Tensor& shift) {
   const T* shift_data = shift.const_data_ptr<T>();
   std::vector<T> long_scale, long_shift;
   const int64_t channels = problem.loops.back().size;
-  if (channels < kShortRow && is_dense_channels_last(problem.loops)) {
+  const bool narrow = problem.residual && !problem.residual_channels.are_all(problem.input.size(1));
+  if (channels < kShortRow && !narrow && is_dense_channels_last(problem.loops)) {
     const int64_t times = kShortRow / channels + 1, size = channels * times;
     const int64_t rows = (problem.output.numel() + size - 1) / size;
     scale_data = (long_scale = repeat(scale_data, channels, times)).data();
@@ -191,10 +225,15 @@ void run(Problem problem, const Tensor& scale, const Tensor& shift) {
 Tensor finish(const Tensor& input, const Tensor& scale, const Tensor& shift,
               const std::optional<Tensor>& residual, bool relu, Tensor output) {
   if (output.numel() == 0) return output;
-  const Problem problem{input,   nullptr,
-                        nullptr, residual,
-                        output,  make_loops(input, residual, output),
-                        relu,    cpu::exceeds_caches(output)};
+  const Problem problem{input,
+                        nullptr,
+                        nullptr,
+                        residual,
+                        {input.size(1), residual},
+                        output,
+                        make_loops(input, residual, output),
+                        relu,
+                        cpu::exceeds_caches(output)};
   if (input.scalar_type() == ScalarType::Double) {
     run<double>(problem, dense_parameter(scale), dense_parameter(shift));
   } else {

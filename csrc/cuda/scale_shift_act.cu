@@ -143,9 +143,12 @@ __global__ void __launch_bounds__(kThreads)
 struct Loops {
   Loop loops[kMostLoops];  // outermost first
   int count;
+  // The residual's channels, see ResidualChannels, and the step between them.
+  int64_t residual_begin, residual_end, residual_step;
 };
 
-// Input and residual have any strides. `Index` counts elements: 32 bits divide much faster than 64.
+// Input and residual have any strides, and the residual may have fewer channels. `Index` counts
+// elements: 32 bits divide much faster than 64.
 template <typename T, typename Index, bool kResidual>
 __global__ void __launch_bounds__(kThreads)
     scale_shift_act_strided(Operands<T> operands, Index numel, Loops loops) {
@@ -167,7 +170,11 @@ __global__ void __launch_bounds__(kThreads)
     }
     A y = widen(operands.input[input]) * __ldg(operands.scale + channel) +
           __ldg(operands.shift + channel);
-    if constexpr (kResidual) y += widen(operands.residual[residual]);
+    if constexpr (kResidual) {
+      if (loops.residual_begin <= channel && channel < loops.residual_end) {
+        y += widen(operands.residual[residual - loops.residual_begin * loops.residual_step]);
+      }
+    }
     operands.output[output] = narrow<T>(at_least(operands.floor, y));
   }
 }
@@ -194,11 +201,17 @@ bool all_dense(const std::vector<Loop>& loops) {
 }
 
 template <typename T, bool kResidual>
-void launch(const Operands<T>& operands, const std::vector<Loop>& loops, int64_t numel,
+void launch(const Operands<T>& operands, const std::vector<Loop>& loops,
+            const std::optional<Tensor>& residual, int64_t input_channels, int64_t numel,
             int device_index, cudaStream_t stream) {
   constexpr int N = kElementsIn16Bytes<T>;
-  if (!all_dense(loops)) {
-    Loops fixed{{}, static_cast<int>(loops.size())};
+  const ResidualChannels there(input_channels, residual);
+  if (!all_dense(loops) || (kResidual && !there.are_all(input_channels))) {
+    Loops fixed{{},
+                static_cast<int>(loops.size()),
+                there.begin,
+                there.end,
+                residual ? residual->stride(1) : 0};
     std::copy(loops.begin(), loops.end(), fixed.loops);
     const dim3 blocks = grid_size(numel, kThreads, device_index);
     if (numel <= INT32_MAX) {
@@ -251,15 +264,27 @@ void run(const Tensor& input, const Tensor& scale, const Tensor& shift,
   const int device_index = input.get_device_index();
   const cudaStream_t stream = current_stream(device_index);
   if (residual) {
-    launch<T, true>(operands, loops, output.numel(), device_index, stream);
+    launch<T, true>(operands, loops, residual, input.size(1), output.numel(), device_index, stream);
   } else {
-    launch<T, false>(operands, loops, output.numel(), device_index, stream);
+    launch<T, false>(operands, loops, residual, input.size(1), output.numel(), device_index,
+                     stream);
   }
 }
 
 Tensor copy_laid_out_like(const Tensor& layout, const Tensor& source) {
   Tensor copy = empty_output(layout);
   return torch::stable::copy_(copy, source);
+}
+
+// `residual` between the zeros it has in `layout`.
+Tensor padded_like(const Tensor& layout, const Tensor& residual) {
+  const ResidualChannels there(layout.size(1), residual);
+  if (there.are_all(layout.size(1))) return copy_laid_out_like(layout, residual);
+  Tensor padded = empty_output(layout);
+  torch::stable::zero_(padded);
+  Tensor middle = torch::stable::narrow(padded, 1, there.begin, there.end - there.begin);
+  torch::stable::copy_(middle, residual);
+  return padded;
 }
 
 Tensor scale_shift_act(const Tensor& input, const Tensor& scale, const Tensor& shift,
@@ -273,7 +298,7 @@ Tensor scale_shift_act(const Tensor& input, const Tensor& scale, const Tensor& s
   std::optional<Tensor> dense_residual = residual;
   if (loops.size() > kMostLoops) {
     dense_input = copy_laid_out_like(output, input);
-    if (residual) dense_residual = copy_laid_out_like(output, *residual);
+    if (residual) dense_residual = padded_like(output, *residual);
     loops = make_loops(dense_input, dense_residual, output);
   }
   const Tensor dense_scale = dense_parameter(scale), dense_shift = dense_parameter(shift);

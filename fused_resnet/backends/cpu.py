@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 reads_narrow_residuals = True
-"""Whether `conv_bn_act` takes a residual of fewer channels, without padding it in memory."""
+"""Whether operators take a residual of fewer channels, without padding it in memory."""
 hold_blocks_in_graphs = True
 """Whether compiled and exported graphs hold the operator `residual_blocks`."""
 

@@ -23,22 +23,23 @@ SHORTCUTS = ("A", "B", "C")
 class PaddedShortcut(nn.Module):
     """Option A: every `stride`-th pixel, and zeros for the channels there are more of.
 
-    Half of the new channels come before the old ones, half behind. There are no parameters.
+    Half of the new channels come before the old ones, half behind, and of an odd number one more
+    behind. There are no parameters.
 
     Args:
         in_channels: of the input.
-        out_channels: of the output; an even number more.
+        out_channels: of the output; at least as many.
         stride: between the pixels kept, in both directions.
 
     Raises:
-        ValueError: the channels cannot be padded alike on both sides.
+        ValueError: there are fewer channels in the output.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        if out_channels < in_channels or (out_channels - in_channels) % 2:
+        if out_channels < in_channels:
             raise ValueError(
-                f"PaddedShortcut: out_channels is {out_channels}, must be in_channels, "
-                f"{in_channels}, and an even number more"
+                f"PaddedShortcut: out_channels is {out_channels}, must be at least in_channels, "
+                f"{in_channels}"
             )
         super().__init__()
         self.in_channels = in_channels
@@ -54,8 +55,8 @@ class PaddedShortcut(nn.Module):
         return x.size(1) + self.out_channels - self.in_channels
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        added = (self.out_channels - self.in_channels) // 2
-        return F.pad(self.subsampled(x), (0, 0, 0, 0, added, added))
+        added = self.out_channels - self.in_channels
+        return F.pad(self.subsampled(x), (0, 0, 0, 0, added // 2, added - added // 2))
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.in_channels}, {self.out_channels}, stride={self.stride}"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
-from .gradients import has_norm_kernel, norm_act_backward
-from .layout import contiguous_like_eager
+from .gradients import has_norm_kernel, middle_channels, norm_act_backward
+from .layout import contiguous_like_eager, readable_residual
 from .registration import (
     autocast_residual,
     has_foreign,
@@ -51,7 +51,10 @@ def batch_norm_act_inference(
 
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
-    return backends.choose(input.device.type).batch_norm_act_inference(input, *arguments)
+    backend = backends.choose(input.device.type)
+    *others, residual, activation = arguments
+    residual = readable_residual(backend, residual, input.size(1))
+    return backend.batch_norm_act_inference(input, *others, residual, activation)
 
 
 library.impl("batch_norm_act_inference", _kernel, "CompositeExplicitAutograd")
@@ -87,6 +90,7 @@ class _BatchNormActInference(torch.autograd.Function):
             ctx.activation,
         ) = arguments
         ctx.backend = backends.chosen()
+        ctx.residual_channels = None if residual is None else residual.size(1)
         # With a residual the output is kept, for whatever takes it keeps it too.
         from_input = (
             residual is None
@@ -122,6 +126,8 @@ class _BatchNormActInference(torch.autograd.Function):
                 False,
                 (need[0], need[3], need[4], need[6]),
             )
+        if grad_residual is not None:
+            grad_residual = middle_channels(grad_residual, ctx.residual_channels)
         return grad_input, None, None, grad_weight, grad_bias, None, grad_residual, None
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
-from .gradients import accumulation_dtype, has_norm_kernel, norm_act_backward
-from .layout import contiguous_like_eager
+from .gradients import accumulation_dtype, has_norm_kernel, middle_channels, norm_act_backward
+from .layout import contiguous_like_eager, readable_residual
 from .registration import (
     autocast_residual,
     has_foreign,
@@ -54,7 +54,10 @@ def batch_norm_act_training(
 
 
 def _kernel(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return backends.choose(input.device.type).batch_norm_act_training(input, *arguments)
+    backend = backends.choose(input.device.type)
+    *others, residual, activation = arguments
+    residual = readable_residual(backend, residual, input.size(1))
+    return backend.batch_norm_act_training(input, *others, residual, activation)
 
 
 library.impl("batch_norm_act_training", _kernel, "CompositeExplicitAutograd")
@@ -81,6 +84,7 @@ class _BatchNormActTraining(torch.autograd.Function):
         input, weight, bias, ctx.eps, residual, ctx.activation = arguments
         ctx.mark_non_differentiable(mean, var)
         ctx.backend = backends.chosen()
+        ctx.residual_channels = None if residual is None else residual.size(1)
         # With a residual the output is kept, for whatever takes it keeps it too.
         from_input = residual is None and has_norm_kernel(input, weight, bias)
         keep = ctx.activation == "relu" and not from_input
@@ -105,6 +109,8 @@ class _BatchNormActTraining(torch.autograd.Function):
                 True,
                 (*need[:3], need[4]),
             )
+        if grad_residual is not None:
+            grad_residual = middle_channels(grad_residual, ctx.residual_channels)
         return *gradients, None, grad_residual, None
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends, reference
-from .gradients import act_backward, conv_norm_backward
+from .gradients import act_backward, conv_norm_backward, middle_channels
+from .layout import readable_residual
 from .registration import (
     autocast_tensor,
     has_foreign,
@@ -77,21 +77,8 @@ def conv_bn_act(
 def _kernel(input: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
     backend = backends.choose(input.device.type)
     *others, residual, activation = arguments
-    residual = readable_residual(backend, residual, weight)
+    residual = readable_residual(backend, residual, weight.size(0))
     return backend.conv_bn_act(input, weight, *others, residual, activation)
-
-
-def readable_residual(
-    backend: ModuleType, residual: Tensor | None, weight: Tensor
-) -> Tensor | None:
-    """`residual` with all of its channels, unless the backend's kernels stand in zeros for some."""
-    if (
-        residual is not None
-        and residual.size(1) != weight.size(0)
-        and not getattr(backend, "reads_narrow_residuals", False)
-    ):
-        return reference.pad_channels(residual, weight.size(0))
-    return residual
 
 
 library.impl("conv_bn_act", _kernel, "CompositeExplicitAutograd")
@@ -175,8 +162,7 @@ class _ConvBnAct(torch.autograd.Function):
         )
         grad_residual = None
         if need[12]:
-            channels = ctx.residual_channels
-            grad_residual = grad.narrow(1, (grad.size(1) - channels) // 2, channels)
+            grad_residual = middle_channels(grad, ctx.residual_channels)
         return *gradients, None, None, None, None, grad_residual, None
 
 

@@ -146,6 +146,11 @@ def norm_act_backward(
     )
 
 
+def middle_channels(grad: Tensor, channels: int) -> Tensor:
+    """The gradient of `residual` given that of `reference.pad_channels(residual)`, a view."""
+    return grad.narrow(1, (grad.size(1) - channels) // 2, channels)
+
+
 def channel_sum(grad: Tensor) -> Tensor:
     """Sum over all dimensions but the second, in the accumulation dtype."""
     return grad.sum((0, *range(2, grad.dim())), dtype=accumulation_dtype(grad.dtype))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gradients import accumulation_dtype, act_backward, channel_sum
+from .gradients import accumulation_dtype, act_backward, channel_sum, middle_channels
 from .registration import library, needs_grad
 
 _operator = torch.ops.fused_resnet.scale_shift_act.default
@@ -43,7 +43,8 @@ class _ScaleShiftAct(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             output = _operator(*arguments)
-        input, scale, _, _, ctx.activation = arguments
+        input, scale, _, residual, ctx.activation = arguments
+        ctx.residual_channels = None if residual is None else residual.size(1)
         ctx.save_for_backward(
             input if ctx.needs_input_grad[1] else None,
             scale if ctx.needs_input_grad[0] else None,
@@ -66,7 +67,7 @@ class _ScaleShiftAct(torch.autograd.Function):
             grad_input,
             grad_scale,
             channel_sum(grad) if need[2] else None,
-            grad if need[3] else None,
+            middle_channels(grad, ctx.residual_channels) if need[3] else None,
             None,
         )
 

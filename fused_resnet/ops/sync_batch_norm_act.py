@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .. import backends, reference
 from .batch_norm_act_inference import batch_norm_act_inference
+from .gradients import middle_channels
 from .layout import contiguous_like_eager
 from .registration import is_plain
 
@@ -177,6 +178,7 @@ class _SyncBatchNormAct(torch.autograd.Function):
     ) -> Tensor:
         output = normalize(input, shared, weight, bias, eps, residual, activation)
         ctx.eps, ctx.activation, ctx.group = eps, activation, group
+        ctx.residual_channels = None if residual is None else residual.size(1)
         keep = needs_output(input, residual, activation)
         ctx.save_for_backward(input, weight, bias, *shared, output if keep else None)
         return output
@@ -189,4 +191,6 @@ class _SyncBatchNormAct(torch.autograd.Function):
             grad, input, output, weight, bias, tuple(shared), ctx.eps, ctx.activation, ctx.group,
             (*need[:3], need[4]),
         )  # fmt: skip
+        if grad_residual is not None:
+            grad_residual = middle_channels(grad_residual, ctx.residual_channels)
         return *gradients, None, grad_residual, None, None, None

@@ -4,6 +4,8 @@
     h[i]   = relu(batch_norm[i](raw[i]))                      for all convolutions but the last
     output = relu(batch_norm[n](raw[n]) + shortcut),  shortcut = input or batch_norm(conv(input))
 
+or, of fewer channels than the output, every `step`-th pixel of the input, between zeros.
+
 Kept for backward are the input, the output (whatever follows keeps it as its input), `raw` and
 vectors of one value a channel. Each `h` is computed again from `raw` just before the convolution
 behind it needs it; with `low_memory` so are the `raw` of the last convolution and of the
@@ -28,7 +30,7 @@ from torch import Tensor
 from .. import backends
 from .batch_norm_act_inference import batch_norm_act_inference
 from .batch_norm_act_training import batch_norm_act_training
-from .gradients import aten, has_norm_kernel, norm_act_backward
+from .gradients import aten, has_norm_kernel, middle_channels, norm_act_backward
 from .registration import autocast_tensor, is_plain, needs_grad
 from .sync_batch_norm_act import normalize, shared_backward, shared_statistics
 
@@ -54,6 +56,15 @@ class _Block:
     layers: tuple[_Layer, ...]
     has_projection: bool
     low_memory: bool
+    step: int = 1  # between the pixels of the input that are the shortcut
+
+    def subsampled(self, tensor: Tensor) -> Tensor:
+        """Of the input or its gradient, a view of what is the shortcut."""
+        return tensor if self.step == 1 else tensor[:, :, :: self.step, :: self.step]
+
+    def shortcut_is_input(self, input: Tensor, shortcut: Tensor | None) -> bool:
+        """Whether the shortcut, or its gradient, is like the block's input; false for None."""
+        return not self.has_projection and shortcut is not None and shortcut.shape == input.shape
 
     @property
     def main(self) -> int:
@@ -67,6 +78,7 @@ def residual_block_training(
     groups: Sequence[dist.ProcessGroup | None],
     has_projection: bool,
     low_memory: bool,
+    step: int = 1,
 ) -> tuple[Tensor, list[Statistics]] | None:
     """`relu(... + shortcut)` as above.
 
@@ -77,6 +89,8 @@ def residual_block_training(
         groups: for each of them the processes whose batches make the statistics, or None.
         has_projection: whether the last layer makes the shortcut.
         low_memory: whether 1x1 convolutions are computed twice rather than kept.
+        step: without a projection, between the pixels of the input that make the shortcut, which
+            may have fewer channels than the output: see `reference.pad_channels`.
 
     Returns:
         The output and each layer's statistics, or None where the block has to run operator by
@@ -86,7 +100,7 @@ def residual_block_training(
     if arguments is None:
         return None
     input, described, parameters = arguments
-    block = _Block(described, has_projection, low_memory)
+    block = _Block(described, has_projection, low_memory, step)
     statistics: list[Statistics] = []
     with torch.autocast(input.device.type, enabled=False):
         return _ResidualBlock.apply(input, block, statistics, *parameters), statistics
@@ -287,9 +301,10 @@ def _run_block(
     hidden += [h] if torch.is_grad_enabled() else []
     raw = passes[block.main - 1].convolve(h)
     del h
-    shortcut = input
     if block.has_projection:
         shortcut = passes[-1].normalize(passes[-1].convolve(input), None, "none")
+    else:
+        shortcut = block.subsampled(input)
     return passes[block.main - 1].normalize(raw, shortcut, "relu")
 
 
@@ -333,8 +348,8 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         conv_grads = (None, None, None)
         if any(need_conv):
             # The shortcut's gradient is the block's own, to be overwritten.
-            add_to = shortcut_grad if index == 0 and not block.has_projection else None
-            conv_grads = step.conv_backward(grad, h, need_conv, add_to)
+            adds = index == 0 and block.shortcut_is_input(input, shortcut_grad)
+            conv_grads = step.conv_backward(grad, h, need_conv, shortcut_grad if adds else None)
         del h
         grad = conv_grads[0]
         grads[_PARAMETERS * index : _PARAMETERS * (index + 1)] = (*conv_grads[1:], *norm_grads)
@@ -355,6 +370,10 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             )
         grad = conv_grads[0]
         grads[-_PARAMETERS:] = (*conv_grads[1:], *norm_grads)
+    elif need_input and not block.shortcut_is_input(input, shortcut_grad):
+        grad = grad.clone() if again else grad
+        shortcut_grad = middle_channels(shortcut_grad, input.size(1))
+        block.subsampled(grad).add_(shortcut_grad)
     return grad if need_input else None, None, None, *grads
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ... import tuning
-from ...ops.layout import contiguous_like_eager
+from ...ops.layout import contiguous_like_eager, readable_residual
 from ...tuning import basic_block
 from ...tuning.problem import ESTIMATE, TILED, ChainProblem, Choice
 from .. import cuda, cudnn, library
@@ -42,6 +42,9 @@ __all__ = [
     "residual_blocks",
     "run_chain",
 ]
+
+reads_narrow_residuals = True
+"""Whether operators take a residual of fewer channels, without padding it in memory."""
 
 _CHAIN_DTYPES = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -134,10 +137,11 @@ def conv_bn_act(
             return _operators().triton_conv_bn_act(*arguments)
         if choice.kernel == "triton":
             return conv.conv_bn_act(*arguments, tile=choice.tile)
+        padded = (*arguments[:-2], readable_residual(cuda, residual, weight.size(0)), activation)
         if choice.kernel == "cuda":
-            return cuda.conv_bn_act(*arguments, tile=choice.tile)
+            return cuda.conv_bn_act(*padded, tile=choice.tile)
         if choice.kernel.startswith("cudnn") and not _is_traced(input):
-            return cudnn.conv_bn_act(*arguments)
+            return cudnn.conv_bn_act(*padded)
     return library.conv_bn_act(*arguments)
 
 

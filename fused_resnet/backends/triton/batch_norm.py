@@ -22,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from ... import reference
 from ...ops.layout import contiguous_like_eager
-from .conv import _launch
+from .conv import _is_wide, _launch
 from .kernels import _relu
 
 # Elements that a program has in hand at a time: two accesses of 16 bytes for each of 128 threads.
@@ -217,6 +218,13 @@ def normalize_kernel(
     C,
     S,
     steps,
+    P,
+    Q,
+    residual_stride_n,
+    residual_stride_c,
+    residual_stride_h,
+    residual_stride_w,
+    RESIDUAL_CHANNELS: tl.constexpr,
     RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -225,7 +233,8 @@ def normalize_kernel(
 ):
     """`output = relu((input - mean) scale + bias + residual)`, rounded once.
 
-    Reads the input and the residual once, writes the output once.
+    Reads the input and the residual once, writes the output once. The residual lies as the input
+    does, or has RESIDUAL_CHANNELS channels, in the middle of the input's, of P x Q pixels.
     """
     _, first, c = _place(C, steps, WIDE, BLOCK_R, BLOCK_C)
     c_exists = c < C
@@ -237,7 +246,20 @@ def normalize_kernel(
         x = tl.load(input_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
         out = _normalized(x - mean[None, :], scale, bias)
         if residual_ptr is not None:
-            out += tl.load(residual_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+            there = exists
+            if RESIDUAL_CHANNELS is not None:
+                k = c - (C - RESIDUAL_CHANNELS) // 2
+                there = exists & ((k >= 0) & (k < RESIDUAL_CHANNELS))[None, :]
+                pixels = (
+                    (row // (P * Q)) * residual_stride_n
+                    + (row // Q % P) * residual_stride_h
+                    + (row % Q) * residual_stride_w
+                )
+                offsets_there = pixels[:, None] + k[None, :] * residual_stride_c
+            else:
+                offsets_there = offsets
+            residual = tl.load(residual_ptr + offsets_there, mask=there, other=0.0)
+            out += residual.to(tl.float32)
         if RELU:
             out = _relu(out)
         tl.store(output_ptr + offsets, out.to(output_ptr.dtype.element_ty), mask=exists)
@@ -447,6 +469,11 @@ def _lying_like(tensor: Tensor, input: Tensor) -> Tensor:
     return torch.empty_like(input).copy_(tensor)
 
 
+def _is_image(tensor: Tensor) -> bool:
+    """Whether it has pixels (H, W), whose offsets 32 bits hold."""
+    return tensor.dim() == 4 and not _is_wide(tensor)
+
+
 def _vectors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t if t is None else t.contiguous() for t in tensors)
 
@@ -500,7 +527,8 @@ def batch_norm_act_training(
         weight: (C,) of any floating dtype, or None.
         bias: see `weight`.
         eps: added to the variance.
-        residual: of the input's shape and dtype, with any strides, or None.
+        residual: of the input's shape and dtype, with any strides, or with fewer channels, see
+            `reference.pad_channels`, or None.
         activation: "relu" or "none".
 
     Returns:
@@ -528,13 +556,30 @@ def batch_norm_act_inference(
     layout = _layout_of(input)
     steps, programs = layout.elementwise()
     output = torch.empty_like(input)
-    residual = None if residual is None else _lying_like(residual, input)
+    channels, size, strides = None, (1, 1), (0, 0, 0, 0)
+    if residual is not None and residual.size(1) != layout.C and _is_image(residual):
+        channels, size, strides = residual.size(1), residual.shape[2:], residual.stride()
+    elif residual is not None:
+        residual = _lying_like(reference.pad_channels(residual, layout.C), input)
     vectors = _vectors(running_mean, running_var, weight, bias)
     _launch(
         input,
         normalize_kernel,
         (programs,),
-        (input, *vectors, residual, output, eps, layout.rows, layout.C, layout.S, steps),
+        (
+            input,
+            *vectors,
+            residual,
+            output,
+            eps,
+            layout.rows,
+            layout.C,
+            layout.S,
+            steps,
+            *size,
+            *strides,
+        ),
+        RESIDUAL_CHANNELS=channels,
         RELU=activation == "relu",
         **layout.constants(),
     )

@@ -117,7 +117,8 @@ def conv_bn_act(
         padding: see `stride`.
         dilation: see `stride`.
         groups: see `stride`.
-        residual: (N, K, P, Q) with any strides.
+        residual: (N, K, P, Q) with any strides, or with fewer channels: see
+            `reference.pad_channels`.
         activation: "relu" or "none".
         tile: how to cut the problem up; None asks `tuning`.
 
@@ -139,7 +140,7 @@ def conv_bn_act(
         pixels = pixels.contiguous(memory_format=torch.channels_last)
     residual_strides = (0, 0, 0, 0) if residual is None else residual.stride()
     common = {
-        "RESIDUAL_DENSE": residual is not None and _lies_like(residual, output),
+        "RESIDUAL_CHANNELS": None if residual is None else _residual_channels(residual, output),
         "RELU": activation == "relu",
     }
     tiled = {
@@ -458,9 +459,13 @@ def _filters(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).contiguous()
 
 
-def _lies_like(residual: Tensor, output: Tensor) -> bool:
-    """Whether a (N, K, P, Q) tensor has the strides of a dense (N, P, Q, K) one."""
-    return residual.permute(0, 2, 3, 1).is_contiguous() and output.is_contiguous()
+def _residual_channels(residual: Tensor, output: Tensor) -> int | None:
+    """How many channels it has, None if it has the strides and channels of the output.
+
+    That is (N, P, Q, K) and dense, the residual (N, K, P, Q).
+    """
+    alike = residual.size(1) == output.size(3) and residual.permute(0, 2, 3, 1).is_contiguous()
+    return None if alike else residual.size(1)
 
 
 def _has_dense_rows(pixels: Tensor) -> bool:

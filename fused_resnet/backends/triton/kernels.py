@@ -119,7 +119,7 @@ def _finish_part(
     P,
     Q,
     K,
-    RESIDUAL_DENSE: tl.constexpr,
+    RESIDUAL_CHANNELS: tl.constexpr,
     RELU: tl.constexpr,
 ):
     """`output = relu(acc scale + shift + residual)`, rounded once and stored."""
@@ -133,7 +133,7 @@ def _finish_part(
     offsets = m[:, None] * K + k[None, :]
     exists = row_exists[:, None] & k_exists[None, :]
     if residual_ptr is not None:
-        if RESIDUAL_DENSE:
+        if RESIDUAL_CHANNELS is None:
             residual = tl.load(residual_ptr + offsets, mask=exists, other=0.0)
         else:
             q = m % Q
@@ -143,9 +143,11 @@ def _finish_part(
                 + (image_row % P) * residual_stride_h
                 + q * residual_stride_w
             )
+            c = k - (K - RESIDUAL_CHANNELS) // 2
+            there = exists & ((c >= 0) & (c < RESIDUAL_CHANNELS))[None, :]
             residual = tl.load(
-                residual_ptr + rows[:, None] + k[None, :] * residual_stride_c,
-                mask=exists,
+                residual_ptr + rows[:, None] + c[None, :] * residual_stride_c,
+                mask=there,
                 other=0.0,
             )
         acc += residual.to(tl.float32)
@@ -176,7 +178,7 @@ def _finish(
     P,
     Q,
     K,
-    RESIDUAL_DENSE: tl.constexpr,
+    RESIDUAL_CHANNELS: tl.constexpr,
     RELU: tl.constexpr,
 ):
     """The epilogue of a tile of rows `m` and `channels` channels from `first_k` on.
@@ -188,7 +190,7 @@ def _finish(
         _finish_part(
             acc, m, row_exists, first_k, channels, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr,
             bias_ptr, eps, residual_ptr, residual_stride_n, residual_stride_c, residual_stride_h,
-            residual_stride_w, output_ptr, P, Q, K, RESIDUAL_DENSE, RELU,
+            residual_stride_w, output_ptr, P, Q, K, RESIDUAL_CHANNELS, RELU,
         )  # fmt: skip
     elif acc.shape[1] == 128:
         left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, 64)), (0, 2, 1)))
@@ -197,7 +199,7 @@ def _finish(
                 left if j == 0 else right, m, row_exists, first_k + 64 * j, channels - 64 * j,
                 mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, eps, residual_ptr,
                 residual_stride_n, residual_stride_c, residual_stride_h, residual_stride_w,
-                output_ptr, P, Q, K, RESIDUAL_DENSE, RELU,
+                output_ptr, P, Q, K, RESIDUAL_CHANNELS, RELU,
             )  # fmt: skip
     else:
         tl.static_assert(acc.shape[1] == 256)
@@ -211,7 +213,7 @@ def _finish(
                     left if j == 0 else right, m, row_exists, first_k + at, channels - at,
                     mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, eps, residual_ptr,
                     residual_stride_n, residual_stride_c, residual_stride_h, residual_stride_w,
-                    output_ptr, P, Q, K, RESIDUAL_DENSE, RELU,
+                    output_ptr, P, Q, K, RESIDUAL_CHANNELS, RELU,
                 )  # fmt: skip
 
 
@@ -253,7 +255,7 @@ def conv_kernel(
     DILATION_W: tl.constexpr,
     DENSE_ROWS: tl.constexpr,
     EVEN_C: tl.constexpr,
-    RESIDUAL_DENSE: tl.constexpr,
+    RESIDUAL_CHANNELS: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -279,7 +281,8 @@ def conv_kernel(
     Args, where the name does not say it:
         DENSE_ROWS: row m of the input is `m input_stride_w` (1x1, stride 1, dense images).
         EVEN_C: BLOCK_K divides C, so the depth needs no mask.
-        RESIDUAL_DENSE: the residual lies in memory as the output does.
+        RESIDUAL_CHANNELS: how many channels the residual has, which lie in the middle of the
+            output's, or None where it lies in memory as the output does.
         WIDE: some offset does not fit into 31 bits.
     """
     # Which tile, of which group, and which share of its sum.
@@ -386,7 +389,7 @@ def conv_kernel(
             P,
             Q,
             K * groups,
-            RESIDUAL_DENSE,
+            RESIDUAL_CHANNELS,
             RELU,
         )
 
@@ -410,7 +413,7 @@ def sum_partials_kernel(
     residual_stride_c,
     residual_stride_h,
     residual_stride_w,
-    RESIDUAL_DENSE: tl.constexpr,
+    RESIDUAL_CHANNELS: tl.constexpr,
     RELU: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -461,7 +464,7 @@ def sum_partials_kernel(
         P,
         Q,
         K,
-        RESIDUAL_DENSE,
+        RESIDUAL_CHANNELS,
         RELU,
     )
 
@@ -556,7 +559,7 @@ def packed_conv_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     EVEN: tl.constexpr,
-    RESIDUAL_DENSE: tl.constexpr,
+    RESIDUAL_CHANNELS: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -640,7 +643,7 @@ def packed_conv_kernel(
         P,
         Q,
         groups * GROUP_K,
-        RESIDUAL_DENSE,
+        RESIDUAL_CHANNELS,
         RELU,
     )
 
@@ -725,7 +728,7 @@ def row_conv_kernel(
     PADDING_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     SKEW: tl.constexpr,
-    RESIDUAL_DENSE: tl.constexpr,
+    RESIDUAL_CHANNELS: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -790,7 +793,7 @@ def row_conv_kernel(
         P,
         Q,
         K,
-        RESIDUAL_DENSE,
+        RESIDUAL_CHANNELS,
         RELU,
     )
 

@@ -1,0 +1,71 @@
+"""No warning is printed twice, whatever is fused, reported, run, trained, compiled or unfused."""
+
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+SCRIPT = """
+import copy
+import sys
+import warnings
+
+import torch
+import torchvision
+from torch import nn
+
+import fused_resnet
+from fused_resnet import models
+
+family = sys.argv[1]
+
+
+def make():
+    if family == "cifar":
+        return models.cifar_resnet(8)
+    if family == "densenet":
+        return torchvision.models.DenseNet(8, (2, 2), 16)
+    if family == "timm":
+        import timm
+
+        return timm.create_model("resnet10t", num_classes=4)
+    if family == "frozen":
+        norm, block = torchvision.ops.FrozenBatchNorm2d, torchvision.models.resnet.BasicBlock
+        return torchvision.models.ResNet(block, [1] * 4, norm_layer=norm)
+    return torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1] * 4)
+
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        model = fused_resnet.fuse(make())
+        fused_resnet.fuse(model)
+        str(fused_resnet.report(model))
+        x = torch.randn(2, 3, 64, 64)
+        for _ in range(2):
+            model.train()(x).sum().backward()
+            with torch.no_grad():
+                model.eval()(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                model.train()(x).sum().backward()
+        with torch.no_grad():
+            torch.compile(copy.deepcopy(model).eval(), backend="eager")(x)
+        fused_resnet.unfuse(copy.deepcopy(model))
+    print("ran", file=sys.stdout)
+for warning in caught:
+    print(f"{warning.filename}:{warning.lineno}: {warning.message}", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("family", ["torchvision", "cifar", "densenet", "timm", "frozen"])
+def test_no_warning_is_printed_twice(family):
+    """With every filter open: neither Python's warnings nor what torch writes by itself."""
+    if family == "timm":
+        pytest.importorskip("timm")
+    command = [sys.executable, "-W", "always", "-c", SCRIPT, family]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "ran"
+    counts = Counter(line for line in result.stderr.splitlines() if line.strip())
+    assert [line for line, count in counts.items() if count > 1] == []
