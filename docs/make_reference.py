@@ -20,7 +20,7 @@ MODULES: list[tuple[ModuleType, list[str]]] = [
         fused_resnet,
         ["fuse", "unfuse", "report", "BasicBlock", "Bottleneck", "ResNet", "use_backend"],
     ),
-    (functional, ["conv_bn_act", "conv_bn_act_max_pool", "batch_norm_act"]),
+    (functional, ["conv_bn_act", "norm_conv_bn_act", "conv_bn_act_max_pool", "batch_norm_act"]),
     (models, models.__all__),
     (backends, ["available", "explain", "release"]),
     (backends.cpu, ["empty_cache"]),

@@ -126,6 +126,26 @@ def conv_error(
     )
 
 
+def prologue_error(
+    name: str,
+    input: Tensor,
+    in_mean: Tensor,
+    in_var: Tensor,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    in_eps: float,
+) -> ValueError | TypeError | None:
+    """What is wrong with the norm before a convolution without errors of its own, or None."""
+    return _norm_error(
+        name,
+        input,
+        input.size(1),
+        ("in_mean", "in_var", "in_weight", "in_bias"),
+        (in_mean, in_var, in_weight, in_bias),
+        2,
+    ) or _eps_error(name, in_eps, "in_eps")
+
+
 def pool_error(
     name: str,
     input: Tensor,
@@ -277,11 +297,11 @@ def _norm_error(
     return None
 
 
-def _eps_error(name: str, eps: float) -> ValueError | TypeError | None:
+def _eps_error(name: str, eps: float, what: str = "eps") -> ValueError | TypeError | None:
     if not isinstance(eps, (int, float)):
-        return TypeError(f"{name}: eps is {eps!r}, must be a number")
+        return TypeError(f"{name}: {what} is {eps!r}, must be a number")
     if not eps >= 0:
-        return ValueError(f"{name}: eps is {eps}, must not be negative")
+        return ValueError(f"{name}: {what} is {eps}, must not be negative")
     return None
 
 

@@ -101,6 +101,95 @@ def conv_bn_act(
     )
 
 
+def norm_conv_bn_act(
+    input: Tensor,
+    in_mean: Tensor,
+    in_var: Tensor,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    in_eps: float,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+) -> Tensor:
+    """Batch norm and ReLU while a convolution loads its input, then all of `conv_bn_act`.
+
+    `conv_bn_act(h, weight, ...)` of
+    `h = relu(in_weight (input - in_mean) / sqrt(in_var + in_eps) + in_bias)`: what a
+    pre-activation block (He et al., "Identity Mappings in Deep Residual Networks", figure 4 (e))
+    or a layer of a DenseNet (Huang et al., "Densely Connected Convolutional Networks", section 3)
+    has before its convolutions. h is rounded to the input's dtype, and the convolution pads h, not
+    the input, with zeros. Differentiable, twice, in everything but the statistics; for backward h
+    is not kept, but computed again.
+
+    Where the backend has a kernel for it, input and residual are read and the output is written
+    once, so h costs no memory traffic; elsewhere h is written once and read once besides.
+
+    Args:
+        input: (N, C, H, W); float32, bfloat16, float16 or float64.
+        in_mean: (C,), of the input's dtype, or float32 beside a 16-bit input.
+        in_var: as `in_mean`.
+        in_weight: as `in_mean`, or None for ones.
+        in_bias: as `in_mean`, or None for zeros.
+        in_eps: added to `in_var`.
+        weight: see `conv_bn_act`, as for all that follow.
+        running_mean: see `conv_bn_act`.
+        running_var: see `conv_bn_act`.
+        bn_weight: see `conv_bn_act`.
+        bn_bias: see `conv_bn_act`.
+        eps: see `conv_bn_act`.
+        bias: see `conv_bn_act`.
+        stride: see `conv_bn_act`.
+        padding: see `conv_bn_act`.
+        dilation: see `conv_bn_act`.
+        groups: see `conv_bn_act`.
+        residual: see `conv_bn_act`.
+        activation: see `conv_bn_act`; what comes before the convolution is always a ReLU.
+
+    Returns:
+        (N, K, P, Q), in the dtype and memory format `conv2d` would return.
+
+    Raises:
+        TypeError: an argument's type or dtype is not one of the above.
+        ValueError: a shape, device or number does not fit.
+    """
+    name = "norm_conv_bn_act"
+    norm = (in_mean, in_var, in_weight, in_bias, in_eps)
+    convolution = (
+        weight,
+        running_mean,
+        running_var,
+        bn_weight,
+        bn_bias,
+        eps,
+        bias,
+        checks.pair(stride, f"{name}: stride"),
+        checks.pair(padding, f"{name}: padding"),
+        checks.pair(dilation, f"{name}: dilation"),
+        groups,
+        residual,
+        activation,
+    )
+    error = checks.conv_error(name, input, *convolution)
+    if error is None:
+        error = checks.prologue_error(name, input, *norm)
+    if error is not None:
+        raise error
+    function = reference.norm_conv_bn_act if transforms_active() else ops.norm_conv_bn_act
+    return function(input, *norm, *convolution)
+
+
 def conv_bn_act_max_pool(
     input: Tensor,
     weight: Tensor,

@@ -7,6 +7,7 @@ does. They are as differentiable, traceable and transformable as the torch funct
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,35 @@ def conv_bn_act(
     out = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     out = F.batch_norm(out, running_mean, running_var, bn_weight, bn_bias, eps=eps)
     return add_act(out, residual, activation)
+
+
+def norm_conv_bn_act(
+    input: Tensor,
+    in_mean: Tensor,
+    in_var: Tensor,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    in_eps: float,
+    *arguments: Any,
+) -> Tensor:
+    """`conv_bn_act(relu(batch_norm(input)), ...)`, running statistics in both.
+
+    Args:
+        input: (N, C, H, W).
+        in_mean: (C,), of the norm before the convolution, as are the next four.
+        in_var: (C,).
+        in_weight: (C,) or None.
+        in_bias: (C,) or None.
+        in_eps: added to `in_var`.
+        *arguments: those of `conv_bn_act` from `weight` on.
+
+    Returns:
+        What `conv_bn_act` does. The normalised input is rounded to the dtype of `input`, and the
+        zeros of the convolution's padding are beside it, not beside `input`.
+    """
+    norm = (in_mean, in_var, in_weight, in_bias)
+    normalised = torch.relu(F.batch_norm(input, *norm, eps=in_eps))
+    return conv_bn_act(normalised, *arguments)
 
 
 def conv_bn_act_max_pool(

@@ -310,6 +310,87 @@ def make_conv_case(
     return case.map(lambda t: t.to(device))
 
 
+@dataclass
+class NormConvCase(ConvCase):
+    """The arguments of one `norm_conv_bn_act` call: those of `conv_bn_act` and the norm before."""
+
+    in_mean: Tensor | None = None
+    in_var: Tensor | None = None
+    in_weight: Tensor | None = None
+    in_bias: Tensor | None = None
+    in_eps: float = 1e-5
+
+    def convolution(self, input: Tensor) -> ConvCase:
+        """The convolution alone, on another input."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(ConvCase)}
+        return ConvCase(**{**fields, "input": input})
+
+    def normalised(self) -> Tensor:
+        """What the convolution reads, as torch's separate operators make it."""
+        norm = (self.in_mean, self.in_var, self.in_weight, self.in_bias)
+        return F.relu(F.batch_norm(self.input, *norm, False, 0.0, self.in_eps))
+
+    def eager(self) -> Tensor:
+        return self.convolution(self.normalised()).eager()
+
+    def fused(self) -> Tensor:
+        return functional.norm_conv_bn_act(
+            self.input,
+            self.in_mean,
+            self.in_var,
+            self.in_weight,
+            self.in_bias,
+            self.in_eps,
+            self.weight,
+            self.running_mean,
+            self.running_var,
+            self.bn_weight,
+            self.bn_bias,
+            self.eps,
+            bias=self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            residual=self.residual,
+            activation=self.activation,
+        )
+
+    def rounding_bound(self) -> Tensor:
+        """Twice `ConvCase.rounding_bound`, for the convolution's input has rounding errors too.
+
+        They are eight of the accumulation's and one of the dtype's, relative to the sum of the
+        norm's absolute terms. The ReLU magnifies none, nor the convolution beyond the sum of its
+        absolute products, of which `ConvCase.rounding_bound` counts more errors than these.
+        """
+        exact = self.double().map(torch.abs)
+        per_channel = lambda t: t[:, None, None]  # noqa: E731
+        scale = (exact.in_var + self.in_eps).rsqrt()
+        scale = scale if exact.in_weight is None else scale * exact.in_weight
+        magnitude = (exact.input + per_channel(exact.in_mean)) * per_channel(scale)
+        if exact.in_bias is not None:
+            magnitude = magnitude + per_channel(exact.in_bias)
+        return 2 * self.convolution(magnitude.to(self.input.dtype)).rounding_bound()
+
+
+def make_norm_conv_case(shape: ConvShape, *, in_affine: bool = True, **arguments: Any):
+    """`make_conv_case` with a norm before the convolution, whose ReLU stops about half of it."""
+    case = make_conv_case(shape, **arguments)
+    generator = torch.Generator().manual_seed(arguments.get("seed", 0) + 1)
+    C = shape.in_channels
+    like = case.running_mean
+    normal, uniform = (f(C, generator=generator) for f in (torch.randn, torch.rand))
+    fields = {f.name: getattr(case, f.name) for f in dataclasses.fields(ConvCase)}
+    return NormConvCase(
+        **fields,
+        in_mean=(0.3 * normal).to(like),
+        in_var=(0.5 + 1.5 * uniform).to(like),
+        in_weight=(1.5 - 2 * uniform).to(like) if in_affine else None,
+        # Padding before the norm, not after it, would put values of this size beside the image.
+        in_bias=(0.5 + normal).to(like) if in_affine else None,
+    )
+
+
 def conv_bn_exact(case: ConvCase) -> np.ndarray:
     """`case.eager()` without pooling in extended precision: what float64 is measured by."""
     x, w = (t.detach().cpu().numpy().astype(np.longdouble) for t in (case.input, case.weight))

@@ -14,6 +14,7 @@ from support import (
     dtype_id,
     image_batch,
     make_conv_case,
+    make_norm_conv_case,
     run_python,
     small_resnet,
 )
@@ -29,6 +30,7 @@ INTERNAL = {
     "batch_norm_act_backward_sums",
     "batch_statistics",
     "conv_bn_act_packed",
+    "norm_conv_bn_act_packed",
     "norm_vectors",
     "pack_conv_weight",
     "pool_empty_like",
@@ -115,6 +117,15 @@ def conv_samples(device, dtype, pool=None):
         yield require_grad(arguments, {0, 1, 4, 5, 7, 12} if grad else set())
 
 
+def norm_conv_samples(device, dtype):
+    for input, *rest in conv_samples(device, dtype):
+        like = rest[1]
+        grad = input.requires_grad
+        mean, var, weight, bias = torch.rand(4, input.size(1)).add(0.5).to(like).unbind(0)
+        norm = (mean.clone(), var.clone(), weight.clone(), bias.clone(), 1e-3)
+        yield (input, *require_grad(norm, {2, 3} if grad else set()), *rest)
+
+
 def batch_norm_samples(device, dtype, training):
     parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     for affine, residual, grad in itertools.product([True, False], repeat=3):
@@ -144,6 +155,8 @@ def samples(name, device, dtype):
         return conv_samples(device, dtype)
     if name == "conv_bn_act_max_pool":
         return conv_samples(device, dtype, STEM_POOL)
+    if name == "norm_conv_bn_act":
+        return norm_conv_samples(device, dtype)
     if name == "batch_norm_act_training":
         return batch_norm_samples(device, dtype, True)
     if name == "batch_norm_act_inference":
@@ -162,6 +175,7 @@ def test_every_operator_has_samples(name):
 PUBLIC = [
     "conv_bn_act",
     "conv_bn_act_max_pool",
+    "norm_conv_bn_act",
     "batch_norm_act_training",
     "batch_norm_act_inference",
     "scale_shift_act",
@@ -259,6 +273,7 @@ def test_internal_operators_keep_to_their_schemas(monkeypatch, name):
         model.train()(image_batch(4, 40))
         model.eval()
         make_conv_case(ConvShape(16, 24, (3, 3))).fused()
+        make_norm_conv_case(ConvShape(16, 24, (3, 3))).fused()
     model.train()(image_batch(4, 40)).sum().backward()
     train_on_shared_statistics()
     assert calls

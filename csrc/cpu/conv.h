@@ -5,6 +5,8 @@
 //                                             * w[k,c,r,s]  +  shift[k]  +  residual[n,k,p,q])
 //   scale = bn_weight / sqrt(running_var + eps),  shift = bn_bias + (bias - running_mean) * scale
 //
+// With a prologue, in is relu(in_scale[c] * input + in_shift[c]), rounded to the input's dtype.
+//
 // Memory traffic: input, packed weight and residual are read once from memory (a weight that
 // exceeds the second-level cache once per chunk of output rows), the output is written once.
 //
@@ -40,6 +42,9 @@ struct MaxPool {
   int64_t P, Q;  // size of the pooled output
 };
 
+// How many values behind the last channel's a prologue's scale and shift must have.
+constexpr int64_t kPrologueSlack = 16;
+
 struct Conv {
   // C and K count channels of all groups. P x Q is the convolution's own output, before any
   // pooling.
@@ -56,6 +61,8 @@ struct Conv {
   const float* bias;    // the convolution's own; may be null
   Norm norm;
   const void* residual;  // null: none
+  // The prologue's, by input channel; null: none. Then comes kPrologueSlack times zero.
+  const float *in_scale, *in_shift;
   // So many output channels at either end have no residual, which has the channels between them.
   int64_t res_skip;
   void* output;

@@ -1,5 +1,5 @@
-// The operator conv_bn_act_packed of the CPU backend: one convolution with everything after it. See
-// conv.h for the formula.
+// The operators conv_bn_act_packed and norm_conv_bn_act_packed of the CPU backend: one convolution
+// with everything after it, and what is before it. See conv.h for the formula.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -31,32 +31,24 @@ MaxPool make_pool(const std::vector<int64_t>& numbers, int64_t P, int64_t Q) {
   return pool;
 }
 
-Tensor conv_bn_act_packed(Tensor input, Tensor weight, Tensor packed, Tensor running_mean,
-                          Tensor running_var, std::optional<Tensor> bn_weight,
-                          std::optional<Tensor> bn_bias, double eps, std::optional<Tensor> bias,
-                          int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
-                          int64_t dil_h, int64_t dil_w, int64_t groups,
-                          std::optional<Tensor> residual, bool relu,
-                          std::vector<int64_t> max_pool) {
+Tensor run(const Tensor& input, const ConvLayer& layer, const InputNorm* input_norm,
+           const std::optional<Tensor>& residual, bool relu, const std::vector<int64_t>& max_pool) {
   STD_TORCH_CHECK(input.dim() == 4, "conv_bn_act: input has ", input.dim(),
                   " dimensions, it must have 4");
-  const ConvLayer layer{weight,  packed, running_mean, running_var, bn_weight,
-                        bn_bias, bias,   eps,          stride_h,    stride_w,
-                        pad_h,   pad_w,  dil_h,        dil_w,       groups};
   const PreparedLayer prepared(layer, input.size(0), input.size(1), input.size(2), input.size(3),
                                input.scalar_type());
   Conv conv = prepared.conv;
   conv.relu = relu;
   conv.has_pool = !max_pool.empty();
   if (conv.has_pool) {
-    STD_TORCH_CHECK(groups == 1 && !residual,
+    STD_TORCH_CHECK(layer.groups == 1 && !residual,
                     "conv_bn_act: pooling goes with neither groups nor a residual");
     conv.pool = make_pool(max_pool, conv.P, conv.Q);
   }
   const int64_t P = conv.has_pool ? conv.pool.P : conv.P;
   const int64_t Q = conv.has_pool ? conv.pool.Q : conv.Q;
   Tensor output = empty_activation(conv.N, conv.K, P, Q, input.scalar_type(),
-                                   is_channels_last(input) || is_channels_last(weight));
+                                   is_channels_last(input) || is_channels_last(layer.weight));
   conv.input = input.const_data_ptr();
   conv.in = strides_of(input);
   conv.output = output.mutable_data_ptr();
@@ -72,8 +64,41 @@ Tensor conv_bn_act_packed(Tensor input, Tensor weight, Tensor packed, Tensor run
     conv.res = strides_of(*residual);
     conv.res_skip = (conv.K - residual->size(1)) / 2;
   }
+  std::optional<Prologue> prologue;
+  if (input_norm != nullptr) {
+    prologue.emplace(*input_norm, conv.C, input.scalar_type());
+    prologue->add_to(conv);
+  }
   run_conv(conv);
   return output;
+}
+
+Tensor conv_bn_act_packed(Tensor input, Tensor weight, Tensor packed, Tensor running_mean,
+                          Tensor running_var, std::optional<Tensor> bn_weight,
+                          std::optional<Tensor> bn_bias, double eps, std::optional<Tensor> bias,
+                          int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
+                          int64_t dil_h, int64_t dil_w, int64_t groups,
+                          std::optional<Tensor> residual, bool relu,
+                          std::vector<int64_t> max_pool) {
+  return run(input,
+             {weight, packed, running_mean, running_var, bn_weight, bn_bias, bias, eps, stride_h,
+              stride_w, pad_h, pad_w, dil_h, dil_w, groups},
+             nullptr, residual, relu, max_pool);
+}
+
+Tensor norm_conv_bn_act_packed(Tensor input, Tensor in_mean, Tensor in_var,
+                               std::optional<Tensor> in_weight, std::optional<Tensor> in_bias,
+                               double in_eps, Tensor weight, Tensor packed, Tensor running_mean,
+                               Tensor running_var, std::optional<Tensor> bn_weight,
+                               std::optional<Tensor> bn_bias, double eps,
+                               std::optional<Tensor> bias, int64_t stride_h, int64_t stride_w,
+                               int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w,
+                               int64_t groups, std::optional<Tensor> residual, bool relu) {
+  const InputNorm norm{in_mean, in_var, in_weight, in_bias, in_eps};
+  return run(input,
+             {weight, packed, running_mean, running_var, bn_weight, bn_bias, bias, eps, stride_h,
+              stride_w, pad_h, pad_w, dil_h, dil_w, groups},
+             &norm, residual, relu, {});
 }
 
 std::string conv_isa_name() {
@@ -98,6 +123,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m)
 {
   m.impl("pack_conv_weight", TORCH_BOX(&pack_conv_weight));
   m.impl("conv_bn_act_packed", TORCH_BOX(&conv_bn_act_packed));
+  m.impl("norm_conv_bn_act_packed", TORCH_BOX(&norm_conv_bn_act_packed));
 }
 
 }  // namespace fused_resnet::cpu

@@ -99,6 +99,7 @@ FR_INLINE float relu(float x) {
 // with the padding written out as zeros. In it every tap of the filter is a constant offset, and
 // the taps of one filter row are one run of S * C consecutive values. For expanded groups "value"
 // is a vector: lane k of it is the input channel that meets output channel k of the task's block.
+// A prologue is applied on the way, so to every pixel a task reads and to no padding.
 struct Slab {
   int64_t columns;
   int64_t pixel, pitch;        // floats in a pixel and in a row
@@ -135,6 +136,45 @@ FR_INLINE void convert_run(float* dst, const typename T::Storage* src, int64_t c
   for (; i < count; ++i) dst[i] = load_one<T>(src + i);
 }
 
+// The prologue of some channels, the first of which is at both pointers; null: none.
+struct Affine {
+  const float *scale, *shift;
+};
+
+// A value as it would be read back from a tensor of dtype T.
+template <class T>
+FR_INLINE Vec rounded_to(Vec x) {
+  alignas(64) typename T::Storage lane[kLanes];
+  T::store(lane, x);
+  return T::load(lane);
+}
+
+template <>
+FR_INLINE Vec rounded_to<Float32>(Vec x) {
+  return x;
+}
+
+template <class T>
+FR_INLINE Vec normalised(Vec x, const Affine& norm, int64_t c) {
+  return rounded_to<T>(relu(x * Float32::load(norm.scale + c) + Float32::load(norm.shift + c)));
+}
+
+// The channels of one pixel, read as Source and rounded to T. The slack behind scale and shift lets
+// a last vector be computed that is not full.
+template <class Source, class T>
+FR_INLINE void normalise_pixel(float* dst, const typename Source::Storage* src, int64_t channels,
+                               const Affine& norm) {
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) {
+    Float32::store(dst + c, normalised<T>(Source::load(src + c), norm, c));
+  }
+  if (c == channels) return;
+  alignas(64) typename Source::Storage rest[kLanes] = {};
+  for (int64_t i = c; i < channels; ++i) rest[i - c] = src[i];
+  const Vec x = normalised<T>(Source::load(rest), norm, c);
+  for (int64_t i = c; i < channels; ++i) dst[i] = x[i - c];
+}
+
 // Channels that are not adjacent in memory: pixels of one channel are read along the row.
 template <class T>
 void transpose_row(float* dst, const typename T::Storage* src, const Conv& conv, int64_t count,
@@ -149,7 +189,8 @@ void transpose_row(float* dst, const typename T::Storage* src, const Conv& conv,
 // One pixel of a block of expanded groups: `channels` input channels, of which output channel k
 // meets k / group_k * group_c and the ones that follow.
 template <class T>
-void expand_pixel(float* dst, const typename T::Storage* src, const Conv& conv, int64_t channels) {
+void expand_pixel(float* dst, const typename T::Storage* src, const Conv& conv, int64_t channels,
+                  const Affine& norm) {
   const int64_t c_per_group = group_c(conv), k_per_group = conv.K / conv.groups;
   VecInt source;
   for (int k = 0; k < kLanes; ++k) source[k] = static_cast<int32_t>(k / k_per_group * c_per_group);
@@ -160,6 +201,7 @@ void expand_pixel(float* dst, const typename T::Storage* src, const Conv& conv, 
     pixel = Vec{};
     for (int64_t c = 0; c < channels; ++c) pixel[c] = load_one<T>(src + c * conv.in.c);
   }
+  if (norm.scale != nullptr) pixel = normalised<T>(pixel, norm, 0);
   for (int64_t c = 0; c < c_per_group; ++c) {
     Float32::store(dst + c * kLanes, __builtin_shuffle(pixel, source + static_cast<int32_t>(c)));
   }
@@ -174,6 +216,10 @@ void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int6
     const int64_t per_block = kLanes / (conv.K / conv.groups) * channels;
     first_channel = task.block_begin * per_block;
     channels = conv.C - first_channel < per_block ? conv.C - first_channel : per_block;
+  }
+  Affine norm{nullptr, nullptr};
+  if (conv.in_scale != nullptr) {
+    norm = {conv.in_scale + first_channel, conv.in_shift + first_channel};
   }
   const int64_t rows = slab.rows(conv, p_end - p_begin);
   // Columns [first, last) of a slab row lie inside the image.
@@ -197,10 +243,21 @@ void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int6
     if (conv.expanded) {
       for (int64_t j = 0; j < present; ++j) {
         expand_pixel<T>(inside + j * slab.pixel, src + j * slab.col_step * conv.in.w, conv,
-                        channels);
+                        channels, norm);
       }
     } else if (conv.in.c != 1) {
       transpose_row<T>(inside, src, conv, present, slab.col_step);
+      if (norm.scale != nullptr) {
+        for (int64_t j = 0; j < present; ++j) {
+          float* pixel = inside + j * channels;
+          normalise_pixel<Float32, T>(pixel, pixel, channels, norm);
+        }
+      }
+    } else if (norm.scale != nullptr) {
+      for (int64_t j = 0; j < present; ++j) {
+        normalise_pixel<T, T>(inside + j * channels, src + j * slab.col_step * conv.in.w, channels,
+                              norm);
+      }
     } else if (slab.col_step == 1 && conv.in.w == channels) {
       convert_run<T>(inside, src, present * channels);
     } else {
@@ -432,11 +489,11 @@ Multiply<T> multiply_for(bool expanded, int groups, int pixels, int vectors) {
 
 // ---- a task ------------------------------------------------------------------------------------
 
-// A float32 pointwise convolution reads its pixels where they are.
+// A float32 pointwise convolution reads its pixels where they are, if it reads them as they are.
 bool reads_input_in_place(const Conv& conv) {
-  return conv.dtype == Dtype::kFloat32 && !conv.expanded && is_pointwise(conv) &&
-         conv.stride_h == 1 && conv.stride_w == 1 && conv.pad_h == 0 && conv.pad_w == 0 &&
-         conv.in.c == 1;
+  return conv.dtype == Dtype::kFloat32 && conv.in_scale == nullptr && !conv.expanded &&
+         is_pointwise(conv) && conv.stride_h == 1 && conv.stride_w == 1 && conv.pad_h == 0 &&
+         conv.pad_w == 0 && conv.in.c == 1;
 }
 
 // Cuts rows into groups of at most kTilePixels and pairs groups of equal length, so that nearly

@@ -268,6 +268,34 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
   conv.expanded = shape.expanded;
 }
 
+Prologue::Prologue(const InputNorm& norm, int64_t C, ScalarType dtype)
+    : scale_(C + kPrologueSlack), shift_(C + kPrologueSlack) {
+  std::vector<float> copies[4];
+  auto data = [&](const Tensor& tensor, const char* name, int i) {
+    STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == C, "norm_conv_bn_act: ", name, " has ",
+                    tensor.numel(), " elements, input has ", C, " channels");
+    const ScalarType own = tensor.scalar_type();
+    STD_TORCH_CHECK(own == dtype || own == ScalarType::Float, "norm_conv_bn_act: ", name,
+                    " must have input's dtype, or float32");
+    return as_float32(tensor, name, C, copies[i]);
+  };
+  const float* mean = data(norm.mean, "in_mean", 0);
+  const float* var = data(norm.var, "in_var", 1);
+  const float* weight = norm.weight ? data(*norm.weight, "in_weight", 2) : nullptr;
+  const float* bias = norm.bias ? data(*norm.bias, "in_bias", 3) : nullptr;
+  for (int64_t c = 0; c < C; ++c) {
+    const double invstd = 1 / std::sqrt(static_cast<double>(var[c]) + norm.eps);
+    scale_[c] = static_cast<float>(invstd * (weight ? static_cast<double>(weight[c]) : 1));
+    shift_[c] = static_cast<float>((bias ? static_cast<double>(bias[c]) : 0) -
+                                   static_cast<double>(mean[c]) * static_cast<double>(scale_[c]));
+  }
+}
+
+void Prologue::add_to(Conv& conv) const {
+  conv.in_scale = scale_.data();
+  conv.in_shift = shift_.data();
+}
+
 // ---- tasks -------------------------------------------------------------------------------------
 
 namespace {

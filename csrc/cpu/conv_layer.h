@@ -21,6 +21,24 @@ struct ConvLayer {
   int64_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
 };
 
+// Batch norm with running statistics and ReLU on a convolution's input: the prologue.
+struct InputNorm {
+  torch::stable::Tensor mean, var;
+  std::optional<torch::stable::Tensor> weight, bias;
+  double eps;
+};
+
+// Its factors and addends, as the kernel takes them and as batch_norm_act has them, to the bit.
+class Prologue {
+ public:
+  Prologue(const InputNorm& norm, int64_t C, torch::headeronly::ScalarType dtype);
+  // `conv` points into this object from then on.
+  void add_to(Conv& conv) const;
+
+ private:
+  std::vector<float> scale_, shift_;
+};
+
 // The kernels for this machine, or null.
 const ConvIsa* conv_isa();
 

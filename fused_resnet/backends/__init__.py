@@ -3,7 +3,8 @@
 A backend is a module with these functions, named and ordered as the operators in `ops/`:
 `conv_bn_act`, `conv_bn_act_max_pool`, `batch_norm_act_training`, `batch_norm_act_inference`, plus
 `available() -> str`, `explain(operator, ...) -> str` and, if it caches anything made from
-parameters, `release(tensors)`. Their arguments are checked before they get there.
+parameters, `release(tensors)`. Their arguments are checked before they get there. A backend without
+the function `norm_conv_bn_act` runs `batch_norm_act_inference` and `conv_bn_act` in its place.
 """
 
 from __future__ import annotations
@@ -114,16 +115,21 @@ def explain(
         dilation: see `stride`.
         groups: see `stride`.
     """
-    return choose(device.type).explain(
-        operator,
-        device=device,
-        dtype=dtype,
-        weight_shape=weight_shape,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-    )
+    backend = choose(device.type)
+    arguments = {
+        "device": device,
+        "dtype": dtype,
+        "weight_shape": weight_shape,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+    }
+    if operator == "norm_conv_bn_act" and not hasattr(backend, operator):
+        before = backend.explain("batch_norm_act_inference", **arguments)
+        behind = backend.explain("conv_bn_act", **arguments)
+        return before if before == behind else f"{before} + {behind.rpartition(': ')[2]}"
+    return backend.explain(operator, **arguments)
 
 
 def release(tensors: Iterable[Tensor]) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "conv_bn_act_max_pool",
     "empty_cache",
     "explain",
+    "norm_conv_bn_act",
     "release",
     "residual_blocks",
 ]
@@ -46,6 +47,7 @@ _MOST_TAPS = 1024
 _ABSENT = torch.empty(0, device="cpu")
 _ISA: str = torch.ops.fused_resnet.conv_isa()
 _conv_bn_act_packed = torch.ops.fused_resnet.conv_bn_act_packed.default
+_norm_conv_bn_act_packed = torch.ops.fused_resnet.norm_conv_bn_act_packed.default
 _residual_blocks_packed = torch.ops.fused_resnet.residual_blocks_packed.default
 _pack_conv_weight = torch.ops.fused_resnet.pack_conv_weight.default
 _batch_statistics = torch.ops.fused_resnet.batch_statistics.default
@@ -75,6 +77,8 @@ def explain(
         pooled = operator == "conv_bn_act_max_pool"
         if _is_native(dtype, tuple(weight_shape), groups) and not (pooled and groups > 1):
             return f"cpu: native convolution ({_ISA})"
+    if operator == "norm_conv_bn_act" and _is_native(dtype, tuple(weight_shape), groups):
+        return f"cpu: native norm + convolution ({_ISA})"
     if operator == "batch_norm_act_training":
         return "cpu: native statistics + scale_shift_act"
     return "cpu: " + library.explain(operator)
@@ -133,6 +137,66 @@ def conv_bn_act(
         residual,
         activation == "relu",
         (),
+    )
+
+
+def norm_conv_bn_act(
+    input: Tensor,
+    in_mean: Tensor,
+    in_var: Tensor,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    in_eps: float,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """One pass: what the convolution reads is normalised on its way into the cache."""
+    norm = (in_mean, in_var, in_weight, in_bias, in_eps)
+    if not _is_native(input.dtype, weight.shape, groups):
+        return conv_bn_act(
+            batch_norm_act_inference(input, *norm, None, "relu"),
+            weight,
+            running_mean,
+            running_var,
+            bn_weight,
+            bn_bias,
+            eps,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            residual,
+            activation,
+        )
+    return _norm_conv_bn_act_packed(
+        input,
+        *norm,
+        weight,
+        _packed(weight, groups),
+        running_mean,
+        running_var,
+        bn_weight,
+        bn_bias,
+        eps,
+        bias,
+        *stride,
+        *padding,
+        *dilation,
+        groups,
+        residual,
+        activation == "relu",
     )
 
 

@@ -265,6 +265,7 @@ def explain(operator: str) -> str:
     """The kernels that run an operator, without the backend's name."""
     return {
         "conv_bn_act": "library convolution + scale_shift_act",
+        "norm_conv_bn_act": "scale_shift_act + library convolution + scale_shift_act",
         "conv_bn_act_max_pool": "library convolution + scale_shift_act + library pooling",
         "batch_norm_act_inference": "scale_shift_act",
         "batch_norm_act_training": "library statistics + scale_shift_act",

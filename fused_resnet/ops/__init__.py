@@ -9,6 +9,7 @@ from .batch_norm_act_training import batch_norm_act_training
 from .conv_bn_act import conv_bn_act
 from .conv_bn_act_max_pool import conv_bn_act_max_pool
 from .gradients import has_norm_kernel
+from .norm_conv_bn_act import norm_conv_bn_act
 from .residual_blocks import BlockLayers, residual_blocks
 from .scale_shift_act import scale_shift_act
 from .sync_batch_norm_act import sync_batch_norm_act
@@ -21,6 +22,7 @@ __all__ = [
     "conv_bn_act",
     "conv_bn_act_max_pool",
     "has_norm_kernel",
+    "norm_conv_bn_act",
     "residual_block_training",
     "residual_blocks",
     "scale_shift_act",

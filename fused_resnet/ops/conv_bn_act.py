@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -76,14 +77,21 @@ def conv_bn_act(
 def _kernel(input: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
     backend = backends.choose(input.device.type)
     *others, residual, activation = arguments
-    # Few backends' kernels read a residual of fewer channels as if there were zeros around it.
+    residual = readable_residual(backend, residual, weight)
+    return backend.conv_bn_act(input, weight, *others, residual, activation)
+
+
+def readable_residual(
+    backend: ModuleType, residual: Tensor | None, weight: Tensor
+) -> Tensor | None:
+    """`residual` with all of its channels, unless the backend's kernels stand in zeros for some."""
     if (
         residual is not None
         and residual.size(1) != weight.size(0)
         and not getattr(backend, "reads_narrow_residuals", False)
     ):
-        residual = reference.pad_channels(residual, weight.size(0))
-    return backend.conv_bn_act(input, weight, *others, residual, activation)
+        return reference.pad_channels(residual, weight.size(0))
+    return residual
 
 
 library.impl("conv_bn_act", _kernel, "CompositeExplicitAutograd")

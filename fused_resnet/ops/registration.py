@@ -71,17 +71,26 @@ def register_autograd(name: str, function: type[torch.autograd.Function]) -> Non
     library.impl(name, autograd, "Autograd")
 
 
-def register_autocast(name: str, cast: Callable[[torch.dtype, str, tuple], tuple]) -> None:
-    """Makes `cast(dtype, device_type, arguments)` prepare the arguments under autocast."""
+def register_autocast(
+    name: str,
+    cast: Callable[[torch.dtype, str, tuple], tuple | None],
+    otherwise: Callable[..., Any] | None = None,
+) -> None:
+    """Makes `cast(dtype, device_type, arguments)` prepare the arguments under autocast.
+
+    Where it returns None, `otherwise`, still under autocast, takes the place of the operator.
+    """
     operator = getattr(torch.ops.fused_resnet, name).default
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
         def autocast(*arguments: Any, device_type: str = device_type, keys: Any = keys) -> Any:
             dtype = torch.get_autocast_dtype(device_type)
-            arguments = cast(dtype, device_type, arguments)
+            prepared = cast(dtype, device_type, arguments)
+            if prepared is None:
+                return otherwise(*arguments)
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                return operator(*arguments)
+                return operator(*prepared)
 
         library.impl(name, autocast, key)
 

@@ -1,0 +1,217 @@
+"""`norm_conv_bn_act`: batch norm and ReLU before a convolution, and `conv_bn_act` behind them.
+
+On a backend with such a kernel the normalised input exists in registers and caches alone; elsewhere
+the operator is `batch_norm_act_inference` and `conv_bn_act`, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+from .batch_norm_act_inference import batch_norm_act_inference
+from .conv_bn_act import conv_bn_act, readable_residual
+from .gradients import act_backward, conv_norm_backward, norm_act_backward
+from .registration import (
+    autocast_tensor,
+    has_foreign,
+    library,
+    needs_grad,
+    nothing_intercepts,
+    register_autocast,
+    register_autograd,
+    register_in_graphs,
+)
+
+library.define(
+    "norm_conv_bn_act(Tensor input, Tensor in_mean, Tensor in_var, Tensor? in_weight, "
+    "Tensor? in_bias, float in_eps, Tensor weight, Tensor running_mean, Tensor running_var, "
+    "Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, int[2] stride, int[2] padding, "
+    "int[2] dilation, int groups, Tensor? residual, str activation) -> Tensor"
+)
+_operator = torch.ops.fused_resnet.norm_conv_bn_act.default
+
+
+def norm_conv_bn_act(
+    input: Tensor,
+    in_mean: Tensor,
+    in_var: Tensor,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    in_eps: float,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Calls the operator. See `reference.norm_conv_bn_act` for what it computes."""
+    arguments = (
+        input,
+        in_mean,
+        in_var,
+        in_weight,
+        in_bias,
+        in_eps,
+        weight,
+        running_mean,
+        running_var,
+        bn_weight,
+        bn_bias,
+        eps,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        residual,
+        activation,
+    )
+    tensors = (*arguments[:5], *arguments[6:11], bias, residual)
+    if not nothing_intercepts(*tensors):
+        if has_foreign(*tensors):
+            return reference.norm_conv_bn_act(*arguments)
+        return _operator(*arguments)
+    if needs_grad(*tensors):
+        return _NormConvBnAct.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _kernel(*arguments)
+
+
+def _kernel(input: Tensor, *arguments: Any) -> Tensor:
+    backend = backends.choose(input.device.type)
+    if not hasattr(backend, "norm_conv_bn_act"):
+        return _in_two(input, *arguments)
+    *others, residual, activation = arguments
+    residual = readable_residual(backend, residual, weight=arguments[5])
+    return backend.norm_conv_bn_act(input, *others, residual, activation)
+
+
+def _in_two(*arguments: Any) -> Tensor:
+    return conv_bn_act(batch_norm_act_inference(*arguments[:6], None, "relu"), *arguments[6:])
+
+
+library.impl("norm_conv_bn_act", _kernel, "CompositeExplicitAutograd")
+register_in_graphs("norm_conv_bn_act", _kernel)
+
+
+@torch.library.register_fake("fused_resnet::norm_conv_bn_act", lib=library)
+def _fake(
+    input: Tensor,
+    in_mean: Tensor,
+    in_var: Tensor,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    in_eps: float,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+class _NormConvBnAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = norm_conv_bn_act(*arguments)
+        *norm, ctx.in_eps, weight, running_mean, running_var, bn_weight, bn_bias = arguments[:11]
+        ctx.eps, bias, *ctx.geometry, residual, ctx.activation = arguments[11:]
+        ctx.residual_channels = None if residual is None else residual.size(1)
+        ctx.bn_bias_dtype = None if bn_bias is None else bn_bias.dtype
+        ctx.backend = backends.chosen()
+        ctx.save_for_backward(
+            *norm,
+            weight,
+            running_mean,
+            running_var,
+            bn_weight,
+            bias if ctx.needs_input_grad[9] else None,
+            output if ctx.activation == "relu" else None,
+        )
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # What the convolution reads is not kept, so it is computed again.
+        input, in_mean, in_var, in_weight, in_bias, *convolved = ctx.saved_tensors
+        weight, running_mean, running_var, bn_weight, bias, output = convolved
+        need = ctx.needs_input_grad
+        need_norm = (need[0], need[3], need[4])
+        norm = (in_mean, in_var, in_weight, in_bias, ctx.in_eps)
+        with backends.as_chosen(ctx.backend):
+            grad = act_backward(grad, output, ctx.activation)
+            normalised = batch_norm_act_inference(input, *norm, None, "relu")
+            grad_normalised, *gradients = conv_norm_backward(
+                grad,
+                normalised,
+                weight,
+                running_mean,
+                running_var,
+                bn_weight,
+                ctx.bn_bias_dtype,
+                ctx.eps,
+                bias,
+                *ctx.geometry,
+                (any(need_norm), need[6], False, False, need[9], need[10], False, need[12]),
+            )
+            grad_input = grad_in_weight = grad_in_bias = None
+            if any(need_norm):
+                grad_input, grad_in_weight, grad_in_bias, _ = norm_act_backward(
+                    grad_normalised,
+                    input,
+                    normalised,
+                    in_weight,
+                    in_bias,
+                    in_mean,
+                    in_var,
+                    ctx.in_eps,
+                    "relu",
+                    False,
+                    (*need_norm, False),
+                )
+        grad_residual = None
+        if need[17]:
+            channels = ctx.residual_channels
+            grad_residual = grad.narrow(1, (grad.size(1) - channels) // 2, channels)
+        ours = (grad_input, None, None, grad_in_weight, grad_in_bias, None)
+        return *ours, *gradients, None, None, None, None, grad_residual, None
+
+
+register_autograd("norm_conv_bn_act", _NormConvBnAct)
+
+
+def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple | None:
+    # The norm runs in its input's dtype and the convolution in autocast's. Where these differ, the
+    # operator has no way to say so.
+    if autocast_tensor(arguments[0], dtype, device_type) is not arguments[0]:
+        return None
+    return tuple(
+        autocast_tensor(argument, dtype, device_type) if index in (6, 12, 17) else argument
+        for index, argument in enumerate(arguments)
+    )
+
+
+register_autocast("norm_conv_bn_act", _cast, otherwise=_in_two)
