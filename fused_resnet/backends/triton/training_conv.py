@@ -59,8 +59,9 @@ def table_kernel(
     C,
     BLOCK_C: tl.constexpr,
 ):
-    """A norm as a prologue wants it: `table = mean, scale, bias`; or, with the sums of its
-    gradient, `mean, scale, share total, share dot / (var + eps)`. C values a row.
+    """A norm as a prologue wants it: `table = mean, scale, bias`, C values a row.
+
+    With the sums of its gradient `mean, scale, share total, share dot / (var + eps)`.
 
     Reads up to `24 C` bytes, writes 12 or 16 C.
     """
@@ -118,13 +119,14 @@ def _store_part(
     stored = acc.to(output_ptr.dtype.element_ty)
     tl.store(output_ptr + offsets, stored, mask=exists)
     value = stored.to(tl.float32)
-    place = partial_ptr + slab * K + k
     if below_ptr is not None:
+        place = partial_ptr + slab * K + k
         total = tl.sum(tl.where(exists, value, 0.0), axis=0)
         dot = tl.sum(tl.where(exists, value * centred, 0.0), axis=0)
         tl.store(place, total, mask=k_exists)
         tl.store(place + slabs * K, dot, mask=k_exists)
     elif STATISTICS:
+        place = partial_ptr + slab * K + k
         # The mean first, then the distances to it: what it lost to rounding they find again.
         rounded = tl.sum(tl.where(exists, value, 0.0), axis=0) / rows_in_tile
         # An infinite one would make NaN of the mean, which is infinite.
@@ -170,6 +172,7 @@ def training_conv_kernel(
     DILATION_W: tl.constexpr,
     DENSE_ROWS: tl.constexpr,
     EVEN_C: tl.constexpr,
+    EVEN_K: tl.constexpr,
     PROLOGUE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     STATISTICS: tl.constexpr,
@@ -201,12 +204,15 @@ def training_conv_kernel(
         tile_m = tile_m.to(tl.int64)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     row_exists = m < M
-    # Rows and columns past the edge compute the last one again, which needs no mask.
+    # Rows and columns past the edge compute the last one again, which needs no mask. Where there
+    # are no such columns, their neighbours in a transposed weight are loaded together.
     rows, h, w = _pixels(
         tl.minimum(m, M - 1), P, Q, input_stride_n, input_stride_h, input_stride_w, STRIDE_H,
         STRIDE_W, PADDING_H, PADDING_W, DENSE_ROWS,
     )  # fmt: skip
-    column = tl.minimum(first_k + tl.arange(0, BLOCK_N), K - 1)
+    column = first_k + tl.arange(0, BLOCK_N)
+    if not EVEN_K:
+        column = tl.minimum(column, K - 1)
     columns = column if TRANSPOSED else column * (R * S * C)
     c_blocks = tl.cdiv(C, BLOCK_K)
     acc = _conv_sum(
@@ -284,7 +290,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Sums:
-    """Of the gradient behind a norm: `sum(g)` and `sum(g (input - mean))`, (C,), of `count` rows."""
+    """Of the gradient g behind a norm: `sum(g)`, `sum(g (input - mean))`, (C,), and how many rows."""
 
     total: Tensor
     dot: Tensor
@@ -484,6 +490,7 @@ def _launch(
         DILATION_W=dilation[1],
         DENSE_ROWS=pointwise and conv._has_dense_rows(pixels),
         EVEN_C=C % tile.block_k == 0,
+        EVEN_K=K % tile.block_n == 0,
         PROLOGUE=prologue,
         TRANSPOSED=transposed,
         STATISTICS=values == 3,
