@@ -290,7 +290,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Sums:
-    """Of the gradient g behind a norm: `sum(g)`, `sum(g (input - mean))`, (C,), and how many rows."""
+    """`sum(g)` and `sum(g (input - mean))`, (C,), of the gradient g behind a norm; and its rows."""
 
     total: Tensor
     dot: Tensor
