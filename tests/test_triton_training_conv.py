@@ -1,4 +1,4 @@
-"""Convolutions with norms at their ends, interpreted where there is no GPU; blocks that use them."""
+"""Convolutions with norms at their ends, interpreted where there is no GPU, and blocks of them."""
 
 from __future__ import annotations
 

@@ -406,7 +406,7 @@ def norm_conv_backward_input(
     if weight.shape[2:].numel() != 1:
         return None
     tile = _backward_tile(
-        grad, weight, size, stride, padding, dilation, groups, None, below, above=True
+        raw, weight, size, stride, padding, dilation, groups, None, below, above=True
     )
     if tile is None:
         return None
