@@ -213,7 +213,7 @@ def conv_bn_act(
             kernels.conv_kernel,
             (rows * groups * triton.cdiv(group_k, tile.block_n), split_k),
             (
-                pixels, filters, *parameters, residual, output, partial, None, eps, M, H, W, P, Q,
+                pixels, filters, *parameters, residual, output, partial, eps, M, H, W, P, Q,
                 group_c, group_k, groups, pixels.stride(0), pixels.stride(2), pixels.stride(3),
                 *residual_strides,
             ),

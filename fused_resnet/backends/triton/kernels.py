@@ -328,7 +328,6 @@ def conv_kernel(
     residual_ptr,
     output_ptr,
     partial_ptr,
-    table_ptr,
     eps,
     M,
     H,
@@ -371,8 +370,7 @@ def conv_kernel(
     `pixel(m, r, s) = (n, p stride - padding + r dilation, q stride - padding + s dilation)`.
     With `groups` > 1, `C` and `K` are those of one group, and a tile of channels lies within one.
     With SPLIT_K > 1 a program adds up its share of the (r, s, c) and writes the float32 sum to
-    `partial[z, m, k]`; `sum_partials_kernel` does the rest. With a `table` the input is normalised
-    and rectified on its way, per channel: see PROLOGUE "norm" of `_conv_sum`.
+    `partial[z, m, k]`; `sum_partials_kernel` does the rest.
 
     Reads the input, the weight and the residual once from memory (again from L2: the input
     `K / BLOCK_N` times for each of the `R S` taps, the weight `M / BLOCK_M` times), writes the
@@ -418,9 +416,9 @@ def conv_kernel(
         first = tl.program_id(1) * share
         last = tl.minimum(first + share, last)
     acc = _conv_sum(
-        input_ptr, None, weight_ptr, table_ptr, None, rows, h, w, columns, first, last, c_blocks, H,
+        input_ptr, None, weight_ptr, None, None, rows, h, w, columns, first, last, c_blocks, H,
         W, C, K, input_stride_h, input_stride_w, tile_n, R, S, DILATION_H, DILATION_W,
-        PADDING_H + PADDING_W > 0, EVEN_C, "none" if table_ptr is None else "norm", False,
+        PADDING_H + PADDING_W > 0, EVEN_C, "none", False,
         PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
