@@ -47,8 +47,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.errors import OutOfResources
 
-from fused_resnet.backends.triton import batch_norm, blocks, bottleneck, conv
-from fused_resnet.tuning import chain
+from fused_resnet.backends.triton import batch_norm, blocks, bottleneck, conv, training_conv
+from fused_resnet.tuning import chain, training
 from fused_resnet.tuning.architecture import ARCHITECTURES, Architecture
 from fused_resnet.tuning.estimate import best, candidates
 from fused_resnet.tuning.problem import (
@@ -308,6 +308,52 @@ def norm_launches(dtype: str) -> dict[str, list[Launch]]:
     finally:
         batch_norm._launch = kept
     return found
+
+
+def training_conv_launches(dtype: str) -> dict[str, list[Launch]]:
+    """Convolutions of a training step with norms at their ends, with every tile for these ends."""
+    made = getattr(torch, dtype)
+    found: dict[str, list[Launch]] = {}
+    C, K, one = 256, 512, (1, 1)
+
+    def pixels(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=made).to(memory_format=torch.channels_last)
+
+    kept = conv._launch
+    try:
+        with FakeTensorMode(), torch.device("cuda"):
+            low, high = (
+                training_conv.Norm(*(torch.empty(n) for _ in range(4)), 1e-5) for n in (C, K)
+            )
+            sums = training_conv.Sums(torch.empty(K), torch.empty(K), 7)
+            x, y = pixels(32, C, 28, 28), pixels(32, K, 28, 28)
+            for R in (1, 3):
+                w, around = pixels(K, C, R, R), (R // 2, R // 2)
+                for prologue, tiles in training.TILES.items():
+                    name = f"{R}x{R}, {prologue}"
+                    for tile in tiles:
+                        recorded = found.setdefault(name, [])
+                        conv._launch = recorder(recorded)
+                        geometry = (x.shape[2:], around, one)
+                        if prologue != "gradient":
+                            norm = low if prologue == "norm" else None
+                            training_conv.forward(x, w, None, one, around, one, norm, tile)
+                        elif R == 1:
+                            training_conv.backward_input(
+                                y, w, *geometry, None, (y, high, sums), (x, low), tile
+                            )
+                        if prologue == "none":
+                            training_conv.backward_input(
+                                y, w, *geometry, None, None, (x, low), tile
+                            )
+                            training_conv.backward_input(y, w, *geometry, x, None, None, tile)
+    finally:
+        conv._launch = kept
+    kernel = training_conv.training_conv_kernel
+    return {
+        name: [launch for launch in recorded if launch.kernel is kernel]
+        for name, recorded in found.items()
+    }
 
 
 def compiled(launch: Launch, architecture: str, order: bool = False) -> dict[str, Any]:

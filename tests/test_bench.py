@@ -706,6 +706,7 @@ def test_what_a_training_step_moves() -> None:
     for step in content["training"]:
         assert step["microseconds"]["convolutions"] < step["microseconds"]["fused"]
         assert step["microseconds"]["fused"] < step["microseconds"]["eager"]
+        assert step["microseconds"]["with_ends"] < step["microseconds"]["fused"]
         assert sum(norm["count"] for norm in step["norms"]) == 53
         assert len(step["blocks"]) == 17
         block = next(block for block in step["blocks"] if block["block"] == "layer1.1")

@@ -215,6 +215,31 @@ def test_norms_compile_now(architecture):
         judge_norm(entry)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_norms_at_the_ends_of_convolutions(architecture):
+    """The largest tile of each kind: no spills, tensor cores, copies and accesses of 16 bytes."""
+    out = run_python(
+        f"""
+        import json, sys
+        sys.path.insert(0, {str(BENCH)!r})
+        import static
+        found = static.training_conv_launches("float16")
+        chosen = found["3x3, none"][-3:-1] + found["3x3, norm"][-1:] + found["1x1, gradient"][-1:]
+        print(json.dumps([static.compiled(launch, {architecture!r}) for launch in chosen]))
+        """,
+        TRITON_INTERPRET="0",
+    )
+    entries = json.loads(out.splitlines()[-1])
+    assert len(entries) == 4
+    for entry in entries:
+        assert entry["spilled_bytes"] == 0, entry
+        assert entry["shared_bytes"] <= 1024 * SHARED_LIMIT[architecture], entry
+        assert entry["programs_per_multiprocessor"] >= 1, entry
+        assert entry["tensor_core"], entry
+        assert entry["global_loads"]["LDGSTS.128"] > 0, entry
+        assert entry["global_stores"]["STG.128"] > 0, entry
+
+
 @pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)
 def test_norms_in_the_report(path):
     """Every kernel for each architecture and dtype, judged as above."""

@@ -55,12 +55,17 @@ def print_training(console: Console, content: Mapping[str, Any]) -> None:
     for column in ("GPU", "network"):
         table.add_column(column)
     table.add_column("batch", justify="right")
-    for column in ("eager", "fused", "eager /\nfused", "least of copy,\nforward", "backward"):
+    for column in (
+        "eager", "fused", "eager /\nfused", "norms at\nconvolutions' ends", "eager /\nthese",
+        "least of copy,\nforward", "backward",
+    ):  # fmt: skip
         table.add_column(column, justify="right")
     for step in content["training"]:
         times, moved = step["microseconds"], step["megabytes_per_image"]
         cells = [f"{times[how] / 1e3:.1f} ({moved[how]:.0f})" for how in ("eager", "fused")]
         cells.append(f"{times['eager'] / times['fused']:.2f}")
+        cells.append(f"{times['with_ends'] / 1e3:.1f}")
+        cells.append(f"{times['eager'] / times['with_ends']:.2f}")
         for direction in ("forward", "backward"):
             least = min(n[f"{direction}_share_of_copy_bandwidth"] for n in step["norms"])
             cells.append(f"{100 * least:.0f} %")

@@ -164,6 +164,73 @@ class _Pass:
         self.var: Tensor | None = None
         self.count: Tensor | None = None
 
+    @property
+    def norm(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]:
+        """The norm's statistics, weight, bias and eps, as backends take them."""
+        return self.mean, self.var, self.bn_weight, self.bn_bias, self.layer.eps
+
+    def _own(self, name: str, tensor: Tensor) -> Any:
+        """The backend's function of this name, where it has one and the statistics are our own."""
+        if self.layer.group is not None or torch.is_grad_enabled():
+            return None
+        return getattr(backends.choose(tensor.device.type), name, None)
+
+    def convolve_with_statistics(self, input: Tensor, before: _Pass | None) -> bool:
+        """In one, where the backend does; `before` is the layer whose norm the input lacks."""
+        run = self._own("conv_batch_norm_statistics", input)
+        prologue = None if before is None else before.norm
+        geometry = self.layer.geometry
+        found = run and run(input, self.weight, self.bias, *geometry, prologue)
+        if found is not None:
+            self.raw, self.mean, self.var = found
+        return found is not None
+
+    def finish(self, residual: Tensor | None, activation: str) -> Tensor:
+        """`normalize`, with the statistics that the convolution may have found."""
+        if self.mean is None:
+            return self.normalize(self.raw, residual, activation)
+        return batch_norm_act_inference(self.raw, *self.norm, residual, activation)
+
+    def input_backward(
+        self, grad: Tensor, size: Sequence[int], residual: Tensor | None, below: _Pass | None
+    ) -> tuple[Tensor, tuple | None] | None:
+        """The backend's `conv_backward_input`, where it has one that runs this."""
+        run = (self if below is None else below)._own("conv_backward_input", grad)
+        behind = None if below is None else (below.raw, *below.norm)
+        geometry = self.layer.geometry
+        return run and run(grad, self.weight, size, *geometry, residual, behind)
+
+    def last_backward(self, grad: Tensor, output: Tensor, below: _Pass) -> tuple | None:
+        """The backend's `norm_conv_backward_input`, likewise."""
+        run = self._own("norm_conv_backward_input", grad)
+        if run is None or below.layer.group is not None:
+            return None
+        behind = (below.raw, *below.norm)
+        size, geometry = below.raw.shape[2:], self.layer.geometry
+        return run(grad, output, self.raw, self.norm, self.weight, size, *geometry, behind)
+
+    def norm_backward_from(
+        self, grad: Tensor, sums: tuple[Tensor, Tensor, Tensor], need: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The norm's gradients from that behind it, which it may overwrite, and its sums."""
+        total, dot, grad_weight = sums
+        grad_input = None
+        if need[0]:
+            grad_input, _ = backends.choose(grad.device.type).batch_norm_act_backward_input(
+                grad, self.raw, None, self.bn_weight, self.bn_bias, self.mean, self.var,
+                self.layer.eps, "none", total, dot, grad.numel() // grad.size(1), False, True,
+            )  # fmt: skip
+        return (grad_input, *self.norm_gradients(grad_weight, total, need))
+
+    def norm_gradients(
+        self, grad_weight: Tensor, grad_bias: Tensor, need: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Those of the weight and the bias, in their dtypes, where `need[1:]` asks for them."""
+        return (
+            grad_weight.to(self.bn_weight.dtype) if need[1] else None,
+            grad_bias.to(self.bn_bias.dtype) if need[2] else None,
+        )
+
     def convolve(self, input: Tensor) -> Tensor:
         self.raw = torch.conv2d(input, self.weight, self.bias, *self.layer.geometry)
         return self.raw
@@ -293,19 +360,28 @@ def _run_block(
     block: _Block, passes: Sequence[_Pass], input: Tensor, hidden: list[Tensor]
 ) -> Tensor:
     """The block's output; appends the main convolutions' inputs to `hidden` if autograd records."""
-    h = input
-    for step in passes[: block.main - 1]:
+    h, before = input, None
+    for step in passes[: block.main]:
         if torch.is_grad_enabled():
             hidden.append(h)
-        h = step.normalize(step.convolve(h), None, "relu")
-    hidden += [h] if torch.is_grad_enabled() else []
-    raw = passes[block.main - 1].convolve(h)
+        if not step.convolve_with_statistics(h, before):
+            if before is not None:
+                h, before = before.normalized(), None
+            if not step.convolve_with_statistics(h, None):
+                step.convolve(h)
+                if step is not passes[block.main - 1]:
+                    h = step.normalize(step.raw, None, "relu")
+                continue
+        h, before = step.raw, step
     del h
     if block.has_projection:
-        shortcut = passes[-1].normalize(passes[-1].convolve(input), None, "none")
+        projection = passes[-1]
+        if not projection.convolve_with_statistics(input, None):
+            projection.convolve(input)
+        shortcut = projection.finish(None, "none")
     else:
         shortcut = block.subsampled(input)
-    return passes[block.main - 1].normalize(raw, shortcut, "relu")
+    return passes[block.main - 1].finish(shortcut, "relu")
 
 
 def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -330,6 +406,7 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
     grads: list[Tensor | None] = [None] * count
     shortcut_grad: Tensor | None = None
+    sums: tuple | None = None  # of grad, where the convolution behind found them
     need_shortcut = need_input or (block.has_projection and any(needs[-1]))
     for index in reversed(range(block.main)):
         step, last = passes[index], index == block.main - 1
@@ -339,13 +416,31 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if step.raw is None:
             step.convolve(h)
         need_norm = (any(need_conv), *needs[index][2:], last and need_shortcut)
-        grad, *norm_grads, residual_grad = step.norm_backward(
-            grad, output if last else None, "relu", need_norm, overwrite=not last and not again
-        )
+        input_grads = None
+        if last and before and index > 0:
+            input_grads = step.last_backward(grad, output, passes[index - 1])
+        if input_grads is not None:
+            *input_grads, grad, residual_grad, norm_grads = input_grads
+            norm_grads = step.norm_gradients(*norm_grads, need_norm)
+        elif sums is not None:
+            grad, *norm_grads = step.norm_backward_from(grad, sums, need_norm)
+        else:
+            grad, *norm_grads, residual_grad = step.norm_backward(
+                grad, output if last else None, "relu", need_norm, overwrite=not last and not again
+            )
         step.raw = None
         if last:
             shortcut_grad = residual_grad
+        if before and input_grads is None:
+            if index > 0:
+                below = passes[index - 1]
+                input_grads = step.input_backward(grad, h.shape[2:], None, below)
+            elif block.shortcut_is_input(input, shortcut_grad):
+                input_grads = step.input_backward(grad, h.shape[2:], shortcut_grad, None)
+        sums = None
         conv_grads = (None, None, None)
+        if input_grads is not None:
+            need_conv = (False, *need_conv[1:])
         if any(need_conv):
             # The shortcut's gradient is the block's own, to be overwritten.
             adds = index == 0 and block.shortcut_is_input(input, shortcut_grad)

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.nn import Parameter
 
 from ... import tuning
 from ...ops.layout import contiguous_like_eager, readable_residual
-from ...tuning import basic_block
-from ...tuning.problem import ESTIMATE, TILED, ChainProblem, Choice
+from ...tuning import architecture, basic_block
+from ...tuning import training as training_choice
+from ...tuning.problem import ESTIMATE, TILED, ChainProblem, Choice, Tile
 from .. import cuda, cudnn, library
 
 __all__ = [
@@ -32,12 +34,15 @@ __all__ = [
     "batch_norm_act_inference",
     "batch_norm_act_training",
     "batch_statistics",
+    "conv_backward_input",
+    "conv_batch_norm_statistics",
     "conv_bn_act",
     "conv_bn_act_max_pool",
     "explain",
     "in_graphs",
     "interpreted",
     "launchers",
+    "norm_conv_backward_input",
     "release",
     "residual_blocks",
     "run_chain",
@@ -291,6 +296,184 @@ def batch_norm_act_backward_input(
     return library.batch_norm_act_backward_input(*leading, *sums)
 
 
+def conv_batch_norm_statistics(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    prologue: tuple[Tensor, Tensor, Tensor | None, Tensor | None, float] | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A convolution, and the mean and biased variance (K,) of its output, in one pass.
+
+    Args:
+        input: (N, C, H, W).
+        weight: (K, C / groups, R, S).
+        bias: (K,) or None.
+        stride: of the convolution, as are `padding`, `dilation` and `groups`.
+        padding: see `stride`.
+        dilation: see `stride`.
+        groups: see `stride`.
+        prologue: mean, biased variance, weight, bias and eps of a batch norm that the input, and
+            then through a ReLU, goes through first; or None.
+
+    Returns:
+        None where other means are predicted to be as fast, or cannot be had.
+    """
+    if not _can_train(input, weight, bias, groups):
+        return None
+    conv, training = launchers(), _training()
+    tile = training.INTERPRETED_TILE
+    if input.device.type == "cuda":
+        problem = conv.problem_of(input, weight, stride, padding, dilation, groups, False)
+        gpu = architecture.of_device(input.device)
+        tile, _ = training_choice.forward(problem, prologue is not None, gpu)
+    if tile is None:
+        return None
+    norm = None if prologue is None else training.Norm(*prologue)
+    return training.forward(input, weight, bias, stride, padding, dilation, norm, tile)
+
+
+def conv_backward_input(
+    grad: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    below: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float] | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None] | None:
+    """A convolution's gradient in its input, and what would follow it.
+
+    Args:
+        grad: (N, K, P, Q), of the convolution's output.
+        weight: (K, C / groups, R, S).
+        size: (H, W) of its input.
+        stride: of the convolution, as are `padding`, `dilation` and `groups`.
+        padding: see `stride`.
+        dilation: see `stride`.
+        groups: see `stride`.
+        residual: to be added, of the input's shape; or None.
+        below: a tensor and its batch norm's mean, biased variance, weight, bias and eps, where
+            the convolution's input is `relu(batch_norm(below))`; or None.
+
+    Returns:
+        The gradient, with `below` behind that norm, and then its sum, its sum with `below - mean`
+        and that over `sqrt(var + eps)`. None as in `conv_batch_norm_statistics`.
+    """
+    tile = _backward_tile(grad, weight, size, stride, padding, dilation, groups, residual, below)
+    if tile is None:
+        return None
+    training = _training()
+    behind = None if below is None else (below[0], training.Norm(*below[1:]))
+    result, _, sums = training.backward_input(
+        grad, weight, size, padding, dilation, residual, None, behind, tile
+    )
+    return result, sums
+
+
+def norm_conv_backward_input(
+    grad: Tensor,
+    output: Tensor,
+    raw: Tensor,
+    norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None, float],
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    below: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float],
+) -> tuple[Tensor, tuple, Tensor, Tensor, tuple[Tensor, Tensor]] | None:
+    """`conv_backward_input` of a 1x1 convolution, with the norm that follows it and its shortcut.
+
+    Args:
+        grad: of `output = relu(batch_norm(raw) + shortcut)`, (N, K, P, Q).
+        output: see `grad`.
+        raw: the convolution's output.
+        norm: mean, biased variance, weight, bias and eps of that norm.
+        weight: (K, C / groups, 1, 1).
+        size: see `conv_backward_input`, as are those that follow.
+        stride: see `size`.
+        padding: see `size`.
+        dilation: see `size`.
+        groups: see `size`.
+        below: see `size`.
+
+    Returns:
+        What `conv_backward_input` does; the gradients of `raw` and of the shortcut; those of the
+        norm's weight and bias, in float32. None as there.
+    """
+    if weight.shape[2:].numel() != 1:
+        return None
+    tile = _backward_tile(
+        raw, weight, size, stride, padding, dilation, groups, None, below, above=True
+    )
+    if tile is None:
+        return None
+    training = _training()
+    mean, var, bn_weight, bn_bias, eps = norm
+    raw = raw.contiguous(memory_format=torch.channels_last)
+    masked = torch.empty_like(raw)
+    total, dot, grad_weight = _norms().batch_norm_act_backward_sums(
+        grad, raw, output, bn_weight, bn_bias, mean, var, eps, "relu", masked
+    )
+    sums = training.Sums(total, dot, raw.numel() // raw.size(1))
+    result, grad_raw, below_sums = training.backward_input(
+        masked, weight, size, padding, dilation, None, (raw, training.Norm(*norm), sums),
+        (below[0], training.Norm(*below[1:])), tile,
+    )  # fmt: skip
+    return result, below_sums, grad_raw, masked, (grad_weight, total)
+
+
+def _backward_tile(
+    grad: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    below: tuple | None,
+    above: bool = False,
+) -> Tile | None:
+    """Of a transposed convolution, or None where the library's is to run."""
+    _, C, R, S = weight.shape
+    around = tuple(
+        apart * (taps - 1) - before
+        for taps, before, apart in zip((R, S), padding, dilation, strict=True)
+    )
+    if max(stride) > 1 or min(around) < 0 or not _can_train(grad, weight, residual, groups):
+        return None
+    if grad.device.type != "cuda":
+        return _training().INTERPRETED_TILE
+    transposed = weight.new_empty((C, grad.size(1), R, S), device="meta")
+    problem = launchers().problem_of(
+        grad, transposed, stride, around, dilation, groups, residual is not None
+    )
+    gpu = architecture.of_device(grad.device)
+    return training_choice.backward(problem, above, below is not None, gpu)[0]
+
+
+def _can_train(input: Tensor, weight: Tensor, other: Tensor | None, groups: int) -> bool:
+    """Whether the kernels of `training_conv.py` take a convolution: channels_last, one group."""
+    dtypes = _DTYPES if input.device.type != "cuda" else (torch.float16, torch.bfloat16)
+    return (
+        groups == 1
+        and input.dtype in dtypes
+        and _can_run(input, weight, other)
+        and not _is_traced(input)
+        and input.numel() > 0
+        and weight.numel() > 0
+        and suggest_memory_format(input) is torch.channels_last
+    )
+
+
 def _can_normalize(input: Tensor, *others: Tensor | None) -> bool:
     """Whether dtype, size and devices are those the kernels of `batch_norm.py` take."""
     return (
@@ -391,3 +574,12 @@ def _norms() -> ModuleType:
     from . import batch_norm
 
     return batch_norm
+
+
+@functools.cache
+def _training() -> ModuleType:
+    """`training_conv.py`, imported likewise."""
+    launchers()
+    from . import training_conv
+
+    return training_conv

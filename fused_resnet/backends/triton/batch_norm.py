@@ -25,7 +25,7 @@ from torch._prims_common import suggest_memory_format
 from ... import reference
 from ...ops.layout import contiguous_like_eager
 from .conv import _is_wide, _launch
-from .kernels import _relu
+from .kernels import _normalized, _relu
 
 # Elements that a program has in hand at a time: two accesses of 16 bytes for each of 128 threads.
 _STEP = 2048
@@ -78,13 +78,6 @@ def _norm(c, exists, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps):
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + c, mask=exists, other=0.0).to(tl.float32)
     return mean, invstd, scale, bias
-
-
-@triton.jit
-def _normalized(centred, scale, bias):
-    """What forward rounds and backward takes the sign of: the same operations, the same bits."""
-    scale = tl.broadcast_to(scale[None, :], centred.shape)
-    return tl.fma(centred, scale, tl.broadcast_to(bias[None, :], centred.shape))
 
 
 @triton.jit

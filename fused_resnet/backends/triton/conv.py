@@ -268,7 +268,7 @@ def sum_partials(
         kernels.sum_partials_kernel,
         (triton.cdiv(M, _SUM_BLOCK[0]), triton.cdiv(K, _SUM_BLOCK[1])),
         (partial, *norm, bias, residual, output, eps, M, P, Q, K, *residual_strides),
-        RESIDUAL_DENSE=residual is not None and _lies_like(residual, output),
+        RESIDUAL_CHANNELS=None if residual is None else _residual_channels(residual, output),
         RELU=relu,
         WIDE=wide,
         BLOCK_M=_SUM_BLOCK[0],

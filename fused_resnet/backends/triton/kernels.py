@@ -98,6 +98,13 @@ def _relu(value):
 
 
 @triton.jit
+def _normalized(centred, scale, bias):
+    """What forward rounds and backward takes the sign of: the same operations, the same bits."""
+    scale = tl.broadcast_to(scale[None, :], centred.shape)
+    return tl.fma(centred, scale, tl.broadcast_to(bias[None, :], centred.shape))
+
+
+@triton.jit
 def _finish_part(
     acc,
     m,
@@ -218,6 +225,147 @@ def _finish(
 
 
 @triton.jit
+def _pixels(
+    row,
+    P,
+    Q,
+    input_stride_n,
+    input_stride_h,
+    input_stride_w,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DENSE_ROWS: tl.constexpr,
+):
+    """`offset, h, w` of what the first tap of output pixels `row` meets."""
+    if DENSE_ROWS:
+        return row * input_stride_w, 0, 0
+    else:
+        image_row = row // Q
+        h = (image_row % P) * STRIDE_H - PADDING_H
+        w = (row % Q) * STRIDE_W - PADDING_W
+        return (image_row // P) * input_stride_n + h * input_stride_h + w * input_stride_w, h, w
+
+
+@triton.jit
+def _conv_sum(
+    input_ptr,
+    raw_ptr,
+    weight_ptr,
+    table_ptr,
+    side_ptr,
+    rows,
+    h,
+    w,
+    columns,
+    first,
+    last,
+    c_blocks,
+    H,
+    W,
+    C,
+    K,
+    input_stride_h,
+    input_stride_w,
+    tile_n,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    PADDED: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The sum over blocks `first` to `last` of (r, s, c), c fastest.
+
+    Args, where the name does not say it:
+        raw_ptr: lies as the input; see PROLOGUE.
+        table_ptr: float32, C values a row; see PROLOGUE.
+        side_ptr: where what PROLOGUE makes of the input goes, lying as the input; or None.
+        rows: offsets of the pixels' first values, as from `_pixels`.
+        columns: offsets of the filters' first values.
+        tile_n: programs of which it is zero write `side`.
+        PROLOGUE: "norm": the input becomes `relu((input - table[0]) table[1] + table[2])`, rounded,
+            padding zero as ever. "gradient": it becomes
+            `table[1] (input - table[2] - (raw - table[0]) table[3])`, rounded.
+        TRANSPOSED: the weight is `[C, R, S, K]`, its taps in reverse order: the convolution whose
+            transpose this is has C filters.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    tap = first // c_blocks
+    start = (first - tap * c_blocks) * BLOCK_K
+    for _ in range(first, last):
+        c = start + tl.arange(0, BLOCK_K)
+        # A pointwise filter has one tap, 0, which the compiler could not know.
+        r = tap // S if R * S > 1 else 0
+        s = tap - r * S if R * S > 1 else 0
+        shift = r * DILATION_H * input_stride_h + s * DILATION_W * input_stride_w
+        depth = tap * C + c if R * S > 1 else c
+        a_ptrs = input_ptr + (rows + shift)[:, None] + c[None, :]
+        if TRANSPOSED:
+            b_ptrs = weight_ptr + ((R * S - 1 - tap) * K + columns)[None, :]
+            b_ptrs += c[:, None] * (R * S * K)
+        else:
+            b_ptrs = weight_ptr + columns[None, :] + depth[:, None]
+        if PADDED:
+            inside = (h + r * DILATION_H >= 0) & (h + r * DILATION_H < H)
+            inside &= (w + s * DILATION_W >= 0) & (w + s * DILATION_W < W)
+            if EVEN_C:
+                a = tl.load(a_ptrs, mask=inside[:, None], other=0.0)
+            else:
+                a = tl.load(a_ptrs, mask=inside[:, None] & (c < C)[None, :], other=0.0)
+        elif EVEN_C:
+            a = tl.load(a_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=(c < C)[None, :], other=0.0)
+        b = tl.load(b_ptrs) if EVEN_C else tl.load(b_ptrs, mask=(c < C)[:, None], other=0.0)
+        if PROLOGUE != "none":
+            # Past the last channel a scale of zero makes zeros.
+            entry = table_ptr + c
+            exists = c < C
+            mean = tl.load(entry) if EVEN_C else tl.load(entry, mask=exists, other=0.0)
+            entry += C
+            scale = tl.load(entry) if EVEN_C else tl.load(entry, mask=exists, other=0.0)
+            entry += C
+            offset = tl.load(entry) if EVEN_C else tl.load(entry, mask=exists, other=0.0)
+            if PROLOGUE == "norm":
+                value = _relu(_normalized(a.to(tl.float32) - mean[None, :], scale, offset))
+                if PADDED:
+                    value = tl.where(inside[:, None], value, 0.0)
+                a = value.to(input_ptr.dtype.element_ty)
+            else:
+                entry += C
+                slope = tl.load(entry) if EVEN_C else tl.load(entry, mask=exists, other=0.0)
+                raw_ptrs = raw_ptr + (rows + shift)[:, None] + c[None, :]
+                if EVEN_C:
+                    raw = tl.load(raw_ptrs)
+                else:
+                    raw = tl.load(raw_ptrs, mask=exists[None, :], other=0.0)
+                centred = raw.to(tl.float32) - mean[None, :]
+                value = a.to(tl.float32) - offset[None, :] - centred * slope[None, :]
+                a = (value * scale[None, :]).to(input_ptr.dtype.element_ty)
+                if side_ptr is not None:
+                    # As vectors: of a scalar the interpreter makes a number.
+                    written = exists & (tl.zeros_like(c) + tile_n == 0)
+                    side_ptrs = side_ptr + (rows + shift)[:, None] + c[None, :]
+                    tl.store(side_ptrs, a, mask=written[None, :])
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        # The next block, counted up: a division by c_blocks a step costs more.
+        start += BLOCK_K
+        if R * S > 1:
+            done = start >= C
+            tap += done.to(tl.int32)
+            start = tl.where(done, 0, start)
+    return acc
+
+
+@triton.jit
 def conv_kernel(
     input_ptr,
     weight_ptr,
@@ -303,13 +451,10 @@ def conv_kernel(
     # Rows and columns past the edge compute the last one again, which needs no mask.
     row = tl.minimum(m, M - 1)
     column = group * K + tl.minimum(local_k, K - 1)
-    if DENSE_ROWS:
-        rows = row * input_stride_w
-    else:
-        image_row = row // Q
-        h = (image_row % P) * STRIDE_H - PADDING_H
-        w = (row % Q) * STRIDE_W - PADDING_W
-        rows = (image_row // P) * input_stride_n + h * input_stride_h + w * input_stride_w
+    rows, h, w = _pixels(
+        row, P, Q, input_stride_n, input_stride_h, input_stride_w, STRIDE_H, STRIDE_W, PADDING_H,
+        PADDING_W, DENSE_ROWS,
+    )  # fmt: skip
     rows += group * C
     columns = column * (R * S * C)
 
@@ -328,37 +473,12 @@ def conv_kernel(
         share = tl.cdiv(last, SPLIT_K)
         first = tl.program_id(1) * share
         last = tl.minimum(first + share, last)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    tap = first // c_blocks
-    start = (first - tap * c_blocks) * BLOCK_K
-    for _ in range(first, last):
-        c = start + tl.arange(0, BLOCK_K)
-        # A pointwise filter has one tap, 0, which the compiler could not know.
-        r = tap // S if R * S > 1 else 0
-        s = tap - r * S if R * S > 1 else 0
-        shift = r * DILATION_H * input_stride_h + s * DILATION_W * input_stride_w
-        depth = tap * C + c if R * S > 1 else c
-        a_ptrs = input_ptr + (rows + shift)[:, None] + c[None, :]
-        b_ptrs = weight_ptr + columns[None, :] + depth[:, None]
-        if PADDING_H + PADDING_W > 0:
-            inside = (h + r * DILATION_H >= 0) & (h + r * DILATION_H < H)
-            inside &= (w + s * DILATION_W >= 0) & (w + s * DILATION_W < W)
-            if EVEN_C:
-                a = tl.load(a_ptrs, mask=inside[:, None], other=0.0)
-            else:
-                a = tl.load(a_ptrs, mask=inside[:, None] & (c < C)[None, :], other=0.0)
-        elif EVEN_C:
-            a = tl.load(a_ptrs)
-        else:
-            a = tl.load(a_ptrs, mask=(c < C)[None, :], other=0.0)
-        b = tl.load(b_ptrs) if EVEN_C else tl.load(b_ptrs, mask=(c < C)[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        # The next block, counted up: a division by c_blocks a step costs more.
-        start += BLOCK_K
-        if R * S > 1:
-            done = start >= C
-            tap += done.to(tl.int32)
-            start = tl.where(done, 0, start)
+    acc = _conv_sum(
+        input_ptr, None, weight_ptr, None, None, rows, h, w, columns, first, last, c_blocks, H,
+        W, C, K, input_stride_h, input_stride_w, tile_n, R, S, DILATION_H, DILATION_W,
+        PADDING_H + PADDING_W > 0, EVEN_C, "none", False,
+        PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
 
     if SPLIT_K > 1:
         z = tl.program_id(1)
