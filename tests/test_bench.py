@@ -681,6 +681,17 @@ def test_a_chain_moves_ten_units_for_sixteen() -> None:
     assert not predict.chains_of("resnext50_32x4d", 1, "float16")
 
 
+def test_what_is_written_of_small_batches_is_computed() -> None:
+    """docs/small_batches.md: its table; and what is asked of batch 1 and 256, as predicted."""
+    text = (ROOT / "docs" / "small_batches.md").read_text()
+    gpu = ARCHITECTURES["H100"]
+    assert predict.small_batch_table(gpu) in text
+    one = predict.predicted_network("resnet50", 1, gpu)["microseconds"]
+    assert one["chain"] < 0.7 * one["fused"]
+    many = predict.predicted_network("resnet50", 256, gpu)["microseconds"]
+    assert many["fused"] / many["chain"] >= 1.25
+
+
 def test_what_is_written_of_basic_blocks_is_computed() -> None:
     """docs/basic_block_chain.md: its table, and what it says that follows from it."""
     blocks = predict.basic_blocks(ARCHITECTURES["H100"])
