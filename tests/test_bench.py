@@ -651,6 +651,7 @@ def test_predictions_count_what_networks_move() -> None:
     assert sum(block["count"] for block in network["chains"]) == 16
     assert {block["choice"].split(" ")[0] for block in network["chains"]} == {
         "chain",
+        "pair",
         "convolutions",
     }
     for block in network["chains"]:
