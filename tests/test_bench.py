@@ -651,6 +651,7 @@ def test_predictions_count_what_networks_move() -> None:
     assert sum(block["count"] for block in network["chains"]) == 16
     assert {block["choice"].split(" ")[0] for block in network["chains"]} == {
         "chain",
+        "pair",
         "convolutions",
     }
     for block in network["chains"]:
@@ -679,6 +680,17 @@ def test_a_chain_moves_ten_units_for_sixteen() -> None:
     }
     assert not predict.chains_of("resnet18", 1, "float16")
     assert not predict.chains_of("resnext50_32x4d", 1, "float16")
+
+
+def test_what_is_written_of_small_batches_is_computed() -> None:
+    """docs/small_batches.md: its table; and what is asked of batch 1 and 256, as predicted."""
+    text = (ROOT / "docs" / "small_batches.md").read_text()
+    gpu = ARCHITECTURES["H100"]
+    assert predict.small_batch_table(gpu) in text
+    one = predict.predicted_network("resnet50", 1, gpu)["microseconds"]
+    assert one["chain"] < 0.7 * one["fused"]
+    many = predict.predicted_network("resnet50", 256, gpu)["microseconds"]
+    assert many["fused"] / many["chain"] >= 1.25
 
 
 def test_what_is_written_of_basic_blocks_is_computed() -> None:

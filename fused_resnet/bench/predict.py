@@ -250,6 +250,19 @@ def basic_block_table(blocks: Sequence[BasicBlock]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def small_batch_table(gpu: Architecture, batches: Sequence[int] = (1, 2, 4, 8, 256)) -> str:
+    """The table of docs/small_batches.md."""
+    lines = [
+        "| batch | epilogue fusion | as chosen | times as long |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    for batch in batches:
+        times = predicted_network("resnet50", batch, gpu)["microseconds"]
+        fused, chosen = times["fused"], times["chain"]
+        lines.append(f"| {batch} | {fused:.0f} | {chosen:.0f} | {fused / chosen:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def eager_seconds(problem: ConvProblem, gpu: Architecture) -> float:
     """A layer's convolution, batch norm, add, ReLU and pool as kernels of their own."""
     unpooled = problem.element_size * problem.N * problem.K * problem.P * problem.Q
