@@ -189,6 +189,10 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
         "which is the next row's or the ring's"
     ),
     (
+        "const float deviation = sqrtf(read(layer.running_var, k, 1.f) + layer.eps);",
+        "const float deviation = sqrtf(read(layer.running_var, k, 0.f) + layer.eps);",
+    ): "equivalent: the variance is never left out, so nothing stands for it",
+    (
         "return (i + 1) * kWarps <= rows || warp + i * kWarps < rows;",
         "return (i + 1) * kWarps < rows || warp + i * kWarps < rows;",
     ): "equivalent: the second comparison alone is right, the first is for the compiler to see",
