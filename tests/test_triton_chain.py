@@ -451,10 +451,10 @@ def test_launches_in_a_row(monkeypatch):
     assert others == [{"DEPENDENT": True, "launch_pdl": True}] * 3
     assert launches.next_in_row() is None
     constants.clear()
-    monkeypatch.setattr(chains.chain, "OVERLAPPED_PIXELS", 2 * 5 * 4 - 1)
+    monkeypatch.setattr(chains.chain, "OVERLAPPED_IMAGES", 1)
     run(model, x)
     assert constants == [{}] * 4
-    monkeypatch.setattr(chains.chain, "OVERLAPPED_PIXELS", 2 * 5 * 4)
+    monkeypatch.setattr(chains.chain, "OVERLAPPED_IMAGES", 2)
     monkeypatch.setattr(conv, "_can_depend", lambda _: False)
     constants.clear()
     run(model, x)
@@ -478,7 +478,7 @@ def test_convolutions_in_a_row(monkeypatch):
     log = check(model, x)
     assert names(log) == {"conv_kernel": 6}
     assert None not in rows
-    monkeypatch.setattr(chains.chain, "OVERLAPPED_PIXELS", 1)
+    monkeypatch.setattr(chains.chain, "OVERLAPPED_IMAGES", 0)
     rows.clear()
     check(model, x)
     assert set(rows) == {None}

@@ -80,8 +80,8 @@ NEXT_WIDTHS = {
 _SLICE_STAGES = {64: 3, 128: 3, 256: 2, 512: 2}
 # Programs that may share the slices of a pair's tile.
 _SPLITS = (1, 2, 4, 8, 16)
-# Output pixels of a block up to which its launches overlap: of longer launches it is a percent.
-OVERLAPPED_PIXELS = 8 * 56 * 56
+# Images up to which a network's launches overlap: of longer launches it is a percent.
+OVERLAPPED_IMAGES = 8
 
 
 def problems_of(input: Tensor, blocks: Sequence[BlockLayers]) -> list[ChainProblem | None] | None:
@@ -293,7 +293,7 @@ def overlaps(problem: ChainProblem, gpu: Architecture) -> bool:
 
     Where the GPU can do that, and launches are so short that it matters.
     """
-    return gpu.capability[0] >= 9 and problem.N * problem.P * problem.Q <= OVERLAPPED_PIXELS
+    return gpu.capability[0] >= 9 and problem.N <= OVERLAPPED_IMAGES
 
 
 def _predicted_part(part: ConvProblem, gpu: Architecture, in_row: bool) -> float:

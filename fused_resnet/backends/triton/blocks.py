@@ -50,7 +50,7 @@ def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | No
         return None
     choices = [None if one is None else choose(one, input.device) for one in problems]
     chained = any(choice is not None and choice.kernel in CHAINED for choice in choices)
-    overlapped = input.size(0) * input.size(2) * input.size(3) <= chain.OVERLAPPED_PIXELS
+    overlapped = input.size(0) <= chain.OVERLAPPED_IMAGES
     if not chained and not overlapped:
         return None
     with launches.in_a_row() if overlapped else contextlib.nullcontext():
