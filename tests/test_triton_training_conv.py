@@ -99,7 +99,6 @@ def test_statistics_far_from_zero(convs, monkeypatch, slabs):
     torch.testing.assert_close(var.double(), true_var, rtol=32 * unit, atol=0)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g[1] == 1 and g[2] <= 1], ids=str)
 def test_backward_input(convs, geometry, dtype):
