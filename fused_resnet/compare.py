@@ -28,6 +28,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 FACTOR_OF_OTHERS = 10.0
 # So small that thousands of timed steps leave the weights, and with them the work, as they were.
 LEARNING_RATE = 1e-6
+# Of a mixed-precision step's loss: no gradient of a first step overflows float16.
+GRADIENT_SCALE = 1024.0
 # How long a candidate runs for its energy to be read.
 ENERGY_SECONDS = 1.0
 
@@ -43,7 +45,9 @@ class Case:
     Attributes:
         model: name of a torchvision residual network.
         batch: images in the input; None for as many as `images` has, or one.
-        dtype: "float32", "bfloat16" or "float16", of parameters, buffers and input alike.
+        dtype: "float32", "bfloat16" or "float16", of parameters, buffers and input alike. Training
+            in 16 bits is what people call mixed precision: float32 parameters and input, the
+            forward pass under `torch.autocast`, and for float16 a `GradScaler`.
         device: "cpu", "cuda" or "cuda:N".
         images: paths of the user's images; the photograph that ships with matplotlib when empty.
         backend: the fused model's backend; None for the library's own choice.
@@ -114,8 +118,13 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of model and input."""
+        """The dtype in which convolutions compute."""
         return getattr(torch, self.dtype)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the case trains in 16 bits, which leaves model and input in float32."""
+        return self.train and self.dtype != "float32"
 
 
 def check_device(device: str) -> None:
@@ -359,7 +368,8 @@ def _programs(names: Collection[str]) -> Iterator[None]:
 
 def _prepare(case: Case) -> tuple[torch.nn.Module, torch.Tensor]:
     """The model in the case's mode, and the input; in its dtype, on its device, channels_last."""
-    where = {"device": case.torch_device, "dtype": case.torch_dtype}
+    dtype = torch.float32 if case.is_mixed else case.torch_dtype
+    where = {"device": case.torch_device, "dtype": dtype}
     nhwc = {"memory_format": torch.channels_last}
     model = build_model(case.model, case.weights, case.seed).to(**where, **nhwc).train(case.train)
     input = build_input(case.model, case.images, case.batch_size, case.seed).to(**where, **nhwc)
@@ -381,17 +391,23 @@ def step(
         return lambda: inference(input)
 
     optimizer = torch.optim.SGD(owner.parameters(), lr=LEARNING_RATE, momentum=0.9)
+    device_type = case.torch_device.type
+    mixed = {"dtype": case.torch_dtype} if case.is_mixed else {"enabled": False}
+    scaled = case.is_mixed and case.torch_dtype is torch.float16
+    scaler = torch.amp.GradScaler(device_type, GRADIENT_SCALE, enabled=scaled)
     labels: torch.Tensor | None = None
 
     def training_step() -> torch.Tensor:
         nonlocal labels
         optimizer.zero_grad(set_to_none=True)
-        logits = forward(input)
+        with torch.autocast(device_type, **mixed):
+            logits = forward(input)
         if labels is None:
             labels = _labels(logits, case.seed)
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        F.cross_entropy(wide, labels).backward()
-        optimizer.step()
+        scaler.scale(F.cross_entropy(wide, labels)).backward()
+        scaler.step(optimizer)
+        scaler.update()
         return logits.detach()
 
     return training_step
@@ -407,7 +423,7 @@ def _truth(model: torch.nn.Module, input: torch.Tensor, case: Case) -> _Truth:
     """Logits, and in training the gradients as one vector, of the same model in float64."""
     wide = copy.deepcopy(model).double()
     if case.train:
-        logits = eager(wide, input.double(), case)()
+        logits = eager(wide, input.double(), dataclasses.replace(case, dtype="float32"))()
         return _Truth(logits, _gradients(wide))
     # Image by image: eval mode mixes none, and float64 activations of a batch are large.
     logits = torch.cat([eager(wide, image.double(), case)() for image in input.split(1)])

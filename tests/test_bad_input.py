@@ -176,10 +176,10 @@ BAD_CONVOLUTIONS = {
         ValueError,
         ["residual", "1, 12, 1, 1", "2, 12, 6, 6"],
     ),
-    "residual of other channels": (
-        dict(residual=torch.randn(2, 9, 6, 6)),
+    "residual of more channels": (
+        dict(residual=torch.randn(2, 13, 6, 6)),
         ValueError,
-        ["residual", "2, 9, 6, 6", "2, 12, 6, 6"],
+        ["residual", "2, 13, 6, 6", "2, 12, 6, 6"],
     ),
     "residual 3-d": (
         dict(residual=torch.randn(12, 6, 6)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import json
 import os
@@ -35,6 +36,7 @@ from fused_resnet.bench import (
     static,
 )
 from fused_resnet.inputs import InvalidArgumentError
+from fused_resnet.testing import relative_error
 from fused_resnet.tuning.architecture import ARCHITECTURES
 from fused_resnet.tuning.problem import CHAIN_KERNELS, Choice
 
@@ -370,6 +372,27 @@ def test_models_command_writes_both_modes(run: Run, tmp_path: Path) -> None:
         assert case["telemetry"]["before"].keys() == {"clock_mhz", "load_average"}
         for one in case["candidates"]:
             assert f"{one['latency_ms']['median']:.2f}" in out
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_training_in_16_bits_is_mixed_precision(dtype: str) -> None:
+    """Parameters and gradients stay float32, unscaled; convolutions compute in the case's dtype."""
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    model, input = torch.nn.Sequential(*layers), torch.randn(4, 3, 6, 6)
+    before = model[0].weight.detach().clone()
+    gradients = {}
+    for name in (dtype, "float32"):
+        case = compare.Case("resnet18", dtype=name, train=True)
+        logits = compare.step(model, model, input, case)()
+        assert logits.dtype is getattr(torch, name)
+        gradients[name] = model[0].weight.grad
+    assert gradients[dtype].dtype is torch.float32
+    # 16 bits, not float32's millionths; and not a scale of a thousand.
+    assert 1e-5 < relative_error(gradients[dtype], gradients["float32"]) < 0.1
+    assert not torch.equal(model[0].weight, before)
+    prepared, _ = compare._prepare(dataclasses.replace(case, dtype=dtype, batch=1))
+    assert {p.dtype for p in prepared.parameters()} == {torch.float32}
 
 
 def failing(model: Any, input: Any, case: compare.Case) -> compare.Call:
