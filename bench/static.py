@@ -68,6 +68,8 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _BATCHES = (1, 32, 256)
 _POOL = (3, 3, 2, 2, 1, 1)
+# Begins the names of what is compiled for launches in a row.
+_ROW = "row, "
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,28 @@ def configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], Prob
                         values["split_k"] = 4
                     # The deepest problem is kept: its channels fill every block.
                     found[name, Tile(**values)] = problem
+    if dtype in CHAIN_DTYPES and gpu.capability[0] in chain.OVERLAPPING:
+        found |= row_configurations(dtype, gpu)
+    return found
+
+
+def row_configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], Problem]:
+    """What the estimate picks for launches in a row, which are compiled to wait for each other."""
+    found: dict[tuple[str, Tile], Problem] = {}
+    for kind in chain_kinds():
+        for batch in range(1, chain.OVERLAPPED_IMAGES + 1):
+            problem = chain_problem(*kind, batch, dtype)
+            choice = chain.untuned(problem, gpu)
+            if choice.kernel in (CHAIN, PAIR):
+                split = 4 if choice.tile.split_k > 1 else 1
+                name = f"{_ROW}{chain_name(problem, choice.kernel)}"
+                found[name, replace(choice.tile, split_k=split)] = problem
+            for part in problem.parts:
+                tile = conv.tile_for(part, best(part, gpu))
+                split = 4 if tile.split_k > 1 else 1
+                stride = ", stride 2" if part.stride != (1, 1) else ""
+                name = f"{_ROW}{part.R}x{part.S}{stride}"
+                found[name, replace(tile, split_k=split)] = part
     return found
 
 
@@ -459,8 +483,8 @@ def entries(architecture: str, dtype: str, present: set[tuple[str, Tile]]) -> An
     for (layer, tile), problem in configurations(dtype, gpu).items():
         if (layer, tile) in present:
             continue
-        kernel = PAIR if layer.startswith(PAIR) else CHAIN
-        for launch in launches(problem, tile, kernel):
+        kernel = PAIR if PAIR in layer.split() else CHAIN
+        for launch in launches(problem, tile, kernel, dependent=layer.startswith(_ROW)):
             if launch in seen:
                 continue
             seen.add(launch)

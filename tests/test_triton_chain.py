@@ -11,8 +11,9 @@ import gc
 import importlib.util
 import inspect
 import math
+import types
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -33,8 +34,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 import fused_resnet
 from fused_resnet import backends
 from fused_resnet.testing import assert_error_rule, randomize_
-from fused_resnet.tuning import Choice, Tile
-from fused_resnet.tuning.problem import CHAIN, CHAIN_WITHOUT_NEXT, CONVOLUTIONS, PAIR
+from fused_resnet.tuning import Choice, Tile, chain
+from fused_resnet.tuning.architecture import ARCHITECTURES
+from fused_resnet.tuning.problem import CHAIN, CHAIN_WITHOUT_NEXT, CONVOLUTIONS, PAIR, ChainProblem
 
 RUNNER = next((runner for runner in RUNNERS if runner.name == "triton"), None)
 
@@ -459,6 +461,20 @@ def test_launches_in_a_row(monkeypatch):
     constants.clear()
     run(model, x)
     assert constants == [{}] * 4
+
+
+@pytest.mark.quick
+def test_which_devices_launches_overlap_on(monkeypatch):
+    """Those for which the estimate counts on it."""
+    device = types.SimpleNamespace(type="cuda", index=0)
+    for gpu in ARCHITECTURES.values():
+        monkeypatch.setattr(conv, "_capability", lambda _, gpu=gpu: gpu.capability)
+        overlap = conv._can_depend(types.SimpleNamespace(device=device))
+        assert overlap == (gpu.capability[0] in (9, 10)), gpu
+        problem = ChainProblem(8, 64, 56, 56, 256, (1, 1), (1, 1), (1, 1), "float16", None, 64)
+        assert chain.overlaps(problem, gpu) == overlap
+        assert not chain.overlaps(replace(problem, N=9), gpu)
+    assert not conv._can_depend(torch.empty(0))
 
 
 @pytest.mark.quick

@@ -1328,7 +1328,7 @@ def test_the_fastest_candidate_runs_each_block(gpu: architecture.Architecture, b
         least = min(chain.predicted(problem, gpu, one) for one in every)
         assert chain.predicted(problem, gpu, choice) == least
         assert chain.overlaps(problem, gpu) == (
-            gpu.capability[0] >= 9 and batch <= chain.OVERLAPPED_IMAGES
+            gpu.capability[0] in chain.OVERLAPPING and batch <= chain.OVERLAPPED_IMAGES
         )
         apart = chain.predicted_convolutions(problem, gpu, in_row=False)
         assert least <= apart

@@ -82,6 +82,9 @@ _SLICE_STAGES = {64: 3, 128: 3, 256: 2, 512: 2}
 _SPLITS = (1, 2, 4, 8, 16)
 # Images up to which a network's launches overlap: of longer launches it is a percent.
 OVERLAPPED_IMAGES = 8
+# Major compute capabilities of GPUs on which they do. From 9 on all could, but compiled for 12 some
+# tiles spill that do not by themselves.
+OVERLAPPING = (9, 10)
 
 
 def problems_of(input: Tensor, blocks: Sequence[BlockLayers]) -> list[ChainProblem | None] | None:
@@ -293,7 +296,7 @@ def overlaps(problem: ChainProblem, gpu: Architecture) -> bool:
 
     Where the GPU can do that, and launches are so short that it matters.
     """
-    return gpu.capability[0] >= 9 and problem.N <= OVERLAPPED_IMAGES
+    return gpu.capability[0] in OVERLAPPING and problem.N <= OVERLAPPED_IMAGES
 
 
 def _predicted_part(part: ConvProblem, gpu: Architecture, in_row: bool) -> float:

@@ -19,6 +19,7 @@ from torch._prims_common import suggest_memory_format
 from torch.nn import Parameter
 
 from ... import tuning
+from ...tuning import chain
 from ...tuning.estimate import USUAL_POOL, kernel_for, pooled_rows_each, special_tiles
 from ...tuning.problem import Choice, ConvProblem, Tile
 from ..library import precision
@@ -413,8 +414,11 @@ def _dependence(input: Tensor, kernel: Any) -> dict[str, bool]:
 
 
 def _can_depend(input: Tensor) -> bool:
-    """Whether a device has programmatic dependent launches."""
-    return input.device.type == "cuda" and _capability(input.device.index) >= (9, 0)
+    """Whether a device's launches may overlap."""
+    if input.device.type != "cuda":
+        return False
+    major, _ = _capability(input.device.index)
+    return major in chain.OVERLAPPING
 
 
 @functools.cache

@@ -4,8 +4,8 @@ All read `input` as rows of pixels (`channels_last`: the channel's stride is 1) 
 `[K, R, S, C / groups]`, which is how a `channels_last` weight lies in memory, accumulate in float32
 and write `[N, P, Q, K]` once. In what follows a row `m` is an output pixel, `m = (n P + p) Q + q`.
 
-DEPENDENT, from compute capability 9 on, is for launches in a row (`launches.in_a_row`), each of
-which may begin before the one before it has ended (programmatic dependent launch). Such a kernel
+DEPENDENT, for compute capabilities 9 and 10, is for launches in a row (`launches.in_a_row`), each
+of which may begin before the one before it has ended (programmatic dependent launch). Such a kernel
 
 1. asks for its weights to be brought into the L2 cache, a share of them each program;
 2. lets the next launch begin, once all of its own programs have come this far;
