@@ -31,6 +31,8 @@ INTERNAL = {
     "batch_norm_act_backward_sums",
     "batch_statistics",
     "conv_bn_act_packed",
+    "conv_input_gradient",
+    "max_pool_gradient",
     "norm_conv_bn_act_packed",
     "norm_vectors",
     "pack_conv_weight",

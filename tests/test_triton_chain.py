@@ -287,7 +287,7 @@ def test_whole_networks_on_larger_images(name):
     options, size, dtype = WHOLE[name]
     options = {"width_per_group": 16} | options
     torch.manual_seed(5)
-    model = randomize_(ResNet(Bottleneck, [1, 2, 1, 1], num_classes=10, **options).eval())
+    model = randomize_(ResNet(Bottleneck, [1, 2, 1, 1], num_classes=400, **options).eval())
     x = image_batch(1, size, dtype).to(RUNNER.device)
     fused = fused_resnet.fuse(copy.deepcopy(model)).to(x.device, dtype)
     fused = fused.to(memory_format=torch.channels_last)

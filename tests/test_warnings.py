@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -64,7 +65,9 @@ def test_no_warning_is_printed_twice(family):
     if family == "timm":
         pytest.importorskip("timm")
     command = [sys.executable, "-W", "always", "-c", SCRIPT, family]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    # -c puts the directory first on sys.path: not the source tree, which has no libraries.
+    where = Path(__file__).parent
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=where)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "ran"
     counts = Counter(line for line in result.stderr.splitlines() if line.strip())

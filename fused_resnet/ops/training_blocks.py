@@ -445,6 +445,9 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             # The shortcut's gradient is the block's own, to be overwritten.
             adds = index == 0 and block.shortcut_is_input(input, shortcut_grad)
             conv_grads = step.conv_backward(grad, h, need_conv, shortcut_grad if adds else None)
+        if input_grads is not None:
+            conv_grads = (input_grads[0], *conv_grads[1:])
+            sums = input_grads[1]
         del h
         grad = conv_grads[0]
         grads[_PARAMETERS * index : _PARAMETERS * (index + 1)] = (*conv_grads[1:], *norm_grads)

@@ -7,6 +7,7 @@ compiler sees kernels and not an opaque operator; every size may be symbolic the
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -393,6 +394,10 @@ def _launch(
         return
     constants |= _dependence(input, kernel)
     if type(input) not in (Tensor, Parameter):
+        # In graphs a kernel is called with all of its arguments.
+        for name, parameter in inspect.signature(kernel.fn).parameters.items():
+            if parameter.default is not parameter.empty:
+                constants.setdefault(name, parameter.default)
         torch.library.wrap_triton(kernel)[grid](*arguments, **constants)
     elif input.device.type == "cuda" and input.device.index != torch.cuda.current_device():
         with torch.cuda.device(input.device):
