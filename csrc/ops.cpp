@@ -30,7 +30,8 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   m.def("batch_statistics(Tensor input) -> (Tensor mean, Tensor var)");
   m.def(
       "train_batch_norm_act(Tensor input, Tensor? weight, Tensor? bias, float eps, "
-      "Tensor? residual, str activation) -> (Tensor output, Tensor mean, Tensor var)");
+      "Tensor? residual, str activation, bool keep_mask) -> (Tensor output, Tensor mean, "
+      "Tensor var, Tensor? mask)");
   m.def(
       "batch_norm_act_backward(Tensor grad, Tensor input, Tensor? output, Tensor? weight, "
       "Tensor? bias, Tensor mean, Tensor var, float eps, bool relu, bool training, "

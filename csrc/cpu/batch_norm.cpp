@@ -82,6 +82,11 @@ Layout layout_of(const char* name, const Tensor& tensor) {
   return {per_channel, channels, 1};
 }
 
+// Whether all rows and runs begin with a byte of a mask.
+bool has_whole_masks(const Layout& layout) {
+  return (layout.length > 1 ? layout.length : layout.channels) % kMaskedAtOnce == 0;
+}
+
 template <typename P, typename Value>
 Tensor per_channel(const std::vector<Value>& values) {
   constexpr ScalarType dtype = sizeof(P) == 8 ? ScalarType::Double : ScalarType::Float;
@@ -236,14 +241,18 @@ std::tuple<Tensor, Tensor> norm_vectors(Tensor mean, Tensor var, std::optional<T
   return mean.scalar_type() == ScalarType::Double ? run(double()) : run(float());
 }
 
-// The output, and the batch's mean and biased variance.
-std::tuple<Tensor, Tensor, Tensor> train_batch_norm_act(Tensor input, std::optional<Tensor> weight,
-                                                        std::optional<Tensor> bias, double eps,
-                                                        std::optional<Tensor> residual,
-                                                        std::string activation) {
+// The output, the batch's mean and biased variance, and, if asked for and if runs of channels
+// allow, ReLU's mask as bits (cpu/scale_shift_act_operator.h).
+std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> train_batch_norm_act(
+    Tensor input, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
+    std::optional<Tensor> residual, std::string activation, bool keep_mask) {
   const auto [mean, var] = batch_statistics(input);
   const auto [scale, shift] = norm_vectors(mean, var, weight, bias, eps);
-  return {scale_shift_act(input, scale, shift, residual, activation), mean, var};
+  std::optional<Tensor> passed;
+  const bool keeps = keep_mask && has_whole_masks(layout_of("train_batch_norm_act", input));
+  const Tensor output =
+      scale_shift_act(input, scale, shift, residual, activation, keeps ? &passed : nullptr);
+  return {output, mean, var, passed};
 }
 
 // ---- backward ----------------------------------------------------------------------------------
@@ -254,6 +263,7 @@ struct Backward {
   int64_t element_size;
   Mask mask;
   const char *grad, *input, *output;
+  const uint8_t* bits;
   char *grad_input, *masked;
   const void *mean = nullptr, *scale = nullptr, *shift = nullptr;
   bool stream = false;
@@ -276,8 +286,16 @@ const char* at(const char* data, int64_t offset) {
 GradientMatrix matrix_at(const Backward& b, int64_t first, int64_t rows, int64_t columns,
                          const void* mean, const void* scale, const void* shift) {
   const int64_t offset = first * b.element_size;
-  return {b.grad + offset, b.input + offset, at(b.output, offset), mean, scale, shift, rows,
-          columns,         b.stream};
+  return {b.grad + offset,
+          b.input + offset,
+          at(b.output, offset),
+          b.bits ? b.bits + first / 8 : nullptr,
+          mean,
+          scale,
+          shift,
+          rows,
+          columns,
+          b.stream};
 }
 
 // One channel's parameters, each repeated for the columns of a run.
@@ -418,18 +436,30 @@ Backward backward_of(const char* name, const Tensor& grad, const Tensor& input,
                       ": a tensor has other strides than input");
     }
   };
+  const Layout layout = layout_of(name, input);
+  const bool has_bits = relu && output && output->scalar_type() == ScalarType::Byte;
   check(grad);
-  if (output) check(*output);
+  if (has_bits) {
+    STD_TORCH_CHECK(
+        output->is_contiguous() && output->numel() * 8 == input.numel() && has_whole_masks(layout),
+        name, ": output is no mask of input");
+  } else if (output) {
+    check(*output);
+  }
   if (grad_input) check(*grad_input);
   if (masked) check(*masked);
-  const Mask mask = !relu ? Mask::everywhere : output ? Mask::output : Mask::recomputed;
+  const Mask mask = !relu      ? Mask::everywhere
+                    : has_bits ? Mask::bits
+                    : output   ? Mask::output
+                               : Mask::recomputed;
   return {rows_for(dtype),
-          layout_of(name, input),
+          layout,
           static_cast<int64_t>(input.element_size()),
           mask,
           static_cast<const char*>(grad.const_data_ptr()),
           static_cast<const char*>(input.const_data_ptr()),
           mask == Mask::output ? static_cast<const char*>(output->const_data_ptr()) : nullptr,
+          mask == Mask::bits ? output->const_data_ptr<uint8_t>() : nullptr,
           grad_input ? static_cast<char*>(grad_input->mutable_data_ptr()) : nullptr,
           masked ? static_cast<char*>(masked->mutable_data_ptr()) : nullptr,
           nullptr,
@@ -474,7 +504,8 @@ void input_gradient_of(Backward& b, const NormVectors<P>& vectors, const Sums* s
 }
 
 // Gradients of weight and bias; writes `grad_input`, which may be `grad`, and g to `masked`. Where
-// `output` is given the mask comes from it, else it is computed from the input.
+// `output` is given the mask comes from it, which may be bits (train_batch_norm_act), else it is
+// computed from the input.
 std::tuple<Tensor, Tensor> batch_norm_act_backward(
     Tensor grad, Tensor input, std::optional<Tensor> output, std::optional<Tensor> weight,
     std::optional<Tensor> bias, Tensor mean, Tensor var, double eps, bool relu, bool training,

@@ -11,13 +11,14 @@
 namespace fused_resnet {
 
 // Where the gradient passes the activation: everywhere, or where its output is not <= 0, which is
-// computed again as input * scale + shift, or read.
-enum class Mask { everywhere, recomputed, output };
+// computed again as input * scale + shift, or read, or told by bits (ScaleShiftActRow's `passed`).
+enum class Mask { everywhere, recomputed, output, bits };
 
 // Parameters, `sum` and `dot` are float, double for float64. `output` is read for Mask::output
-// only.
+// only, `bits` for Mask::bits, whose `columns` are a multiple of kMaskedAtOnce.
 struct GradientMatrix {
   const void *grad, *input, *output;
+  const uint8_t* bits;
   const void *mean, *scale, *shift;
   int64_t rows, columns;
   bool stream;  // whether what is written goes past the caches, if it lies on a line's border
@@ -157,12 +158,14 @@ template <class V>
 struct GradientRow {
   using P = typename V::Parameter;
   const typename V::Element *grad, *input, *output;
+  const uint8_t* bits;
   const P *mean, *scale, *shift;
 
   explicit GradientRow(const GradientMatrix& m)
       : grad(static_cast<const typename V::Element*>(m.grad)),
         input(static_cast<const typename V::Element*>(m.input)),
         output(static_cast<const typename V::Element*>(m.output)),
+        bits(m.bits),
         mean(static_cast<const P*>(m.mean)),
         scale(static_cast<const P*>(m.scale)),
         shift(static_cast<const P*>(m.shift)) {}
@@ -178,6 +181,8 @@ struct GradientRow {
                                g);
     } else if constexpr (kMask == Mask::output) {
       return V::where_positive(V::load(output + element, rest...), g);
+    } else if constexpr (kMask == Mask::bits) {
+      return V::where_bits(bits_at<V>(bits, element), g);
     } else {
       return g;
     }
@@ -187,6 +192,7 @@ struct GradientRow {
     grad += elements;
     input += elements;
     if (output) output += elements;
+    if (bits) bits += elements / 8;
   }
 };
 
@@ -252,8 +258,8 @@ void gradient_sums(const GradientMatrix& matrix, Mask mask, void* masked, void* 
     gradient_sums_loop<V, mask, Masked::dropped>, gradient_sums_loop<V, mask, Masked::stored>, \
         gradient_sums_loop<V, mask, Masked::streamed>                                          \
   }
-  static constexpr Loop loops[3][3] = {FR_LOOPS(Mask::everywhere), FR_LOOPS(Mask::recomputed),
-                                       FR_LOOPS(Mask::output)};
+  static constexpr Loop loops[4][3] = {FR_LOOPS(Mask::everywhere), FR_LOOPS(Mask::recomputed),
+                                       FR_LOOPS(Mask::output), FR_LOOPS(Mask::bits)};
 #undef FR_LOOPS
   const Masked how = !masked                           ? Masked::dropped
                      : streams_rows<V>(matrix, masked) ? Masked::streamed
@@ -297,8 +303,8 @@ void input_gradient(const GradientMatrix& matrix, Mask mask, const void* slope, 
       input_gradient_loop<V, mask, true, false>, input_gradient_loop<V, mask, true, true>      \
     }                                                                                          \
   }
-  static constexpr Loop loops[3][2][2] = {FR_LOOPS(Mask::everywhere), FR_LOOPS(Mask::recomputed),
-                                          FR_LOOPS(Mask::output)};
+  static constexpr Loop loops[4][2][2] = {FR_LOOPS(Mask::everywhere), FR_LOOPS(Mask::recomputed),
+                                          FR_LOOPS(Mask::output), FR_LOOPS(Mask::bits)};
 #undef FR_LOOPS
   // In place, the lines are in the cache already.
   const bool stream = grad_input != matrix.grad && streams_rows<V>(matrix, grad_input);

@@ -112,6 +112,7 @@ struct Problem {
   std::vector<Loop> loops;  // outermost first, never empty
   bool relu;
   bool stream;
+  uint8_t* passed;
 };
 
 // Elements [begin, end) of the output in memory order.
@@ -170,7 +171,7 @@ void run_range(const Problem& problem, int64_t begin, int64_t end) {
       kernel(input_row.at(input_offset + column * inner.input, count),
              scale + first * parameter_size, shift + first * parameter_size, residual,
              output + position * element_size, count, !inner.is_channel, problem.relu,
-             problem.stream);
+             problem.stream, problem.passed ? problem.passed + position / 8 : nullptr);
       column += count;
       position += count;
     }
@@ -217,23 +218,32 @@ void run(Problem problem, const Tensor& scale, const Tensor& shift) {
   }
   problem.scale = scale_data;
   problem.shift = shift_data;
-  torch::stable::parallel_for(0, problem.output.numel(), kGrainSize,
-                              [&](int64_t begin, int64_t end) { run_range(problem, begin, end); });
+  // No two threads write to one line, or to one byte of a mask.
+  const int64_t size = problem.output.numel(), unit = kGrainSize / 64;
+  torch::stable::parallel_for(0, (size + unit - 1) / unit, 64, [&](int64_t begin, int64_t end) {
+    run_range(problem, begin * unit, std::min(end * unit, size));
+  });
 }
 
 // Into `output`, which it returns.
 Tensor finish(const Tensor& input, const Tensor& scale, const Tensor& shift,
-              const std::optional<Tensor>& residual, bool relu, Tensor output) {
+              const std::optional<Tensor>& residual, bool relu, Tensor output,
+              std::optional<Tensor>* passed) {
   if (output.numel() == 0) return output;
-  const Problem problem{input,
-                        nullptr,
-                        nullptr,
-                        residual,
-                        {input.size(1), residual},
-                        output,
-                        make_loops(input, residual, output),
-                        relu,
-                        cpu::exceeds_caches(output)};
+  Problem problem{input,
+                  nullptr,
+                  nullptr,
+                  residual,
+                  {input.size(1), residual},
+                  output,
+                  make_loops(input, residual, output),
+                  relu,
+                  cpu::exceeds_caches(output),
+                  nullptr};
+  if (passed && relu && problem.loops.back().size % kMaskedAtOnce == 0) {
+    *passed = cpu::pool_tensor({output.numel() / 8}, {1}, ScalarType::Byte);
+    problem.passed = (*passed)->mutable_data_ptr<uint8_t>();
+  }
   if (input.scalar_type() == ScalarType::Double) {
     run<double>(problem, dense_parameter(scale), dense_parameter(shift));
   } else {
@@ -245,18 +255,28 @@ Tensor finish(const Tensor& input, const Tensor& scale, const Tensor& shift,
 }  // namespace
 
 Tensor cpu::scale_shift_act(const Tensor& input, const Tensor& scale, const Tensor& shift,
-                            const std::optional<Tensor>& residual, const std::string& activation) {
+                            const std::optional<Tensor>& residual, const std::string& activation,
+                            std::optional<Tensor>* passed) {
   const bool relu = check_scale_shift_act(input, scale, shift, residual, activation);
   if (input.numel() == 0 || !is_non_overlapping_and_dense(input)) {
-    return finish(input, scale, shift, residual, relu, empty_output(input));
+    return finish(input, scale, shift, residual, relu, empty_output(input), nullptr);
   }
   return finish(input, scale, shift, residual, relu,
-                pool_tensor(input.sizes().vec(), input.strides().vec(), input.scalar_type()));
+                pool_tensor(input.sizes().vec(), input.strides().vec(), input.scalar_type()),
+                passed);
 }
 
+namespace {
+
+Tensor scale_shift_act(Tensor input, Tensor scale, Tensor shift, std::optional<Tensor> residual,
+                       std::string activation) {
+  return cpu::scale_shift_act(input, scale, shift, residual, activation);
+}
+
+}  // namespace
 }  // namespace fused_resnet
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m)
 {
-  m.impl("scale_shift_act", TORCH_BOX(&fused_resnet::cpu::scale_shift_act));
+  m.impl("scale_shift_act", TORCH_BOX(&fused_resnet::scale_shift_act));
 }

@@ -8,11 +8,15 @@
 
 namespace fused_resnet::cpu {
 
-// See fused_resnet/reference.py, `scale_shift_act`. The output lies in the pool's memory.
+// See fused_resnet/reference.py, `scale_shift_act`. The output lies in the pool's memory, and so
+// does what `passed`, if it is not null, is set to where the kernel keeps ReLU's mask: for each
+// value of the output in memory order, the first one's the lowest of its byte, a bit that is set
+// where the gradient passes.
 torch::stable::Tensor scale_shift_act(const torch::stable::Tensor& input,
                                       const torch::stable::Tensor& scale,
                                       const torch::stable::Tensor& shift,
                                       const std::optional<torch::stable::Tensor>& residual,
-                                      const std::string& activation);
+                                      const std::string& activation,
+                                      std::optional<torch::stable::Tensor>* passed = nullptr);
 
 }  // namespace fused_resnet::cpu

@@ -13,10 +13,11 @@ namespace fused_resnet {
 // output[i] = act(input[i] * scale[c] + shift[c] + residual[i]) for i < n, where c is i, or 0 when
 // `one_channel`. All rows are dense; `residual` may be null. `scale` and `shift` are float, double
 // for the float64 kernel. With `stream` the output goes past the caches, if it lies on a line's
-// border.
+// border. Where `passed` is given, n is a multiple of kMaskedAtOnce, `relu` set, and a bit is
+// written for each value, the first one's the lowest: whether the ReLU let it pass.
 using ScaleShiftActRow = void (*)(const void* input, const void* scale, const void* shift,
                                   const void* residual, void* output, int64_t n, bool one_channel,
-                                  bool relu, bool stream);
+                                  bool relu, bool stream, uint8_t* passed);
 
 struct ScaleShiftActRows {
   ScaleShiftActRow float16, bfloat16, float32, float64;
@@ -29,32 +30,44 @@ extern const ScaleShiftActRows scale_shift_act_avx512;
 namespace {
 
 // `V` is a vector of cpu/vectors.h.
-template <class V, bool kOneChannel, bool kResidual, bool kRelu, bool kStream>
+template <class V, bool kOneChannel, bool kResidual, bool kRelu, bool kStream, bool kPassed>
 void scale_shift_act_loop(const typename V::Element* input, const typename V::Parameter* scale,
                           const typename V::Parameter* shift, const typename V::Element* residual,
-                          typename V::Element* output, int64_t n) {
+                          typename V::Element* output, int64_t n, uint8_t* passed) {
   const auto finish = [](typename V::Register x, typename V::Register scale_c,
                          typename V::Register shift_c, typename V::Register shortcut) {
     x = V::multiply_add(x, scale_c, shift_c);
     if (kResidual) x = V::add(x, shortcut);
-    return kRelu ? V::relu(x) : x;
+    return x;
   };
+  const auto activate = [](typename V::Register x) { return kRelu ? V::relu(x) : x; };
   const typename V::Register first_scale = V::broadcast(*scale), first_shift = V::broadcast(*shift);
   int64_t i = 0;
-  for (; i + V::width <= n; i += V::width) {
+  const auto step = [&]() -> typename V::Register {
     const auto x = V::load(input + i);
-    store_or_stream<V, kStream>(output + i,
-                                finish(x, kOneChannel ? first_scale : V::load_parameter(scale + i),
-                                       kOneChannel ? first_shift : V::load_parameter(shift + i),
-                                       kResidual ? V::load(residual + i) : x));
+    const auto y = finish(x, kOneChannel ? first_scale : V::load_parameter(scale + i),
+                          kOneChannel ? first_shift : V::load_parameter(shift + i),
+                          kResidual ? V::load(residual + i) : x);
+    store_or_stream<V, kStream>(output + i, activate(y));
+    i += V::width;
+    return y;
+  };
+  if constexpr (kPassed) {
+    for (; i + kMaskedAtOnce <= n; passed += kMaskedAtOnce / 8) {
+      uint32_t bits = 0;
+      for (int64_t k = 0; k < kMaskedAtOnce; k += V::width) bits |= V::passed(step()) << k;
+      passed[0] = static_cast<uint8_t>(bits);
+      passed[1] = static_cast<uint8_t>(bits >> 8);
+    }
   }
+  while (i + V::width <= n) step();
   const int64_t rest = n - i;
   if (rest > 0) {
     const auto x = V::load(input + i, rest);
     V::store(output + i,
-             finish(x, kOneChannel ? first_scale : V::load_parameter(scale + i, rest),
-                    kOneChannel ? first_shift : V::load_parameter(shift + i, rest),
-                    kResidual ? V::load(residual + i, rest) : x),
+             activate(finish(x, kOneChannel ? first_scale : V::load_parameter(scale + i, rest),
+                             kOneChannel ? first_shift : V::load_parameter(shift + i, rest),
+                             kResidual ? V::load(residual + i, rest) : x)),
              rest);
   }
 }
@@ -62,29 +75,32 @@ void scale_shift_act_loop(const typename V::Element* input, const typename V::Pa
 template <class V>
 void scale_shift_act_row(const void* input, const void* scale, const void* shift,
                          const void* residual, void* output, int64_t n, bool one_channel, bool relu,
-                         bool stream) {
+                         bool stream, uint8_t* passed) {
   using Loop = void (*)(const typename V::Element*, const typename V::Parameter*,
                         const typename V::Parameter*, const typename V::Element*,
-                        typename V::Element*, int64_t);
-#define FR_LOOPS(one_channel, residual)                              \
-  {                                                                  \
-    {scale_shift_act_loop<V, one_channel, residual, false, false>,   \
-     scale_shift_act_loop<V, one_channel, residual, false, true>},   \
-    {                                                                \
-      scale_shift_act_loop<V, one_channel, residual, true, false>,   \
-          scale_shift_act_loop<V, one_channel, residual, true, true> \
-    }                                                                \
+                        typename V::Element*, int64_t, uint8_t*);
+  // Of what the activation does: nothing, ReLU, ReLU with its mask kept.
+#define FR_LOOPS(one_channel, residual)                                      \
+  {                                                                          \
+    {scale_shift_act_loop<V, one_channel, residual, false, false, false>,    \
+     scale_shift_act_loop<V, one_channel, residual, false, true, false>},    \
+        {scale_shift_act_loop<V, one_channel, residual, true, false, false>, \
+         scale_shift_act_loop<V, one_channel, residual, true, true, false>}, \
+    {                                                                        \
+      scale_shift_act_loop<V, one_channel, residual, true, false, true>,     \
+          scale_shift_act_loop<V, one_channel, residual, true, true, true>   \
+    }                                                                        \
   }
-  static constexpr Loop loops[2][2][2][2] = {{FR_LOOPS(false, false), FR_LOOPS(false, true)},
+  static constexpr Loop loops[2][2][3][2] = {{FR_LOOPS(false, false), FR_LOOPS(false, true)},
                                              {FR_LOOPS(true, false), FR_LOOPS(true, true)}};
 #undef FR_LOOPS
   if (n <= 0) return;
-  loops[one_channel][residual != nullptr][relu][stream && is_streamable(output)](
-      static_cast<const typename V::Element*>(input),
-      static_cast<const typename V::Parameter*>(scale),
-      static_cast<const typename V::Parameter*>(shift),
-      static_cast<const typename V::Element*>(residual), static_cast<typename V::Element*>(output),
-      n);
+  loops[one_channel][residual != nullptr][relu + (passed != nullptr)]
+       [stream && is_streamable(output)](static_cast<const typename V::Element*>(input),
+                                         static_cast<const typename V::Parameter*>(scale),
+                                         static_cast<const typename V::Parameter*>(shift),
+                                         static_cast<const typename V::Element*>(residual),
+                                         static_cast<typename V::Element*>(output), n, passed);
 }
 
 }  // namespace

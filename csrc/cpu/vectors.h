@@ -6,7 +6,8 @@
 // multiple of the vector's size, and the thread calls finish_streaming() (cpu/isa.h) before others
 // read. V::where_positive(y, x) is x where not y <= 0, so also where y is NaN, and 0 elsewhere;
 // V::where_exceeds(a, b, x, y) is x where a > b or a is NaN, and y elsewhere; V::where_equal(a, b,
-// x) is x where a == b, and 0 elsewhere.
+// x) is x where a == b, and 0 elsewhere. V::passed(y) has a bit, the first lane's the lowest, where
+// where_positive(y, x) is x, and where_bits(bits, x) is x there, and 0 elsewhere.
 //
 // No header but <cstdint>'s C twin is included and everything with a body is in an anonymous
 // namespace, because the including files are compiled for different instruction sets (cpu/isa.h).
@@ -54,6 +55,18 @@ void store_or_stream(typename V::Element* p, typename V::Register x) {
 template <class V, bool kStream>
 void store_or_stream(typename V::Element* p, typename V::Register x, int64_t count) {
   V::store(p, x, count);
+}
+
+// Bits of a mask are written for so many values at once, as many as the longest vector's.
+constexpr int64_t kMaskedAtOnce = 16;
+
+// The bits of V::width values from `element` on, a multiple of that.
+template <class V>
+uint32_t bits_at(const uint8_t* bits, int64_t element) {
+  const uint8_t* byte = bits + element / 8;
+  if constexpr (V::width == 16) return byte[0] | static_cast<uint32_t>(byte[1]) << 8;
+  if constexpr (V::width == 8) return byte[0];
+  return byte[0] >> element % 8 & ((1u << V::width) - 1);
 }
 
 // Elements of two bytes are told apart by type; the bits are IEEE binary16 and bfloat16.

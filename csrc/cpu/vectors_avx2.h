@@ -43,6 +43,15 @@ struct Float32 {
   static Register where_positive(Register y, Register x) {
     return _mm256_and_ps(_mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_NLE_UQ), x);
   }
+  static uint32_t passed(Register y) {
+    return static_cast<uint32_t>(
+        _mm256_movemask_ps(_mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_NLE_UQ)));
+  }
+  static Register where_bits(uint32_t bits, Register x) {
+    const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i own = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lanes);
+    return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(own, lanes)), x);
+  }
   static Register where_exceeds(Register a, Register b, Register x, Register y) {
     const Register exceeds =
         _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
@@ -147,6 +156,15 @@ struct Float64 {
   static Register relu(Register x) { return _mm256_max_pd(_mm256_setzero_pd(), x); }
   static Register where_positive(Register y, Register x) {
     return _mm256_and_pd(_mm256_cmp_pd(y, _mm256_setzero_pd(), _CMP_NLE_UQ), x);
+  }
+  static uint32_t passed(Register y) {
+    return static_cast<uint32_t>(
+        _mm256_movemask_pd(_mm256_cmp_pd(y, _mm256_setzero_pd(), _CMP_NLE_UQ)));
+  }
+  static Register where_bits(uint32_t bits, Register x) {
+    const __m256i lanes = _mm256_setr_epi64x(1, 2, 4, 8);
+    const __m256i own = _mm256_and_si256(_mm256_set1_epi64x(bits), lanes);
+    return _mm256_and_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(own, lanes)), x);
   }
   static Register where_exceeds(Register a, Register b, Register x, Register y) {
     const Register exceeds =

@@ -43,6 +43,12 @@ struct Float32 {
   static Register where_positive(Register y, Register x) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NLE_UQ), x);
   }
+  static uint32_t passed(Register y) {
+    return _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NLE_UQ);
+  }
+  static Register where_bits(uint32_t bits, Register x) {
+    return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), x);
+  }
   static Register where_exceeds(Register a, Register b, Register x, Register y) {
     const __mmask16 exceeds =
         _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
@@ -139,6 +145,12 @@ struct Float64 {
   static Register relu(Register x) { return _mm512_max_pd(_mm512_setzero_pd(), x); }
   static Register where_positive(Register y, Register x) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y, _mm512_setzero_pd(), _CMP_NLE_UQ), x);
+  }
+  static uint32_t passed(Register y) {
+    return _mm512_cmp_pd_mask(y, _mm512_setzero_pd(), _CMP_NLE_UQ);
+  }
+  static Register where_bits(uint32_t bits, Register x) {
+    return _mm512_maskz_mov_pd(static_cast<__mmask8>(bits), x);
   }
   static Register where_exceeds(Register a, Register b, Register x, Register y) {
     const __mmask8 exceeds =

@@ -94,6 +94,8 @@ struct Scalar {
   static Register add(Register a, Register b) { return a + b; }
   static Register relu(Register x) { return x < 0 ? 0 : x; }
   static Register where_positive(Register y, Register x) { return y <= 0 ? 0 : x; }
+  static uint32_t passed(Register y) { return !(y <= 0); }
+  static Register where_bits(uint32_t bits, Register x) { return bits ? x : 0; }
   static Register where_exceeds(Register a, Register b, Register x, Register y) {
     return a > b || a != a ? x : y;
   }

@@ -279,12 +279,41 @@ def batch_norm_act_training(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics in one pass (csrc/cpu/batch_norm.cpp), everything else in another."""
+    return _train(input, weight, bias, eps, residual, activation, False)[:3]
+
+
+def batch_norm_act_training_keeping_mask(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`batch_norm_act_training` with ReLU, and its mask, an eighth of a byte a value.
+
+    Returns:
+        The output, mean and variance, and what `batch_norm_act_backward` takes for the output:
+        uint8, a bit for each value in memory order. None in its place where the channels, or in
+        NCHW the pixels of an image, are not a multiple of 16.
+    """
+    return _train(input, weight, bias, eps, residual, "relu", True)
+
+
+def _train(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+    keep_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     input = contiguous_like_eager(input)
     if input.numel() == 0:
         mean, var = library.batch_statistics(input)
-        return scale_shift_act(input, mean, var, residual, activation), mean, var
+        return scale_shift_act(input, mean, var, residual, activation), mean, var, None
     weight, bias = _in_accumulation_dtype(input, weight, bias)
-    return _train_batch_norm_act(input, weight, bias, eps, residual, activation)
+    return _train_batch_norm_act(input, weight, bias, eps, residual, activation, keep_mask)
 
 
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
@@ -337,8 +366,9 @@ def batch_norm_act_backward(
     Args:
         grad: of the output.
         input: the normalised tensor.
-        output: what the activation returned; may be None where there is no residual, since the sign
-            of that is then computed again from the input.
+        output: what the activation returned, or the bits that
+            `batch_norm_act_training_keeping_mask` did; may be None where there is no residual,
+            since the sign of that is then computed again from the input.
         weight: (C,) or None.
         bias: (C,) or None.
         mean: (C,), of the batch when training.
@@ -546,12 +576,13 @@ def max_pool_backward(
 def _lying_alike(
     grad: Tensor, input: Tensor, output: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """The three in one dense layout, and whether `grad` is a copy of our own."""
+    """The three in one dense layout, unless `output` is bits, and whether `grad` is our own copy."""
     input = contiguous_like_eager(input)
     copied = grad.stride() != input.stride()
     if copied:
         grad = _pool_empty_like(input).copy_(grad)
-    if output is not None and output.stride() != input.stride():
+    is_mask = output is None or output.dtype is torch.uint8
+    if not is_mask and output.stride() != input.stride():
         output = _pool_empty_like(input).copy_(output)
     return grad, input, output, copied
 

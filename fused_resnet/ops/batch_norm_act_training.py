@@ -76,30 +76,59 @@ def _fake(
     return torch.empty_like(contiguous_like_eager(input)), mean, torch.empty_like(mean)
 
 
+def forward_keeping_mask(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`batch_norm_act_training`, below autograd, and what its backward takes for the output.
+
+    Returns:
+        The output, mean and variance, and the activation's mask as `norm_act_backward` wants it:
+        None where it is computed again; bits where the backend has a kernel that keeps them; else
+        the output, which whatever takes it keeps too.
+    """
+    arguments = (input, weight, bias, eps, residual, activation)
+    if not nothing_intercepts(input, weight, bias, residual):
+        output, mean, var = batch_norm_act_training(*arguments)
+        return output, mean, var, output if activation == "relu" else None
+    backend = backends.choose(input.device.type)
+    mask = None
+    if activation == "relu" and residual is not None:
+        keeping = getattr(backend, "batch_norm_act_training_keeping_mask", None)
+        if keeping is not None:
+            output, mean, var, mask = keeping(input, weight, bias, eps, residual)
+            return output, mean, var, output if mask is None else mask
+    output, mean, var = _kernel(*arguments)
+    if activation == "relu" and not (residual is None and has_norm_kernel(input)):
+        mask = output
+    return output, mean, var, mask
+
+
 class _BatchNormActTraining(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            output, mean, var = batch_norm_act_training(*arguments)
         input, weight, bias, ctx.eps, residual, ctx.activation = arguments
+        with torch._C._AutoDispatchBelowAutograd():
+            output, mean, var, mask = forward_keeping_mask(*arguments)
         ctx.mark_non_differentiable(mean, var)
         ctx.backend = backends.chosen()
         ctx.residual_channels = None if residual is None else residual.size(1)
-        # With a residual the output is kept, for whatever takes it keeps it too.
-        from_input = residual is None and has_norm_kernel(input, weight, bias)
-        keep = ctx.activation == "relu" and not from_input
-        ctx.save_for_backward(input, weight, bias, mean, var, output if keep else None)
+        ctx.save_for_backward(input, weight, bias, mean, var, mask)
         return output, mean, var
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, mean, var, output = ctx.saved_tensors
+        input, weight, bias, mean, var, mask = ctx.saved_tensors
         need = ctx.needs_input_grad
         with backends.as_chosen(ctx.backend):
             *gradients, grad_residual = norm_act_backward(
                 grad,
                 input,
-                output,
+                mask,
                 weight,
                 bias,
                 mean,

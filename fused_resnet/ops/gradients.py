@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from .layout import contiguous_like_eager
 from .registration import is_plain
 
 aten = torch.ops.aten
@@ -19,9 +20,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def act_backward(grad: Tensor, output: Tensor | None, activation: str) -> Tensor:
-    """The gradient before the activation; NaN in the output lets the gradient pass, as in torch."""
+    """The gradient before the activation; NaN in the output lets the gradient pass, as in torch.
+
+    `output` may be its mask as bits, of values that lie in memory as those of `grad`.
+    """
     if activation == "none":
         return grad
+    if output.dtype is torch.uint8:
+        bits = output.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=output.device) & 1
+        passed = bits.bool().as_strided(grad.shape, grad.stride())
+        return torch.where(passed, grad, 0)
     return aten.threshold_backward(grad, output.detach(), 0)
 
 
@@ -104,7 +112,8 @@ def norm_act_backward(
         grad: of the output.
         input: the normalised tensor; may be None where neither `training` nor `need[1]` is set and
             `output` is given.
-        output: may be None where there was no residual, and is then computed again where needed.
+        output: may be None where there was no residual, and is then computed again where needed;
+            or the bits that a backend kept in its place, in the memory order of `input`.
         weight: (C,) or None.
         bias: (C,) or None.
         mean: (C,), of the batch when training.
@@ -134,6 +143,8 @@ def norm_act_backward(
             output = torch.ops.fused_resnet.batch_norm_act_inference(
                 input.detach(), mean, var, weight, bias, eps, None, activation
             )
+        elif output is not None and output.dtype is torch.uint8:
+            grad = torch.empty_like(contiguous_like_eager(input)).copy_(grad)
         grad = act_backward(grad, output, activation)
         grads = norm_backward(grad, input, weight, mean, var, eps, training, need[:3])
         grads = (*grads, grad)
