@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from support import (
     BLOCKS,
     DIFFERENTIABLE,
+    DTYPES,
     STEM_POOL,
     ConvShape,
     assert_gradients_by_error_rule,
@@ -21,13 +22,14 @@ from support import (
     image_batch,
     make_conv_case,
     parameter_gradients,
+    rerun_on_instruction_set,
     small_resnet,
 )
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import fused_resnet
-from fused_resnet import functional
+from fused_resnet import backends, functional
 from fused_resnet.testing import assert_error_rule, relative_error
 
 SHAPES = [
@@ -263,6 +265,91 @@ def test_batch_norm_act(backend, training, dtype, activation):
                 assert relative_error(actual[name], exact[name]) < 1e-12, name
             else:
                 assert_error_rule(actual[name], eager[name], exact[name])
+
+
+MASKED_SHAPES = {
+    "nhwc": ((3, 48, 5, 3), torch.channels_last),
+    "nchw": ((3, 5, 4, 8), torch.contiguous_format),
+    "rows": ((6, 32), torch.contiguous_format),
+}
+
+
+def masked_gradients(shape, memory_format, dtype, channels=None):
+    """What `batch_norm_act` keeps, its output, often just zero, and the gradients."""
+    generator = torch.Generator().manual_seed(23)
+
+    def leaf(*sizes):
+        tensor = torch.randn(sizes, generator=generator).mul(2).round().to(dtype)
+        return (
+            tensor.to(memory_format=memory_format) if len(sizes) == 4 else tensor
+        ).requires_grad_()
+
+    x, weight, bias = leaf(*shape), leaf(shape[1]), leaf(shape[1])
+    residual = leaf(shape[0], channels or shape[1], *shape[2:])
+    with torch.no_grad():
+        x.flatten()[0], residual.flatten()[-1] = math.nan, math.inf
+        weight[1], weight[2], bias[2] = 0.0, -0.0, 0.0
+    cotangent = torch.randn(shape, generator=generator).to(dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = functional.batch_norm_act(
+            x, None, None, weight, bias, True, residual=residual, activation="relu"
+        )
+    gradients = torch.autograd.grad(out, (x, weight, bias, residual), cotangent)
+    return kept, out, gradients
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("layout", MASKED_SHAPES)
+@pytest.mark.parametrize("narrow", [False, True], ids=["", "narrow"])
+def test_the_cpu_keeps_masks_as_bits(monkeypatch, layout, dtype, narrow):
+    """An eighth of a byte a value, and the gradients that the output itself would have led to."""
+    shape, memory_format = MASKED_SHAPES[layout]
+    channels = shape[1] - 3 if narrow else None
+    kept, out, gradients = masked_gradients(shape, memory_format, dtype, channels)
+    (mask,) = (tensor for tensor in kept if tensor.dtype is torch.uint8)
+    assert mask.numel() * 8 == out.numel()
+    assert all(tensor.data_ptr() != out.data_ptr() for tensor in kept)
+    monkeypatch.delattr(backends.cpu, "batch_norm_act_training_keeping_mask")
+    kept, out, expected = masked_gradients(shape, memory_format, dtype, channels)
+    assert any(tensor.data_ptr() == out.data_ptr() for tensor in kept)
+    for name, actual, gradient in zip("xwbr", gradients, expected, strict=True):
+        assert_same_nonfinite(actual, gradient)
+        assert_same_bits(actual.nan_to_num(), gradient.nan_to_num(), name)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("shape", "memory_format"),
+    [((2, 24, 4, 4), torch.channels_last), ((2, 16, 7, 7), torch.contiguous_format)],
+    ids=["24 channels", "49 pixels"],
+)
+def test_masks_that_no_bits_are_kept_of(shape, memory_format):
+    kept, out, _ = masked_gradients(shape, memory_format, torch.float32)
+    assert all(tensor.dtype is not torch.uint8 for tensor in kept)
+    assert any(tensor.data_ptr() == out.data_ptr() for tensor in kept)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_masks_as_bits_on_other_instruction_sets(isa):
+    rerun_on_instruction_set(isa, __file__, "keeps_masks_as_bits")
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=["first", "second"])
+@pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
+def test_masks_as_bits_against_finite_differences(check, strided):
+    torch.manual_seed(6)
+    x, z = torch.randn(2, 2, 16, 1, 2, dtype=torch.float64).unbind(0)
+    x, z = (t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, z))
+    weight, bias = (t.requires_grad_() for t in torch.randn(2, 16, dtype=torch.float64).unbind(0))
+
+    def evaluate(x, z, weight, bias):
+        if strided:  # as the kernel then copies it
+            x = torch.stack((x, x), -1)[..., 0]
+        return functional.batch_norm_act(x, None, None, weight, bias, True, residual=z)
+
+    assert check(evaluate, (x, z, weight, bias))
 
 
 def set_mode(model, mode):

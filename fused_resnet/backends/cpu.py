@@ -576,7 +576,7 @@ def max_pool_backward(
 def _lying_alike(
     grad: Tensor, input: Tensor, output: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """The three in one dense layout, unless `output` is bits, and whether `grad` is our own copy."""
+    """The three in one dense layout, but for bits, and whether `grad` is a copy of our own."""
     input = contiguous_like_eager(input)
     copied = grad.stride() != input.stride()
     if copied:
