@@ -66,6 +66,7 @@ class Pool {
     }
     std::lock_guard lock(mutex_);
     size_of_[memory] = size;
+    trim_to_bound();
     return memory;
   }
 
@@ -77,8 +78,7 @@ class Pool {
     live_ -= size;
     free_.push_back({memory, size});
     cached_ += size;
-    // Live and cached memory together stay within twice the recent peak.
-    trim_locked(std::max(window_peak_, previous_peak_));
+    trim_to_bound();
   }
 
   void trim(size_t keep) {
@@ -100,8 +100,12 @@ class Pool {
   void start_window() {
     previous_peak_ = window_peak_;
     window_peak_ = live_;
-    trim_locked(previous_peak_);
+    trim_to_bound();
   }
+
+  // Live and cached memory together stay within twice the recent peak of what was live: a step's
+  // backward pass wants other sizes than its forward pass has released.
+  void trim_to_bound() { trim_locked(2 * std::max(window_peak_, previous_peak_) - live_); }
 
   // The least recently used go first.
   void trim_locked(size_t keep) {
