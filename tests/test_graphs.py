@@ -167,6 +167,20 @@ def test_hooks_are_called_between_operators(where, calls):
 
 
 @torch.no_grad()
+def test_hooks_that_come_later_are_called():
+    """The model is compiled anew, though by default torch does not look for hooks again."""
+    model = fused_model()
+    x, seen = image_batch(2, 40), []
+    run, graphs = compiled(model)
+    run(x)
+    assert graphs == [WHOLE]
+    model.layer2[0].bn1.register_forward_hook(lambda *_: seen.append(1))
+    run(x)
+    assert seen == [1]
+    assert len(graphs) == 2
+
+
+@torch.no_grad()
 def test_what_does_not_fit_is_refused_by_the_module_it_does_not_fit():
     """Not by the operator, whose message would speak of something that nobody called."""
     model = fused_model("basic")
