@@ -123,10 +123,11 @@ def training_section(path: Path) -> str:
     steps = documents.load(path, [documents.PREDICTED])["training"]
     batches = sorted({step["batch"] for step in steps})
     lines = [
-        f"**Training on GPUs: predicted, not measured**, {steps[0]['dtype']} autocast, forward and "
-        "backward. How many times as long eager is predicted to take, with the same convolutions "
-        "in both; in brackets the least share of copy bandwidth that a norm of the network is "
-        "predicted to reach, forward and backward.",
+        f"**Training on GPUs: predicted, not measured**, {steps[0]['dtype']} autocast, forward, "
+        "backward and SGD. How many times as long eager and `torch.compile` are predicted to take, "
+        "with the same convolutions in all; in brackets the least share of copy bandwidth that a "
+        "norm of the network is predicted to reach, forward and backward. Term by term: "
+        "[docs/training.md](docs/training.md).",
         "",
         "| | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
         "| --- |" + " ---: |" * len(batches),
@@ -134,25 +135,15 @@ def training_section(path: Path) -> str:
     rows: dict[str, list[str]] = {}
     for step in sorted(steps, key=lambda step: step["batch"]):
         times = step["microseconds"]
+        ours = min(times["fused"], times["with_ends"])
         least = (
             f"{100 * min(norm[f'{way}_share_of_copy_bandwidth'] for norm in step['norms']):.0f} %"
             for way in ("forward", "backward")
         )
-        cell = f"{times['eager'] / times['fused']:.2f} ({', '.join(least)})"
+        ratios = ", ".join(f"{times[how] / ours:.2f}" for how in ("eager", "compile"))
+        cell = f"{ratios} ({', '.join(least)})"
         rows.setdefault(f"{step['gpu']}, {step['model']}", []).append(cell)
     lines += [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows.items()]
-    step = next(step for step in steps if step["model"] == "resnet50")
-    lines += [
-        "",
-        "What batch norms, adds and ReLUs move, forward and backward, MB per image of "
-        f"{step['model']}:",
-        "",
-        "| block | eager | fused | ratio |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    for block in step["blocks"]:
-        eager, fused = (block[f"{how}_megabytes"] / step["batch"] for how in ("eager", "fused"))
-        lines.append(f"| {block['block']} | {eager:.1f} | {fused:.1f} | {fused / eager:.2f} |")
     return "\n".join(lines)
 
 

@@ -32,6 +32,7 @@ from fused_resnet.bench import (
     kernels,
     models,
     predict,
+    predict_training,
     report,
     static,
 )
@@ -739,9 +740,13 @@ def test_what_a_training_step_moves() -> None:
     """The norms, and a Bottleneck by hand: at 56 x 56, 64 (128) channels twice, then 256."""
     content = documents.load(STATIC / "predicted.json")
     for step in content["training"]:
-        assert step["microseconds"]["convolutions"] < step["microseconds"]["fused"]
-        assert step["microseconds"]["fused"] < step["microseconds"]["eager"]
-        assert step["microseconds"]["with_ends"] < step["microseconds"]["fused"]
+        times, terms = step["microseconds"], step["terms"]
+        assert times["with_ends"] < times["fused"] < times["eager"]
+        assert times["compile"] < times["eager"]
+        for how, parts in terms.items():
+            assert sum(parts.values()) == pytest.approx(times[how], abs=0.5)
+            assert parts["convolutions"] == terms["eager"]["convolutions"] > 0
+            assert parts["parameters"] == terms["eager"]["parameters"] > 0
         assert sum(norm["count"] for norm in step["norms"]) == 53
         assert len(step["blocks"]) == 17
         block = next(block for block in step["blocks"] if block["block"] == "layer1.1")
@@ -752,6 +757,13 @@ def test_what_a_training_step_moves() -> None:
         for norm in step["norms"]:
             assert 0 < norm["forward_share_of_copy_bandwidth"] < 1
             assert 0 < norm["backward_share_of_copy_bandwidth"] < 1
+
+
+def test_what_is_written_of_training_steps_is_computed() -> None:
+    """docs/training.md: its tables."""
+    text = (ROOT / "docs" / "training.md").read_text()
+    for batch in predict_training.BATCHES:
+        assert predict_training.terms_table(batch, ARCHITECTURES["H100"]) in text
 
 
 def test_static_says_that_it_predicts(run: Run, tmp_path: Path) -> None:

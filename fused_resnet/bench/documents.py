@@ -4,7 +4,7 @@ A file has one of three schemas, named in its `schema`:
 
 - "fused_resnet.results/2", whole models: documented at `fused_resnet.compare.document`.
 - "fused_resnet.kernels/1", layers: documented at `fused_resnet.bench.kernels.document`.
-- "fused_resnet.predicted/2", predictions: documented in `fused_resnet/bench/predict.py`.
+- "fused_resnet.predicted/3", predictions: documented in `fused_resnet/bench/predict.py`.
 
 All are strict JSON, start with what `environment.provenance` gives (predictions, which no device
 made, with "kind": "prediction") and hold a list: `cases`, or `networks` for predictions. A schema's
@@ -25,7 +25,7 @@ from ..inputs import InvalidArgumentError
 
 MODELS = compare.SCHEMA
 KERNELS = "fused_resnet.kernels/1"
-PREDICTED = "fused_resnet.predicted/2"
+PREDICTED = "fused_resnet.predicted/3"
 _OLD_MODELS = "fused_resnet.results/1"
 # What tells one case of a file from another.
 _KEYS = ("model", "batch", "dtype", "device", "mode", "threads")

@@ -1,9 +1,9 @@
 """What the model of `fused_resnet/tuning/estimate.py` predicts for GPUs: no measurement.
 
 Predicts the time of whole networks on several GPUs, run in four ways, and of every layer, as data
-of the schema "fused_resnet.predicted/2":
+of the schema "fused_resnet.predicted/3":
 
-    {"schema": "fused_resnet.predicted/2", "kind": "prediction", "networks": [{
+    {"schema": "fused_resnet.predicted/3", "kind": "prediction", "networks": [{
         "gpu": "H100", "model": "resnet50", "dtype": "float16", "batch": 256,
         "megabytes_per_image": {"eager": 165.0, "fused": 54.0, "chain": 42.0, "chained": 31.0},
         "microseconds": {"eager": 1.0, "compiled": 1.0, "fused": 1.0, "chain": 1.0},

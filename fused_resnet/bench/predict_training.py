@@ -1,22 +1,32 @@
 """What byte counts predict for a training step on a GPU: no measurement.
 
     {"gpu": "H100", "model": "resnet50", "dtype": "float16", "batch": 64,
-     "microseconds": {"eager": 2.0, "fused": 1.0, "with_ends": 0.9, "convolutions": 0.5},
-     "megabytes_per_image": {"eager": 2.0, "fused": 1.0},
+     "microseconds": {"eager": 2.0, "compile": 1.5, "fused": 1.2, "with_ends": 1.1},
+     "terms": {"eager": {"convolutions": 1.0, "norms": 0.7, "gradient sums": 0.1,
+                         "stem's pool": 0.1, "parameters": 0.1, "at convolutions' ends": 0.0}},
+     "megabytes_per_image": {"eager": 2.0, "compile": 1.5, "fused": 1.0},
      "norms": [{
         "shape": [64, 64, 56, 56], "kind": "inner", "count": 6,
         "eager_megabytes": 2.0, "fused_megabytes": 1.0,
         "forward_share_of_copy_bandwidth": 0.9, "backward_share_of_copy_bandwidth": 0.9}],
      "blocks": [{"block": "layer1.0", "eager_megabytes": 2.0, "fused_megabytes": 1.0}]}
 
-Forward and backward of a batch under autocast, without the optimizer. The convolutions are the same
-for both, a product forward and two backward (the stem has one). Everything else takes as long as
-its tensors' bytes at copy bandwidth, plus its launches; `PASSES` says how often each kind of norm,
-with what follows it, goes through a tensor of its output's size. The stem's pool, the head, casts
-of weights are the same for both and left out; so are caches. The sum of a block's two input
-gradients is a pass of its own for both. "with_ends" is "fused" with what the chosen convolutions of
-`backends/triton/training_conv.py` are predicted to save (`tuning/training.py`): statistics, masks,
-sums and norms at their ends instead of in passes. The bytes are those of "fused". A share is the
+A batch's step under autocast. The convolutions are the same for all, a product forward and two
+backward (the stem has one), all as fast as the best of our tiles. Everything else takes as long as
+its tensors' bytes at copy bandwidth, plus its launches; caches and the head are left out. `PASSES`
+says how often each kind of norm, with what follows it, goes through a tensor of its output's size;
+`POOL_PASSES` how often the stem's pool does. The sum of a block's two input gradients is a pass of
+its own, but for `torch.compile`, which adds up where it reads. Parameters are cast for the forward
+pass, their gradients cast back, unscaled, and the optimizer, SGD with momentum, steps.
+
+What `torch.compile` does is what Inductor's decompositions allow at best: statistics and sums read
+their tensors once each, everything elementwise between two convolutions is one kernel, a
+projection's norm is part of the add behind it, and the mask comes from the output that the next
+convolution keeps anyway.
+
+"with_ends" is "fused" with what the chosen convolutions of `backends/triton/training_conv.py` are
+predicted to save (`tuning/training.py`): statistics, masks, sums and norms at their ends instead of
+in passes. The bytes are those of norms, adds and ReLUs, without convolutions' ends. A share is the
 bytes that an operator cannot do without at copy bandwidth, over its predicted time; what a block's
 backward computes again is not in it.
 """
@@ -58,12 +68,36 @@ class Passes:
 # Eager's norm reads its input twice and writes once, backward it reads two tensors twice and writes
 # one; ReLU in place is 2 and 3, an add in place 3. Fused: `backends/triton/batch_norm.py`.
 PASSES: dict[str, dict[str, Passes]] = {
-    # relu(norm): the convolution behind it needs it once more in backward.
-    "inner": {"eager": Passes(5, 8, 0, 3, 3), "fused": Passes(3, 5, 2, 3, 4)},
+    # relu(norm): the convolution behind it needs it once more in backward. Inductor keeps it, and
+    # reads it for its mask both times.
+    "inner": {
+        "eager": Passes(5, 8, 0, 3, 3),
+        "compile": Passes(3, 7, 0, 3, 3),
+        "fused": Passes(3, 5, 2, 3, 4),
+    },
     # relu(norm + shortcut): the sums' pass writes the shortcut's gradient, and the last reads it.
-    "last": {"eager": Passes(8, 8, 0, 4, 3), "fused": Passes(4, 7, 0, 3, 3)},
-    "projection": {"eager": Passes(3, 5, 0, 2, 2), "fused": Passes(3, 5, 0, 3, 3)},
+    # Inductor's sums' pass reads the two gradients that meet here, instead of their sum.
+    "last": {
+        "eager": Passes(8, 8, 0, 4, 3),
+        "compile": Passes(4, 8, 0, 3, 3),
+        "fused": Passes(4, 7, 0, 3, 3),
+    },
+    "projection": {
+        "eager": Passes(3, 5, 0, 2, 2),
+        "compile": Passes(1, 5, 0, 2, 3),
+        "fused": Passes(3, 5, 0, 3, 3),
+    },
 }
+# Of the unpooled tensor, for a pool of a quarter of its pixels: forward reads it and writes the
+# values and their places (8 bytes each; a byte for Inductor), backward reads both and writes one
+# like the unpooled. Fused, backward runs the forward pass of the library's pool again.
+_INDEXED, _OFFSETS = 1.25 + 1.0, 1.25 + 0.125
+POOL_PASSES = {"eager": 2 * _INDEXED, "compile": 2 * _OFFSETS, "fused": 3 * _INDEXED}
+_POOL_LAUNCHES = {"eager": 2, "compile": 2, "fused": 3}
+# Bytes a parameter: cast to 16 bits (4 + 2), its gradient cast back (2 + 4) and unscaled (4 + 4);
+# the optimizer reads parameter, gradient and momentum and writes two of them.
+_PARAMETER_BYTES = 6 + 6 + 8 + 20
+ENGINES = ("eager", "compile", "fused")
 
 
 @dataclass(frozen=True)
@@ -205,32 +239,74 @@ def saved_by_ends(block: Block, gpu: Architecture) -> float:
     return saved
 
 
-def predicted_step(name: str, batch: int, gpu: Architecture) -> dict[str, Any]:
-    """A network's entry: see this module's docstring."""
-    norms = norms_of(name, batch)
+@functools.lru_cache(maxsize=16)
+def parameters_of(name: str) -> int:
+    """How many parameters one of torchvision's networks has."""
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def terms(name: str, batch: int, gpu: Architecture) -> dict[str, dict[str, float]]:
+    """Seconds of a step, by engine ("with_ends" too) and what they go into."""
+    norms, network = norms_of(name, batch), blocks_of(name, batch)
     convolutions = 0.0
     for problem, count in layers.of_model(name, batch, DTYPE).items():
         products = 2 if problem.C == 3 else 3
         convolutions += products * count * estimate.predicted_convolution(problem, gpu)
-    times = {
-        how: convolutions + sum(seconds(norm, how, gpu) for norm in norms)
-        for how in ("eager", "fused")
+    unpooled = norms[0].bytes_once / gpu.copy_bandwidth
+    parameters = _PARAMETER_BYTES * parameters_of(name) / gpu.copy_bandwidth
+    summed = sum(gradient_sum(block, gpu) for block in network)
+    result = {
+        how: {
+            "convolutions": convolutions,
+            "norms": sum(seconds(norm, how, gpu) for norm in norms),
+            "gradient sums": 0.0 if how == "compile" else summed,
+            "stem's pool": POOL_PASSES[how] * unpooled + _POOL_LAUNCHES[how] * estimate.LAUNCH,
+            "parameters": parameters,
+            "at convolutions' ends": 0.0,
+        }
+        for how in ENGINES
     }
-    network = blocks_of(name, batch)
-    for how in times:
-        times[how] += sum(gradient_sum(block, gpu) for block in network)
-    times["with_ends"] = times["fused"] - sum(saved_by_ends(block, gpu) for block in network)
-    times["convolutions"] = convolutions
+    saved = sum(saved_by_ends(block, gpu) for block in network)
+    result["with_ends"] = {**result["fused"], "at convolutions' ends": -saved}
+    return result
+
+
+def terms_table(batch: int, gpu: Architecture, name: str = "resnet50") -> str:
+    """`terms` in microseconds, as Markdown."""
+    found = terms(name, batch, gpu)
+    lines = [
+        "| | eager | torch.compile | fused | with convolutions' ends |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for term in found["eager"]:
+        cells = (f"{1e6 * found[how][term]:.0f}" for how in found)
+        lines.append(f"| {term} | {' | '.join(cells)} |")
+    totals = [sum(found[how].values()) for how in found]
+    lines.append("| **step** | " + " | ".join(f"{1e6 * total:.0f}" for total in totals) + " |")
+    ratios = " | ".join(f"{totals[0] / total:.2f}" for total in totals)
+    lines.append(f"| eager's time over this | {ratios} |")
+    return "\n".join(lines) + "\n"
+
+
+def predicted_step(name: str, batch: int, gpu: Architecture) -> dict[str, Any]:
+    """A network's entry: see this module's docstring."""
+    norms = norms_of(name, batch)
+    found = terms(name, batch, gpu)
     blocks = dict.fromkeys(norm.block for norm in norms)
     return {
         "gpu": gpu.name,
         "model": name,
         "dtype": DTYPE,
         "batch": batch,
-        "microseconds": {how: round(1e6 * value, 1) for how, value in times.items()},
+        "microseconds": {how: round(1e6 * sum(parts.values()), 1) for how, parts in found.items()},
+        "terms": {
+            how: {term: round(1e6 * value, 1) for term, value in parts.items()}
+            for how, parts in found.items()
+        },
         "megabytes_per_image": {
-            how: round(sum(megabytes(norm, how) for norm in norms) / batch, 1)
-            for how in ("eager", "fused")
+            how: round(sum(megabytes(norm, how) for norm in norms) / batch, 1) for how in ENGINES
         },
         "norms": [
             {

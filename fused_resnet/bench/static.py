@@ -56,24 +56,24 @@ def print_training(console: Console, content: Mapping[str, Any]) -> None:
         table.add_column(column)
     table.add_column("batch", justify="right")
     for column in (
-        "eager", "fused", "eager /\nfused", "norms at\nconvolutions' ends", "eager /\nthese",
+        "eager", "torch.compile", "fused", "norms at\nconvolutions' ends", "eager /\nthese",
+        "torch.compile /\nthese",
         "least of copy,\nforward", "backward",
     ):  # fmt: skip
         table.add_column(column, justify="right")
     for step in content["training"]:
         times, moved = step["microseconds"], step["megabytes_per_image"]
-        cells = [f"{times[how] / 1e3:.1f} ({moved[how]:.0f})" for how in ("eager", "fused")]
-        cells.append(f"{times['eager'] / times['fused']:.2f}")
+        cells = [f"{times[how] / 1e3:.1f} ({moved[how]:.0f})" for how in moved]
         cells.append(f"{times['with_ends'] / 1e3:.1f}")
-        cells.append(f"{times['eager'] / times['with_ends']:.2f}")
+        cells += [f"{times[how] / times['with_ends']:.2f}" for how in ("eager", "compile")]
         for direction in ("forward", "backward"):
             least = min(n[f"{direction}_share_of_copy_bandwidth"] for n in step["norms"])
             cells.append(f"{100 * least:.0f} %")
         table.add_row(step["gpu"], step["model"], str(step["batch"]), *cells)
     console.print(table)
     console.print(
-        "By byte counts (fused_resnet/bench/predict_training.py): the same convolutions for both, "
-        "without the optimizer. The last columns are of the norm that is furthest from it."
+        "By byte counts (fused_resnet/bench/predict_training.py): the same convolutions for all. "
+        "The last columns are of the norm that is furthest from it."
     )
 
 
