@@ -379,13 +379,49 @@ def _count_batches(
     shapes: list[torch.Size],
 ) -> None:
     """Updates the norms' buffers as their forward passes would have."""
-    for norm, (mean, var, shared), (N, _, P, Q) in zip(norms, statistics, shapes, strict=True):
+    counts = [N * P * Q for N, _, P, Q in shapes]
+    if _count_together(norms, statistics, counts):
+        return
+    for norm, (mean, var, shared), own in zip(norms, statistics, counts, strict=True):
         momentum = _momentum(norm)
         if norm.training and norm.track_running_stats:
-            count = N * P * Q if shared is None else shared
+            count = own if shared is None else shared
             functional.update_running_statistics(
                 norm.running_mean, norm.running_var, mean, var, count, momentum
             )
+
+
+def _count_together(
+    norms: list[nn.BatchNorm2d],
+    statistics: list[tuple[Tensor, Tensor, Tensor | None]],
+    counts: list[int],
+) -> bool:
+    """Whether it has done what `_count_batches` does, in three calls (launches) for all norms.
+
+    Where these are alike, and no compiler looks on, which would rather see single operators.
+    """
+    momentum = norms[0].momentum
+    if torch.compiler.is_compiling() or momentum is None or not all(counts):
+        return False
+    for norm, (mean, _, shared) in zip(norms, statistics, strict=True):
+        if (
+            not (norm.training and norm.track_running_stats)
+            or norm.momentum != momentum
+            or norm.num_batches_tracked is None
+            or norm.running_mean is None
+            or norm.running_var is None
+            or not norm.running_mean.dtype is norm.running_var.dtype is mean.dtype
+            or shared is not None
+        ):
+            return False
+    with torch.no_grad():
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+        factors = [count / (count - 1) for count in counts]
+        unbiased = torch._foreach_mul([var for _, var, _ in statistics], factors)
+        running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+        batch = [mean for mean, _, _ in statistics] + list(unbiased)
+        torch._foreach_lerp_(running, batch, momentum)
+    return True
 
 
 def _momentum(norm: nn.BatchNorm2d) -> float:

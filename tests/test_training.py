@@ -446,11 +446,33 @@ def test_memory_argument():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("momentum", [None, 0.3])
-def test_running_statistics_of_a_block(momentum):
+def test_norms_that_are_alike_are_updated_together(monkeypatch):
+    """Three launches a block on a GPU, not three a norm."""
     eager, x = make_block(BLOCKS["bottleneck"])
-    for norm in (eager.bn1, eager.bn2, eager.bn3, eager.downsample[1]):
-        norm.momentum = momentum
+    fused, calls = fused_resnet.fuse(eager), []
+    for name in ("_foreach_add_", "_foreach_mul", "_foreach_lerp_"):
+        function = getattr(torch, name)
+        monkeypatch.setattr(
+            torch, name, lambda *a, n=name, f=function: calls.append((n, len(a[0]))) or f(*a)
+        )
+    fused(x)
+    assert calls == [("_foreach_add_", 4), ("_foreach_mul", 4), ("_foreach_lerp_", 8)]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.3, 1.0, (0.3, None), (0.1, 0.3)], ids=str)
+@pytest.mark.parametrize("without", ["", "running statistics", "training"])
+def test_running_statistics_of_a_block(momentum, without):
+    """Of norms that are alike, which are updated together, and of those that are not."""
+    eager, x = make_block(BLOCKS["bottleneck"])
+    first, last = momentum if isinstance(momentum, tuple) else (momentum, momentum)
+    eager.bn1.momentum = eager.downsample[1].momentum = first
+    eager.bn2.momentum = eager.bn3.momentum = last
+    if without == "running statistics":
+        eager.bn3.track_running_stats = False
+        eager.bn3.running_mean = eager.bn3.running_var = eager.bn3.num_batches_tracked = None
+    elif without == "training":
+        eager.bn1.eval()
     fused = fused_resnet.fuse(copy.deepcopy(eager))
     for step in range(3):
         for block in (eager, fused):
