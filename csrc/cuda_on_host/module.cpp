@@ -37,6 +37,9 @@ PYBIND11_MODULE(fused_resnet_on_host, m) {
         counts["threads"] = s.threads;
         counts["barriers"] = s.barriers;
         counts["multiplications"] = s.multiplications;
+        pybind11::dict loads;
+        for (size_t i = 0; i < s.loads.size(); ++i) loads[pybind11::int_(1 << i)] = s.loads[i];
+        counts["loads"] = loads;
         return counts;
       },
       "What ran since the module was loaded.");
