@@ -57,6 +57,7 @@ CONV = "csrc/cuda/conv_bn_act.cuh"
 SCALE_SHIFT_ACT = "csrc/cuda/scale_shift_act.cu"
 BATCH_NORM = "csrc/cuda/batch_norm.cuh"
 BASIC_BLOCK = "csrc/cuda/basic_block.cuh"
+NARROW_RESIDUAL = "csrc/cuda/narrow_residual.cuh"
 TIME_LIMIT = 45  # seconds of computing for the tests of one mutant; unbroken, a third of it
 
 
@@ -69,7 +70,7 @@ class Suite:
     selected: str
 
 
-# The second only for what the first compiles to the same code, and for survivors judged again.
+# Another only for what those before compile to the same code, and for survivors judged again.
 SUITES = {
     CONV: [
         Suite(
@@ -97,6 +98,11 @@ SUITES = {
             "not float16 and not bfloat16 and not parameters_of_any and not bad_input "
             "and not explained and not converts and not schemas",
         ),
+    ],
+    # Of which each takes other parts.
+    NARROW_RESIDUAL: [
+        Suite("batch_norm.cu", "test_cuda_batch_norm.py", "narrow and float32"),
+        Suite("conv_bn_act_float16.cu", "test_cuda_conv_exact.py", "narrow and [float16"),
     ],
     BASIC_BLOCK: [
         Suite(
@@ -388,9 +394,10 @@ def few_instances() -> Path:
 def compile_few_instances(file: str) -> None:
     """Makes the objects that mutants of a file are linked with or compared to."""
     folder = few_instances()
-    family = "conv_" if file == CONV else Path(file).stem
+    stems = {Path(suite.source).stem for suite in SUITES[file]}
+    families = tuple("conv_" if stem.startswith("conv_") else stem for stem in stems)
     for source in cuda_on_host.sources():
-        if source.stem.startswith(family):
+        if source.stem.startswith(families):
             reduced = folder / "cuda" / source.name
             source = reduced if reduced.is_file() else source
             complaint = compile_source(source, folder, folder / f"{source.stem}.o")
