@@ -120,6 +120,13 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
     ("__threadfence();", ";"): (
         "memory order: blocks run one after another on the host, so none sees another's stores late"
     ),
+    ("__syncthreads();  // the parts of all threads come before the ticket", ";"): (
+        "memory order: blocks run one after another on the host, so none adds parts too soon"
+    ),
+    (
+        "target[e] = m < conv.M && k + e < k_end ? source[e] : device::narrow<T>(0.f);",
+        "target[e] = m < conv.M && k + e < k_end ? source[e] : device::narrow<T>(1.f);",
+    ): "equivalent: outputs beyond the last pixel and the last filter are not stored",
     (
         "for (int i = threadIdx.x; i < kTile.n; i += kThreads) {",
         "for (int i = threadIdx.x; i < kTile.n; i = kThreads) {",
@@ -168,6 +175,11 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
         "constexpr int kPlaces = kChunks < 8 ? kChunks : 8;",
         "constexpr int kPlaces = kChunks;",
     ): "equivalent: another permutation, of as many banks",
+    (
+        "constexpr int kOutStep = sizeof(T) / 2;  "
+        "// keeps a warp's stores of two elements free of conflict",
+        "constexpr int kOutStep = sizeof(T) * 2;",
+    ): "performance: another permutation, of fewer banks",
     (
         "if (conv.group_c >= kElements) {",
         "if (conv.group_c > kElements) {",

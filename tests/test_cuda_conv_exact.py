@@ -91,6 +91,8 @@ def problems(tile):
             yield Problem(f"groups of {width}, less than a slab", narrow, (8, 9), 3)
         yield Problem("groups of 4, one tap", ConvShape(16, 16, (1, 1), groups=4), (3, 5))
         yield Problem("groups of 8, many taps", ConvShape(32, 32, (5, 3), groups=4), (9, 8))
+        tall = ConvShape(16, 16, (3, 1), (1, 1), (2, 0), (2, 1), 4)
+        yield Problem("dilated rows", tall, (7, 3))
         return
 
     if tile.loads == ELEMENTS:
@@ -101,6 +103,8 @@ def problems(tile):
         yield Problem("odd groups", grouped, (7, 9))
         yield Problem("deep", ConvShape(beyond + 3, chunk, (1, 1)), (3, 5))
         yield Problem("aligned", ConvShape(2 * chunk, n + chunk, (1, 1)), (5, 7))
+        tall = ConvShape(3, 5, (3, 1), (1, 1), (2, 0), (2, 1))
+        yield Problem("dilated rows", tall, (7, 3))
         return
 
     yield Problem("one step", ConvShape(3 * chunk, n + chunk, (1, 1)), (7, 9), 3)
@@ -114,6 +118,9 @@ def problems(tile):
     odd_groups = ConvShape(2 * chunk, 10, (1, 3), (1, 1), (0, 1), (1, 1), 2)
     yield Problem("odd filters in groups", odd_groups, (4, 5))
     yield Problem("deep", ConvShape(beyond, chunk, (1, 1)), (3, 5))
+    yield Problem("whole tiles", ConvShape(chunk, 2 * n, (1, 1)), (3, 5))
+    tall = ConvShape(chunk, chunk, (3, 1), (1, 1), (2, 0), (2, 1))
+    yield Problem("dilated rows", tall, (7, 3))
 
 
 def cases():
@@ -197,7 +204,7 @@ def test_exact(tile, problem):
         assert_exact(run(tile, case, split), case, f"{options}, split {split}, seed {seed}")
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 3])
 @pytest.mark.parametrize("tile", instances(), ids=str)
 def test_nonfinite_values(tile, number):
     """Infinities and NaNs reach the outputs that they are summed into, and no others."""

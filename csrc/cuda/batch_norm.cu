@@ -1,8 +1,7 @@
 // The operators around batch_norm.cuh's kernels. Tensors are float16, bfloat16 or float32 and dense
 // with the channels innermost, all in the input's strides but a residual of fewer channels, which
-// may have any; statistics and parameters are dense,
-// (C,) and float32. Whatever else there is, fused_resnet/backends/cuda.py converts or runs
-// elsewhere.
+// may have any; statistics and parameters are dense, (C,) and float32. Whatever else there is,
+// fused_resnet/backends/cuda.py converts or runs elsewhere.
 //
 // Accesses are of 16 bytes where the channels fill such and every tensor begins at one; else of one
 // element.

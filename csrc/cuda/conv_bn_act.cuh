@@ -485,7 +485,7 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
       for (int e = 0; e < 4; ++e) sum[e] = 0;
     }
     __threadfence();
-    __syncthreads();
+    __syncthreads();  // the parts of all threads come before the ticket
     const bool is_last =
         threadIdx.x == 0 && atomicAdd(conv.tickets + tile, 1) == static_cast<int>(gridDim.z) - 1;
     if (!__syncthreads_or(is_last)) return;

@@ -60,9 +60,7 @@ __device__ __forceinline__ device::Vector<T, N> load_narrow(const NarrowResidual
     constexpr int kWidth = width;
 #pragma unroll
     for (int i = 0; i < N; i += kWidth) {
-      device::Vector<T, kWidth> part;
-#pragma unroll
-      for (int e = 0; e < kWidth; ++e) part.values[e] = device::narrow<T>(0.f);
+      device::Vector<T, kWidth> part{};  // zeros
       if (has_channel(residual, channel + i)) {
         part = device::load_streaming<T, kWidth>(pixel +
                                                  channel_offset<kWidth>(residual, channel + i));
