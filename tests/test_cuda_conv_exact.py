@@ -118,7 +118,7 @@ def problems(tile):
     odd_groups = ConvShape(2 * chunk, 10, (1, 3), (1, 1), (0, 1), (1, 1), 2)
     yield Problem("odd filters in groups", odd_groups, (4, 5))
     yield Problem("deep", ConvShape(beyond, chunk, (1, 1)), (3, 5))
-    yield Problem("whole tiles", ConvShape(chunk, 2 * n, (1, 1)), (3, 5))
+    yield Problem("whole tiles", ConvShape(chunk, 2 * n, (1, 1)), (11, 13))  # in both directions
     tall = ConvShape(chunk, chunk, (3, 1), (1, 1), (2, 0), (2, 1))
     yield Problem("dilated rows", tall, (7, 3))
 
