@@ -189,6 +189,18 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
         "const int lanes = (kThreads);",
     ): "performance: a block has one row, and threads beyond it nothing to do",
     (
+        "for (int i = 0; i < 2 * N; ++i) sums[i] += others[i];",
+        "for (int i = 0; i <= 2 * N; ++i) sums[i] += others[i];",
+    ): "local memory: what a thread writes beyond an array of its own is not watched on the host",
+    (
+        "through_statistics ? per_value * dot[channel] * affine.invstd * affine.invstd : 0.f;",
+        "through_statistics ? per_value * dot[channel] * affine.invstd * affine.invstd : 1.f;",
+    ): "equivalent: a slope that is not through the statistics is not added",
+    (
+        "values[kOffset] = through_statistics ? per_value * total[channel] : 0.f;",
+        "values[kOffset] = through_statistics ? per_value * total[channel] : 1.f;",
+    ): "equivalent: an offset that is not through the statistics is not added",
+    (
         "if (kMask == Mask::kRecomputed || through_statistics) {",
         "if (true) {",
     ): "performance: loads an input on which nothing depends",
