@@ -308,9 +308,9 @@ def test_widths_of_accesses_to_a_narrow_residual(dtype):
     ones = torch.ones(64)
 
     def loads(function, *arguments):
-        before = module.statistics()["loads"]
+        before = module.loads()
         function(*arguments)
-        return Counter({b: n - before[b] for b, n in module.statistics()["loads"].items()})
+        return Counter({b: n - before[b] for b, n in module.loads().items()})
 
     def normalize(x, z):
         return cuda.batch_norm_act_inference(x, ones, ones, None, None, EPS, z, "relu")

@@ -312,9 +312,9 @@ def test_widths_of_accesses_to_a_narrow_residual(tile):
     case = small_integers(Problem("", shape, (3, 5)), tile.dtype)
 
     def loaded(residual):
-        before = cuda_on_host.load().statistics()["loads"]
+        before = cuda_on_host.load().loads()
         run(tile, dataclasses.replace(case, residual=residual))
-        after = cuda_on_host.load().statistics()["loads"]
+        after = cuda_on_host.load().loads()
         return Counter({size: after[size] - before[size] for size in after})
 
     # Without the residual itself, which is in 16 bytes where it has all channels.

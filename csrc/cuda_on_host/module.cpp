@@ -37,10 +37,18 @@ PYBIND11_MODULE(fused_resnet_on_host, m) {
         counts["threads"] = s.threads;
         counts["barriers"] = s.barriers;
         counts["multiplications"] = s.multiplications;
-        pybind11::dict loads;
-        for (size_t i = 0; i < s.loads.size(); ++i) loads[pybind11::int_(1 << i)] = s.loads[i];
-        counts["loads"] = loads;
         return counts;
       },
       "What ran since the module was loaded.");
+  m.def(
+      "loads",
+      [] {
+        const auto& by_logarithm = on_host::statistics.loads;
+        pybind11::dict counts;
+        for (size_t i = 0; i < by_logarithm.size(); ++i) {
+          counts[pybind11::int_(1 << i)] = by_logarithm[i];
+        }
+        return counts;
+      },
+      "How many loads of so many bytes went through csrc/cuda/device since then.");
 }
