@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet
 
 import fused_resnet
-from fused_resnet import blocks, reference
+from fused_resnet import backends, blocks, reference
 from fused_resnet.models import cifar, cifar_resnet
 from fused_resnet.testing import assert_error_rule, randomize_
+from fused_resnet.tuning import Choice
 
 pytestmark = pytest.mark.quick
 
@@ -532,6 +533,23 @@ def test_no_backend_pads_option_a(backend, dtype):
             adding = ("conv_bn_act_tiled", "batch_norm_normalize", "on_host::scale_shift_act")
             (kernel,) = (event for event in events if event.name.endswith(adding))
             assert list(shortcut.shape) in kernel.input_shapes, kernel
+
+
+@pytest.mark.quick
+@pytest.mark.skipif(backends.available()["triton"] != "yes", reason=backends.available()["triton"])
+def test_what_cannot_read_option_a_is_not_given_it(monkeypatch):
+    """Where tuning chose the library's fused operator, which adds none of fewer channels."""
+    triton = backends.triton
+    choice = Choice("cudnn_convolution_add_relu", None, "measured on this machine")
+    monkeypatch.setattr(triton.launchers(), "choose", lambda problem, device: choice)
+    monkeypatch.setattr(triton.cudnn, "conv_bn_act", None)
+    case = make_conv_case(ConvShape(8, 16, (1, 1)), residual=False)
+    case.residual = torch.randn(2, 8, 16, 16)[:, :, ::2, ::2]
+    with fused_resnet.use_backend("triton"):
+        fused = case.fused()
+    padded = case.map(lambda t: t)
+    padded.residual = reference.pad_channels(case.residual, 16)
+    assert_error_rule(fused, padded.eager(), padded.double().eager())
 
 
 @pytest.mark.parametrize("planes", [33, 32, 17, 16])
