@@ -16,8 +16,9 @@ Fields are those of bench/static.py's report where it has them. `stack_bytes` is
 in local memory, spills included; `matrix_loads` counts LDSM, which is `ldmatrix`. Entries of
 scale_shift_act's kernels say with or without a residual, and the elements of an access or the index
 type, instead of a tile; those of basic_block's have the tile's pixels as `block_m`; those of batch
-norm's the elements, and where the activation's mask comes from. `commit` is the checkout's, with a
-plus where csrc differs from it.
+norm's the elements, and where the activation's mask comes from. `narrow` are kernels for a residual
+of fewer channels than the output. `commit` is the checkout's, with a plus where csrc differs from
+it.
 
     python bench/static_cuda.py
 """
@@ -52,6 +53,7 @@ DIAGONAL_BLOCK = 16  # csrc/cuda/conv_tiles.h
 REGISTERS = 65536  # of a multiprocessor, on all of these
 MOST_LANES = 32  # csrc/cuda/batch_norm.h, as are
 MASKS = ("everywhere", "recomputed", "output")
+RESIDUALS = ("none", "whole", "narrow")  # csrc/cuda/scale_shift_act.cu
 ELEMENTWISE_THREADS = 256  # of scale_shift_act and of batch norm
 
 
@@ -113,7 +115,11 @@ def description(name: str) -> tuple[dict[str, Any], int, int]:
         return fields | {"products": PRODUCTS[0]} | tile, 32 * shape.warps, shape.shared_bytes
     if kernel != "conv_bn_act":
         fields["residual"] = arguments[-1] == "true"
-        if kernel == "scale_shift_act_strided":
+        if kernel == "scale_shift_act_channels_last":
+            kind = RESIDUALS[int(arguments[1].rpartition(")")[2])]
+            fields["residual"] = kind != "none"
+            fields |= {"narrow": True} if kind == "narrow" else {}
+        elif kernel == "scale_shift_act_strided":
             fields["index"] = {"unsigned int": "int32", "long": "int64"}[arguments[1]]
         elif kernel == "scale_shift_act_dense":
             fields["elements"] = int(arguments[1])
@@ -135,7 +141,9 @@ def batch_norm(kernel: str, arguments: list[str]) -> tuple[dict[str, Any], int, 
         return {}, ELEMENTWISE_THREADS, of_channels[kernel] * ELEMENTWISE_THREADS * 4
     elements = int(arguments[0])
     fields: dict[str, Any] = {"elements": elements}
-    if len(arguments) > 1:
+    if kernel == "batch_norm_normalize":
+        fields |= {"narrow": True} if arguments[1] == "true" else {}
+    elif len(arguments) > 1:
         fields["mask"] = MASKS[int(arguments[1].rpartition(")")[2])]
     # Values of every thread that are combined, and values of every channel of the block.
     values, vectors = {
@@ -226,7 +234,7 @@ def identity(entry: dict[str, Any]) -> dict[str, Any]:
     """Which kernel an entry is about."""
     names = (
         "kernel", "dtype", "architecture", "products", "loads", "block_m", "block_n", "block_k",
-        "num_warps", "num_stages", "residual", "elements", "index", "mask",
+        "num_warps", "num_stages", "residual", "narrow", "elements", "index", "mask",
     )  # fmt: skip
     return {name: entry[name] for name in names if name in entry}
 

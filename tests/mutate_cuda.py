@@ -57,6 +57,7 @@ CONV = "csrc/cuda/conv_bn_act.cuh"
 SCALE_SHIFT_ACT = "csrc/cuda/scale_shift_act.cu"
 BATCH_NORM = "csrc/cuda/batch_norm.cuh"
 BASIC_BLOCK = "csrc/cuda/basic_block.cuh"
+NARROW_RESIDUAL = "csrc/cuda/narrow_residual.cuh"
 TIME_LIMIT = 45  # seconds of computing for the tests of one mutant; unbroken, a third of it
 
 
@@ -69,7 +70,7 @@ class Suite:
     selected: str
 
 
-# The second only for what the first compiles to the same code, and for survivors judged again.
+# Another only for what those before compile to the same code, and for survivors judged again.
 SUITES = {
     CONV: [
         Suite(
@@ -98,6 +99,11 @@ SUITES = {
             "and not explained and not converts and not schemas",
         ),
     ],
+    # Of which each takes other parts.
+    NARROW_RESIDUAL: [
+        Suite("batch_norm.cu", "test_cuda_batch_norm.py", "narrow and float32"),
+        Suite("conv_bn_act_float16.cu", "test_cuda_conv_exact.py", "narrow and [float16"),
+    ],
     BASIC_BLOCK: [
         Suite(
             "basic_block.cu",
@@ -114,6 +120,13 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
     ("__threadfence();", ";"): (
         "memory order: blocks run one after another on the host, so none sees another's stores late"
     ),
+    ("__syncthreads();  // the parts of all threads come before the ticket", ";"): (
+        "memory order: blocks run one after another on the host, so none adds parts too soon"
+    ),
+    (
+        "target[e] = m < conv.M && k + e < k_end ? source[e] : device::narrow<T>(0.f);",
+        "target[e] = m < conv.M && k + e < k_end ? source[e] : device::narrow<T>(1.f);",
+    ): "equivalent: outputs beyond the last pixel and the last filter are not stored",
     (
         "for (int i = threadIdx.x; i < kTile.n; i += kThreads) {",
         "for (int i = threadIdx.x; i < kTile.n; i = kThreads) {",
@@ -163,6 +176,11 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
         "constexpr int kPlaces = kChunks;",
     ): "equivalent: another permutation, of as many banks",
     (
+        "constexpr int kOutStep = sizeof(T) / 2;  "
+        "// keeps a warp's stores of two elements free of conflict",
+        "constexpr int kOutStep = sizeof(T) * 2;",
+    ): "performance: another permutation, of fewer banks",
+    (
         "if (conv.group_c >= kElements) {",
         "if (conv.group_c > kElements) {",
     ): "performance: chunks that could be copied whole are copied in pieces",
@@ -170,6 +188,18 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
         "const int lanes = min(vectors, kThreads);",
         "const int lanes = (kThreads);",
     ): "performance: a block has one row, and threads beyond it nothing to do",
+    (
+        "for (int i = 0; i < 2 * N; ++i) sums[i] += others[i];",
+        "for (int i = 0; i <= 2 * N; ++i) sums[i] += others[i];",
+    ): "local memory: what a thread writes beyond an array of its own is not watched on the host",
+    (
+        "through_statistics ? per_value * dot[channel] * affine.invstd * affine.invstd : 0.f;",
+        "through_statistics ? per_value * dot[channel] * affine.invstd * affine.invstd : 1.f;",
+    ): "equivalent: a slope that is not through the statistics is not added",
+    (
+        "values[kOffset] = through_statistics ? per_value * total[channel] : 0.f;",
+        "values[kOffset] = through_statistics ? per_value * total[channel] : 1.f;",
+    ): "equivalent: an offset that is not through the statistics is not added",
     (
         "if (kMask == Mask::kRecomputed || through_statistics) {",
         "if (true) {",
@@ -388,9 +418,10 @@ def few_instances() -> Path:
 def compile_few_instances(file: str) -> None:
     """Makes the objects that mutants of a file are linked with or compared to."""
     folder = few_instances()
-    family = "conv_" if file == CONV else Path(file).stem
+    stems = {Path(suite.source).stem for suite in SUITES[file]}
+    families = tuple("conv_" if stem.startswith("conv_") else stem for stem in stems)
     for source in cuda_on_host.sources():
-        if source.stem.startswith(family):
+        if source.stem.startswith(families):
             reduced = folder / "cuda" / source.name
             source = reduced if reduced.is_file() else source
             complaint = compile_source(source, folder, folder / f"{source.stem}.o")

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import (
+    DTYPES,
     ConvShape,
+    accumulation_dtype,
     assert_gradients_by_error_rule,
     assert_same_bits,
     double_copy,
@@ -21,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet
 
 import fused_resnet
-from fused_resnet import blocks, reference
+from fused_resnet import backends, blocks, reference
 from fused_resnet.models import cifar, cifar_resnet
 from fused_resnet.testing import assert_error_rule, randomize_
+from fused_resnet.tuning import Choice
 
 pytestmark = pytest.mark.quick
 
@@ -317,6 +320,37 @@ def test_a_narrow_residual(K, channels, subsampled, memory_format):
         assert_narrow_like_padded(K, channels, subsampled, memory_format, "cpu", geometries)
 
 
+# Channels of the shortcut and of the output, and the image's size, where CIFAR's networks halve it.
+OPTION_A = {"layer2": (16, 32, 16), "layer3": (32, 64, 8)}
+
+
+@pytest.mark.parametrize("stage", OPTION_A)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_option_a_of_the_paper(backend, dtype, stage):
+    """Its shapes by the error rule, also of no images, an odd one and channels that do not pair."""
+    channels, K, size = OPTION_A[stage]
+    shape = ConvShape(K, K, (3, 3), (1, 1), (1, 1))
+    device = backend.device
+    for batch, extent, kept in (
+        (2, (size, size), channels),
+        (0, (size, size), channels),
+        (1, (5, 3), channels - 3),
+    ):
+        case = make_conv_case(
+            shape, batch=batch, size=extent, dtype=dtype, residual=False, device=device
+        )
+        wide = torch.randn(batch, kept, 2 * extent[0], 2 * extent[1] - 1, device=device).to(dtype)
+        wide = wide.contiguous(memory_format=torch.channels_last)
+        case.residual = wide[:, :, ::2, ::2]
+        with unchanged(**case.tensors()):
+            fused = case.fused()
+        padded = case.map(lambda t: t)
+        padded.residual = reference.pad_channels(case.residual, K)
+        assert fused.shape == padded.residual.shape
+        if batch:
+            assert_error_rule(fused, padded.eager(), padded.double().eager())
+
+
 @pytest.mark.interpreted
 def test_a_narrow_residual_everywhere(backend):
     geometries = [((1, 1), 0, 1, 1)]
@@ -454,6 +488,68 @@ def test_option_a_is_not_padded_in_memory():
         assert ways["layer2.0"] == ways["layer1.0"]
     with fused_resnet.use_backend("reference"):
         assert "padded shortcut" in fused_resnet.report(model)[2].backend
+
+
+@pytest.mark.interpreted
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_backend_pads_option_a(backend, dtype):
+    """But for the definition: zeros are made nowhere, and kernels get the shortcut's own pixels."""
+
+    def image(channels, *size):
+        x = torch.randn(2, channels, *size, device=backend.device).to(dtype)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    shape = ConvShape(8, 16, (1, 1))
+    case = make_conv_case(shape, residual=False, size=(2, 3), device=backend.device)
+    case = case.map(lambda t: t.to(dtype))
+    shortcut, x = image(8, 4, 6)[:, :, ::2, ::2], image(16, 2, 3)
+    case.residual = shortcut
+    vectors = [torch.rand(16, device=backend.device) + 0.5 for _ in range(4)]
+    vectors = [t.to(accumulation_dtype(dtype)) for t in vectors]
+    leaves = [t.detach().requires_grad_() for t in (shortcut, x)]
+    grad = torch.ones_like(x)
+
+    def norm(training):
+        return fused_resnet.functional.batch_norm_act(x, *vectors, training, residual=shortcut)
+
+    def backward():
+        operator = torch.ops.fused_resnet.batch_norm_act_training
+        out, *_ = operator(leaves[1], *vectors[2:], 1e-5, leaves[0], "relu")
+        grads = torch.autograd.grad(out, leaves, grad)
+        assert [g.shape for g in grads] == [t.shape for t in leaves]
+
+    for call in (case.fused, lambda: norm(True), lambda: norm(False), backward):
+        with torch.autograd.profiler.profile(record_shapes=True) as profile:
+            call()
+        events = profile.function_events
+        names = {event.name.rpartition("::")[2] for event in events}
+        padded = {"constant_pad_nd", "cat"}
+        # Autograd makes gradients of the statistics, which are zero; torch's own start from zeros.
+        if call is not backward and dtype is not torch.float64:
+            padded |= {"zeros", "zeros_like", "new_zeros", "zero_", "fill_"}
+        assert bool(names & padded) == (backend.name == "reference"), names
+        if backend.name == "cuda":
+            adding = ("conv_bn_act_tiled", "batch_norm_normalize", "on_host::scale_shift_act")
+            (kernel,) = (event for event in events if event.name.endswith(adding))
+            assert list(shortcut.shape) in kernel.input_shapes, kernel
+
+
+@pytest.mark.quick
+@pytest.mark.skipif(backends.available()["triton"] != "yes", reason=backends.available()["triton"])
+def test_what_cannot_read_option_a_is_not_given_it(monkeypatch):
+    """Where tuning chose the library's fused operator, which adds none of fewer channels."""
+    triton = backends.triton
+    choice = Choice("cudnn_convolution_add_relu", None, "measured on this machine")
+    monkeypatch.setattr(triton.launchers(), "choose", lambda problem, device: choice)
+    monkeypatch.setattr(triton.cudnn, "conv_bn_act", None)
+    case = make_conv_case(ConvShape(8, 16, (1, 1)), residual=False)
+    case.residual = torch.randn(2, 8, 16, 16)[:, :, ::2, ::2]
+    with fused_resnet.use_backend("triton"):
+        fused = case.fused()
+    padded = case.map(lambda t: t)
+    padded.residual = reference.pad_channels(case.residual, 16)
+    assert_error_rule(fused, padded.eager(), padded.double().eager())
 
 
 @pytest.mark.parametrize("planes", [33, 32, 17, 16])

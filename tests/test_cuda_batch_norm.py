@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -24,7 +25,7 @@ from support import (
 )
 from torch import Tensor
 
-from fused_resnet import _native, backends
+from fused_resnet import _native, backends, reference
 from fused_resnet.backends import cuda
 
 ON_HOST = backends.cuda.on_host()
@@ -223,6 +224,130 @@ def test_every_value(dtype, shape, set_seed):
         check(make_case(*shape, dtype, affine=False), output_to_backward=True)
         check(make_case(*shape, dtype, True, "none", affine=False), output_to_backward=False)
         check(make_case(*shape, dtype, False, "none"), output_to_backward=False)
+
+
+# Images, rows, columns and channels of an output, and channels of its residual: those of CIFAR's
+# networks, every width of an access, odd numbers of channels before, and one channel.
+NARROW = [
+    (2, 16, 16, 32, 16), (1, 8, 8, 64, 32), (3, 5, 7, 64, 56), (2, 7, 5, 40, 36), (1, 9, 1, 24, 22),
+    (2, 1, 9, 48, 45), (5, 3, 2, 32, 1), (2, 4, 3, 33, 16), (3, 2, 5, 29, 13), (1, 3, 3, 264, 248),
+]  # fmt: skip
+
+
+def narrow_case(sizes, dtype, activation, layout) -> tuple[Case, Tensor]:
+    """A case with a padded residual, and the residual as it was, between NaNs."""
+    N, P, Q, C, channels = sizes
+    case = make_case(N * P * Q, C, dtype, True, activation)
+    for name in ("input", "grad", "residual"):
+        rows = getattr(case, name).permute(0, 2, 3, 1).reshape(N, P, Q, C)
+        setattr(case, name, rows.permute(0, 3, 1, 2))
+    values = case.residual[:, :channels]
+    options = {"dtype": dtype, "device": DEVICE}
+    if layout == "subsampled":
+        narrow = torch.full((N, 2 * P, 2 * Q, channels), math.nan, **options)[:, 1::2, 1::2]
+    elif layout == "gaps":
+        narrow = torch.full((N, P, Q, channels + 3), math.nan, **options)[..., 3:]
+    else:
+        narrow = torch.full((N, channels, P, Q), math.nan, **options).permute(0, 2, 3, 1)
+    narrow = narrow.permute(0, 3, 1, 2).copy_(values)
+    case.residual = reference.pad_channels(narrow, C)
+    return case, narrow
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("sizes", NARROW, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_a_narrow_residual(dtype, sizes, set_seed):
+    """One of fewer channels is read where it lies, and gives what it gives between zeros."""
+    for seed, layout in enumerate(("subsampled", "gaps", "contiguous")):
+        set_seed(seed)
+        activation = ("relu", "none")[seed % 2]
+        case, narrow = narrow_case(sizes, dtype, activation, layout)
+        padded = check(case, output_to_backward=True)
+        case.residual = narrow
+        with unchanged(**case.tensors()):
+            for again, before in zip(case.forward(), padded[:3], strict=True):
+                assert_same_bits(again, before)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_nonfinite_values_of_a_narrow_residual(dtype):
+    for sizes in ((2, 3, 5, 32, 16), (2, 3, 5, 33, 18)):
+        case, narrow = narrow_case(sizes, dtype, "relu", "subsampled")
+        narrow[0, 0, 0, 1], narrow[1, -1, 2, 4], narrow[1, 3, 1, 1] = math.nan, math.inf, -math.inf
+        norm = (case.input.double(), None, None, case.weight.double(), case.bias.double(), True)
+        padded = reference.pad_channels(narrow, sizes[3])
+        expected = (F.batch_norm(*norm) + padded.double()).relu()
+        case.residual = narrow
+        assert_same_nonfinite(case.forward()[0], expected.to(dtype))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("shape", [(7, 24), (3, 24, 5), (2, 24, 3, 4, 5)], ids=str)
+def test_narrow_residuals_of_other_dimensions(shape):
+    """Up to four by the same kernel; more by the one for any strides."""
+    x, z = torch.randn(2, *shape, device=DEVICE).movedim(2, -1).contiguous().movedim(-1, 2)
+    z = z[:, :17]
+    statistics = [torch.rand(24, device=DEVICE) + 0.5 for _ in range(4)]
+    with unchanged(x=x, z=z):
+        narrow = cuda.batch_norm_act_inference(x, *statistics, EPS, z, "relu")
+    padded = reference.pad_channels(z, 24)
+    expected = reference.batch_norm_act_inference(
+        x.double(), *(t.double() for t in statistics), EPS, padded.double(), "relu"
+    )
+    torch.testing.assert_close(narrow.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not ON_HOST, reason="counts what the host's kernels load")
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_widths_of_accesses_to_a_narrow_residual(dtype):
+    """The widest that channels, strides and address allow, by both kernels that add one."""
+    module, size = cuda_on_host.load(), dtype.itemsize
+    ones = torch.ones(64)
+
+    def loads(function, *arguments):
+        before = module.loads()
+        function(*arguments)
+        return Counter({b: n - before[b] for b, n in module.loads().items()})
+
+    def normalize(x, z):
+        return cuda.batch_norm_act_inference(x, ones, ones, None, None, EPS, z, "relu")
+
+    def add(x, z):
+        return _native.cuda_operators.scale_shift_act(x, ones, ones, z, "relu")
+
+    for function in (normalize, add):
+        width = 16 // size
+        while width:
+            channels = 64 - 2 * width
+            case, narrow = narrow_case((2, 3, 5, 64, channels), dtype, "relu", "subsampled")
+            expected = loads(function, case.input, None)
+            expected += Counter({width * size: 30 * channels // width})
+            assert loads(function, case.input, narrow) == expected, (function, width)
+            width //= 2
+        for layout in ("gaps", "contiguous"):
+            case, narrow = narrow_case((2, 3, 5, 64, 48), dtype, "relu", layout)
+            expected = loads(function, case.input, None)
+            assert loads(function, case.input, narrow)[size] == expected[size] + 30 * 48
+
+
+@pytest.mark.quick
+def test_bad_narrow_residuals():
+    x, ones = as_image(torch.randn(6, 8)).to(DEVICE), torch.ones(8, device=DEVICE)
+    normalize = _native.cuda_operators.batch_norm_normalize
+    for shape in ((1, 9, 1, 6), (1, 0, 1, 6), (1, 4, 2, 6), (2, 4, 1, 6), (1, 4, 6)):
+        with pytest.raises(RuntimeError, match="residual has another shape or dtype"):
+            normalize(x, ones, ones, None, None, EPS, torch.ones(shape, device=DEVICE), True)
+    half = torch.ones(1, 4, 1, 6, dtype=torch.float16, device=DEVICE)
+    with pytest.raises(RuntimeError, match="residual has another shape or dtype"):
+        normalize(x, ones, ones, None, None, EPS, half, True)
+    # Dense, with channels innermost, but not in the order in which pixels are numbered.
+    x = torch.randn(3, 5, 2, 8, device=DEVICE).permute(2, 3, 1, 0)
+    residual = torch.ones(2, 4, 5, 3, device=DEVICE)
+    with pytest.raises(RuntimeError, match="input must be channels_last"):
+        normalize(x, ones, ones, None, None, EPS, residual, True)
 
 
 @pytest.mark.quick

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
 import torch
 from support import ConvShape, dtype_id, make_conv_case
 
-from fused_resnet import _native, backends
+from fused_resnet import _native, backends, reference
 
 ON_HOST = backends.cuda.on_host()
 if backends.cuda.available() != "yes":
@@ -90,6 +91,8 @@ def problems(tile):
             yield Problem(f"groups of {width}, less than a slab", narrow, (8, 9), 3)
         yield Problem("groups of 4, one tap", ConvShape(16, 16, (1, 1), groups=4), (3, 5))
         yield Problem("groups of 8, many taps", ConvShape(32, 32, (5, 3), groups=4), (9, 8))
+        tall = ConvShape(16, 16, (3, 1), (1, 1), (2, 0), (2, 1), 4)
+        yield Problem("dilated rows", tall, (7, 3))
         return
 
     if tile.loads == ELEMENTS:
@@ -100,6 +103,8 @@ def problems(tile):
         yield Problem("odd groups", grouped, (7, 9))
         yield Problem("deep", ConvShape(beyond + 3, chunk, (1, 1)), (3, 5))
         yield Problem("aligned", ConvShape(2 * chunk, n + chunk, (1, 1)), (5, 7))
+        tall = ConvShape(3, 5, (3, 1), (1, 1), (2, 0), (2, 1))
+        yield Problem("dilated rows", tall, (7, 3))
         return
 
     yield Problem("one step", ConvShape(3 * chunk, n + chunk, (1, 1)), (7, 9), 3)
@@ -113,6 +118,9 @@ def problems(tile):
     odd_groups = ConvShape(2 * chunk, 10, (1, 3), (1, 1), (0, 1), (1, 1), 2)
     yield Problem("odd filters in groups", odd_groups, (4, 5))
     yield Problem("deep", ConvShape(beyond, chunk, (1, 1)), (3, 5))
+    yield Problem("whole tiles", ConvShape(chunk, 2 * n, (1, 1)), (11, 13))  # in both directions
+    tall = ConvShape(chunk, chunk, (3, 1), (1, 1), (2, 0), (2, 1))
+    yield Problem("dilated rows", tall, (7, 3))
 
 
 def cases():
@@ -196,7 +204,7 @@ def test_exact(tile, problem):
         assert_exact(run(tile, case, split), case, f"{options}, split {split}, seed {seed}")
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 3])
 @pytest.mark.parametrize("tile", instances(), ids=str)
 def test_nonfinite_values(tile, number):
     """Infinities and NaNs reach the outputs that they are summed into, and no others."""
@@ -221,12 +229,116 @@ def test_nonfinite_values(tile, number):
     assert_exact(run(tile, case), case, "weights")
 
 
+def narrow_residual(full, channels, layout):
+    """The middle channels of a residual, in a storage that ends with them, other values around."""
+    N, K, P, Q = full.shape
+    values = full.narrow(1, (K - channels) // 2, channels)
+    if layout == "subsampled":  # every second pixel of a shortcut
+        wide = torch.full((N, 2 * P, 2 * Q, channels), math.nan, dtype=full.dtype)
+        part = wide[:, 1::2, 1::2]
+    elif layout == "gaps":
+        part = torch.full((N, P, Q, channels + 3), math.nan, dtype=full.dtype)[..., 3:]
+    elif layout == "reversed":
+        part = torch.empty(Q, P, N, channels, dtype=full.dtype).permute(2, 1, 0, 3)
+    else:
+        part = torch.empty(N, channels, P, Q, dtype=full.dtype).permute(0, 2, 3, 1)
+    return part.permute(0, 3, 1, 2).copy_(values)
+
+
+def narrow_channels(K, chunk):
+    """As many as accesses of each width can have, with an odd number before them, and one."""
+    fewer = [2 * chunk, chunk, chunk // 2, 4, 3, 2, 1, K - 1]
+    return sorted({K - n for n in fewer if n < K})
+
+
+def assert_narrow_exact(tile, case, channels, layout, split=1):
+    guarded = cuda_on_host.guarded() if ON_HOST else contextlib.nullcontext()
+    with guarded:
+        narrow = narrow_residual(case.residual, channels, layout)
+    before = narrow.clone()
+    out = run(tile, dataclasses.replace(case, residual=narrow), split)
+    assert torch.equal(narrow.nan_to_num(), before.nan_to_num())
+    padded = reference.pad_channels(narrow, case.residual.size(1))
+    assert_exact(out, dataclasses.replace(case, residual=padded), f"{channels}, {layout}, {split}")
+
+
+@pytest.mark.parametrize("tile", instances(), ids=str)
+def test_narrow_residual(tile):
+    """A residual of fewer channels is read where it lies, as if there were zeros around it."""
+    layouts = ("gaps", "contiguous", "reversed")
+    for number, problem in enumerate(list(problems(tile))[:4]):
+        case = small_integers(problem, tile.dtype)
+        case.activation = ("relu", "none")[number % 2]
+        for seed, channels in enumerate(narrow_channels(problem.shape.out_channels, tile.chunk)):
+            set_seed(seed)
+            assert_narrow_exact(tile, case, channels, "subsampled", 1 + 2 * (seed % 2))
+            if seed % 4 == number:
+                assert_narrow_exact(tile, case, channels, layouts[(seed + number) % 3])
+
+
+@pytest.mark.parametrize("tile", instances(), ids=str)
+def test_nonfinite_values_of_a_narrow_residual(tile):
+    """They reach their own outputs and no others, also where outputs are summed again."""
+    problem = list(problems(tile))[1]
+    case = small_integers(problem, tile.dtype, activation="none")
+    case.input[0, 0, 1, 2] = math.nan
+    case.input[1, -1, -1, -2] = math.inf
+    K = problem.shape.out_channels
+    for channels in (K - 2, 3):
+        begin = (K - channels) // 2
+        case.residual[0, begin, 1, 1] = math.nan
+        case.residual[1, begin + channels - 1, -1, -1] = math.inf
+        case.residual[0, begin + 1, 0, 2] = -math.inf
+        for activation in ("none", "relu"):
+            case.activation = activation
+            assert_narrow_exact(tile, case, channels, "subsampled")
+
+
 def one_of_each():
     """For each dtype and way to load, the first instance."""
     found = {}
     for tile in instances():
         found.setdefault((tile.dtype, tile.products, tile.loads), tile)
     return list(found.values())
+
+
+@pytest.mark.skipif(not ON_HOST, reason="counts what the host's kernels load")
+@pytest.mark.parametrize("tile", one_of_each(), ids=str)
+def test_widths_of_accesses_to_a_narrow_residual(tile):
+    """The widest that channels, strides and address allow."""
+    K, pixels, element = 4 * tile.chunk, 2 * 3 * 5, tile.dtype.itemsize
+    groups = K // 8 if tile.loads == DIAGONAL else 1
+    shape = ConvShape(K, K, (1, 1), groups=groups)
+    case = small_integers(Problem("", shape, (3, 5)), tile.dtype)
+
+    def loaded(residual):
+        before = cuda_on_host.load().loads()
+        run(tile, dataclasses.replace(case, residual=residual))
+        after = cuda_on_host.load().loads()
+        return Counter({size: after[size] - before[size] for size in after})
+
+    # Without the residual itself, which is in 16 bytes where it has all channels.
+    others = loaded(case.residual) - Counter({16: pixels * K // tile.chunk})
+    width = tile.chunk
+    while width * element >= 4:  # less is copied without asking csrc/cuda/device
+        channels = K - 2 * width
+        narrow = narrow_residual(case.residual, channels, "subsampled")
+        expected = others + Counter({width * element: pixels * channels // width})
+        assert loaded(narrow) == expected, width
+        width //= 2
+    for layout in ("gaps", "contiguous"):
+        narrow = narrow_residual(case.residual, K - 2 * tile.chunk, layout)
+        assert loaded(narrow)[16] == others[16], layout
+
+
+@pytest.mark.parametrize("tile", one_of_each(), ids=str)
+def test_narrow_residuals_that_do_not_fit(tile):
+    case = small_integers(list(problems(tile))[1], tile.dtype)
+    N, K, P, Q = case.residual.shape
+    for shape in ((N, K + 1, P, Q), (N, 0, P, Q), (N, K - 1, P, Q + 1), (N + 1, K - 1, P, Q)):
+        residual = torch.zeros(shape, dtype=tile.dtype)
+        with pytest.raises(RuntimeError, match="residual must have the output's shape"):
+            run(tile, dataclasses.replace(case, residual=residual))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=dtype_id)

@@ -138,8 +138,8 @@ def test_every_architecture_has_every_kernel(architecture):
         return {re.sub(r"\d*_GLOBAL__N_\w*?_cu_\w{8}_\d+", "", n) for n in kernels(architecture)}
 
     assert names(architecture) == names(ARCHITECTURES[0])
-    # Four dtypes, with and without a residual.
-    assert sum("act_channels_last" in name for name in names(architecture)) == 8
+    # Four dtypes, without a residual, with one and with one of fewer channels.
+    assert sum("act_channels_last" in name for name in names(architecture)) == 12
     # Tiles of 16-bit elements twice, for float16 and bfloat16.
     twice = sum(tile[0] == 0 for tile in conv_tiles())
     assert len(convolutions(architecture)) == len(conv_tiles()) + twice
@@ -226,13 +226,17 @@ def test_aligned_paths_access_16_bytes(architecture):
             continue
         loads = [i for i in instructions if re.search(r"\bLDG\b.*\.128\b", i)]
         stores = [i for i in instructions if re.search(r"\bSTG\b.*\.128\b", i)]
-        with_residual = "Lb1E" in name
+        if "ResidualE2E" in name:
+            assert_every_width(name, instructions)
+            checked += 1
+            continue
+        with_residual = "Lb1E" in name or "ResidualE1E" in name
         assert len(loads) == (2 if with_residual else 1) * len(stores) > 0, name
         if "act_channels_last" in name:
             narrow = [i for i in instructions if re.search(r"\bSTG\b", i) and ".128" not in i]
             assert not narrow, f"{name}: {narrow[:3]}"
         checked += 1
-    assert checked == 16
+    assert checked == 20
 
 
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
@@ -247,16 +251,29 @@ def test_the_report_is_of_these_kernels():
     assert sorted(json.dumps(fields, sort_keys=True) for fields in listed) == own
 
 
+def assert_every_width(name: str, instructions: list[str]) -> None:
+    """A kernel has loads of a residual of fewer channels in every width that there is."""
+    widths = [re.search(r"\.(U16|64|128)\b", load) for load in opcodes(instructions, "LDG")]
+    found = {match[1] if match else "32" for match in widths}
+    has_16_bits = "half" in name or "bfloat16" in name
+    expected = {"U16", "32", "64", "128"} if has_16_bits else {"64", "128"}  # of elements too
+    assert found >= expected, name
+    assert all(store.endswith(".128") for store in opcodes(instructions, "STG")), name
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_batch_norm_accesses_16_bytes(architecture):
     """What the kernels of whole accesses read and write of tensors, but for values of a channel."""
     found = {name: k for name, k in kernels(architecture).items() if "batch_norm" in name}
-    # Statistics and normalize, and two with three masks, in three dtypes and two widths; and two
-    # that combine.
-    assert len(found) == 3 * 2 * (2 + 2 * 3) + 2
+    # Statistics, normalize with and without a residual of fewer channels, and two with three masks,
+    # in three dtypes and two widths; and two that combine.
+    assert len(found) == 3 * 2 * (3 + 2 * 3) + 2
     whole = {name: k for name, k in found.items() if re.search(r"Li[48]E", name)}
-    assert len(whole) == 3 * (2 + 2 * 3)
+    assert len(whole) == 3 * (3 + 2 * 3)
     for name, instructions in whole.items():
+        if "normalize" in name and "Lb1E" in name:
+            assert_every_width(name, instructions)
+            continue
         loads, stores = opcodes(instructions, "LDG"), opcodes(instructions, "STG")
         wide = [load for load in loads if ".128" in load]
         # The statistics, parameters and sums that a thread reads of one channel.

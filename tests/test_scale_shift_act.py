@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from support import assert_same_nonfinite, dtype_id, rerun_on_instruction_set, unchanged
 
-from fused_resnet import _native
+from fused_resnet import _native, reference
 from fused_resnet.testing import assert_error_rule
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -146,6 +146,48 @@ def test_expanded_tensors(device, dtype):
     check(x, scale, shift, z[..., :1].expand(-1, -1, -1, 6), "relu")
     check(x, scale[:1].expand(8), shift[::1].flip(0), z, "relu")
     check(x, scale.repeat_interleave(2)[::2], shift, x, "relu")  # the input is its own residual
+
+
+# Shapes and a residual's channels: accesses of every width, odd numbers of channels before, more
+# vectors than a block has threads, other numbers of dimensions.
+NARROW = [
+    ((2, 32, 8, 8), 16), ((3, 64, 5, 7), 56), ((2, 40, 7, 5), 36), ((1, 24, 9, 1), 22),
+    ((2, 48, 1, 9), 45), ((5, 32, 3, 2), 1), ((2, 33, 4, 3), 16), ((2, 2056, 1, 2), 2040),
+    ((9, 24), 16), ((2, 24, 5), 11), ((2, 16, 3, 4, 5), 8), ((37, 64, 9, 9), 32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize(("shape", "channels"), NARROW, ids=str)
+def test_narrow_residual(device, dtype, shape, channels):
+    """One of fewer channels, in any strides, gives the bits that it gives between zeros."""
+    x, scale, shift, _ = make(shape, dtype, device)
+    x = with_layout(x, "channels_last")
+    z = torch.randn(shape[0], channels, *shape[2:]).to(device, dtype)
+    padded = reference.pad_channels(z, shape[1])
+    arguments = (x, scale, shift, padded, "relu")
+    expected = operator(*arguments)
+    assert_error_rule(expected, eager(*arguments), exact(*arguments))
+    for layout in LAYOUTS:
+        narrow = with_layout(z, layout)
+        with unchanged(input=x, residual=narrow):
+            assert torch.equal(operator(x, scale, shift, narrow, "relu"), expected), layout
+    for layout in ("contiguous", "reversed", "misaligned"):
+        other = with_layout(x, layout)
+        assert torch.equal(operator(other, scale, shift, z, "relu"), expected), layout
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_nonfinite_values_of_a_narrow_residual(device, dtype):
+    x, scale, shift, _ = make((2, 32, 3, 5), dtype, device)
+    x = with_layout(x, "channels_last")
+    for channels in (16, 13):
+        z = torch.zeros(2, channels, 3, 5, device=device, dtype=dtype)
+        z[0, 0, 1, 2], z[1, -1, 2, 4], z[1, 3, 0, 0] = math.nan, math.inf, -math.inf
+        padded = reference.pad_channels(z, 32)
+        expected = exact(x, scale, shift, padded, "relu")
+        z = with_layout(z, "channels_last")
+        assert_same_nonfinite(operator(x, scale, shift, z, "relu"), expected)
 
 
 def test_many_dimensions(device):

@@ -1,7 +1,7 @@
 // The operators around batch_norm.cuh's kernels. Tensors are float16, bfloat16 or float32 and dense
-// with the channels innermost, all in the input's strides; statistics and parameters are dense,
-// (C,) and float32. Whatever else there is, fused_resnet/backends/cuda.py converts or runs
-// elsewhere.
+// with the channels innermost, all in the input's strides but a residual of fewer channels, which
+// may have any; statistics and parameters are dense, (C,) and float32. Whatever else there is,
+// fused_resnet/backends/cuda.py converts or runs elsewhere.
 //
 // Accesses are of 16 bytes where the channels fill such and every tensor begins at one; else of one
 // element.
@@ -10,12 +10,15 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cuda/device/launch.cuh"
 #include "cuda/library.h"
+#include "cuda/narrow_residual_of.h"
 #include "scale_shift_act.h"
 
 namespace fused_resnet {
@@ -61,6 +64,18 @@ class Operands {
   }
   void add(const std::optional<Tensor>& tensor) {
     if (tensor) add(*tensor);
+  }
+
+  // A residual of fewer channels, in any strides: its kernel numbers pixels in 32 bits.
+  void check_narrow(const Tensor& residual) const {
+    std::vector<int64_t> shape = input_.sizes().vec();
+    shape[1] = std::clamp<int64_t>(residual.size(1), 1, shape[1]);
+    STD_TORCH_CHECK(residual.scalar_type() == input_.scalar_type() &&
+                        residual.sizes().vec() == shape && residual.dim() <= 4,
+                    name_, ": residual has another shape or dtype than input, not just fewer ",
+                    "channels");
+    STD_TORCH_CHECK(has_pixels_in_order(input_) && input_.numel() / input_.size(1) <= UINT32_MAX,
+                    name_, ": input must be channels_last, of less than 2^32 pixels");
   }
 
   const float* vector(const Tensor& vector) const {
@@ -181,16 +196,27 @@ Tensor normalize(Tensor input, Tensor mean, Tensor var, std::optional<Tensor> we
   const DeviceGuard guard(input.get_device_index());
   const cudaStream_t stream = current_stream(input.get_device_index());
   const Tensor output = empty_output(input);
-  operands.add(residual);
+  const bool is_narrow = residual && residual->size(1) != input.size(1);
+  if (is_narrow) {
+    operands.check_narrow(*residual);
+  } else {
+    operands.add(residual);
+  }
   operands.add(output);
   const Norm norm = operands.norm(mean, var, weight, bias, eps);
   const float floor = relu ? 0.f : -std::numeric_limits<float>::infinity();
   operands.dispatch(kBlocksOfElements, [&](auto zero, auto elements_at_once, const Partition& p) {
     using T = decltype(zero);
     constexpr int N = elements_at_once;
-    device::launch(batch_norm_normalize<T, N>,
-                   {p.blocks(), kThreads, kBytesOfVectors<2, N>, stream}, elements<T>(input),
-                   elements<T>(residual), mutable_elements<T>(output), norm, floor, p);
+    const device::Grid grid{p.blocks(), kThreads, kBytesOfVectors<2, N>, stream};
+    if (is_narrow) {
+      device::launch(batch_norm_normalize<T, N, true>, grid, elements<T>(input),
+                     narrow_residual_of(*residual, p.channels, N, N), mutable_elements<T>(output),
+                     norm, floor, p);
+    } else {
+      device::launch(batch_norm_normalize<T, N, false>, grid, elements<T>(input),
+                     elements<T>(residual), mutable_elements<T>(output), norm, floor, p);
+    }
   });
   return output;
 }

@@ -22,6 +22,7 @@
 #include "cuda/batch_norm.h"
 #include "cuda/device/shared_memory.cuh"
 #include "cuda/device/vector.cuh"
+#include "cuda/narrow_residual.cuh"
 
 namespace fused_resnet {
 
@@ -291,13 +292,14 @@ template <int kVectors, int N>
 inline constexpr int kBytesOfVectors =
     kVectors * Partition::kMostLanes * N * static_cast<int>(sizeof(float));
 
-// output = act(input * scale + shift + residual), where act(x) = max(x, floor).
+// output = act(input * scale + shift + residual), where act(x) = max(x, floor). Rows are pixels of
+// a residual of fewer channels.
 //
 // Reads input and residual and writes the output once, rows * C elements each.
-template <typename T, int N>
+template <typename T, int N, bool kNarrow>
 __global__ void __launch_bounds__(kThreads, kResident)
-    batch_norm_normalize(const T* input, const T* residual, T* output, Norm norm, float floor,
-                         Partition p) {
+    batch_norm_normalize(const T* input, ResidualOf<T, kNarrow> residual, T* output, Norm norm,
+                         float floor, Partition p) {
   const Place place(p, gridDim.x - 1 - blockIdx.x);
   enum { kScale, kShift, kVectors };
   float vectors[kVectors][N];
@@ -314,14 +316,19 @@ __global__ void __launch_bounds__(kThreads, kResident)
     for (int r = 0; r < kCount; ++r) {
       const int64_t offset = (row + r * p.groups) * p.channels + place.channel;
       x[r] = load_streaming<T, N>(input + offset);
-      if (residual != nullptr) shortcut[r] = load_streaming<T, N>(residual + offset);
+      if constexpr (kNarrow) {
+        const T* pixel = pixel_of<T>(residual, static_cast<unsigned>(row + r * p.groups));
+        shortcut[r] = load_narrow<T, N>(residual, pixel, place.channel);
+      } else if (residual != nullptr) {
+        shortcut[r] = load_streaming<T, N>(residual + offset);
+      }
     }
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         float y = __fmaf_rn(widen(x[r].values[i]), vectors[kScale][i], vectors[kShift][i]);
-        if (residual != nullptr) y += widen(shortcut[r].values[i]);
+        if (is_there(residual)) y += widen(shortcut[r].values[i]);
         x[r].values[i] = narrow<T>(device::at_least(floor, y));
       }
       device::store(output + (row + r * p.groups) * p.channels + place.channel, x[r]);

@@ -12,6 +12,7 @@
 
 #include "cuda/conv_heuristics.h"
 #include "cuda/library.h"
+#include "cuda/narrow_residual_of.h"
 #include "cuda/tensors.h"
 #include "memory_format.h"
 
@@ -121,12 +122,19 @@ Tensor conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tenso
     if (!has_aligned_pixels(input, chunk)) input = aligned_copy(input);
     if (!is_aligned(weight) || !is_dense_channels_last(weight)) weight = aligned_copy(weight);
   }
+  NarrowResidual narrow{};
   if (residual) {
-    STD_TORCH_CHECK(residual->dim() == 4 && residual->size(0) == N && residual->size(1) == K &&
-                        residual->size(2) == P && residual->size(3) == Q &&
-                        residual->scalar_type() == dtype,
-                    "conv_bn_act: residual must have the output's shape and dtype");
-    if (!is_dense_channels_last(*residual) || !is_aligned(*residual)) {
+    STD_TORCH_CHECK(residual->dim() == 4 && residual->size(0) == N && residual->size(1) >= 1 &&
+                        residual->size(1) <= K && residual->size(2) == P &&
+                        residual->size(3) == Q && residual->scalar_type() == dtype,
+                    "conv_bn_act: residual must have the output's shape, or fewer channels, and "
+                    "its dtype");
+    if (residual->size(1) < K) {
+      // Tiles begin with a group or, on the diagonal, at multiples of their filters.
+      const bool anywhere = groups > 1 && loads != Loads::kDiagonal;
+      const int64_t begins_at = anywhere ? problem.group_k() : chunk;
+      narrow = narrow_residual_of(*residual, K, chunk, begins_at);
+    } else if (!is_dense_channels_last(*residual) || !is_aligned(*residual)) {
       residual = aligned_copy(*residual);
     }
   }
@@ -135,7 +143,8 @@ Tensor conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tenso
   Conv conv{
       .input = input.const_data_ptr(),
       .weight = weight.const_data_ptr(),
-      .residual = residual ? residual->const_data_ptr() : nullptr,
+      .residual = residual && !narrow.values ? residual->const_data_ptr() : nullptr,
+      .narrow = narrow,
       .output = output.mutable_data_ptr(),
       .running_mean = parameter_of("running_mean", mean, K),
       .running_var = parameter_of("running_var", var, K),

@@ -22,7 +22,8 @@
 // The last step of the sum always lies in the ring's last stage. So the stages that loading is
 // done with come free from the first one on, in order, while the sum is still being computed; the
 // residual goes there, as a tile [m][n], and the output is put in its place and leaves in 16-byte
-// stores.
+// stores. A residual of fewer channels goes there with zeros around it, but after the sum, when the
+// registers are free that its addresses take.
 #pragma once
 
 #include <bit>
@@ -35,6 +36,7 @@
 #include "cuda/device/mma.cuh"
 #include "cuda/device/shared_memory.cuh"
 #include "cuda/device/vector.cuh"
+#include "cuda/narrow_residual.cuh"
 
 namespace fused_resnet {
 
@@ -483,7 +485,7 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
       for (int e = 0; e < 4; ++e) sum[e] = 0;
     }
     __threadfence();
-    __syncthreads();
+    __syncthreads();  // the parts of all threads come before the ticket
     const bool is_last =
         threadIdx.x == 0 && atomicAdd(conv.tickets + tile, 1) == static_cast<int>(gridDim.z) - 1;
     if (!__syncthreads_or(is_last)) return;
@@ -505,9 +507,33 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
     }
   }
 
+  if (conv.narrow.values != nullptr) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kTile.m * kOutChunks; i += kThreads) {
+      const int m = m0 + i / kOutChunks, k = k0 + i % kOutChunks * kElements;
+      const T* pixel = pixel_of<T>(conv.narrow, m);
+      T* target = reinterpret_cast<T*>(
+          ring + swizzled<kOutChunks, kOutStep>(i / kOutChunks, i % kOutChunks));
+      for_width<kElements>(conv.narrow, [&](auto width) {
+        constexpr int kWidth = width;
+#pragma unroll
+        for (int e = 0; e < kElements; e += kWidth) {
+          const bool exists = m < conv.M && has_channel(conv.narrow, k + e);
+          const T* source = pixel + channel_offset<kWidth>(conv.narrow, k + e);
+          if constexpr (kWidth * sizeof(T) < 4) {
+            target[e] = exists ? *source : device::narrow<T>(0.f);
+          } else {
+            device::copy_async<kWidth * sizeof(T)>(target + e, source, exists);
+          }
+        }
+      });
+    }
+  }
+
   // The output takes the residual's place. Without a residual nothing is waited for: the last
   // stage, which others may still be reading, is not touched.
-  if (conv.residual != nullptr) {
+  const bool has_residual = conv.residual != nullptr || conv.narrow.values != nullptr;
+  if (has_residual) {
     device::commit_copies();
     device::wait_for_copies<0>();
     __syncthreads();
@@ -524,11 +550,11 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
           reinterpret_cast<T*>(ring + swizzled<kOutChunks, kOutStep>(out_row, column / kElements)) +
           column % kElements;
       Vector<T, 2> values;
-      if (conv.residual != nullptr) values = device::load<T, 2>(place);
+      if (has_residual) values = device::load<T, 2>(place);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float y = sums[i / 2][j][i % 2 * 2 + e] * factors.values[e] + terms.values[e];
-        if (conv.residual != nullptr) y += device::widen(values.values[e]);
+        if (has_residual) y += device::widen(values.values[e]);
         values.values[e] = device::narrow<T>(device::at_least(conv.floor, y));
       }
       device::store(place, values);
@@ -560,6 +586,9 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
           float y = sum_alone<T>(conv, m, k + e) * scale[k + e - k0] + shift[k + e - k0];
           if (conv.residual != nullptr) {
             y += device::widen(static_cast<const T*>(conv.residual)[target + e]);
+          }
+          if (conv.narrow.values != nullptr && has_channel(conv.narrow, k + e)) {
+            y += device::widen(pixel_of<T>(conv.narrow, m)[channel_offset<1>(conv.narrow, k + e)]);
           }
           source[e] = device::narrow<T>(device::at_least(conv.floor, y));
         }

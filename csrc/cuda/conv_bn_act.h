@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "cuda/narrow_residual.h"
+
 namespace fused_resnet {
 
 // A vector of K numbers in whatever dtype it was found; null stands for a constant.
@@ -20,8 +22,9 @@ struct Parameter {
 struct Conv {
   const void* input;
   const void* weight;
-  const void* residual;  // (N, P, Q, K), dense, or null
-  void* output;          // (N, P, Q, K), dense
+  const void* residual;   // (N, P, Q, K), dense, or null
+  NarrowResidual narrow;  // instead
+  void* output;           // (N, P, Q, K), dense
   Parameter running_mean, running_var, bn_weight, bn_bias, bias;
   float eps;
   float floor;  // the activation is max(x, floor): 0 for relu, -inf for none

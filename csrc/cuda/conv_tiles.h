@@ -65,7 +65,7 @@ inline constexpr Tile kTiles[] = {
     {Products::kTf32, Loads::kVectors, 128, 64, 128, 3, 2, 2, 2},
     {Products::kTf32, Loads::kVectors, 64, 64, 128, 3, 2, 2, 3},
     {Products::kTf32, Loads::kElements, 64, 64, 128, 2, 2, 2, 2},
-    {Products::kTf32, Loads::kDiagonal, 128, 32, 128, 3, 4, 1, 3},
+    {Products::kTf32, Loads::kDiagonal, 128, 32, 128, 3, 4, 1, 4},
     {Products::kIeee, Loads::kVectors, 128, 64, 128, 3, 2, 4, 1},
     {Products::kIeee, Loads::kVectors, 64, 64, 128, 3, 2, 2, 2},
     {Products::kIeee, Loads::kElements, 64, 64, 128, 2, 2, 2, 2},

@@ -2,8 +2,8 @@
 //
 // Reads input and residual once and writes output once, numel * element size bytes each; scale and
 // shift are small and stay in registers or in cache. Three kernels: dense channels_last in 16-byte
-// accesses with scale and shift in registers; any other dense layout in 16-byte accesses, a vector
-// may straddle channels; and any strides, element by element.
+// accesses with scale and shift in registers, also of a residual of fewer channels; any other dense
+// layout in 16-byte accesses, a vector may straddle channels; and any strides, element by element.
 #include "scale_shift_act.h"
 
 #include <limits>
@@ -12,6 +12,8 @@
 #include "cuda/device/launch.cuh"
 #include "cuda/device/vector.cuh"
 #include "cuda/library.h"
+#include "cuda/narrow_residual.cuh"
+#include "cuda/narrow_residual_of.h"
 
 namespace fused_resnet {
 namespace {
@@ -39,12 +41,16 @@ struct Operands {
   ArithmeticType<T> floor;  // the activation is max(x, floor): 0 for relu, -inf for none
 };
 
-// Input, residual and output are `rows` dense rows of `vectors` * N channels. Consecutive threads
-// take consecutive vectors of a row, blockIdx.y the row's further ones; a block covers as many rows
-// as fit.
-template <typename T, bool kResidual>
+// How a residual lies, if there is one: as the output, or in pixels of fewer channels.
+enum class Residual { kNone, kWhole, kNarrow };
+
+// Input, output and a whole residual are `rows` dense rows of `vectors` * N channels, which are
+// pixels of a narrow one. Consecutive threads take consecutive vectors of a row, blockIdx.y the
+// row's further ones; a block covers as many rows as fit.
+template <typename T, Residual kResidual>
 __global__ void __launch_bounds__(kThreads)
-    scale_shift_act_channels_last(Operands<T> operands, int64_t rows, int vectors) {
+    scale_shift_act_channels_last(Operands<T> operands, int64_t rows, int vectors,
+                                  ResidualOf<T, kResidual == Residual::kNarrow> residual) {
   constexpr int N = kElementsIn16Bytes<T>;
   using A = ArithmeticType<T>;
   const int lanes = min(vectors, kThreads);
@@ -70,14 +76,19 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < kRows; ++r) {
       const int64_t offset = (row + r * row_step) * row_size + vector * N;
       x[r] = load_streaming<T, N>(operands.input + offset);
-      if constexpr (kResidual) shortcut[r] = load_streaming<T, N>(operands.residual + offset);
+      if constexpr (kResidual == Residual::kNarrow) {
+        const T* pixel = pixel_of<T>(residual, static_cast<unsigned>(row + r * row_step));
+        shortcut[r] = load_narrow<T, N>(residual, pixel, vector * N);
+      } else if constexpr (kResidual == Residual::kWhole) {
+        shortcut[r] = load_streaming<T, N>(residual + offset);
+      }
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         A y = widen(x[r].values[i]) * scale[i] + shift[i];
-        if constexpr (kResidual) y += widen(shortcut[r].values[i]);
+        if constexpr (kResidual != Residual::kNone) y += widen(shortcut[r].values[i]);
         x[r].values[i] = narrow<T>(at_least(operands.floor, y));
       }
       device::store(operands.output + (row + r * row_step) * row_size + vector * N, x[r]);
@@ -200,13 +211,42 @@ bool all_dense(const std::vector<Loop>& loops) {
   });
 }
 
-template <typename T, bool kResidual>
-void launch(const Operands<T>& operands, const std::vector<Loop>& loops,
-            const std::optional<Tensor>& residual, int64_t input_channels, int64_t numel,
-            int device_index, cudaStream_t stream) {
+// Starts the kernel for dense channels_last tensors.
+template <typename T, Residual kResidual>
+void launch_channels_last(const Operands<T>& operands, int64_t rows, int64_t vectors,
+                          const ResidualOf<T, kResidual == Residual::kNarrow>& residual,
+                          int device_index, cudaStream_t stream) {
+  const int64_t rows_per_block = kThreads / std::min<int64_t>(vectors, kThreads);
+  const dim3 blocks(grid_size(rows, rows_per_block, device_index),
+                    static_cast<unsigned>((vectors + kThreads - 1) / kThreads));
+  device::launch(scale_shift_act_channels_last<T, kResidual>, {blocks, kThreads, 0, stream},
+                 operands, rows, vectors, residual);
+}
+
+// Whether that kernel can add a residual of fewer channels.
+template <typename T>
+bool takes_narrow(const Operands<T>& operands, const Tensor& input) {
   constexpr int N = kElementsIn16Bytes<T>;
-  const ResidualChannels there(input_channels, residual);
-  if (!all_dense(loops) || (kResidual && !there.are_all(input_channels))) {
+  const int64_t channels = input.size(1);
+  return input.dim() <= 4 && has_pixels_in_order(input) && is_aligned(operands.input) &&
+         is_aligned(operands.output) && channels % N == 0 &&
+         channels / N <= int64_t{kMostGridY} * kThreads && input.numel() / channels <= UINT32_MAX;
+}
+
+template <typename T, bool kResidual>
+void launch(const Operands<T>& operands, const std::vector<Loop>& loops, const Tensor& input,
+            const std::optional<Tensor>& residual, int64_t numel, int device_index,
+            cudaStream_t stream) {
+  constexpr int N = kElementsIn16Bytes<T>;
+  const ResidualChannels there(input.size(1), residual);
+  const bool is_narrow = kResidual && !there.are_all(input.size(1));
+  if (is_narrow && takes_narrow(operands, input)) {
+    launch_channels_last<T, Residual::kNarrow>(operands, numel / input.size(1), input.size(1) / N,
+                                               narrow_residual_of(*residual, input.size(1), N, N),
+                                               device_index, stream);
+    return;
+  }
+  if (!all_dense(loops) || is_narrow) {
     Loops fixed{{},
                 static_cast<int>(loops.size()),
                 there.begin,
@@ -233,12 +273,8 @@ void launch(const Operands<T>& operands, const std::vector<Loop>& loops,
                        is_aligned(operands.residual);  // null is
   const int64_t vectors = channels / N;
   if (aligned && plane == 1 && channels % N == 0 && vectors <= int64_t{kMostGridY} * kThreads) {
-    const int64_t rows = numel / channels;
-    const int64_t rows_per_block = kThreads / std::min<int64_t>(vectors, kThreads);
-    const dim3 blocks(grid_size(rows, rows_per_block, device_index),
-                      static_cast<unsigned>((vectors + kThreads - 1) / kThreads));
-    device::launch(scale_shift_act_channels_last<T, kResidual>, {blocks, kThreads, 0, stream},
-                   operands, rows, vectors);
+    launch_channels_last<T, kResidual ? Residual::kWhole : Residual::kNone>(
+        operands, numel / channels, vectors, operands.residual, device_index, stream);
   } else if (aligned) {
     const dim3 blocks = grid_size(numel, kThreads * N, device_index);
     device::launch(scale_shift_act_dense<T, N, kResidual>, {blocks, kThreads, 0, stream}, operands,
@@ -264,10 +300,9 @@ void run(const Tensor& input, const Tensor& scale, const Tensor& shift,
   const int device_index = input.get_device_index();
   const cudaStream_t stream = current_stream(device_index);
   if (residual) {
-    launch<T, true>(operands, loops, residual, input.size(1), output.numel(), device_index, stream);
+    launch<T, true>(operands, loops, input, residual, output.numel(), device_index, stream);
   } else {
-    launch<T, false>(operands, loops, residual, input.size(1), output.numel(), device_index,
-                     stream);
+    launch<T, false>(operands, loops, input, residual, output.numel(), device_index, stream);
   }
 }
 

@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <array>
+#include <bit>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -545,6 +546,7 @@ uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane, Place place) {
 void load(void* target, const void* source, size_t bytes, Place place) {
   Block& b = block();
   b.check_access(source, bytes, bytes, false, place);
+  ++statistics.loads[std::countr_zero(bytes)];
   b.begin_access(place);
   memcpy(target, source, bytes);
   b.end_access();
@@ -564,6 +566,7 @@ void copy_async(void* shared, const void* global, int bytes, bool valid, Place p
   Copy copy{static_cast<char*>(shared), {}, bytes, b.current->groups};
   if (valid) {
     b.check_access(global, bytes, bytes, false, place);
+    ++statistics.loads[std::countr_zero(static_cast<unsigned>(bytes))];
     b.begin_access(place);
     memcpy(copy.data.data(), global, bytes);
     b.end_access();

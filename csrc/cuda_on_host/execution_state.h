@@ -25,6 +25,8 @@ extern Settings settings;
 
 struct Statistics {
   int64_t blocks, threads, barriers, multiplications;
+  // Through csrc/cuda/device's loads and copies, by the logarithm of their bytes.
+  std::array<int64_t, 5> loads;
 };
 extern Statistics statistics;
 

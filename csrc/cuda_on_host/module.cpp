@@ -40,4 +40,15 @@ PYBIND11_MODULE(fused_resnet_on_host, m) {
         return counts;
       },
       "What ran since the module was loaded.");
+  m.def(
+      "loads",
+      [] {
+        const auto& by_logarithm = on_host::statistics.loads;
+        pybind11::dict counts;
+        for (size_t i = 0; i < by_logarithm.size(); ++i) {
+          counts[pybind11::int_(1 << i)] = by_logarithm[i];
+        }
+        return counts;
+      },
+      "How many loads of so many bytes went through csrc/cuda/device since then.");
 }

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..ops.layout import contiguous_like_eager
 from ..ops.scale_shift_act import scale_shift_act
 from . import library
@@ -109,8 +108,6 @@ def conv_bn_act(
 ) -> Tensor:
     """One pass: see csrc/cpu/conv.h for the formula and the memory traffic."""
     if not _is_native(input.dtype, weight.shape, groups):
-        if residual is not None:
-            residual = reference.pad_channels(residual, weight.size(0))
         return library.conv_bn_act(
             input,
             weight,

@@ -39,6 +39,9 @@ __all__ = [
     "run_on_host",
 ]
 
+reads_narrow_residuals = True
+"""Whether operators take a residual of fewer channels, without padding it in memory."""
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
 # Limits of the kernel's grid and of its 32-bit pixel numbers (csrc/cuda/conv_bn_act.cu).
@@ -46,6 +49,8 @@ _MOST_GROUPS = 65535
 _MOST_PIXELS = 2**31 - 2**16
 # Of batch norm's, whose channels are numbered in 32 bits (csrc/cuda/batch_norm.cu).
 _MOST_CHANNELS = 2**31 - 1 - 2**16
+# And of pixels, which a residual of fewer channels has numbered so.
+_MOST_NARROW_PIXELS = 2**32 - 1
 
 
 def available() -> str:
@@ -205,15 +210,16 @@ def batch_norm_act_inference(
 ) -> Tensor:
     """One launch: see csrc/cuda/batch_norm.cuh for the formulas of this and the next."""
     input = contiguous_like_eager(input)
-    if not _can_normalize(input, running_mean, running_var, weight, bias, residual):
+    parameters = (running_mean, running_var, weight, bias)
+    if not _can_normalize(input, *parameters, residual) or not _can_add(residual, input):
         return library.batch_norm_act_inference(
-            input, running_mean, running_var, weight, bias, eps, residual, activation,
-            finish=_finish(),
-        )  # fmt: skip
+            input, *parameters, eps, residual, activation, finish=_finish()
+        )
+    if residual is not None and residual.size(1) == input.size(1):
+        residual = _alike(input, residual)
     return _batch_norm("normalize")(
-        input, *_vectors(running_mean, running_var, weight, bias), eps, _alike(input, residual),
-        activation == "relu",
-    )  # fmt: skip
+        input, *_vectors(*parameters), eps, residual, activation == "relu"
+    )
 
 
 def batch_norm_act_training(
@@ -370,6 +376,15 @@ def _can_normalize(input: Tensor, *others: Tensor | None) -> bool:
         and (input.stride(1) == 1 or input.size(1) == 1)
         and input.size(1) <= _MOST_CHANNELS
         and all(t is None or t.device == input.device for t in others)
+    )
+
+
+def _can_add(residual: Tensor | None, input: Tensor) -> bool:
+    """Whether batch norm's kernels can add a residual, which may have fewer channels."""
+    return (
+        residual is None
+        or residual.size(1) == input.size(1)
+        or (input.dim() <= 4 and input.numel() // input.size(1) <= _MOST_NARROW_PIXELS)
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends, reference
 from .gradients import has_norm_kernel, middle_channels, norm_act_backward
-from .layout import contiguous_like_eager, readable_residual
+from .layout import contiguous_like_eager
 from .registration import (
     autocast_residual,
     has_foreign,
@@ -52,9 +52,7 @@ def batch_norm_act_inference(
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
     backend = backends.choose(input.device.type)
-    *others, residual, activation = arguments
-    residual = readable_residual(backend, residual, input.size(1))
-    return backend.batch_norm_act_inference(input, *others, residual, activation)
+    return backend.batch_norm_act_inference(input, *arguments)
 
 
 library.impl("batch_norm_act_inference", _kernel, "CompositeExplicitAutograd")

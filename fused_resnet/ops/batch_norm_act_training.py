@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends, reference
 from .gradients import accumulation_dtype, has_norm_kernel, middle_channels, norm_act_backward
-from .layout import contiguous_like_eager, readable_residual
+from .layout import contiguous_like_eager
 from .registration import (
     autocast_residual,
     has_foreign,
@@ -55,9 +55,7 @@ def batch_norm_act_training(
 
 def _kernel(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     backend = backends.choose(input.device.type)
-    *others, residual, activation = arguments
-    residual = readable_residual(backend, residual, input.size(1))
-    return backend.batch_norm_act_training(input, *others, residual, activation)
+    return backend.batch_norm_act_training(input, *arguments)
 
 
 library.impl("batch_norm_act_training", _kernel, "CompositeExplicitAutograd")

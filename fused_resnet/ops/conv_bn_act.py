@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import backends, reference
 from .gradients import act_backward, conv_norm_backward, middle_channels
-from .layout import readable_residual
 from .registration import (
     autocast_tensor,
     has_foreign,
@@ -74,11 +73,9 @@ def conv_bn_act(
         return _kernel(*arguments)
 
 
-def _kernel(input: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+def _kernel(input: Tensor, *arguments: Any) -> Tensor:
     backend = backends.choose(input.device.type)
-    *others, residual, activation = arguments
-    residual = readable_residual(backend, residual, weight.size(0))
-    return backend.conv_bn_act(input, weight, *others, residual, activation)
+    return backend.conv_bn_act(input, *arguments)
 
 
 library.impl("conv_bn_act", _kernel, "CompositeExplicitAutograd")

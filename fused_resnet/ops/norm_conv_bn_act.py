@@ -16,7 +16,6 @@ from .. import backends, reference
 from .batch_norm_act_inference import batch_norm_act_inference
 from .conv_bn_act import conv_bn_act
 from .gradients import act_backward, conv_norm_backward, norm_act_backward
-from .layout import readable_residual
 from .registration import (
     autocast_tensor,
     has_foreign,
@@ -95,9 +94,7 @@ def _kernel(input: Tensor, *arguments: Any) -> Tensor:
     backend = backends.choose(input.device.type)
     if not hasattr(backend, "norm_conv_bn_act"):
         return _in_two(input, *arguments)
-    *others, residual, activation = arguments
-    residual = readable_residual(backend, residual, arguments[5].size(0))
-    return backend.norm_conv_bn_act(input, *others, residual, activation)
+    return backend.norm_conv_bn_act(input, *arguments)
 
 
 def _in_two(*arguments: Any) -> Tensor:

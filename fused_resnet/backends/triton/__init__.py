@@ -20,7 +20,7 @@ from torch._prims_common import suggest_memory_format
 from torch.nn import Parameter
 
 from ... import tuning
-from ...ops.layout import contiguous_like_eager, readable_residual
+from ...ops.layout import contiguous_like_eager
 from ...tuning import architecture, basic_block
 from ...tuning import training as training_choice
 from ...tuning.problem import ESTIMATE, TILED, ChainProblem, Choice, Tile
@@ -142,11 +142,11 @@ def conv_bn_act(
             return _operators().triton_conv_bn_act(*arguments)
         if choice.kernel == "triton":
             return conv.conv_bn_act(*arguments, tile=choice.tile)
-        padded = (*arguments[:-2], readable_residual(cuda, residual, weight.size(0)), activation)
         if choice.kernel == "cuda":
-            return cuda.conv_bn_act(*padded, tile=choice.tile)
-        if choice.kernel.startswith("cudnn") and not _is_traced(input):
-            return cudnn.conv_bn_act(*padded)
+            return cuda.conv_bn_act(*arguments, tile=choice.tile)
+        is_narrow = residual is not None and residual.size(1) < weight.size(0)
+        if choice.kernel.startswith("cudnn") and not is_narrow and not _is_traced(input):
+            return cudnn.conv_bn_act(*arguments)
     return library.conv_bn_act(*arguments)
 
 
