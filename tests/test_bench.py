@@ -764,6 +764,14 @@ def test_what_is_written_of_training_steps_is_computed() -> None:
     text = (ROOT / "docs" / "training.md").read_text()
     for batch in predict_training.BATCHES:
         assert predict_training.terms_table(batch, ARCHITECTURES["H100"]) in text
+    gpu = ARCHITECTURES["H100"]
+    assert predict_training.if_free_table(predict_training.BATCHES, gpu) in text
+    for batch in predict_training.BATCHES:
+        step = predict_training.terms("resnet50", batch, gpu)["with_ends"]
+        saved = predict_training.if_free("resnet50", batch, gpu)
+        everything = saved.pop("all but the convolutions")
+        assert sum(step.values()) - everything == pytest.approx(step["convolutions"])
+        assert all(0 <= seconds < everything for seconds in saved.values())
 
 
 def test_static_says_that_it_predicts(run: Run, tmp_path: Path) -> None:

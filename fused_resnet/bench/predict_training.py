@@ -210,6 +210,11 @@ def gradient_sum(block: Block, gpu: Architecture) -> float:
     return 3 * block.main[0].input_bytes / gpu.copy_bandwidth + estimate.LAUNCH
 
 
+def _transposed(problem: ConvProblem, residual: bool) -> ConvProblem:
+    """A convolution of stride 1 whose output is the gradient in the problem's input."""
+    return dataclasses.replace(problem, C=problem.K, K=problem.C, residual=residual)
+
+
 def saved_by_ends(block: Block, gpu: Architecture) -> float:
     """Seconds that norms at the ends of a block's convolutions save.
 
@@ -229,12 +234,9 @@ def saved_by_ends(block: Block, gpu: Architecture) -> float:
     for index, problem in enumerate(block.main):
         if problem.groups > 1 or problem.stride != (1, 1):
             continue
-        transposed = dataclasses.replace(
-            problem, C=problem.K, K=problem.C, residual=index == 0 and block.projection is None
-        )
+        transposed = _transposed(problem, index == 0)
         if index == 0:
-            if transposed.residual:
-                saved += ends.backward(transposed, False, False, gpu)[1]
+            saved += ends.backward(transposed, False, False, gpu)[1]
             continue
         seconds = 0.0
         if index == len(block.main) - 1 and problem.R * problem.S == 1:
@@ -294,6 +296,61 @@ def terms_table(batch: int, gpu: Architecture, name: str = "resnet50") -> str:
     lines.append("| **step** | " + " | ".join(f"{1e6 * total:.0f}" for total in totals) + " |")
     ratios = " | ".join(f"{totals[0] / total:.2f}" for total in totals)
     lines.append(f"| eager's time over this | {ratios} |")
+    return "\n".join(lines) + "\n"
+
+
+def _adds_in_convolution(block: Block, gpu: Architecture) -> bool:
+    """Whether the first convolution's backward is ours, so that it adds the shortcut's gradient."""
+    first = block.main[0]
+    if first.groups > 1 or first.stride != (1, 1):
+        return False
+    return ends.backward(_transposed(first, True), False, False, gpu)[0] is not None
+
+
+def if_free(name: str, batch: int, gpu: Architecture) -> dict[str, float]:
+    """Seconds that "with_ends" would lose at most, by what would have to cost nothing for that.
+
+    The inner norms' second application is what weight gradients with a prologue could save.
+    """
+    step = terms(name, batch, gpu)["with_ends"]
+    inner = [n for n in norms_of(name, batch) if n.kind == "inner" and n.block != "stem"]
+    again = PASSES["inner"]["fused"].again
+    strided = [
+        problem
+        for block in blocks_of(name, batch)
+        for problem in block.main[1:]
+        if problem.stride != (1, 1)
+    ]
+    return {
+        "inner norms once more in backward": sum(
+            again * norm.bytes_once / gpu.copy_bandwidth + estimate.LAUNCH for norm in inner
+        ),
+        "sums behind strided convolutions": sum(
+            problem.input_bytes / gpu.copy_bandwidth + estimate.LAUNCH for problem in strided
+        ),
+        "stem's pool": step["stem's pool"],
+        "gradient sums left": sum(
+            gradient_sum(block, gpu)
+            for block in blocks_of(name, batch)
+            if not _adds_in_convolution(block, gpu)
+        ),
+        "all but the convolutions": sum(step.values()) - step["convolutions"],
+    }
+
+
+def if_free_table(batches: tuple[int, ...], gpu: Architecture, name: str = "resnet50") -> str:
+    """`if_free` in microseconds, and eager's time over what is left, as Markdown."""
+    columns = []
+    for batch in batches:
+        found = terms(name, batch, gpu)
+        eager, ours = (sum(found[how].values()) for how in ("eager", "with_ends"))
+        saved = if_free(name, batch, gpu) | {"**asked for**": ours - eager / 1.3}
+        columns.append({k: (1e6 * v, eager / (ours - v)) for k, v in saved.items()})
+    heads = "".join(f" batch {batch} | ratio |" for batch in batches)
+    lines = [f"| |{heads}", "| --- |" + " ---: |" * (2 * len(batches))]
+    for key in columns[0]:
+        cells = "".join(f" {c[key][0]:.0f} | {c[key][1]:.2f} |" for c in columns)
+        lines.append(f"| {key} |{cells}")
     return "\n".join(lines) + "\n"
 
 

@@ -200,6 +200,11 @@ class _Pass:
         geometry = self.layer.geometry
         return run and run(grad, self.weight, size, *geometry, residual, behind)
 
+    def adds_to_input_gradient(self, grad: Tensor, size: Sequence[int], residual: Tensor) -> bool:
+        """Whether `input_backward` runs a tensor like `residual` along."""
+        run = self._own("conv_backward_input_runs", grad)
+        return bool(run and run(grad, self.weight, size, *self.layer.geometry, residual, None))
+
     def last_backward(self, grad: Tensor, output: Tensor, below: _Pass) -> tuple | None:
         """The backend's `norm_conv_backward_input`, likewise."""
         run = self._own("norm_conv_backward_input", grad)
@@ -408,6 +413,23 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     shortcut_grad: Tensor | None = None
     sums: tuple | None = None  # of grad, where the convolution behind found them
     need_shortcut = need_input or (block.has_projection and any(needs[-1]))
+    projected = not (block.has_projection and need_shortcut)
+
+    def projection_backward(add_to: Tensor | None) -> Tensor | None:
+        """The gradient in the input, plus `add_to`; keeps those of the parameters."""
+        step = passes[-1]
+        need_conv = (need_input, *needs[-1][:2])
+        if step.raw is None:
+            step.convolve(input)
+        grad, *norm_grads, _ = step.norm_backward(
+            shortcut_grad, None, "none", (any(need_conv), *needs[-1][2:], False), not again
+        )
+        conv_grads = (None, None, None)
+        if any(need_conv):
+            conv_grads = step.conv_backward(grad, input, need_conv, add_to)
+        grads[-_PARAMETERS:] = (*conv_grads[1:], *norm_grads)
+        return conv_grads[0]
+
     for index in reversed(range(block.main)):
         step, last = passes[index], index == block.main - 1
         before = need_input or any(map(any, needs[:index]))
@@ -431,20 +453,25 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         step.raw = None
         if last:
             shortcut_grad = residual_grad
+        # The shortcut's gradient is the block's own, to be overwritten.
+        adds = index == 0 and block.shortcut_is_input(input, shortcut_grad)
+        add_to = shortcut_grad if adds else None
         if before and input_grads is None:
             if index > 0:
                 below = passes[index - 1]
                 input_grads = step.input_backward(grad, h.shape[2:], None, below)
-            elif block.shortcut_is_input(input, shortcut_grad):
-                input_grads = step.input_backward(grad, h.shape[2:], shortcut_grad, None)
+            elif adds:
+                input_grads = step.input_backward(grad, h.shape[2:], add_to, None)
+            elif not projected and step.adds_to_input_gradient(grad, h.shape[2:], input):
+                # The projection's goes first: the sum of both is part of this convolution then.
+                add_to, projected = projection_backward(None), True
+                input_grads = step.input_backward(grad, h.shape[2:], add_to, None)
         sums = None
         conv_grads = (None, None, None)
         if input_grads is not None:
             need_conv = (False, *need_conv[1:])
         if any(need_conv):
-            # The shortcut's gradient is the block's own, to be overwritten.
-            adds = index == 0 and block.shortcut_is_input(input, shortcut_grad)
-            conv_grads = step.conv_backward(grad, h, need_conv, shortcut_grad if adds else None)
+            conv_grads = step.conv_backward(grad, h, need_conv, add_to)
         if input_grads is not None:
             conv_grads = (input_grads[0], *conv_grads[1:])
             sums = input_grads[1]
@@ -453,21 +480,9 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads[_PARAMETERS * index : _PARAMETERS * (index + 1)] = (*conv_grads[1:], *norm_grads)
         if not before:
             break
-    if block.has_projection and need_shortcut:
-        step = passes[-1]
-        need_conv = (need_input, *needs[-1][:2])
-        if step.raw is None:
-            step.convolve(input)
-        shortcut_grad, *norm_grads, _ = step.norm_backward(
-            shortcut_grad, None, "none", (any(need_conv), *needs[-1][2:], False), not again
-        )
-        conv_grads = (None, None, None)
-        if any(need_conv):
-            conv_grads = step.conv_backward(
-                shortcut_grad, input, need_conv, grad if need_input else None
-            )
-        grad = conv_grads[0]
-        grads[-_PARAMETERS:] = (*conv_grads[1:], *norm_grads)
+    if block.has_projection:
+        if not projected:
+            grad = projection_backward(grad if need_input else None)
     elif need_input and not block.shortcut_is_input(input, shortcut_grad):
         grad = grad.clone() if again else grad
         shortcut_grad = middle_channels(shortcut_grad, input.size(1))

@@ -376,6 +376,24 @@ def conv_backward_input(
     return result, sums
 
 
+def conv_backward_input_runs(
+    grad: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    below: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float] | None,
+) -> bool:
+    """Whether `conv_backward_input` returns something; for arguments see there."""
+    return (
+        _backward_tile(grad, weight, size, stride, padding, dilation, groups, residual, below)
+        is not None
+    )
+
+
 def norm_conv_backward_input(
     grad: Tensor,
     output: Tensor,
