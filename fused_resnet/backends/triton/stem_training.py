@@ -4,8 +4,8 @@
     offset[n, p, q]     = r S + s of that maximum,  h = p stride - padding + r,  w likewise
     grad_input[n, h, w] = sum of grad[n, p, q] over the windows whose offset says (h, w)
 
-The windows have R x S pixels. Of equal values a window takes what `max_pool2d` takes: the first, row
-by row, but the last NaN where there is one. Tensors are rows of C channels, `channels_last`;
+The windows have R x S pixels. Of equal values a window takes what `max_pool2d` takes: the first,
+row by row, but the last NaN where there is one. Tensors are rows of C channels, `channels_last`;
 programs go through them as in `batch_norm.py`. Backward gathers, for each pixel in the windows'
 order, so that its bits are the same each time.
 """
@@ -29,8 +29,8 @@ MOST_POSITIONS = 255
 
 # Pixels of a window, or windows of a pixel, that are loaded before the first is looked at.
 _UNROLLED = 9
-# A program's registers hold a step's best values and their offsets beside what is being loaded.
-_WARPS = 4
+# Twice `batch_norm.py`'s: registers hold best values and offsets beside what is being loaded.
+_WARPS = 8
 
 
 @triton.jit
