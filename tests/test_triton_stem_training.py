@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import RUNNERS
 from support import assert_same_bits, dtype_id, image_batch, small_resnet
@@ -233,9 +234,9 @@ def stem_of(dtype, pool, bias=True):
     leaves = [x, weight, *norm] + ([conv_bias] if bias else [])
     geometry = ((1, 1), (1, 1), (1, 1))
 
-    def fused(x, weight, bn_weight, bn_bias, bias=None):
+    def fused(x, weight, bn_weight, bn_bias, bias=None, group=None):
         layer = (weight, None, None, bn_weight, bn_bias, 1e-5, bias, *geometry, 1)
-        return stem_training(x, layer, None, pool)[0]
+        return stem_training(x, layer, group, pool)[0]
 
     def eager(x, weight, bn_weight, bn_bias, bias=None):
         raw = torch.conv2d(x, weight, bias, *geometry, 1)
@@ -321,6 +322,21 @@ def test_which_stems_keep_offsets(stem, monkeypatch):
         for a, b in zip(grads, torch.autograd.grad(eager(*leaves).sum(), leaves), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         ran.clear()
+
+
+@pytest.mark.quick
+def test_statistics_of_several_processes(stem, monkeypatch):
+    """A group's are not the kernel's to find: the passes it replaces run, with these gradients."""
+    leaves, fused, eager = stem_of(torch.float32, POOLS[0], bias=False)
+    backend = "nccl" if RUNNER.device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.delattr(stem, "batch_norm_relu_max_pool")
+        grads = torch.autograd.grad(fused(*leaves, group=dist.group.WORLD).sum(), leaves)
+    finally:
+        dist.destroy_process_group()
+    for a, b in zip(grads, torch.autograd.grad(eager(*leaves).sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.quick
