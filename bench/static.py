@@ -47,7 +47,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.errors import OutOfResources
 
-from fused_resnet.backends.triton import batch_norm, blocks, bottleneck, conv, training_conv
+from fused_resnet.backends.triton import (
+    batch_norm,
+    blocks,
+    bottleneck,
+    conv,
+    stem_training,
+    training_conv,
+)
 from fused_resnet.tuning import chain, training
 from fused_resnet.tuning.architecture import ARCHITECTURES, Architecture
 from fused_resnet.tuning.estimate import best, candidates
@@ -65,7 +72,7 @@ GPUS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200", "sm_120": "RTX 5090"
 DTYPES = ("float16", "tfloat32", "float32", "bfloat16")
 RESULTS = Path(__file__).parent / "results" / "static"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8"}
 _BATCHES = (1, 32, 256)
 _POOL = (3, 3, 2, 2, 1, 1)
 # Begins the names of what is compiled for launches in a row.
@@ -332,6 +339,23 @@ def norm_launches(dtype: str) -> dict[str, list[Launch]]:
     finally:
         batch_norm._launch = kept
     return found
+
+
+def stem_training_launches(dtype: str) -> list[Launch]:
+    """What a stem launches in training for its pool, beside the norm: forward, then backward."""
+    recorded: list[Launch] = []
+    pool = ((3, 3), (2, 2), (1, 1))
+    kept = stem_training._launch
+    try:
+        stem_training._launch = recorder(recorded)
+        with FakeTensorMode(), torch.device("cuda"):
+            x = torch.empty(64, 112, 112, 64, dtype=getattr(torch, dtype)).permute(0, 3, 1, 2)
+            vectors = [torch.empty(64) for _ in range(4)]
+            out, offsets = stem_training.norm_relu_max_pool(x, *vectors, 1e-5, pool)
+            stem_training.max_pool_backward(out, offsets, x.shape[2:], pool)
+    finally:
+        stem_training._launch = kept
+    return recorded
 
 
 def training_conv_launches(dtype: str) -> dict[str, list[Launch]]:

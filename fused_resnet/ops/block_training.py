@@ -293,7 +293,7 @@ def _stem_backward_kernel(
     context = SimpleNamespace(
         layer=_layer(numbers, eps),
         pool=_pool(pool),
-        saved_tensors=(input, *parameters, raw, mean, var, None),
+        saved_tensors=(input, *parameters, raw, mean, var, None, None),
         needs_input_grad=(need[0], False, False, False, *need[1:]),
     )
     with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):

@@ -10,8 +10,9 @@ Kept for backward are the input, the output (whatever follows keeps it as its in
 vectors of one value a channel. Each `h` is computed again from `raw` just before the convolution
 behind it needs it; with `low_memory` so are the `raw` of the last convolution and of the
 projection, where these are 1x1. The stem, `max_pool(relu(batch_norm(conv(input))))`, keeps its
-input and `raw` only. A norm's statistics are this process's, or those of all processes of the
-layer's group; then backward can run once only.
+input and `raw` only, and where the backend pools in the same pass the place of each maximum in its
+window, 8 bits. A norm's statistics are this process's, or those of all processes of the layer's
+group; then backward can run once only.
 
 To compilers and to whatever else looks at single operators a block is its convolutions and
 `batch_norm_act_training`; these functions then decline.
@@ -252,6 +253,18 @@ class _Pass:
             raw, self.bn_weight, self.bn_bias, self.layer.eps, residual, activation
         )
         return out
+
+    def pool(self, raw: Tensor, pool: tuple) -> tuple[Tensor, Tensor | None]:
+        """`max_pool2d(normalize(raw, None, "relu"), *pool)`.
+
+        And the maxima's places in their windows, where the backend keeps them.
+        """
+        run = self._own("batch_norm_relu_max_pool", raw)
+        found = run and run(raw, self.bn_weight, self.bn_bias, self.layer.eps, pool)
+        if found is None:
+            return torch.max_pool2d(self.normalize(raw, None, "relu"), *pool), None
+        out, offsets, self.mean, self.var = found
+        return out, offsets
 
     def normalized(self) -> Tensor:
         """`relu(batch_norm(raw))` once more, to the same bits."""
@@ -501,11 +514,11 @@ class _Stem(torch.autograd.Function):
         *parameters: Tensor | None,
     ) -> Tensor:
         step = _Pass(layer, parameters)
-        out = step.normalize(step.convolve(input), None, "relu")
+        out, offsets = step.pool(step.convolve(input), pool)
         statistics.append((step.mean, step.var, step.count))
         ctx.layer, ctx.pool, ctx.backend = layer, pool, backends.chosen()
-        ctx.save_for_backward(input, *parameters, *step.saved())
-        return torch.max_pool2d(out, *pool)
+        ctx.save_for_backward(input, *parameters, *step.saved(), offsets)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -516,11 +529,15 @@ class _Stem(torch.autograd.Function):
 def _stem_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, *saved = ctx.saved_tensors
     step = _Pass(ctx.layer, saved[:_PARAMETERS])
-    step.restore(saved[_PARAMETERS:])
+    *kept, offsets = saved[_PARAMETERS:]
+    step.restore(kept)
     again = torch.is_grad_enabled()
     out = pool_grad = None
-    kernel = _backend_function("max_pool_backward", grad)
-    if kernel is not None and grad.numel() > 0:
+    name = "max_pool_backward" if offsets is None else "max_pool_backward_from_offsets"
+    kernel = _backend_function(name, grad)
+    if kernel is not None and offsets is not None:
+        pool_grad = kernel(grad, offsets, step.raw.shape[2:], ctx.pool)
+    elif kernel is not None and grad.numel() > 0:
         pool_grad = kernel(
             *(grad, step.raw, step.bn_weight, step.bn_bias, step.mean, step.var, ctx.layer.eps),
             ctx.pool,

@@ -1,7 +1,8 @@
 """The Triton backend: convolution, batch norm, shortcut and ReLU in one kernel, on a GPU.
 
 `kernels.py` has the kernels of convolutions, `conv.py` what launches them, `batch_norm.py` both for
-norms by themselves. Triton is imported when one first runs.
+norms by themselves, `stem_training.py` for norms that a max-pool follows. Triton is imported when
+one first runs.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ __all__ = [
     "batch_norm_act_backward_sums",
     "batch_norm_act_inference",
     "batch_norm_act_training",
+    "batch_norm_relu_max_pool",
     "batch_statistics",
     "conv_backward_input",
     "conv_batch_norm_statistics",
@@ -42,6 +44,7 @@ __all__ = [
     "in_graphs",
     "interpreted",
     "launchers",
+    "max_pool_backward_from_offsets",
     "norm_conv_backward_input",
     "release",
     "residual_blocks",
@@ -296,6 +299,51 @@ def batch_norm_act_backward_input(
     return library.batch_norm_act_backward_input(*leading, *sums)
 
 
+def batch_norm_relu_max_pool(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    pool: Sequence[Sequence[int]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """`max_pool2d(relu(batch_norm(input)), *pool)` with batch statistics; see `stem_training.py`.
+
+    Args:
+        input: (N, C, H, W).
+        weight: (C,) or None.
+        bias: (C,) or None.
+        eps: added to the variance.
+        pool: kernel size, stride and padding, two numbers each.
+
+    Returns:
+        The pooled tensor, the place of each maximum in its window (uint8), mean and biased
+        variance; or None where the kernel cannot be had.
+    """
+    if not _can_normalize(input, weight, bias) or not _is_channels_last(input):
+        return None
+    stem = _stem()
+    window, stride, padding = pool
+    if (
+        window[0] * window[1] > stem.MOST_POSITIONS
+        or any(2 * before > taps for before, taps in zip(padding, window, strict=True))
+        or min(stride) < 1
+        or min(padding) < 0
+        or min(stem.pooled_size(input.shape[2:], pool)) < 1
+    ):
+        return None  # some of which `max_pool2d` refuses
+    return stem.batch_norm_relu_max_pool(input, weight, bias, eps, pool)
+
+
+def max_pool_backward_from_offsets(
+    grad: Tensor, offsets: Tensor, size: Sequence[int], pool: Sequence[Sequence[int]]
+) -> Tensor:
+    """The gradient of the pool's input, of (H, W) `size`, from the places of the maxima.
+
+    `offsets` and `pool` are those of `batch_norm_relu_max_pool`.
+    """
+    return _stem().max_pool_backward(grad, offsets, size, pool)
+
+
 def conv_batch_norm_statistics(
     input: Tensor,
     weight: Tensor,
@@ -502,6 +550,15 @@ def _can_normalize(input: Tensor, *others: Tensor | None) -> bool:
     )
 
 
+def _is_channels_last(input: Tensor) -> bool:
+    """Whether it is dense, and what follows it would lie likewise."""
+    return (
+        input.dim() == 4
+        and suggest_memory_format(input) is torch.channels_last
+        and input.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
 def residual_blocks(
     input: Tensor,
     tensors: Sequence[Tensor | None],
@@ -601,3 +658,12 @@ def _training() -> ModuleType:
     from . import training_conv
 
     return training_conv
+
+
+@functools.cache
+def _stem() -> ModuleType:
+    """`stem_training.py`, imported likewise."""
+    launchers()
+    from . import stem_training
+
+    return stem_training
