@@ -206,6 +206,7 @@ def test_drawn_cases(backend, data):
     assert_within_bound(fused, case.double().eager(), case.rounding_bound())
 
 
+@pytest.mark.interpreted
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("shape", [*QUICK_SHAPES, EXPANDED[0]], ids=str)
