@@ -254,7 +254,11 @@ def recorder(recorded: list[Launch], dependent: bool = False) -> Any:
 
 
 def launches(
-    problem: Problem, tile: Tile, kernel: str = CHAIN, dependent: bool = False
+    problem: Problem,
+    tile: Tile,
+    kernel: str = CHAIN,
+    dependent: bool = False,
+    prologue: bool = False,
 ) -> list[Launch]:
     """What a call of the backend would launch, found by making one with fake tensors.
 
@@ -263,6 +267,7 @@ def launches(
         tile: what with.
         kernel: of a chain's problem "chain" or "pair".
         dependent: whether the launches are those of a row; see `kernels.py`.
+        prologue: whether the input of a convolution is normalised on its way.
     """
     recorded: list[Launch] = []
     dtype = torch.float32 if problem.dtype == "tfloat32" else getattr(torch, problem.dtype)
@@ -287,7 +292,9 @@ def launches(
                 if problem.residual:
                     shape = (problem.N, problem.P, problem.Q, problem.K)
                     residual = torch.empty(shape, dtype=dtype).permute(0, 3, 1, 2)
-                conv.conv_bn_act(*leading, *geometry, problem.groups, residual, "relu", tile=tile)
+                table = torch.empty(3, problem.C) if prologue else None
+                rest = (problem.groups, residual, "relu", tile, table)
+                conv.conv_bn_act(*leading, *geometry, *rest)
     finally:
         conv._launch, conv.precision = kept
     return recorded

@@ -328,7 +328,20 @@ class NormConvCase(ConvCase):
     def normalised(self) -> Tensor:
         """What the convolution reads, as torch's separate operators make it."""
         norm = (self.in_mean, self.in_var, self.in_weight, self.in_bias)
+        if self.in_eps == 0:
+            return F.relu(self._normalised_without_eps())
         return F.relu(F.batch_norm(self.input, *norm, False, 0.0, self.in_eps))
+
+    def _normalised_without_eps(self) -> Tensor:
+        """The definition itself: some versions of torch's own norm refuse an eps of zero."""
+        kept = torch.promote_types(self.input.dtype, torch.float32)
+        mean, scale = (t.to(kept)[:, None, None] for t in (self.in_mean, self.in_var.rsqrt()))
+        out = (self.input.to(kept) - mean) * scale
+        if self.in_weight is not None:
+            out = out * self.in_weight.to(kept)[:, None, None]
+        if self.in_bias is not None:
+            out = out + self.in_bias.to(kept)[:, None, None]
+        return out.to(self.input.dtype)
 
     def eager(self) -> Tensor:
         return self.convolution(self.normalised()).eager()

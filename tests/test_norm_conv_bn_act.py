@@ -206,6 +206,7 @@ def test_drawn_cases(backend, data):
     assert_within_bound(fused, case.double().eager(), case.rounding_bound())
 
 
+@pytest.mark.interpreted
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("shape", [*QUICK_SHAPES, EXPANDED[0]], ids=str)
@@ -449,6 +450,28 @@ def test_bad_input(name, change, error, words):
         case.fused()
     for word in words:
         assert word in str(raised.value)
+
+
+# ---- one launch ----
+
+
+@pytest.mark.interpreted
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=dtype_id)
+@pytest.mark.parametrize("padding", [0, 1])
+def test_one_launch_has_the_bits_of_two(backend, dtype, padding):
+    """Dilated, of channels that no block divides; Triton writes a table and no normalised input."""
+    shape = ConvShape(40, 24, (3, 3), (2, 1), (padding, 1), (1, 2))
+    case = make_norm_conv_case(shape, dtype=dtype, size=(9, 8), device=backend.device)
+    norm = (case.in_mean, case.in_var, case.in_weight, case.in_bias)
+    written = functional.batch_norm_act(case.input, *norm, eps=case.in_eps)
+    assert_same_bits(case.fused(), case.convolution(written).fused())
+    if backend.name == "triton":
+        from fused_resnet.backends.triton import launches
+
+        with launches.logged() as log:
+            case.fused()
+        assert [launch.kernel for launch in log] == ["table_kernel", "conv_kernel"]
 
 
 # ---- the CPU's kernel ----

@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from ... import tuning
 from ...ops.layout import contiguous_like_eager
 from ...tuning import architecture, basic_block
+from ...tuning import prologue as prologue_choice
 from ...tuning import training as training_choice
 from ...tuning.problem import ESTIMATE, TILED, ChainProblem, Choice, Tile
 from .. import cuda, cudnn, library
@@ -46,6 +47,7 @@ __all__ = [
     "launchers",
     "max_pool_backward_from_offsets",
     "norm_conv_backward_input",
+    "norm_conv_bn_act",
     "release",
     "residual_blocks",
     "run_chain",
@@ -95,6 +97,8 @@ def explain(
     how = " (interpreted)" if interpreted() else ""
     if operator.startswith("conv_bn_act") and dtype in _DTYPES:
         return f"triton: implicit GEMM{how}"
+    if operator == "norm_conv_bn_act" and dtype in _DTYPES:
+        return f"triton: normalize + implicit GEMM, in one launch where that should pay{how}"
     if operator.startswith("batch_norm_act") and dtype in _DTYPES:
         statistics = "statistics + " if operator == "batch_norm_act_training" else ""
         return f"triton: {statistics}normalize{how}"
@@ -151,6 +155,63 @@ def conv_bn_act(
         if choice.kernel.startswith("cudnn") and not is_narrow and not _is_traced(input):
             return cudnn.conv_bn_act(*arguments)
     return library.conv_bn_act(*arguments)
+
+
+def norm_conv_bn_act(
+    input: Tensor,
+    in_mean: Tensor,
+    in_var: Tensor,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    in_eps: float,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The norm in the convolution's loads where that is predicted to be faster than before it."""
+    norm = (in_mean, in_var, in_weight, in_bias)
+    behind = (running_mean, running_var, bn_weight, bn_bias)
+    geometry = (stride, padding, dilation)
+    tile = None
+    if (
+        groups == 1
+        and not _is_traced(input)
+        and input.numel() > 0
+        and _can_run(input, weight, *norm, *behind, bias, residual)
+    ):
+        tile = _prologue_tile(input, weight, *geometry, residual is not None)
+    rest = (*behind, eps, bias, *geometry, groups, residual, activation)
+    if tile is None:
+        normalised = batch_norm_act_inference(input, *norm, in_eps, None, "relu")
+        return conv_bn_act(normalised, weight, *rest)
+    training = _training()
+    table = training.table_of(training.Norm(*norm, in_eps))
+    return launchers().conv_bn_act(input, weight, *rest, tile=tile, table=table)
+
+
+def _prologue_tile(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    residual: bool,
+) -> Tile | None:
+    conv = launchers()
+    problem = conv.problem_of(input, weight, stride, padding, dilation, 1, residual)
+    if input.device.type == "cuda":
+        return prologue_choice.choose(problem, architecture.of_device(input.device))[0]
+    return _training().INTERPRETED_TILE if conv.kernel_for(problem) == "conv" else None
 
 
 def conv_bn_act_max_pool(

@@ -103,6 +103,7 @@ def conv_bn_act(
     residual: Tensor | None,
     activation: str,
     tile: Tile | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Launches the kernel for a convolution; see `reference.conv_bn_act` for what it computes.
 
@@ -123,6 +124,8 @@ def conv_bn_act(
             `reference.pad_channels`.
         activation: "relu" or "none".
         tile: how to cut the problem up; None asks `tuning`.
+        table: (3, C) as `training_conv.table_of` makes it, of a batch norm that the input, and
+            then through a ReLU, goes through first; for the kernel "conv" of one group.
 
     Returns:
         (N, K, P, Q) in the memory format `conv2d` would give it.
@@ -216,7 +219,7 @@ def conv_bn_act(
             kernels.conv_kernel,
             (rows * groups * triton.cdiv(group_k, tile.block_n), split_k),
             (
-                pixels, filters, *parameters, residual, output, partial, eps, M, H, W, P, Q,
+                pixels, filters, *parameters, residual, output, partial, table, eps, M, H, W, P, Q,
                 group_c, group_k, groups, pixels.stride(0), pixels.stride(2), pixels.stride(3),
                 *residual_strides,
             ),
@@ -228,6 +231,7 @@ def conv_bn_act(
             WIDE=wide,
             BLOCK_K=tile.block_k,
             SPLIT_K=split_k,
+            PROLOGUE="none" if table is None else "norm",
             **tiled,
         )  # fmt: skip
         if partial is not None:

@@ -377,6 +377,7 @@ def conv_kernel(
     residual_ptr,
     output_ptr,
     partial_ptr,
+    table_ptr,
     eps,
     M,
     H,
@@ -412,6 +413,7 @@ def conv_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BAND: tl.constexpr,
+    PROLOGUE: tl.constexpr,
     DEPENDENT: tl.constexpr = False,
 ):
     """Implicit GEMM, with batch norm, residual and ReLU in its epilogue.
@@ -432,6 +434,8 @@ def conv_kernel(
         RESIDUAL_CHANNELS: how many channels the residual has, which lie in the middle of the
             output's, or None where it lies in memory as the output does.
         WIDE: some offset does not fit into 31 bits.
+        PROLOGUE: "none" or, of one group, "norm": see `_conv_sum`, as for `table_ptr`. What every
+            program loads is normalised by it, `R S K / BLOCK_N` times in all.
     """
     # Which tile, of which group, and which share of its sum.
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -474,10 +478,10 @@ def conv_kernel(
         first = tl.program_id(1) * share
         last = tl.minimum(first + share, last)
     acc = _conv_sum(
-        input_ptr, None, weight_ptr, None, None, rows, h, w, columns, first, last, c_blocks, H,
+        input_ptr, None, weight_ptr, table_ptr, None, rows, h, w, columns, first, last, c_blocks, H,
         W, C, K, input_stride_h, input_stride_w, tile_n, R, S, DILATION_H, DILATION_W,
-        PADDING_H + PADDING_W > 0, EVEN_C, "none", False,
-        PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        PADDING_H + PADDING_W > 0, EVEN_C, PROLOGUE, False, PRECISION, BLOCK_M, BLOCK_N,
+        BLOCK_K,
     )  # fmt: skip
 
     if SPLIT_K > 1:
