@@ -76,6 +76,12 @@ PASSES: dict[str, dict[str, Passes]] = {
         "compile": Passes(3, 7, 0, 3, 3),
         "fused": Passes(3, 5, 2, 3, 4),
     },
+    # relu(norm) with a pool behind it: fused, the pool's kernel normalises what it reads.
+    "stem": {
+        "eager": Passes(5, 8, 0, 3, 3),
+        "compile": Passes(3, 7, 0, 3, 3),
+        "fused": Passes(1, 5, 0, 2, 3),
+    },
     # relu(norm + shortcut): the sums' pass writes the shortcut's gradient, and the last reads it.
     # Inductor's sums' pass reads the two gradients that meet here, instead of their sum.
     "last": {
@@ -90,11 +96,11 @@ PASSES: dict[str, dict[str, Passes]] = {
     },
 }
 # Of the unpooled tensor, for a pool of a quarter of its pixels: forward reads it and writes the
-# values and their places (8 bytes each; a byte for Inductor), backward reads both and writes one
-# like the unpooled. Fused, backward runs the forward pass of the library's pool again.
+# values and their places (8 bytes each in eager, else one), backward reads both and writes one like
+# the unpooled.
 _INDEXED, _OFFSETS = 1.25 + 1.0, 1.25 + 0.125
-POOL_PASSES = {"eager": 2 * _INDEXED, "compile": 2 * _OFFSETS, "fused": 3 * _INDEXED}
-_POOL_LAUNCHES = {"eager": 2, "compile": 2, "fused": 3}
+POOL_PASSES = {"eager": 2 * _INDEXED, "compile": 2 * _OFFSETS, "fused": 2 * _OFFSETS}
+_POOL_LAUNCHES = {"eager": 2, "compile": 2, "fused": 2}
 # Bytes a parameter: cast to 16 bits (4 + 2), its gradient cast back (2 + 4) and unscaled (4 + 4);
 # the optimizer reads parameter, gradient and momentum and writes two of them.
 _PARAMETER_BYTES = 6 + 6 + 8 + 20
@@ -129,7 +135,7 @@ def norms_of(name: str, batch: int) -> tuple[Norm, ...]:
 
     def record(path: str) -> Any:
         block, _, norm = path.rpartition(".")
-        kind = "inner"
+        kind = "inner" if block else "stem"
         if "downsample" in path:
             block, kind = block.removesuffix(".downsample"), "projection"
         elif block and norm == ("bn3" if hasattr(model.get_submodule(block), "bn3") else "bn2"):
@@ -313,7 +319,7 @@ def if_free(name: str, batch: int, gpu: Architecture) -> dict[str, float]:
     The inner norms' second application is what weight gradients with a prologue could save.
     """
     step = terms(name, batch, gpu)["with_ends"]
-    inner = [n for n in norms_of(name, batch) if n.kind == "inner" and n.block != "stem"]
+    inner = [norm for norm in norms_of(name, batch) if norm.kind == "inner"]
     again = PASSES["inner"]["fused"].again
     strided = [
         problem
