@@ -146,6 +146,8 @@ done
 train=${batches#1,}
 run "training" "$limit" "${command[@]}" bench models --model "$models" --batch "$train" \
   --dtype "${dtypes##*,}" --mode training "${whole[@]}" --json "$out/training.json"
+run "kernels-training" "$limit" "${command[@]}" bench kernels --model "$models" --batch "$train" \
+  --dtype "${dtypes##*,}" --mode training "${measure[@]}" --json "$out/kernels-training.json"
 # 6. One page of it all. Made anew each time, since an earlier step may have added to it.
 rm -f "$out/done/report"
 shopt -s nullglob

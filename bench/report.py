@@ -60,32 +60,47 @@ def models_section(path: Path, root: Path = ROOT) -> str:
 def kernels_section(path: Path, root: Path = ROOT) -> str:
     """One device's layers as Markdown, summed over the network."""
     document = documents.load(path, [documents.KERNELS])
-    rows: dict[str, dict[str, kernels.Total | None]] = {}
-    ceilings = []
-    for case in document["cases"]:
-        label = f"{case['model']}, batch {case['batch']}, {case['dtype']}"
-        rows[label] = kernels.totals(case)
-        limits = case["ceilings"]
-        unit, scale = kernels.flop_unit(case)
-        text = (
-            f"{limits['copy_gigabytes_per_second']:.1f} GB/s and "
-            f"{scale * limits['teraflops_per_second']:.0f} {unit}"
-        )
-        ceilings.append(f"{text} ({label})")
-    names = list(dict.fromkeys(name for totals in rows.values() for name in totals))
-    lines = [
-        f"**Layer by layer, {where(document)}.** All convolution layers of the network, each "
-        "with what follows it, timed one by one and summed, in ms; in brackets the share of the "
-        "roofline measured in the same run.",
-        "",
-        "| | " + " | ".join(names) + " |",
-        "| --- |" + " ---: |" * len(names),
-    ]
-    for label, totals in rows.items():
-        cells = [_total(name, totals) for name in names]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    lines += ["", f"Roofline: {'; '.join(ceilings)}.", ""]
-    return "\n".join([*lines, _source(path, root, document["command"])])
+    parts = []
+    for mode, title, what in (
+        (
+            "inference",
+            "Layer by layer",
+            "All convolution layers of the network, each with what follows it, timed one by one "
+            "and summed, in ms; in brackets the share of the roofline measured in the same run.",
+        ),
+        (
+            "training",
+            "Batch norms in training",
+            "All batch norms of the network with their adds and ReLUs, forward and backward, timed "
+            "one by one and summed, in ms; in brackets the time divided by eager's.",
+        ),
+    ):
+        cases = [case for case in document["cases"] if case.get("mode", "inference") == mode]
+        if not cases:
+            continue
+        rows, ceilings = {}, []
+        for case in cases:
+            label = f"{case['model']}, batch {case['batch']}, {case['dtype']}"
+            rows[label] = kernels.totals(case)
+            limits = case["ceilings"]
+            unit, scale = kernels.flop_unit(case)
+            text = f"{limits['copy_gigabytes_per_second']:.1f} GB/s"
+            if mode == "inference":
+                text += f" and {scale * limits['teraflops_per_second']:.0f} {unit}"
+            ceilings.append(f"{text} ({label})")
+        names = list(dict.fromkeys(name for totals in rows.values() for name in totals))
+        parts += [
+            f"**{title}, {where(document)}.** {what}",
+            "",
+            "| | " + " | ".join(names) + " |",
+            "| --- |" + " ---: |" * len(names),
+        ]
+        for label, totals in rows.items():
+            cells = [_total(name, totals, mode) for name in names]
+            parts.append(f"| {label} | " + " | ".join(cells) + " |")
+        ceiling = "Roofline" if mode == "inference" else "Copy bandwidth"
+        parts += ["", f"{ceiling}: {'; '.join(ceilings)}.", ""]
+    return "\n".join([*parts, _source(path, root, document["command"])])
 
 
 def predicted_section(path: Path, root: Path = ROOT) -> str:
@@ -214,11 +229,15 @@ def _error(candidate: Mapping[str, Any] | None, case: Mapping[str, Any]) -> str:
     return f"{error:.1e}" + (" (wrong)" if candidate["wrong"] else "")
 
 
-def _total(name: str, totals: Mapping[str, kernels.Total | None]) -> str:
+def _total(name: str, totals: Mapping[str, kernels.Total | None], mode: str) -> str:
     total = totals.get(name)
     if total is None:
         return "not all ran" if name in totals else "-"
     text = f"{total.milliseconds:.1f} ({100 * total.roofline:.0f} %)"
+    if mode == "training":
+        eager = totals.get("eager")
+        ratio = f"{total.milliseconds / eager.milliseconds:.2f}" if eager else "-"
+        text = f"{total.milliseconds:.1f} ({ratio})"
     return f"**{text}**" if name.startswith("fused") else text
 
 

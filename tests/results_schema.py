@@ -21,7 +21,7 @@ CANDIDATE = {
 }  # fmt: skip
 KERNELS_CASE = {
     "model", "batch", "dtype", "device", "threads", "rounds", "interrupted", "ceilings",
-    "telemetry", "layers", "blocks",
+    "telemetry", "layers", "blocks", "mode",
 }  # fmt: skip
 LAYER = {"problem", "label", "count", "bytes", "flops", "least_microseconds", "candidates"}
 LAYER_CANDIDATE = {
@@ -89,14 +89,28 @@ def check_kernels_document(document: dict[str, Any]) -> None:
     check_provenance(document, "fused_resnet.kernels/1")
     for case in document["cases"]:
         # Files from before there was such a field lack it.
-        case = {"blocks": [], **case}
+        case = {"blocks": [], "mode": "inference", **case}
         assert set(case) == KERNELS_CASE
         assert set(case["telemetry"]) == {"before", "after"}
         for layer in [*case["layers"], *case["blocks"]]:
             assert set(layer) == LAYER
-            problem = parse_problem(layer["problem"])
-            assert (layer["bytes"], layer["flops"]) == (problem.bytes_once, problem.flops)
+            if case["mode"] == "training":
+                check_norm(layer, case)
+            else:
+                problem = parse_problem(layer["problem"])
+                assert (layer["bytes"], layer["flops"]) == (problem.bytes_once, problem.flops)
             check_layer(layer, case)
+
+
+def check_norm(layer: dict[str, Any], case: dict[str, Any]) -> None:
+    """Asserts that a norm's text and bytes belong together."""
+    assert layer["problem"] == f"{case['dtype']} {case['batch']} images, {layer['label']}"
+    what, _, shape = layer["label"].partition(" of ")
+    assert set(what.split(" + ")) <= {"norm", "shortcut", "ReLU"}
+    C, H, W = map(int, shape.split("x"))
+    tensors = 7 if "shortcut" in what else 5
+    size = 2 if case["dtype"] in ("float16", "bfloat16") else 4
+    assert (layer["bytes"], layer["flops"]) == (tensors * size * case["batch"] * C * H * W, 0)
 
 
 def check_layer(layer: dict[str, Any], case: dict[str, Any]) -> None:

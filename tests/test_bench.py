@@ -31,6 +31,7 @@ from fused_resnet.bench import (
     engines,
     kernels,
     models,
+    norms,
     predict,
     predict_training,
     report,
@@ -149,6 +150,87 @@ def test_candidates_agree_on_every_kind_of_layer(model: str, dtype: str) -> None
     for layer in result.layers:
         for row in layer.rows:
             assert (row.status, row.reason) == ("timed", None), (str(layer.problem), row)
+
+
+def norms_in_training(found: dict[str, Any], rounds: int = 2) -> dict[str, Any]:
+    """The document of resnet50's norms of one shape, two of three with a shortcut."""
+    case = kernels.Case("resnet50", 1, "float32", "cpu", "training")
+    chosen = case.norms("2048x7x7")
+    result = kernels.measure(case, chosen, found, rounds=rounds, thread_count=1, scale=0.02)
+    return kernels.document([result], "command")
+
+
+@pytest.mark.usefixtures("small")
+def test_norms_of_a_training_step_are_timed() -> None:
+    content = norms_in_training(candidates.for_norms(candidates.for_device(CPU)))
+    check_kernels_document(content)
+    json.dumps(content, allow_nan=False)
+    found = {layer["label"]: layer for layer in content["cases"][0]["layers"]}
+    assert {label: layer["count"] for label, layer in found.items()} == {
+        "norm + shortcut + ReLU of 2048x7x7": 3,
+        "norm of 2048x7x7": 1,
+    }
+    for layer in found.values():
+        names = [one["name"] for one in layer["candidates"]]
+        assert names == ["eager", "torch.compile", "fused, cpu"]
+        assert all(one["status"] == "timed" for one in layer["candidates"])
+        assert all(0 < one["error"] < 2e-6 for one in layer["candidates"])
+    medians = [layer["candidates"][0]["microseconds"]["median"] for layer in found.values()]
+    total = kernels.totals(content["cases"][0])["eager"]
+    counts = [layer["count"] for layer in found.values()]
+    expected = 1e-3 * sum(m * c for m, c in zip(medians, counts, strict=True))
+    assert total.milliseconds == pytest.approx(expected)
+
+
+def test_norms_of_a_network() -> None:
+    """Each once, and what follows it; in resnet18 the second of a block has the shortcut."""
+    for model, every, adds, projections in (("resnet50", 53, 16, 4), ("resnet18", 20, 8, 3)):
+        found = kernels.Case(model, 2, "bfloat16", "cpu", "training").norms()
+        assert sum(found.values()) == every
+        assert sum(count for p, count in found.items() if p.residual) == adds
+        assert sum(count for p, count in found.items() if not p.relu) == projections
+        assert len({p.key for p in found}) == len(found)
+        assert all(p.N == 2 for p in found)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [(0, "output"), (1, "input's gradient"), (2, "weight's"), (3, "bias's"), (4, "shortcut's")],
+)
+def test_wrong_norms_are_rows_and_not_timed(broken: int, named: str) -> None:
+    """Wherever the error is; `fused` may err less than what is not ours."""
+
+    def wrong(by: float) -> norms.Prepare:
+        def prepare(arguments: tuple, problem: Any) -> norms.Call:
+            def call() -> tuple[torch.Tensor, ...]:
+                results = list(norms.step(norms.operators, arguments, problem))
+                if broken < len(results):
+                    results[broken] = results[broken] * (1 + by)
+                return tuple(results)
+
+            return call
+
+        return prepare
+
+    def short(arguments: tuple, problem: Any) -> norms.Call:
+        return lambda: norms.step(norms.operators, arguments, problem)[:-1]
+
+    found = {
+        "eager": norms.eager, "others": wrong(2e-6), "fused, bad": wrong(1e-5),
+        "others, bad": wrong(1e-3), "fused, short": short,
+    }  # fmt: skip
+    content = norms_in_training(found, rounds=1)
+    check_kernels_document(content)
+    (with_shortcut,) = (x for x in content["cases"][0]["layers"] if "shortcut" in x["label"])
+    rows = {one["name"]: one for one in with_shortcut["candidates"]}
+    status = {name: row["status"] for name, row in rows.items()}
+    assert status == {
+        "eager": "timed", "others": "timed", "fused, bad": "wrong", "others, bad": "wrong",
+        "fused, short": "wrong",
+    }  # fmt: skip
+    assert rows["fused, bad"]["reason"].startswith(f"{named}: error 1.0e-05, at most")
+    assert rows["fused, short"]["reason"] == "4 results, must be 5"
 
 
 @pytest.mark.usefixtures("small")
@@ -1016,7 +1098,8 @@ def test_on_gpu_runs_in_order_of_value_and_resumes(tmp_path: Path) -> None:
     code, out, commands = on_gpu(tmp_path, STUB_FAILS="^pytest|tune resnet18")
     assert code == 1
     order = ["doctor", "compare resnet18", "bench kernels", "pytest", "bench models", "tune",
-             "bench kernels", "bench models", "--mode training", "bench report"]  # fmt: skip
+             "bench kernels", "bench models", "--mode training", "--mode training",
+             "bench report"]  # fmt: skip
     at = -1
     for part in order:
         at = next(i for i, line in enumerate(commands) if i > at and part in line)

@@ -8,6 +8,7 @@ compiling.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..backends import library, triton
 from ..inputs import InvalidArgumentError
 from ..tuning import architecture, chain, choose, tuner
 from ..tuning.problem import CHAINED, ChainProblem, ConvProblem, Problem
+from . import norms
 
 Call = Callable[[], Any]
 Prepare = Callable[[tuple, Problem], Call]
@@ -210,6 +212,23 @@ def for_blocks(found: Collection[str], without: Collection[str] = ()) -> dict[st
     blocks |= {f"fused, {name}": fused_block(name) for name in own}
     blocks[ONE_KERNEL] = one_kernel
     return {name: prepare for name, prepare in blocks.items() if name not in without}
+
+
+def for_norms(found: Collection[str]) -> dict[str, norms.Prepare]:
+    """The candidates on norms in training that go with those on layers, by name, "eager" first.
+
+    Args:
+        found: the names that `for_device` gave.
+    """
+    ways: dict[str, norms.Prepare] = {}
+    for name in found:
+        if name == "eager":
+            ways[name] = norms.eager
+        elif name == "torch.compile":
+            ways[name] = norms.compiled()
+        elif name.startswith("fused, "):
+            ways[name] = norms.fused(functools.partial(_on_backend, name.removeprefix("fused, ")))
+    return ways
 
 
 def _operators(arguments: tuple, problem: ConvProblem) -> Tensor:

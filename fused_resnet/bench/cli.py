@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +29,7 @@ from ..console import (
 from ..inputs import InvalidArgumentError
 from ..tuning.problem import DTYPES
 from . import comparison, documents, kernels, models
-from .candidates import for_blocks, for_device
+from .candidates import for_blocks, for_device, for_norms
 from .engines import ENGINES
 
 app = typer.Typer(
@@ -61,6 +62,12 @@ def kernels_command(
     layers: Annotated[
         str, typer.Option(metavar="TEXT", help="Only layers with this in their name, e.g. 3x3.")
     ] = "",
+    mode: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...", help="inference: convolutions; training: norms, both directions."
+        ),
+    ] = "inference",
     without: Annotated[list[str] | None, _WITHOUT] = None,
     rounds: Annotated[int, whole_number("How often each candidate is timed.")] = 25,
     threads: Annotated[int | None, _THREADS] = None,
@@ -77,17 +84,25 @@ def kernels_command(
         if name not in known:
             raise InvalidArgumentError(f"--dtype is {name!r}, must be one of {', '.join(known)}")
     cases = [
-        kernels.Case(network, count, name, device)
+        kernels.Case(network, count, name, device, kind_of)
         for network in _models(model)
+        for kind_of in dict.fromkeys(_modes(mode))
         for name in dict.fromkeys(dtypes)
         for count in _batches(batch)
     ]
     wanted = backend.split(",") if backend else []
     candidates = for_device(torch.device(device), wanted, without or ())
     blocks = for_blocks(candidates, without or ())
-    found = {case: case.problems(layers) | case.blocks(layers) for case in cases}
+    in_training = for_norms(candidates)
+
+    def problems_of(case: kernels.Case, selected: str = "") -> Counter[Any]:
+        if case.mode == "training":
+            return case.norms(selected)
+        return case.problems(selected) | case.blocks(selected)
+
+    found = {case: problems_of(case, layers) for case in cases}
     if not all(found.values()):
-        every = (p for case in cases for p in case.problems() | case.blocks())
+        every = (p for case in cases for p in problems_of(case))
         names = ", ".join(dict.fromkeys(map(str, every)))
         raise InvalidArgumentError(f"--layers is {layers!r}, which none has in its name: {names}")
 
@@ -103,8 +118,9 @@ def kernels_command(
                     text = f"{label}: {problem or 'ceilings'}"
                     bar.update(task, description=escape(text), completed=done + at)
 
+                ways = in_training if case.mode == "training" else candidates
                 result = kernels.measure(
-                    case, problems, candidates, blocks, rounds=rounds, thread_count=threads,
+                    case, problems, ways, blocks, rounds=rounds, thread_count=threads,
                     progress=tell,
                 )  # fmt: skip
                 results.append(result)
@@ -153,12 +169,7 @@ def models_command(
     check_output("json", json)
     device = _device(device)
     _at_least_one(rounds=rounds, threads=threads)
-    modes = mode.split(",")
-    for name in modes:
-        if name not in ("inference", "training"):
-            raise InvalidArgumentError(
-                f"--mode is {name!r}, must be inference, training or inference,training"
-            )
+    modes = _modes(mode)
     for name in without or ():
         if name not in ENGINES or name == "eager":
             known = ", ".join(engine for engine in ENGINES if engine != "eager")
@@ -328,6 +339,16 @@ def _models(text: str) -> list[str]:
     return names
 
 
+def _modes(text: str) -> list[str]:
+    modes = text.split(",")
+    for name in modes:
+        if name not in ("inference", "training"):
+            raise InvalidArgumentError(
+                f"--mode is {name!r}, must be inference, training or inference,training"
+            )
+    return modes
+
+
 def _batches(text: str) -> list[int]:
     return list(dict.fromkeys(batch_size(part) for part in text.split(",")))
 
@@ -369,7 +390,8 @@ def _title(case: Mapping[str, Any]) -> str:
 
 def _print_layers(console: Console, content: Mapping[str, Any], case: Mapping[str, Any]) -> None:
     unit, scale = kernels.flop_unit(case)
-    table = Table(title=_title(case), header_style="bold")
+    training = ", norms in training" if case.get("mode") == "training" else ""
+    table = Table(title=_title(case) + training, header_style="bold")
     table.add_column("layer", max_width=40)
     table.add_column("runs", justify="right")
     table.add_column("candidate")

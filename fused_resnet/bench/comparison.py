@@ -96,6 +96,7 @@ def _entries(document: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], dic
                     {"samples": latency.get("samples"), "reason": reason},
                 )
             continue
+        what += ["training"] if case.get("mode") == "training" else []
         for layer in [*case["layers"], *case.get("blocks", ())]:
             for one in layer["candidates"]:
                 taken = (one["microseconds"] or {}).get("samples")

@@ -117,10 +117,10 @@ def newest(results: Path, schema: str) -> list[Path]:
     folders = sorted(f for f in results.glob("*") if f.is_dir() and f.name != "static")
     for folder in folders:
         files = [(load(path), path) for path in sorted(folder.glob("*.json"))]
-        latest: dict[str | None, tuple[str, Path]] = {}
+        latest: dict[str, tuple[str, Path]] = {}
         for content, path in files:
             for case in content["cases"] if content["schema"] == schema else ():
-                mode, dated = case.get("mode"), (content["date"], path)
+                mode, dated = case.get("mode", "inference"), (content["date"], path)
                 latest[mode] = max(latest.get(mode, dated), dated)
         found += [path for _, path in sorted(set(latest.values()))]
     return found

@@ -2,12 +2,13 @@
 
 A layer is a convolution with the batch norm, shortcut add, ReLU and pool that follow it. What one
 kernel can run of a Bottleneck, from its 3x3 convolution to the next one's first 1x1, is timed too:
-as that, and layer by layer. Tensors
-and batch-norm statistics are random, channels_last. Every candidate's output is checked against
-float64 first; one that is wrong, or fails, is a row that says so and is not timed. The others take
-turns, round by round. Nothing finds its inputs in the cache because it has just used them: on a GPU
-the L2 cache is overwritten before each call (`tuner.EventTimer`, CUDA events), on a CPU the calls
-rotate among as many sets of tensors as make `ceilings.COLD_BYTES`.
+as that, and layer by layer. In training a layer is a batch norm with its add and ReLU, forward and
+backward (`norms.py`). Tensors and batch-norm statistics are random, channels_last. Every
+candidate's output is checked against float64 first; one that is wrong, or fails, is a row that says
+so and is not timed. The others take turns, round by round. Nothing finds its inputs in the cache
+because it has just used them: on a GPU the L2 cache is overwritten before each call
+(`tuner.EventTimer`, CUDA events), on a CPU the calls rotate among as many sets of tensors as make
+`ceilings.COLD_BYTES`.
 
 What is reported as GB/s and TFLOP/s counts what the layer has to do: each tensor moved once, the
 convolution's products. A candidate that moves more gets no credit for it. The roofline share is the
@@ -33,7 +34,7 @@ from ..measure import Latency, threads
 from ..testing import FACTOR
 from ..tuning import architecture, layers, tuner
 from ..tuning.problem import ChainProblem, ConvProblem, Problem
-from . import ceilings, documents
+from . import ceilings, documents, norms
 from .candidates import Call, Prepare
 
 TIMED, WRONG, FAILED = "timed", "wrong", "failed"
@@ -79,10 +80,16 @@ class Case:
     batch: int
     dtype: str
     device: str
+    mode: str = "inference"
 
     def problems(self, selected: str = "") -> Counter[ConvProblem]:
         """The layers whose text has `selected` in it, and how often each runs."""
         found = layers.of_model(self.model, self.batch, self.dtype)
+        return Counter({p: count for p, count in found.items() if selected in str(p)})
+
+    def norms(self, selected: str = "") -> Counter[norms.NormProblem]:
+        """The norms, with what follows them, that training has, likewise."""
+        found = norms.of_model(self.model, self.batch, self.dtype)
         return Counter({p: count for p, count in found.items() if selected in str(p)})
 
     def blocks(self, selected: str = "") -> Counter[ChainProblem]:
@@ -208,13 +215,14 @@ def _rows(
     # that a model's weights are those it has prepared already.
     with tuner.precision(problem.dtype), torch.no_grad():
         try:
-            make = tuner.make_chain_case if isinstance(problem, ChainProblem) else tuner.make_case
-            case = make(problem, device)
+            case = _make_case(problem, device)
             sets = _argument_sets(case, device)
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
             reason = f"the layer's tensors cannot be made: {first_line(error)}"
             return [Row(name, FAILED, reason) for name in candidates]
-    with tuner.precision(problem.dtype), torch.inference_mode():
+    trains = isinstance(problem, norms.NormProblem)
+    mode = torch.enable_grad() if trains else torch.inference_mode()
+    with tuner.precision(problem.dtype), mode:
         rows = {name: _checked(name, prepare, case) for name, prepare in candidates.items()}
         calls: dict[str, Call] = {}
         for name, row in rows.items():
@@ -236,7 +244,16 @@ def _rows(
     return list(rows.values())
 
 
-def _checked(name: str, prepare: Prepare, case: tuner.Case | tuner.ChainCase) -> Row:
+def _make_case(problem: Problem | norms.NormProblem, device: torch.device) -> Any:
+    if isinstance(problem, norms.NormProblem):
+        return norms.make_case(problem, device)
+    make = tuner.make_chain_case if isinstance(problem, ChainProblem) else tuner.make_case
+    return make(problem, device)
+
+
+def _checked(
+    name: str, prepare: Prepare, case: tuner.Case | tuner.ChainCase | norms.NormCase
+) -> Row:
     """A candidate's row before it is timed.
 
     Eager is the measure of error, so only what is not finite makes it wrong.
@@ -247,6 +264,8 @@ def _checked(name: str, prepare: Prepare, case: tuner.Case | tuner.ChainCase) ->
 
     try:
         out = run(case.arguments, case.problem)
+        if isinstance(case, norms.NormCase):
+            return _checked_norm(name, out, case)
         if isinstance(case, tuner.ChainCase):
             return _checked_block(name, run, out, case)
         if out.shape != case.expected.shape:
@@ -282,15 +301,29 @@ def _checked_block(
     return Row(name, TIMED, None, error, nan is None)
 
 
-def _argument_sets(case: tuner.Case | tuner.ChainCase, device: torch.device) -> list[tuple]:
+def _checked_norm(name: str, results: tuple[torch.Tensor, ...], case: norms.NormCase) -> Row:
+    """`_checked` of a norm in training."""
+    own = name.startswith("fused")
+    error, reason = case.error(results, 1.0 if own else FACTOR_OF_OTHERS / FACTOR)
+    if name == "eager":
+        reason = None if math.isfinite(error) else "not finite"
+    return Row(name, WRONG if reason else TIMED, reason, _finite(error))
+
+
+def _argument_sets(
+    case: tuner.Case | tuner.ChainCase | norms.NormCase, device: torch.device
+) -> list[tuple]:
     """The layer's tensors, on a CPU as often as it takes to be out of a core's cache."""
     if device.type == "cuda":
         return [case.arguments]
     wanted = math.ceil(ceilings.COLD_BYTES / max(1, case.problem.bytes_once))
-    copies = [
-        pytree.tree_map_only(torch.Tensor, torch.clone, case.arguments)
-        for _ in range(min(_MOST_SETS, wanted) - 1)
-    ]
+
+    def copied() -> tuple:
+        if isinstance(case, norms.NormCase):
+            return norms.copied(case.arguments)
+        return pytree.tree_map_only(torch.Tensor, torch.clone, case.arguments)
+
+    copies = [copied() for _ in range(min(_MOST_SETS, wanted) - 1)]
     return [case.arguments, *copies]
 
 
@@ -315,14 +348,16 @@ def document(results: Sequence[Result], command: str, root: Any = environment.RO
 
     Top level: what `environment.provenance` gives, and `cases`.
 
-    A case: `model`, `batch`, `dtype` (see `ConvProblem`), `device`, `threads`, `rounds`,
+    A case: `model`, `batch`, `dtype` (see `ConvProblem`), `device`, `mode` ("inference", also in
+    older files, which lack it, or "training", whose layers are norms), `threads`, `rounds`,
     `interrupted`, `ceilings` (`copy_gigabytes_per_second`, `teraflops_per_second`, `copy_bytes`,
     `matrix_size`: measured in this run), `telemetry` (`before` and `after`, see
     `telemetry.snapshot`), `layers`, `blocks` (what one kernel can run of a Bottleneck, as a layer;
     absent in older files).
 
-    A layer: `problem` (`ConvProblem.key`), `label` (to read), `count` (how often the network has
-    it), `bytes` (each tensor once), `flops`, `least_microseconds` (at the ceilings), `candidates`.
+    A layer: `problem` (`ConvProblem.key`, `NormProblem.key`), `label` (to read), `count` (how often
+    the network has it), `bytes` (each tensor once), `flops`, `least_microseconds` (at the
+    ceilings), `candidates`.
 
     A candidate: `name`, `status` ("timed", "wrong" or "failed"), `reason` (null if timed), `error`
     (relative to float64; null if it failed or is not finite), `keeps_nan` (null if not seen), and,

@@ -104,6 +104,8 @@ def figures(content: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
                 ("shares", "How far from the hardware", plots.layer_shares),
                 ("speed-up", "Speed-up over eager", plots.layer_speedups),
             ):
+                if kind == "roofline" and case.get("mode") == "training":
+                    continue  # norms have no products to draw a rate of
                 yield f"{name}-{kind}", plots.png(draw(case, f"{title}: {what}", caption))
     else:
         for model in dict.fromkeys(network["model"] for network in content["networks"]):
@@ -307,7 +309,8 @@ def _predicted_table(content: Mapping[str, Any]) -> str:
 
 
 def _case_title(case: Mapping[str, Any]) -> str:
-    return f"{case['model']}, batch {case['batch']}, {case['dtype']}"
+    training = ", norms in training" if case.get("mode") == "training" else ""
+    return f"{case['model']}, batch {case['batch']}, {case['dtype']}{training}"
 
 
 def _slug(text: str) -> str:
