@@ -126,7 +126,7 @@ def _kernel(input: Tensor, parameters: Sequence[Tensor | None], *description: An
     block = _described(*description)
     passes = _passes(block.layers, parameters)
     with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-        output = _run_block(block, passes, input, [])
+        output, _ = _run_block(block, passes, input, [])
     statistics = [vector for step in passes for vector in (step.mean, step.var)]
     raws = [step.raw for i, step in enumerate(passes) if not _is_computed_again(block, passes, i)]
     return [output, *statistics, *raws]

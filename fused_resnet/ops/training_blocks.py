@@ -6,8 +6,8 @@
 
 or, of fewer channels than the output, every `step`-th pixel of the input, between zeros.
 
-Kept for backward are the input, the output (whatever follows keeps it as its input), `raw` and
-vectors of one value a channel. Each `h` is computed again from `raw` just before the convolution
+Kept for backward are the input, the output (whatever follows keeps it as its input) or, where the
+backend has kernels for it, its ReLU's mask as bits, `raw` and vectors of one value a channel. Each `h` is computed again from `raw` just before the convolution
 behind it needs it; with `low_memory` so are the `raw` of the last convolution and of the
 projection, where these are 1x1. The stem, `max_pool(relu(batch_norm(conv(input))))`, keeps its
 input and `raw` only, and where the backend pools in the same pass the place of each maximum in its
@@ -31,7 +31,13 @@ from torch import Tensor
 from .. import backends
 from .batch_norm_act_inference import batch_norm_act_inference
 from .batch_norm_act_training import batch_norm_act_training
-from .gradients import aten, has_norm_kernel, middle_channels, norm_act_backward
+from .gradients import (
+    act_backward,
+    aten,
+    has_norm_kernel,
+    middle_channels,
+    norm_act_backward,
+)
 from .registration import autocast_tensor, is_plain, needs_grad
 from .sync_batch_norm_act import normalize, shared_backward, shared_statistics
 
@@ -192,14 +198,36 @@ class _Pass:
             return self.normalize(self.raw, residual, activation)
         return batch_norm_act_inference(self.raw, *self.norm, residual, activation)
 
+    def add_relu(
+        self, shortcut: Tensor, projection: _Pass | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The block's output and its mask, if the backend has one kernel for both norms."""
+        run = self._own("batch_norm_add_relu", self.raw)
+        norm = None
+        if projection is not None:
+            run, norm = run and projection._own("batch_norm_add_relu", shortcut), projection.norm
+        found = run and run(self.raw, self.norm, shortcut, norm)
+        if found is None:
+            return None
+        output, mask, (self.mean, self.var), statistics = found
+        if projection is not None:
+            projection.mean, projection.var = statistics
+        return output, mask
+
     def input_backward(
-        self, grad: Tensor, size: Sequence[int], residual: Tensor | None, below: _Pass | None
+        self,
+        grad: Tensor,
+        size: Sequence[int],
+        residual: Tensor | None,
+        below: _Pass | None,
+        residual_mask: Tensor | None = None,
     ) -> tuple[Tensor, tuple | None] | None:
         """The backend's `conv_backward_input`, where it has one that runs this."""
         run = (self if below is None else below)._own("conv_backward_input", grad)
         behind = None if below is None else (below.raw, *below.norm)
         geometry = self.layer.geometry
-        return run and run(grad, self.weight, size, *geometry, residual, behind)
+        masked = () if residual_mask is None else (residual_mask,)
+        return run and run(grad, self.weight, size, *geometry, residual, behind, *masked)
 
     def adds_to_input_gradient(self, grad: Tensor, size: Sequence[int], residual: Tensor) -> bool:
         """Whether `input_backward` runs a tensor like `residual` along."""
@@ -353,13 +381,13 @@ class _ResidualBlock(torch.autograd.Function):
         ctx: Any, input: Tensor, block: _Block, statistics: list, *parameters: Tensor | None
     ) -> Tensor:
         passes = _passes(block.layers, parameters)
-        output = _run_block(block, passes, input, [])
+        output, mask = _run_block(block, passes, input, [])
         statistics += [(step.mean, step.var, step.count) for step in passes]
         ctx.block, ctx.backend = block, backends.chosen()
         saved = []
         for index, step in enumerate(passes):
             saved += step.saved(not _is_computed_again(block, passes, index))
-        ctx.save_for_backward(input, output, *parameters, *saved)
+        ctx.save_for_backward(input, output if mask is None else mask, *parameters, *saved)
         return output
 
     @staticmethod
@@ -376,8 +404,11 @@ def _is_computed_again(block: _Block, passes: Sequence[_Pass], index: int) -> bo
 
 def _run_block(
     block: _Block, passes: Sequence[_Pass], input: Tensor, hidden: list[Tensor]
-) -> Tensor:
-    """The block's output; appends the main convolutions' inputs to `hidden` if autograd records."""
+) -> tuple[Tensor, Tensor | None]:
+    """The block's output, and its mask as bits if the backend kept that.
+
+    Appends the main convolutions' inputs to `hidden` if autograd records.
+    """
     h, before = input, None
     for step in passes[: block.main]:
         if torch.is_grad_enabled():
@@ -396,10 +427,16 @@ def _run_block(
         projection = passes[-1]
         if not projection.convolve_with_statistics(input, None):
             projection.convolve(input)
-        shortcut = projection.finish(None, "none")
+        shortcut = projection.raw
     else:
-        shortcut = block.subsampled(input)
-    return passes[block.main - 1].finish(shortcut, "relu")
+        projection, shortcut = None, block.subsampled(input)
+    last = passes[block.main - 1]
+    found = last.add_relu(shortcut, projection)
+    if found is not None:
+        return found
+    if projection is not None:
+        shortcut = projection.finish(None, "none")
+    return last.finish(shortcut, "relu"), None
 
 
 def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -415,7 +452,7 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # To be differentiated again, what was kept is not enough: it has no history.
     again = torch.is_grad_enabled()
     if again:
-        output = _run_block(block, passes, input, hidden)
+        output, _ = _run_block(block, passes, input, hidden)
 
     def hidden_before(index: int) -> Tensor:
         if again:
@@ -427,6 +464,14 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     sums: tuple | None = None  # of grad, where the convolution behind found them
     need_shortcut = need_input or (block.has_projection and any(needs[-1]))
     projected = not (block.has_projection and need_shortcut)
+    # Whoever takes the shortcut's gradient applies the mask, so that none is written.
+    mask = None
+    if need_shortcut and not again and output.dtype is torch.uint8:
+        first, size = passes[0], input.shape[2:]
+        takes_mask = block.shortcut_is_input(input, grad) and block.main > 1
+        takes_mask = takes_mask and first.adds_to_input_gradient(first.raw, size, input)
+        if block.has_projection or takes_mask:
+            mask, grad = output, grad.contiguous(memory_format=torch.channels_last)
 
     def projection_backward(add_to: Tensor | None) -> Tensor | None:
         """The gradient in the input, plus `add_to`; keeps those of the parameters."""
@@ -434,9 +479,13 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_conv = (need_input, *needs[-1][:2])
         if step.raw is None:
             step.convolve(input)
-        grad, *norm_grads, _ = step.norm_backward(
-            shortcut_grad, None, "none", (any(need_conv), *needs[-1][2:], False), not again
-        )
+        need_norm = (any(need_conv), *needs[-1][2:], False)
+        if mask is None:
+            grad, *norm_grads, _ = step.norm_backward(
+                shortcut_grad, None, "none", need_norm, not again
+            )
+        else:
+            grad, *norm_grads, _ = step.norm_backward(shortcut_grad, mask, "relu", need_norm)
         conv_grads = (None, None, None)
         if any(need_conv):
             conv_grads = step.conv_backward(grad, input, need_conv, add_to)
@@ -450,9 +499,10 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h = hidden_before(index) if any(need_conv) or step.raw is None else None
         if step.raw is None:
             step.convolve(h)
-        need_norm = (any(need_conv), *needs[index][2:], last and need_shortcut)
-        input_grads = None
-        if last and before and index > 0:
+        masks = last and need_shortcut and mask is None
+        need_norm = (any(need_conv), *needs[index][2:], masks)
+        input_grads, behind = None, grad
+        if last and before and index > 0 and mask is None:
             input_grads = step.last_backward(grad, output, passes[index - 1])
         if input_grads is not None:
             *input_grads, grad, residual_grad, norm_grads = input_grads
@@ -465,8 +515,8 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             )
         step.raw = None
         if last:
-            shortcut_grad = residual_grad
-        # The shortcut's gradient is the block's own, to be overwritten.
+            shortcut_grad = residual_grad if mask is None else behind
+        # The shortcut's gradient, once masked, is the block's own, to be overwritten.
         adds = index == 0 and block.shortcut_is_input(input, shortcut_grad)
         add_to = shortcut_grad if adds else None
         if before and input_grads is None:
@@ -474,7 +524,9 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
                 below = passes[index - 1]
                 input_grads = step.input_backward(grad, h.shape[2:], None, below)
             elif adds:
-                input_grads = step.input_backward(grad, h.shape[2:], add_to, None)
+                input_grads = step.input_backward(grad, h.shape[2:], add_to, None, mask)
+                if input_grads is None and mask is not None:
+                    add_to = act_backward(add_to, mask, "relu")
             elif not projected and step.adds_to_input_gradient(grad, h.shape[2:], input):
                 # The projection's goes first: the sum of both is part of this convolution then.
                 add_to, projected = projection_backward(None), True

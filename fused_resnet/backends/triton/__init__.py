@@ -269,6 +269,35 @@ def batch_norm_act_training(
     return library.batch_norm_act_training(*arguments)
 
 
+def batch_norm_act_training_keeping_mask(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`batch_norm_act_training` with ReLU, and its mask, a bit a value; None where it has none."""
+    found = batch_norm_add_relu(input, (None, None, weight, bias, eps), residual, None)
+    if found is None:
+        return *batch_norm_act_training(input, weight, bias, eps, residual, "relu"), None
+    output, mask, (mean, var), _ = found
+    return output, mean, var, mask
+
+
+def batch_norm_add_relu(
+    input: Tensor, norm: tuple, residual: Tensor, residual_norm: tuple | None
+) -> tuple[Tensor, Tensor | None, tuple, tuple | None] | None:
+    """Norm, shortcut with or without a norm, and ReLU in one pass: see `batch_norm.py`.
+
+    Returns:
+        What is returned there, or None where the kernel cannot be had.
+    """
+    others = (*norm[:4], residual, *(residual_norm or ())[:4])
+    if not _can_normalize(input, *others):
+        return None
+    return _norms().batch_norm_add_relu(input, norm, residual, residual_norm)
+
+
 def batch_norm_act_inference(
     input: Tensor,
     running_mean: Tensor,
@@ -455,6 +484,7 @@ def conv_backward_input(
     groups: int,
     residual: Tensor | None,
     below: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float] | None,
+    residual_mask: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None] | None:
     """A convolution's gradient in its input, and what would follow it.
 
@@ -469,6 +499,7 @@ def conv_backward_input(
         residual: to be added, of the input's shape; or None.
         below: a tensor and its batch norm's mean, biased variance, weight, bias and eps, where
             the convolution's input is `relu(batch_norm(below))`; or None.
+        residual_mask: what `batch_norm_add_relu` returned, if the residual is to be masked by it.
 
     Returns:
         The gradient, with `below` behind that norm, and then its sum, its sum with `below - mean`
@@ -480,7 +511,7 @@ def conv_backward_input(
     training = _training()
     behind = None if below is None else (below[0], training.Norm(*below[1:]))
     result, _, sums = training.backward_input(
-        grad, weight, size, padding, dilation, residual, None, behind, tile
+        grad, weight, size, padding, dilation, residual, None, behind, tile, residual_mask
     )
     return result, sums
 

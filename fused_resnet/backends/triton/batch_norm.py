@@ -81,17 +81,50 @@ def _norm(c, exists, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps):
 
 
 @triton.jit
+def _bytes_of(row, row_exists, first_c, C, BLOCK_C: tl.constexpr):
+    """Where the bits of BLOCK_C channels lie in a mask, a bit a value in memory order."""
+    byte = first_c // 8 + tl.arange(0, BLOCK_C // 8)
+    return row[:, None] * (C // 8) + byte[None, :], row_exists[:, None] & (byte < C // 8)[None, :]
+
+
+@triton.jit
+def _unmasked(g, mask_ptr, row, row_exists, first_c, C):
+    """`g`, zero where the mask has no bit; of channels from `first_c` on, a multiple of 8."""
+    offsets, exists = _bytes_of(row, row_exists, first_c, C, g.shape[1])
+    packed = tl.load(mask_ptr + offsets, mask=exists, other=0).to(tl.int32)
+    bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.where(tl.reshape(bits, g.shape) == 0, 0.0, g)
+
+
+@triton.jit
+def _store_mask(out, mask_ptr, row, row_exists, first_c, C):
+    """A bit a value: whether ReLU lets its gradient pass, as it does behind NaN."""
+    offsets, exists = _bytes_of(row, row_exists, first_c, C, out.shape[1])
+    passed = tl.where(out <= 0.0, 0, 1)
+    bits = tl.reshape(passed, (out.shape[0], out.shape[1] // 8, 8))
+    packed = tl.sum(bits << tl.arange(0, 8)[None, None, :], axis=2)
+    tl.store(mask_ptr + offsets, packed.to(tl.uint8), mask=exists)
+
+
+@triton.jit
+def _first_channel(C, BLOCK_C: tl.constexpr):
+    return tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C
+
+
+@triton.jit
 def _behind(
-    grad_ptr, output_ptr, offsets, exists, centred, scale, bias, RELU: tl.constexpr
+    grad_ptr, output_ptr, offsets, exists, row, rows, C, centred, scale, bias, RELU: tl.constexpr
 ):  # fmt: skip
     """The gradient behind the activation, which NaN lets pass."""
     g = tl.load(grad_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
     if RELU:
-        if output_ptr is not None:
-            value = tl.load(output_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+        if output_ptr is None:
+            g = tl.where(_normalized(centred, scale, bias) <= 0.0, 0.0, g)
+        elif output_ptr.dtype.element_ty == tl.uint8:
+            g = _unmasked(g, output_ptr, row, row < rows, _first_channel(C, g.shape[1]), C)
         else:
-            value = _normalized(centred, scale, bias)
-        g = tl.where(value <= 0.0, 0.0, g)
+            value = tl.load(output_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+            g = tl.where(value <= 0.0, 0.0, g)
     return g
 
 
@@ -206,6 +239,7 @@ def normalize_kernel(
     bias_ptr,
     residual_ptr,
     output_ptr,
+    mask_ptr,
     eps,
     rows,
     C,
@@ -217,6 +251,11 @@ def normalize_kernel(
     residual_stride_c,
     residual_stride_h,
     residual_stride_w,
+    residual_mean_ptr,
+    residual_var_ptr,
+    residual_weight_ptr,
+    residual_bias_ptr,
+    residual_eps,
     RESIDUAL_CHANNELS: tl.constexpr,
     RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -227,11 +266,18 @@ def normalize_kernel(
     """`output = relu((input - mean) scale + bias + residual)`, rounded once.
 
     Reads the input and the residual once, writes the output once. The residual lies as the input
-    does, or has RESIDUAL_CHANNELS channels, in the middle of the input's, of P x Q pixels.
+    does, or has RESIDUAL_CHANNELS channels, in the middle of the input's, of P x Q pixels. With
+    `residual_mean` a norm of its own comes first, rounded as if it had been written. With `mask`
+    writes a bit a value too: whether the stored output lets the gradient pass.
     """
     _, first, c = _place(C, steps, WIDE, BLOCK_R, BLOCK_C)
     c_exists = c < C
     mean, _, scale, bias = _norm(c, c_exists, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps)
+    if residual_mean_ptr is not None:
+        residual_mean, _, residual_scale, residual_bias = _norm(
+            c, c_exists, residual_mean_ptr, residual_var_ptr, residual_weight_ptr,
+            residual_bias_ptr, residual_eps,
+        )  # fmt: skip
     for step in range(steps):
         row = first + step * BLOCK_R + tl.arange(0, BLOCK_R)
         exists = (row < rows)[:, None] & c_exists[None, :]
@@ -252,10 +298,18 @@ def normalize_kernel(
             else:
                 offsets_there = offsets
             residual = tl.load(residual_ptr + offsets_there, mask=there, other=0.0)
+            if residual_mean_ptr is not None:
+                centred = residual.to(tl.float32) - residual_mean[None, :]
+                residual = _normalized(centred, residual_scale, residual_bias)
+                residual = residual.to(output_ptr.dtype.element_ty)
             out += residual.to(tl.float32)
         if RELU:
             out = _relu(out)
-        tl.store(output_ptr + offsets, out.to(output_ptr.dtype.element_ty), mask=exists)
+        stored = out.to(output_ptr.dtype.element_ty)
+        tl.store(output_ptr + offsets, stored, mask=exists)
+        if mask_ptr is not None:
+            first_c = _first_channel(C, BLOCK_C)
+            _store_mask(stored.to(tl.float32), mask_ptr, row, row < rows, first_c, C)
 
 
 @triton.jit
@@ -285,6 +339,8 @@ def backward_sums_kernel(
 
     `masked` is g, if it is wanted: the gradient of the residual.
 
+    The output may be its mask, see `normalize_kernel`.
+
     Reads grad, the input and the output (where there is none, its sign comes from the input) once,
     writes `masked` once and 8 bytes a slab and channel.
     """
@@ -299,7 +355,9 @@ def backward_sums_kernel(
         offsets = _offsets(row, c, C, S, CHANNELS_LAST)
         x = tl.load(input_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
         centred = x - mean[None, :]
-        g = _behind(grad_ptr, output_ptr, offsets, exists, centred, scale, bias, RELU)
+        g = _behind(
+            grad_ptr, output_ptr, offsets, exists, row, rows, C, centred, scale, bias, RELU
+        )  # fmt: skip
         if masked_ptr is not None:
             tl.store(masked_ptr + offsets, g.to(masked_ptr.dtype.element_ty), mask=exists)
         total += g
@@ -386,7 +444,9 @@ def backward_input_kernel(
         if total_ptr is not None or (RELU and output_ptr is None):
             x = tl.load(input_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
             centred = x - mean[None, :]
-        g = _behind(grad_ptr, output_ptr, offsets, exists, centred, scale, bias, RELU)
+        g = _behind(
+            grad_ptr, output_ptr, offsets, exists, row, rows, C, centred, scale, bias, RELU
+        )  # fmt: skip
         if masked_ptr is not None:
             tl.store(masked_ptr + offsets, g.to(masked_ptr.dtype.element_ty), mask=exists)
         if grad_input_ptr is not None:
@@ -394,6 +454,10 @@ def backward_input_kernel(
                 g = g - offset[None, :] - centred * slope[None, :]
             g = g * scale[None, :]
             tl.store(grad_input_ptr + offsets, g.to(grad_input_ptr.dtype.element_ty), mask=exists)
+
+
+Norm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
+"""Mean, biased variance, weight, bias and eps."""
 
 
 @dataclass(frozen=True)
@@ -460,6 +524,13 @@ def _lying_like(tensor: Tensor, input: Tensor) -> Tensor:
     if tensor.is_contiguous(memory_format=memory_format):
         return tensor
     return torch.empty_like(input).copy_(tensor)
+
+
+def _sign_source(output: Tensor | None, input: Tensor, relu: bool) -> Tensor | None:
+    """What kernels take for the output: lying as the input, or a mask, which does."""
+    if output is None or not relu or output.dtype is torch.uint8:
+        return output if relu else None
+    return _lying_like(output, input)
 
 
 def _is_image(tensor: Tensor) -> bool:
@@ -543,8 +614,15 @@ def batch_norm_act_inference(
     eps: float,
     residual: Tensor | None,
     activation: str,
+    residual_norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None, float] | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """One launch; the arguments are those of `batch_norm_act_training`."""
+    """One launch; the arguments are those of `batch_norm_act_training`.
+
+    With `residual_norm` (mean, var, weight, bias, eps) the residual, of the input's shape, is
+    normalized first and rounded, to the bits that a launch for it would write. `mask` is where to
+    write the activation's, see `mask_for`.
+    """
     input = contiguous_like_eager(input)
     layout = _layout_of(input)
     steps, programs = layout.elementwise()
@@ -564,6 +642,7 @@ def batch_norm_act_inference(
             *vectors,
             residual,
             output,
+            mask,
             eps,
             layout.rows,
             layout.C,
@@ -571,12 +650,48 @@ def batch_norm_act_inference(
             steps,
             *size,
             *strides,
+            *_vectors(*(residual_norm or (None,) * 5)[:4]),
+            None if residual_norm is None else residual_norm[4],
         ),
+        writes=("output_ptr", "mask_ptr"),
         RESIDUAL_CHANNELS=channels,
         RELU=activation == "relu",
         **layout.constants(),
     )
     return output
+
+
+def mask_for(input: Tensor) -> Tensor | None:
+    """Room for a bit a value in the memory order of `input`; None where kernels keep no mask."""
+    if _layout_of(input).S > 1 or input.size(1) % 8 > 0:
+        return None
+    return torch.empty(input.numel() // 8, dtype=torch.uint8, device=input.device)
+
+
+def batch_norm_add_relu(
+    input: Tensor, norm: Norm, residual: Tensor, residual_norm: Norm | None
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """`relu(batch_norm(input) + batch_norm(residual))`, and what its backward wants to know.
+
+    Args:
+        input: (N, C, *), float16, bfloat16 or float32, with at least one element.
+        norm: mean and biased variance, or None twice where they are still to be found, weight,
+            bias and eps.
+        residual: see `batch_norm_act_training`.
+        residual_norm: as `norm`, or None where the residual is added as it is.
+
+    Returns:
+        The output; its mask, see `mask_for`; mean and variance of the input; and of the residual,
+        if it has a norm.
+    """
+    input = contiguous_like_eager(input)
+    if norm[0] is None:
+        norm = (*batch_statistics(input), *norm[2:])
+    if residual_norm is not None and residual_norm[0] is None:
+        residual_norm = (*batch_statistics(residual), *residual_norm[2:])
+    mask = mask_for(input)
+    output = batch_norm_act_inference(input, *norm, residual, "relu", residual_norm, mask)
+    return output, mask, norm[:2], None if residual_norm is None else residual_norm[:2]
 
 
 def batch_norm_act_backward_sums(
@@ -596,7 +711,8 @@ def batch_norm_act_backward_sums(
     Args:
         grad: of the output, with any strides.
         input: (N, C, *), float16, bfloat16 or float32, with at least one element.
-        output: what the activation returned, or None where there was no residual.
+        output: what the activation returned, or its mask, see `mask_for`; or None where there was
+            no residual.
         weight: (C,) of any floating dtype, or None.
         bias: see `weight`.
         mean: (C,).
@@ -610,7 +726,7 @@ def batch_norm_act_backward_sums(
     """
     input = contiguous_like_eager(input)
     grad = _lying_like(grad, input)
-    output = None if output is None or activation != "relu" else _lying_like(output, input)
+    output = _sign_source(output, input, activation == "relu")
     layout = _layout_of(input)
     steps, slabs = layout.reduction()
     partial, total, dot, grad_weight = _partial(input, 2, slabs), *_results(input, 3)
@@ -716,7 +832,7 @@ def _input_pass(
     """Launches `backward_input_kernel`; `grad` and the results lie in memory as the input does."""
     layout = _layout_of(input)
     steps, programs = layout.elementwise()
-    output = None if output is None or not relu else _lying_like(output, input)
+    output = _sign_source(output, input, relu)
     vectors = _vectors(mean, var, weight, bias, total, dot)
     _launch(
         input,

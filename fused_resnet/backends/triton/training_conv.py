@@ -30,6 +30,7 @@ from .batch_norm import (
     _norm,
     _partial,
     _results,
+    _unmasked,
     _vectors,
     combine_statistics_kernel,
     combine_sums_kernel,
@@ -91,6 +92,7 @@ def _store_part(
     slabs,
     bias_ptr,
     residual_ptr,
+    residual_mask_ptr,
     below_ptr,
     below_table_ptr,
     output_ptr,
@@ -107,7 +109,10 @@ def _store_part(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + k, mask=k_exists, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:
-        acc += tl.load(residual_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+        if residual_mask_ptr is not None:
+            residual = _unmasked(residual, residual_mask_ptr, m, row_exists, first_k, K)
+        acc += residual
     if below_ptr is not None:
         mean = tl.load(below_table_ptr + k, mask=k_exists, other=0.0)
         scale = tl.load(below_table_ptr + K + k, mask=k_exists, other=0.0)
@@ -148,6 +153,7 @@ def training_conv_kernel(
     side_ptr,
     bias_ptr,
     residual_ptr,
+    residual_mask_ptr,
     below_ptr,
     below_table_ptr,
     output_ptr,
@@ -193,6 +199,8 @@ def training_conv_kernel(
                   `batch_norm.statistics_kernel` has them; with `below` `sum(output)` and
                   `sum(output (below - mean))`
 
+    The residual may come with a mask, see `batch_norm.normalize_kernel`.
+
     Reads the input, `above` and the weight as `conv_kernel` does, the residual and `below` once;
     writes the output and `side` once and 12 (with `below` 8) bytes a tile of rows and channel.
     """
@@ -225,7 +233,8 @@ def training_conv_kernel(
     if BLOCK_N <= 64:
         _store_part(
             acc, m, row_exists, rows_in_tile, first_k, K - first_k, slab, tiles_m, bias_ptr,
-            residual_ptr, below_ptr, below_table_ptr, output_ptr, partial_ptr, K, STATISTICS,
+            residual_ptr, residual_mask_ptr, below_ptr, below_table_ptr, output_ptr, partial_ptr,
+            K, STATISTICS,
         )  # fmt: skip
     else:
         tl.static_assert(BLOCK_N == 128)
@@ -233,8 +242,9 @@ def training_conv_kernel(
         for i in tl.static_range(2):
             _store_part(
                 left if i == 0 else right, m, row_exists, rows_in_tile, first_k + 64 * i,
-                K - first_k - 64 * i, slab, tiles_m, bias_ptr, residual_ptr, below_ptr,
-                below_table_ptr, output_ptr, partial_ptr, K, STATISTICS,
+                K - first_k - 64 * i, slab, tiles_m, bias_ptr, residual_ptr,
+                residual_mask_ptr, below_ptr, below_table_ptr, output_ptr, partial_ptr, K,
+                STATISTICS,
             )  # fmt: skip
 
 
@@ -373,6 +383,7 @@ def backward_input(
     above: tuple[Tensor, Norm, Sums] | None,
     below: tuple[Tensor, Norm] | None,
     tile: Tile,
+    residual_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
     """The gradient of a convolution of stride 1 in its input, on its way through the norms.
 
@@ -388,6 +399,8 @@ def backward_input(
             is given is the gradient behind it; for 1x1 filters.
         below: the tensor that went through a norm and a ReLU to become the convolution's input.
         tile: see `forward`.
+        residual_mask: where the residual counts, a bit a value, see `batch_norm.mask_for`; or None
+            for everywhere.
 
     Returns:
         (N, C, H, W), channels_last: of the input, with `below` behind its norm; with `above`, the
@@ -415,8 +428,8 @@ def backward_input(
         residual = residual.contiguous(memory_format=torch.channels_last)
     output, partial = _launch(
         grad, conv._filters(weight), size, C, (1, 1), around, dilation, tile, table=table,
-        above=raw, side=side, residual=residual, below=below_raw, below_table=below_table,
-        values=0 if below is None else 2, transposed=True,
+        above=raw, side=side, residual=residual, residual_mask=residual_mask, below=below_raw,
+        below_table=below_table, values=0 if below is None else 2, transposed=True,
     )  # fmt: skip
     if below is None:
         return output, side, None
@@ -453,6 +466,7 @@ def _launch(
     side: Tensor | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    residual_mask: Tensor | None = None,
     below: Tensor | None = None,
     below_table: Tensor | None = None,
     values: int,
@@ -476,8 +490,8 @@ def _launch(
         training_conv_kernel,
         (slabs * triton.cdiv(K, tile.block_n),),
         (
-            pixels, above, filters, table, side, bias, residual, below, below_table, output,
-            partial, M, H, W, P, Q, C, K, pixels.stride(0), pixels.stride(2), pixels.stride(3),
+            pixels, above, filters, table, side, bias, residual, residual_mask, below,
+            below_table, output, partial, M, H, W, P, Q, C, K, pixels.stride(0), pixels.stride(2), pixels.stride(3),
         ),
         writes=("output_ptr", "side_ptr", "partial_ptr"),
         R=R,
