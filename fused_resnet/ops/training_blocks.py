@@ -7,12 +7,12 @@
 or, of fewer channels than the output, every `step`-th pixel of the input, between zeros.
 
 Kept for backward are the input, the output (whatever follows keeps it as its input) or, where the
-backend has kernels for it, its ReLU's mask as bits, `raw` and vectors of one value a channel. Each `h` is computed again from `raw` just before the convolution
-behind it needs it; with `low_memory` so are the `raw` of the last convolution and of the
-projection, where these are 1x1. The stem, `max_pool(relu(batch_norm(conv(input))))`, keeps its
-input and `raw` only, and where the backend pools in the same pass the place of each maximum in its
-window, 8 bits. A norm's statistics are this process's, or those of all processes of the layer's
-group; then backward can run once only.
+backend has kernels for it, its ReLU's mask as bits, `raw` and vectors of one value a channel. Each
+`h` is computed again from `raw` just before the convolution behind it needs it; with `low_memory`
+so are the `raw` of the last convolution and of the projection, where these are 1x1. The stem,
+`max_pool(relu(batch_norm(conv(input))))`, keeps its input and `raw` only, and where the backend
+pools in the same pass the place of each maximum in its window, 8 bits. A norm's statistics are this
+process's, or those of all processes of the layer's group; then backward can run once only.
 
 To compilers and to whatever else looks at single operators a block is its convolutions and
 `batch_norm_act_training`; these functions then decline.

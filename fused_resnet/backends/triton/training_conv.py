@@ -491,7 +491,8 @@ def _launch(
         (slabs * triton.cdiv(K, tile.block_n),),
         (
             pixels, above, filters, table, side, bias, residual, residual_mask, below,
-            below_table, output, partial, M, H, W, P, Q, C, K, pixels.stride(0), pixels.stride(2), pixels.stride(3),
+            below_table, output, partial, M, H, W, P, Q, C, K, pixels.stride(0), pixels.stride(2),
+            pixels.stride(3),
         ),
         writes=("output_ptr", "side_ptr", "partial_ptr"),
         R=R,
