@@ -348,6 +348,27 @@ def norm_launches(dtype: str) -> dict[str, list[Launch]]:
     return found
 
 
+def masked_norm_launches(dtype: str) -> list[Launch]:
+    """What goes through tensors where two norms meet in an add whose mask is kept as bits."""
+    recorded: list[Launch] = []
+    kept = batch_norm._launch
+    try:
+        batch_norm._launch = recorder(recorded)
+        with FakeTensorMode(), torch.device("cuda"):
+            x, grad = torch.empty(2, 64, 56, 56, 256, dtype=getattr(torch, dtype)).unbind(0)
+            x, grad = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
+            vectors = [torch.empty(256) for _ in range(4)]
+            norm = (*vectors, 1e-5)
+            _, mask, _, _ = batch_norm.batch_norm_add_relu(x, norm, grad, norm)
+            for residual in (False, True):
+                batch_norm.batch_norm_act_backward(
+                    grad, x, mask, *vectors, 1e-5, "relu", True, (True, True, True, residual)
+                )
+    finally:
+        batch_norm._launch = kept
+    return [launch for launch in recorded if "combine" not in launch.kernel.__name__]
+
+
 def stem_training_launches(dtype: str) -> list[Launch]:
     """What a stem launches in training for its pool, beside the norm: forward, then backward."""
     recorded: list[Launch] = []
@@ -401,7 +422,8 @@ def training_conv_launches(dtype: str) -> dict[str, list[Launch]]:
                             training_conv.backward_input(
                                 y, w, *geometry, None, None, (x, low), tile
                             )
-                            training_conv.backward_input(y, w, *geometry, x, None, None, tile)
+                            mask = torch.empty(x.numel() // 8, dtype=torch.uint8)
+                            training_conv.backward_input(y, w, *geometry, x, None, None, tile, mask)
     finally:
         conv._launch = kept
     kernel = training_conv.training_conv_kernel

@@ -205,6 +205,59 @@ def test_the_mask_recomputed_is_the_one_used(norms, dtype):
 
 
 @pytest.mark.quick
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", [(2, 24, 11, 5), (1, 72, 1, 61), (3, 8, 1, 1), (2, 200, 13, 9)])
+def test_masks_and_two_norms(norms, shape, dtype):
+    """Kept as bits: those of the output, and gradients to the bits of those from the output.
+
+    And two norms in one add, to the bits of one after the other.
+    """
+    x, z, grad = drawn(shape, dtype, torch.channels_last, 3)
+    x[0, 0, 0, 0] = math.nan
+    z[-1, -1, -1, -1] = -math.inf
+    C = shape[1]
+    weight, bias, mean, var, other, offset = vectors(C, 6)
+    for residual_norm in (None, (mean - 1, var**2 + 0.1, other, None, 1e-3), (None,) * 4 + (0.1,)):
+        for norm in ((mean, var**2 + 0.1, weight, bias, 1e-5), (None, None, None, offset, 1e-5)):
+            out, mask, found, found_residual = norms.batch_norm_add_relu(x, norm, z, residual_norm)
+            shortcut = z
+            if residual_norm is not None:
+                known = (*found_residual, *residual_norm[2:])
+                shortcut = norms.batch_norm_act_inference(z, *known, None, "none")
+                if residual_norm[0] is None:
+                    for a, b in zip(found_residual, norms.batch_statistics(z), strict=True):
+                        assert_same_bits(a, b)
+            known = (*found, *norm[2:])
+            assert_same_bits(out, norms.batch_norm_act_inference(x, *known, shortcut, "relu"))
+            passed = ~(out <= 0).permute(0, 2, 3, 1).reshape(-1, 8)
+            bits = passed << torch.arange(8, device=x.device)
+            assert torch.equal(mask, bits.sum(1).to(torch.uint8))
+            assert 0 < passed.sum() < passed.numel()
+            arguments = (*norm[2:4], *found, 1e-5, "relu")
+            for training, residual in itertools.product([True, False], repeat=2):
+                need = (training, (True, True, True, residual))
+                from_bits = norms.batch_norm_act_backward(grad, x, mask, *arguments, *need)
+                from_output = norms.batch_norm_act_backward(grad, x, out, *arguments, *need)
+                for a, b in zip(from_bits, from_output, strict=True):
+                    assert (a is None) == (b is None)
+                    if a is not None:
+                        assert_same_bits(a, b)
+
+
+@pytest.mark.quick
+def test_where_there_is_no_mask(norms):
+    """Channels that are no multiple of 8, and whatever is not channels_last."""
+    for shape, memory_format in (((2, 12, 3, 5), FORMATS[0]), ((2, 16, 3, 5), FORMATS[1])):
+        x, z = drawn(shape, torch.float32, memory_format, 2)
+        out, mask, found, _ = norms.batch_norm_add_relu(x, (None,) * 4 + (1e-5,), z, None)
+        assert mask is None
+        expected, *statistics = norms.batch_norm_act_training(x, None, None, 1e-5, z, "relu")
+        for a, b in zip((out, *found), (expected, *statistics), strict=True):
+            assert_same_bits(a, b)
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("activation", ["relu", "none"])
 def test_parts_of_a_batch(norms, activation):
     """Sums of two parts, added, then both parts' gradients: those of the whole."""
@@ -295,7 +348,11 @@ def test_blocks(name, memory):
             unit = x.numel() // x.size(1) * 4 * 4
             assert "ResidualBlock" in out.grad_fn.name()
             if not projection:
-                expected = {"basic": 3, "bottleneck": 6}[name]
+                # The mask's bits stand for the output, a unit of a BasicBlock, four of the other;
+                # where channels are not a multiple of 8 there is none.
+                most = {"basic": 3, "bottleneck": 6}[name]
+                bits = x.size(1) % 8 == 0
+                expected = most - bits * {"basic": 1, "bottleneck": 4}[name]
                 assert expected <= kept / unit < expected + 2
         x = x.detach()
         exact = block_results(copy.deepcopy(eager).double(), x.double())
@@ -356,6 +413,19 @@ def test_what_the_launches_move(norms, residual):
             grad, x, output, None, None, mean, var, 1e-5, "relu", True, need
         )
         backward = sum(launch.bytes for launch in log) / x.nbytes
+        log.clear()
+        if residual:
+            norm = (None, None, None, None, 1e-5)
+            _, mask, _, _ = norms.batch_norm_add_relu(x, norm, z, norm)
+            of_two = sum(launch.bytes for launch in log) / x.nbytes
+            log.clear()
+            norms.batch_norm_act_backward(
+                grad, x, mask, None, None, mean, var, 1e-5, "relu", True, (True, True, True, False)
+            )
+            behind_mask = sum(launch.bytes for launch in log) / x.nbytes
+            # Statistics of both, the add; then each tensor twice, one written; the bits every time.
+            assert 5 + 1 / 16 < of_two < 5.12 + 1 / 16
+            assert 5 + 2 / 16 < behind_mask < 5.2
     # Beside these, the slabs' partial sums, written and read.
     assert 3 + residual < forward < 3.06 + residual
     assert 5 + 2 * residual < backward < 5.06 + 2 * residual

@@ -220,6 +220,33 @@ def test_norms_compile_now(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_masks_compile_now(architecture):
+    """Two norms in an add, its mask as bits: no spills, 16-byte accesses but for the bits."""
+    out = run_python(
+        f"""
+        import json, sys
+        sys.path.insert(0, {str(BENCH)!r})
+        import static
+        launches = [l for dtype in static.DTYPES for l in static.masked_norm_launches(dtype)]
+        print(json.dumps([
+            [launch.kernel.__name__, static.compiled(launch, {architecture!r})]
+            for launch in launches
+        ]))
+        """,
+        TRITON_INTERPRET="0",
+    )
+    entries = json.loads(out.splitlines()[-1])
+    names = ["normalize_kernel", *["backward_sums_kernel", "backward_input_kernel"] * 2]
+    assert [name for name, _ in entries] == 3 * names
+    for name, entry in entries:
+        assert entry["spilled_bytes"] == 0, (name, entry)
+        assert entry["programs_per_multiprocessor"] * 4 >= 16, (name, entry)
+        assert entry["global_loads"]["LDG.128"] >= 4, (name, entry)
+        if name != "backward_sums_kernel":
+            assert entry["global_stores"]["STG.128"] >= 2, (name, entry)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_norms_in_the_loads_of_convolutions(architecture):
     """The tiles with the most registers: no spills, tensor cores, accesses of 16 bytes.
 

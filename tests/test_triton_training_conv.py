@@ -169,15 +169,16 @@ def test_nonfinite(convs, value):
 def test_blocks_use_them(convs, monkeypatch, name, projection):
     """All of a block's gradients by the error rule, and which functions of the backend ran."""
     block = {"basic": resnet.BasicBlock, "bottleneck": resnet.Bottleneck}[name]
-    channels = 8 if projection else 4 * block.expansion
+    width = {"basic": 8, "bottleneck": 4}[name]
+    channels = 8 if projection else width * block.expansion
     shortcut = None
     if projection:
-        conv = resnet.conv1x1(channels, 4 * block.expansion, 2)
-        shortcut = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(4 * block.expansion))
-    eager = randomize_(block(channels, 4, 2 if projection else 1, shortcut).train())
+        conv = resnet.conv1x1(channels, width * block.expansion, 2)
+        shortcut = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(width * block.expansion))
+    eager = randomize_(block(channels, width, 2 if projection else 1, shortcut).train())
     eager, x = eager.to(RUNNER.device), drawn(2, channels, 6, 5)
     eager = eager.to(memory_format=torch.channels_last)
-    ran, added = [], []
+    ran, added, masked = [], [], []
 
     def recorded(function):
         run = getattr(backends.triton, function)
@@ -187,6 +188,7 @@ def test_blocks_use_them(convs, monkeypatch, name, projection):
             ran.append((function, found is not None))
             if function == "conv_backward_input":
                 added.append(found is not None and arguments[7] is not None)
+                masked.append(added[-1] and len(arguments) > 9)
             return found
 
         monkeypatch.setattr(backends.triton, function, call)
@@ -202,14 +204,76 @@ def test_blocks_use_them(convs, monkeypatch, name, projection):
     count = 3 if name == "bottleneck" else 2
     if RUNNER.device != "cuda":
         assert ran.count(("conv_batch_norm_statistics", True)) == count + projection
-        assert ran.count(("norm_conv_backward_input", True)) == (name == "bottleneck")
+        # Whoever takes the shortcut's gradient applies the mask, so that none is written for this.
+        assert ran.count(("norm_conv_backward_input", True)) == 0
         # With a projection one convolution is of stride 2; the shortcut's gradient is added where
         # the first is not that one.
-        assert ran.count(("conv_backward_input", True)) == 1 + (not projection)
+        assert ran.count(("conv_backward_input", True)) == count - projection
         assert added.count(True) == (name == "bottleneck" or not projection)
+        assert masked.count(True) == (not projection)
     assert_error_rule(ours[0], theirs[0], exact[0])
     for a, c in zip(ours, exact, strict=True):
         torch.testing.assert_close(a.double(), c, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("projection", [True, False], ids=["projection", "identity"])
+def test_blocks_without_the_first_convolution(convs, monkeypatch, projection):
+    """Where it is not ours, or declines after all, the gradients are the same."""
+    channels = 8 if projection else 16
+    shortcut = None
+    if projection:
+        shortcut = torch.nn.Sequential(resnet.conv1x1(8, 16), torch.nn.BatchNorm2d(16))
+    eager = randomize_(resnet.Bottleneck(channels, 4, 1, shortcut).train()).to(RUNNER.device)
+    eager, x = eager.to(memory_format=torch.channels_last), drawn(2, channels, 6, 5)
+    run, ran, first = backends.triton.conv_backward_input, [], []
+    last = backends.triton.norm_conv_backward_input
+
+    def backward_input(grad, weight, *arguments):
+        declines = first and weight.size(1) == channels
+        ran.append(not declines)
+        return None if declines else run(grad, weight, *arguments)
+
+    def last_backward(*arguments):
+        ran.append("last")
+        return last(*arguments)
+
+    monkeypatch.setattr(backends.triton, "conv_backward_input", backward_input)
+    monkeypatch.setattr(backends.triton, "norm_conv_backward_input", last_backward)
+    results = []
+    with fused_resnet.use_backend("triton"):
+        results.append(block_results(fused_resnet.fuse(copy.deepcopy(eager)), x))
+        first.append(True)
+        results.append(block_results(fused_resnet.fuse(copy.deepcopy(eager)), x))
+        assert ran.count(False) == (RUNNER.device != "cuda")
+        assert "last" not in ran
+        monkeypatch.setattr(backends.triton, "conv_backward_input_runs", lambda *_: False)
+        results.append(block_results(fused_resnet.fuse(copy.deepcopy(eager)), x))
+    # A projection takes the mask itself; without one it is written for whoever adds.
+    assert ran.count("last") == (not projection)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_masked_residual(convs, dtype):
+    """To the bits of a residual that was masked before; what is masked may be NaN."""
+    grad, weight = drawn(2, 24, 5, 7, dtype=dtype), drawn(24, 72, 1, 1, dtype=dtype, scale=0.2)
+    residual = drawn(2, 72, 5, 7, dtype=dtype)
+    alive = drawn(2, 72, 5, 7) > 0
+    residual[0, :8, 2, 3] = math.nan
+    alive[0, :8, 2, 3] = False
+    bits = alive.permute(0, 2, 3, 1).reshape(-1, 8) << torch.arange(8, device=alive.device)
+    mask = bits.sum(1).to(torch.uint8)
+    one = ((5, 7), (0, 0), (1, 1))
+    for tile in TILES:
+        masked = torch.where(alive, residual, 0)
+        expected, _, _ = convs.backward_input(grad, weight, *one, masked, None, None, tile)
+        ours, _, _ = convs.backward_input(grad, weight, *one, residual, None, None, tile, mask)
+        assert_same_bits(ours, expected)
+        assert not expected.isnan().any()
 
 
 @pytest.mark.quick

@@ -51,6 +51,8 @@ from ..tuning.problem import ConvProblem
 BATCHES = (64, 256)
 DTYPE = "float16"
 _BYTES = 2
+# A mask of a bit a value, in passes over a tensor.
+_BITS = 1 / (8 * _BYTES)
 # What adds up, what combines the sums, and what goes through all elements again.
 _REDUCING_LAUNCHES = 3
 
@@ -59,8 +61,8 @@ _REDUCING_LAUNCHES = 3
 class Passes:
     """Reads and writes of a whole tensor, forward, backward and again; and launches of all."""
 
-    forward: int
-    backward: int
+    forward: float
+    backward: float
     again: int
     forward_launches: int
     backward_launches: int
@@ -82,17 +84,26 @@ PASSES: dict[str, dict[str, Passes]] = {
         "compile": Passes(3, 7, 0, 3, 3),
         "fused": Passes(1, 5, 0, 2, 3),
     },
-    # relu(norm + shortcut): the sums' pass writes the shortcut's gradient, and the last reads it.
-    # Inductor's sums' pass reads the two gradients that meet here, instead of their sum.
+    # relu(norm + shortcut): fused, the mask is kept as bits; the sums' pass writes the shortcut's
+    # gradient, and the last reads it. Inductor's sums' pass reads the two gradients that meet here,
+    # instead of their sum.
     "last": {
         "eager": Passes(8, 8, 0, 4, 3),
         "compile": Passes(4, 8, 0, 3, 3),
-        "fused": Passes(4, 7, 0, 3, 3),
+        "fused": Passes(4 + _BITS, 6 + _BITS, 0, 3, 3),
     },
+    # The same with a projection, whose norm's backward takes the mask itself: no gradient of the
+    # shortcut is written.
+    "joined": {
+        "eager": Passes(8, 8, 0, 4, 3),
+        "compile": Passes(4, 8, 0, 3, 3),
+        "fused": Passes(4 + _BITS, 5 + 2 * _BITS, 0, 3, 3),
+    },
+    # Fused, the add behind it normalises it.
     "projection": {
         "eager": Passes(3, 5, 0, 2, 2),
         "compile": Passes(1, 5, 0, 2, 3),
-        "fused": Passes(3, 5, 0, 3, 3),
+        "fused": Passes(1, 5 + 2 * _BITS, 0, 2, 3),
     },
 }
 # Of the unpooled tensor, for a pool of a quarter of its pixels: forward reads it and writes the
@@ -139,7 +150,7 @@ def norms_of(name: str, batch: int) -> tuple[Norm, ...]:
         if "downsample" in path:
             block, kind = block.removesuffix(".downsample"), "projection"
         elif block and norm == ("bn3" if hasattr(model.get_submodule(block), "bn3") else "bn2"):
-            kind = "last"
+            kind = "last" if model.get_submodule(block).downsample is None else "joined"
         return lambda module, inputs, out: found.append(
             Norm(block or "stem", kind, tuple(out.shape))
         )
@@ -227,6 +238,11 @@ def saved_by_ends(block: Block, gpu: Architecture) -> float:
     In the order in which `ops/training_blocks.py` asks for them.
     """
     saved, before = 0.0, False
+    masked = block.projection is not None
+    if not masked and _adds_in_convolution(block, gpu):
+        # Its epilogue masks the shortcut's gradient, which is not written then.
+        masked, last = True, block.main[-1]
+        saved += (1 - 2 * _BITS) * last.output_bytes / gpu.copy_bandwidth
     for problem in block.main:
         if problem.groups > 1:
             before = False
@@ -245,7 +261,7 @@ def saved_by_ends(block: Block, gpu: Architecture) -> float:
             saved += ends.backward(transposed, False, False, gpu)[1]
             continue
         seconds = 0.0
-        if index == len(block.main) - 1 and problem.R * problem.S == 1:
+        if not masked and index == len(block.main) - 1 and problem.R * problem.S == 1:
             seconds = ends.backward(transposed, True, True, gpu)[1]
         saved += seconds or ends.backward(transposed, False, True, gpu)[1]
     return saved
