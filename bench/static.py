@@ -364,6 +364,7 @@ def masked_norm_launches(dtype: str) -> list[Launch]:
                 batch_norm.batch_norm_act_backward(
                     grad, x, mask, *vectors, 1e-5, "relu", True, (True, True, True, residual)
                 )
+            batch_norm.batch_norm_add_relu_backward(grad, mask, x, norm, grad, norm)
     finally:
         batch_norm._launch = kept
     return [launch for launch in recorded if "combine" not in launch.kernel.__name__]

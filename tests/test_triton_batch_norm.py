@@ -243,6 +243,48 @@ def test_masks_and_two_norms(norms, shape, dtype):
                     assert (a is None) == (b is None)
                     if a is not None:
                         assert_same_bits(a, b)
+            if residual_norm is None:
+                continue
+            other = (*found_residual, *residual_norm[2:])
+            both = norms.batch_norm_add_relu_backward(grad, mask, x, (*known[:4], 1e-5), z, other)
+            for tensor, of_norm, ours in ((x, known, both[0]), (z, other, both[1])):
+                mean_of, var_of, *parameters, eps = of_norm
+                for kept in (mask, out):
+                    expected = norms.batch_norm_act_backward(
+                        grad, tensor, kept, *parameters, mean_of, var_of, eps, "relu", True,
+                        (True, True, True, False),
+                    )  # fmt: skip
+                    for a, b in zip(ours, expected[:3], strict=True):
+                        assert_same_bits(a, b)
+            # Nothing that autograd hands on separately shares memory.
+            places = [tensor.data_ptr() for side in both for tensor in side]
+            assert len(set(places)) == 6
+
+
+@pytest.mark.quick
+def test_two_norms_against_float64(norms):
+    """Gradients of both sides of the add, tensors in whatever memory format."""
+    shape = (3, 24, 5, 7)
+    x, z, grad = drawn(shape, torch.float32, torch.channels_last, 3)
+    weight, bias, *others = vectors(24, 4)
+    norm, other = (weight, bias, 1e-5), (*others, 1e-5)
+    tensors = [t.double().requires_grad_() for t in (x, *norm[:2], z, *other[:2])]
+    sides = [
+        torch.nn.functional.batch_norm(t, None, None, w, b, True, eps=1e-5)
+        for t, w, b in (tensors[:3], tensors[3:])
+    ]
+    exact = torch.autograd.grad(torch.relu(sides[0] + sides[1]), tensors, grad.double())
+    for memory_format in FORMATS:
+        residual, given = (t.contiguous(memory_format=memory_format) for t in (z, grad))
+        out, mask, found, found_residual = norms.batch_norm_add_relu(
+            x, (None, None, *norm), residual, (None, None, *other)
+        )
+        torch.testing.assert_close(out.double(), torch.relu(sides[0] + sides[1]).detach())
+        both = norms.batch_norm_add_relu_backward(
+            given, mask, x, (*found, *norm), residual, (*found_residual, *other)
+        )
+        for ours, expected in zip((*both[0], *both[1]), exact, strict=True):
+            torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.quick
@@ -423,6 +465,13 @@ def test_what_the_launches_move(norms, residual):
                 grad, x, mask, None, None, mean, var, 1e-5, "relu", True, (True, True, True, False)
             )
             behind_mask = sum(launch.bytes for launch in log) / x.nbytes
+            log.clear()
+            known = (*norms.batch_statistics(x), None, None, 1e-5)
+            log.clear()
+            norms.batch_norm_add_relu_backward(grad, mask, x, known, z, known)
+            behind_both = sum(launch.bytes for launch in log) / x.nbytes
+            assert len(log) == 3
+            assert 8 + 2 / 16 < behind_both < 8.26
             # Statistics of both, the add; then each tensor twice, one written; the bits every time.
             assert 5 + 1 / 16 < of_two < 5.12 + 1 / 16
             assert 5 + 2 / 16 < behind_mask < 5.2

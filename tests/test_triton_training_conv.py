@@ -196,6 +196,7 @@ def test_blocks_use_them(convs, monkeypatch, name, projection):
     recorded("conv_batch_norm_statistics")
     recorded("conv_backward_input")
     recorded("norm_conv_backward_input")
+    recorded("batch_norm_add_relu_backward")
     theirs = block_results(copy.deepcopy(eager), x)
     exact = block_results(copy.deepcopy(eager).double(), x.double())
     fused = fused_resnet.fuse(copy.deepcopy(eager))
@@ -211,6 +212,7 @@ def test_blocks_use_them(convs, monkeypatch, name, projection):
         assert ran.count(("conv_backward_input", True)) == count - projection
         assert added.count(True) == (name == "bottleneck" or not projection)
         assert masked.count(True) == (not projection)
+        assert ran.count(("batch_norm_add_relu_backward", True)) == projection
     assert_error_rule(ours[0], theirs[0], exact[0])
     for a, c in zip(ours, exact, strict=True):
         torch.testing.assert_close(a.double(), c, rtol=1e-4, atol=1e-4)

@@ -102,7 +102,7 @@ class NormCase:
 def of_model(name: str, batch: int, dtype: str) -> Counter[NormProblem]:
     """The distinct norms of a torchvision network in training, and how often it has each."""
     return Counter(
-        NormProblem(*norm.shape, dtype, norm.kind == "last", norm.kind != "projection")
+        NormProblem(*norm.shape, dtype, norm.kind in ("last", "joined"), norm.kind != "projection")
         for norm in norms_of(name, batch)
     )
 

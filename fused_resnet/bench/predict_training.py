@@ -22,14 +22,14 @@ pass, their gradients cast back, unscaled, and the optimizer, SGD with momentum,
 
 What `torch.compile` does is what Inductor's decompositions allow at best: statistics and sums read
 their tensors once each, everything elementwise between two convolutions is one kernel, a
-projection's norm is part of the add behind it, and the mask comes from the output that the next
-convolution keeps anyway.
+projection's norm is part of the add behind it in both directions, and the mask comes from the
+output that the next convolution keeps anyway.
 
 "with_ends" is "fused" with what the chosen convolutions of `backends/triton/training_conv.py` are
 predicted to save (`tuning/training.py`): statistics, masks, sums and norms at their ends instead of
 in passes. The bytes are those of norms, adds and ReLUs, without convolutions' ends. A share is the
 bytes that an operator cannot do without at copy bandwidth, over its predicted time; what a block's
-backward computes again is not in it.
+backward computes again is not in it. Two norms that meet in an add are one operator.
 """
 
 from __future__ import annotations
@@ -53,8 +53,6 @@ DTYPE = "float16"
 _BYTES = 2
 # A mask of a bit a value, in passes over a tensor.
 _BITS = 1 / (8 * _BYTES)
-# What adds up, what combines the sums, and what goes through all elements again.
-_REDUCING_LAUNCHES = 3
 
 
 @dataclass(frozen=True)
@@ -92,18 +90,17 @@ PASSES: dict[str, dict[str, Passes]] = {
         "compile": Passes(4, 8, 0, 3, 3),
         "fused": Passes(4 + _BITS, 6 + _BITS, 0, 3, 3),
     },
-    # The same with a projection, whose norm's backward takes the mask itself: no gradient of the
-    # shortcut is written.
+    # The same with a projection: fused, both norms' backward goes from the mask.
     "joined": {
         "eager": Passes(8, 8, 0, 4, 3),
         "compile": Passes(4, 8, 0, 3, 3),
         "fused": Passes(4 + _BITS, 5 + 2 * _BITS, 0, 3, 3),
     },
-    # Fused, the add behind it normalises it.
+    # What its norm adds to that: the launches behind its statistics are those of the other.
     "projection": {
         "eager": Passes(3, 5, 0, 2, 2),
-        "compile": Passes(1, 5, 0, 2, 3),
-        "fused": Passes(1, 5 + 2 * _BITS, 0, 2, 3),
+        "compile": Passes(1, 3, 0, 2, 0),
+        "fused": Passes(1, 3, 0, 2, 0),
     },
 }
 # Of the unpooled tensor, for a pool of a quarter of its pixels: forward reads it and writes the
@@ -178,10 +175,14 @@ def seconds(norm: Norm, how: str, gpu: Architecture) -> float:
 
 def share_of_copy_bandwidth(norm: Norm, backward: bool, gpu: Architecture) -> float:
     """Of a fused norm in one direction: see this module's docstring."""
-    passes = PASSES[norm.kind]["fused"]
-    count = passes.backward if backward else passes.forward
+    kinds = ("joined", "projection") if norm.kind in ("joined", "projection") else (norm.kind,)
+    passes = [PASSES[kind]["fused"] for kind in kinds]
+    count = sum(p.backward if backward else p.forward for p in passes)
+    launches = sum(
+        p.backward_launches - (p.again > 0) if backward else p.forward_launches for p in passes
+    )
     ideal = count * norm.bytes_once / gpu.copy_bandwidth
-    return ideal / (ideal + _REDUCING_LAUNCHES * estimate.LAUNCH)
+    return ideal / (ideal + launches * estimate.LAUNCH)
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,13 @@ class _Pass:
             projection.mean, projection.var = statistics
         return output, mask
 
+    def add_relu_backward(
+        self, grad: Tensor, mask: Tensor, projection: _Pass
+    ) -> tuple[tuple, tuple] | None:
+        """The gradients of both norms behind `add_relu`, from one kernel; or None."""
+        run = self._own("batch_norm_add_relu_backward", grad)
+        return run and run(grad, mask, self.raw, self.norm, projection.raw, projection.norm)
+
     def input_backward(
         self,
         grad: Tensor,
@@ -462,6 +469,7 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [None] * count
     shortcut_grad: Tensor | None = None
     sums: tuple | None = None  # of grad, where the convolution behind found them
+    joined: tuple | None = None  # gradients behind two norms that one kernel found
     need_shortcut = need_input or (block.has_projection and any(needs[-1]))
     projected = not (block.has_projection and need_shortcut)
     # Whoever takes the shortcut's gradient applies the mask, so that none is written.
@@ -473,22 +481,32 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if block.has_projection or takes_mask:
             mask, grad = output, grad.contiguous(memory_format=torch.channels_last)
 
-    def projection_backward(add_to: Tensor | None) -> Tensor | None:
-        """The gradient in the input, plus `add_to`; keeps those of the parameters."""
-        step = passes[-1]
-        need_conv = (need_input, *needs[-1][:2])
+    def join_backward(last: _Pass) -> tuple | None:
+        """Gradients behind the norms of both sides at once, if convolutions need them."""
+        step, need_conv = passes[-1], (need_input, *needs[-1][:2])
+        if mask is None or not block.has_projection or not any(need_conv):
+            return None
         if step.raw is None:
             step.convolve(input)
+        return last.add_relu_backward(grad, mask, step)
+
+    def projection_backward(add_to: Tensor | None) -> Tensor | None:
+        """The gradient in the input, plus `add_to`; keeps those of the parameters."""
+        step, behind = passes[-1], shortcut_grad
+        need_conv = (need_input, *needs[-1][:2])
         need_norm = (any(need_conv), *needs[-1][2:], False)
-        if mask is None:
-            grad, *norm_grads, _ = step.norm_backward(
-                shortcut_grad, None, "none", need_norm, not again
-            )
+        if joined is not None:
+            norm_grads = step.norm_gradients(*joined[1][1:], need_norm)
         else:
-            grad, *norm_grads, _ = step.norm_backward(shortcut_grad, mask, "relu", need_norm)
+            if step.raw is None:
+                step.convolve(input)
+            masked = (
+                (None, "none", need_norm, not again) if mask is None else (mask, "relu", need_norm)
+            )
+            behind, *norm_grads, _ = step.norm_backward(behind, *masked)
         conv_grads = (None, None, None)
         if any(need_conv):
-            conv_grads = step.conv_backward(grad, input, need_conv, add_to)
+            conv_grads = step.conv_backward(behind, input, need_conv, add_to)
         grads[-_PARAMETERS:] = (*conv_grads[1:], *norm_grads)
         return conv_grads[0]
 
@@ -502,9 +520,14 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         masks = last and need_shortcut and mask is None
         need_norm = (any(need_conv), *needs[index][2:], masks)
         input_grads, behind = None, grad
+        if last and any(need_conv):
+            joined = join_backward(step)
         if last and before and index > 0 and mask is None:
             input_grads = step.last_backward(grad, output, passes[index - 1])
-        if input_grads is not None:
+        if last and joined is not None:
+            (grad, *norm_grads), (behind, *_) = joined
+            norm_grads, passes[-1].raw = step.norm_gradients(*norm_grads, need_norm), None
+        elif input_grads is not None:
             *input_grads, grad, residual_grad, norm_grads = input_grads
             norm_grads = step.norm_gradients(*norm_grads, need_norm)
         elif sums is not None:

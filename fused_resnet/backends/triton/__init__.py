@@ -298,6 +298,24 @@ def batch_norm_add_relu(
     return _norms().batch_norm_add_relu(input, norm, residual, residual_norm)
 
 
+def batch_norm_add_relu_backward(
+    grad: Tensor,
+    output: Tensor,
+    input: Tensor,
+    norm: tuple,
+    residual: Tensor,
+    residual_norm: tuple,
+) -> tuple[tuple, tuple] | None:
+    """Behind two norms, their add and its ReLU: see `batch_norm.py`.
+
+    Returns:
+        What is returned there, or None where the kernel cannot be had.
+    """
+    if not _can_normalize(input, grad, *norm[:4], residual, *residual_norm[:4]):
+        return None
+    return _norms().batch_norm_add_relu_backward(grad, output, input, norm, residual, residual_norm)
+
+
 def batch_norm_act_inference(
     input: Tensor,
     running_mean: Tensor,

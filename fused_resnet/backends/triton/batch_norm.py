@@ -329,6 +329,8 @@ def backward_sums_kernel(
     S,
     steps,
     slabs,
+    residual_ptr,
+    residual_mean_ptr,
     RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -337,18 +339,21 @@ def backward_sums_kernel(
 ):
     """`partial[0, slab, c] = sum(g)`, `partial[1, slab, c] = sum(g (input - mean))` of a slab.
 
-    `masked` is g, if it is wanted: the gradient of the residual.
+    `masked` is g, if it is wanted: the gradient of the residual. With a residual that has a norm of
+    its own, `partial[2, slab, c] = sum(g (residual - residual_mean))`. The output may be its mask,
+    see `normalize_kernel`.
 
-    The output may be its mask, see `normalize_kernel`.
-
-    Reads grad, the input and the output (where there is none, its sign comes from the input) once,
-    writes `masked` once and 8 bytes a slab and channel.
+    Reads grad, the input, the residual and the output (where there is none, its sign comes from the
+    input) once, writes `masked` once and 8 bytes a slab and channel, 12 with a residual.
     """
     slab, first, c = _place(C, steps, WIDE, BLOCK_R, BLOCK_C)
     c_exists = c < C
     mean, _, scale, bias = _norm(c, c_exists, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps)
     total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     dot = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    if residual_ptr is not None:
+        residual_mean = tl.load(residual_mean_ptr + c, mask=c_exists, other=0.0).to(tl.float32)
+        residual_dot = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for step in range(steps):
         row = first + step * BLOCK_R + tl.arange(0, BLOCK_R)
         exists = (row < rows)[:, None] & c_exists[None, :]
@@ -362,9 +367,14 @@ def backward_sums_kernel(
             tl.store(masked_ptr + offsets, g.to(masked_ptr.dtype.element_ty), mask=exists)
         total += g
         dot += tl.where(exists, g * centred, 0.0)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+            residual_dot += tl.where(exists, g * (residual - residual_mean[None, :]), 0.0)
     place = partial_ptr + slab * C + c
     tl.store(place, tl.sum(total, axis=0), mask=c_exists)
     tl.store(place + slabs * C, tl.sum(dot, axis=0), mask=c_exists)
+    if residual_ptr is not None:
+        tl.store(place + 2 * slabs * C, tl.sum(residual_dot, axis=0), mask=c_exists)
 
 
 @triton.jit
@@ -377,12 +387,19 @@ def combine_sums_kernel(
     eps,
     C,
     slabs,
+    residual_var_ptr,
+    residual_total_ptr,
+    residual_dot_ptr,
+    residual_grad_weight_ptr,
+    residual_eps,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """`total[c]`, `dot[c]` from the slabs', and `grad_weight = dot / sqrt(var + eps)`.
 
-    Reads `8 slabs C` bytes, writes `12 C`.
+    With a residual the same of its norm, whose total is the same.
+
+    Reads `8 slabs C` bytes, writes `12 C`; with a residual `12 slabs C` and `24 C`.
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_exists = c < C
@@ -395,6 +412,12 @@ def combine_sums_kernel(
     tl.store(dot_ptr + c, dot, mask=c_exists)
     var = tl.load(var_ptr + c, mask=c_exists, other=1.0).to(tl.float32)
     tl.store(grad_weight_ptr + c, dot * tl.rsqrt(var + eps), mask=c_exists)
+    if residual_var_ptr is not None:
+        dot = tl.sum(tl.load(places + 2 * slabs * C, mask=exists, other=0.0), axis=0)
+        tl.store(residual_total_ptr + c, total, mask=c_exists)
+        tl.store(residual_dot_ptr + c, dot, mask=c_exists)
+        var = tl.load(residual_var_ptr + c, mask=c_exists, other=1.0).to(tl.float32)
+        tl.store(residual_grad_weight_ptr + c, dot * tl.rsqrt(var + residual_eps), mask=c_exists)
 
 
 @triton.jit
@@ -416,6 +439,13 @@ def backward_input_kernel(
     C,
     S,
     steps,
+    residual_ptr,
+    residual_mean_ptr,
+    residual_var_ptr,
+    residual_weight_ptr,
+    residual_dot_ptr,
+    grad_residual_ptr,
+    residual_eps,
     RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -425,10 +455,11 @@ def backward_input_kernel(
     """`grad_input = scale (g - share total - (input - mean) share dot / (var + eps))`.
 
     `share` is one over the number of values. Without `total` the statistics are constants:
-    `grad_input = scale g`. `masked` is g, if it is wanted. `grad_input` may be grad itself.
+    `grad_input = scale g`. `masked` is g, if it is wanted. `grad_input` may be grad itself. A
+    residual with a norm of its own gets its gradient by the same formula, from the same g.
 
-    Reads grad, the input and the output once (where there is none, its sign comes from the input;
-    the input is not read where nothing depends on it), writes each result once.
+    Reads grad, the input, the residual and the output once (where there is none, its sign comes
+    from the input; the input is not read where nothing depends on it), writes each result once.
     """
     _, first, c = _place(C, steps, WIDE, BLOCK_R, BLOCK_C)
     c_exists = c < C
@@ -436,6 +467,13 @@ def backward_input_kernel(
     if total_ptr is not None:
         offset = share * tl.load(total_ptr + c, mask=c_exists, other=0.0)
         slope = share * tl.load(dot_ptr + c, mask=c_exists, other=0.0) * invstd * invstd
+    if residual_ptr is not None:
+        residual_mean, invstd, residual_scale, _ = _norm(
+            c, c_exists, residual_mean_ptr, residual_var_ptr, residual_weight_ptr, None,
+            residual_eps,
+        )  # fmt: skip
+        residual_slope = tl.load(residual_dot_ptr + c, mask=c_exists, other=0.0)
+        residual_slope = share * residual_slope * invstd * invstd
     for step in range(steps):
         row = first + step * BLOCK_R + tl.arange(0, BLOCK_R)
         exists = (row < rows)[:, None] & c_exists[None, :]
@@ -449,6 +487,12 @@ def backward_input_kernel(
         )  # fmt: skip
         if masked_ptr is not None:
             tl.store(masked_ptr + offsets, g.to(masked_ptr.dtype.element_ty), mask=exists)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+            centred_residual = residual - residual_mean[None, :]
+            h = g - offset[None, :] - centred_residual * residual_slope[None, :]
+            h = (h * residual_scale[None, :]).to(grad_residual_ptr.dtype.element_ty)
+            tl.store(grad_residual_ptr + offsets, h, mask=exists)
         if grad_input_ptr is not None:
             if total_ptr is not None:
                 g = g - offset[None, :] - centred * slope[None, :]
@@ -726,34 +770,62 @@ def batch_norm_act_backward_sums(
     """
     input = contiguous_like_eager(input)
     grad = _lying_like(grad, input)
-    output = _sign_source(output, input, activation == "relu")
+    norm = (mean, var, weight, bias, eps)
+    total, dot, grad_weight = _sums_pass(grad, input, output, norm, activation == "relu", masked)
+    return total, dot, grad_weight
+
+
+def _sums_pass(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    norm: Norm,
+    relu: bool,
+    masked: Tensor | None,
+    residual: Tensor | None = None,
+    residual_norm: Norm = (None, None, None, None, 0.0),
+) -> tuple[Tensor, ...]:
+    """Launches `backward_sums_kernel` and what combines; all tensors lie as the input does.
+
+    Returns:
+        What `batch_norm_act_backward_sums` does, of the norm and of the residual's, if there.
+    """
+    output = _sign_source(output, input, relu)
     layout = _layout_of(input)
     steps, slabs = layout.reduction()
-    partial, total, dot, grad_weight = _partial(input, 2, slabs), *_results(input, 3)
-    mean, var, weight, bias = _vectors(mean, var, weight, bias)
+    second = residual is not None
+    partial, found = _partial(input, 2 + second, slabs), _results(input, 3 + 3 * second)
+    mean, var, weight, bias = _vectors(*norm[:4])
+    residual_mean, residual_var = _vectors(*residual_norm[:2])
     _launch(
         input,
         backward_sums_kernel,
         (slabs * layout.tiles_c,),
         (
-            grad, input, output, mean, var, weight, bias, masked, partial, eps, layout.rows,
-            layout.C, layout.S, steps, slabs,
+            grad, input, output, mean, var, weight, bias, masked, partial, norm[4], layout.rows,
+            layout.C, layout.S, steps, slabs, residual, residual_mean,
         ),
         writes=("masked_ptr", "partial_ptr"),
-        RELU=activation == "relu",
+        RELU=relu,
         **layout.constants(),
     )  # fmt: skip
     _launch(
         input,
         combine_sums_kernel,
         (triton.cdiv(layout.C, _combined(input)),),
-        (partial, var, total, dot, grad_weight, eps, layout.C, slabs),
-        writes=("total_ptr", "dot_ptr", "grad_weight_ptr"),
+        (
+            partial, var, *found[:3], norm[4], layout.C, slabs,
+            residual_var, *(found[3:] or (None,) * 3), residual_norm[4],
+        ),
+        writes=(
+            "total_ptr", "dot_ptr", "grad_weight_ptr",
+            "residual_total_ptr", "residual_dot_ptr", "residual_grad_weight_ptr",
+        ),
         BLOCK_S=_MOST_SLABS,
         BLOCK_C=_combined(input),
         num_warps=_COMBINE_WARPS,
-    )
-    return total, dot, grad_weight
+    )  # fmt: skip
+    return found
 
 
 def batch_norm_act_backward_input(
@@ -828,8 +900,12 @@ def _input_pass(
     count: int | float,
     grad_input: Tensor | None,
     masked: Tensor | None,
+    second: Sequence[Any] = (None,) * 7,
 ) -> None:
-    """Launches `backward_input_kernel`; `grad` and the results lie in memory as the input does."""
+    """Launches `backward_input_kernel`; `grad` and the results lie in memory as the input does.
+
+    `second` is the residual, its mean, variance, weight and dot, its gradient, and its norm's eps.
+    """
     layout = _layout_of(input)
     steps, programs = layout.elementwise()
     output = _sign_source(output, input, relu)
@@ -840,9 +916,9 @@ def _input_pass(
         (programs,),
         (
             grad, input, output, *vectors, grad_input, masked, eps, 1.0 / count, layout.rows,
-            layout.C, layout.S, steps,
+            layout.C, layout.S, steps, *second,
         ),
-        writes=("grad_input_ptr", "masked_ptr"),
+        writes=("grad_input_ptr", "masked_ptr", "grad_residual_ptr"),
         RELU=relu,
         **layout.constants(),
     )  # fmt: skip
@@ -898,6 +974,47 @@ def batch_norm_act_backward(
         total if need_bias else None,
         grad_residual,
     )
+
+
+def batch_norm_add_relu_backward(
+    grad: Tensor,
+    output: Tensor,
+    input: Tensor,
+    norm: Norm,
+    residual: Tensor,
+    residual_norm: Norm,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Gradients of `batch_norm_add_relu` where both sides have a norm: three launches.
+
+    What two calls of `batch_norm_act_backward` return, to the bits, for one reading of `grad` less
+    in both passes.
+
+    Args:
+        grad: of the output, with any strides.
+        output: what `batch_norm_add_relu` returned, or its mask.
+        input: (N, C, *), float16, bfloat16 or float32, with at least one element.
+        norm: the batch's mean and biased variance, weight, bias and eps.
+        residual: of the input's shape and dtype, with any strides.
+        residual_norm: as `norm`.
+
+    Returns:
+        For the input, and for the residual, its gradient and those of weight and bias, float32.
+    """
+    input = contiguous_like_eager(input)
+    grad, residual = _lying_like(grad, input), _lying_like(residual, input)
+    total, dot, grad_weight, residual_total, residual_dot, residual_grad_weight = _sums_pass(
+        grad, input, output, norm, True, None, residual, residual_norm
+    )
+    grad_input, grad_residual = torch.empty_like(input), torch.empty_like(input)
+    mean, var, weight, bias, eps = norm
+    residual_vectors = _vectors(*residual_norm[:3])
+    _input_pass(
+        grad, input, output, weight, bias, mean, var, eps, True, total, dot,
+        input.numel() // input.size(1), grad_input, None,
+        (residual, *residual_vectors, residual_dot, grad_residual, residual_norm[4]),
+    )  # fmt: skip
+    of_residual = (grad_residual, residual_grad_weight, residual_total)
+    return (grad_input, grad_weight, total), of_residual
 
 
 def _partial(input: Tensor, values: int, slabs: int) -> Tensor:

@@ -441,7 +441,7 @@ def backward_input(
         (triton.cdiv(C, _combined(grad)),),
         (
             partial, below[1].var.contiguous(), total, dot, grad_weight, below[1].eps, C,
-            partial.size(1),
+            partial.size(1), None, None, None, None, 0.0,
         ),
         writes=("total_ptr", "dot_ptr", "grad_weight_ptr"),
         BLOCK_S=_MOST_SLABS,
