@@ -227,7 +227,8 @@ def test_masks_compile_now(architecture):
         import json, sys
         sys.path.insert(0, {str(BENCH)!r})
         import static
-        launches = [l for dtype in static.DTYPES for l in static.masked_norm_launches(dtype)]
+        dtypes = ("float16", "float32", "bfloat16")
+        launches = [l for dtype in dtypes for l in static.masked_norm_launches(dtype)]
         print(json.dumps([
             [launch.kernel.__name__, static.compiled(launch, {architecture!r})]
             for launch in launches
