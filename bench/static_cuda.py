@@ -52,7 +52,7 @@ LOADS = ("vectors", "elements", "diagonal")
 DIAGONAL_BLOCK = 16  # csrc/cuda/conv_tiles.h
 REGISTERS = 65536  # of a multiprocessor, on all of these
 MOST_LANES = 32  # csrc/cuda/batch_norm.h, as are
-MASKS = ("everywhere", "recomputed", "output")
+MASKS = ("everywhere", "recomputed", "output", "bits")
 RESIDUALS = ("none", "whole", "narrow")  # csrc/cuda/scale_shift_act.cu
 ELEMENTWISE_THREADS = 256  # of scale_shift_act and of batch norm
 

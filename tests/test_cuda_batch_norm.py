@@ -8,6 +8,7 @@ compared with those of a float64 run whose ReLUs go the same way.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 from collections import Counter
@@ -23,10 +24,14 @@ from support import (
     dtype_id,
     unchanged,
 )
+from test_training import kept_by
 from torch import Tensor
+from torchvision.models import resnet
 
+import fused_resnet
 from fused_resnet import _native, backends, reference
 from fused_resnet.backends import cuda
+from fused_resnet.testing import randomize_
 
 ON_HOST = backends.cuda.on_host()
 if backends.cuda.available() != "yes":
@@ -485,6 +490,137 @@ def test_the_mask_computed_again_is_the_outputs(dtype):
             for ours, theirs in zip(again, case.backward(output, mean, var, training), strict=True):
                 if theirs is not None:
                     assert_same_bits(ours, theirs)
+
+
+# Of a multiple of 8 channels, whose threads share the bytes of a mask in every way: in one slab and
+# in several, whose lanes would not be of such a number by themselves.
+MASKED = [(1, 8), (97, 24), (409, 40), (521, 64), (61, 136), (131, 264), (75, 2048)]
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same, beginning an element behind a 16-byte boundary."""
+    room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)[1:]
+    rows = tensor.permute(0, 2, 3, 1)
+    return room.view(rows.shape).copy_(rows).permute(0, 3, 1, 2)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("shape", MASKED, ids=lambda shape: "{}x{}".format(*shape))
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_masks(dtype, shape, aligned, set_seed):
+    """A bit for each output that is not <= 0; with it, gradients to the bits of the output's."""
+    set_seed(shape[0])
+    case = make_case(*shape, dtype, residual=True)
+    case.input[0, 1, 0, -1], case.residual[0, -1, 0, 0] = math.nan, math.inf
+    if not aligned:
+        case.input, case.residual = misaligned(case.input), misaligned(case.residual)
+    norm = (None, None, case.weight, case.bias, EPS)
+    expected = case.forward()
+    with unchanged(**case.tensors()):
+        output, mask, (mean, var), _ = cuda.batch_norm_add_relu(
+            case.input, norm, case.residual, None
+        )
+    for ours, theirs in zip((output, mean, var), expected, strict=True):
+        assert_same_bits(ours, theirs)
+    passed = ~(output <= 0).permute(0, 2, 3, 1).reshape(-1, 8)
+    bits = passed << torch.arange(8, device=DEVICE)
+    assert torch.equal(mask, bits.sum(1).to(torch.uint8))
+    assert 0 < passed.sum() < passed.numel()
+    known = (mean, var, case.weight, case.bias, EPS)
+    again = cuda.batch_norm_add_relu(case.input, known, case.residual, None)
+    assert_same_bits(again[0], output)
+    assert torch.equal(again[1], mask)
+    for training, *need in itertools.product((True, False), repeat=5):
+        if any(need):
+            from_bits = case.backward(mask, mean, var, training, need)
+            from_output = case.backward(output, mean, var, training, need)
+            for ours, theirs in zip(from_bits, from_output, strict=True):
+                assert (ours is None) == (theirs is None)
+                if ours is not None:
+                    assert_same_bits(ours, theirs)
+
+
+@pytest.mark.quick
+def test_a_mask_beside_a_narrow_residual():
+    for sizes in NARROW:
+        case, narrow = narrow_case(sizes, torch.float32, "relu", "gaps")
+        norm = (None, None, case.weight, case.bias, EPS)
+        expected = cuda.batch_norm_add_relu(case.input, norm, case.residual, None)
+        found = cuda.batch_norm_add_relu(case.input, norm, narrow, None)
+        assert (found is None) == (expected is None) == (sizes[3] % 8 > 0)
+        if found is not None:
+            assert_same_bits(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.skipif(not ON_HOST, reason="counts what the host's kernels load")
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_a_mask_is_all_that_is_read_of_the_output(dtype):
+    """A byte for each access that reads the output where there is no mask."""
+    case = make_case(97, 64, dtype, residual=True)
+    output, mask, (mean, var), _ = cuda.batch_norm_add_relu(
+        case.input, (None, None, case.weight, case.bias, EPS), case.residual, None
+    )
+    module, loads = cuda_on_host.load(), {}
+    for kept in (output, mask):
+        for need in ((False, True, True, False), (True, False, False, False)):
+            before = module.loads()
+            case.backward(kept, mean, var, False, need)
+            found = Counter({b: n - before[b] for b, n in module.loads().items()})
+            loads[kept.dtype is torch.uint8, need] = found
+    for (is_mask, need), found in loads.items():
+        if is_mask:
+            saved = loads[False, need] - found
+            assert saved == {16: 97 * 64 * dtype.itemsize // 16}, need
+            assert found - loads[False, need] == {1: saved[16]}, need
+
+
+@pytest.mark.quick
+def test_bad_masks():
+    x, ones = as_image(torch.randn(6, 8)).to(DEVICE), torch.ones(12, device=DEVICE)
+    operators, vector = _native.cuda_operators, ones[:8]
+    arguments = (vector, vector, None, None, EPS)
+    room = torch.ones(48, dtype=torch.uint8, device=DEVICE)
+    for mask in (room[:5], room[:12:2], room, room[:6].bool()):
+        with pytest.raises(RuntimeError, match="a mask must have a bit for each value"):
+            operators.batch_norm_normalize(x, *arguments, x, True, mask)
+    for mask in (room[:5], room[:12:2], room):
+        with pytest.raises(RuntimeError, match="a mask must have a bit for each value"):
+            operators.batch_norm_gradient_sums(x, x, mask, *arguments, True, None)
+    x = as_image(torch.randn(6, 12)).to(DEVICE)
+    mask = torch.ones(9, dtype=torch.uint8, device=DEVICE)
+    with pytest.raises(RuntimeError, match="a multiple of 8 channels, not 12"):
+        operators.batch_norm_normalize(x, ones, ones, None, None, EPS, x, True, mask)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("projection", [True, False], ids=["projection", "identity"])
+def test_blocks_keep_masks(monkeypatch, projection):
+    """As bits instead of their outputs, for the same gradients to the bit."""
+    channels = 8 if projection else 32
+    shortcut = None
+    if projection:
+        shortcut = torch.nn.Sequential(resnet.conv1x1(8, 32, 2), torch.nn.BatchNorm2d(32))
+    eager = resnet.Bottleneck(channels, 8, 2 if projection else 1, shortcut).train()
+    eager = randomize_(eager).to(DEVICE, memory_format=torch.channels_last)
+    x = torch.randn(2, channels, 6, 5, device=DEVICE).to(memory_format=torch.channels_last)
+    results, kept = [], []
+    with fused_resnet.use_backend("cuda"):
+        for keep in (True, False):
+            if not keep:
+                monkeypatch.setattr(cuda, "batch_norm_add_relu", lambda *_: None)
+            fused = fused_resnet.fuse(copy.deepcopy(eager))
+            leaf = x.clone().requires_grad_()
+            kept.append(kept_by(fused, leaf))
+            out = fused(leaf)
+            grads = torch.autograd.grad(out.square().sum(), [leaf, *fused.parameters()])
+            results.append([out.detach(), *grads])
+    for ours, theirs in zip(*results, strict=True):
+        assert_same_bits(ours, theirs)
+    elements = results[0][0].numel()
+    assert kept[1] - kept[0] == 4 * elements - elements // 8
 
 
 @pytest.mark.quick

@@ -258,24 +258,32 @@ def assert_every_width(name: str, instructions: list[str]) -> None:
     has_16_bits = "half" in name or "bfloat16" in name
     expected = {"U16", "32", "64", "128"} if has_16_bits else {"64", "128"}  # of elements too
     assert found >= expected, name
-    assert all(store.endswith(".128") for store in opcodes(instructions, "STG")), name
+    stores = set(opcodes(instructions, "STG"))
+    assert all(store.endswith((".128", ".U8")) for store in stores), name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_batch_norm_accesses_16_bytes(architecture):
     """What the kernels of whole accesses read and write of tensors, but for values of a channel."""
     found = {name: k for name, k in kernels(architecture).items() if "batch_norm" in name}
-    # Statistics, normalize with and without a residual of fewer channels, and two with three masks,
+    # Statistics, normalize with and without a residual of fewer channels, and two with four masks,
     # in three dtypes and two widths; and two that combine.
-    assert len(found) == 3 * 2 * (3 + 2 * 3) + 2
+    assert len(found) == 3 * 2 * (3 + 2 * 4) + 2
     whole = {name: k for name, k in found.items() if re.search(r"Li[48]E", name)}
-    assert len(whole) == 3 * (3 + 2 * 3)
+    assert len(whole) == 3 * (3 + 2 * 4)
     for name, instructions in whole.items():
         if "normalize" in name and "Lb1E" in name:
             assert_every_width(name, instructions)
             continue
         loads, stores = opcodes(instructions, "LDG"), opcodes(instructions, "STG")
         wide = [load for load in loads if ".128" in load]
+        # A mask's bits: of one row and of two, which are read, or written where a mask is wanted.
+        bits = [load for load in loads if ".U8" in load]
+        assert len(bits) == (3 if "Mask3E" in name else 0), name
+        loads = [load for load in loads if load not in bits]
+        if "normalize" in name:
+            assert sum(".U8" in store for store in stores) == 3, name
+            stores = [store for store in stores if ".U8" not in store]
         # The statistics, parameters and sums that a thread reads of one channel.
         assert len(loads) - len(wide) <= 6, name
         assert len(wide) >= 2, name

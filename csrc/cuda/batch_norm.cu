@@ -78,6 +78,25 @@ class Operands {
                     name_, ": input must be channels_last, of less than 2^32 pixels");
   }
 
+  // A bit for each value.
+  void check_bits(const Tensor& mask) const {
+    STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
+                        mask.numel() == input_.numel() / Partition::kBitsInByte,
+                    name_, ": a mask must have a bit for each value of input, in bytes (uint8)");
+    STD_TORCH_CHECK(input_.size(1) % Partition::kBitsInByte == 0, name_,
+                    ": with a mask, input must have a multiple of 8 channels, not ",
+                    input_.size(1));
+  }
+
+  // The activation's output, or its mask.
+  void add_signs(const std::optional<Tensor>& signs) {
+    if (signs && signs->scalar_type() == ScalarType::Byte) {
+      check_bits(*signs);
+    } else {
+      add(signs);
+    }
+  }
+
   const float* vector(const Tensor& vector) const {
     STD_TORCH_CHECK(vector.is_contiguous() && vector.numel() == input_.size(1) &&
                         vector.scalar_type() == ScalarType::Float,
@@ -144,6 +163,10 @@ const T* elements(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
+const void* signs_of(const std::optional<Tensor>& signs) {
+  return signs ? signs->const_data_ptr() : nullptr;
+}
+
 template <typename T>
 T* mutable_elements(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
@@ -154,7 +177,9 @@ unsigned combining_blocks(const Partition& p) {
 }
 
 Mask mask_of(bool relu, const std::optional<Tensor>& output) {
-  return !relu ? Mask::kEverywhere : output ? Mask::kOutput : Mask::kRecomputed;
+  if (!relu) return Mask::kEverywhere;
+  if (!output) return Mask::kRecomputed;
+  return output->scalar_type() == ScalarType::Byte ? Mask::kBits : Mask::kOutput;
 }
 
 // Calls run(mask) with the mask as a constant.
@@ -167,6 +192,8 @@ void for_mask(Mask mask, const Run& run) {
       return run(std::integral_constant<Mask, Mask::kRecomputed>{});
     case Mask::kOutput:
       return run(std::integral_constant<Mask, Mask::kOutput>{});
+    case Mask::kBits:
+      return run(std::integral_constant<Mask, Mask::kBits>{});
   }
 }
 
@@ -191,7 +218,7 @@ std::tuple<Tensor, Tensor> statistics(Tensor input) {
 
 Tensor normalize(Tensor input, Tensor mean, Tensor var, std::optional<Tensor> weight,
                  std::optional<Tensor> bias, double eps, std::optional<Tensor> residual,
-                 bool relu) {
+                 bool relu, std::optional<Tensor> mask) {
   Operands operands("batch_norm_normalize", input);
   const DeviceGuard guard(input.get_device_index());
   const cudaStream_t stream = current_stream(input.get_device_index());
@@ -203,6 +230,8 @@ Tensor normalize(Tensor input, Tensor mean, Tensor var, std::optional<Tensor> we
     operands.add(residual);
   }
   operands.add(output);
+  if (mask) operands.check_bits(*mask);
+  uint8_t* const bits = mutable_elements<uint8_t>(mask);
   const Norm norm = operands.norm(mean, var, weight, bias, eps);
   const float floor = relu ? 0.f : -std::numeric_limits<float>::infinity();
   operands.dispatch(kBlocksOfElements, [&](auto zero, auto elements_at_once, const Partition& p) {
@@ -212,10 +241,10 @@ Tensor normalize(Tensor input, Tensor mean, Tensor var, std::optional<Tensor> we
     if (is_narrow) {
       device::launch(batch_norm_normalize<T, N, true>, grid, elements<T>(input),
                      narrow_residual_of(*residual, p.channels, N, N), mutable_elements<T>(output),
-                     norm, floor, p);
+                     bits, norm, floor, p);
     } else {
       device::launch(batch_norm_normalize<T, N, false>, grid, elements<T>(input),
-                     elements<T>(residual), mutable_elements<T>(output), norm, floor, p);
+                     elements<T>(residual), mutable_elements<T>(output), bits, norm, floor, p);
     }
   });
   return output;
@@ -230,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor> gradient_sums(Tensor grad, Tensor input,
   const DeviceGuard guard(input.get_device_index());
   const cudaStream_t stream = current_stream(input.get_device_index());
   operands.add(grad);
-  operands.add(output);
+  operands.add_signs(output);
   operands.add(masked);
   const Norm norm = operands.norm(mean, var, weight, bias, eps);
   const int64_t channels = input.size(1);
@@ -243,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> gradient_sums(Tensor grad, Tensor input,
     for_mask(mask_of(relu, output), [&](auto mask) {
       device::launch(batch_norm_gradient_sums<T, N, mask>,
                      {p.blocks(), kThreads, kBytesToCombine<2 * N> + kBytesOfVectors<3, N>, stream},
-                     elements<T>(grad), elements<T>(input), elements<T>(output),
+                     elements<T>(grad), elements<T>(input), signs_of(output),
                      mutable_elements<T>(masked), norm, data(partials), p);
     });
     device::launch(batch_norm_combine_sums,
@@ -261,7 +290,7 @@ void input_gradient(Tensor grad, Tensor input, std::optional<Tensor> output, Ten
   const DeviceGuard guard(input.get_device_index());
   const cudaStream_t stream = current_stream(input.get_device_index());
   operands.add(grad);
-  operands.add(output);
+  operands.add_signs(output);
   operands.add(masked);
   operands.add(grad_input);
   const Norm norm = operands.norm(mean, var, weight, bias, eps);
@@ -274,7 +303,7 @@ void input_gradient(Tensor grad, Tensor input, std::optional<Tensor> output, Ten
     for_mask(mask_of(relu, output), [&](auto mask) {
       device::launch(batch_norm_input_gradient<T, N, mask>,
                      {p.blocks(), kThreads, kBytesOfVectors<5, N>, stream}, elements<T>(grad),
-                     elements<T>(input), elements<T>(output), total_data, dot_data, count,
+                     elements<T>(input), signs_of(output), total_data, dot_data, count,
                      mutable_elements<T>(masked), mutable_elements<T>(grad_input), norm, p);
     });
   });

@@ -13,8 +13,9 @@
 // combines in between; and the second goes through memory backwards, so that it finds in the L2
 // cache what the first has read last.
 //
-// The activation's output is either read or computed again in backward, to the same bits: each
-// multiply-add that decides on its sign is written as one, not left to the compiler.
+// Where the activation lets gradients pass is kept as a bit a value, or its output is read or
+// computed again in backward, to the same bits: each multiply-add that decides on its sign is
+// written as one, not left to the compiler.
 #pragma once
 
 #include <type_traits>
@@ -292,14 +293,38 @@ template <int kVectors, int N>
 inline constexpr int kBytesOfVectors =
     kVectors * Partition::kMostLanes * N * static_cast<int>(sizeof(float));
 
+// Stores a bit for each value of an access: whether a gradient passes there, as it does at NaN.
+// `offset` is the first one's in the tensor. Threads side by side put a byte together.
+template <typename T, int N>
+__device__ __forceinline__ void store_bits(uint8_t* mask, int64_t offset, const Vector<T, N>& y) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) bits |= static_cast<unsigned>(!(widen(y.values[i]) <= 0)) << i;
+  if constexpr (N < Partition::kBitsInByte) {
+    constexpr unsigned kSharing = Partition::kBitsInByte / N;
+    const unsigned first = threadIdx.x % warpSize / kSharing * kSharing;
+    const unsigned place = static_cast<unsigned>(offset) % Partition::kBitsInByte;
+    bits <<= place;
+#pragma unroll
+    for (unsigned step = 1; step < kSharing; step *= 2) {
+      bits |= __shfl_xor_sync(((1u << kSharing) - 1) << first, bits, step);
+    }
+    if (place > 0) return;
+  }
+  device::store(mask + offset / Partition::kBitsInByte,
+                Vector<uint8_t, 1>{{static_cast<uint8_t>(bits)}});
+}
+
 // output = act(input * scale + shift + residual), where act(x) = max(x, floor). Rows are pixels of
-// a residual of fewer channels.
+// a residual of fewer channels. `mask` gets a bit for each output that lets its gradient pass,
+// unless null; the channels are a multiple of 8 then.
 //
-// Reads input and residual and writes the output once, rows * C elements each.
+// Reads input and residual and writes the output once, rows * C elements each, and rows * C / 8
+// bytes of the mask.
 template <typename T, int N, bool kNarrow>
 __global__ void __launch_bounds__(kThreads, kResident)
-    batch_norm_normalize(const T* input, ResidualOf<T, kNarrow> residual, T* output, Norm norm,
-                         float floor, Partition p) {
+    batch_norm_normalize(const T* input, ResidualOf<T, kNarrow> residual, T* output, uint8_t* mask,
+                         Norm norm, float floor, Partition p) {
   const Place place(p, gridDim.x - 1 - blockIdx.x);
   enum { kScale, kShift, kVectors };
   float vectors[kVectors][N];
@@ -331,7 +356,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
         if (is_there(residual)) y += widen(shortcut[r].values[i]);
         x[r].values[i] = narrow<T>(device::at_least(floor, y));
       }
-      device::store(output + (row + r * p.groups) * p.channels + place.channel, x[r]);
+      const int64_t offset = (row + r * p.groups) * p.channels + place.channel;
+      device::store(output + offset, x[r]);
+      if (mask != nullptr) store_bits(mask, offset, x[r]);
     }
   });
 }
@@ -346,26 +373,44 @@ inline constexpr float kRoundsToZero<__half> = 0x1p-25f;
 template <>
 inline constexpr float kRoundsToZero<__nv_bfloat16> = 0x1p-134f;
 
-// Whether the gradient passes the activation. NaN lets it pass, as torch does.
-template <typename T, Mask kMask>
-__device__ __forceinline__ bool passes(float input, float scale, float shift, const T& output) {
-  if constexpr (kMask == Mask::kEverywhere) {
-    return true;
-  } else if constexpr (kMask == Mask::kOutput) {
-    return !(widen(output) <= 0);
-  } else {
-    return !(__fmaf_rn(input, scale, shift) <= kRoundsToZero<T>);
+// What tells of an access whether its gradients pass the activation, as far as it is in memory.
+template <typename T, int N, Mask kMask>
+struct Signs {
+  Vector<T, N> outputs;
+  unsigned bits;
+
+  // Of the outputs or the bits, the first one's `offset` in.
+  __device__ __forceinline__ void load(const void* signs, int64_t offset) {
+    if constexpr (kMask == Mask::kOutput) {
+      outputs = load_streaming<T, N>(static_cast<const T*>(signs) + offset);
+    } else if constexpr (kMask == Mask::kBits) {
+      const auto* byte = static_cast<const uint8_t*>(signs) + offset / Partition::kBitsInByte;
+      bits = device::load<uint8_t, 1>(byte).values[0] >> offset % Partition::kBitsInByte;
+    }
   }
-}
+
+  // Whether the i-th gradient passes. NaN lets it pass, as torch does.
+  __device__ __forceinline__ bool passes(int i, float input, float scale, float shift) const {
+    if constexpr (kMask == Mask::kEverywhere) {
+      return true;
+    } else if constexpr (kMask == Mask::kOutput) {
+      return !(widen(outputs.values[i]) <= 0);
+    } else if constexpr (kMask == Mask::kBits) {
+      return (bits >> i & 1) != 0;
+    } else {
+      return !(__fmaf_rn(input, scale, shift) <= kRoundsToZero<T>);
+    }
+  }
+};
 
 // partials[block] = (sum of g, sum of g (input - mean)) of its rows, for every channel, where g is
 // the gradient if it passes the activation and 0 elsewhere; `masked` = g, unless null.
 //
-// Reads gradient and input, and the output where the mask comes from it, and writes `masked` once,
-// rows * C elements each; writes 8 bytes a channel and block of rows.
+// Reads gradient and input, and the output or its bits where `signs` are these, and writes `masked`
+// once, rows * C elements each; writes 8 bytes a channel and block of rows.
 template <typename T, int N, Mask kMask>
 __global__ void __launch_bounds__(kThreads, kResident)
-    batch_norm_gradient_sums(const T* grad, const T* input, const T* output, T* masked, Norm norm,
+    batch_norm_gradient_sums(const T* grad, const T* input, const void* signs, T* masked, Norm norm,
                              float* partials, Partition p) {
   const Place place(p, blockIdx.x);
   enum { kMean, kScale, kShift, kVectors };
@@ -381,22 +426,23 @@ __global__ void __launch_bounds__(kThreads, kResident)
   float sums[2 * N] = {};
   for_each_row<kRowsOfSeveral>(place.row, place.end, p.groups, [&](auto rows, int64_t row) {
     constexpr int kCount = rows;
-    Vector<T, N> g[kCount], x[kCount], y[kCount];
+    Vector<T, N> g[kCount], x[kCount];
+    Signs<T, N, kMask> y[kCount];
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
       const int64_t offset = (row + r * p.groups) * p.channels + place.channel;
       g[r] = load_streaming<T, N>(grad + offset);
       x[r] = load_streaming<T, N>(input + offset);
-      if constexpr (kMask == Mask::kOutput) y[r] = load_streaming<T, N>(output + offset);
+      y[r].load(signs, offset);
     }
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const float value = widen(x[r].values[i]);
-        const bool pass =
-            passes<T, kMask>(value, vectors[kScale][i], vectors[kShift][i], y[r].values[i]);
-        if (!pass) g[r].values[i] = narrow<T>(0.f);
+        if (!y[r].passes(i, value, vectors[kScale][i], vectors[kShift][i])) {
+          g[r].values[i] = narrow<T>(0.f);
+        }
         const float gradient = widen(g[r].values[i]);
         sums[i] += gradient;
         sums[N + i] += gradient * (value - vectors[kMean][i]);
@@ -446,11 +492,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // offset = -scale total / count; g scale alone where `total` is null, as it is for statistics that
 // are no function of the input. `masked` = g, unless null. grad_input may be grad.
 //
-// Reads gradient and input (which it leaves alone where nothing depends on it), and the output
-// where the mask comes from it, and writes grad_input and `masked` once, rows * C elements each.
+// Reads gradient and input (which it leaves alone where nothing depends on it), and the output or
+// its bits where `signs` are these, and writes grad_input and `masked` once, rows * C elements each.
 template <typename T, int N, Mask kMask>
 __global__ void __launch_bounds__(kThreads, kResident)
-    batch_norm_input_gradient(const T* grad, const T* input, const T* output, const float* total,
+    batch_norm_input_gradient(const T* grad, const T* input, const void* signs, const float* total,
                               const float* dot, float count, T* masked, T* grad_input, Norm norm,
                               Partition p) {
   const Place place(p, gridDim.x - 1 - blockIdx.x);
@@ -470,7 +516,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
   for_each_row<kRowsOfSeveral>(place.row, place.end, p.groups, [&](auto rows, int64_t row) {
     constexpr int kCount = rows;
-    Vector<T, N> g[kCount], x[kCount], y[kCount];
+    Vector<T, N> g[kCount], x[kCount];
+    Signs<T, N, kMask> y[kCount];
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
       const int64_t offset = (row + r * p.groups) * p.channels + place.channel;
@@ -478,7 +525,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
       if (kMask == Mask::kRecomputed || through_statistics) {
         x[r] = load_streaming<T, N>(input + offset);
       }
-      if constexpr (kMask == Mask::kOutput) y[r] = load_streaming<T, N>(output + offset);
+      y[r].load(signs, offset);
     }
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
@@ -487,9 +534,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const float value = widen(x[r].values[i]);
-        const bool pass =
-            passes<T, kMask>(value, vectors[kScale][i], vectors[kShift][i], y[r].values[i]);
-        if (!pass) g[r].values[i] = narrow<T>(0.f);
+        if (!y[r].passes(i, value, vectors[kScale][i], vectors[kShift][i])) {
+          g[r].values[i] = narrow<T>(0.f);
+        }
         float gradient = widen(g[r].values[i]) * vectors[kScale][i];
         if (through_statistics) {
           gradient += (value - vectors[kMean][i]) * vectors[kSlope][i] + vectors[kOffset][i];

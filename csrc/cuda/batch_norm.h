@@ -15,6 +15,7 @@ namespace fused_resnet {
 struct Partition {
   static constexpr int kThreads = 256;  // of a block
   static constexpr int kMostLanes = 32;
+  static constexpr int kBitsInByte = 8;
   static constexpr int kRowsAtOnce = 8;  // rows a thread may load before it uses the first
 
   int64_t rows, rows_per_block;
@@ -36,6 +37,11 @@ inline Partition partition_of(int64_t rows, int64_t channels, int elements, int 
   p.elements = elements;
   const int64_t vectors = ceil_div(channels, elements);
   p.lanes = static_cast<int>(ceil_div(vectors, ceil_div(vectors, Partition::kMostLanes)));
+  if (vectors > p.lanes) {
+    // Those that share a byte of a mask stay side by side.
+    const int sharing = std::max(1, Partition::kBitsInByte / elements);
+    p.lanes = static_cast<int>(ceil_div(p.lanes, sharing)) * sharing;
+  }
   p.slabs = static_cast<int>(ceil_div(vectors, p.lanes));
   p.groups = Partition::kThreads / p.lanes;
   // Whole rounds of loads for every thread of every block but the last.
@@ -56,7 +62,7 @@ struct Norm {
 };
 
 // Where the gradient passes the activation: everywhere, or where its output is not <= 0, which is
-// computed again or read.
-enum class Mask { kEverywhere, kRecomputed, kOutput };
+// computed again or read, or of which a bit a value has been kept, in the order of memory.
+enum class Mask { kEverywhere, kRecomputed, kOutput, kBits };
 
 }  // namespace fused_resnet

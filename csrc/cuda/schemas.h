@@ -26,7 +26,7 @@ inline constexpr const char* kCudaSchemas[] = {
     // Internal too: see csrc/cuda/batch_norm.cu.
     "batch_norm_statistics(Tensor input) -> (Tensor mean, Tensor var)",
     "batch_norm_normalize(Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
-    "float eps, Tensor? residual, bool relu) -> Tensor",
+    "float eps, Tensor? residual, bool relu, Tensor(a!)? mask=None) -> Tensor",
     "batch_norm_gradient_sums(Tensor grad, Tensor input, Tensor? output, Tensor mean, Tensor var, "
     "Tensor? weight, Tensor? bias, float eps, bool relu, Tensor(a!)? masked) -> "
     "(Tensor total, Tensor dot, Tensor grad_weight)",

@@ -29,6 +29,8 @@ __all__ = [
     "batch_norm_act_backward_sums",
     "batch_norm_act_inference",
     "batch_norm_act_training",
+    "batch_norm_act_training_keeping_mask",
+    "batch_norm_add_relu",
     "batch_statistics",
     "conv_bn_act",
     "conv_bn_act_max_pool",
@@ -241,6 +243,55 @@ def batch_norm_act_training(
     return output, mean, var
 
 
+def batch_norm_act_training_keeping_mask(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`batch_norm_act_training` with ReLU, and its mask, a bit a value; None where it has none."""
+    found = batch_norm_add_relu(input, (None, None, weight, bias, eps), residual, None)
+    if found is None:
+        return *batch_norm_act_training(input, weight, bias, eps, residual, "relu"), None
+    output, mask, (mean, var), _ = found
+    return output, mean, var, mask
+
+
+def batch_norm_add_relu(
+    input: Tensor, norm: tuple, residual: Tensor, residual_norm: tuple | None
+) -> tuple[Tensor, Tensor | None, tuple, None] | None:
+    """`relu(batch_norm(input) + residual)`, and a mask of what its backward lets pass.
+
+    Args:
+        input: (N, C, *), with at least one element.
+        norm: mean and biased variance, or None twice where they are still to be found, weight,
+            bias and eps.
+        residual: see `batch_norm_act_training`.
+        residual_norm: one of the residual's own, which these kernels do not apply; or None.
+
+    Returns:
+        The output, the mask, a bit a value in memory order (uint8), mean and variance, and None;
+        or None where there is no mask: C is not a multiple of 8, or the kernels do not run this.
+    """
+    input = contiguous_like_eager(input)
+    if (
+        residual_norm is not None
+        or input.size(1) % 8 > 0
+        or not _can_normalize(input, *norm[:4], residual)
+        or not _can_add(residual, input)
+    ):
+        return None
+    if norm[0] is None:
+        norm = (*_batch_norm("statistics")(input), *norm[2:])
+    if residual.size(1) == input.size(1):
+        residual = _alike(input, residual)
+    mask = torch.empty(input.numel() // 8, dtype=torch.uint8, device=input.device)
+    vectors, eps = _vectors(*norm[:4]), norm[4]
+    output = _batch_norm("normalize")(input, *vectors, eps, residual, True, mask)
+    return output, mask, norm[:2], None
+
+
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over all dimensions but the second, in float32 (float64)."""
     input = contiguous_like_eager(input)
@@ -264,6 +315,8 @@ def batch_norm_act_backward(
     overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Three launches; see `backends.cpu.batch_norm_act_backward` for what it is given and returns.
+
+    `output` may be the mask that `batch_norm_add_relu` returned.
 
     The residual's gradient is written by the pass that sums, so that the next need not find out
     once more where the gradient passes the activation.
@@ -389,8 +442,8 @@ def _can_add(residual: Tensor | None, input: Tensor) -> bool:
 
 
 def _alike(input: Tensor, tensor: Tensor | None) -> Tensor | None:
-    """`tensor`, copied if its strides are not those of `input`."""
-    if tensor is None or tensor.stride() == input.stride():
+    """`tensor`, copied if its strides are not those of `input`; masks are in that order."""
+    if tensor is None or tensor.dtype is torch.uint8 or tensor.stride() == input.stride():
         return tensor
     return torch.empty_like(input).copy_(tensor)
 

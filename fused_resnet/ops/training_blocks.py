@@ -439,11 +439,10 @@ def _run_block(
         projection, shortcut = None, block.subsampled(input)
     last = passes[block.main - 1]
     found = last.add_relu(shortcut, projection)
-    if found is not None:
-        return found
-    if projection is not None:
+    if found is None and projection is not None:
         shortcut = projection.finish(None, "none")
-    return last.finish(shortcut, "relu"), None
+        found = last.add_relu(shortcut, None)
+    return found or (last.finish(shortcut, "relu"), None)
 
 
 def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
