@@ -143,6 +143,7 @@ def batch_norm(kernel: str, arguments: list[str]) -> tuple[dict[str, Any], int, 
     fields: dict[str, Any] = {"elements": elements}
     if kernel == "batch_norm_normalize":
         fields |= {"narrow": True} if arguments[1] == "true" else {}
+        fields |= {"mask": "bits"} if arguments[2] == "true" else {}
     elif len(arguments) > 1:
         fields["mask"] = MASKS[int(arguments[1].rpartition(")")[2])]
     # Values of every thread that are combined, and values of every channel of the block.

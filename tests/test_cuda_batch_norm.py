@@ -532,7 +532,7 @@ def test_masks(dtype, shape, aligned, set_seed):
     assert_same_bits(again[0], output)
     assert torch.equal(again[1], mask)
     for training, *need in itertools.product((True, False), repeat=5):
-        if any(need):
+        if all(need) or (any(need) and shape == MASKED[1]):
             from_bits = case.backward(mask, mean, var, training, need)
             from_output = case.backward(output, mean, var, training, need)
             for ours, theirs in zip(from_bits, from_output, strict=True):

@@ -266,24 +266,22 @@ def assert_every_width(name: str, instructions: list[str]) -> None:
 def test_batch_norm_accesses_16_bytes(architecture):
     """What the kernels of whole accesses read and write of tensors, but for values of a channel."""
     found = {name: k for name, k in kernels(architecture).items() if "batch_norm" in name}
-    # Statistics, normalize with and without a residual of fewer channels, and two with four masks,
-    # in three dtypes and two widths; and two that combine.
-    assert len(found) == 3 * 2 * (3 + 2 * 4) + 2
+    # Statistics, normalize for two kinds of residual with and without a mask, and two with four
+    # kinds of mask, in three dtypes and two widths; and two that combine.
+    assert len(found) == 3 * 2 * (1 + 4 + 2 * 4) + 2
     whole = {name: k for name, k in found.items() if re.search(r"Li[48]E", name)}
-    assert len(whole) == 3 * (3 + 2 * 4)
+    assert len(whole) == 3 * (1 + 4 + 2 * 4)
     for name, instructions in whole.items():
-        if "normalize" in name and "Lb1E" in name:
+        if re.search(r"normalize.*Li\d+ELb1E", name):
             assert_every_width(name, instructions)
             continue
         loads, stores = opcodes(instructions, "LDG"), opcodes(instructions, "STG")
         wide = [load for load in loads if ".128" in load]
-        # A mask's bits: of one row and of two, which are read, or written where a mask is wanted.
-        bits = [load for load in loads if ".U8" in load]
-        assert len(bits) == (3 if "Mask3E" in name else 0), name
-        loads = [load for load in loads if load not in bits]
-        if "normalize" in name:
-            assert sum(".U8" in store for store in stores) == 3, name
-            stores = [store for store in stores if ".U8" not in store]
+        # A mask's bits are read, or written where a mask is wanted, a byte at a time.
+        assert any(".U8" in load for load in loads) == ("MaskE3E" in name), name
+        masks = re.search(r"normalize.*Lb[01]ELb1E", name) is not None
+        assert any(".U8" in store for store in stores) == masks, name
+        loads, stores = ([op for op in ops if ".U8" not in op] for ops in (loads, stores))
         # The statistics, parameters and sums that a thread reads of one channel.
         assert len(loads) - len(wide) <= 6, name
         assert len(wide) >= 2, name

@@ -217,8 +217,8 @@ std::tuple<Tensor, Tensor> statistics(Tensor input) {
 }
 
 Tensor normalize(Tensor input, Tensor mean, Tensor var, std::optional<Tensor> weight,
-                 std::optional<Tensor> bias, double eps, std::optional<Tensor> residual,
-                 bool relu, std::optional<Tensor> mask) {
+                 std::optional<Tensor> bias, double eps, std::optional<Tensor> residual, bool relu,
+                 std::optional<Tensor> mask) {
   Operands operands("batch_norm_normalize", input);
   const DeviceGuard guard(input.get_device_index());
   const cudaStream_t stream = current_stream(input.get_device_index());
@@ -238,13 +238,19 @@ Tensor normalize(Tensor input, Tensor mean, Tensor var, std::optional<Tensor> we
     using T = decltype(zero);
     constexpr int N = elements_at_once;
     const device::Grid grid{p.blocks(), kThreads, kBytesOfVectors<2, N>, stream};
+    const auto launch = [&](auto kernel, auto residual_of_channels) {
+      device::launch(kernel, grid, elements<T>(input), residual_of_channels,
+                     mutable_elements<T>(output), bits, norm, floor, p);
+    };
     if (is_narrow) {
-      device::launch(batch_norm_normalize<T, N, true>, grid, elements<T>(input),
-                     narrow_residual_of(*residual, p.channels, N, N), mutable_elements<T>(output),
-                     bits, norm, floor, p);
+      const NarrowResidual pixels = narrow_residual_of(*residual, p.channels, N, N);
+      launch(
+          mask ? batch_norm_normalize<T, N, true, true> : batch_norm_normalize<T, N, true, false>,
+          pixels);
     } else {
-      device::launch(batch_norm_normalize<T, N, false>, grid, elements<T>(input),
-                     elements<T>(residual), mutable_elements<T>(output), bits, norm, floor, p);
+      launch(
+          mask ? batch_norm_normalize<T, N, false, true> : batch_norm_normalize<T, N, false, false>,
+          elements<T>(residual));
     }
   });
   return output;

@@ -316,12 +316,12 @@ __device__ __forceinline__ void store_bits(uint8_t* mask, int64_t offset, const 
 }
 
 // output = act(input * scale + shift + residual), where act(x) = max(x, floor). Rows are pixels of
-// a residual of fewer channels. `mask` gets a bit for each output that lets its gradient pass,
-// unless null; the channels are a multiple of 8 then.
+// a residual of fewer channels. If kMasks `mask` gets a bit for each output that lets its gradient
+// pass; the channels are a multiple of 8 then.
 //
 // Reads input and residual and writes the output once, rows * C elements each, and rows * C / 8
-// bytes of the mask.
-template <typename T, int N, bool kNarrow>
+// bytes of a mask.
+template <typename T, int N, bool kNarrow, bool kMasks>
 __global__ void __launch_bounds__(kThreads, kResident)
     batch_norm_normalize(const T* input, ResidualOf<T, kNarrow> residual, T* output, uint8_t* mask,
                          Norm norm, float floor, Partition p) {
@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
       }
       const int64_t offset = (row + r * p.groups) * p.channels + place.channel;
       device::store(output + offset, x[r]);
-      if (mask != nullptr) store_bits(mask, offset, x[r]);
+      if constexpr (kMasks) store_bits(mask, offset, x[r]);
     }
   });
 }
@@ -493,7 +493,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // are no function of the input. `masked` = g, unless null. grad_input may be grad.
 //
 // Reads gradient and input (which it leaves alone where nothing depends on it), and the output or
-// its bits where `signs` are these, and writes grad_input and `masked` once, rows * C elements each.
+// its bits where `signs` are these, and writes grad_input and `masked` once, rows * C elements
+// each.
 template <typename T, int N, Mask kMask>
 __global__ void __launch_bounds__(kThreads, kResident)
     batch_norm_input_gradient(const T* grad, const T* input, const void* signs, const float* total,
