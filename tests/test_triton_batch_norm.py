@@ -21,6 +21,7 @@ from test_training import block_results, kept_by, make_block
 
 import fused_resnet
 from fused_resnet import backends, functional
+from fused_resnet.ops import training_blocks
 from fused_resnet.testing import assert_error_rule
 
 RUNNER = next((runner for runner in RUNNERS if runner.name == "triton"), None)
@@ -286,6 +287,27 @@ def test_two_norms_against_float64(norms):
         )
         for ours, expected in zip((*both[0], *both[1]), exact, strict=True):
             torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.quick
+def test_two_norms_of_other_processes(norms):
+    """No kernel takes both where the statistics of one are not this process's own."""
+    x, z, grad = drawn((2, 16, 3, 5), torch.float32, torch.channels_last, 3)
+    steps = []
+    for group, raw in itertools.product((None, object()), (x, z)):
+        layer = training_blocks._Layer((), 1e-5, group)
+        steps.append(training_blocks._Pass(layer, (None,) * 4))
+        steps[-1].raw = raw
+    last, projection, last_of_all, projection_of_all = steps
+    with torch.no_grad():
+        assert last_of_all.add_relu(z, projection) is None
+        assert last.add_relu(z, projection_of_all) is None
+        _, mask = last.add_relu(z, projection)
+        assert last.add_relu_backward(grad, mask, projection) is not None
+        for step in (last_of_all, projection_of_all):
+            step.mean, step.var = last.mean, last.var
+        assert last_of_all.add_relu_backward(grad, mask, projection) is None
+        assert last.add_relu_backward(grad, mask, projection_of_all) is None
 
 
 @pytest.mark.quick

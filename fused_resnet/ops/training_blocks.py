@@ -219,6 +219,7 @@ class _Pass:
     ) -> tuple[tuple, tuple] | None:
         """The gradients of both norms behind `add_relu`, from one kernel; or None."""
         run = self._own("batch_norm_add_relu_backward", grad)
+        run = run and projection._own("batch_norm_add_relu_backward", grad)
         return run and run(grad, mask, self.raw, self.norm, projection.raw, projection.norm)
 
     def input_backward(
@@ -468,7 +469,7 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [None] * count
     shortcut_grad: Tensor | None = None
     sums: tuple | None = None  # of grad, where the convolution behind found them
-    joined: tuple | None = None  # gradients behind two norms that one kernel found
+    joined: tuple | None = None  # the projection's norm's weight's and bias's, if already known
     need_shortcut = need_input or (block.has_projection and any(needs[-1]))
     projected = not (block.has_projection and need_shortcut)
     # Whoever takes the shortcut's gradient applies the mask, so that none is written.
@@ -495,7 +496,7 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_conv = (need_input, *needs[-1][:2])
         need_norm = (any(need_conv), *needs[-1][2:], False)
         if joined is not None:
-            norm_grads = step.norm_gradients(*joined[1][1:], need_norm)
+            norm_grads = step.norm_gradients(*joined, need_norm)
         else:
             if step.raw is None:
                 step.convolve(input)
@@ -519,13 +520,13 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         masks = last and need_shortcut and mask is None
         need_norm = (any(need_conv), *needs[index][2:], masks)
         input_grads, behind = None, grad
-        if last and any(need_conv):
-            joined = join_backward(step)
+        both = join_backward(step) if last and any(need_conv) else None
         if last and before and index > 0 and mask is None:
             input_grads = step.last_backward(grad, output, passes[index - 1])
-        if last and joined is not None:
-            (grad, *norm_grads), (behind, *_) = joined
-            norm_grads, passes[-1].raw = step.norm_gradients(*norm_grads, need_norm), None
+        if both is not None:
+            (grad, *norm_grads), (behind, *joined) = both
+            norm_grads = step.norm_gradients(*norm_grads, need_norm)
+            both = passes[-1].raw = None
         elif input_grads is not None:
             *input_grads, grad, residual_grad, norm_grads = input_grads
             norm_grads = step.norm_gradients(*norm_grads, need_norm)
