@@ -142,12 +142,12 @@ for dtype in ${dtypes//,/ }; do
       "${whole[@]}" --json "$out/models-$model-$dtype.json"
   done
 done
-# 5. Training.
+# 5. Training, in 16 bits under autocast.
 train=${batches#1,}
 run "training" "$limit" "${command[@]}" bench models --model "$models" --batch "$train" \
-  --dtype "${dtypes##*,}" --mode training "${whole[@]}" --json "$out/training.json"
+  --dtype "${dtypes%%,*}" --mode training "${whole[@]}" --json "$out/training.json"
 run "kernels-training" "$limit" "${command[@]}" bench kernels --model "$models" --batch "$train" \
-  --dtype "${dtypes##*,}" --mode training "${measure[@]}" --json "$out/kernels-training.json"
+  --dtype "${dtypes%%,*}" --mode training "${measure[@]}" --json "$out/kernels-training.json"
 # 6. One page of it all. Made anew each time, since an earlier step may have added to it.
 rm -f "$out/done/report"
 shopt -s nullglob

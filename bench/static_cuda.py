@@ -17,8 +17,9 @@ in local memory, spills included; `matrix_loads` counts LDSM, which is `ldmatrix
 scale_shift_act's kernels say with or without a residual, and the elements of an access or the index
 type, instead of a tile; those of basic_block's have the tile's pixels as `block_m`; those of batch
 norm's the elements, and where the activation's mask comes from. `narrow` are kernels for a residual
-of fewer channels than the output. `commit` is the checkout's, with a plus where csrc differs from
-it.
+of fewer channels than the output. `cluster` is of how many blocks; such kernels are empty, and left
+out, where there are no clusters, and their shared memory is what one round takes. `commit` is the
+checkout's, with a plus where csrc differs from it.
 
     python bench/static_cuda.py
 """
@@ -41,7 +42,7 @@ import torch
 
 import fused_resnet
 from fused_resnet import _native
-from fused_resnet.tuning import basic_block
+from fused_resnet.tuning import basic_block, cluster_norm
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "static" / "cuda.json"
@@ -74,6 +75,9 @@ LIMITS = {
     "sm_100": Limits(2048, 228 << 10, 227 << 10, 32),
     "sm_120": Limits(1536, 100 << 10, 99 << 10, 24),
 }
+
+
+WITHOUT_CLUSTERS = ("sm_80", "sm_86")
 
 
 def find_cuobjdump() -> str | None:
@@ -141,6 +145,14 @@ def batch_norm(kernel: str, arguments: list[str]) -> tuple[dict[str, Any], int, 
         return {}, ELEMENTWISE_THREADS, of_channels[kernel] * ELEMENTWISE_THREADS * 4
     elements = int(arguments[0])
     fields: dict[str, Any] = {"elements": elements}
+    if kernel.endswith("in_one_launch"):
+        backward = "backward" in kernel
+        fields["cluster"] = cluster_norm.BLOCKS
+        if backward:
+            fields["mask"] = MASKS[int(arguments[1].rpartition(")")[2])]
+        elif arguments[1] == "true":
+            fields["mask"] = "bits"
+        return fields, cluster_norm.THREADS, cluster_norm.shared_bytes(1 + backward, rounds=1)
     if kernel == "batch_norm_normalize":
         fields |= {"narrow": True} if arguments[1] == "true" else {}
         fields |= {"mask": "bits"} if arguments[2] == "true" else {}
@@ -210,6 +222,8 @@ def entries(architecture: str, library: Path = LIBRARY) -> list[dict[str, Any]]:
     for mangled, *numbers in used:
         registers, stack, static, local = map(int, numbers)
         fields, threads, shared = description(demangled(mangled))
+        if "cluster" in fields and architecture in WITHOUT_CLUSTERS:
+            continue
         shared += static
         limits = LIMITS[architecture]
         blocks = resident(limits, threads, registers, shared)
@@ -236,6 +250,7 @@ def identity(entry: dict[str, Any]) -> dict[str, Any]:
     names = (
         "kernel", "dtype", "architecture", "products", "loads", "block_m", "block_n", "block_k",
         "num_warps", "num_stages", "residual", "narrow", "elements", "index", "mask",
+        "cluster",
     )  # fmt: skip
     return {name: entry[name] for name in names if name in entry}
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cuda/device/async_copy.cuh"
+#include "cuda/device/cluster.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/mma.cuh"
 #include "cuda/device/vector.cuh"
@@ -382,6 +383,153 @@ __global__ void operations_of_a_warp_differ(const float* input, float* output) {
   output[this_element()] = input[this_element()];
 }
 
+// The others run in clusters of two blocks, each of which writes what the other has in its shared
+// memory.
+__device__ __forceinline__ int element_of_other_block() {
+  return this_element() + (blockIdx.x % 2 == 0 ? kThreads : -kThreads);
+}
+
+__device__ __forceinline__ unsigned other_rank() {
+  return 1 - device::rank_in_cluster();
+}
+
+template <bool kWrong>
+__global__ void cluster_missing_barrier(const float* input, float* output) {
+  float* shared = shared_floats();
+  shared[threadIdx.x] = 0;
+  device::synchronize_cluster();
+  shared[threadIdx.x] = input[this_element()];
+  if (kWrong) {
+    __syncthreads();
+  } else {
+    device::synchronize_cluster();
+  }
+  const float value =
+      device::load_from_block(shared + threadIdx.x, other_rank());  // cluster_missing_barrier
+  output[element_of_other_block()] = value;
+  device::leave_cluster();
+}
+
+// What another block reads may only be written again after a barrier of the cluster.
+template <bool kWrong>
+__global__ void cluster_reused_early(const float* input, float* output) {
+  float* shared = shared_floats();
+  shared[threadIdx.x] = input[this_element()];
+  device::synchronize_cluster();
+  const float value =
+      device::load_from_block(shared + threadIdx.x, other_rank());  // cluster_reused_early
+  if (!kWrong) device::synchronize_cluster();
+  shared[threadIdx.x] = value;
+  __syncthreads();
+  output[element_of_other_block()] = shared[threadIdx.x];
+  device::leave_cluster();
+}
+
+template <bool kWrong>
+__global__ void cluster_early_end(const float* input, float* output) {
+  float* shared = shared_floats();
+  shared[threadIdx.x] = input[this_element()];
+  device::synchronize_cluster();
+  const float value =
+      device::load_from_block(shared + threadIdx.x, other_rank());  // cluster_early_end
+  output[element_of_other_block()] = value;
+  if (!kWrong) device::leave_cluster();
+}
+
+template <bool kWrong>
+__global__ void cluster_uninitialised(const float* input, float* output) {
+  float* shared = shared_floats();
+  if (!kWrong || threadIdx.x != 9) shared[threadIdx.x] = input[this_element()];
+  device::synchronize_cluster();
+  const float value =
+      device::load_from_block(shared + threadIdx.x, other_rank());  // cluster_uninitialised
+  output[element_of_other_block()] = value;
+  device::leave_cluster();
+}
+
+template <bool kWrong>
+__global__ void cluster_missing_wait(const float* input, float* output) {
+  float* shared = shared_floats();
+  device::copy_async<4>(shared + threadIdx.x, input + this_element(), true);
+  device::commit_copies();
+  if (!kWrong) device::wait_for_copies<0>();
+  device::synchronize_cluster();
+  const float value =
+      device::load_from_block(shared + threadIdx.x, other_rank());  // cluster_missing_wait
+  output[element_of_other_block()] = value;
+  device::leave_cluster();
+}
+
+template <bool kWrong>
+__global__ void cluster_past_end(const float* input, float* output) {
+  float* shared = shared_floats();
+  shared[threadIdx.x] = input[this_element()];
+  device::synchronize_cluster();
+  const float* source = shared + threadIdx.x + (kWrong ? 1 : 0);
+  const float value = device::load_from_block(source, other_rank());  // cluster_past_end
+  output[element_of_other_block()] = value;
+  device::leave_cluster();
+}
+
+template <bool kWrong>
+__global__ void cluster_misaligned(const float* input, float* output) {
+  float* shared = shared_floats();
+  shared[threadIdx.x] = input[this_element()];
+  device::synchronize_cluster();
+  const char* address = reinterpret_cast<char*>(shared + threadIdx.x);
+  const auto* source =
+      reinterpret_cast<const float*>(address + (kWrong && threadIdx.x == 6 ? 2 : 0));
+  const float value = device::load_from_block(source, other_rank());  // cluster_misaligned
+  output[element_of_other_block()] = value;
+  device::leave_cluster();
+}
+
+template <bool kWrong>
+__global__ void cluster_absent_block(const float* input, float* output) {
+  float* shared = shared_floats();
+  shared[threadIdx.x] = input[this_element()];
+  device::synchronize_cluster();
+  const unsigned rank = kWrong && threadIdx.x == 3 ? 2 : other_rank();
+  const float value = device::load_from_block(shared + threadIdx.x, rank);  // cluster_absent_block
+  output[element_of_other_block()] = value;
+  device::leave_cluster();
+}
+
+template <bool kWrong>
+__global__ void cluster_barrier_after_exit(const float* input, float* output) {
+  output[this_element()] = input[this_element()];
+  if (kWrong && threadIdx.x == 5) return;
+  device::synchronize_cluster();  // cluster_barrier_after_exit
+}
+
+template <bool kWrong>
+__global__ void cluster_barrier_in_branch(const float* input, float* output) {
+  output[this_element()] = input[this_element()];
+  if (kWrong && threadIdx.x < 32) {
+    device::synchronize_cluster();  // cluster_barrier_in_branch
+  } else {
+    device::synchronize_cluster();  // cluster_barrier_in_branch
+  }
+}
+
+// Of two kinds, neither of which all threads come to.
+template <bool kWrong>
+__global__ void cluster_barriers_differ(const float* input, float* output) {
+  output[this_element()] = input[this_element()];
+  if (kWrong && threadIdx.x < 32) {
+    __syncthreads();  // cluster_barriers_differ
+  } else {
+    device::synchronize_cluster();  // cluster_barriers_differ
+  }
+}
+
+template <bool kWrong>
+__global__ void cluster_block_ends(const float* input, float* output) {
+  output[this_element()] = input[this_element()];
+  if (kWrong && device::rank_in_cluster() == 1) return;
+  device::synchronize_cluster();  // cluster_block_ends
+}
+
 using Copying = void (*)(const float*, float*);
 
 #define BOTH(kernel)              \
@@ -413,11 +561,25 @@ const std::map<std::string, std::array<Copying, 2>> kCopying = {
     BOTH(mma_by_half_a_warp),
     BOTH(shuffle_from_absent_lane),
     BOTH(operations_of_a_warp_differ),
+    BOTH(cluster_missing_barrier),
+    BOTH(cluster_reused_early),
+    BOTH(cluster_early_end),
+    BOTH(cluster_uninitialised),
+    BOTH(cluster_missing_wait),
+    BOTH(cluster_past_end),
+    BOTH(cluster_misaligned),
+    BOTH(cluster_absent_block),
+    BOTH(cluster_barrier_after_exit),
+    BOTH(cluster_barrier_in_branch),
+    BOTH(cluster_barriers_differ),
+    BOTH(cluster_block_ends),
 };
 
 void copy(const std::string& kernel, const Tensor& input, const Tensor& output, bool wrong) {
   const unsigned blocks = input.numel() / kThreads;
-  device::launch(kCopying.at(kernel)[wrong], {blocks, kThreads, kThreads * sizeof(float)},
+  const unsigned cluster = kernel.starts_with("cluster_") ? 2 : 1;
+  device::launch(kCopying.at(kernel)[wrong],
+                 {blocks, kThreads, kThreads * sizeof(float), nullptr, cluster},
                  static_cast<const float*>(input.const_data_ptr()),
                  static_cast<float*>(output.mutable_data_ptr()));
 }

@@ -56,6 +56,8 @@ REPORT = ROOT / "bench" / "results" / "static" / "cuda-mutants.json"
 CONV = "csrc/cuda/conv_bn_act.cuh"
 SCALE_SHIFT_ACT = "csrc/cuda/scale_shift_act.cu"
 BATCH_NORM = "csrc/cuda/batch_norm.cuh"
+BATCH_NORM_ARITHMETIC = "csrc/cuda/batch_norm_arithmetic.cuh"
+BATCH_NORM_CLUSTER = "csrc/cuda/batch_norm_cluster.cuh"
 BASIC_BLOCK = "csrc/cuda/basic_block.cuh"
 NARROW_RESIDUAL = "csrc/cuda/narrow_residual.cuh"
 TIME_LIMIT = 45  # seconds of computing for the tests of one mutant; unbroken, a third of it
@@ -69,6 +71,15 @@ class Suite:
     file: str
     selected: str
 
+
+OF_BATCH_NORM = [
+    Suite(
+        "batch_norm.cu",
+        "test_cuda_batch_norm.py",
+        "not float16 and not bfloat16 and not parameters_of_any and not bad_input "
+        "and not explained and not converts and not schemas and not cluster",
+    ),
+]
 
 # Another only for what those before compile to the same code, and for survivors judged again.
 SUITES = {
@@ -91,12 +102,13 @@ SUITES = {
             "on_host and not bfloat16 and not float64",
         ),
     ],
-    BATCH_NORM: [
+    BATCH_NORM: OF_BATCH_NORM,
+    BATCH_NORM_ARITHMETIC: OF_BATCH_NORM,
+    BATCH_NORM_CLUSTER: [
         Suite(
-            "batch_norm.cu",
+            "batch_norm_cluster.cu",
             "test_cuda_batch_norm.py",
-            "not float16 and not bfloat16 and not parameters_of_any and not bad_input "
-            "and not explained and not converts and not schemas",
+            "cluster and not float16 and not bfloat16 and not 2603x512 and not 75x2048",
         ),
     ],
     # Of which each takes other parts.
@@ -200,6 +212,14 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
         "values[kOffset] = through_statistics ? per_value * total[channel] : 0.f;",
         "values[kOffset] = through_statistics ? per_value * total[channel] : 1.f;",
     ): "equivalent: an offset that is not through the statistics is not added",
+    (
+        "for (int i = 0; i < N; i += kWidth) {",
+        "for (int i = 0; i < N; i = kWidth) {",
+    ): "equivalent in float32, of which mutants are compiled: one access has all N numbers",
+    (
+        "if (channel < p.channels) {",
+        "if (channel <= p.channels) {",
+    ): "equivalent: what is combined of a channel beyond the last is not stored",
     (
         "if (kMask == Mask::kRecomputed || through_statistics) {",
         "if (true) {",
@@ -407,11 +427,11 @@ def few_instances() -> Path:
     (folder / "cuda").mkdir()
     text = "\n".join(line for line in lines if not row.match(line) or line in kept)
     (folder / "cuda" / "conv_tiles.h").write_text(text + "\n")
-    batch_norm = (ROOT / "csrc" / "cuda" / "batch_norm.cu").read_text()
-    left_out = re.compile(r"return dispatch_in<__(half|nv_bfloat16)>\(most_blocks, run\);")
-    assert len(left_out.findall(batch_norm)) == 2
-    reduced = folder / "cuda" / "batch_norm.cu"
-    reduced.write_text(left_out.sub('fail("float32 alone");', batch_norm))
+    operands = (ROOT / "csrc" / "cuda" / "batch_norm_operands.cuh").read_text()
+    left_out = re.compile(r"return run\(__(half|nv_bfloat16)\(\)\);")
+    assert len(left_out.findall(operands)) == 2
+    reduced = folder / "cuda" / "batch_norm_operands.cuh"
+    reduced.write_text(left_out.sub('fail("float32 alone");', operands))
     return folder
 
 
@@ -422,8 +442,6 @@ def compile_few_instances(file: str) -> None:
     families = tuple("conv_" if stem.startswith("conv_") else stem for stem in stems)
     for source in cuda_on_host.sources():
         if source.stem.startswith(families):
-            reduced = folder / "cuda" / source.name
-            source = reduced if reduced.is_file() else source
             complaint = compile_source(source, folder, folder / f"{source.stem}.o")
             assert complaint is None, complaint
 

@@ -848,6 +848,19 @@ def test_what_is_written_of_training_steps_is_computed() -> None:
         assert predict_training.terms_table(batch, ARCHITECTURES["H100"]) in text
     gpu = ARCHITECTURES["H100"]
     assert predict_training.if_free_table(predict_training.BATCHES, gpu) in text
+    assert predict_training.one_launch_table(64, gpu) in text
+    norms = predict_training.norms_of("resnet50", 64)
+    least = [
+        min(predict_training.share_of_a_copy(norm, backward, gpu) for norm in norms)
+        for backward in (False, True)
+    ]
+    assert "is {:.0%} forward and {:.0%} backward".format(*least).replace("%", " %") in text
+    smallest = predict_training.Norm("", "inner", (64, 512, 7, 7))
+    share = predict_training.share_of_copy_bandwidth(smallest, False, gpu)
+    assert f"no more than {100 * share:.0f} % of copy bandwidth forward" in text
+    seconds = predict_training.copy_seconds(smallest, False, gpu)
+    alone = 3 * smallest.bytes_once / gpu.copy_bandwidth / seconds
+    assert f"one launch would get {100 * alone:.0f} %" in text
     for batch in predict_training.BATCHES:
         step = predict_training.terms("resnet50", batch, gpu)["with_ends"]
         saved = predict_training.if_free("resnet50", batch, gpu)

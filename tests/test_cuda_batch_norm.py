@@ -32,6 +32,7 @@ import fused_resnet
 from fused_resnet import _native, backends, reference
 from fused_resnet.backends import cuda
 from fused_resnet.testing import randomize_
+from fused_resnet.tuning import architecture, cluster_norm
 
 ON_HOST = backends.cuda.on_host()
 if backends.cuda.available() != "yes":
@@ -48,7 +49,7 @@ UNIT = torch.finfo(torch.float32).eps
 # several, with and without threads to spare, in 16-byte accesses and element by element.
 SHAPES = [
     (2, 1), (1009, 1), (4099, 1), (1021, 3), (1, 8), (97, 24), (409, 40), (521, 64), (67, 33),
-    (131, 264), (75, 2048),
+    (131, 264), (75, 2048), (1, 132),
 ]  # fmt: skip
 
 
@@ -69,6 +70,23 @@ def set_seed():
     module = cuda_on_host.load()
     yield module.set_seed
     module.set_seed(0)
+
+
+@pytest.fixture(params=[False, True], ids=["launches", "cluster"])
+def in_clusters(request, monkeypatch):
+    """With a launch for each pass, and in one launch wherever that is possible."""
+    if not request.param:
+        monkeypatch.setattr(cuda, "_fits_cluster", lambda *_: False)
+    elif DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the GPU has no clusters")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def in_launches(request, monkeypatch):
+    """Tests that say nothing of clusters are of the kernels without."""
+    if "in_clusters" not in request.fixturenames:
+        monkeypatch.setattr(cuda, "_fits_cluster", lambda *_: False)
 
 
 @dataclass
@@ -217,6 +235,7 @@ def check(case: Case, output_to_backward: bool) -> list[Tensor]:
     return [output, mean, var, *(g for g in grads if g is not None)]
 
 
+@pytest.mark.usefixtures("in_clusters")
 @pytest.mark.quick
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "{}x{}".format(*shape))
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -355,6 +374,110 @@ def test_bad_narrow_residuals():
         normalize(x, ones, ones, None, None, EPS, residual, True)
 
 
+# Of a cluster's kernels: rows for some of its blocks only, rounds for some of their stages, as many
+# rounds as are loaded at once and more, slabs of four lanes, and of two with one to spare.
+CLUSTERED = [(2, 16), (7, 24), (1600, 8), (14339, 16), (2603, 512)]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("in_clusters", [True], indirect=True, ids=["cluster"])
+@pytest.mark.parametrize("shape", CLUSTERED, ids=lambda shape: "{}x{}".format(*shape))
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_every_value_in_a_cluster(dtype, shape, set_seed, in_clusters):
+    set_seed(shape[0])
+    large = shape[0] * shape[1] > 500_000
+    if not large or dtype == torch.float16:
+        check(make_case(*shape, dtype), output_to_backward=False)
+    if not large:
+        check(make_case(*shape, dtype, True, "none", affine=False), output_to_backward=False)
+    if not large or dtype == torch.bfloat16:
+        check(make_case(*shape, dtype, residual=True), output_to_backward=True)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("in_clusters", [True], indirect=True, ids=["cluster"])
+def test_far_from_zero_in_a_cluster(dtype, in_clusters):
+    """Statistics as precise as those of the kernel that has a launch of its own for them."""
+    mean = 1e4 if dtype == torch.float32 else 1e2
+    for rows, blank in ((2, 0), (7, 3), (300, 100), (5003, 0), (5003, 1), (5003, 300)):
+        x = torch.randn(rows, 16) + mean
+        x[:blank] = 0
+        x = as_image(x.to(dtype)).to(DEVICE)
+        _, actual_mean, var = cuda.batch_norm_act_training(x, None, None, EPS, None, "none")
+        expected_var, expected_mean = torch.var_mean(x.double(), (0, 2, 3), unbiased=False)
+        torch.testing.assert_close(actual_mean.double(), expected_mean, rtol=4 * UNIT, atol=0)
+        torch.testing.assert_close(
+            var.double(), expected_var, rtol=64 * UNIT, atol=(2 * UNIT * mean) ** 2
+        )
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("in_clusters", [True], indirect=True, ids=["cluster"])
+def test_what_runs_in_clusters(monkeypatch, in_clusters):
+    """All that fits, and nothing whose accesses would not be of 16 bytes."""
+    ran, original = [], cuda._batch_norm
+
+    def recorded(name):
+        if name != "fits_cluster":
+            ran.append(name)
+        return original(name)
+
+    def names(case, forward=None, need=(True, True, True, True)):
+        ran.clear()
+        output, mean, var = forward() if forward else case.forward()
+        of_forward = tuple(ran)
+        ran.clear()
+        case.backward(output, mean, var, need=need)
+        return of_forward, tuple(ran)
+
+    monkeypatch.setattr(cuda, "_batch_norm", recorded)
+    once = ("in_one_launch",), ("backward_in_one_launch",)
+    apart = ("statistics", "normalize"), ("gradient_sums", "input_gradient")
+    for dtype in DTYPES:
+        assert names(make_case(97, 24, dtype, True)) == once
+        assert names(make_case(97, 20 if dtype == torch.float32 else 24, dtype)) == once
+        assert names(make_case(97, 18, dtype)) == apart
+        case = make_case(97, 24, dtype, True)
+        case.residual = misaligned(case.residual)
+        assert names(case) == (apart[0], once[1])
+        case.grad = misaligned(case.grad)
+        assert names(case) == apart
+        case = make_case(97, 24, dtype, True)
+        norm = (None, None, case.weight, case.bias, EPS)
+
+        def keeping_mask(case=case, norm=norm):
+            _, mask, statistics, _ = cuda.batch_norm_add_relu(case.input, norm, case.residual, None)
+            return mask, *statistics
+
+        assert names(case, keeping_mask) == once
+        case.residual = case.residual[:, :16]
+        assert names(case)[0] == apart[0]
+    case = make_case(97, 24, torch.float16)
+    assert names(case, need=(False, True, True, False))[1] == ("gradient_sums",)
+
+
+@pytest.mark.quick
+def test_what_fits_clusters():
+    """As many rows of two accesses as a cluster's shared memory holds; see `cluster_norm.py`."""
+    fits = _native.cuda_operators.batch_norm_fits_cluster
+    gpu = architecture.of_device(torch.device(DEVICE))
+    shapes = itertools.product((1, 12544, 28672, 28673, 57344, 57345), (8, 64, 2048))
+    for (rows, channels), tensors in itertools.product(shapes, (1, 2)):
+        for dtype in (torch.float16, torch.float32):
+            x = torch.empty(1, dtype=dtype, device=DEVICE).expand(rows, channels)
+            expected = cluster_norm.fits(rows, channels, dtype.itemsize, tensors, gpu)
+            assert fits(x, tensors) == expected, (rows, channels, tensors, dtype)
+    if ON_HOST:
+        x = as_image(torch.empty(57345, 8, dtype=torch.float16))
+        with pytest.raises(RuntimeError, match="does not fit in a cluster's shared memory"):
+            _native.cuda_operators.batch_norm_in_one_launch(x, None, None, EPS, None, True, None)
+    x = as_image(torch.empty(6, 12, dtype=torch.float16, device=DEVICE))
+    if fits(x, 1):
+        with pytest.raises(RuntimeError, match=r"does not fit|channels must fill accesses"):
+            _native.cuda_operators.batch_norm_in_one_launch(x, None, None, EPS, None, True, None)
+
+
 @pytest.mark.quick
 def test_more_blocks_than_are_combined_at_once():
     """So many blocks of rows that the kernels between the passes loop over them."""
@@ -380,6 +503,7 @@ def test_statistics_far_from_zero(dtype, channels):
         )
 
 
+@pytest.mark.usefixtures("in_clusters")
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_a_constant_channel(dtype):
@@ -393,6 +517,7 @@ def test_a_constant_channel(dtype):
         assert tensor.isfinite().all()
 
 
+@pytest.mark.usefixtures("in_clusters")
 @pytest.mark.quick
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -417,6 +542,7 @@ def test_the_same_bits_in_any_order(dtype, residual, set_seed):
         cuda_on_host.load().set_processors(4)
 
 
+@pytest.mark.usefixtures("in_clusters")
 @pytest.mark.quick
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -471,6 +597,7 @@ def test_a_nan_lets_the_gradient_pass(dtype):
         )
 
 
+@pytest.mark.usefixtures("in_clusters")
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_the_mask_computed_again_is_the_outputs(dtype):
@@ -504,6 +631,7 @@ def misaligned(tensor: Tensor) -> Tensor:
     return room.view(rows.shape).copy_(rows).permute(0, 3, 1, 2)
 
 
+@pytest.mark.usefixtures("in_clusters")
 @pytest.mark.quick
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("shape", MASKED, ids=lambda shape: "{}x{}".format(*shape))
@@ -595,6 +723,7 @@ def test_bad_masks():
         operators.batch_norm_normalize(x, ones, ones, None, None, EPS, x, True, mask)
 
 
+@pytest.mark.usefixtures("in_clusters")
 @pytest.mark.quick
 @pytest.mark.parametrize("projection", [True, False], ids=["projection", "identity"])
 def test_blocks_keep_masks(monkeypatch, projection):
@@ -623,6 +752,7 @@ def test_blocks_keep_masks(monkeypatch, projection):
     assert kept[1] - kept[0] == 4 * elements - elements // 8
 
 
+@pytest.mark.usefixtures("in_clusters")
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_what_is_asked_for(dtype):
@@ -649,6 +779,7 @@ def test_what_is_asked_for(dtype):
             exact.check(**{n: g for n, g in zip(names, grads, strict=True) if g is not None})
 
 
+@pytest.mark.usefixtures("in_clusters")
 @pytest.mark.quick
 @pytest.mark.parametrize("activation", ["relu", "none"])
 @pytest.mark.parametrize("residual", [True, False])
@@ -706,6 +837,7 @@ def test_sums_of_a_batch_in_two_parts(activation, residual):
         assert_same_bits(grad_residual, expected[3])
 
 
+@pytest.mark.usefixtures("in_clusters")
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_misaligned_tensors(dtype):
@@ -718,6 +850,7 @@ def test_misaligned_tensors(dtype):
         check(case, output_to_backward=True)
 
 
+@pytest.mark.usefixtures("in_clusters")
 @pytest.mark.quick
 @pytest.mark.parametrize("layout", ["contiguous", "expanded", "sliced", "2d", "3d"])
 def test_layouts(layout):

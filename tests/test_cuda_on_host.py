@@ -194,6 +194,18 @@ MISTAKES = [
     ("mma_by_half_a_warp", "divergent warp", (0, 1), ALL),
     ("shuffle_from_absent_lane", "divergent warp", (0, 1), ALL),
     ("operations_of_a_warp_differ", "divergent warp", (0, 1), ALL),
+    ("cluster_missing_barrier", "race", (0, 1), ALL),
+    ("cluster_reused_early", "race", (0, 1), ALL),
+    ("cluster_early_end", "early end", (0, 1), ALL),
+    ("cluster_uninitialised", "uninitialised read", (0, 1), (9,)),
+    ("cluster_missing_wait", "unfinished copy", (0, 1), ALL),
+    ("cluster_past_end", "out of bounds", (0, 1), (THREADS - 1,)),
+    ("cluster_misaligned", "misaligned access", (0, 1), (6,)),
+    ("cluster_absent_block", "out of bounds", (0, 1), (3,)),
+    ("cluster_barrier_after_exit", "divergent barrier", (0, 1), ALL),
+    ("cluster_barrier_in_branch", "divergent barrier", (0, 1), ALL),
+    ("cluster_barriers_differ", "divergent barrier", (0, 1), ALL),
+    ("cluster_block_ends", "divergent barrier", (0,), ALL),
 ]
 FAULT = re.compile(
     r"cuda_on_host: (?P<kind>[^:]*): .*, block \((?P<block>\d+), 0, 0\), thread (?P<thread>\d+), "
@@ -240,6 +252,22 @@ def test_mistakes_are_found(kernel, kind, blocks, threads):
         assert int(found["block"]) in blocks
         assert int(found["thread"]) in threads
         assert int(found["line"]) in lines
+
+
+def test_grids_are_of_whole_clusters():
+    x = torch.randn(3 * THREADS)
+    with pytest.raises(RuntimeError, match="clusters of 2 blocks in a grid of 3"):
+        operators.test_copy("cluster_block_ends", x, torch.empty_like(x), False)
+
+
+def test_clusters_of_a_grid_are_apart():
+    """Several of them, each of which reads its own blocks."""
+    x = torch.randn(10 * THREADS)
+    for seed in SEEDS:
+        module.set_seed(seed)
+        out = torch.empty_like(x)
+        operators.test_copy("cluster_reused_early", x, out, False)
+        assert torch.equal(out, x)
 
 
 @pytest.mark.parametrize("kernel", ["load_past_end", "store_past_end", "copy_past_end"])

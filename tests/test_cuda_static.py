@@ -245,6 +245,8 @@ def test_the_report_is_of_these_kernels():
     report = json.loads(static_cuda.REPORT.read_text())
     architecture = ARCHITECTURES[0]
     own = [static_cuda.description(static_cuda.demangled(name)) for name in kernels(architecture)]
+    if architecture in static_cuda.WITHOUT_CLUSTERS:
+        own = [described for described in own if "cluster" not in described[0]]
     own = sorted(json.dumps(fields, sort_keys=True) for fields, _, _ in own)
     listed = [static_cuda.identity(e) for e in report["entries"]]
     listed = [e for e in listed if e.pop("architecture") == architecture]
@@ -265,7 +267,11 @@ def assert_every_width(name: str, instructions: list[str]) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_batch_norm_accesses_16_bytes(architecture):
     """What the kernels of whole accesses read and write of tensors, but for values of a channel."""
-    found = {name: k for name, k in kernels(architecture).items() if "batch_norm" in name}
+    found = {
+        name: instructions
+        for name, instructions in kernels(architecture).items()
+        if "batch_norm" in name and "in_one_launch" not in name
+    }
     # Statistics, normalize for two kinds of residual with and without a mask, and two with four
     # kinds of mask, in three dtypes and two widths; and two that combine.
     assert len(found) == 3 * 2 * (1 + 4 + 2 * 4) + 2
@@ -288,3 +294,34 @@ def test_batch_norm_accesses_16_bytes(architecture):
         assert all(store.endswith(".128") for store in stores), name
         assert stores, name
         assert not opcodes(instructions, "RED", "ATOM", "ATOMG"), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batch_norm_in_clusters(architecture):
+    """Every tensor asynchronously or in 16 bytes; others' sums from their blocks' shared memory."""
+    found = {name: k for name, k in kernels(architecture).items() if "in_one_launch" in name}
+    # Forward with and without a mask, backward with four kinds of mask, in three dtypes.
+    assert len(found) == 3 * (2 + 4)
+    for name, instructions in found.items():
+        if architecture in static_cuda.WITHOUT_CLUSTERS:
+            assert not opcodes(instructions, "LDG", "STG", "LDGSTS", "BAR"), name
+            continue
+        backward = "backward" in name
+        copies = opcodes(instructions, "LDGSTS")
+        assert len(copies) >= 1 + backward, name
+        assert all(copy.endswith(".128") for copy in copies), name
+        loads, stores = opcodes(instructions, "LDG"), opcodes(instructions, "STG")
+        narrow = [load for load in loads if ".128" not in load and ".U8" not in load]
+        assert any(".U8" in load for load in loads) == ("MaskE3E" in name), name
+        masks = not backward and "Lb1E" in name
+        assert any(".U8" in store for store in stores) == masks, name
+        # What a thread reads and writes of one channel, before the exchange and after it.
+        assert len(narrow) <= 8, name
+        of_channel = [store for store in stores if ".128" not in store and ".U8" not in store]
+        assert len(of_channel) == 2 + backward, name
+        assert any(".128" in store for store in stores), name
+        # Others' sums, two numbers, and the barriers before and after.
+        remote = [i for i in instructions if re.search(r"\bLD(\.E)?\b|LDS\.?.*cluster|MAPA", i)]
+        assert remote, name
+        assert len(opcodes(instructions, "UCGABAR_ARV")) == 2, name
+        assert not opcodes(instructions, "RED", "ATOM", "ATOMG", "LDL", "STL"), name

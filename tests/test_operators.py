@@ -47,7 +47,10 @@ IN_GRAPHS = {"triton_conv_bn_act", "triton_conv_bn_act_max_pool"}
 CUDA = {
     "basic_block_tiled",
     "basic_block_tiles",
+    "batch_norm_backward_in_one_launch",
+    "batch_norm_fits_cluster",
     "batch_norm_gradient_sums",
+    "batch_norm_in_one_launch",
     "batch_norm_input_gradient",
     "batch_norm_normalize",
     "batch_norm_statistics",

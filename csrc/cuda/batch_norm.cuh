@@ -21,16 +21,12 @@
 #include <type_traits>
 
 #include "cuda/batch_norm.h"
+#include "cuda/batch_norm_arithmetic.cuh"
 #include "cuda/device/shared_memory.cuh"
 #include "cuda/device/vector.cuh"
 #include "cuda/narrow_residual.cuh"
 
 namespace fused_resnet {
-
-using device::load_streaming;
-using device::narrow;
-using device::Vector;
-using device::widen;
 
 constexpr int kThreads = Partition::kThreads;
 
@@ -97,26 +93,6 @@ inline constexpr int kBytesToCombine = kValues * kThreads * static_cast<int>(siz
 
 // ---- statistics ---------------------------------------------------------------------------------
 
-// Mean and sum of squared deviations from it, of `count` values; two become one after Chan, Golub
-// and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979),
-// equation 2.1. Nothing in it is of the size of the mean squared, so nothing large cancels; and the
-// values are taken from an origin near their mean, so that a mean is rounded to digits of its own.
-struct Merge {
-  float share, product;
-
-  // Of `added` values with `count` others.
-  __device__ __forceinline__ Merge(float count, float added)
-      : share(added / (count + added)), product(count * share) {}
-
-  __device__ __forceinline__ void operator()(float& mean, float& squares, float other_mean,
-                                             float other_squares) const {
-    const float difference = other_mean - mean;
-    squares += other_squares + difference * product * difference;
-    // An infinite mean stays what it is, unless it meets its opposite.
-    mean = mean - mean == 0 ? mean + difference * share : mean + other_mean;
-  }
-};
-
 // Stores N numbers in accesses as wide as can be.
 template <int N>
 __device__ __forceinline__ void store_vector(float* target, const float* values) {
@@ -140,17 +116,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
     batch_norm_statistics(const T* input, float* partials, Partition p) {
   const Place place(p, blockIdx.x);
   float origin[N] = {};
-  if (place.channel < p.channels) {
-    const auto first = device::load<T, N>(input + place.channel);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float x = widen(first.values[i]);
-      origin[i] = x - x == 0 ? x : 0.f;  // infinity less infinity would be no number
-    }
-  }
-  // N means, N sums of squares, and how many values they are of.
+  if (place.channel < p.channels) load_origin<T, N>(origin, input + place.channel);
   float moments[2 * N + 1] = {};
-  float& count = moments[2 * N];
 
   for_each_row<kRows>(place.row, place.end, p.groups, [&](auto rows, int64_t row) {
     constexpr int kCount = rows;
@@ -159,31 +126,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
     for (int r = 0; r < kCount; ++r) {
       x[r] = load_streaming<T, N>(input + (row + r * p.groups) * p.channels + place.channel);
     }
-    const Merge merge(count, kCount);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      float sum = 0, squares = 0;
-#pragma unroll
-      for (int r = 0; r < kCount; ++r) sum += widen(x[r].values[i]) - origin[i];
-      const float mean = sum / kCount;
-#pragma unroll
-      for (int r = 0; r < kCount; ++r) {
-        const float deviation = widen(x[r].values[i]) - origin[i] - mean;
-        squares += deviation * deviation;
-      }
-      merge(moments[i], moments[N + i], mean, squares);
-    }
-    count += kCount;
+    add_rows(moments, x, origin);
   });
 
-  combine_groups(moments, place.group, p.groups, p.lanes, [&](const auto& others) {
-    const float added = others[2 * N];
-    if (added == 0) return;
-    const Merge merge(count, added);
-#pragma unroll
-    for (int i = 0; i < N; ++i) merge(moments[i], moments[N + i], others[i], others[N + i]);
-    count += added;
-  });
+  combine_groups(moments, place.group, p.groups, p.lanes,
+                 [&](const auto& others) { merge_moments<N>(moments, others); });
   if (place.group == 0 && place.channel < p.channels) {
     const int64_t row = 2 * place.row_block;
     store_vector<N>(partials + row * p.channels + place.channel, moments);
@@ -247,19 +194,6 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 // ---- normalise ----------------------------------------------------------------------------------
 
-// A channel's batch norm as one multiply-add. The shift belongs to the scale as it was rounded.
-struct Affine {
-  float mean, invstd, scale, shift;
-};
-
-__device__ __forceinline__ Affine affine_of(const Norm& norm, int channel) {
-  const float mean = norm.mean[channel];
-  const float invstd = 1.f / sqrtf(norm.var[channel] + norm.eps);
-  const float scale = norm.weight != nullptr ? norm.weight[channel] * invstd : invstd;
-  const float bias = norm.bias != nullptr ? norm.bias[channel] : 0.f;
-  return {mean, invstd, scale, __fmaf_rn(-mean, scale, bias)};
-}
-
 // Computes kVectors values for every channel of the block, once, and hands each thread its own.
 // `compute(channel, values)`; the shared memory begins `offset` bytes in.
 template <int kVectors, int N, typename Compute>
@@ -292,28 +226,6 @@ __device__ __forceinline__ void fill_vectors(float (&vectors)[kVectors][N], cons
 template <int kVectors, int N>
 inline constexpr int kBytesOfVectors =
     kVectors * Partition::kMostLanes * N * static_cast<int>(sizeof(float));
-
-// Stores a bit for each value of an access: whether a gradient passes there, as it does at NaN.
-// `offset` is the first one's in the tensor. Threads side by side put a byte together.
-template <typename T, int N>
-__device__ __forceinline__ void store_bits(uint8_t* mask, int64_t offset, const Vector<T, N>& y) {
-  unsigned bits = 0;
-#pragma unroll
-  for (int i = 0; i < N; ++i) bits |= static_cast<unsigned>(!(widen(y.values[i]) <= 0)) << i;
-  if constexpr (N < Partition::kBitsInByte) {
-    constexpr unsigned kSharing = Partition::kBitsInByte / N;
-    const unsigned first = threadIdx.x % warpSize / kSharing * kSharing;
-    const unsigned place = static_cast<unsigned>(offset) % Partition::kBitsInByte;
-    bits <<= place;
-#pragma unroll
-    for (unsigned step = 1; step < kSharing; step *= 2) {
-      bits |= __shfl_xor_sync(((1u << kSharing) - 1) << first, bits, step);
-    }
-    if (place > 0) return;
-  }
-  device::store(mask + offset / Partition::kBitsInByte,
-                Vector<uint8_t, 1>{{static_cast<uint8_t>(bits)}});
-}
 
 // output = act(input * scale + shift + residual), where act(x) = max(x, floor). Rows are pixels of
 // a residual of fewer channels. If kMasks `mask` gets a bit for each output that lets its gradient
@@ -365,44 +277,6 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 // ---- backward -----------------------------------------------------------------------------------
 
-// The largest number that T stores as zero: half of the least that it has, since ties go to even.
-template <typename T>
-inline constexpr float kRoundsToZero = 0;
-template <>
-inline constexpr float kRoundsToZero<__half> = 0x1p-25f;
-template <>
-inline constexpr float kRoundsToZero<__nv_bfloat16> = 0x1p-134f;
-
-// What tells of an access whether its gradients pass the activation, as far as it is in memory.
-template <typename T, int N, Mask kMask>
-struct Signs {
-  Vector<T, N> outputs;
-  unsigned bits;
-
-  // Of the outputs or the bits, the first one's `offset` in.
-  __device__ __forceinline__ void load(const void* signs, int64_t offset) {
-    if constexpr (kMask == Mask::kOutput) {
-      outputs = load_streaming<T, N>(static_cast<const T*>(signs) + offset);
-    } else if constexpr (kMask == Mask::kBits) {
-      const auto* byte = static_cast<const uint8_t*>(signs) + offset / Partition::kBitsInByte;
-      bits = device::load<uint8_t, 1>(byte).values[0] >> offset % Partition::kBitsInByte;
-    }
-  }
-
-  // Whether the i-th gradient passes. NaN lets it pass, as torch does.
-  __device__ __forceinline__ bool passes(int i, float input, float scale, float shift) const {
-    if constexpr (kMask == Mask::kEverywhere) {
-      return true;
-    } else if constexpr (kMask == Mask::kOutput) {
-      return !(widen(outputs.values[i]) <= 0);
-    } else if constexpr (kMask == Mask::kBits) {
-      return (bits >> i & 1) != 0;
-    } else {
-      return !(__fmaf_rn(input, scale, shift) <= kRoundsToZero<T>);
-    }
-  }
-};
-
 // partials[block] = (sum of g, sum of g (input - mean)) of its rows, for every channel, where g is
 // the gradient if it passes the activation and 0 elsewhere; `masked` = g, unless null.
 //
@@ -437,16 +311,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     }
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const float value = widen(x[r].values[i]);
-        if (!y[r].passes(i, value, vectors[kScale][i], vectors[kShift][i])) {
-          g[r].values[i] = narrow<T>(0.f);
-        }
-        const float gradient = widen(g[r].values[i]);
-        sums[i] += gradient;
-        sums[N + i] += gradient * (value - vectors[kMean][i]);
-      }
+      mask_and_add(sums, g[r], x[r], y[r], vectors[kMean], vectors[kScale], vectors[kShift]);
       if (masked != nullptr) {
         device::store(masked + (row + r * p.groups) * p.channels + place.channel, g[r]);
       }

@@ -33,6 +33,14 @@ inline constexpr const char* kCudaSchemas[] = {
     "batch_norm_input_gradient(Tensor grad, Tensor input, Tensor? output, Tensor mean, Tensor var, "
     "Tensor? weight, Tensor? bias, float eps, bool relu, Tensor? total, Tensor? dot, float count, "
     "Tensor(a!)? masked, Tensor(b!) grad_input) -> ()",
+
+    // The same in one launch, where that fits: see csrc/cuda/batch_norm_cluster.cu.
+    "batch_norm_fits_cluster(Tensor input, int tensors) -> bool",
+    "batch_norm_in_one_launch(Tensor input, Tensor? weight, Tensor? bias, float eps, "
+    "Tensor? residual, bool relu, Tensor(a!)? mask) -> (Tensor output, Tensor mean, Tensor var)",
+    "batch_norm_backward_in_one_launch(Tensor grad, Tensor input, Tensor? output, Tensor mean, "
+    "Tensor var, Tensor? weight, Tensor? bias, float eps, bool relu, Tensor(a!)? masked, "
+    "Tensor(b!) grad_input) -> (Tensor total, Tensor dot, Tensor grad_weight)",
 };
 
 }  // namespace fused_resnet

@@ -38,6 +38,7 @@ constexpr size_t kStackStagger = 1088;
 constexpr unsigned kMostThreads = 1024;
 constexpr size_t kMostSharedBytes = 227 << 10;  // compute capability 9.0
 constexpr size_t kSharedAlignment = 128;
+constexpr unsigned kMostBlocksOfCluster = 8;
 
 const char* name(Operation operation) {
   switch (operation) {
@@ -94,13 +95,15 @@ void Block::prepare(const GridShape& shape, void (*thread_function)(void*), void
   }
 }
 
-void Block::run(uint64_t seed) {
+void Block::begin(const uint3& index, uint64_t seed) {
+  index_ = index;
   random_ = Random(seed);
   memset(shared_->begin(), 0xff, shared_->end() - shared_->begin());
   late_copies_ = random_.below(2);
   restlessness_ = std::array<unsigned, 4>{0, 1, 16, 128}[random_.below(4)];
   current_warp_ = random_.below(warp_count_);
-  done_count_ = barrier_count_ = predicate_count_ = 0;
+  done_count_ = barrier_count_ = cluster_count_ = predicate_count_ = 0;
+  outside_reads_.clear();
   fault_.reset();
   for (unsigned w = 0; w < warp_count_; ++w) {
     const unsigned lanes = std::min(32u, thread_count_ - 32 * w);
@@ -119,13 +122,17 @@ void Block::run(uint64_t seed) {
     prepare_fiber(thread.fiber, stack.begin(), stack.end() - i % 32 * kStackStagger,
                   &Block::thread_entry);
   }
-  shared_accesses_.begin_block(shared_bytes_, ++barriers_);
+  shared_accesses_.begin_block(shared_bytes_, phase_ = ++barriers_);
+  statistics.blocks += 1;
+  statistics.threads += thread_count_;
+}
+
+void Block::resume() {
   running = this;
+  blockIdx = index_;
   enter(*next());
   switch_fiber(host_, current->fiber);
   running = nullptr;
-  statistics.blocks += 1;
-  statistics.threads += thread_count_;
   if (fault_) throw Fault("cuda_on_host: " + *fault_);
 }
 
@@ -187,7 +194,7 @@ void Block::fail_at(const std::string& message, const Origin& origin) {
 
 std::string Block::block_name() const {
   std::ostringstream out;
-  out << "(" << blockIdx.x << ", " << blockIdx.y << ", " << blockIdx.z << ")";
+  out << "(" << index_.x << ", " << index_.y << ", " << index_.z << ")";
   return out.str();
 }
 
@@ -202,6 +209,8 @@ std::string Block::doing(const Thread& thread) const {
       return name_of_thread + " has ended";
     case State::kAtBarrier:
       return name_of_thread + " waits in __syncthreads at " + Origin(thread.place).line();
+    case State::kAtClusterBarrier:
+      return name_of_thread + " waits for its cluster at " + Origin(thread.place).line();
     case State::kInWarp:
       return name_of_thread + " waits in " + name(thread.operation) + " at " +
              Origin(thread.place).line();
@@ -239,6 +248,14 @@ std::string Block::describe_deadlock() const {
              doing(threads_[i]) + ", " + where(*barrier, Origin(barrier->place).line());
     }
   }
+  for (unsigned i = 0; cluster_count_ > 0 && i < thread_count_; ++i) {
+    if (threads_[i].state != State::kAtClusterBarrier) {
+      const Thread& first = threads_[first_at_cluster_barrier_];
+      return "divergent barrier: " + std::to_string(cluster_count_) + " of " +
+             std::to_string(thread_count_) + " threads wait for their cluster, but " +
+             doing(threads_[i]) + ", " + where(first, Origin(first.place).line());
+    }
+  }
   return "no thread can go on, block " + block_name();
 }
 
@@ -259,16 +276,88 @@ int Block::synchronize(bool predicate, const Place& place) {
     barrier_count_ = 0;
     ++barriers_;
     predicate_result_ = predicate_count_;
-    statistics.barriers += 1;
-    for (unsigned w = 0; w < warp_count_; ++w) {
-      const unsigned lanes = std::min(32u, thread_count_ - 32 * w);
-      warps_[w].ready = lanes == 32 ? ~0u : (1u << lanes) - 1;
-      warps_[w].shuffle(random_);
-    }
-    current_warp_ = random_.below(warp_count_);
+    release_all();
   }
   go_on();
   return predicate_result_;
+}
+
+// Lets all threads pass a barrier.
+void Block::release_all() {
+  statistics.barriers += 1;
+  for (unsigned w = 0; w < warp_count_; ++w) {
+    const unsigned lanes = std::min(32u, thread_count_ - 32 * w);
+    warps_[w].ready = lanes == 32 ? ~0u : (1u << lanes) - 1;
+    warps_[w].shuffle(random_);
+  }
+  current_warp_ = random_.below(warp_count_);
+}
+
+void Block::synchronize_cluster(const Place& place) {
+  Thread& thread = *current;
+  Thread& first = threads_[first_at_cluster_barrier_];
+  thread.place = place;
+  if (cluster_count_ == 0) {
+    first_at_cluster_barrier_ = thread.index;
+  } else if (!same_line(first.place, place)) {
+    fail_at("divergent barrier: " + doing(first) + " while others wait here", place);
+  }
+  thread.state = State::kAtClusterBarrier;
+  warps_[thread.index / 32].ready &= ~(1u << thread.index % 32);
+  if (++cluster_count_ == thread_count_) {
+    switch_fiber(thread.fiber, host_);  // the barrier is open when this thread's turn comes
+  } else {
+    go_on();
+  }
+}
+
+void Block::open_cluster_barrier() {
+  for (const OutsideRead& read : outside_reads_) {
+    if (has_ended()) {
+      throw_error("early end: block " + std::to_string(index_.x) +
+                  " may have ended before its shared memory is read, " + read.reader);
+    }
+    if (!shared_accesses_.read_from_outside(read.offset, read.bytes, phase_)) {
+      throw_error(shared_accesses_.complaint() + ", " + read.reader);
+    }
+  }
+  outside_reads_.clear();
+  if (has_ended()) return;
+  cluster_count_ = 0;
+  phase_ = ++barriers_;
+  release_all();
+}
+
+void Block::fail_at_cluster_barrier(const Block& ended) const {
+  const Thread& first = threads_[first_at_cluster_barrier_];
+  throw_error("divergent barrier: block " + std::to_string(ended.index_.x) +
+              " has ended while others wait for it, " + where(first, Origin(first.place).line()));
+}
+
+void Block::load_from_block(void* target, const void* shared, unsigned rank, size_t bytes,
+                            const Origin& origin) {
+  const char* const begin = static_cast<const char*>(shared);
+  check_alignment(begin, bytes, origin);
+  check_bounds(begin, bytes, origin);
+  const size_t count = cluster_ == nullptr ? 1 : cluster_->size();
+  if (rank >= count) {
+    fail_at("out of bounds: block " + std::to_string(rank) + " of a cluster of " +
+                std::to_string(count),
+            origin);
+  }
+  const char* source = begin;
+  if (rank == rank_) {
+    check_shared(begin, bytes, false, origin);
+  } else {
+    Block& other = *(*cluster_)[rank];
+    const size_t offset = begin - shared_begin;
+    if (!other.shared_accesses_.read_from_outside(offset, bytes, other.phase_)) {
+      fail_at(other.shared_accesses_.complaint(), origin);
+    }
+    other.outside_reads_.push_back({offset, bytes, where(*current, origin.line())});
+    source = other.shared_begin + offset;
+  }
+  memcpy(target, source, bytes);
 }
 
 void Block::in_warp(Operation operation, uint32_t mask, void* payload, const Place& place) {
@@ -491,31 +580,69 @@ char* Block::spare_stack_end() {
   return spare_stack_->end() - 8;
 }
 
+namespace {
+
+// Runs blocks to their end, all of them up to a barrier before any goes beyond it.
+void run_cluster(const std::vector<std::unique_ptr<Block>>& blocks, Random& random) {
+  for (bool go_on = true; go_on;) {
+    const size_t count = blocks.size(), first = random.below(count);
+    const bool backwards = random.below(2);
+    for (size_t i = 0; i < count; ++i) {
+      blocks[(first + (backwards ? count - i : i)) % count]->resume();
+    }
+    for (const auto& block : blocks) {
+      if (block->has_ended() != blocks[0]->has_ended()) {
+        const Block& ended = block->has_ended() ? *block : *blocks[0];
+        (block->has_ended() ? *blocks[0] : *block).fail_at_cluster_barrier(ended);
+      }
+    }
+    for (const auto& block : blocks) block->open_cluster_barrier();
+    go_on = !blocks[0]->has_ended();
+  }
+}
+
+}  // namespace
+
 void run_grid(const GridShape& shape, void (*thread)(void*), void* argument) {
   if (running) throw_error("a kernel starts a kernel");
-  static thread_local auto block = std::make_unique<Block>();
+  static thread_local std::vector<std::unique_ptr<Block>> blocks;
   static std::mutex one_grid_at_a_time;
   const std::lock_guard lock(one_grid_at_a_time);
   const SignalStack stack;
   install_handler();
-  const uint64_t count = uint64_t{shape.blocks.x} * shape.blocks.y * shape.blocks.z;
+  uint64_t count = uint64_t{shape.blocks.x} * shape.blocks.y * shape.blocks.z;
   if (shape.blocks.y > 65535 || shape.blocks.z > 65535 || count == 0) {
     throw_error("a grid of " + std::to_string(shape.blocks.x) + " x " +
                 std::to_string(shape.blocks.y) + " x " + std::to_string(shape.blocks.z) +
                 " blocks");
   }
-  block->prepare(shape, thread, argument);
+  if (shape.cluster == 0 || shape.cluster > kMostBlocksOfCluster ||
+      shape.blocks.x % shape.cluster != 0) {
+    throw_error("clusters of " + std::to_string(shape.cluster) + " blocks in a grid of " +
+                std::to_string(shape.blocks.x));
+  }
+  blocks.resize(shape.cluster);
+  for (unsigned rank = 0; rank < shape.cluster; ++rank) {
+    if (!blocks[rank]) blocks[rank] = std::make_unique<Block>();
+    blocks[rank]->prepare(shape, thread, argument);
+    blocks[rank]->join(&blocks, rank);
+  }
+  count /= shape.cluster;
   blockDim = dim3(shape.threads);
   gridDim = shape.blocks;
   Random random(settings.seed);
   const uint64_t first = random.below(count);
   const bool backwards = random.below(2);
   for (uint64_t i = 0; i < count; ++i) {
-    const uint64_t b = (first + (backwards ? count - i : i)) % count;
-    blockIdx = {static_cast<unsigned>(b % shape.blocks.x),
-                static_cast<unsigned>(b / shape.blocks.x % shape.blocks.y),
-                static_cast<unsigned>(b / shape.blocks.x / shape.blocks.y)};
-    block->run(random.next());
+    const uint64_t c = (first + (backwards ? count - i : i)) % count;
+    for (unsigned rank = 0; rank < shape.cluster; ++rank) {
+      const uint64_t b = c * shape.cluster + rank;
+      const uint3 index = {static_cast<unsigned>(b % shape.blocks.x),
+                           static_cast<unsigned>(b / shape.blocks.x % shape.blocks.y),
+                           static_cast<unsigned>(b / shape.blocks.x / shape.blocks.y)};
+      blocks[rank]->begin(index, random.next());
+    }
+    run_cluster(blocks, random);
   }
 }
 
@@ -525,6 +652,18 @@ char* shared_memory() {
 
 int synchronize_block(bool predicate, Place place) {
   return block().synchronize(predicate, place);
+}
+
+unsigned rank_in_cluster() {
+  return block().rank();
+}
+
+void synchronize_cluster(Place place) {
+  block().synchronize_cluster(place);
+}
+
+void load_from_block(void* target, const void* shared, unsigned rank, size_t bytes, Place place) {
+  block().load_from_block(target, shared, rank, bytes, place);
 }
 
 void synchronize_warp(uint32_t mask, Place place) {

@@ -4,7 +4,7 @@
 // A CUDA thread is a fiber. A block's fibers run one at a time, each until it has to wait for
 // others: at a barrier, or in an operation of its warp, which the last lane to come carries out for
 // all. Which fiber goes on is drawn from a seed, so a missing barrier shows as a difference between
-// seeds where it does not show as a wrong result.
+// seeds where it does not show as a wrong result. Blocks of a cluster take turns at its barriers.
 //
 // A mistake ends the kernel with a Fault that names block, thread and source line.
 #pragma once
@@ -31,6 +31,7 @@ struct GridShape {
   dim3 blocks;
   unsigned threads;
   size_t shared_bytes;
+  unsigned cluster = 1;  // blocks side by side in x
 };
 
 // Calls `thread(argument)` for every thread of the grid.
@@ -47,6 +48,12 @@ char* shared_memory();
 
 // Waits for all threads of the block; returns how many of them gave a true predicate.
 int synchronize_block(bool predicate, Place place);
+
+// The block's place in its cluster; waiting for all of its blocks; and a load from the shared
+// memory of one of them, where `shared` is in the caller's.
+unsigned rank_in_cluster();
+void synchronize_cluster(Place place);
+void load_from_block(void* target, const void* shared, unsigned rank, size_t bytes, Place place);
 
 void synchronize_warp(uint32_t mask, Place place);
 uint32_t ballot(uint32_t mask, bool predicate, Place place);

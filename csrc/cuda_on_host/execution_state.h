@@ -47,7 +47,7 @@ class Random {
 };
 
 // What a thread does that does not run, or did last.
-enum class State : uint8_t { kAtBarrier, kInWarp, kDone };
+enum class State : uint8_t { kAtBarrier, kAtClusterBarrier, kInWarp, kDone };
 enum class Operation : uint8_t { kSynchronize, kVote, kShuffle, kLoadMatrices, kMultiply };
 
 // What a lane brings to an operation of its warp.
@@ -120,16 +120,32 @@ struct Warp {
   }
 };
 
-// The blocks of a grid run in one of these, one after the other.
+// The blocks of a grid run in one of these, one after the other, or in one for each of a cluster.
 class Block {
  public:
   Block();
   void prepare(const GridShape& shape, void (*function)(void*), void* argument);
-  // Throws a Fault.
-  void run(uint64_t seed);
+  void begin(const uint3& index, uint64_t seed);
+  // Goes on to the end, or to a barrier of the cluster. Throws a Fault.
+  void resume();
+  bool has_ended() const { return done_count_ == thread_count_; }
+
+  // The blocks of this one's cluster, and its place among them.
+  void join(const std::vector<std::unique_ptr<Block>>* cluster, unsigned rank) {
+    cluster_ = cluster;
+    rank_ = rank;
+  }
+  unsigned rank() const { return rank_; }
+  // When all of them wait at a barrier, or have ended: lets this one pass. Throws a Fault where
+  // what the others read here since the last barrier was written, or may be gone, by then.
+  void open_cluster_barrier();
+  [[noreturn]] void fail_at_cluster_barrier(const Block& ended) const;
 
   // For the thread that runs.
   int synchronize(bool predicate, const Place& place);
+  void synchronize_cluster(const Place& place);
+  void load_from_block(void* target, const void* shared, unsigned rank, size_t bytes,
+                       const Origin& origin);
   void in_warp(Operation operation, uint32_t mask, void* payload, const Place& place);
   void check_alignment(const void* address, size_t bytes, const Origin& origin);
   // Also that it is within bounds and, in shared memory, initialised and ordered by barriers.
@@ -175,6 +191,7 @@ class Block {
   static void thread_entry();
   [[noreturn]] void finish_thread();
   void go_on();
+  void release_all();
   void enter(Thread& thread);
   Thread* next();
   [[noreturn]] void leave();
@@ -210,6 +227,19 @@ class Block {
   unsigned current_warp_ = 0;
   unsigned done_count_ = 0;
   unsigned barrier_count_ = 0, first_at_barrier_ = 0;
+  unsigned cluster_count_ = 0, first_at_cluster_barrier_ = 0;
+
+  // A read by another block of the cluster since its last barrier, when this one had passed
+  // `phase_` barriers.
+  struct OutsideRead {
+    size_t offset, bytes;
+    std::string reader;
+  };
+  const std::vector<std::unique_ptr<Block>>* cluster_ = nullptr;
+  unsigned rank_ = 0;
+  uint3 index_{};
+  uint32_t phase_ = 0;
+  std::vector<OutsideRead> outside_reads_;
   int predicate_count_ = 0, predicate_result_ = 0;
   std::optional<std::string> fault_;
 };

@@ -111,6 +111,33 @@ bool SharedAccesses::read_word(Word& word, size_t offset, unsigned bytes, const 
   return true;
 }
 
+bool SharedAccesses::read_from_outside(size_t offset, size_t bytes, uint32_t first) {
+  const size_t end = offset + bytes;
+  for (size_t i = offset / kWord; i * kWord < end; ++i) {
+    const Word& touched = word(i);
+    const Access& write = touched.write;
+    const unsigned part = bytes_in_word(i, offset, end);
+    const std::string what =
+        ": a read of offset " + std::to_string(i * kWord) + " of another block's shared memory, ";
+    const std::string who = "thread " + std::to_string(write.thread) + " of that block";
+    if ((write.bytes & part) && write.is_under_way) {
+      complaint_ = "unfinished copy" + what + "which the cp.async of " + who + " at " +
+                   write.origin.line() + " may not have written yet";
+      return false;
+    }
+    if ((write.bytes & part) && write.barriers >= first) {
+      complaint_ = "race" + what + "which " + who + " writes at " + write.origin.line() +
+                   " with no barrier of the cluster in between";
+      return false;
+    }
+    if ((touched.written & part) != part) {
+      complaint_ = "uninitialised read" + what + "to which nothing was written";
+      return false;
+    }
+  }
+  return true;
+}
+
 bool SharedAccesses::write(size_t offset, size_t bytes, const Time& now, const Origin& origin) {
   const size_t end = offset + bytes;
   for (size_t i = offset / kWord; i * kWord < end; ++i) {

@@ -47,6 +47,10 @@ class SharedAccesses {
   bool read(size_t offset, size_t bytes, const Time& now, const Origin& origin);
   bool write(size_t offset, size_t bytes, const Time& now, const Origin& origin);
 
+  // By another block, which `first` and later barriers of this one do not order with what this one
+  // writes. Asked again at the end of such a time, it finds writes that came after it.
+  bool read_from_outside(size_t offset, size_t bytes, uint32_t first);
+
   // A cp.async, which may write at any time until it is waited for.
   bool begin_copy(size_t offset, size_t bytes, const Time& now, const Origin& origin);
   void end_copy(size_t offset, size_t bytes, const Time& now);

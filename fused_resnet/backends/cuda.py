@@ -232,12 +232,21 @@ def batch_norm_act_training(
     residual: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Three launches: statistics, a small one, and everything else."""
+    """One launch where a cluster's shared memory holds what it normalises.
+
+    Else three: statistics, a small one, and everything else.
+    """
     input = contiguous_like_eager(input)
     if not _can_normalize(input, weight, bias, residual):
         return library.batch_norm_act_training(
             input, weight, bias, eps, residual, activation, finish=_finish()
         )
+    if residual is None or residual.size(1) == input.size(1):
+        residual = _alike(input, residual)
+        if _fits_cluster(1, input, residual):
+            return _batch_norm("in_one_launch")(
+                input, *_vectors(weight, bias), eps, residual, activation == "relu", None
+            )
     mean, var = _batch_norm("statistics")(input)
     output = batch_norm_act_inference(input, mean, var, weight, bias, eps, residual, activation)
     return output, mean, var
@@ -282,12 +291,18 @@ def batch_norm_add_relu(
         or not _can_add(residual, input)
     ):
         return None
+    is_narrow, eps = residual.size(1) != input.size(1), norm[4]
+    mask = torch.empty(input.numel() // 8, dtype=torch.uint8, device=input.device)
+    if not is_narrow:
+        residual = _alike(input, residual)
+    if norm[0] is None and not is_narrow and _fits_cluster(1, input, residual):
+        output, *statistics = _batch_norm("in_one_launch")(
+            input, *_vectors(*norm[2:4]), eps, residual, True, mask
+        )
+        return output, mask, tuple(statistics), None
     if norm[0] is None:
         norm = (*_batch_norm("statistics")(input), *norm[2:])
-    if residual.size(1) == input.size(1):
-        residual = _alike(input, residual)
-    mask = torch.empty(input.numel() // 8, dtype=torch.uint8, device=input.device)
-    vectors, eps = _vectors(*norm[:4]), norm[4]
+    vectors = _vectors(*norm[:4])
     output = _batch_norm("normalize")(input, *vectors, eps, residual, True, mask)
     return output, mask, norm[:2], None
 
@@ -314,7 +329,7 @@ def batch_norm_act_backward(
     need: Sequence[bool],
     overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Three launches; see `backends.cpu.batch_norm_act_backward` for what it is given and returns.
+    """One launch or three, as forward; see `backends.cpu.batch_norm_act_backward` for the rest.
 
     `output` may be the mask that `batch_norm_add_relu` returned.
 
@@ -337,13 +352,20 @@ def batch_norm_act_backward(
     norm = (*_vectors(mean, var, weight, bias), eps)
     masked = torch.empty_like(input) if need_residual and relu else None
     total = dot = grad_weight = grad_input = None
-    if training or need_weight or need_bias or not need_input:
+    if need_input:
+        grad_input = grad if overwrite else torch.empty_like(input)
+    kept = None if output is None or output.dtype is torch.uint8 else output
+    in_one_launch = training and need_input and _fits_cluster(2, input, grad, kept)
+    if in_one_launch:
+        total, _, grad_weight = _batch_norm("backward_in_one_launch")(
+            grad, input, output, *norm, relu, masked, grad_input
+        )
+    elif training or need_weight or need_bias or not need_input:
         total, dot, grad_weight = _batch_norm("gradient_sums")(
             grad, input, output, *norm, relu, masked
         )
     grad_residual = (masked if relu else grad) if need_residual else None
-    if need_input:
-        grad_input = grad if overwrite else torch.empty_like(input)
+    if need_input and not in_one_launch:
         through = (total, dot) if training else (None, None)
         done = total is not None and masked is not None
         _batch_norm("input_gradient")(
@@ -432,6 +454,18 @@ def _can_normalize(input: Tensor, *others: Tensor | None) -> bool:
     )
 
 
+def _fits_cluster(tensors: int, input: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels of csrc/cuda/batch_norm_cluster.cuh take these tensors, laid out alike.
+
+    They keep `tensors` of them in shared memory.
+    """
+    return (
+        input.size(1) * input.element_size() % 16 == 0
+        and all(t is None or t.data_ptr() % 16 == 0 for t in (input, *others))
+        and _batch_norm("fits_cluster")(input, tensors)
+    )
+
+
 def _can_add(residual: Tensor | None, input: Tensor) -> bool:
     """Whether batch norm's kernels can add a residual, which may have fewer channels."""
     return (
@@ -495,6 +529,6 @@ def _basic_block() -> Any:
 
 @functools.cache
 def _batch_norm(name: str) -> Any:
-    """The operator `batch_norm_` and so on of csrc/cuda/batch_norm.cu."""
+    """The operator `batch_norm_` and so on of csrc/cuda/batch_norm.cu or batch_norm_cluster.cu."""
     assert _native.cuda_operators is not None
     return getattr(_native.cuda_operators, f"batch_norm_{name}").default

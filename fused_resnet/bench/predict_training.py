@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ from typing import Any
 import torch
 import torchvision
 
-from ..tuning import estimate, layers
+from ..tuning import cluster_norm, estimate, layers
 from ..tuning import training as ends
 from ..tuning.architecture import Architecture
 from ..tuning.problem import ConvProblem
@@ -183,6 +184,70 @@ def share_of_copy_bandwidth(norm: Norm, backward: bool, gpu: Architecture) -> fl
     )
     ideal = count * norm.bytes_once / gpu.copy_bandwidth
     return ideal / (ideal + launches * estimate.LAUNCH)
+
+
+# Of `batch_norm_act` alone, without and with an add: passes before a batch's sums are known and
+# after, forward and backward. Launches of their own read their tensors twice; one for all
+# (csrc/cuda/batch_norm_cluster.cuh) has kept them in shared memory.
+_APART = {False: ((1, 2), (2, 3)), True: ((1, 3 + _BITS), (3 + _BITS, 3))}
+_IN_ONE = {False: ((1, 1), (2, 1)), True: ((1, 2 + _BITS), (2 + _BITS, 2))}
+
+
+def batch_norm_act_seconds(
+    norm: Norm, backward: bool, in_one_launch: bool, gpu: Architecture
+) -> float | None:
+    """Of the operator in one direction, behind a projection without a ReLU.
+
+    Returns:
+        None where one launch cannot do it.
+    """
+    adds = norm.kind in ("last", "joined")
+    if not in_one_launch:
+        moved = sum(_APART[adds][backward]) * norm.bytes_once
+        return moved / gpu.copy_bandwidth + 3 * estimate.LAUNCH
+    N, C, H, W = norm.shape
+    passes = _IN_ONE[adds][backward]
+    return cluster_norm.predicted(N * H * W, C, _BYTES, passes, backward, gpu)
+
+
+def copy_seconds(norm: Norm, backward: bool, gpu: Architecture) -> float:
+    """Of a copy that moves what `batch_norm_act` does that reads its tensors twice."""
+    moved = sum(_APART[norm.kind in ("last", "joined")][backward]) * norm.bytes_once
+    return moved / gpu.copy_bandwidth + estimate.LAUNCH
+
+
+def share_of_a_copy(norm: Norm, backward: bool, gpu: Architecture) -> float:
+    """The time of such a copy over that of the CUDA backend, which has one launch where it fits."""
+    found = batch_norm_act_seconds(norm, backward, True, gpu)
+    if found is None:
+        found = batch_norm_act_seconds(norm, backward, False, gpu)
+    return copy_seconds(norm, backward, gpu) / found
+
+
+def one_launch_table(batch: int, gpu: Architecture, name: str = "resnet50") -> str:
+    """`batch_norm_act` in three launches and in one, every shape of a network, as Markdown.
+
+    Microseconds, and how long a copy would take over that.
+    """
+    lines = [
+        "| | forward, three launches | one | backward, three launches | one |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    rows: dict[str, Norm] = {}
+    for norm in norms_of(name, batch):
+        what = {"last": " + add", "joined": " + add"}.get(norm.kind, "")
+        rows.setdefault("x".join(map(str, norm.shape)) + what, norm)
+    for title, norm in rows.items():
+        cells = []
+        for backward, in_one_launch in itertools.product((False, True), repeat=2):
+            seconds = batch_norm_act_seconds(norm, backward, in_one_launch, gpu)
+            if seconds is None:
+                cells.append("-")
+            else:
+                share = copy_seconds(norm, backward, gpu) / seconds
+                cells.append(f"{1e6 * seconds:.1f} ({100 * share:.0f} %)")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ struct Grid {
   unsigned threads;         // of each block
   size_t shared_bytes = 0;  // dynamic shared memory of each block
   cudaStream_t stream = nullptr;
+  unsigned cluster = 1;  // blocks of a cluster, side by side in x
 };
 
 #ifdef FUSED_RESNET_ON_HOST
@@ -29,7 +30,7 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
   const std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
   auto thread = [&] { std::apply(kernel, values); };
-  on_host::run_grid({grid.blocks, grid.threads, grid.shared_bytes}, thread);
+  on_host::run_grid({grid.blocks, grid.threads, grid.shared_bytes, grid.cluster}, thread);
 }
 
 #else
@@ -57,8 +58,16 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... argu
   std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
   const auto start = [&](auto&... value) {
     void* pointers[] = {&value...};
-    return cudaLaunchKernel(function, grid.blocks, grid.threads, pointers, grid.shared_bytes,
-                            grid.stream);
+    if (grid.cluster == 1) {
+      return cudaLaunchKernel(function, grid.blocks, grid.threads, pointers, grid.shared_bytes,
+                              grid.stream);
+    }
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {grid.cluster, 1, 1};
+    const cudaLaunchConfig_t config{grid.blocks, dim3(grid.threads), grid.shared_bytes,
+                                    grid.stream, &attribute,         1};
+    return cudaLaunchKernelExC(&config, function, pointers);
   };
   STD_CUDA_CHECK(std::apply(start, values));
 }
