@@ -141,7 +141,8 @@ def training_section(path: Path) -> str:
         f"**Training on GPUs: predicted, not measured**, {steps[0]['dtype']} autocast, forward, "
         "backward and SGD. How many times as long eager and `torch.compile` are predicted to take, "
         "with the same convolutions in all; in brackets the least share of copy bandwidth that a "
-        "norm of the network is predicted to reach, forward and backward. Term by term: "
+        "norm of the network is predicted to reach, forward and backward, in Triton's three "
+        "launches. Term by term, and what the CUDA backend's norms reach in one launch: "
         "[docs/training.md](docs/training.md).",
         "",
         "| | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
