@@ -1,18 +1,20 @@
-"""Writes the README's results between its markers, from the data under bench/results/.
+"""Writes what the documents say of speed and error, from the data under bench/results/.
 
-    python bench/report.py           # rewrite README.md
-    python bench/report.py --check   # exit 1 when README.md is not what the data says
+    python bench/report.py           # rewrite README.md, docs/results.md, docs/predictions.md
+    python bench/report.py --check   # exit 1 when one of them is not what the data says
 
-Each device's folder contributes its newest files of models and of kernels, and
-`bench/results/static/predicted.json` (written by `fused-resnet bench static`) the predictions. The
-page with the plots is `fused-resnet bench report`'s.
+Between their markers the README has one table a device, docs/results.md everything measured and
+docs/predictions.md what is predicted for GPUs. Each device's folder contributes its newest files of
+models and of kernels, and `bench/results/static/predicted.json` (written by `fused-resnet bench
+static`) the predictions. docs/latency.png draws the README's newest table. The page with all plots
+is `fused-resnet bench report`'s.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,50 @@ from fused_resnet.console import kept_text
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+FIGURE = ROOT / "docs" / "latency.png"
 RESULTS = ROOT / "bench" / "results"
 BEGIN = "<!-- results: written by bench/report.py from bench/results/ -->"
 END = "<!-- end of results -->"
+
+# The engines of the README's table; docs/results.md has the others too.
+HEADLINE = ("eager", "torch.compile", "OpenVINO", "ONNX Runtime", "fused")
+
+
+def headline(results: Path = RESULTS) -> str:
+    """One table a device, the newest device first: latencies of whole models in inference."""
+    sections = [
+        "\n".join([f"**{where(document)}**, ms:", "", *_table(_headline_cases(document), _time)])
+        for document in _newest_inference(results)
+    ]
+    return "\n\n".join(sections) or "There are no results yet."
+
+
+def draw_headline(path: Path, results: Path = RESULTS) -> None:
+    """The README's newest table as bars; nothing where there are no results."""
+    from fused_resnet.bench import plots
+
+    for document in _newest_inference(results)[:1]:
+        title = "Inference, times as fast as eager"
+        figure = plots.model_speedups(_headline_cases(document), title, where(document))
+        path.write_bytes(plots.png(figure))
+
+
+def _headline_cases(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    cases = []
+    for case in document["cases"]:
+        if case["mode"] == "inference":
+            known = {one["name"]: one for one in case["candidates"]}
+            kept = [known[name] for name in HEADLINE if name in known]
+            cases.append({**case, "candidates": kept})
+    return cases
+
+
+def _newest_inference(results: Path) -> list[dict[str, Any]]:
+    found = (documents.load(p) for p in documents.newest(results, documents.MODELS))
+    kept = [d for d in found if any(case["mode"] == "inference" for case in d["cases"])]
+    kept.sort(key=lambda document: document["date"])
+    devices = {document["device"]["name"]: document for document in kept}
+    return sorted(devices.values(), key=lambda document: document["date"], reverse=True)
 
 
 def models_section(path: Path, root: Path = ROOT) -> str:
@@ -128,7 +171,7 @@ def predicted_section(path: Path, root: Path = ROOT) -> str:
         "",
         "A roofline model with published figures, in which the library's convolutions are as good "
         "as these kernels, so that the ratios are what fusing saves. Layer by layer: "
-        f"[{source}]({source}), made by `fused-resnet bench static --json {source}`.",
+        f"{_link(path, root)}, made by `fused-resnet bench static --json {source}`.",
     ]
     return "\n".join(lines)
 
@@ -143,7 +186,7 @@ def training_section(path: Path) -> str:
         "with the same convolutions in all; in brackets the least share of copy bandwidth that a "
         "norm of the network is predicted to reach, forward and backward, in Triton's three "
         "launches. Term by term, and what the CUDA backend's norms reach in one launch: "
-        "[docs/training.md](docs/training.md).",
+        "[training.md](training.md).",
         "",
         "| | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
         "| --- |" + " ---: |" * len(batches),
@@ -163,32 +206,47 @@ def training_section(path: Path) -> str:
     return "\n".join(lines)
 
 
-def report(results: Path = RESULTS, root: Path = ROOT) -> str:
-    """Everything that belongs between the markers."""
+def measured(results: Path = RESULTS, root: Path = ROOT) -> str:
+    """Everything that devices measured."""
     sections = [models_section(p, root) for p in documents.newest(results, documents.MODELS)]
     sections += [kernels_section(p, root) for p in documents.newest(results, documents.KERNELS)]
-    predicted = results / "static" / "predicted.json"
-    if predicted.exists():
-        sections += [predicted_section(predicted, root), training_section(predicted)]
     return "\n\n".join(sections) or "There are no results yet."
 
 
-def rewritten(readme: str, text: str) -> str:
-    """The README with `text` between its markers.
+def predicted(results: Path = RESULTS, root: Path = ROOT) -> str:
+    """Everything that a model of GPUs says."""
+    path = results / "static" / "predicted.json"
+    if not path.exists():
+        return "There are no predictions yet."
+    return f"{predicted_section(path, root)}\n\n{training_section(path)}"
+
+
+def rewritten(document: str, text: str, name: str = "README.md") -> str:
+    """The document with `text` between its markers.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = document.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"README.md must have {BEGIN!r} and then {END!r}, once each")
+        raise ValueError(f"{name} must have {BEGIN!r} and then {END!r}, once each")
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
-def _source(path: Path, root: Path, command: str) -> str:
+def written() -> dict[Path, Callable[[], str]]:
+    """The documents, each with what makes the part between its markers."""
+    docs = README.parent / "docs"
+    return {README: headline, docs / "results.md": measured, docs / "predictions.md": predicted}
+
+
+def _link(path: Path, root: Path) -> str:
     source = path.relative_to(root)
-    return f"Data: [{source}]({source}), made by `{command}`."
+    return f"[{source}](../{source})"  # from a page under docs/
+
+
+def _source(path: Path, root: Path, command: str) -> str:
+    return f"Data: {_link(path, root)}, made by `{command}`."
 
 
 def _table(cases: Sequence[Mapping[str, Any]], cell: Any) -> list[str]:
@@ -248,12 +306,19 @@ def main() -> None:
         "--check", action="store_true", help="change nothing, exit 1 on a difference"
     )
     arguments = parser.parse_args()
-    current = README.read_text()
-    wanted = rewritten(current, report())
+    different = []
+    for path, text in written().items():
+        current = path.read_text()
+        wanted = rewritten(current, text(), path.name)
+        if current != wanted:
+            different.append(path.name)
+            if not arguments.check:
+                path.write_text(wanted)
     if not arguments.check:
-        README.write_text(wanted)
-    elif current != wanted:
-        sys.exit("README.md differs from bench/results/: run `python bench/report.py`")
+        draw_headline(FIGURE)
+    elif different:
+        names = ", ".join(different)
+        sys.exit(f"{names} differs from bench/results/: run `python bench/report.py`")
 
 
 if __name__ == "__main__":

@@ -977,9 +977,19 @@ def test_report_finds_the_repositorys_newest_files() -> None:
 # The README.
 
 
-def test_readme_matches_the_data(readme_report: Any) -> None:
+def test_documents_match_the_data(readme_report: Any) -> None:
+    for path, text in readme_report.written().items():
+        document = path.read_text()
+        assert readme_report.rewritten(document, text()) == document, path
+
+
+def test_readme_is_short_and_links_to_what_is_there(readme_report: Any) -> None:
     readme = readme_report.README.read_text()
-    assert readme_report.rewritten(readme, readme_report.report()) == readme
+    assert len(readme.splitlines()) <= 130
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", readme)
+    assert "docs/how_it_works.md" in links
+    for path in links:
+        assert (readme_report.ROOT / path).exists(), path
 
 
 @pytest.mark.usefixtures("small")
@@ -1003,7 +1013,15 @@ def test_readme_is_made_from_the_newest_files(readme_report: Any, tmp_path: Path
     (results / "some-cpu" / "c.json").write_text(json.dumps(trained))
     layers = measured({"eager": candidates.eager, "fused, cpu": _fails})
     (results / "some-cpu" / "a-kernels.json").write_text(json.dumps(layers))
-    text = readme_report.report(results, tmp_path)
+    headline = readme_report.headline(results)
+    assert "Some CPU, 2 threads, torch 2, commit abc, 2026-02-01" in headline
+    assert "| resnet50, batch 1, float32 | 100.0 (1.00) | **50.0 (0.50)** |" in headline
+    assert "training step" not in headline
+    assert "60.0" not in headline
+    figure = tmp_path / "figure.png"
+    readme_report.draw_headline(figure, results)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    text = readme_report.measured(results, tmp_path)
     assert (
         "| resnet50, batch 1, float32 | 100.0 (1.00) | **50.0 (0.50)** | wrong result | - |" in text
     )
@@ -1032,9 +1050,11 @@ def test_readme_without_markers_is_refused(readme_report: Any) -> None:
 def test_readme_check_exits_on_a_difference(
     readme_report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{readme_report.BEGIN} stale {readme_report.END}")
-    monkeypatch.setattr(readme_report, "README", readme)
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(readme_report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(readme_report, "FIGURE", tmp_path / "docs" / "latency.png")
+    for document in readme_report.written():
+        document.write_text(f"{readme_report.BEGIN} stale {readme_report.END}")
     monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
     with pytest.raises(SystemExit, match="differs"):
         readme_report.main()
