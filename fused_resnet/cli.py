@@ -303,8 +303,8 @@ def _tune(
     again: bool,
 ) -> None:
     here = architecture.of_device(device)
-    path = path or tables.user_path(here.name)
     try:
+        path = path or tables.user_path(here.name)
         tables.merge(path, here.name, {})  # fails before the measuring, not after it
     except OSError as error:
         raise InvalidArgumentError(f"--table cannot be written: {error}") from None
@@ -483,10 +483,28 @@ def doctor() -> None:
         built = torch.version.cuda
         reason = f"built for CUDA {built}, finds no GPU" if built else "built without CUDA"
         section("GPU", {"none": f"torch is {reason}"})
-    choice = {"FUSED_RESNET_BACKEND": os.environ.get("FUSED_RESNET_BACKEND", "not set")}
-    section("backends", {**backends.available(), **choice})
+    section("backends", backends.available())
+    section("environment", _settings())
     section("compiled parts", _compiled_parts())
     console.print(grid)
+
+
+def _settings() -> dict[str, object]:
+    """The environment variables that are read, and what each comes to."""
+    settings: dict[str, object] = {}
+    for name, result in (
+        ("FUSED_RESNET_BACKEND", lambda: backends.check_environment()),
+        ("FUSED_RESNET_CPU_ISA", lambda: f"the CPU's kernels use {backends.cpu_isa()}"),
+        ("FUSED_RESNET_CACHE", lambda: f"tuning tables are in {tables.cache_folder()}"),
+    ):
+        value = os.environ.get(name)
+        text = "not set" if not value else f"{value}, forced" if "CACHE" not in name else value
+        try:
+            found = result()
+        except (ValueError, OSError) as error:
+            found = f"error: {error}"
+        settings[name] = text if found is None else f"{text}; {found}"
+    return settings
 
 
 def _compiled_parts() -> dict[str, object]:

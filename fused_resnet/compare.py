@@ -93,11 +93,11 @@ class Case:
         self._check_backend()
 
     def _check_backend(self) -> None:
+        try:
+            backends.check_environment()
+        except ValueError as error:
+            raise InvalidArgumentError(str(error)) from None
         if self.backend is None:
-            try:
-                backends.choose(self.torch_device.type)
-            except ValueError as error:  # FUSED_RESNET_BACKEND
-                raise InvalidArgumentError(str(error)) from None
             return
         available = backends.available()
         if self.backend not in available:
