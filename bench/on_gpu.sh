@@ -89,8 +89,9 @@ if [[ ${WHEEL:-} != none ]]; then
   python=$out/venv/bin/python
 fi
 # The installed package, not the source tree that `python -m` would put first.
-module='import runpy, sys
+module='import sys
 sys.path = [folder for folder in sys.path if folder]
+import runpy
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)'
 command=("$python" -c "$module" fused_resnet.cli)
 measure=(--device "$device" --rounds "$rounds")

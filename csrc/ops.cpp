@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   for (const char* schema : fused_resnet::kCudaSchemas) m.def(schema);
 
   // The CPU backend's convolution. Internal: fused_resnet/backends/cpu.py is the only caller.
+  m.def("cpu_isa() -> str");
   m.def("conv_isa() -> str");
   m.def("pack_conv_weight(Tensor weight, int groups) -> Tensor");
   m.def(

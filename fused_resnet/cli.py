@@ -14,7 +14,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,11 +23,21 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from . import _native, backends, environment, tuning
 from . import compare as comparison
 from .bench.cli import app as bench
-from .console import batch_size, check_model, check_output, error_text, fail, whole_number
+from .console import (
+    batch_size,
+    check_model,
+    check_output,
+    error_text,
+    fail,
+    heading,
+    plain,
+    whole_number,
+)
 from .inputs import InvalidArgumentError, first_line
 from .tuning import architecture, basic_block, chain, estimate, layers, tuner
 from .tuning import table as tables
@@ -104,7 +113,7 @@ def compare(
 
     console, bar_console = Console(), Console(stderr=True)
     progress = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TimeElapsedColumn(),
         console=bar_console,
@@ -117,7 +126,7 @@ def compare(
             result = comparison.compare(
                 case,
                 progress=lambda stage, done, total: bar.update(
-                    task, description=escape(stage), completed=done, total=total
+                    task, description=stage, completed=done, total=total
                 ),
             )
     except KeyboardInterrupt:
@@ -125,11 +134,13 @@ def compare(
     _print_result(console, result)
     if json is not None:
         command = shlex.join(["fused-resnet", *sys.argv[1:]])
-        comparison.write_json(comparison.document([result], command), json)
+        with comparison.writing(json):
+            comparison.write_json(comparison.document([result], command), json)
     if plot is not None:
         from .plot import draw
 
-        draw(comparison.document([result], ""), plot)
+        with comparison.writing(plot):
+            draw(comparison.document([result], ""), plot)
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -156,36 +167,36 @@ def _print_result(console: Console, result: comparison.Result) -> None:
     for candidate in result.candidates:
         table.add_row(*_row(result, candidate))
     console.print(table)
-    console.print(f"{escape(str(where))}{threads}; torch {torch.__version__}; {rounds} rounds")
+    console.print(plain(f"{where}{threads}; torch {torch.__version__}; {rounds} rounds"))
     weights = case.weights or "random, batch-norm statistics too"
     images = ", ".join(case.images) or "sample photograph"
-    console.print(f"weights: {escape(weights)}; input: {escape(images)}")
+    console.print(plain(f"weights: {weights}; input: {images}"))
     if case.memory:
         console.print("peak memory: above the model and its input")
     for line in result.fused:
-        console.print(f"fused: {escape(line)}", highlight=False)
+        console.print(plain(f"fused: {line}"))
     for candidate in result.candidates:
         if candidate.skipped:
-            console.print(f"{candidate.name}: skipped, {escape(candidate.skipped)}")
+            console.print(plain(f"{candidate.name}: skipped, {candidate.skipped}"))
         elif candidate.wrong:
-            console.print(
-                f"[red]{candidate.name}: wrong, not timed: its error is out of bounds[/red]"
-            )
+            reason = "wrong, not timed: its error is out of bounds"
+            console.print(plain(f"{candidate.name}: {reason}", "red"))
     if result.interrupted:
         console.print(f"interrupted after {rounds} of {case.rounds} rounds")
 
 
-def _row(result: comparison.Result, candidate: comparison.Candidate) -> list[str]:
+def _row(result: comparison.Result, candidate: comparison.Candidate) -> list[str | Text]:
+    name = plain(candidate.name)
     case, latency, accuracy = result.case, candidate.latency, candidate.accuracy
     if accuracy is None:
-        return [candidate.name, "skipped"]
+        return [name, "skipped"]
     if latency is None:
         blank = [""] * (3 + case.memory)
         errors = [accuracy.error, accuracy.gradient_error] if case.train else [accuracy.error]
         cells = [*blank, *map(error_text, errors), f"{100 * accuracy.top5:.0f} %"]
-        return [candidate.name, "[red]wrong[/]", *cells]
+        return [name, plain("wrong", "red"), *cells]
     row = [
-        candidate.name,
+        name,
         f"{latency.median:.2f}",
         f"{latency.quantile(0.1):.2f} to {latency.quantile(0.9):.2f}",
         f"{result.images_per_second(candidate):.1f}",
@@ -292,8 +303,8 @@ def _tune(
     again: bool,
 ) -> None:
     here = architecture.of_device(device)
-    path = path or tables.user_path(here.name)
     try:
+        path = path or tables.user_path(here.name)
         tables.merge(path, here.name, {})  # fails before the measuring, not after it
     except OSError as error:
         raise InvalidArgumentError(f"--table cannot be written: {error}") from None
@@ -305,7 +316,7 @@ def _tune(
 
     console, bar_console = Console(), Console(stderr=True)
     progress = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -322,7 +333,7 @@ def _tune(
             tuner.EventTimer(device, flush_bytes=8 * here.l2_bytes),
             path,
             progress=lambda problem, done: bar.update(
-                task, description=escape(f"batch {problem.N}, {problem}"), completed=done
+                task, description=f"batch {problem.N}, {problem}", completed=done
             ),
         )
     for kind in found:
@@ -341,7 +352,7 @@ def _print_tuned(
     rows = [result for result in results if result.problem in layers and result.microseconds]
     if not rows:
         return
-    table = Table(title=title, header_style="bold")
+    table = Table(title=heading(title), header_style="bold")
     table.add_column("layer")
     table.add_column("runs", justify="right")
     table.add_column("chosen")
@@ -373,20 +384,19 @@ def _print_session(
             failures.setdefault(name, []).append(f"{result.problem.key}: {reason}")
     for name, reasons in failures.items():
         more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
-        console.print(f"not used: {escape(name)} for {escape(reasons[0])}{more}", highlight=False)
+        console.print(plain(f"not used: {name} for {reasons[0]}{more}"))
     for problem, reason in session.skipped.items():
-        console.print(f"[red]not tuned: {problem.key}: {escape(reason)}[/red]", highlight=False)
+        console.print(plain(f"not tuned: {problem.key}: {reason}", "red"))
     if known:
         console.print(f"{known} layers were in the table already; --again times them anew")
     if session.interrupted:
         console.print(f"interrupted after {len(session.results)} of {wanted} layers")
-    console.print(f"table: {escape(str(path))}", highlight=False)
+    console.print(plain(f"table: {path}"))
 
 
 def _print_prediction(title: str, layers: Counter[ConvProblem], gpu: Architecture) -> None:
-    table = Table(
-        title=f"{title}: predicted for {gpu.name}, nothing was timed", header_style="bold"
-    )
+    title = f"{title}: predicted for {gpu.name}, nothing was timed"
+    table = Table(title=heading(title), header_style="bold")
     table.add_column("layer")
     for column in ("runs", "candidates"):
         table.add_column(column, justify="right")
@@ -416,9 +426,8 @@ def _print_chains(
 ) -> None:
     if not chains:
         return
-    table = Table(
-        title=f"{title}: blocks, predicted for {gpu.name}, nothing was timed", header_style="bold"
-    )
+    title = f"{title}: blocks, predicted for {gpu.name}, nothing was timed"
+    table = Table(title=heading(title), header_style="bold")
     table.add_column("block, from its first 3x3 on")
     for column in ("runs", "candidates"):
         table.add_column(column, justify="right")
@@ -455,7 +464,7 @@ def doctor() -> None:
     def section(title: str, rows: dict[str, object]) -> None:
         grid.add_row(title, "")
         for name, value in rows.items():
-            grid.add_row(f"  {name}", escape("not found" if value is None else str(value)))
+            grid.add_row(plain(f"  {name}"), plain("not found" if value is None else value))
 
     versions = environment.versions()
     versions["commit"] = environment.commit() or "not a checkout"
@@ -474,10 +483,28 @@ def doctor() -> None:
         built = torch.version.cuda
         reason = f"built for CUDA {built}, finds no GPU" if built else "built without CUDA"
         section("GPU", {"none": f"torch is {reason}"})
-    choice = {"FUSED_RESNET_BACKEND": os.environ.get("FUSED_RESNET_BACKEND", "not set")}
-    section("backends", {**backends.available(), **choice})
+    section("backends", backends.available())
+    section("environment", _settings())
     section("compiled parts", _compiled_parts())
     console.print(grid)
+
+
+def _settings() -> dict[str, object]:
+    """The environment variables that are read, and what each comes to."""
+    settings: dict[str, object] = {}
+    for name, result in (
+        ("FUSED_RESNET_BACKEND", lambda: backends.check_environment()),
+        ("FUSED_RESNET_CPU_ISA", lambda: f"the CPU's kernels use {backends.cpu_isa()}"),
+        ("FUSED_RESNET_CACHE", lambda: f"tuning tables are in {tables.cache_folder()}"),
+    ):
+        value = os.environ.get(name)
+        text = "not set" if not value else f"{value}, forced" if "CACHE" not in name else value
+        try:
+            found = result()
+        except (ValueError, OSError) as error:
+            found = f"error: {error}"
+        settings[name] = text if found is None else f"{text}; {found}"
+    return settings
 
 
 def _compiled_parts() -> dict[str, object]:

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from . import backends, environment, swap, telemetry
+from . import backends, environment, files, swap, telemetry
 from .inputs import InvalidArgumentError, build_input, build_model, first_line
 from .measure import Latency, PeakMemory, interleave, kept_bytes, synchronize, threads
 from .testing import FACTOR, relative_error
@@ -92,11 +93,11 @@ class Case:
         self._check_backend()
 
     def _check_backend(self) -> None:
+        try:
+            backends.check_environment()
+        except ValueError as error:
+            raise InvalidArgumentError(str(error)) from None
         if self.backend is None:
-            try:
-                backends.choose(self.torch_device.type)
-            except ValueError as error:  # FUSED_RESNET_BACKEND
-                raise InvalidArgumentError(str(error)) from None
             return
         available = backends.available()
         if self.backend not in available:
@@ -478,19 +479,40 @@ def _peak_memory(name: str, case: Case) -> int | None:
     if case.torch_device.type == "cuda":
         with torch.cuda.device(case.torch_device):
             return _peak_memory_here(name, case)
-    request = {"path": sys.path, "name": name, "case": dataclasses.asdict(case)}
+    request = {
+        "path": _path_without(os.getcwd()),
+        "package": str(Path(__file__).resolve().parent),
+        "name": name,
+        "case": dataclasses.asdict(case),
+    }
+    # -I: neither the current folder nor what PYTHONPATH names is on the path while Python starts.
     child = subprocess.run(
-        [sys.executable, "-c", _CHILD], input=json.dumps(request), capture_output=True, text=True
+        [sys.executable, "-I", "-c", _CHILD],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
     )
     return int(child.stdout.split()[-1]) if child.returncode == 0 else None
 
 
-# The path comes first: the child must import the package that runs here, not one in the current
-# folder.
+def _path_without(folder: str) -> list[str]:
+    """`sys.path` but for a folder, however it is written there."""
+    real = os.path.realpath(folder)
+    return [entry for entry in sys.path if entry and os.path.realpath(entry) != real]
+
+
+# The package is the one that runs here, though it be in the current folder or found by an
+# importer.
 _CHILD = """
-import json, sys
+import importlib.util, json, sys
 request = json.load(sys.stdin)
-sys.path[:] = request["path"]
+sys.path[:] = request["path"] + [own for own in sys.path if own not in request["path"]]
+spec = importlib.util.spec_from_file_location(
+    "fused_resnet", request["package"] + "/__init__.py",
+    submodule_search_locations=[request["package"]],
+)
+sys.modules["fused_resnet"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["fused_resnet"])
 from fused_resnet import compare
 case = compare.Case(**request["case"])
 print(compare._peak_memory_here(request["name"], case))
@@ -618,8 +640,20 @@ def _finite(value: float | None) -> float | None:
 
 
 def write_json(document: Mapping[str, object], path: Path) -> None:
-    """Writes strict JSON, complete or not at all."""
+    """Writes strict JSON, complete or not at all.
+
+    Raises:
+        OSError: the file cannot be written; it stays as it was.
+    """
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    files.replace(path, text.encode())
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes of what the system says of a file that cannot be written an InvalidArgumentError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise InvalidArgumentError(f"{path} cannot be written: {reason}") from None

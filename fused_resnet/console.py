@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from .inputs import InvalidArgumentError, known_models
 
@@ -39,7 +41,11 @@ def check_output(name: str, path: Path | None) -> None:
         )
     if path.is_dir():
         raise InvalidArgumentError(f"--{name} is {str(path)!r}, which is a folder, must be a file")
-    if not os.access(path if path.exists() else folder, os.W_OK):
+    # A link's target is replaced, which takes writing to its folder.
+    target = Path(os.path.realpath(path))
+    regular = target.is_file() or not target.exists()
+    needed = [target.parent, target] if regular else [path]
+    if not all(os.access(one, os.W_OK) for one in needed if one.exists()):
         raise InvalidArgumentError(f"--{name} is {str(path)!r}, which cannot be written")
 
 
@@ -71,9 +77,30 @@ def batch_size(text: str) -> int:
     return count
 
 
+def visible(text: object) -> str:
+    """The text in one line, control characters, lone surrogates and the like as escapes."""
+    return "".join(
+        repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
+        for c in str(text)
+    )
+
+
+def plain(text: object, style: str = "") -> Text:
+    """Text for rich that is no markup and no emoji, and cannot move a terminal's cursor.
+
+    For all that comes from a file, from the user or from another library.
+    """
+    return Text(visible(text), style)
+
+
+def heading(text: object) -> Text:
+    """The same as a table's title."""
+    return plain(text, "table.title")
+
+
 def fail(message: str, code: int) -> int:
     """Prints an error's one line; returns the exit code."""
-    print(f"fused-resnet: {message}", file=sys.stderr)
+    print(f"fused-resnet: {visible(message)}", file=sys.stderr)
     return code
 
 
@@ -81,7 +108,7 @@ def progress_bar() -> Progress:
     """A bar on standard error with the time left, shown where that is a terminal."""
     console = Console(stderr=True)
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),

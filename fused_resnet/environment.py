@@ -108,7 +108,8 @@ def commit(root: Path = ROOT) -> str | None:
     """
     if not (root / ".git").exists() or not (root / "csrc").is_dir():
         return None
-    git = ["git", "-C", str(root)]
+    # Not the program that a repository's own configuration may name for `status` to run.
+    git = ["git", "-c", "core.fsmonitor=false", "-C", str(root)]
     head = _output([*git, "rev-parse", "--short=10", "HEAD"]).strip()
     if not head:
         return None

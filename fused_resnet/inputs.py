@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-import pickle
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import torch
 import torchvision
 
 from .testing import randomize_
+
+# How many times as long as wide an image may be.
+_LONGEST = 100
 
 
 class InvalidArgumentError(ValueError):
@@ -62,27 +66,47 @@ def build_model(name: str, weights: str | None, seed: int) -> torch.nn.Module:
 
 
 def _model_from_file(name: str, path: Path) -> torch.nn.Module:
+    what = f"--weights is {str(path)!r}"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of damaged files, nearly anything
         raise InvalidArgumentError(
-            f"--weights is {str(path)!r}, which torch.load cannot read: {first_line(error)}"
+            f"{what}, which torch.load cannot read: {first_line(error)}"
         ) from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not isinstance(state.get("fc.weight"), torch.Tensor):
+    last = state.get("fc.weight") if isinstance(state, dict) else None
+    if not isinstance(last, torch.Tensor):
+        raise InvalidArgumentError(f"{what}, which holds no state_dict of {name} (no 'fc.weight')")
+    for key in state:
+        if not isinstance(key, str):
+            raise InvalidArgumentError(
+                f"{what}, whose state_dict has the key {key!r}, must have text alone"
+            )
+    with torch.device("meta"):
+        features = torchvision.models.get_model(name).fc.in_features
+    # The model is as large as it says, so it is to say nothing that the file does not hold.
+    stored = 0 if last.layout is not torch.strided else last.untyped_storage().nbytes()
+    if last.is_meta or last.numel() * last.element_size() > stored:
         raise InvalidArgumentError(
-            f"--weights is {str(path)!r}, which holds no state_dict of {name} (no 'fc.weight')"
+            f"{what}, whose fc.weight of shape {tuple(last.shape)} is not all in the file"
         )
-    model = torchvision.models.get_model(name, num_classes=state["fc.weight"].shape[0])
+    if last.dim() != 2 or last.shape[0] < 1 or last.shape[1] != features:
+        raise InvalidArgumentError(
+            f"{what}, MODEL is {name!r}: fc.weight has shape {tuple(last.shape)}, "
+            f"must be (classes, {features})"
+        )
+    model = torchvision.models.get_model(name, num_classes=last.shape[0])
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of what is no tensor, nearly anything
         reason = " ".join(str(error).split())[:200]
-        raise InvalidArgumentError(
-            f"--weights is {str(path)!r}, MODEL is {name!r}: {reason}"
-        ) from None
+        raise InvalidArgumentError(f"{what}, MODEL is {name!r}: {reason}") from None
     return model
 
 
@@ -106,7 +130,8 @@ def load_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
     """Reads an RGB image.
 
     Raises:
-        InvalidArgumentError: there is no such file, or Pillow cannot read it as an image.
+        InvalidArgumentError: there is no such file, Pillow cannot read it as an image, or it has
+            more pixels than Pillow takes for safe, or is over 100 times as long as wide.
     """
     path = os.fspath(path)
     if not os.path.exists(path):
@@ -116,12 +141,22 @@ def load_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
             f"--image is {path!r}, which is a directory, must be an image file"
         )
     try:
-        with PIL.Image.open(path) as image:
+        # Pillow warns of images of over 89 million pixels and refuses those of twice as many.
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+            image = stack.enter_context(PIL.Image.open(path))
+            width, height = image.size
+            if max(width, height) > _LONGEST * min(width, height):
+                # The shorter side becomes as long as the crop's, the longer one in proportion.
+                raise ValueError(
+                    f"{width}x{height} pixels, must be at most {_LONGEST} times as long as wide"
+                )
             return image.convert("RGB")
+    except MemoryError:
+        raise
     except PIL.UnidentifiedImageError:
         reason = "not an image that Pillow can read"
-    # Damaged files raise nearly anything from inside Pillow's decoders.
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except Exception as error:  # from inside Pillow's decoders, nearly anything
         reason = f"not readable: {first_line(error)}"
     raise InvalidArgumentError(f"--image is {path!r}, which is {reason}")
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 
+from . import files
+
+# Of all text that is not ours: a dollar sign in a name is no formula.
+PLAIN = {"parse_math": False, "usetex": False}
 INK = "#333333"
 COLOURS = {"eager": "#9a9a9a", "fused": "#1f6fb4"}
 OTHER_COLOUR = "#d9a441"
@@ -17,6 +22,9 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     """Draws latency bars with their p10-to-p90 range, and the errors beside them, as a PNG.
 
     `document` is what `compare.document` returns; its cases are drawn below one another.
+
+    Raises:
+        OSError: the file cannot be written; it stays as it was.
     """
     cases = document["cases"]
     rows = [[c for c in case["candidates"] if c["latency_ms"]] for case in cases]
@@ -37,14 +45,20 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         color=INK,
         x=0.01,
         ha="left",
+        **PLAIN,
     )
-    figure.savefig(path, dpi=150, format="png")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, format="png")
+    files.replace(path, buffer.getvalue())
 
 
 def _latencies(axes: Any, case: Mapping[str, Any], row: list[Mapping[str, Any]]) -> None:
     mode = "training step" if case["mode"] == "training" else "inference"
     axes.set_title(
-        f"{case['model']}, batch {case['batch']}, {case['dtype']}, {mode}", fontsize=11, loc="left"
+        f"{case['model']}, batch {case['batch']}, {case['dtype']}, {mode}",
+        fontsize=11,
+        loc="left",
+        **PLAIN,
     )
     longest = max(max(c["latency_ms"]["p90"], c["latency_ms"]["median"]) for c in row)
     for y, candidate in enumerate(row):
@@ -89,7 +103,7 @@ def _errors(axes: Any, case: Mapping[str, Any], row: list[Mapping[str, Any]]) ->
 
 
 def _finish(axes: Any, names: list[str]) -> None:
-    axes.set_yticks(range(len(names)), names, fontsize=10)
+    axes.set_yticks(range(len(names)), names, fontsize=10, **PLAIN)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="x", labelsize=8, colors=INK)
     axes.tick_params(axis="y", length=0)

@@ -89,7 +89,7 @@ def problems(draw: st.DrawFn) -> ConvProblem:
     groups = draw(st.sampled_from([1, 1, 1, 2, 8, 32]))
     R, S = draw(pairs(1, 7))
     dilation, padding = draw(pairs(1, 2)), draw(pairs(0, 3))
-    return ConvProblem(
+    problem = ConvProblem(
         draw(st.integers(1, 300)),
         groups * draw(st.integers(1, 300)),
         draw(st.integers(dilation[0] * (R - 1) + 1, 300)),
@@ -105,6 +105,8 @@ def problems(draw: st.DrawFn) -> ConvProblem:
         draw(st.booleans()),
         draw(st.sampled_from([None, None, (3, 3, 2, 2, 1, 1), (2, 3, 1, 2, 0, 1)])),
     )
+    fits = min(problem.output_size) >= 1
+    return problem if fits else dataclasses.replace(problem, pool=None)
 
 
 @cache
@@ -674,6 +676,114 @@ def test_what_cannot_be_read_is_nothing(tmp_path: Path) -> None:
             assert table.read(path) == {}
         with pytest.raises(OSError):
             table.merge(path, GPU, {SMALL: ENTRY})
+
+
+CHAIN_KEY = "chain float16 1x64x56x56 k256 s1x1 p1x1 d1x1 project64x56x56,1x1 next64"
+IMPOSSIBLE = [
+    "float16 1x64x56x56 k64 3x3 s0x1 p1x1 d1x1 g1",
+    "float16 1x64x56x56 k64 3x3 s1x0 p1x1 d1x1 g1",
+    "float16 1x64x56x56 k64 3x3 s1x1 p1x1 d0x1 g1",
+    "float16 1x64x56x56 k64 3x3 s1x1 p1x1 d1x1 g0",
+    "float16 1x64x56x56 k64 3x3 s1x1 p1x1 d1x1 g3",
+    "float16 1x64x56x56 k65 3x3 s1x1 p1x1 d1x1 g2",
+    "float16 0x64x56x56 k64 3x3 s1x1 p1x1 d1x1 g1",
+    "float16 1x0x56x56 k64 3x3 s1x1 p1x1 d1x1 g1",
+    "float16 1x64x56x56 k64 0x3 s1x1 p1x1 d1x1 g1",
+    "float16 1x64x2x56 k64 3x3 s1x1 p0x0 d1x1 g1",
+    "float16 1x64x56x56 k64 3x3 s1x1 p9999999999x1 d1x1 g1",
+    "float16 1x64x56x56 k64 3x3 s1x1 p1x1 d1x1 g1 pool3x3,0x2,1x1",
+    "float16 1x64x56x56 k64 3x3 s1x1 p1x1 d1x1 g1 pool99x3,2x2,1x1",
+    CHAIN_KEY.replace("s1x1", "s0x1"),
+    CHAIN_KEY.replace("56,1x1", "56,0x1"),
+    CHAIN_KEY.replace("k256", "k0"),
+    "basic float16 1x0x56x56",
+]
+
+
+@pytest.mark.parametrize("key", IMPOSSIBLE)
+def test_problems_that_cannot_be_are_refused(key: str, tmp_path: Path) -> None:
+    assert parse_problem(CHAIN_KEY).key == CHAIN_KEY
+    with pytest.raises(ValueError, match="key is"):
+        parse_problem(key)
+    path = tmp_path / "gpu.json"
+    fields = {"kernel": "library", "microseconds": 3.0}
+    path.write_text(document(choices={key: fields, STEM.key: fields}))
+    with pytest.warns(UserWarning, match="is damaged") as caught:
+        assert table.read(path) == {STEM: LIBRARY_ENTRY}
+    assert len(caught) == 1
+
+
+def test_a_table_is_not_read_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    path.write_text(document().ljust(table.LARGEST))  # spaces
+    assert quiet(lambda: table.read(path)) == {STEM: LIBRARY_ENTRY}
+    path.write_text(text := document().ljust(table.LARGEST + 1))
+    with pytest.warns(UserWarning, match="cannot be read: it has .* at most") as caught:
+        assert table.read(path) == {}
+    assert len(caught) == 1
+    with pytest.raises(table.TableError, match="at most"):
+        table.merge(path, GPU, {SMALL: ENTRY})
+    assert path.read_text() == text
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.warns(UserWarning, match="no regular file"):
+        assert table.read(path) == {}
+
+
+def test_a_link_to_a_table_stays_one(tmp_path: Path) -> None:
+    real, link = tmp_path / "real" / "gpu.json", tmp_path / "gpu.json"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    table.merge(link, GPU, {STEM: LIBRARY_ENTRY})  # makes the file
+    table.merge(link, GPU, {SMALL: ENTRY})
+    table.merge(real, GPU, {STEM: LIBRARY_ENTRY})
+    assert link.is_symlink()
+    assert table.read(link) == table.read(real) == {SMALL: ENTRY, STEM: LIBRARY_ENTRY}
+    assert {file.name for file in real.parent.iterdir()} == {"gpu.json", "gpu.json.lock"}
+    real.write_text("{")
+    with pytest.warns(UserWarning, match="damaged-1"):
+        assert table.read(link) == {}
+    table.merge(link, GPU, {SMALL: ENTRY})
+    assert link.is_symlink()
+    assert table.read(real) == {SMALL: ENTRY}
+
+
+UNUSABLE = ["no such user", "no home", "a lock that is a folder", "read-only"]
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_a_cache_that_cannot_be_used_is_one_warning(
+    what: str,
+    an_h100: architecture.Architecture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    problem, expected = model_problems()[2], "is damaged"
+    if what in ("no such user", "no home"):
+        named = what == "no such user"
+        monkeypatch.setenv("FUSED_RESNET_CACHE", "~nosuchuser/tables" if named else "")
+        for variable in ("HOME", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(variable, raising=False)
+        monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # KeyError: no entry of this user
+        reason = (
+            "FUSED_RESNET_CACHE is '~nosuchuser/tables'" if named else ".*set FUSED_RESNET_CACHE"
+        )
+        expected = f"no tuning table is read: {reason}"
+    else:
+        path = table.user_path(GPU)
+        path.parent.mkdir(parents=True)
+        path.write_text("{")
+        if what == "read-only":
+            read_only(monkeypatch)
+        else:
+            path.with_name(path.name + ".lock").mkdir()
+    tuning.reload()
+    with pytest.warns(UserWarning, match=expected) as caught:
+        choice = tuning.choose(problem, torch.device("cuda", 0))
+    assert len(caught) == 1
+    assert choice.source == "estimate"
+    assert quiet(lambda: tuning.choose(model_problems()[3], torch.device("cuda", 0)))
+    tuning.reload()
 
 
 def test_where_tables_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

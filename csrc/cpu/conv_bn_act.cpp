@@ -87,8 +87,14 @@ Tensor norm_conv_bn_act_packed(Tensor input, Tensor in_mean, Tensor in_var,
              &norm, residual, relu, {});
 }
 
+// "" where FUSED_RESNET_CPU_ISA is no instruction set, too: Python asks while it imports, and the
+// first use is what is to fail.
 std::string conv_isa_name() {
-  return conv_isa() ? conv_isa()->name : "";
+  try {
+    return conv_isa() ? conv_isa()->name : "";
+  } catch (const std::exception&) {
+    return "";
+  }
 }
 
 std::vector<int64_t> cpu_pool_statistics() {

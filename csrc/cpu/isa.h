@@ -10,7 +10,8 @@ namespace fused_resnet {
 
 enum class Isa { baseline, avx2, avx512 };  // avx2: with FMA and F16C; avx512: F, BW, DQ and VL
 
-// The best the processor has, or less where FUSED_RESNET_CPU_ISA (avx2, none) says so.
+// The best the processor has, or less where FUSED_RESNET_CPU_ISA (none, avx2, avx512; in any case)
+// says so. Throws where that is something else.
 Isa cpu_isa();
 
 // Makes what this thread has streamed past the caches visible to other threads.

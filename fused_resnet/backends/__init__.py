@@ -155,6 +155,20 @@ def explain(
     return backend.explain(operator, **arguments)
 
 
+def cpu_isa() -> str:
+    """The instruction set the CPU's kernels use: what the processor has, or less.
+
+    FUSED_RESNET_CPU_ISA ("none", "avx2" or "avx512", in any case) says how much less.
+
+    Raises:
+        ValueError: FUSED_RESNET_CPU_ISA is something else.
+    """
+    try:
+        return torch.ops.fused_resnet.cpu_isa()
+    except RuntimeError as error:
+        raise ValueError(str(error).partition("\n")[0]) from None
+
+
 def release(tensors: Iterable[Tensor]) -> None:
     """Tells the backends to drop whatever they cached for these parameters and buffers."""
     tensors = list(tensors)
@@ -172,11 +186,22 @@ def _checked(name: str, argument: str) -> str:
     return name
 
 
+def check_environment() -> None:
+    """Raises ValueError unless the environment variables read here say something possible."""
+    _environment_choice()
+
+
 def _environment_choice() -> str:
-    """FUSED_RESNET_BACKEND as it was at the first use; "" where it is not set."""
+    """FUSED_RESNET_BACKEND as it was at the first use; "" where it is not set.
+
+    Raises:
+        ValueError: it names no backend that can run here, or FUSED_RESNET_CPU_ISA no instruction
+            set.
+    """
     global _from_environment
     if _from_environment is None:
-        name = os.environ.get("FUSED_RESNET_BACKEND", "")
+        cpu_isa()
+        name = os.environ.get("FUSED_RESNET_BACKEND", "").lower()
         _from_environment = _checked(name, "FUSED_RESNET_BACKEND") if name else ""
     return _from_environment
 

@@ -12,17 +12,20 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from .. import compare as models_compare
+from .. import files
 from ..console import (
     batch_size,
     check_model,
     check_output,
     error_text,
     fail,
+    heading,
     kept_text,
+    plain,
     progress_bar,
     whole_number,
 )
@@ -116,7 +119,7 @@ def kernels_command(
 
                 def tell(problem: Any, at: float, label: str = label, done: int = done) -> None:
                     text = f"{label}: {problem or 'ceilings'}"
-                    bar.update(task, description=escape(text), completed=done + at)
+                    bar.update(task, description=text, completed=done + at)
 
                 ways = in_training if case.mode == "training" else candidates
                 result = kernels.measure(
@@ -202,7 +205,7 @@ def models_command(
                 without=without or (),
                 progress=lambda case, stage, done: bar.update(
                     task,
-                    description=escape(f"{case.model}, batch {case.batch_size}: {stage}"),
+                    description=f"{case.model}, batch {case.batch_size}: {stage}",
                     completed=done,
                 ),
             )
@@ -254,13 +257,12 @@ def compare_command(
                 f"{change.after / change.before:.2f}" if all((change.before, change.after)) else ""
             )
             colour = colours.get(change.kind, "none")
-            table.add_row(
-                escape(change.what), change.name, f"[{colour}]{change.kind}[/]", *times, ratio
-            )
+            kind = plain(change.kind, colour)
+            table.add_row(plain(change.what), plain(change.name), kind, *times, ratio)
         console.print(table)
     for change in found:
         if change.kind == comparison.BROKEN:
-            console.print(f"{change.name}, {change.what}: {escape(change.reason or 'not timed')}")
+            console.print(plain(f"{change.name}, {change.what}: {change.reason or 'not timed'}"))
     counts = {
         kind: sum(c.kind == kind for c in found) for kind in dict.fromkeys(c.kind for c in found)
     }
@@ -296,12 +298,13 @@ def static_command(
                 static.print_layers(console, network)
     static.print_resources(console, resources)
     if json is not None:
-        json.write_text(predict.text(content))
+        with models_compare.writing(json):
+            files.replace(json, predict.text(content).encode())
 
 
 @app.command("report")
 def report_command(
-    files: Annotated[
+    results: Annotated[
         list[Path] | None,
         typer.Argument(
             metavar="[FILE.json]...", help="Result files; the repository's newest by default."
@@ -318,12 +321,12 @@ def report_command(
     check_output("output", output)
     if plots is not None and plots.exists() and not plots.is_dir():
         raise InvalidArgumentError(f"--plots is {str(plots)!r}, which is not a folder")
-    paths = files or report.default_files()
+    paths = results or report.default_files()
     if not paths:
         raise InvalidArgumentError("FILE is not given, and there is no bench/results/ here")
     documents_read = [(path, documents.load(path)) for path in paths]
     written = report.write(documents_read, output, plots)
-    _console().print(f"wrote {', '.join(map(str, written))}", highlight=False)
+    _console().print(plain(f"wrote {', '.join(map(str, written))}"))
 
 
 def _device(name: str) -> str:
@@ -376,11 +379,12 @@ def _keep(
     if path is not None:
         documents.save(content, path)
     elif default and (root := documents.repository()) is not None:
-        path = documents.default_path(content, root)
-        documents.add(content, path)
+        path, elsewhere = documents.add(content, documents.default_path(content, root))
+        if elsewhere is not None:
+            console.print(plain(f"{elsewhere}; it stays as it is"))
     else:
         return
-    console.print(f"wrote {path}", highlight=False)
+    console.print(plain(f"wrote {path}"))
 
 
 def _title(case: Mapping[str, Any]) -> str:
@@ -391,7 +395,7 @@ def _title(case: Mapping[str, Any]) -> str:
 def _print_layers(console: Console, content: Mapping[str, Any], case: Mapping[str, Any]) -> None:
     unit, scale = kernels.flop_unit(case)
     training = ", norms in training" if case.get("mode") == "training" else ""
-    table = Table(title=_title(case) + training, header_style="bold")
+    table = Table(title=heading(_title(case) + training), header_style="bold")
     table.add_column("layer", max_width=40)
     table.add_column("runs", justify="right")
     table.add_column("candidate")
@@ -401,20 +405,19 @@ def _print_layers(console: Console, content: Mapping[str, Any], case: Mapping[st
         table.add_column(column, justify="right")
     every = [*case["layers"], *case.get("blocks", ())]
     for layer in every:
-        first = (layer["label"], str(layer["count"]))
+        first = (plain(layer["label"]), str(layer["count"]))
         for at, one in enumerate(layer["candidates"]):
             table.add_row(*(("", "") if at else first), *_layer_cells(one, scale))
         table.add_section()
     console.print(table)
     limits = case["ceilings"]
-    console.print(
+    rates = (
         f"{content['device']['name']}: roofline of {limits['copy_gigabytes_per_second']:.4g} GB/s "
         f"(copy) and {scale * limits['teraflops_per_second']:.3g} {unit} (matrix product), "
-        "measured in this run",
-        highlight=False,
+        "measured in this run"
     )
-    for line in _summary(case):
-        console.print(line, highlight=False)
+    for line in (rates, *_summary(case)):
+        console.print(plain(line))
     reasons = dict.fromkeys(
         f"{one['name']}: {one['status']}, {one['reason']}"
         for layer in every
@@ -422,20 +425,20 @@ def _print_layers(console: Console, content: Mapping[str, Any], case: Mapping[st
         if one["reason"]
     )
     for reason in reasons:
-        console.print(f"[red]{escape(reason)}[/red]", highlight=False)
+        console.print(plain(reason, "red"))
     lost = dict.fromkeys(
         one["name"] for layer in every for one in layer["candidates"] if one["keeps_nan"] is False
     )
     if lost:
-        console.print(f"loses NaN: {', '.join(lost)}", highlight=False)
+        console.print(plain(f"loses NaN: {', '.join(lost)}"))
 
 
-def _layer_cells(one: Mapping[str, Any], scale: float) -> list[str]:
+def _layer_cells(one: Mapping[str, Any], scale: float) -> list[str | Text]:
     taken = one["microseconds"]
     if taken is None:
         return [
-            one["name"],
-            f"[red]{one['status']}[/]",
+            plain(one["name"]),
+            plain(one["status"], "red"),
             "",
             "",
             "",
@@ -444,7 +447,7 @@ def _layer_cells(one: Mapping[str, Any], scale: float) -> list[str]:
             error_text(one["error"]),
         ]
     return [
-        one["name"],
+        plain(one["name"]),
         f"{taken['median']:.1f}",
         f"{taken['p10']:.1f} to {taken['p90']:.1f}",
         f"{one['gigabytes_per_second']:.4g}",
@@ -473,7 +476,7 @@ def _summary(case: Mapping[str, Any]) -> list[str]:
 
 
 def _print_model(console: Console, case: Mapping[str, Any]) -> None:
-    table = Table(title=f"{_title(case)}, {case['mode']}", header_style="bold")
+    table = Table(title=heading(f"{_title(case)}, {case['mode']}"), header_style="bold")
     table.add_column("candidate")
     for column in ("median\nms", "p10 to p90\nms", "images/s", "time /\neager", "peak\nMiB"):
         table.add_column(column, justify="right")
@@ -487,20 +490,20 @@ def _print_model(console: Console, case: Mapping[str, Any]) -> None:
     console.print(table)
     for one in case["candidates"]:
         if one["skipped"]:
-            console.print(f"{one['name']}: not run, {escape(one['skipped'])}", highlight=False)
+            console.print(plain(f"{one['name']}: not run, {one['skipped']}"))
 
 
 def _model_cells(
     one: Mapping[str, Any], case: Mapping[str, Any], kept: bool, energy: bool
-) -> Sequence[str]:
+) -> Sequence[str | Text]:
     taken = one["latency_ms"]
     error = error_text(one["gradient_error" if case["mode"] == "training" else "error"])
     if taken is None:
-        status = "-" if one["skipped"] else "[red]wrong[/]"
-        return [one["name"], status, *[""] * (4 + kept + energy), error]
+        status = plain("-") if one["skipped"] else plain("wrong", "red")
+        return [plain(one["name"]), status, *[""] * (4 + kept + energy), error]
     peak, joules = one["peak_memory_bytes"], one["energy_joules"]
     cells = [
-        one["name"],
+        plain(one["name"]),
         f"{taken['median']:.2f}",
         f"{taken['p10']:.2f} to {taken['p90']:.2f}",
         f"{one['images_per_second']:.1f}",

@@ -14,14 +14,17 @@ number changes when a field changes its meaning or goes; `load` reads the older
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import compare, environment
-from ..inputs import InvalidArgumentError
+from .. import compare, environment, files
+from ..inputs import InvalidArgumentError, first_line
+from . import schemas
 
 MODELS = compare.SCHEMA
 KERNELS = "fused_resnet.kernels/1"
@@ -31,38 +34,63 @@ _OLD_MODELS = "fused_resnet.results/1"
 _KEYS = ("model", "batch", "dtype", "device", "mode", "threads")
 
 
-def load(path: Path, schemas: Iterable[str] = (MODELS, KERNELS, PREDICTED)) -> dict[str, Any]:
-    """A result file's content.
+# How long a process that adds results waits for others that do.
+_LOCK_TIMEOUT = 60.0
+_SPECS = {MODELS: schemas.MODELS, KERNELS: schemas.KERNELS, PREDICTED: schemas.PREDICTED}
+
+
+def load(path: Path, wanted: Iterable[str] = (MODELS, KERNELS, PREDICTED)) -> dict[str, Any]:
+    """A result file's content, which has all fields that are read here, of the documented types.
 
     Raises:
-        InvalidArgumentError: it cannot be read, is no JSON, or has none of the schemas.
+        InvalidArgumentError: it cannot be read, is no JSON, has none of the schemas, or says that
+            it has one and does not follow it.
     """
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise InvalidArgumentError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InvalidArgumentError(f"{path} is no JSON: {error}") from None
+    content = read_json(path)
     if not isinstance(content, dict):
         raise InvalidArgumentError(f"{path} is no result file: its JSON is not an object")
-    if content.get("schema") == _OLD_MODELS:
-        _upgrade(content)
-    wanted = tuple(schemas)
     schema = content.get("schema")
+    if schema == _OLD_MODELS:
+        schema = MODELS
+        _upgrade(content)
+    wanted = tuple(wanted)
     if schema not in wanted:
         known = " or ".join(map(repr, wanted))
         raise InvalidArgumentError(f"{path}: schema is {schema!r}, must be {known}")
     if not content.get("networks" if schema == PREDICTED else "cases"):
         raise InvalidArgumentError(f"{path} has no results in it")
+    if (error := schemas.error(content, _SPECS[schema])) is not None:
+        raise InvalidArgumentError(f"{path} is damaged: {error}")
     return content
+
+
+def read_json(path: Path) -> Any:
+    """What a file of strict JSON holds.
+
+    Raises:
+        InvalidArgumentError: it cannot be read or is no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes().decode(), parse_constant=_refuse)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise InvalidArgumentError(f"{path} cannot be read: {reason}") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"{path} is no JSON: {first_line(error)}") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
 def _upgrade(content: dict[str, Any]) -> None:
     content["schema"] = MODELS
-    for case in content.get("cases", ()):
-        case["telemetry"] = None
-        for candidate in case["candidates"]:
-            candidate["energy_joules"] = None
+    # Whatever else is there, `schemas.error` sees next.
+    with contextlib.suppress(TypeError, AttributeError, KeyError):
+        for case in content["cases"]:
+            case["telemetry"] = None
+            for candidate in case["candidates"]:
+                candidate["energy_joules"] = None
 
 
 def repository() -> Path | None:
@@ -82,26 +110,57 @@ def default_path(content: dict[str, Any], root: Path) -> Path:
 
 
 def save(content: dict[str, Any], path: Path) -> None:
-    """Writes a file, complete or not at all, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    compare.write_json(content, path)
+    """Writes a file, complete or not at all, making its folder.
+
+    Raises:
+        InvalidArgumentError: it cannot be written.
+    """
+    with compare.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        compare.write_json(content, path)
 
 
-def add(content: dict[str, Any], path: Path) -> None:
+def add(content: dict[str, Any], path: Path) -> tuple[Path, str | None]:
     """Writes `content`, and keeps what the file has of other cases of the same software.
 
-    So several runs of one day, commit and device become one file. A case that was measured again
-    is replaced. A file of other versions is overwritten.
+    So several runs of one day, commit and device become one file, also where they end at the same
+    time. A case that was measured again is replaced. A file of other versions is overwritten. One
+    that is damaged or of another kind stays as it is, and the results go into one beside it.
+
+    Returns:
+        The file with the results, and why it is not `path` (None where it is).
+
+    Raises:
+        InvalidArgumentError: it cannot be written.
     """
-    old = None
-    if path.exists():
-        old = load(path)
-    same = ("schema", "commit", "versions", "device")
-    if old is not None and all(old[key] == content[key] for key in same):
-        cases = {_key(case): case for case in [*old["cases"], *content["cases"]]}
-        commands = dict.fromkeys([*old["command"].split(" && "), content["command"]])
-        content = {**content, "cases": list(cases.values()), "command": " && ".join(commands)}
-    save(content, path)
+    with compare.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The folder's: a lock beside each file would litter the repository.
+        with files.locked(path.parent / ".lock", _LOCK_TIMEOUT):
+            why = None
+            for place in _places(path):
+                try:
+                    old = load(place, [content["schema"]]) if place.exists() else None
+                    break
+                except InvalidArgumentError as error:
+                    why = why or str(error)
+            save(content if old is None else _merged(old, content), place)
+            return place, why
+
+
+def _places(path: Path) -> Iterator[Path]:
+    """A file and those beside it: a.json, a-2.json, a-3.json, ..."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    if any(old.get(key) != new[key] for key in ("schema", "commit", "versions", "device")):
+        return new
+    cases = {_key(case): case for case in [*old["cases"], *new["cases"]]}
+    commands = dict.fromkeys([*old["command"].split(" && "), new["command"]])
+    return {**new, "cases": list(cases.values()), "command": " && ".join(commands)}
 
 
 def _key(case: dict[str, Any]) -> tuple[Any, ...]:

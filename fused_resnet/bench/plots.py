@@ -15,6 +15,8 @@ from .kernels import flop_unit
 try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
+
+    from ..plot import PLAIN
 except ImportError:
     raise InvalidArgumentError(
         'plots need matplotlib, which is not installed: pip install "fused_resnet[bench]"'
@@ -170,7 +172,7 @@ def predicted_speedups(networks: Sequence[Mapping[str, Any]], title: str, captio
                 )  # fmt: skip
                 panel.text(value + 0.03, y, f"{value:.2f}", va="center", fontsize=8, color=INK)
         panel.axvline(1, color=INK, linewidth=0.8)
-        panel.set_title(f"batch {batch}", fontsize=10, loc="left", color=INK)
+        panel.set_title(f"batch {batch}", fontsize=10, loc="left", color=INK, **PLAIN)
         _finish(panel, gpus)
     longest = max(n["microseconds"]["eager"] / n["microseconds"][w] for n in networks for w in ways)
     panels[0].set_xlim(0, 1.15 * longest)
@@ -192,17 +194,19 @@ def _figure(width: float, height: float, title: str, caption: str) -> tuple[Figu
 
 
 def _head(figure: Figure, title: str, caption: str) -> None:
-    figure.suptitle(title, fontsize=11.5, color=INK, x=0.01, ha="left")
-    figure.supxlabel(caption, fontsize=8, color="#666666", x=0.01, ha="left")
+    figure.suptitle(title, fontsize=11.5, color=INK, x=0.01, ha="left", **PLAIN)
+    figure.supxlabel(caption, fontsize=8, color="#666666", x=0.01, ha="left", **PLAIN)
 
 
 def _legend(axes: Any) -> None:
     """Above the axes, below the title."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(
+        legend = axes.legend(
             loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9, frameon=False,
             handletextpad=0.4, columnspacing=1.5,
         )  # fmt: skip
+        for text in legend.get_texts():
+            text.set(**PLAIN)
 
 
 def _dots(
@@ -237,7 +241,7 @@ def _dots(
         text = "\n".join(f"{one['name']}: {one['status']}" for one in failed)
         axes.text(
             1.01, row, text, transform=axes.get_yaxis_transform(), fontsize=7.5, color="#b00020",
-            va="center",
+            va="center", **PLAIN,
         )  # fmt: skip
     labels = [
         f"{layer['label']}" + (f"  ({layer['count']} of them)" if layer["count"] > 1 else "")
@@ -278,7 +282,7 @@ def _bars(
     for axes, case, row in zip(panels, cases, rows, strict=True):
         mode = ", training step" if case["mode"] == "training" else ""
         label = f"{case['model']}, batch {case['batch']}, {case['dtype']}{mode}"
-        axes.set_title(label, fontsize=10, loc="left", color=INK)
+        axes.set_title(label, fontsize=10, loc="left", color=INK, **PLAIN)
         for y, one in enumerate(row):
             length = value(one)
             if length is None:
@@ -298,7 +302,7 @@ def _bars(
 
 
 def _finish(axes: Any, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), names, fontsize=9, color=INK)
+    axes.set_yticks(range(len(names)), names, fontsize=9, color=INK, **PLAIN)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="x", labelsize=8.5, colors=INK)
     axes.tick_params(axis="y", length=0)

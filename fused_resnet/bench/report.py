@@ -12,7 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import files
+from ..compare import writing
 from ..console import error_text, kept_text
+from ..inputs import InvalidArgumentError, first_line
 from . import documents, kernels
 
 _STYLE = """
@@ -53,12 +56,14 @@ def default_files() -> list[Path]:
 
 
 def write(
-    files: Sequence[tuple[Path, Mapping[str, Any]]], page: Path, folder: Path | None = None
+    documents_read: Sequence[tuple[Path, Mapping[str, Any]]],
+    page: Path,
+    folder: Path | None = None,
 ) -> list[Path]:
     """Writes the page, and the plots into a folder if one is given.
 
     Args:
-        files: paths and what `documents.load` made of them.
+        documents_read: paths and what `documents.load` made of them.
         page: the HTML file.
         folder: for the PNG files; made if it is not there.
 
@@ -66,22 +71,30 @@ def write(
         What was written.
 
     Raises:
-        InvalidArgumentError: matplotlib is not installed.
+        InvalidArgumentError: matplotlib is not installed, it cannot draw what a file holds, or
+            something cannot be written.
     """
     sections, plots = [], {}
-    for path, content in files:
-        drawn = dict(figures(content))
+    for path, content in documents_read:
+        try:
+            drawn = dict(figures(content))
+        except InvalidArgumentError:
+            raise
+        except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
+            # More rows than a picture can have, say.
+            raise InvalidArgumentError(f"{path} cannot be drawn: {first_line(error)}") from None
         sections.append(_section(path, content, drawn))
         for name, data in drawn.items():
             plots[f"{_slug(path.stem)}-{name}.png"] = data
-    page.write_text(_page("\n".join(sections)))
-    written = [page]
+    outputs = {page: _page("\n".join(sections)).encode()}
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in plots.items():
-            (folder / name).write_bytes(data)
-            written.append(folder / name)
-    return written
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        outputs |= {folder / name: data for name, data in plots.items()}
+    for path, data in outputs.items():
+        with writing(path):
+            files.replace(path, data)
+    return list(outputs)
 
 
 def figures(content: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..console import heading, plain
 from ..inputs import InvalidArgumentError
-from . import documents
+from . import documents, schemas
 
 SCHEMA = "fused_resnet.static/1"
 WAYS = ("eager", "compiled", "fused", "chain")
@@ -107,7 +107,7 @@ def print_resources(console: Console, path: Path | None) -> None:
         console.print("compiler's resources: not here; `python bench/static.py` of the repository")
     for one in paths:
         content = load_resources(one)
-        table = Table(title=f"The compiler's resources: {one.name}", header_style="bold")
+        table = Table(title=heading(f"The compiler's resources: {one.name}"), header_style="bold")
         for column in ("kernel", "architecture", "dtype"):
             table.add_column(column)
         for column in ("tiles", "registers", "spilled\nbytes", "shared\nKiB", "occupancy\n%"):
@@ -117,7 +117,7 @@ def print_resources(console: Console, path: Path | None) -> None:
             groups[entry["kernel"], entry["architecture"], entry["dtype"]].append(entry)
         for key, entries in groups.items():
             table.add_row(
-                *key, str(len(entries)), _range(entries, "registers"),
+                *map(plain, key), str(len(entries)), _range(entries, "registers"),
                 _range(entries, "spilled_bytes"), _range(entries, "shared_bytes", 1 / 1024),
                 _range(entries, "occupancy", 100),
             )  # fmt: skip
@@ -130,22 +130,25 @@ def resource_files() -> list[Path]:
     if root is None:
         return []
     found = sorted((root / "bench" / "results" / "static").glob("*.json"))
-    return [path for path in found if json.loads(path.read_text()).get("schema") == SCHEMA]
+    return [path for path in found if _schema(documents.read_json(path)) == SCHEMA]
 
 
 def load_resources(path: Path) -> dict[str, Any]:
     """A report of compiled kernels.
 
     Raises:
-        InvalidArgumentError: it cannot be read or is none.
+        InvalidArgumentError: it cannot be read, or is none.
     """
-    try:
-        content = json.loads(path.read_text())
-        if content["schema"] == SCHEMA and content["entries"]:
-            return content
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise InvalidArgumentError(f"--resources is {str(path)!r}, which is no file of {SCHEMA!r}")
+    content = documents.read_json(path)
+    error = None
+    if _schema(content) == SCHEMA and (error := schemas.error(content, schemas.RESOURCES)) is None:
+        return content
+    reason = f"is no file of {SCHEMA!r}" if error is None else f"is damaged: {error}"
+    raise InvalidArgumentError(f"--resources is {str(path)!r}, which {reason}")
+
+
+def _schema(content: Any) -> Any:
+    return content.get("schema") if isinstance(content, dict) else None
 
 
 def _range(entries: list[dict[str, Any]], key: str, scale: float = 1) -> str:

@@ -8,6 +8,7 @@ measured: an estimate is as quickly computed as read, and says that it is one.
 from __future__ import annotations
 
 import threading
+import warnings
 
 import torch
 
@@ -93,16 +94,22 @@ def _decide(problem: Problem, device: torch.device) -> Choice:
 
 def _from_tables(problem: Problem, gpu: architecture.Architecture) -> Choice | None:
     if gpu.name not in _tables:
-        _tables[gpu.name] = (
-            table.read(table.user_path(gpu.name)),
-            table.read(table.shipped_path(gpu.name)),
-        )
+        _tables[gpu.name] = (_measured(gpu.name), table.read(table.shipped_path(gpu.name)))
     for entries, source in zip(_tables[gpu.name], (MEASURED, SHIPPED), strict=True):
         entry = entries.get(problem)
         # A file anyone can edit must not make a kernel ask for more than there is.
         if entry is not None and _can_run(problem, gpu, entry):
             return Choice(entry.kernel, entry.tile, source)
     return None
+
+
+def _measured(gpu: str) -> dict[Problem, table.Entry]:
+    """The user's table; none, and a warning, where there can be no such file."""
+    try:
+        return table.read(table.user_path(gpu))
+    except table.TableError as error:
+        warnings.warn(f"no tuning table is read: {error}", stacklevel=2)
+        return {}
 
 
 def _can_run(problem: Problem, gpu: architecture.Architecture, entry: table.Entry) -> bool:

@@ -20,6 +20,8 @@ _CHAIN_KEY = re.compile(
     r"(?: project(\d+)x(\d+)x(\d+),(\d+)x(\d+))?(?: next(\d+))?",
     re.ASCII,
 )
+# What PyTorch takes for a size, a stride or a padding, products aside.
+_LARGEST = 2**31 - 1
 _BASIC_KEY = re.compile(r"basic (\w+) (\d+)x(\d+)x(\d+)x(\d+)", re.ASCII)
 
 
@@ -321,8 +323,17 @@ def parse_problem(key: str) -> Problem:
     """The problem whose `key` this is.
 
     Raises:
-        ValueError: it is no problem's key.
+        ValueError: it is no problem's key, or the problem's sizes do not fit together.
     """
+    problem = _parsed(key)
+    if isinstance(problem, ChainProblem):
+        _check(problem.convolution, key)  # first: the other parts' sizes follow from its strides
+    for part in (problem,) if isinstance(problem, ConvProblem) else problem.parts:
+        _check(part, key)
+    return problem
+
+
+def _parsed(key: str) -> Problem:
     match = _CHAIN_KEY.fullmatch(key)
     if match is not None and match[1] in CHAIN_DTYPES:
         N, width, H, W, K, *pairs = map(int, match.groups()[1:12])
@@ -343,6 +354,32 @@ def parse_problem(key: str) -> Problem:
         N, C, H, W, K, R, S, (pairs[0], pairs[1]), (pairs[2], pairs[3]), (pairs[4], pairs[5]),
         groups, match[1], match[16] is not None, pool,
     )  # fmt: skip
+
+
+def _check(problem: ConvProblem, key: str) -> None:
+    """Raises ValueError unless there can be such a convolution."""
+    positive = ("N", "C", "H", "W", "K", "R", "S", "groups")
+    numbers = {name: getattr(problem, name) for name in positive}
+    numbers |= {
+        f"{name} of {axis}": value
+        for name in ("stride", "dilation")
+        for axis, value in zip(("rows", "columns"), getattr(problem, name), strict=True)
+    }
+    if problem.pool is not None:
+        numbers |= {f"pool's number {at + 1}": problem.pool[at] for at in range(4)}
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"key is {key!r}, whose {name} is {value}, must be at least 1")
+    if max(*numbers.values(), *problem.padding, *(problem.pool or ())) > _LARGEST:
+        raise ValueError(f"key is {key!r}, whose numbers must be at most {_LARGEST}")
+    for name in ("C", "K"):
+        if numbers[name] % problem.groups:
+            raise ValueError(
+                f"key is {key!r}, whose {problem.groups} groups do not divide {name}, "
+                f"{numbers[name]}"
+            )
+    if min(problem.P, problem.Q, *problem.output_size) < 1:
+        raise ValueError(f"key is {key!r}, whose output has no pixels")
 
 
 def _steps(size: int, window: int, stride: int, padding: int) -> int:

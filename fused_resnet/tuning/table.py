@@ -27,15 +27,15 @@ import json
 import math
 import os
 import re
+import stat
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from .problem import (
     BASIC_BLOCK,
     BASIC_BLOCK_KERNELS,
@@ -50,13 +50,11 @@ from .problem import (
     parse_problem,
 )
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where only the last of two writers at once is kept
-    fcntl = None
-
 FORMAT = "fused_resnet.tuning/1"
 LOCK_TIMEOUT = 60.0
+# A line has 300 bytes, a network some 30 of them for each batch size and dtype: room for a thousand
+# times that, and no more than half a second to read.
+LARGEST = 8 * 2**20
 
 _SHIPPED = Path(__file__).parent / "tables"
 
@@ -93,7 +91,11 @@ class TableError(OSError):
 
 
 def user_path(gpu: str) -> Path:
-    """Where the user's table of a GPU is kept, whether it exists or not."""
+    """Where the user's table of a GPU is kept, whether it exists or not.
+
+    Raises:
+        TableError: see `cache_folder`.
+    """
     return cache_folder() / "tuning" / file_name(gpu)
 
 
@@ -108,18 +110,31 @@ def file_name(gpu: str) -> str:
 
 
 def cache_folder() -> Path:
-    """$FUSED_RESNET_CACHE, or `fused_resnet` in the platform's folder for caches."""
+    """$FUSED_RESNET_CACHE, or `fused_resnet` in the platform's folder for caches.
+
+    Raises:
+        TableError: that is in the home folder of a user who does not exist or has none.
+    """
     if chosen := os.environ.get("FUSED_RESNET_CACHE"):
-        return Path(chosen).expanduser()
+        return _expanded(chosen, "FUSED_RESNET_CACHE")
     if base := os.environ.get("XDG_CACHE_HOME"):
         # Relative ones are to be ignored (XDG Base Directory Specification).
         if os.path.isabs(base):
             return Path(base) / "fused_resnet"
     elif sys.platform == "darwin":
-        return Path("~/Library/Caches/fused_resnet").expanduser()
+        return _expanded("~/Library/Caches/fused_resnet")
     elif sys.platform == "win32" and (base := os.environ.get("LOCALAPPDATA")):
         return Path(base) / "fused_resnet"
-    return Path("~/.cache/fused_resnet").expanduser()
+    return _expanded("~/.cache/fused_resnet")
+
+
+def _expanded(path: str, variable: str = "") -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        if variable:
+            raise TableError(f"{variable} is {path!r}: {error}") from None
+        raise TableError(f"{error}: set FUSED_RESNET_CACHE to a folder for tuning tables") from None
 
 
 def read(path: Path) -> dict[Problem, Entry]:
@@ -127,6 +142,7 @@ def read(path: Path) -> dict[Problem, Entry]:
 
     Warns of a file that is damaged, which is set aside, or of another format, which stays.
     """
+    path = _target(path)
     content = _content(path)
     if content.damage is not None:
         with contextlib.suppress(OSError), _locked(path):
@@ -152,6 +168,7 @@ def merge(path: Path, gpu: str, entries: Entries) -> None:
         TableError: the table has another format or is of another GPU; it stays as it was.
         OSError: the file cannot be written; it stays as it was.
     """
+    path = _target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
         content = _content(path)
@@ -163,6 +180,11 @@ def merge(path: Path, gpu: str, entries: Entries) -> None:
         if reason is not None:
             raise TableError(f"tuning table {path} is not written to: {reason}")
         _replace(path, gpu, {**content.entries, **entries})
+
+
+def _target(path: Path) -> Path:
+    """The table itself where `path` is a link to it, so that links stay and share a lock."""
+    return Path(os.path.realpath(path))
 
 
 @dataclass(frozen=True)
@@ -178,7 +200,14 @@ class _Content:
 
 def _content(path: Path) -> _Content:
     try:
-        text = path.read_bytes().decode()
+        if not stat.S_ISREG(path.stat().st_mode):
+            return _Content({}, unreadable="it is no regular file")
+        with open(path, "rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            most = f"must have at most {LARGEST // 2**20} MiB"
+            return _Content({}, unreadable=f"it has {path.stat().st_size} bytes, {most}")
+        text = data.decode()
     except FileNotFoundError:
         return _Content({})
     except OSError as error:
@@ -259,18 +288,7 @@ def _replace(path: Path, gpu: str, entries: Entries) -> None:
     ]
     head = f'"format": {json.dumps(FORMAT)},\n"gpu": {json.dumps(gpu)},\n"choices": {{\n'
     text = "{\n" + head + ",\n".join(lines) + "\n}\n}\n"
-    writer = f"{os.getpid()}-{threading.get_ident()}"
-    temporary = path.with_name(f"{path.name}.{writer}.part")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    files.replace(path, text.encode())
 
 
 def _fields(entry: Entry) -> dict[str, Any]:
@@ -295,21 +313,12 @@ def _locked(path: Path) -> Iterator[None]:
     Raises:
         OSError: the lock cannot be made, or another process kept it for `LOCK_TIMEOUT` seconds.
     """
-    with open(path.with_name(path.name + ".lock"), "a") as file:
-        if fcntl is not None:
-            _wait_for(file.fileno(), path)
-        yield
-
-
-def _wait_for(handle: int, path: Path) -> None:
-    deadline = time.monotonic() + LOCK_TIMEOUT
-    while True:
+    with contextlib.ExitStack() as stack:
         try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise TableError(
-                    f"tuning table {path} is not written to: its lock was taken for "
-                    f"{LOCK_TIMEOUT:.0f} seconds"
-                ) from None
-            time.sleep(0.01)
+            stack.enter_context(files.locked(path.with_name(path.name + ".lock"), LOCK_TIMEOUT))
+        except TimeoutError:
+            raise TableError(
+                f"tuning table {path} is not written to: its lock was taken for "
+                f"{LOCK_TIMEOUT:.0f} seconds"
+            ) from None
+        yield
