@@ -59,6 +59,7 @@ class BuildNative(build_ext):
         self.nvcc: Nvcc | None = find_nvcc()
         self.cxx = shlex.split(os.environ.get("CXX", "c++"))
         self.jobs = max_jobs()
+        self.sanitizers = sanitizer_flags(os.environ.get("FUSED_RESNET_SANITIZE", ""))
         reason = choose_cuda(torch, self.nvcc)
         self.architectures = [] if reason or not self.nvcc else cuda_architectures(self.nvcc)
         if reason:
@@ -122,7 +123,8 @@ class BuildNative(build_ext):
         ]  # fmt: skip
 
     def _cxx_command(self, source: Path, obj: Path) -> list[str]:
-        return [*self.cxx, *CXX_FLAGS, *_isa_flags(source), *self._common_flags(source, obj)]
+        flags = [*CXX_FLAGS, *_isa_flags(source), *self._common_flags(source, obj)]
+        return [*self.cxx, *flags, *self.sanitizers]
 
     def _nvcc_command(self, source: Path, obj: Path) -> list[str]:
         assert self.nvcc is not None
@@ -135,11 +137,36 @@ class BuildNative(build_ext):
     def _link_command(self, objects: list[Path], output: Path, is_cuda: bool) -> list[str]:
         common = ["-shared", *map(str, objects), "-o", str(output), f"-L{self.torch.root / 'lib'}"]
         if not is_cuda:
-            return [*self.cxx, *common, "-ltorch_cpu"]
+            return [*self.cxx, *common, "-ltorch_cpu", *self.sanitizers]
         assert self.nvcc is not None
         # nvcc knows where its own runtime is. The static one makes the library independent of the
         # CUDA release torch was built with, and loadable without a driver.
         return [self.nvcc.path, *common, "-ltorch_cuda", "-ltorch_cpu", "--cudart=static"]
+
+
+def sanitizer_flags(names: str) -> list[str]:
+    """What `FUSED_RESNET_SANITIZE` adds to the host library's compilation and linking.
+
+    Args:
+        names: "" or sanitizers of GCC and Clang, "address,undefined". A library built with
+            "address" loads only where libasan was loaded first; `tests/fuzz.py` sees to it.
+
+    Raises:
+        BuildError: a name is neither "address" nor "undefined".
+    """
+    chosen = [name for name in names.split(",") if name]
+    unknown = set(chosen) - {"address", "undefined"}
+    if unknown:
+        raise BuildError(
+            f"FUSED_RESNET_SANITIZE is {names!r}, must name sanitizers among address and undefined"
+        )
+    if not chosen:
+        return []
+    # Types of other libraries, which -fsanitize=vptr asks for, are no part of the stable ABI.
+    return [
+        f"-fsanitize={','.join(chosen)}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer", "-g1", "-O1",
+    ]  # fmt: skip
 
 
 def _runs_here(source: Path) -> bool:

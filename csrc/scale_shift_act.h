@@ -8,53 +8,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "checks.h"
+
 namespace fused_resnet {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <typename... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  ((message << parts), ...);
-  throw std::runtime_error(message.str());
-}
-
-inline std::string shape_string(const Tensor& tensor) {
-  std::ostringstream out;
-  out << '(';
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) out << (dim ? ", " : "") << tensor.size(dim);
-  out << (tensor.dim() == 1 ? ",)" : ")");
-  return out.str();
-}
-
-inline const char* dtype_string(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    default:
-      return torch::headeronly::toString(tensor.scalar_type());
-  }
-}
-
-inline std::string device_string(const Tensor& tensor) {
-  return tensor.is_cpu() ? "cpu" : "cuda:" + std::to_string(tensor.get_device_index());
-}
-
-inline bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
-}
 
 // Whether `activation` is "relu"; throws unless every argument is what the schema's users are
 // promised: input (N, C, *) in fp16, bf16, fp32 or fp64, scale and shift (C,) in fp32 (fp64 for
@@ -65,12 +24,8 @@ inline bool check_scale_shift_act(const Tensor& input, const Tensor& scale, cons
   if (input.dim() < 2) {
     fail("scale_shift_act: input has shape ", shape_string(input), ", must be (N, C, *)");
   }
+  check_floating("scale_shift_act", "input", input);
   const ScalarType dtype = input.scalar_type();
-  if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16 && dtype != ScalarType::Float &&
-      dtype != ScalarType::Double) {
-    fail("scale_shift_act: input is ", dtype_string(input),
-         ", must be float16, bfloat16, float32 or float64");
-  }
   const bool is_double = dtype == ScalarType::Double;
   const auto check_parameter = [&](const char* name, const Tensor& parameter) {
     if (parameter.dim() != 1 || parameter.size(0) != input.size(1)) {
@@ -81,10 +36,7 @@ inline bool check_scale_shift_act(const Tensor& input, const Tensor& scale, cons
       fail("scale_shift_act: ", name, " is ", dtype_string(parameter), ", must be ",
            is_double ? "float64" : "float32", " for ", dtype_string(input), " input");
     }
-    if (!same_device(parameter, input)) {
-      fail("scale_shift_act: ", name, " is on ", device_string(parameter), ", input is on ",
-           device_string(input));
-    }
+    check_device("scale_shift_act", name, parameter, input);
   };
   check_parameter("scale", scale);
   check_parameter("shift", shift);
@@ -101,10 +53,7 @@ inline bool check_scale_shift_act(const Tensor& input, const Tensor& scale, cons
       fail("scale_shift_act: residual is ", dtype_string(*residual), ", input is ",
            dtype_string(input));
     }
-    if (!same_device(*residual, input)) {
-      fail("scale_shift_act: residual is on ", device_string(*residual), ", input is on ",
-           device_string(input));
-    }
+    check_device("scale_shift_act", "residual", *residual, input);
   }
   if (activation != "relu" && activation != "none") {
     fail("scale_shift_act: activation is \"", activation, "\", must be \"relu\" or \"none\"");
@@ -168,6 +117,12 @@ struct Loop {
   bool is_channel;
 };
 
+// A residual's step along a dimension. Where it has one channel of several the stride may be any
+// number.
+inline int64_t step_of(const Tensor& residual, int64_t dim) {
+  return residual.size(dim) == 1 ? 0 : residual.stride(dim);
+}
+
 // The fewest loops that visit the output in memory order: dimensions that every tensor steps
 // through as through one are joined, the channels stay by themselves. At least one loop, outermost
 // first. Without a residual its steps are the output's.
@@ -176,7 +131,8 @@ inline std::vector<Loop> make_loops(const Tensor& input, const std::optional<Ten
   std::vector<Loop> loops;
   for (const int64_t dim : memory_order(output)) {
     const Loop loop{output.size(dim), input.stride(dim),
-                    (residual ? *residual : output).stride(dim), output.stride(dim), dim == 1};
+                    residual ? step_of(*residual, dim) : output.stride(dim), output.stride(dim),
+                    dim == 1};
     if (!loops.empty()) {
       Loop& outer = loops.back();
       const auto continues = [&](int64_t Loop::* step) {

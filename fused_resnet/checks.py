@@ -57,10 +57,12 @@ def conv_error(
     residual: Tensor | None,
     activation: str,
     shape: Sequence[int] | None = None,
+    statistics: bool = True,
 ) -> ValueError | TypeError | None:
     """What is wrong with the arguments of `conv_bn_act`, or None; it is returned, not raised.
 
-    A `shape` stands for the input's own, so that there need not be a tensor of it.
+    A `shape` stands for the input's own, so that there need not be a tensor of it. Without
+    `statistics`, those of the batch will do and the running ones may be None.
     """
     for what, tensor in (("input", input), ("weight", weight)):
         if not isinstance(tensor, Tensor):
@@ -123,7 +125,7 @@ def conv_error(
             K,
             ("running_mean", "running_var", "bn_weight", "bn_bias"),
             (running_mean, running_var, bn_weight, bn_bias),
-            2,
+            2 if statistics else 0,
         )
         or _eps_error(name, eps)
         or _act_error(name, input, residual, (N, K, P, Q), activation)
@@ -169,6 +171,11 @@ def _conv_shape(input: Tensor, shape: Sequence[int], layer: tuple) -> Sequence[i
     """The output's shape where `shape` is the input's, or None if something does not fit."""
     if conv_error("conv_bn_act", input, *layer, None, "relu", shape) is not None:
         return None
+    return conv_shape(shape, layer)
+
+
+def conv_shape(shape: Sequence[int], layer: tuple) -> Sequence[int]:
+    """Of the output, where `shape` is the input's and the layer has no error."""
     weight, stride, padding, dilation = layer[0], *layer[7:10]
     N, _, *sizes = shape
     K, _, *filter = weight.shape
@@ -273,6 +280,8 @@ def batch_norm_error(
 def _numbers_error(
     name: str, what: str, numbers: tuple[int, int], least: int
 ) -> ValueError | TypeError | None:
+    if len(numbers) != 2:
+        return ValueError(f"{name}: {what} has {len(numbers)} numbers, must have two")
     first, second = numbers
     if not (isinstance(first, int) and isinstance(second, int)):
         return TypeError(f"{name}: {what} is {numbers}, must be ints")

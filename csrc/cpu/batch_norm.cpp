@@ -71,14 +71,17 @@ struct Layout {
 };
 
 Layout layout_of(const char* name, const Tensor& tensor) {
+  FR_CHECK(tensor.dim() >= 2, name, ": input has shape ", shape_string(tensor),
+           ", must be (N, C, *)");
+  check_floating(name, "input", tensor);
   const int64_t channels = tensor.size(1);
   const int64_t per_channel = channels > 0 ? tensor.numel() / channels : 0;
   if (tensor.is_contiguous()) {
     const int64_t images = std::max<int64_t>(tensor.size(0), 1);
     return {images, channels, per_channel / images};
   }
-  STD_TORCH_CHECK(tensor.stride(1) == 1 && is_non_overlapping_and_dense(tensor), name,
-                  ": input must be contiguous or channels_last");
+  FR_CHECK(tensor.stride(1) == 1 && is_non_overlapping_and_dense(tensor), name,
+           ": input must be contiguous or channels_last");
   return {per_channel, channels, 1};
 }
 
@@ -183,7 +186,7 @@ std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout
 // Mean and biased variance of each channel, float32 (float64 for float64).
 std::tuple<Tensor, Tensor> batch_statistics(Tensor input) {
   const Layout layout = layout_of("batch_statistics", input);
-  STD_TORCH_CHECK(input.numel() > 0, "batch_statistics: input is empty");
+  FR_CHECK(input.numel() > 0, "batch_statistics: input is empty");
   return input.scalar_type() == ScalarType::Double ? batch_statistics_in<double>(input, layout)
                                                    : batch_statistics_in<float>(input, layout);
 }
@@ -194,9 +197,7 @@ std::tuple<Tensor, Tensor> batch_statistics(Tensor input) {
 template <typename P>
 const P* parameter_data(const char* name, const Tensor& tensor, int64_t channels) {
   constexpr ScalarType dtype = sizeof(P) == 8 ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(
-      tensor.is_contiguous() && tensor.numel() == channels && tensor.scalar_type() == dtype, name,
-      ": a parameter must be dense, (C,), float32 (float64 for float64)");
+  check_vector("batch_norm_act", name, tensor, channels, dtype);
   return tensor.const_data_ptr<P>();
 }
 
@@ -210,15 +211,15 @@ struct NormVectors {
 
   NormVectors(const Tensor& mean_in, const Tensor& var, const std::optional<Tensor>& weight,
               const std::optional<Tensor>& bias, double eps)
-      : scale(mean_in.numel()), shift(mean_in.numel()), invstd(mean_in.numel()) {
+      : mean(parameter_data<P>("mean", mean_in, mean_in.numel())),
+        scale(mean_in.numel()),
+        shift(mean_in.numel()),
+        invstd(mean_in.numel()) {
     const int64_t channels = mean_in.numel();
-    const auto data = [&](const Tensor& tensor) {
-      return parameter_data<P>("batch_norm_act", tensor, channels);
-    };
-    mean = data(mean_in);
-    const P* var_data = data(var);
-    const P* weight_data = weight ? data(*weight) : nullptr;
-    const P* bias_data = bias ? data(*bias) : nullptr;
+    const P* var_data = parameter_data<P>("var", var, channels);
+    const P* weight_data = weight ? parameter_data<P>("weight", *weight, channels) : nullptr;
+    const P* bias_data = bias ? parameter_data<P>("bias", *bias, channels) : nullptr;
+    check_eps("batch_norm_act", eps);
     for (int64_t c = 0; c < channels; ++c) {
       const double exact = 1 / std::sqrt(static_cast<double>(var_data[c]) + eps);
       invstd[c] = static_cast<P>(exact);
@@ -270,8 +271,8 @@ struct Backward {
 
   template <typename P>
   void set_parameters(const NormVectors<P>& vectors) {
-    STD_TORCH_CHECK(static_cast<int64_t>(vectors.scale.size()) == layout.channels,
-                    "batch_norm_act: statistics and input have different channels");
+    FR_CHECK(static_cast<int64_t>(vectors.scale.size()) == layout.channels,
+             "batch_norm_act: statistics and input have different channels");
     mean = vectors.mean;
     scale = vectors.scale.data();
     shift = vectors.shift.data();
@@ -426,33 +427,24 @@ void input_gradient(const Backward& b, const P* slope, const P* offset) {
 Backward backward_of(const char* name, const Tensor& grad, const Tensor& input,
                      const std::optional<Tensor>& output, bool relu,
                      const std::optional<Tensor>& grad_input, const std::optional<Tensor>& masked) {
-  STD_TORCH_CHECK(input.numel() > 0, name, ": input is empty");
-  const ScalarType dtype = input.scalar_type();
-  const auto check = [&](const Tensor& tensor) {
-    STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.sizes().vec() == input.sizes().vec(),
-                    name, ": a tensor has another shape or dtype than input");
-    for (int64_t d = 0; d < input.dim(); ++d) {
-      STD_TORCH_CHECK(input.size(d) == 1 || tensor.stride(d) == input.stride(d), name,
-                      ": a tensor has other strides than input");
-    }
-  };
   const Layout layout = layout_of(name, input);
+  FR_CHECK(input.numel() > 0, name, ": input is empty");
   const bool has_bits = relu && output && output->scalar_type() == ScalarType::Byte;
-  check(grad);
+  check_alike(name, "grad", grad, input);
   if (has_bits) {
-    STD_TORCH_CHECK(
-        output->is_contiguous() && output->numel() * 8 == input.numel() && has_whole_masks(layout),
-        name, ": output is no mask of input");
+    check_vector(name, "output, a mask,", *output, input.numel() / 8, ScalarType::Byte);
+    FR_CHECK(has_whole_masks(layout), name, ": input has no mask, of rows of a multiple of ",
+             kMaskedAtOnce, " values");
   } else if (output) {
-    check(*output);
+    check_alike(name, "output", *output, input);
   }
-  if (grad_input) check(*grad_input);
-  if (masked) check(*masked);
+  if (grad_input) check_alike(name, "grad_input", *grad_input, input);
+  if (masked) check_alike(name, "masked", *masked, input);
   const Mask mask = !relu      ? Mask::everywhere
                     : has_bits ? Mask::bits
                     : output   ? Mask::output
                                : Mask::recomputed;
-  return {rows_for(dtype),
+  return {rows_for(input.scalar_type()),
           layout,
           static_cast<int64_t>(input.element_size()),
           mask,
@@ -547,13 +539,14 @@ void batch_norm_act_backward_input(Tensor grad, Tensor input, std::optional<Tens
                                    Tensor dot, double count, Tensor grad_input) {
   constexpr const char* name = "batch_norm_act_backward_input";
   Backward b = backward_of(name, grad, input, output, relu, grad_input, {});
+  FR_CHECK(count > 0, name, ": count is ", count, ", must be positive");
   const auto run = [&](auto parameter) {
     using P = decltype(parameter);
-    const auto values = [&](const Tensor& tensor) {
-      const P* data = parameter_data<P>(name, tensor, b.layout.channels);
+    const auto values = [&](const char* what, const Tensor& tensor) {
+      const P* data = parameter_data<P>(what, tensor, b.layout.channels);
       return std::vector<double>(data, data + b.layout.channels);
     };
-    const Sums sums{values(total), values(dot), count};
+    const Sums sums{values("total", total), values("dot", dot), count};
     input_gradient_of(b, NormVectors<P>(mean, var, weight, bias, eps), &sums);
   };
   input.scalar_type() == ScalarType::Double ? run(double()) : run(float());
@@ -561,7 +554,8 @@ void batch_norm_act_backward_input(Tensor grad, Tensor input, std::optional<Tens
 
 // torch.empty_like(like) in the pool's memory.
 Tensor pool_empty_like(Tensor like) {
-  STD_TORCH_CHECK(is_non_overlapping_and_dense(like), "pool_empty_like: like must be dense");
+  check_floating("pool_empty_like", "like", like);
+  FR_CHECK(is_non_overlapping_and_dense(like), "pool_empty_like: like must be dense");
   return pool_tensor(like.sizes().vec(), like.strides().vec(), like.scalar_type());
 }
 

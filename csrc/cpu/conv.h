@@ -24,6 +24,9 @@ namespace fused_resnet::cpu {
 // The most taps of a filter that a task keeps offsets for.
 constexpr int64_t kMaxRuns = 1024;
 
+// The largest window of a pooling: tasks hold as many rows.
+constexpr int64_t kLargestPool = 1024;
+
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
 
 // Element strides of a 4-d tensor, in the order (N, C, H, W), or (N, K, P, Q) for outputs.

@@ -8,26 +8,24 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/buffer_pool.h"
 #include "cpu/conv_layer.h"
 
 namespace fused_resnet::cpu {
 namespace {
 
-using torch::stable::Tensor;
-
 Tensor run(const Tensor& input, const ConvLayer& layer, const InputNorm* input_norm,
            const std::optional<Tensor>& residual, bool relu, const std::vector<int64_t>& max_pool) {
-  STD_TORCH_CHECK(input.dim() == 4, "conv_bn_act: input has ", input.dim(),
-                  " dimensions, it must have 4");
+  check_rank("conv_bn_act", "input", input, 4);
   const PreparedLayer prepared(layer, input.size(0), input.size(1), input.size(2), input.size(3),
                                input.scalar_type());
   Conv conv = prepared.conv;
   conv.relu = relu;
   conv.has_pool = !max_pool.empty();
   if (conv.has_pool) {
-    STD_TORCH_CHECK(layer.groups == 1 && !residual,
-                    "conv_bn_act: pooling goes with neither groups nor a residual");
+    FR_CHECK(layer.groups == 1 && !residual,
+             "conv_bn_act: pooling goes with neither groups nor a residual");
     conv.pool = make_pool(max_pool, conv.P, conv.Q);
   }
   const int64_t P = conv.has_pool ? conv.pool.P : conv.P;
@@ -39,12 +37,11 @@ Tensor run(const Tensor& input, const ConvLayer& layer, const InputNorm* input_n
   conv.output = output.mutable_data_ptr();
   conv.out = strides_of(output);
   if (residual) {
-    STD_TORCH_CHECK(
-        residual->dim() == 4 && residual->size(0) == conv.N && residual->size(1) <= conv.K &&
-            residual->size(2) == P && residual->size(3) == Q &&
-            residual->scalar_type() == input.scalar_type(),
-        "conv_bn_act: residual must have the output's shape, or fewer channels, and its "
-        "dtype");
+    FR_CHECK(residual->dim() == 4 && residual->size(0) == conv.N && residual->size(1) <= conv.K &&
+                 residual->size(2) == P && residual->size(3) == Q,
+             "conv_bn_act: residual has shape ", shape_string(*residual), ", must have (", conv.N,
+             ", ", conv.K, ", ", P, ", ", Q, "), or fewer channels");
+    check_dtype("conv_bn_act", "residual", *residual, input.scalar_type());
     if (residual->size(1) > 0) conv.residual = residual->const_data_ptr();
     conv.res = strides_of(*residual);
     conv.res_skip = (conv.K - residual->size(1)) / 2;

@@ -20,13 +20,12 @@
 #include <algorithm>
 #include <cstring>
 
+#include "checks.h"
 #include "cpu/conv_layer.h"
+#include "scale_shift_act.h"
 
 namespace fused_resnet::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // [blocks of C][R][S][K][block_k] float32, taps backwards, zero where C ends inside a block.
 template <class T>
@@ -55,9 +54,10 @@ void pack_transposed(const T* source, const Tensor& weight, int64_t block_k, flo
 
 Tensor packed_transposed(const Tensor& weight) {
   const int64_t block_k = conv_isa()->block_k;
-  Tensor packed = pool_tensor({div_up(weight.size(1), block_k) * weight.numel() /
-                               std::max<int64_t>(weight.size(1), 1) * block_k},
-                              {1}, ScalarType::Float);
+  const int64_t C = div_up(weight.size(1), block_k) * block_k;
+  const int64_t bytes = checked_product("conv_input_gradient", "weight",
+                                        {C, weight.size(0), weight.size(2), weight.size(3), 4});
+  Tensor packed = pool_tensor({bytes / 4}, {1}, ScalarType::Float);
   float* to = packed.mutable_data_ptr<float>();
   const void* from = weight.const_data_ptr();
   switch (weight.scalar_type()) {
@@ -85,12 +85,15 @@ void conv_input_gradient(Tensor grad, Tensor weight, int64_t stride_h, int64_t s
                          int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w,
                          Tensor grad_input, bool accumulate) {
   constexpr const char* name = "conv_input_gradient";
-  STD_TORCH_CHECK(conv_isa() != nullptr, name, ": this processor has neither AVX2 nor AVX-512");
-  STD_TORCH_CHECK(grad.dim() == 4 && weight.dim() == 4 && grad_input.dim() == 4, name,
-                  ": tensors must have 4 dimensions");
+  FR_CHECK(conv_isa() != nullptr, name, ": this processor has neither AVX2 nor AVX-512");
+  check_rank(name, "grad", grad, 4);
+  check_rank(name, "weight", weight, 4);
+  check_rank(name, "grad_input", grad_input, 4);
+  check_floating(name, "grad", grad, false);
   const ScalarType dtype = grad.scalar_type();
-  STD_TORCH_CHECK(weight.scalar_type() == dtype && grad_input.scalar_type() == dtype, name,
-                  ": tensors must have one dtype");
+  check_dtype(name, "weight", weight, dtype);
+  check_dtype(name, "grad_input", grad_input, dtype);
+  FR_CHECK(is_non_overlapping_and_dense(grad_input), name, ": grad_input must be dense");
   Conv conv{};
   conv.dtype = kernel_dtype(dtype);
   conv.N = grad.size(0);
@@ -100,19 +103,15 @@ void conv_input_gradient(Tensor grad, Tensor weight, int64_t stride_h, int64_t s
   conv.K = grad_input.size(1);
   conv.R = weight.size(2);
   conv.S = weight.size(3);
-  STD_TORCH_CHECK(
-      weight.size(0) == conv.C && weight.size(1) == conv.K && grad_input.size(0) == conv.N, name,
-      ": shapes do not go together");
-  STD_TORCH_CHECK(conv.R > 0 && conv.S > 0 && conv.R * conv.S <= kMaxRuns, name, ": weight has ",
-                  conv.R * conv.S, " taps, at most ", kMaxRuns, " are supported");
-  STD_TORCH_CHECK(stride_h > 0 && stride_w > 0 && dil_h > 0 && dil_w > 0, name,
-                  ": stride and dilation must be positive");
-  const auto outputs = [](int64_t size, int64_t pad, int64_t dil, int64_t taps, int64_t stride) {
-    return (size + 2 * pad - dil * (taps - 1) - 1) / stride + 1;
-  };
-  STD_TORCH_CHECK(outputs(grad_input.size(2), pad_h, dil_h, conv.R, stride_h) == conv.H &&
-                      outputs(grad_input.size(3), pad_w, dil_w, conv.S, stride_w) == conv.W,
-                  name, ": grad does not have the size of the convolution's output");
+  FR_CHECK(weight.size(0) == conv.C && weight.size(1) == conv.K && grad_input.size(0) == conv.N,
+           name, ": weight has shape ", shape_string(weight), ", grad ", shape_string(grad),
+           " and grad_input ", shape_string(grad_input), ", which do not go together");
+  check_taps(name, weight);
+  const FilterAxis rows(name, grad_input.size(2), conv.R, stride_h, pad_h, dil_h);
+  const FilterAxis columns(name, grad_input.size(3), conv.S, stride_w, pad_w, dil_w);
+  FR_CHECK(rows.outputs == conv.H && columns.outputs == conv.W, name,
+           ": grad does not have the size of the convolution's output, ", rows.outputs, " x ",
+           columns.outputs);
   conv.stride_h = conv.stride_w = 1;
   conv.dil_h = dil_h;
   conv.dil_w = dil_w;
@@ -123,16 +122,17 @@ void conv_input_gradient(Tensor grad, Tensor weight, int64_t stride_h, int64_t s
   conv.out = strides_of(grad_input);
   const bool strided = stride_h > 1 || stride_w > 1;
   if (strided) {
-    STD_TORCH_CHECK(is_pointwise(conv) && pad_h == 0 && pad_w == 0, name,
-                    ": with a stride, the convolution must be 1x1 without padding");
+    FR_CHECK(is_pointwise(conv) && pad_h == 0 && pad_w == 0, name,
+             ": with a stride, the convolution must be 1x1 without padding");
     conv.P = conv.H;
     conv.Q = conv.last_q = conv.W;
-    conv.out.h *= stride_h;
-    conv.out.w *= stride_w;
+    // Where there is one row or column its stride may be any number.
+    conv.out.h = conv.P > 1 ? conv.out.h * stride_h : 0;
+    conv.out.w = conv.Q > 1 ? conv.out.w * stride_w : 0;
     if (!accumulate) fill_zero(grad_input);
   } else {
-    STD_TORCH_CHECK(pad_h >= 0 && pad_w >= 0 && conv.pad_h >= 0 && conv.pad_w >= 0, name,
-                    ": more padding than the filter is wide");
+    FR_CHECK(conv.pad_h >= 0 && conv.pad_w >= 0, name, ": padding is ", pad_h, " x ", pad_w,
+             ", wider than weight spans");
     conv.P = grad_input.size(2);
     conv.Q = conv.last_q = grad_input.size(3);
   }
@@ -141,6 +141,7 @@ void conv_input_gradient(Tensor grad, Tensor weight, int64_t stride_h, int64_t s
     if (!accumulate) fill_zero(grad_input);
     return;
   }
+  check_memory(name, conv);
   const Tensor packed = packed_transposed(weight);
   conv.weight = packed.const_data_ptr<float>();
   conv.input = grad.const_data_ptr();

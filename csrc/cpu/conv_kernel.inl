@@ -698,7 +698,9 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
 
 int64_t image_row_count(const Conv& conv, const Task& task) {
   if (!conv.has_pool) return task.row_end - task.row_begin;
-  return (task.row_end - task.row_begin - 1) * conv.pool.stride_h + conv.pool.kernel_h;
+  const int64_t most =
+      (task.row_end - task.row_begin - 1) * conv.pool.stride_h + conv.pool.kernel_h;
+  return most < conv.P ? most : conv.P;
 }
 
 // Scratch memory: [tiles][scale and shift][slab][convolution rows awaiting the pool].

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <mutex>
 
+#include "checks.h"
 #include "cpu/buffer_pool.h"
 #include "cpu/isa.h"
 
@@ -19,8 +20,6 @@ namespace fused_resnet::cpu {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The kernels for this machine, or null.
 const ConvIsa* conv_isa() {
@@ -63,7 +62,7 @@ auto with_element_type(const Tensor& tensor, const char* name, F&& f) {
     case ScalarType::Half:
       return f(static_cast<const Half*>(tensor.const_data_ptr()));
     default:
-      STD_TORCH_CHECK(false, "conv_bn_act: ", name, " must be a floating-point tensor");
+      FR_CHECK(false, "conv_bn_act: ", name, " must be a floating-point tensor");
   }
 }
 
@@ -140,18 +139,27 @@ bool is_packed_from(const T* source, const WeightShape& shape, const float* pack
 }
 
 void check_weight(const Tensor& weight, int64_t groups) {
-  STD_TORCH_CHECK(conv_isa() != nullptr,
-                  "conv_bn_act: this processor has neither AVX2 nor AVX-512");
-  STD_TORCH_CHECK(weight.dim() == 4, "conv_bn_act: weight has ", weight.dim(),
-                  " dimensions, it must have 4");
-  STD_TORCH_CHECK(groups > 0 && weight.size(0) % groups == 0, "conv_bn_act: groups is ", groups,
-                  ", it must divide weight's ", weight.size(0), " output channels");
+  FR_CHECK(conv_isa() != nullptr, "conv_bn_act: this processor has neither AVX2 nor AVX-512");
+  check_rank("conv_bn_act", "weight", weight, 4);
+  check_floating("conv_bn_act", "weight", weight);
+  const int64_t K = weight.size(0), C = weight.size(1);
+  FR_CHECK(groups > 0 && K % groups == 0, "conv_bn_act: groups is ", groups,
+           ", it must divide weight's ", K, " output channels");
+  check_taps("conv_bn_act", weight);
+  FR_CHECK(K > 0 && C > 0, "conv_bn_act: weight has shape ", shape_string(weight),
+           ", must not be empty");
+  // No group is packed with so many channels more than it has.
+  checked_product("conv_bn_act", "weight", {K, C, weight.size(2), weight.size(3), 64, 4});
+}
+
+void check_packed(const Tensor& packed, const WeightShape& shape) {
+  check_vector("conv_bn_act", "packed", packed, shape.packed_size(), ScalarType::Float);
 }
 
 // Packs again if the weight changed behind its version counter's back.
 void refresh_packed(const Tensor& weight, const WeightShape& shape, const Tensor& packed) {
-  STD_TORCH_CHECK(packed.numel() == shape.packed_size(), "conv_bn_act: packed has ", packed.numel(),
-                  " elements, weight needs ", shape.packed_size());
+  FR_CHECK(packed.numel() == shape.packed_size(), "conv_bn_act: packed has ", packed.numel(),
+           " elements, weight needs ", shape.packed_size());
   if (weight.numel() == 0) return;
   with_element_type(weight, "weight", [&](const auto* source) {
     float* destination = static_cast<float*>(packed.mutable_data_ptr());
@@ -169,8 +177,8 @@ void refresh_packed(const Tensor& weight, const WeightShape& shape, const Tensor
 // The channels of a batch-norm tensor as float32, in place where they already are.
 const float* as_float32(const Tensor& source, const char* name, int64_t K,
                         std::vector<float>& copy) {
-  STD_TORCH_CHECK(source.dim() == 1 && source.size(0) == K, "conv_bn_act: ", name, " has ",
-                  source.numel(), " elements, weight has ", K, " output channels");
+  FR_CHECK(source.dim() == 1 && source.size(0) == K, "conv_bn_act: ", name, " has shape ",
+           shape_string(source), ", must have (", K, ",)");
   const int64_t stride = source.stride(0);
   if (source.scalar_type() == ScalarType::Float && stride == 1) {
     return static_cast<const float*>(source.const_data_ptr());
@@ -188,10 +196,10 @@ void check_norm_dtypes(const ConvLayer& layer) {
   const bool alike = layer.running_var.scalar_type() == dtype &&
                      (!layer.bn_weight || layer.bn_weight->scalar_type() == dtype) &&
                      (!layer.bn_bias || layer.bn_bias->scalar_type() == dtype);
-  STD_TORCH_CHECK(alike && (dtype == input || dtype == ScalarType::Float),
-                  "conv_bn_act: the batch-norm tensors must all have weight's dtype, or float32");
-  STD_TORCH_CHECK(!layer.bias || layer.bias->scalar_type() == input,
-                  "conv_bn_act: bias must have weight's dtype");
+  FR_CHECK(alike && (dtype == input || dtype == ScalarType::Float),
+           "conv_bn_act: the batch-norm tensors must all have weight's dtype, or float32");
+  FR_CHECK(!layer.bias || layer.bias->scalar_type() == input,
+           "conv_bn_act: bias must have weight's dtype");
 }
 
 }  // namespace
@@ -205,21 +213,46 @@ Dtype kernel_dtype(ScalarType dtype) {
     case ScalarType::Half:
       return Dtype::kFloat16;
     default:
-      STD_TORCH_CHECK(false, "conv_bn_act: input must be float32, bfloat16 or float16");
+      FR_CHECK(false, "conv_bn_act: input must be float32, bfloat16 or float16");
   }
 }
 
+void check_taps(const char* op, const Tensor& weight) {
+  const int64_t R = weight.size(2), S = weight.size(3);
+  FR_CHECK(R > 0 && S > 0 && R <= kMaxRuns && S <= kMaxRuns && R * S <= kMaxRuns, op,
+           ": weight has ", R, " x ", S, " taps, must have at least one and at most ", kMaxRuns);
+}
+
+void check_memory(const char* op, const Conv& conv) {
+  constexpr int64_t kBytes = 8;
+  const auto padded = [](int64_t size, int64_t padding) {
+    return std::max<int64_t>(1, size + 2 * padding);
+  };
+  const int64_t H = padded(conv.H, conv.pad_h), W = padded(conv.W, conv.pad_w);
+  // Slabs hold every value once a lane at most, and there is a list of all tiles.
+  checked_product(op, "input", {conv.N, H, W, conv.C, 16, kBytes});
+  checked_product(op, "the output", {conv.N, conv.K, H, W, 2, kBytes});
+}
+
 MaxPool make_pool(const std::vector<int64_t>& numbers, int64_t P, int64_t Q) {
-  STD_TORCH_CHECK(numbers.size() == 6, "conv_bn_act: max_pool has ", numbers.size(),
-                  " numbers, must have 6");
+  constexpr const char* op = "conv_bn_act";
+  FR_CHECK(numbers.size() == 6, op, ": max_pool has ", numbers.size(), " numbers, must have 6");
   MaxPool pool{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], 0, 0};
-  STD_TORCH_CHECK(pool.kernel_h > 0 && pool.kernel_w > 0 && pool.stride_h > 0 &&
-                      pool.stride_w > 0 && pool.pad_h >= 0 && pool.pad_w >= 0 &&
-                      2 * pool.pad_h <= pool.kernel_h && 2 * pool.pad_w <= pool.kernel_w &&
-                      P + 2 * pool.pad_h >= pool.kernel_h && Q + 2 * pool.pad_w >= pool.kernel_w,
-                  "conv_bn_act: the pooling window does not fit its input, ", P, " x ", Q);
+  for (const int64_t kernel : {pool.kernel_h, pool.kernel_w}) {
+    check_number(op, "max_pool's kernel size", kernel, 1, kLargestPool);
+  }
+  for (const int64_t stride : {pool.stride_h, pool.stride_w}) {
+    check_number(op, "max_pool's stride", stride, 1);
+  }
+  check_number(op, "max_pool's padding", pool.pad_h, 0, pool.kernel_h / 2);
+  check_number(op, "max_pool's padding", pool.pad_w, 0, pool.kernel_w / 2);
+  FR_CHECK(P + 2 * pool.pad_h >= pool.kernel_h && Q + 2 * pool.pad_w >= pool.kernel_w, op,
+           ": max_pool's window does not fit its input, ", P, " x ", Q);
   pool.P = (P + 2 * pool.pad_h - pool.kernel_h) / pool.stride_h + 1;
   pool.Q = (Q + 2 * pool.pad_w - pool.kernel_w) / pool.stride_w + 1;
+  // A stride beyond the image is never gone, but tasks are sized by it.
+  if (pool.P == 1) pool.stride_h = 1;
+  if (pool.Q == 1) pool.stride_w = 1;
   return pool;
 }
 
@@ -238,14 +271,14 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
     : conv{} {
   const Tensor& weight = layer.weight;
   check_weight(weight, layer.groups);
-  STD_TORCH_CHECK(C == weight.size(1) * layer.groups, "conv_bn_act: weight has ",
-                  weight.size(1) * layer.groups, " input channels, input has ", C,
-                  " (groups=", layer.groups, ")");
-  STD_TORCH_CHECK(dtype == weight.scalar_type(),
-                  "conv_bn_act: input and weight must have one dtype");
-  STD_TORCH_CHECK(layer.stride_h > 0 && layer.stride_w > 0 && layer.dil_h > 0 && layer.dil_w > 0 &&
-                      layer.pad_h >= 0 && layer.pad_w >= 0,
-                  "conv_bn_act: stride and dilation must be positive, padding not negative");
+  FR_CHECK(C % layer.groups == 0 && C / layer.groups == weight.size(1), "conv_bn_act: weight has ",
+           weight.size(1), " input channels a group, input has ", C, " (groups=", layer.groups,
+           ")");
+  check_dtype("conv_bn_act", "input", weight, dtype);
+  check_eps("conv_bn_act", layer.eps);
+  const FilterAxis rows("conv_bn_act", H, weight.size(2), layer.stride_h, layer.pad_h, layer.dil_h);
+  const FilterAxis columns("conv_bn_act", W, weight.size(3), layer.stride_w, layer.pad_w,
+                           layer.dil_w);
   conv.N = N;
   conv.C = C;
   conv.H = H;
@@ -253,26 +286,22 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
   conv.K = weight.size(0);
   conv.R = weight.size(2);
   conv.S = weight.size(3);
-  conv.stride_h = layer.stride_h;
-  conv.stride_w = layer.stride_w;
+  // A stride beyond the image is never gone, but tasks are sized by it.
+  conv.stride_h = std::min(layer.stride_h, rows.padded);
+  conv.stride_w = std::min(layer.stride_w, columns.padded);
   conv.pad_h = layer.pad_h;
   conv.pad_w = layer.pad_w;
   conv.dil_h = layer.dil_h;
   conv.dil_w = layer.dil_w;
   conv.groups = layer.groups;
   conv.dtype = kernel_dtype(dtype);
-  const int64_t filter_h = conv.dil_h * (conv.R - 1) + 1, padded_h = H + 2 * conv.pad_h;
-  const int64_t filter_w = conv.dil_w * (conv.S - 1) + 1, padded_w = W + 2 * conv.pad_w;
-  STD_TORCH_CHECK(conv.R > 0 && conv.S > 0 && padded_h >= filter_h && padded_w >= filter_w,
-                  "conv_bn_act: the filter, ", filter_h, " x ", filter_w,
-                  ", is larger than the padded input, ", padded_h, " x ", padded_w);
-  STD_TORCH_CHECK(conv.R * conv.S <= kMaxRuns, "conv_bn_act: weight has ", conv.R * conv.S,
-                  " taps, at most ", kMaxRuns, " are supported");
-  conv.P = (padded_h - filter_h) / conv.stride_h + 1;
-  conv.Q = conv.last_q = (padded_w - filter_w) / conv.stride_w + 1;
+  conv.P = rows.outputs;
+  conv.Q = conv.last_q = columns.outputs;
+  check_memory("conv_bn_act", conv);
 
   check_norm_dtypes(layer);
   const WeightShape shape(weight, layer.groups);
+  check_packed(layer.packed, shape);
   refresh_packed(weight, shape, layer.packed);
   conv.weight = static_cast<const float*>(layer.packed.const_data_ptr());
   conv.norm.mean = as_float32(layer.running_mean, "running_mean", conv.K, copies_[0]);
@@ -290,11 +319,9 @@ Prologue::Prologue(const InputNorm& norm, int64_t C, ScalarType dtype)
     : scale_(C + kPrologueSlack), shift_(C + kPrologueSlack) {
   std::vector<float> copies[4];
   auto data = [&](const Tensor& tensor, const char* name, int i) {
-    STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == C, "norm_conv_bn_act: ", name, " has ",
-                    tensor.numel(), " elements, input has ", C, " channels");
     const ScalarType own = tensor.scalar_type();
-    STD_TORCH_CHECK(own == dtype || own == ScalarType::Float, "norm_conv_bn_act: ", name,
-                    " must have input's dtype, or float32");
+    FR_CHECK(own == dtype || own == ScalarType::Float, "norm_conv_bn_act: ", name,
+             " must have input's dtype, or float32");
     return as_float32(tensor, name, C, copies[i]);
   };
   const float* mean = data(norm.mean, "in_mean", 0);
@@ -377,7 +404,7 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   if (conv.has_pool) row_bytes = conv.pool.stride_h * (row_bytes + conv.Q * conv.K * 4);
   const int64_t block_bytes = reduction(conv) * block_k * 4;
   const int64_t budget = std::clamp(l2_bytes() - 2 * block_bytes, l2_bytes() / 8, l2_bytes() / 2);
-  const int64_t most = std::clamp<int64_t>(budget / row_bytes, 1, rows);
+  const int64_t most = std::clamp<int64_t>(budget / std::max<int64_t>(row_bytes, 1), 1, rows);
 
   // Of the numbers of tasks from there on, the one that takes the least time, in units of the
   // ideal.
@@ -387,7 +414,8 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   const int64_t task_k = conv.expanded ? block_k : group_k(conv);
   // In cycles: a task's beginning, and each of its blocks' batch norm; all of the arithmetic.
   const double overhead = 3000.0 + 100.0 * static_cast<double>(s.blocks);
-  const double arithmetic = static_cast<double>(rows * conv.Q * reduction(conv) * task_k) /
+  const double arithmetic = static_cast<double>(rows * conv.Q) *
+                            static_cast<double>(reduction(conv) * task_k) /
                             static_cast<double>(threads * block_k);
   double best = 0;
   for (int64_t tasks = fewest; tasks <= std::min(rows, fewest + 8 * row_threads); ++tasks) {

@@ -59,6 +59,12 @@ class PreparedLayer {
   std::vector<float> copies_[5];
 };
 
+// Fails unless the kernels keep offsets for all taps of a (K, C, R, S) weight.
+void check_taps(const char* op, const torch::stable::Tensor& weight);
+
+// Fails unless the bytes that a convolution reads, writes and keeps fit 64 bits, all sizes known.
+void check_memory(const char* op, const Conv& conv);
+
 // {kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w} over a P x Q image.
 MaxPool make_pool(const std::vector<int64_t>& numbers, int64_t P, int64_t Q);
 

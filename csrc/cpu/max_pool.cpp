@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/conv_layer.h"
 #include "cpu/isa.h"
 #include "cpu/max_pool_rows.h"
@@ -22,9 +23,6 @@
 
 namespace fused_resnet::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <class Kernels>
 const auto& rows_of(const Kernels& kernels, ScalarType dtype) {
@@ -125,20 +123,22 @@ bool is_dense_channels_last(const Tensor& t) {
 Tensor max_pool_gradient(Tensor grad, Tensor input, Tensor scale, Tensor shift,
                          std::vector<int64_t> numbers) {
   constexpr const char* name = "max_pool_gradient";
-  STD_TORCH_CHECK(grad.dim() == 4 && input.dim() == 4 && is_dense_channels_last(grad) &&
-                      is_dense_channels_last(input) && grad.scalar_type() == input.scalar_type(),
-                  name, ": tensors must be dense, channels_last and of one dtype");
+  check_rank(name, "input", input, 4);
+  check_rank(name, "grad", grad, 4);
+  check_floating(name, "input", input);
+  check_dtype(name, "grad", grad, input.scalar_type());
+  FR_CHECK(is_dense_channels_last(input), name, ": input must be dense, channels_last");
+  FR_CHECK(is_dense_channels_last(grad), name, ": grad must be dense, channels_last");
   const int64_t N = input.size(0), C = input.size(1), H = input.size(2), W = input.size(3);
   const MaxPool pool = make_pool(numbers, H, W);
-  STD_TORCH_CHECK(
+  FR_CHECK(
       grad.size(0) == N && grad.size(1) == C && grad.size(2) == pool.P && grad.size(3) == pool.Q,
-      name, ": grad does not have the pooled input's shape");
+      name, ": grad has shape ", shape_string(grad), ", the pooled input (", N, ", ", C, ", ",
+      pool.P, ", ", pool.Q, ")");
   const bool is_double = input.scalar_type() == ScalarType::Double;
   const ScalarType sum_dtype = is_double ? ScalarType::Double : ScalarType::Float;
-  for (const Tensor* t : {&scale, &shift}) {
-    STD_TORCH_CHECK(t->is_contiguous() && t->numel() == C && t->scalar_type() == sum_dtype, name,
-                    ": scale and shift must be dense, (C,), float32 (float64 for float64)");
-  }
+  check_vector(name, "scale", scale, C, sum_dtype);
+  check_vector(name, "shift", shift, C, sum_dtype);
   Tensor out = empty_activation(N, C, H, W, input.scalar_type(), true);
   if (out.numel() == 0) return out;
   const Problem problem{Kernels(input.scalar_type()),

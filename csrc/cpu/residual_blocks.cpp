@@ -17,13 +17,12 @@
 #include <algorithm>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/buffer_pool.h"
 #include "cpu/conv_layer.h"
 
 namespace fused_resnet::cpu {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr size_t kTensorsPerLayer = 7, kNumbersPerLayer = 7;
 
@@ -36,10 +35,9 @@ std::vector<ConvLayer> make_layers(const std::vector<Tensor>& tensors,
                                    const std::vector<int64_t>& numbers,
                                    const std::vector<double>& eps) {
   const size_t count = eps.size();
-  STD_TORCH_CHECK(
-      tensors.size() == count * kTensorsPerLayer && numbers.size() == count * kNumbersPerLayer,
-      "residual_blocks: ", tensors.size(), " tensors and ", numbers.size(), " numbers for ", count,
-      " convolutions");
+  FR_CHECK(tensors.size() == count * kTensorsPerLayer && numbers.size() == count * kNumbersPerLayer,
+           "residual_blocks: ", tensors.size(), " tensors and ", numbers.size(), " numbers for ",
+           count, " convolutions");
   std::vector<ConvLayer> layers;
   layers.reserve(count);
   for (size_t i = 0; i < count; ++i) {
@@ -97,8 +95,8 @@ struct NextWeight {
 // One block; a projection is the last of its layers. `next_block` is what follows it.
 Tensor run_block(const Tensor& input, const ConvLayer* layers, int64_t count, bool has_projection,
                  const NextWeight& next_block) {
-  STD_TORCH_CHECK(count >= (has_projection ? 2 : 1), "residual_blocks: ", count,
-                  " convolutions are too few for a block");
+  FR_CHECK(count >= (has_projection ? 2 : 1), "residual_blocks: ", count,
+           " convolutions are too few for a block");
   const auto dtype = input.scalar_type();
   const int64_t last = count - (has_projection ? 2 : 1);
   const int64_t N = input.size(0), item = static_cast<int64_t>(input.element_size());
@@ -119,9 +117,9 @@ Tensor run_block(const Tensor& input, const ConvLayer* layers, int64_t count, bo
     const Conv& conv = prepared.back().conv;
     shortcut_c = conv.K, shortcut_h = conv.P, shortcut_w = conv.Q;
   }
-  STD_TORCH_CHECK(shortcut_c == C && shortcut_h == H && shortcut_w == W,
-                  "residual_blocks: the shortcut is ", shortcut_c, " x ", shortcut_h, " x ",
-                  shortcut_w, ", the last convolution's output is ", C, " x ", H, " x ", W);
+  FR_CHECK(shortcut_c == C && shortcut_h == H && shortcut_w == W,
+           "residual_blocks: the shortcut is ", shortcut_c, " x ", shortcut_h, " x ", shortcut_w,
+           ", the last convolution's output is ", C, " x ", H, " x ", W);
 
   Tensor output = empty_activation(N, C, H, W, dtype, channels_last);
   if (N == 0) return output;
@@ -180,22 +178,23 @@ Tensor run_block(const Tensor& input, const ConvLayer* layers, int64_t count, bo
 Tensor residual_blocks_packed(Tensor input, std::vector<Tensor> tensors,
                               std::vector<int64_t> numbers, std::vector<double> eps,
                               std::vector<int64_t> layer_counts, std::vector<int64_t> projections) {
-  STD_TORCH_CHECK(input.dim() == 4, "residual_blocks: input has ", input.dim(),
-                  " dimensions, it must have 4");
-  STD_TORCH_CHECK(layer_counts.size() == projections.size(),
-                  "residual_blocks: ", layer_counts.size(), " layer counts, ", projections.size(),
-                  " projections");
+  check_rank("residual_blocks", "input", input, 4);
+  FR_CHECK(!layer_counts.empty(), "residual_blocks: layer_counts must not be empty");
+  FR_CHECK(layer_counts.size() == projections.size(), "residual_blocks: ", layer_counts.size(),
+           " layer counts, ", projections.size(), " projections");
   const std::vector<ConvLayer> layers = make_layers(tensors, numbers, eps);
   size_t first = 0;
   for (size_t i = 0; i < layer_counts.size(); ++i) {
+    FR_CHECK(layer_counts[i] > 0 && layer_counts[i] <= static_cast<int64_t>(layers.size() - first),
+             "residual_blocks: block ", i, " has ", layer_counts[i], " convolutions, ",
+             layers.size() - first, " are left");
     const size_t behind = first + static_cast<size_t>(layer_counts[i]);
-    STD_TORCH_CHECK(layer_counts[i] > 0 && behind <= layers.size(), "residual_blocks: block ", i,
-                    " has ", layer_counts[i], " convolutions, ", layers.size() - first,
-                    " are left");
     input = run_block(input, &layers[first], layer_counts[i], projections[i] != 0,
                       behind < layers.size() ? NextWeight(layers[behind]) : NextWeight());
     first = behind;
   }
+  FR_CHECK(first == layers.size(), "residual_blocks: ", layers.size(), " convolutions, ", first,
+           " of them in blocks");
   return input;
 }
 

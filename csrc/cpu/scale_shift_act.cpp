@@ -134,7 +134,7 @@ void run_range(const Problem& problem, int64_t begin, int64_t end) {
   const bool all_dense =
       input_row.is_dense() && (!residual_row || (residual_row->is_dense() && !narrow));
   // The step from channel to channel, by which the residual's first one comes later.
-  const int64_t residual_step = narrow ? problem.residual->stride(1) : 0;
+  const int64_t residual_step = narrow ? step_of(*problem.residual, 1) : 0;
   const int64_t longest = all_dense ? inner.size : std::min(inner.size, Row::kCapacity);
 
   std::vector<int64_t> index(outer_count);

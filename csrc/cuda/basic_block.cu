@@ -14,11 +14,12 @@ namespace {
 
 constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max();  // CUDA's limit of gridDim.x
 
-Tensor filters_of(Tensor weight, ScalarType dtype) {
+Tensor filters_of(Tensor weight, const Tensor& input) {
   constexpr int64_t C = BasicBlockTile::kChannels;
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == C && weight.size(1) == C &&
-                      weight.size(2) == 3 && weight.size(3) == 3 && weight.scalar_type() == dtype,
-                  "basic_block: weights must be (", C, ", ", C, ", 3, 3), of the input's dtype");
+  FR_CHECK(weight.dim() == 4 && weight.size(0) == C && weight.size(1) == C && weight.size(2) == 3 &&
+               weight.size(3) == 3 && weight.scalar_type() == input.scalar_type(),
+           "basic_block: weights must be (", C, ", ", C, ", 3, 3), of the input's dtype");
+  check_device("basic_block", "weight", weight, input);
   return is_aligned(weight) && is_dense_channels_last(weight) ? weight : aligned_copy(weight);
 }
 
@@ -30,21 +31,22 @@ Tensor basic_block_tiled(Tensor input, Tensor weight1, Tensor running_mean1, Ten
                          double eps2, std::optional<Tensor> bias2, int64_t tile) {
   const ScalarType dtype = input.scalar_type();
   constexpr int64_t C = BasicBlockTile::kChannels;
-  STD_TORCH_CHECK(input.dim() == 4 && input.size(1) == C, "basic_block: input must be (N, ", C,
-                  ", H, W)");
-  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                  "basic_block: input must be float16 or bfloat16");
-  STD_TORCH_CHECK(tile >= 0 && tile < kBasicBlockTileCount, "basic_block: tile is ", tile,
-                  ", must be at least 0 and below ", kBasicBlockTileCount);
+  FR_CHECK(input.dim() == 4 && input.size(1) == C, "basic_block: input must be (N, ", C, ", H, W)");
+  FR_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+           "basic_block: input must be float16 or bfloat16");
+  FR_CHECK(tile >= 0 && tile < kBasicBlockTileCount, "basic_block: tile is ", tile,
+           ", must be at least 0 and below ", kBasicBlockTileCount);
   const int64_t N = input.size(0), H = input.size(2), W = input.size(3);
+  check_number("basic_block", "input's height", H, 0);
+  check_number("basic_block", "input's width", W, 0);
   const BasicBlockTile& shape = kBasicBlockTiles[tile];
   const int64_t tiles_h = (H + shape.rows - 1) / shape.rows;
   const int64_t tiles_w = (W + shape.kColumns - 1) / shape.kColumns;
-  STD_TORCH_CHECK(H < kMostBlocks && W < kMostBlocks && tiles_h * tiles_w <= kMostBlocks &&
-                      N * tiles_h * tiles_w <= kMostBlocks,
-                  "basic_block: the input takes more than ", kMostBlocks, " tiles");
-  weight1 = filters_of(weight1, dtype);
-  weight2 = filters_of(weight2, dtype);
+  FR_CHECK(tiles_h * tiles_w <= kMostBlocks &&
+               checked_product("basic_block", "input", {N, tiles_h, tiles_w}) <= kMostBlocks,
+           "basic_block: the input takes more than ", kMostBlocks, " tiles");
+  weight1 = filters_of(weight1, input);
+  weight2 = filters_of(weight2, input);
 
   const DeviceGuard guard(input.get_device_index());
   Tensor output = empty({N, C, H, W}, {H * W * C, 1, W * C, C}, dtype, input);
@@ -53,17 +55,18 @@ Tensor basic_block_tiled(Tensor input, Tensor weight1, Tensor running_mean1, Ten
 
   std::optional<Tensor> mean1 = running_mean1, var1 = running_var1;
   std::optional<Tensor> mean2 = running_mean2, var2 = running_var2;
-  const auto layer_of = [](const Tensor& weight, std::optional<Tensor>& mean,
-                           std::optional<Tensor>& var, std::optional<Tensor>& bn_weight,
-                           std::optional<Tensor>& bn_bias, std::optional<Tensor>& bias,
-                           double eps) {
+  const auto layer_of = [&](const Tensor& weight, std::optional<Tensor>& mean,
+                            std::optional<Tensor>& var, std::optional<Tensor>& bn_weight,
+                            std::optional<Tensor>& bn_bias, std::optional<Tensor>& bias,
+                            double eps) {
+    check_eps("basic_block", eps);
     return BasicBlockLayer{
         .weight = weight.const_data_ptr(),
-        .running_mean = parameter_of("running_mean", mean, C),
-        .running_var = parameter_of("running_var", var, C),
-        .bn_weight = parameter_of("bn_weight", bn_weight, C),
-        .bn_bias = parameter_of("bn_bias", bn_bias, C),
-        .bias = parameter_of("bias", bias, C),
+        .running_mean = parameter_of("running_mean", mean, C, input),
+        .running_var = parameter_of("running_var", var, C, input),
+        .bn_weight = parameter_of("bn_weight", bn_weight, C, input),
+        .bn_bias = parameter_of("bn_bias", bn_bias, C, input),
+        .bias = parameter_of("bias", bias, C, input),
         .eps = static_cast<float>(eps),
     };
   };

@@ -46,13 +46,14 @@ Tensor normalize(Tensor input, Tensor mean, Tensor var, std::optional<Tensor> we
   const DeviceGuard guard(input.get_device_index());
   const cudaStream_t stream = current_stream(input.get_device_index());
   const Tensor output = empty_output(input);
-  const bool is_narrow = residual && residual->size(1) != input.size(1);
+  const bool is_narrow =
+      residual && residual->dim() == input.dim() && residual->size(1) != input.size(1);
   if (is_narrow) {
     operands.check_narrow(*residual);
   } else {
-    operands.add(residual);
+    operands.add("residual", residual);
   }
-  operands.add(output);
+  operands.add("output", output);
   if (mask) operands.check_bits(*mask);
   uint8_t* const bits = mutable_elements<uint8_t>(mask);
   const Norm norm = operands.norm(mean, var, weight, bias, eps);
@@ -87,9 +88,9 @@ std::tuple<Tensor, Tensor, Tensor> gradient_sums(Tensor grad, Tensor input,
   Operands operands("batch_norm_gradient_sums", input);
   const DeviceGuard guard(input.get_device_index());
   const cudaStream_t stream = current_stream(input.get_device_index());
-  operands.add(grad);
+  operands.add("grad", grad);
   operands.add_signs(output);
-  operands.add(masked);
+  operands.add("masked", masked);
   const Norm norm = operands.norm(mean, var, weight, bias, eps);
   const int64_t channels = input.size(1);
   const Tensor total = floats(channels, input), dot = floats(channels, input);
@@ -118,14 +119,16 @@ void input_gradient(Tensor grad, Tensor input, std::optional<Tensor> output, Ten
   Operands operands("batch_norm_input_gradient", input);
   const DeviceGuard guard(input.get_device_index());
   const cudaStream_t stream = current_stream(input.get_device_index());
-  operands.add(grad);
+  operands.add("grad", grad);
   operands.add_signs(output);
-  operands.add(masked);
-  operands.add(grad_input);
+  operands.add("masked", masked);
+  operands.add("grad_input", grad_input);
   const Norm norm = operands.norm(mean, var, weight, bias, eps);
-  const float *total_data = operands.vector(total), *dot_data = operands.vector(dot);
-  STD_TORCH_CHECK((total_data == nullptr) == (dot_data == nullptr),
-                  "batch_norm_input_gradient: total and dot are both there or neither");
+  FR_CHECK(count > 0, "batch_norm_input_gradient: count is ", count, ", must be positive");
+  const float *total_data = operands.vector("total", total),
+              *dot_data = operands.vector("dot", dot);
+  FR_CHECK((total_data == nullptr) == (dot_data == nullptr),
+           "batch_norm_input_gradient: total and dot are both there or neither");
   operands.dispatch(kBlocksOfElements, [&](auto zero, auto elements_at_once, const Partition& p) {
     using T = decltype(zero);
     constexpr int N = elements_at_once;

@@ -32,15 +32,18 @@ std::optional<ClusterPartition> partition_of(const Tensor& input, int tensors) {
 }
 
 bool fits_cluster(Tensor input, int64_t tensors) {
+  constexpr const char* kName = "batch_norm_fits_cluster";
+  const Operands operands(kName, input);
+  check_number(kName, "tensors", tensors, 1, 2);
   return partition_of(input, static_cast<int>(tensors)).has_value();
 }
 
 ClusterPartition checked_partition(const char* name, const Operands& operands, const Tensor& input,
                                    int tensors) {
   const auto found = partition_of(input, tensors);
-  STD_TORCH_CHECK(found.has_value(), name, ": input does not fit in a cluster's shared memory");
-  STD_TORCH_CHECK(operands.has_wide_accesses(), name,
-                  ": channels must fill accesses of 16 bytes, and tensors begin at such");
+  FR_CHECK(found.has_value(), name, ": input does not fit in a cluster's shared memory");
+  FR_CHECK(operands.has_wide_accesses(), name,
+           ": channels must fill accesses of 16 bytes, and tensors begin at such");
   return *found;
 }
 
@@ -59,8 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> in_one_launch(Tensor input, std::optional<Ten
   const DeviceGuard guard(input.get_device_index());
   const cudaStream_t stream = current_stream(input.get_device_index());
   const Tensor output = empty_output(input);
-  operands.add(residual);
-  operands.add(output);
+  operands.add("residual", residual);
+  operands.add("output", output);
   if (mask) operands.check_bits(*mask);
   const ClusterPartition p = checked_partition(kName, operands, input, kTensors);
   const Tensor mean = floats(input.size(1), input), var = floats(input.size(1), input);
@@ -89,10 +92,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_in_one_launch(Tensor grad, Tensor in
   Operands operands(kName, input);
   const DeviceGuard guard(input.get_device_index());
   const cudaStream_t stream = current_stream(input.get_device_index());
-  operands.add(grad);
+  operands.add("grad", grad);
   operands.add_signs(output);
-  operands.add(masked);
-  operands.add(grad_input);
+  operands.add("masked", masked);
+  operands.add("grad_input", grad_input);
   const ClusterPartition p = checked_partition(kName, operands, input, kTensors);
   const Norm norm = operands.norm(mean, var, weight, bias, eps);
   const int64_t channels = input.size(1);

@@ -37,51 +37,43 @@ class Operands {
  public:
   Operands(const char* name, const Tensor& input)
       : name_(name), input_(input), aligned_(is_aligned(input.const_data_ptr())) {
-    const ScalarType dtype = input.scalar_type();
-    STD_TORCH_CHECK(
-        dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float,
-        name, ": input must be float16, bfloat16 or float32");
-    STD_TORCH_CHECK(input.dim() >= 2 && has_innermost_channels(input), name,
-                    ": input must be dense with its channels innermost");
-    STD_TORCH_CHECK(input.numel() > 0, name, ": input is empty");
-    STD_TORCH_CHECK(input.size(1) <= kMostChannels, name, ": input has ", input.size(1),
-                    " channels");
+    check_floating(name, "input", input, false);
+    FR_CHECK(input.dim() >= 2 && has_innermost_channels(input), name,
+             ": input must be dense with its channels innermost");
+    FR_CHECK(input.numel() > 0, name, ": input is empty");
+    FR_CHECK(input.size(1) <= kMostChannels, name, ": input has ", input.size(1), " channels");
   }
 
-  void add(const Tensor& tensor) {
-    STD_TORCH_CHECK(tensor.scalar_type() == input_.scalar_type() &&
-                        tensor.sizes().vec() == input_.sizes().vec(),
-                    name_, ": a tensor has another shape or dtype than input");
-    for (int64_t d = 0; d < input_.dim(); ++d) {
-      STD_TORCH_CHECK(input_.size(d) == 1 || tensor.stride(d) == input_.stride(d), name_,
-                      ": a tensor has other strides than input");
-    }
+  void add(const char* what, const Tensor& tensor) {
+    check_device(name_, what, tensor, input_);
+    check_alike(name_, what, tensor, input_);
     aligned_ = aligned_ && is_aligned(tensor.const_data_ptr());
   }
-  void add(const std::optional<Tensor>& tensor) {
-    if (tensor) add(*tensor);
+  void add(const char* what, const std::optional<Tensor>& tensor) {
+    if (tensor) add(what, *tensor);
   }
 
   // A residual of fewer channels, in any strides: its kernel numbers pixels in 32 bits.
   void check_narrow(const Tensor& residual) const {
+    check_device(name_, "residual", residual, input_);
     std::vector<int64_t> shape = input_.sizes().vec();
-    shape[1] = std::clamp<int64_t>(residual.size(1), 1, shape[1]);
-    STD_TORCH_CHECK(residual.scalar_type() == input_.scalar_type() &&
-                        residual.sizes().vec() == shape && residual.dim() <= 4,
-                    name_, ": residual has another shape or dtype than input, not just fewer ",
-                    "channels");
-    STD_TORCH_CHECK(has_pixels_in_order(input_) && input_.numel() / input_.size(1) <= UINT32_MAX,
-                    name_, ": input must be channels_last, of less than 2^32 pixels");
+    if (residual.dim() > 1) shape[1] = std::clamp<int64_t>(residual.size(1), 1, shape[1]);
+    FR_CHECK(residual.scalar_type() == input_.scalar_type() && residual.sizes().vec() == shape &&
+                 residual.dim() <= 4,
+             name_, ": residual has another shape or dtype than input, not just fewer ",
+             "channels");
+    FR_CHECK(has_pixels_in_order(input_) && input_.numel() / input_.size(1) <= UINT32_MAX, name_,
+             ": input must be channels_last, of less than 2^32 pixels");
   }
 
   // A bit for each value.
   void check_bits(const Tensor& mask) const {
-    STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
-                        mask.numel() == input_.numel() / Partition::kBitsInByte,
-                    name_, ": a mask must have a bit for each value of input, in bytes (uint8)");
-    STD_TORCH_CHECK(input_.size(1) % Partition::kBitsInByte == 0, name_,
-                    ": with a mask, input must have a multiple of 8 channels, not ",
-                    input_.size(1));
+    check_device(name_, "mask", mask, input_);
+    FR_CHECK(mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
+                 mask.numel() == input_.numel() / Partition::kBitsInByte,
+             name_, ": a mask must have a bit for each value of input, in bytes (uint8)");
+    FR_CHECK(input_.size(1) % Partition::kBitsInByte == 0, name_,
+             ": with a mask, input must have a multiple of 8 channels, not ", input_.size(1));
   }
 
   // The activation's output, or its mask.
@@ -89,23 +81,24 @@ class Operands {
     if (signs && signs->scalar_type() == ScalarType::Byte) {
       check_bits(*signs);
     } else {
-      add(signs);
+      add("output", signs);
     }
   }
 
-  const float* vector(const Tensor& vector) const {
-    STD_TORCH_CHECK(vector.is_contiguous() && vector.numel() == input_.size(1) &&
-                        vector.scalar_type() == ScalarType::Float,
-                    name_, ": statistics and parameters must be dense, (C,) and float32");
+  const float* vector(const char* what, const Tensor& vector) const {
+    check_device(name_, what, vector, input_);
+    check_vector(name_, what, vector, input_.size(1), ScalarType::Float);
     return static_cast<const float*>(vector.const_data_ptr());
   }
-  const float* vector(const std::optional<Tensor>& tensor) const {
-    return tensor ? vector(*tensor) : nullptr;
+  const float* vector(const char* what, const std::optional<Tensor>& tensor) const {
+    return tensor ? vector(what, *tensor) : nullptr;
   }
 
   Norm norm(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
             const std::optional<Tensor>& bias, double eps) const {
-    return {vector(mean), vector(var), vector(weight), vector(bias), static_cast<float>(eps)};
+    check_eps(name_, eps);
+    return {vector("mean", mean), vector("var", var), vector("weight", weight),
+            vector("bias", bias), static_cast<float>(eps)};
   }
 
   // Whether accesses of 16 bytes can be all there are.

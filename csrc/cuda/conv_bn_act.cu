@@ -25,9 +25,12 @@ constexpr int kMostSplit = 64;
 
 // How far from the first element that a window (or a filter) holds its last one lies: where
 // elements are loaded one by one, 32 bits count that.
-int64_t window_span(const Tensor& tensor, int64_t channels, int64_t rows, int64_t columns) {
-  return (channels - 1) * tensor.stride(1) + (rows - 1) * tensor.stride(2) +
-         (columns - 1) * tensor.stride(3);
+double window_span(const Tensor& tensor, int64_t channels, int64_t rows, int64_t columns) {
+  // In doubles, for a stride along one pixel may be any number.
+  const auto span = [&](int64_t dim, int64_t count) {
+    return static_cast<double>(count - 1) * static_cast<double>(tensor.stride(dim));
+  };
+  return span(1, channels) + span(2, rows) + span(3, columns);
 }
 
 // Asked of the driver once a device.
@@ -48,25 +51,20 @@ Gpu gpu_of(int device) {
   return *gpu;
 }
 
-int64_t output_size(int64_t size, int64_t taps, int64_t stride, int64_t pad, int64_t dil) {
-  return (size + 2 * pad - dil * (taps - 1) - 1) / stride + 1;
-}
-
 // The instance asked for, {} or {index, split}, if it can run the problem.
 ConvChoice choice_of(const std::vector<int64_t>& tile, const ConvProblem& problem, int device) {
   if (tile.empty()) {
     const ConvChoice choice = choose_conv(problem, gpu_of(device));
-    STD_TORCH_CHECK(choice.tile >= 0, "conv_bn_act: no tile fits this GPU's shared memory");
+    FR_CHECK(choice.tile >= 0, "conv_bn_act: no tile fits this GPU's shared memory");
     return choice;
   }
-  STD_TORCH_CHECK(tile.size() == 2 && tile[0] >= 0 && tile[0] < kTileCount && tile[1] >= 1 &&
-                      tile[1] <= kMostSplit,
-                  "conv_bn_act: tile must be [index, split], below ", kTileCount, " and ",
-                  kMostSplit + 1);
+  FR_CHECK(tile.size() == 2 && tile[0] >= 0 && tile[0] < kTileCount && tile[1] >= 1 &&
+               tile[1] <= kMostSplit,
+           "conv_bn_act: tile must be [index, split], below ", kTileCount, " and ", kMostSplit + 1);
   const Tile& wanted = kTiles[tile[0]];
-  STD_TORCH_CHECK(wanted.products == problem.products &&
-                      (wanted.loads == loads_for(problem) || wanted.loads == Loads::kElements),
-                  "conv_bn_act: tile ", tile[0], " cannot run this problem");
+  FR_CHECK(wanted.products == problem.products &&
+               (wanted.loads == loads_for(problem) || wanted.loads == Loads::kElements),
+           "conv_bn_act: tile ", tile[0], " cannot run this problem");
   return {static_cast<int>(tile[0]), shares_of(problem, wanted, static_cast<int>(tile[1]))};
 }
 
@@ -76,26 +74,30 @@ Tensor conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tenso
                          int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w, int64_t groups,
                          std::optional<Tensor> residual, bool relu, bool tf32,
                          std::vector<int64_t> tile) {
+  constexpr const char* op = "conv_bn_act";
+  check_rank(op, "input", input, 4);
+  check_rank(op, "weight", weight, 4);
+  check_floating(op, "input", input, false);
   const ScalarType dtype = input.scalar_type();
-  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4,
-                  "conv_bn_act: input and weight must have 4 dimensions");
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float,
-      "conv_bn_act: input must be float16, bfloat16 or float32");
-  STD_TORCH_CHECK(weight.scalar_type() == dtype, "conv_bn_act: weight must have the input's dtype");
+  check_dtype(op, "weight", weight, dtype);
+  check_device(op, "weight", weight, input);
+  check_eps(op, eps);
+  check_number(op, "groups", groups, 1, kMostGroups);
   const int64_t N = input.size(0), C = input.size(1), H = input.size(2), W = input.size(3);
   const int64_t K = weight.size(0), R = weight.size(2), S = weight.size(3);
-  STD_TORCH_CHECK(groups >= 1 && groups <= kMostGroups && K % groups == 0 &&
-                      C == weight.size(1) * groups && weight.size(1) > 0,
-                  "conv_bn_act: weight has ", weight.size(1), " input channels, input has ", C,
-                  " (groups=", groups, ")");
-  const int64_t P = output_size(H, R, stride_h, pad_h, dil_h);
-  const int64_t Q = output_size(W, S, stride_w, pad_w, dil_w);
-  STD_TORCH_CHECK(P >= 1 && Q >= 1, "conv_bn_act: the filter is larger than its padded input");
-  STD_TORCH_CHECK(N * P * Q <= kMostPixels, "conv_bn_act: the output has ", N * P * Q,
-                  " pixels, must have at most ", kMostPixels);
-  STD_TORCH_CHECK(C * R * S < kMostPixels && H < kMostPixels && W < kMostPixels,
-                  "conv_bn_act: a size is over ", kMostPixels);
+  FR_CHECK(K > 0 && K % groups == 0 && weight.size(1) > 0 && C % groups == 0 &&
+               C / groups == weight.size(1),
+           op, ": weight has shape ", shape_string(weight), ", input has ", C,
+           " channels (groups=", groups, ")");
+  const int64_t P = FilterAxis(op, H, R, stride_h, pad_h, dil_h).outputs;
+  const int64_t Q = FilterAxis(op, W, S, stride_w, pad_w, dil_w).outputs;
+  const int64_t pixels = checked_product(op, "the output", {N, P, Q});
+  FR_CHECK(pixels <= kMostPixels, op, ": the output has ", pixels, " pixels, must have at most ",
+           kMostPixels);
+  checked_product(op, "the output", {pixels, K, 8});
+  FR_CHECK(
+      checked_product(op, "weight", {C, R, S}) < kMostPixels && H < kMostPixels && W < kMostPixels,
+      op, ": a size is over ", kMostPixels);
 
   const DeviceGuard guard(input.get_device_index());
   Tensor output = empty({N, K, P, Q}, {P * Q * K, 1, Q * K, K}, dtype, input);
@@ -117,18 +119,19 @@ Tensor conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tenso
     };
     if (too_long(input)) input = aligned_copy(input);
     if (window_span(weight, problem.group_c(), R, S) > INT32_MAX) weight = aligned_copy(weight);
-    STD_TORCH_CHECK(!too_long(input), "conv_bn_act: a window spans 2^31 elements or more");
+    FR_CHECK(!too_long(input), "conv_bn_act: a window spans 2^31 elements or more");
   } else {
     if (!has_aligned_pixels(input, chunk)) input = aligned_copy(input);
     if (!is_aligned(weight) || !is_dense_channels_last(weight)) weight = aligned_copy(weight);
   }
   NarrowResidual narrow{};
   if (residual) {
-    STD_TORCH_CHECK(residual->dim() == 4 && residual->size(0) == N && residual->size(1) >= 1 &&
-                        residual->size(1) <= K && residual->size(2) == P &&
-                        residual->size(3) == Q && residual->scalar_type() == dtype,
-                    "conv_bn_act: residual must have the output's shape, or fewer channels, and "
-                    "its dtype");
+    check_device(op, "residual", *residual, input);
+    FR_CHECK(residual->dim() == 4 && residual->size(0) == N && residual->size(1) >= 1 &&
+                 residual->size(1) <= K && residual->size(2) == P && residual->size(3) == Q &&
+                 residual->scalar_type() == dtype,
+             "conv_bn_act: residual must have the output's shape, or fewer channels, and "
+             "its dtype");
     if (residual->size(1) < K) {
       // Tiles begin with a group or, on the diagonal, at multiples of their filters.
       const bool anywhere = groups > 1 && loads != Loads::kDiagonal;
@@ -146,11 +149,11 @@ Tensor conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tenso
       .residual = residual && !narrow.values ? residual->const_data_ptr() : nullptr,
       .narrow = narrow,
       .output = output.mutable_data_ptr(),
-      .running_mean = parameter_of("running_mean", mean, K),
-      .running_var = parameter_of("running_var", var, K),
-      .bn_weight = parameter_of("bn_weight", bn_weight, K),
-      .bn_bias = parameter_of("bn_bias", bn_bias, K),
-      .bias = parameter_of("bias", bias, K),
+      .running_mean = parameter_of("running_mean", mean, K, input),
+      .running_var = parameter_of("running_var", var, K, input),
+      .bn_weight = parameter_of("bn_weight", bn_weight, K, input),
+      .bn_bias = parameter_of("bn_bias", bn_bias, K, input),
+      .bias = parameter_of("bias", bias, K, input),
       .eps = static_cast<float>(eps),
       .floor = relu ? 0.f : -std::numeric_limits<float>::infinity(),
       .M = static_cast<int>(problem.M),
@@ -223,8 +226,13 @@ std::vector<int64_t> conv_tiles() {
 // Pairs of an instance's index and a split that can run {M, C, K, taps, groups, products} on a GPU
 // {multiprocessors, shared memory of a block, of a multiprocessor}, the likely fastest first.
 std::vector<int64_t> conv_tiles_for(std::vector<int64_t> problem, std::vector<int64_t> gpu) {
-  STD_TORCH_CHECK(problem.size() == 6 && gpu.size() == 3,
-                  "conv_tiles_for: takes six numbers and three");
+  FR_CHECK(problem.size() == 6 && gpu.size() == 3, "conv_tiles_for: takes six numbers and three");
+  for (const int i : {0, 1, 2, 3, 4}) check_number("conv_tiles_for", "problem", problem[i], 1);
+  check_number("conv_tiles_for", "products", problem[5], 0, static_cast<int64_t>(Products::kIeee));
+  FR_CHECK(problem[1] % problem[4] == 0 && problem[2] % problem[4] == 0,
+           "conv_tiles_for: groups is ", problem[4], ", must divide ", problem[1], " and ",
+           problem[2], " channels");
+  for (const int64_t number : gpu) check_number("conv_tiles_for", "gpu", number, 1);
   const ConvProblem conv{problem[0], problem[1], problem[2],
                          problem[3], problem[4], static_cast<Products>(problem[5]),
                          true};

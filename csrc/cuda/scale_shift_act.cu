@@ -251,7 +251,7 @@ void launch(const Operands<T>& operands, const std::vector<Loop>& loops, const T
                 static_cast<int>(loops.size()),
                 there.begin,
                 there.end,
-                residual ? residual->stride(1) : 0};
+                residual ? step_of(*residual, 1) : 0};
     std::copy(loops.begin(), loops.end(), fixed.loops);
     const dim3 blocks = grid_size(numel, kThreads, device_index);
     if (numel <= INT32_MAX) {

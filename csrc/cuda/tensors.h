@@ -7,14 +7,13 @@
 #include <optional>
 #include <vector>
 
+#include "checks.h"
 #include "cuda/conv_bn_act.h"
 #include "cuda/library.h"
 
 namespace fused_resnet {
 
 using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline bool is_aligned(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
@@ -60,10 +59,12 @@ inline Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t
 }
 
 // A parameter of K numbers, copied if they are not next to each other.
-inline Parameter parameter_of(const char* name, std::optional<Tensor>& tensor, int64_t K) {
+inline Parameter parameter_of(const char* name, std::optional<Tensor>& tensor, int64_t K,
+                              const Tensor& input) {
   if (!tensor) return {nullptr, Parameter::Type::kFloat32};
-  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == K, "conv_bn_act: ", name, " must have ",
-                  K, " elements");
+  FR_CHECK(tensor->dim() == 1 && tensor->size(0) == K, "conv_bn_act: ", name, " must have ", K,
+           " elements");
+  check_device("conv_bn_act", name, *tensor, input);
   if (!tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
   switch (tensor->scalar_type()) {
     case ScalarType::Float:
@@ -75,7 +76,7 @@ inline Parameter parameter_of(const char* name, std::optional<Tensor>& tensor, i
     case ScalarType::Double:
       return {tensor->const_data_ptr(), Parameter::Type::kFloat64};
     default:
-      STD_TORCH_CHECK(false, "conv_bn_act: ", name, " must be of a floating dtype");
+      fail("conv_bn_act: ", name, " is ", dtype_string(*tensor), ", must be floating");
   }
 }
 

@@ -46,6 +46,8 @@ hold_blocks_in_graphs = True
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The filter's taps the kernel keeps offsets for, kMaxRuns in csrc/cpu/conv.h.
 _MOST_TAPS = 1024
+# The largest window it pools, kLargestPool there.
+_LARGEST_POOL = 1024
 
 # Stands for a tensor that is not there, in a list of tensors.
 _ABSENT = torch.empty(0, device="cpu")
@@ -228,7 +230,8 @@ def conv_bn_act_max_pool(
     pool_padding: Sequence[int],
 ) -> Tensor:
     """One pass: the convolution's rows are pooled while they are in the cache."""
-    if groups > 1 or not _is_native(input.dtype, weight.shape, groups):
+    native = _is_native(input.dtype, weight.shape, groups)
+    if groups > 1 or max(pool_kernel_size) > _LARGEST_POOL or not native:
         return library.conv_bn_act_max_pool(
             input,
             weight,
@@ -560,9 +563,13 @@ def max_pool_backward(
         pool: kernel size, stride and padding, two numbers each.
 
     Returns:
-        The gradient (N, C, H, W), or None where `input` is not channels_last.
+        The gradient (N, C, H, W), or None where `input` is not channels_last, or the window large.
     """
-    if input.is_contiguous() or not input.is_contiguous(memory_format=torch.channels_last):
+    if (
+        max(pool[0]) > _LARGEST_POOL
+        or input.is_contiguous()
+        or not input.is_contiguous(memory_format=torch.channels_last)
+    ):
         return None
     parameters = _in_accumulation_dtype(input, mean, var, weight, bias)
     numbers = [number for pair in pool for number in pair]
@@ -611,7 +618,7 @@ def residual_blocks(
         )
     try:
         return _residual_blocks_packed(input, native, numbers, eps, layer_counts, projections)
-    except RuntimeError:
+    except ValueError:
         # Shapes, dtypes or devices that do not go together: step by step the reason comes out.
         return None
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from . import operator_checks
 from .gradients import has_norm_kernel, middle_channels, norm_act_backward
 from .layout import contiguous_like_eager
 from .registration import (
@@ -18,6 +19,7 @@ from .registration import (
     nothing_intercepts,
     register_autocast,
     register_autograd,
+    register_kernel,
 )
 
 library.define(
@@ -55,7 +57,7 @@ def _kernel(input: Tensor, *arguments: Any) -> Tensor:
     return backend.batch_norm_act_inference(input, *arguments)
 
 
-library.impl("batch_norm_act_inference", _kernel, "CompositeExplicitAutograd")
+register_kernel("batch_norm_act_inference", _kernel, operator_checks.batch_norm_act_inference)
 
 
 @torch.library.register_fake("fused_resnet::batch_norm_act_inference", lib=library)
@@ -129,5 +131,7 @@ class _BatchNormActInference(torch.autograd.Function):
         return grad_input, None, None, grad_weight, grad_bias, None, grad_residual, None
 
 
-register_autograd("batch_norm_act_inference", _BatchNormActInference)
+register_autograd(
+    "batch_norm_act_inference", _BatchNormActInference, operator_checks.batch_norm_act_inference
+)
 register_autocast("batch_norm_act_inference", autocast_residual(6))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from . import operator_checks
 from .gradients import accumulation_dtype, has_norm_kernel, middle_channels, norm_act_backward
 from .layout import contiguous_like_eager
 from .registration import (
@@ -18,6 +19,7 @@ from .registration import (
     nothing_intercepts,
     register_autocast,
     register_autograd,
+    register_kernel,
 )
 
 library.define(
@@ -58,7 +60,7 @@ def _kernel(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return backend.batch_norm_act_training(input, *arguments)
 
 
-library.impl("batch_norm_act_training", _kernel, "CompositeExplicitAutograd")
+register_kernel("batch_norm_act_training", _kernel, operator_checks.batch_norm_act_training)
 
 
 @torch.library.register_fake("fused_resnet::batch_norm_act_training", lib=library)
@@ -141,5 +143,7 @@ class _BatchNormActTraining(torch.autograd.Function):
         return *gradients, None, grad_residual, None
 
 
-register_autograd("batch_norm_act_training", _BatchNormActTraining)
+register_autograd(
+    "batch_norm_act_training", _BatchNormActTraining, operator_checks.batch_norm_act_training
+)
 register_autocast("batch_norm_act_training", autocast_residual(4))

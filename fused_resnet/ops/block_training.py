@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from . import operator_checks
 from .gradients import accumulation_dtype
 from .layout import contiguous_like_eager
-from .registration import has_foreign, library, needs_grad
+from .registration import has_foreign, library, needs_grad, register_kernel
 from .training_blocks import (
     Statistics,
     _as_autocast_casts,
@@ -132,7 +133,7 @@ def _kernel(input: Tensor, parameters: Sequence[Tensor | None], *description: An
     return [output, *statistics, *raws]
 
 
-library.impl("block_training", _kernel, "CompositeExplicitAutograd")
+register_kernel("block_training", _kernel, operator_checks.block_training)
 
 
 @torch.library.register_fake("fused_resnet::block_training", lib=library)
@@ -189,7 +190,9 @@ def _needed(
     ]
 
 
-library.impl("block_training_backward", _backward_kernel, "CompositeExplicitAutograd")
+register_kernel(
+    "block_training_backward", _backward_kernel, operator_checks.block_training_backward
+)
 
 
 @torch.library.register_fake("fused_resnet::block_training_backward", lib=library)
@@ -260,7 +263,7 @@ def _pool(numbers: Sequence[int]) -> tuple[Sequence[int], ...]:
     return numbers[0:2], numbers[2:4], numbers[4:6]
 
 
-library.impl("stem_training", _stem_kernel, "CompositeExplicitAutograd")
+register_kernel("stem_training", _stem_kernel, operator_checks.stem_training)
 
 
 @torch.library.register_fake("fused_resnet::stem_training", lib=library)
@@ -301,7 +304,9 @@ def _stem_backward_kernel(
         return _needed((grad_input, *gradients), (input, *parameters), need)
 
 
-library.impl("stem_training_backward", _stem_backward_kernel, "CompositeExplicitAutograd")
+register_kernel(
+    "stem_training_backward", _stem_backward_kernel, operator_checks.stem_training_backward
+)
 
 
 @torch.library.register_fake("fused_resnet::stem_training_backward", lib=library)

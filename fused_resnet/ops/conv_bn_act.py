@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from . import operator_checks
 from .gradients import act_backward, conv_norm_backward, middle_channels
 from .registration import (
     autocast_tensor,
@@ -19,6 +20,7 @@ from .registration import (
     register_autocast,
     register_autograd,
     register_in_graphs,
+    register_kernel,
 )
 
 library.define(
@@ -78,7 +80,7 @@ def _kernel(input: Tensor, *arguments: Any) -> Tensor:
     return backend.conv_bn_act(input, *arguments)
 
 
-library.impl("conv_bn_act", _kernel, "CompositeExplicitAutograd")
+register_kernel("conv_bn_act", _kernel, operator_checks.conv_bn_act)
 register_in_graphs("conv_bn_act", _kernel)
 
 
@@ -163,7 +165,7 @@ class _ConvBnAct(torch.autograd.Function):
         return *gradients, None, None, None, None, grad_residual, None
 
 
-register_autograd("conv_bn_act", _ConvBnAct)
+register_autograd("conv_bn_act", _ConvBnAct, operator_checks.conv_bn_act)
 
 
 def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:

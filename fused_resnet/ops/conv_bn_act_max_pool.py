@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, reference
+from . import operator_checks
 from .gradients import act_backward, aten, conv_norm_backward
 from .registration import (
     autocast_tensor,
@@ -20,6 +21,7 @@ from .registration import (
     register_autocast,
     register_autograd,
     register_in_graphs,
+    register_kernel,
 )
 
 library.define(
@@ -83,7 +85,7 @@ def _kernel(input: Tensor, *arguments: Any) -> Tensor:
     return backends.choose(input.device.type).conv_bn_act_max_pool(input, *arguments)
 
 
-library.impl("conv_bn_act_max_pool", _kernel, "CompositeExplicitAutograd")
+register_kernel("conv_bn_act_max_pool", _kernel, operator_checks.conv_bn_act_max_pool)
 register_in_graphs("conv_bn_act_max_pool", _kernel)
 
 
@@ -160,7 +162,7 @@ class _ConvBnActMaxPool(torch.autograd.Function):
         return *gradients, *(None,) * 8
 
 
-register_autograd("conv_bn_act_max_pool", _ConvBnActMaxPool)
+register_autograd("conv_bn_act_max_pool", _ConvBnActMaxPool, operator_checks.conv_bn_act_max_pool)
 
 
 def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from . import operator_checks
 from .batch_norm_act_inference import batch_norm_act_inference
 from .conv_bn_act import conv_bn_act
 from .gradients import act_backward, conv_norm_backward, norm_act_backward
@@ -25,6 +26,7 @@ from .registration import (
     register_autocast,
     register_autograd,
     register_in_graphs,
+    register_kernel,
 )
 
 library.define(
@@ -101,7 +103,7 @@ def _in_two(*arguments: Any) -> Tensor:
     return conv_bn_act(batch_norm_act_inference(*arguments[:6], None, "relu"), *arguments[6:])
 
 
-library.impl("norm_conv_bn_act", _kernel, "CompositeExplicitAutograd")
+register_kernel("norm_conv_bn_act", _kernel, operator_checks.norm_conv_bn_act)
 register_in_graphs("norm_conv_bn_act", _kernel)
 
 
@@ -198,7 +200,7 @@ class _NormConvBnAct(torch.autograd.Function):
         return *ours, *gradients, None, None, None, None, grad_residual, None
 
 
-register_autograd("norm_conv_bn_act", _NormConvBnAct)
+register_autograd("norm_conv_bn_act", _NormConvBnAct, operator_checks.norm_conv_bn_act)
 
 
 def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple | None:

@@ -55,16 +55,44 @@ def needs_grad(*arguments: Any) -> bool:
     return False
 
 
-def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
+def register_kernel(
+    name: str, kernel: Callable[..., Any], check: Callable[..., Exception | None]
+) -> None:
+    """Makes `kernel` what the operator runs, with arguments that `check` finds nothing wrong with.
+
+    See `operator_checks.py`: who comes through the dispatcher may have checked nothing.
+    """
+    library.impl(name, _checked(kernel, check), "CompositeExplicitAutograd")
+
+
+def _checked(
+    function: Callable[..., Any], check: Callable[..., Exception | None]
+) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        error = check(*arguments)
+        if error is not None:
+            raise error
+        return function(*arguments)
+
+    return run
+
+
+def register_autograd(
+    name: str,
+    function: type[torch.autograd.Function],
+    check: Callable[..., Exception | None],
+) -> None:
     """Makes `function`, whose arguments are the operator's, its derivative.
 
+    It is applied to arguments that `check` finds nothing wrong with, as the kernel is.
     `torch.library.register_autograd` does the same at five times the cost of a call.
     """
     operator = getattr(torch.ops.fused_resnet, name).default
+    apply = _checked(function.apply, check)
 
     def autograd(*arguments: Any) -> Any:
         if needs_grad(*arguments):
-            return function.apply(*arguments)
+            return apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 

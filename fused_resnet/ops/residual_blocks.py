@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
+from . import operator_checks
 from .conv_bn_act import conv_bn_act
 from .registration import (
     autocast_tensor,
@@ -24,6 +25,7 @@ from .registration import (
     needs_grad,
     nothing_intercepts,
     register_autocast,
+    register_kernel,
 )
 
 BlockLayers: TypeAlias = tuple[Sequence[tuple], bool]
@@ -121,7 +123,7 @@ def _kernel(input: Tensor, *arguments: Any) -> Tensor:
     return _one_by_one(input, *arguments) if out is None else out
 
 
-library.impl("residual_blocks", _kernel, "CompositeExplicitAutograd")
+register_kernel("residual_blocks", _kernel, operator_checks.residual_blocks)
 
 
 @torch.library.register_fake("fused_resnet::residual_blocks", lib=library)
@@ -142,6 +144,9 @@ def _fake(
 
 
 def _autograd(input: Tensor, tensors: Sequence[Tensor | None], *described: Any) -> Tensor:
+    error = operator_checks.residual_blocks(input, tensors, *described)
+    if error is not None:
+        raise error
     if needs_grad(input, *tensors):
         return _one_by_one(input, tensors, *described)
     # Another way through the dispatcher, with all these tensors, takes as long as the kernel's own.

@@ -1,0 +1,353 @@
+"""What is wrong with the arguments of operators that are called as `torch.ops.fused_resnet.*`.
+
+The functions in `ops/` are called with arguments that `functional` has checked; operators by
+anyone, from a saved graph too. Each function here takes an operator's arguments and returns the
+exception, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+
+Error = ValueError | TypeError | None
+
+_BLOCK_TENSORS = 6  # a layer's: weight, running_mean, running_var, bn_weight, bn_bias, bias
+_TRAINING_TENSORS = 4  # weight, bias, bn_weight, bn_bias
+_NUMBERS = 7  # stride, padding and dilation, two each, and groups
+
+
+def conv_bn_act(*arguments: Any) -> Error:
+    """See `ops.conv_bn_act`."""
+    return checks.conv_error("conv_bn_act", *arguments)
+
+
+def norm_conv_bn_act(input: Tensor, *arguments: Any) -> Error:
+    """See `ops.norm_conv_bn_act`."""
+    name = "norm_conv_bn_act"
+    error = checks.conv_error(name, input, *arguments[5:])
+    return error or checks.prologue_error(name, input, *arguments[:5])
+
+
+def conv_bn_act_max_pool(*arguments: Any) -> Error:
+    """See `ops.conv_bn_act_max_pool`."""
+    name = "conv_bn_act_max_pool"
+    *convolution, activation = arguments[:13]
+    error = checks.conv_error(name, *convolution, None, activation)
+    return error or checks.pool_error(name, *convolution, *arguments[13:])
+
+
+def batch_norm_act_inference(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Error:
+    """See `ops.batch_norm_act_inference`."""
+    return checks.batch_norm_error(
+        "batch_norm_act_inference", input, running_mean, running_var, weight, bias, False, 0.0, eps,
+        residual, activation,
+    )  # fmt: skip
+
+
+def batch_norm_act_training(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Error:
+    """See `ops.batch_norm_act_training`, which takes one value a channel."""
+    return checks.batch_norm_error(
+        "batch_norm_act_training", input, None, None, weight, bias, True, 0.0, eps, residual,
+        activation, shared=True,
+    )  # fmt: skip
+
+
+def residual_blocks(
+    input: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    layer_counts: Sequence[int],
+    projections: Sequence[bool],
+) -> Error:
+    """See `ops.residual_blocks`."""
+    name = "residual_blocks"
+    layers = _layers(name, tensors, _BLOCK_TENSORS, numbers, eps)
+    if isinstance(layers, ValueError):
+        return layers
+    if not len(layer_counts) == len(projections) > 0:
+        return ValueError(
+            f"{name}: layer_counts has {len(layer_counts)} numbers, projections "
+            f"{len(projections)}; they must have one for each block"
+        )
+    if min(layer_counts) < 1 or sum(layer_counts) != len(layers):
+        return ValueError(
+            f"{name}: layer_counts is {list(layer_counts)}, of {len(layers)} convolutions"
+        )
+    shape: Sequence[int] | None = None
+    first = 0
+    for count, has_projection in zip(layer_counts, projections, strict=True):
+        error, shape = _block(name, input, shape, layers[first : first + count], has_projection)
+        if error is not None:
+            return error
+        first += count
+    return None
+
+
+def block_training(
+    input: Tensor,
+    parameters: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    has_projection: bool,
+    low_memory: bool,
+) -> Error:
+    """See `ops.block_training`."""
+    return _training_block("block_training", input, parameters, numbers, eps, has_projection)[0]
+
+
+def block_training_backward(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor,
+    parameters: Sequence[Tensor | None],
+    kept: Sequence[Tensor],
+    need: Sequence[bool],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    has_projection: bool,
+    low_memory: bool,
+) -> Error:
+    """See `ops.block_training`."""
+    name = "block_training_backward"
+    error, shapes = _training_block(name, input, parameters, numbers, eps, has_projection)
+    if error is not None:
+        return error
+    main = len(shapes) - has_projection
+    kernels = [parameters[_TRAINING_TENSORS * i].shape[2:] for i in range(len(shapes))]
+    # With low_memory the last convolution's output is computed again, and the projection's.
+    again = [
+        low_memory and i >= main - 1 and tuple(kernel) == (1, 1) for i, kernel in enumerate(kernels)
+    ]
+    raws = [shape for shape, computed in zip(shapes, again, strict=True) if not computed]
+    return (
+        _like(name, "grad", grad, shapes[main - 1], input)
+        or _like(name, "output", output, shapes[main - 1], input)
+        or _kept(name, kept, [shape[1] for shape in shapes], raws, input)
+        or _need(name, need, parameters)
+    )
+
+
+def stem_training(
+    input: Tensor,
+    parameters: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: float,
+    pool: Sequence[int],
+) -> Error:
+    """See `ops.stem_training`."""
+    return _stem("stem_training", input, parameters, numbers, eps, pool)[0]
+
+
+def stem_training_backward(
+    grad: Tensor,
+    input: Tensor,
+    parameters: Sequence[Tensor | None],
+    kept: Sequence[Tensor],
+    need: Sequence[bool],
+    numbers: Sequence[int],
+    eps: float,
+    pool: Sequence[int],
+) -> Error:
+    """See `ops.stem_training`."""
+    name = "stem_training_backward"
+    error, shape = _stem(name, input, parameters, numbers, eps, pool)
+    if error is not None:
+        return error
+    N, K, P, Q = shape
+    pooled = [
+        (size + 2 * pool[4 + i] - pool[i]) // pool[2 + i] + 1 for i, size in enumerate((P, Q))
+    ]
+    return (
+        _like(name, "grad", grad, (N, K, *pooled), input)
+        or _kept(name, kept, [K], [shape], input)
+        or _need(name, need, parameters)
+    )
+
+
+def _layers(
+    name: str,
+    tensors: Sequence[Tensor | None],
+    per_layer: int,
+    numbers: Sequence[int],
+    eps: Sequence[float],
+) -> list[tuple] | ValueError:
+    """The arguments of `checks.conv_error` from `weight` to `groups`, for each convolution."""
+    count = len(eps)
+    if count == 0 or len(tensors) != per_layer * count or len(numbers) != _NUMBERS * count:
+        return ValueError(
+            f"{name}: {len(tensors)} tensors, {len(numbers)} numbers and {count} eps; for each "
+            f"convolution there must be {per_layer}, {_NUMBERS} and one"
+        )
+    layers = []
+    for i in range(count):
+        t = tensors[per_layer * i : per_layer * (i + 1)]
+        n = tuple(numbers[_NUMBERS * i : _NUMBERS * (i + 1)])
+        if per_layer == _TRAINING_TENSORS:
+            weight, bias, bn_weight, bn_bias = t
+            running_mean = running_var = None
+        else:
+            weight, running_mean, running_var, bn_weight, bn_bias, bias = t
+        norm = (running_mean, running_var, bn_weight, bn_bias, eps[i], bias)
+        layers.append((weight, *norm, n[0:2], n[2:4], n[4:6], n[6]))
+    return layers
+
+
+def _block(
+    name: str,
+    input: Tensor,
+    shape: Sequence[int] | None,
+    layers: Sequence[tuple],
+    has_projection: bool,
+    statistics: bool = True,
+) -> tuple[Error, Sequence[int] | None]:
+    """What is wrong with one block on an input like `input`, of this shape, and its output's."""
+    error, shapes = _block_shapes(name, input, shape, layers, has_projection, statistics)
+    return error, None if error is not None else shapes[len(layers) - has_projection - 1]
+
+
+def _block_shapes(
+    name: str,
+    input: Tensor,
+    shape: Sequence[int] | None,
+    layers: Sequence[tuple],
+    has_projection: bool,
+    statistics: bool = True,
+) -> tuple[Error, list[Sequence[int]]]:
+    """The same, with the shapes of all convolutions' outputs."""
+    main = len(layers) - has_projection
+    if main < 1:
+        return ValueError(f"{name}: a block has no convolution beside the shortcut's"), []
+    shapes: list[Sequence[int]] = []
+    first = shape
+    for i, layer in enumerate(layers):
+        before = first if i in (0, main) else shapes[-1]
+        error = checks.conv_error(name, input, *layer, None, "relu", before, statistics)
+        if error is not None:
+            return error, []
+        shapes.append(checks.conv_shape(input.shape if before is None else before, layer))
+    shortcut = shapes[-1] if has_projection else (input.shape if first is None else first)
+    if tuple(shortcut) != tuple(shapes[main - 1]):
+        error = ValueError(
+            f"{name}: the shortcut has shape {tuple(shortcut)}, the last convolution's output "
+            f"{tuple(shapes[main - 1])}"
+        )
+        return error, []
+    return None, shapes
+
+
+def _training_block(
+    name: str,
+    input: Tensor,
+    parameters: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    has_projection: bool,
+) -> tuple[Error, list[Sequence[int]]]:
+    layers = _layers(name, parameters, _TRAINING_TENSORS, numbers, eps)
+    if isinstance(layers, ValueError):
+        return layers, []
+    error = _eps(name, eps)
+    if error is not None:
+        return error, []
+    return _block_shapes(name, input, None, layers, has_projection, statistics=False)
+
+
+def _stem(
+    name: str,
+    input: Tensor,
+    parameters: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: float,
+    pool: Sequence[int],
+) -> tuple[Error, Sequence[int]]:
+    """What is wrong, and the shape of the convolution's output."""
+    layers = _layers(name, parameters, _TRAINING_TENSORS, numbers, [eps])
+    if isinstance(layers, ValueError):
+        return layers, ()
+    (layer,) = layers
+    error = _eps(name, [eps]) or checks.conv_error(
+        name, input, *layer, None, "relu", None, statistics=False
+    )
+    if error is None and len(pool) != 6:
+        error = ValueError(f"{name}: pool has {len(pool)} numbers, must have 6")
+    if error is None:
+        windows = (tuple(pool[0:2]), tuple(pool[2:4]), tuple(pool[4:6]))
+        error = checks.pool_error(name, input, *layer, *windows)
+    return error, () if error is not None else checks.conv_shape(input.shape, layer)
+
+
+def _eps(name: str, eps: Sequence[float]) -> Error:
+    for value in eps:
+        if not value > 0:
+            return ValueError(f"{name}: eps is {value}, must be positive when training")
+    return None
+
+
+def _like(name: str, what: str, tensor: Tensor, shape: Sequence[int], input: Tensor) -> Error:
+    """A tensor of this shape, and of the input's dtype and device."""
+    if not isinstance(tensor, Tensor):
+        return TypeError(f"{name}: {what} is a {type(tensor).__name__}, must be a Tensor")
+    if tuple(tensor.shape) != tuple(shape):
+        return ValueError(
+            f"{name}: {what} has shape {tuple(tensor.shape)}, must have {tuple(shape)}"
+        )
+    if tensor.dtype is not input.dtype:
+        return TypeError(f"{name}: {what} has dtype {tensor.dtype}, must have {input.dtype}")
+    if tensor.device != input.device:
+        return ValueError(f"{name}: {what} is on {tensor.device}, input is on {input.device}")
+    return None
+
+
+def _kept(
+    name: str,
+    kept: Sequence[Tensor],
+    channels: Sequence[int],
+    raws: Sequence[Sequence[int]],
+    input: Tensor,
+) -> Error:
+    """Means and variances of so many channels, then convolutions' outputs of these shapes."""
+    vectors = [(count,) for count in channels for _ in range(2)]
+    if len(kept) != len(vectors) + len(raws):
+        return ValueError(
+            f"{name}: kept has {len(kept)} tensors, must have {len(vectors) + len(raws)}"
+        )
+    dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
+    accumulated = torch.empty(0, dtype=dtype, device=input.device)
+    for i, (tensor, shape) in enumerate(zip(kept, (*vectors, *raws), strict=True)):
+        like = accumulated if i < len(vectors) else input
+        error = _like(name, f"kept[{i}]", tensor, shape, like)
+        if error is not None:
+            return error
+    return None
+
+
+def _need(name: str, need: Sequence[bool], parameters: Sequence[Tensor | None]) -> Error:
+    if len(need) != 1 + len(parameters):
+        return ValueError(f"{name}: need has {len(need)} values, must have {1 + len(parameters)}")
+    for i, (needed, parameter) in enumerate(zip(need[1:], parameters, strict=True)):
+        if needed and parameter is None:
+            return ValueError(f"{name}: need[{i + 1}] is true, parameters[{i}] is None")
+    return None
