@@ -24,10 +24,14 @@ struct GradientMatrix {
   bool stream;  // whether what is written goes past the caches, if it lies on a line's border
 };
 
+// The longest vector's values.
+constexpr int64_t kMostWidth = 16;
+
 struct BatchNormRows {
   // Merges the columns' statistics into those of the `count` values before them: `sum` of the
-  // values and `squares` of their deviations from their mean. `scratch` has 3 * columns parameters.
-  void (*column_statistics)(const void* input, int64_t rows, int64_t columns, void* scratch,
+  // values and `squares` of their deviations from their mean. `scratch` has 3 numbers for each
+  // column, whose number is rounded up to a multiple of kMostWidth.
+  void (*column_statistics)(const void* input, int64_t rows, int64_t columns, double* scratch,
                             int64_t count, double* sum, double* squares);
   // The same for `size` values of one channel.
   void (*run_statistics)(const void* input, int64_t size, int64_t count, double* sum,
@@ -52,105 +56,129 @@ extern const BatchNormKernels batch_norm_avx512;
 
 namespace {
 
+// The sums of a column's values less `shift`, one of themselves: at most a factor of their number
+// cancels, wherever the mean is. In double, since an outlier may be the one, because what is lost
+// beside it counts where the others come without it; and squares of floats do not overflow there.
+struct ColumnSums {
+  double *shift, *deviations, *squared;  // kept for whole vectors
+
+  ColumnSums(double* scratch, int64_t columns)
+      : shift(scratch),
+        deviations(shift + padded(columns)),
+        squared(deviations + padded(columns)) {}
+
+  static constexpr int64_t padded(int64_t columns) {
+    return (columns + kMostWidth - 1) / kMostWidth * kMostWidth;
+  }
+};
+
 // Pairwise merging of sums of squared deviations: Chan, Golub and LeVeque, "Updating formulae and a
-// pairwise algorithm for computing sample variances" (1979), equation 2.1. The new values' sums are
-// of deviations from `first`, one of themselves.
-template <typename P>
-void merge_statistics(const P* first, const P* deviations, const P* squared, int64_t columns,
-                      double added, double count, double* sum, double* squares) {
+// pairwise algorithm for computing sample variances" (1979), equation 2.1.
+void merge_statistics(const ColumnSums& added_sums, int64_t columns, double added, double count,
+                      double* sum, double* squares) {
   const double per_added = 1 / added, per_count = count > 0 ? 1 / count : 0;
   const double weight = added * count / (added + count);
   for (int64_t i = 0; i < columns; ++i) {
-    const double deviation = static_cast<double>(deviations[i]);
-    const double mean = static_cast<double>(first[i]) + deviation * per_added;
-    const double within = static_cast<double>(squared[i]) - deviation * deviation * per_added;
+    const double deviation = added_sums.deviations[i], squared = added_sums.squared[i];
+    const double mean = added_sums.shift[i] + deviation * per_added;
+    double within = squared - deviation * per_added * deviation;
+    within = within < 0 ? 0 : within;
+    // Squares that overflow, as large float64 values' do, are infinite, not NaN.
+    if (squared - squared != 0 && deviation - deviation == 0) within = squared;
     const double difference = mean - sum[i] * per_count;
     sum[i] += mean * added;
-    squares[i] += (within < 0 ? 0 : within) + difference * difference * weight;
+    squares[i] += within + difference * weight * difference;
   }
+}
+
+// Infinity minus itself would hide in which direction the mean is infinite.
+inline double finite_or_zero(double x) {
+  return x - x == 0 ? x : 0;
 }
 
 // So many rows are added up in registers before their sum is added to the columns'.
 constexpr int64_t kRowsAtOnce = 4;
 
 template <class V, int64_t kRows>
-void add_deviations(const typename V::Element* row, int64_t columns,
-                    const typename V::Parameter* first, typename V::Parameter* deviations,
-                    typename V::Parameter* squared) {
+void add_deviations(const typename V::Element* row, int64_t columns, const ColumnSums& sums) {
+  using Doubles = decltype(widen(V(), V::broadcast(0)));
   for_each_vector<V>(columns, [&](int64_t i, auto... rest) {
-    const auto shift = V::load_parameter(first + i, rest...);
-    auto sum = V::load_parameter(deviations + i, rest...);
-    auto sum_squared = V::load_parameter(squared + i, rest...);
+    const auto shift = Doubles::load(sums.shift + i);
+    auto sum = Doubles::load(sums.deviations + i), squared = Doubles::load(sums.squared + i);
     for (int64_t k = 0; k < kRows; ++k) {
-      const auto x = V::load(row + k * columns + i, rest...) - shift;
-      sum = sum + x;
-      sum_squared = V::multiply_add(x, x, sum_squared);
+      auto x = widen(V(), V::load(row + k * columns + i, rest...));
+      x.subtract(shift);
+      sum.add(x);
+      squared.add_square(x);
     }
-    V::store_parameter(deviations + i, sum, rest...);
-    V::store_parameter(squared + i, sum_squared, rest...);
+    sum.store(sums.deviations + i);
+    squared.store(sums.squared + i);
   });
 }
 
-// Sums of deviations from the first row: since that is one of the rows, at most a factor of their
-// number cancels, wherever the mean is.
 template <class V>
-void column_statistics(const void* input, int64_t rows, int64_t columns, void* scratch,
+void column_statistics(const void* input, int64_t rows, int64_t columns, double* scratch,
                        int64_t count, double* sum, double* squares) {
-  using P = typename V::Parameter;
   const auto* row = static_cast<const typename V::Element*>(input);
-  P* first = static_cast<P*>(scratch);
-  P *deviations = first + columns, *squared = deviations + columns;
+  const ColumnSums sums(scratch, columns);
   for_each_vector<V>(columns, [&](int64_t i, auto... rest) {
-    V::store_parameter(first + i, V::load(row + i, rest...), rest...);
+    widen(V(), V::load(row + i, rest...)).store(sums.shift + i);
   });
-  for (int64_t i = 0; i < columns; ++i) {
-    // Infinity minus itself would hide in which direction the mean is infinite.
-    first[i] = first[i] - first[i] == 0 ? first[i] : 0;
-    deviations[i] = squared[i] = 0;
+  for (int64_t i = 0; i < ColumnSums::padded(columns); ++i) {
+    sums.shift[i] = finite_or_zero(sums.shift[i]);
+    sums.deviations[i] = sums.squared[i] = 0;
   }
   int64_t r = 0;
   for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) {
-    add_deviations<V, kRowsAtOnce>(row + r * columns, columns, first, deviations, squared);
+    add_deviations<V, kRowsAtOnce>(row + r * columns, columns, sums);
   }
-  for (; r < rows; ++r) {
-    add_deviations<V, 1>(row + r * columns, columns, first, deviations, squared);
-  }
-  merge_statistics(first, deviations, squared, columns, static_cast<double>(rows),
-                   static_cast<double>(count), sum, squares);
+  for (; r < rows; ++r) add_deviations<V, 1>(row + r * columns, columns, sums);
+  merge_statistics(sums, columns, static_cast<double>(rows), static_cast<double>(count), sum,
+                   squares);
 }
 
 template <class V>
 void run_statistics(const void* input, int64_t size, int64_t count, double* sum, double* squares) {
   using P = typename V::Parameter;
+  using Doubles = decltype(widen(V(), V::broadcast(0)));
+  // Sums that do not wait for each other.
+  constexpr int64_t kAtOnce = V::width > 1 ? 2 : 4;
   const auto* run = static_cast<const typename V::Element*>(input);
   P values[V::width];
   V::store_parameter(values, V::load(run, 1), 1);
-  const P first = values[0] - values[0] == 0 ? values[0] : 0;
-  const auto shift = V::broadcast(first);
-  auto deviations = V::broadcast(0), squared = deviations, more = deviations, more_squared = more;
+  const P first = static_cast<P>(finite_or_zero(values[0]));
+  const auto shift = Doubles::broadcast(first);
+  Doubles deviations[kAtOnce], squared[kAtOnce];
+  for (int64_t k = 0; k < kAtOnce; ++k) deviations[k] = squared[k] = Doubles::broadcast(0);
   int64_t i = 0;
-  for (; i + 2 * V::width <= size; i += 2 * V::width) {
-    const auto x = V::load(run + i) - shift, y = V::load(run + i + V::width) - shift;
-    deviations = deviations + x;
-    more = more + y;
-    squared = V::multiply_add(x, x, squared);
-    more_squared = V::multiply_add(y, y, more_squared);
+  const auto add = [&](int64_t k, typename V::Register loaded) {
+    auto x = widen(V(), loaded);
+    x.subtract(shift);
+    deviations[k].add(x);
+    squared[k].add_square(x);
+  };
+  for (; i + kAtOnce * V::width <= size; i += kAtOnce * V::width) {
+    for (int64_t k = 0; k < kAtOnce; ++k) add(k, V::load(run + i + k * V::width));
   }
   for (; i < size; i += V::width) {
     const int64_t rest = size - i < V::width ? size - i : V::width;
-    V::store_parameter(values, shift);
+    V::store_parameter(values, V::broadcast(first));
     V::store_parameter(values, V::load(run + i, rest), rest);
-    const auto x = V::load_parameter(values) - shift;
-    deviations = deviations + x;
-    squared = V::multiply_add(x, x, squared);
+    add(0, V::load_parameter(values));
   }
-  P total = 0, total_squared = 0;
-  V::store_parameter(values, deviations + more);
-  for (int64_t lane = 0; lane < V::width; ++lane) total += values[lane];
-  V::store_parameter(values, squared + more_squared);
-  for (int64_t lane = 0; lane < V::width; ++lane) total_squared += values[lane];
-  merge_statistics(&first, &total, &total_squared, 1, static_cast<double>(size),
-                   static_cast<double>(count), sum, squares);
+  const auto total = [](Doubles (&sums)[kAtOnce]) {
+    double lanes[Doubles::width], total = 0;
+    for (int64_t k = 1; k < kAtOnce; ++k) sums[0].add(sums[k]);
+    sums[0].store(lanes);
+    for (double lane : lanes) total += lane;
+    return total;
+  };
+  double scratch[3 * kMostWidth];
+  const ColumnSums sums(scratch, 1);
+  *sums.shift = first;
+  *sums.deviations = total(deviations);
+  *sums.squared = total(squared);
+  merge_statistics(sums, 1, static_cast<double>(size), static_cast<double>(count), sum, squares);
 }
 
 // A matrix's pointers, typed, on one of its rows.

@@ -176,5 +176,13 @@ struct Float64 {
   }
 };
 
+inline Wide<Float64, 2> widen(Float32, __m256 x) {
+  return {_mm256_cvtps_pd(_mm256_castps256_ps128(x)),
+          _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
+}
+inline Wide<Float64, 1> widen(Float64, __m256d x) {
+  return {x};
+}
+
 }  // namespace
 }  // namespace fused_resnet

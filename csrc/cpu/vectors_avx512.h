@@ -162,5 +162,13 @@ struct Float64 {
   }
 };
 
+inline Wide<Float64, 2> widen(Float32, __m512 x) {
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(x)),
+          _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
+}
+inline Wide<Float64, 1> widen(Float64, __m512d x) {
+  return {x};
+}
+
 }  // namespace
 }  // namespace fused_resnet

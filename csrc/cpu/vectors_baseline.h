@@ -102,5 +102,10 @@ struct Scalar {
   static Register where_equal(Register a, Register b, Register x) { return a == b ? x : 0; }
 };
 
+template <typename T, typename P>
+Wide<Scalar<double, double>, 1> widen(Scalar<T, P>, P x) {
+  return {x};
+}
+
 }  // namespace
 }  // namespace fused_resnet
