@@ -7,8 +7,8 @@
 // read. V::where_positive(y, x) is x where not y <= 0, so also where y is NaN, and 0 elsewhere;
 // V::where_exceeds(a, b, x, y) is x where a > b or a is NaN, and y elsewhere; V::where_equal(a, b,
 // x) is x where a == b, and 0 elsewhere. V::passed(y) has a bit, the first lane's the lowest, where
-// where_positive(y, x) is x, and where_bits(bits, x) is x there, and 0 elsewhere. widen(V(),
-// x) are its values in double, a Wide.
+// where_positive(y, x) is x, and where_bits(bits, x) is x there, and 0 elsewhere. load_wide(V(),
+// p) loads doubles, a Wide.
 //
 // No header but <cstdint>'s C twin is included and everything with a body is in an anonymous
 // namespace, because the including files are compiled for different instruction sets (cpu/isa.h).
