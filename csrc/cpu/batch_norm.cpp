@@ -145,7 +145,8 @@ std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout
     std::vector<double> sums(tasks.count * channels), task_squares(tasks.count * channels);
     parallel_for(
         0, tasks.count, 1, [&, channels = channels, images = images](int64_t begin, int64_t end) {
-          std::vector<P> scratch(3 * channels);
+          const int64_t columns = (channels + kMostWidth - 1) / kMostWidth * kMostWidth;
+          std::vector<double> scratch(3 * columns);
           for (int64_t task = begin; task < end; ++task) {
             const int64_t first = task * tasks.rows;
             const int64_t last = std::min(first + tasks.rows, images);
@@ -170,7 +171,7 @@ std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout
                      for (int64_t c = begin; c < end; ++c) {
                        const double difference = task_sum[c] * per_added - sum[c] * per_before;
                        sum[c] += task_sum[c];
-                       squares[c] += within[c] + difference * difference * weight;
+                       squares[c] += within[c] + difference * weight * difference;
                      }
                    }
                  });

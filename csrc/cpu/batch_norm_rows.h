@@ -24,10 +24,14 @@ struct GradientMatrix {
   bool stream;  // whether what is written goes past the caches, if it lies on a line's border
 };
 
+// The longest vector's values.
+constexpr int64_t kMostWidth = 16;
+
 struct BatchNormRows {
   // Merges the columns' statistics into those of the `count` values before them: `sum` of the
-  // values and `squares` of their deviations from their mean. `scratch` has 3 * columns parameters.
-  void (*column_statistics)(const void* input, int64_t rows, int64_t columns, void* scratch,
+  // values and `squares` of their deviations from their mean. `scratch` has 3 numbers for each
+  // column, whose number is rounded up to a multiple of kMostWidth.
+  void (*column_statistics)(const void* input, int64_t rows, int64_t columns, double* scratch,
                             int64_t count, double* sum, double* squares);
   // The same for `size` values of one channel.
   void (*run_statistics)(const void* input, int64_t size, int64_t count, double* sum,
@@ -52,105 +56,158 @@ extern const BatchNormKernels batch_norm_avx512;
 
 namespace {
 
-// Pairwise merging of sums of squared deviations: Chan, Golub and LeVeque, "Updating formulae and a
-// pairwise algorithm for computing sample variances" (1979), equation 2.1. The new values' sums are
-// of deviations from `first`, one of themselves.
-template <typename P>
-void merge_statistics(const P* first, const P* deviations, const P* squared, int64_t columns,
-                      double added, double count, double* sum, double* squares) {
-  const double per_added = 1 / added, per_count = count > 0 ? 1 / count : 0;
-  const double weight = added * count / (added + count);
-  for (int64_t i = 0; i < columns; ++i) {
-    const double deviation = static_cast<double>(deviations[i]);
-    const double mean = static_cast<double>(first[i]) + deviation * per_added;
-    const double within = static_cast<double>(squared[i]) - deviation * deviation * per_added;
-    const double difference = mean - sum[i] * per_count;
-    sum[i] += mean * added;
-    squares[i] += (within < 0 ? 0 : within) + difference * difference * weight;
+// Sums of columns' values less `shift`, and of their squares, in double: those of floats may
+// overflow in float, and beside an outlier what the others come without would be lost.
+struct ColumnSums {
+  double *shift, *deviations, *squared;  // kept for whole vectors
+
+  ColumnSums(double* scratch, int64_t columns)
+      : shift(scratch),
+        deviations(shift + padded(columns)),
+        squared(deviations + padded(columns)) {}
+
+  static constexpr int64_t padded(int64_t columns) {
+    return (columns + kMostWidth - 1) / kMostWidth * kMostWidth;
   }
+
+  // A column's sum of squared deviations from its mean.
+  double within(int64_t i, double per_row) const {
+    const double deviation = deviations[i];
+    const double difference = squared[i] - deviation * per_row * deviation;
+    return difference < 0 ? 0 : difference;
+  }
+
+  // Whether all of these have kept digits enough, as sums without a shift do unless values lie far
+  // from zero and close together.
+  bool have_digits(int64_t columns, double per_row) const {
+    bool enough = true;
+    for (int64_t i = 0; i < columns; ++i) {
+      enough &= within(i, per_row) >= 0x1p-20 * squared[i];
+    }
+    return enough;
+  }
+
+  // Pairwise merging of sums of squared deviations: Chan, Golub and LeVeque, "Updating formulae and
+  // a pairwise algorithm for computing sample variances" (1979), equation 2.1.
+  void merge_into(double* sum, double* squares, int64_t columns, double added, double count) const {
+    const double per_added = 1 / added, per_count = count > 0 ? 1 / count : 0;
+    const double weight = added * count / (added + count);
+    for (int64_t i = 0; i < columns; ++i) {
+      const double mean = shift[i] + deviations[i] * per_added;
+      const double difference = mean - sum[i] * per_count;
+      // Squares that overflow, as those of large float64 values do, are infinite, not NaN.
+      const bool overflown = squared[i] - squared[i] != 0 && deviations[i] - deviations[i] == 0;
+      sum[i] += mean * added;
+      squares[i] += (overflown ? squared[i] : within(i, per_added)) +
+                    difference * weight * difference;
+    }
+  }
+};
+
+// Infinity minus itself would hide in which direction the mean is infinite.
+inline double finite_or_zero(double x) {
+  return x - x == 0 ? x : 0;
 }
 
 // So many rows are added up in registers before their sum is added to the columns'.
 constexpr int64_t kRowsAtOnce = 4;
 
-template <class V, int64_t kRows>
-void add_deviations(const typename V::Element* row, int64_t columns,
-                    const typename V::Parameter* first, typename V::Parameter* deviations,
-                    typename V::Parameter* squared) {
+template <class V, bool kShifted, int64_t kRows>
+void add_rows(const typename V::Element* row, int64_t columns, const ColumnSums& sums) {
+  using Doubles = decltype(load_wide(V(), row));
   for_each_vector<V>(columns, [&](int64_t i, auto... rest) {
-    const auto shift = V::load_parameter(first + i, rest...);
-    auto sum = V::load_parameter(deviations + i, rest...);
-    auto sum_squared = V::load_parameter(squared + i, rest...);
+    auto sum = Doubles::load(sums.deviations + i), squared = Doubles::load(sums.squared + i);
     for (int64_t k = 0; k < kRows; ++k) {
-      const auto x = V::load(row + k * columns + i, rest...) - shift;
-      sum = sum + x;
-      sum_squared = V::multiply_add(x, x, sum_squared);
+      auto x = load_wide(V(), row + k * columns + i, rest...);
+      if constexpr (kShifted) x.subtract(Doubles::load(sums.shift + i));
+      sum.add(x);
+      squared.add_square(x);
     }
-    V::store_parameter(deviations + i, sum, rest...);
-    V::store_parameter(squared + i, sum_squared, rest...);
+    sum.store(sums.deviations + i);
+    squared.store(sums.squared + i);
   });
 }
 
-// Sums of deviations from the first row: since that is one of the rows, at most a factor of their
-// number cancels, wherever the mean is.
-template <class V>
-void column_statistics(const void* input, int64_t rows, int64_t columns, void* scratch,
-                       int64_t count, double* sum, double* squares) {
-  using P = typename V::Parameter;
-  const auto* row = static_cast<const typename V::Element*>(input);
-  P* first = static_cast<P*>(scratch);
-  P *deviations = first + columns, *squared = deviations + columns;
-  for_each_vector<V>(columns, [&](int64_t i, auto... rest) {
-    V::store_parameter(first + i, V::load(row + i, rest...), rest...);
-  });
-  for (int64_t i = 0; i < columns; ++i) {
-    // Infinity minus itself would hide in which direction the mean is infinite.
-    first[i] = first[i] - first[i] == 0 ? first[i] : 0;
-    deviations[i] = squared[i] = 0;
+// With a shift that is one of the column's values at most a factor of their number cancels.
+template <class V, bool kShifted>
+void sum_columns(const typename V::Element* row, int64_t rows, int64_t columns,
+                 const ColumnSums& sums) {
+  if constexpr (kShifted) {
+    for_each_vector<V>(columns, [&](int64_t i, auto... rest) {
+      load_wide(V(), row + i, rest...).store(sums.shift + i);
+    });
+  }
+  for (int64_t i = 0; i < ColumnSums::padded(columns); ++i) {
+    sums.shift[i] = kShifted ? finite_or_zero(sums.shift[i]) : 0;
+    sums.deviations[i] = sums.squared[i] = 0;
   }
   int64_t r = 0;
   for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) {
-    add_deviations<V, kRowsAtOnce>(row + r * columns, columns, first, deviations, squared);
+    add_rows<V, kShifted, kRowsAtOnce>(row + r * columns, columns, sums);
   }
-  for (; r < rows; ++r) {
-    add_deviations<V, 1>(row + r * columns, columns, first, deviations, squared);
+  for (; r < rows; ++r) add_rows<V, kShifted, 1>(row + r * columns, columns, sums);
+}
+
+template <class V>
+void column_statistics(const void* input, int64_t rows, int64_t columns, double* scratch,
+                       int64_t count, double* sum, double* squares) {
+  const auto* row = static_cast<const typename V::Element*>(input);
+  const ColumnSums sums(scratch, columns);
+  const auto added = static_cast<double>(rows);
+  sum_columns<V, false>(row, rows, columns, sums);
+  if (!sums.have_digits(columns, 1 / added)) sum_columns<V, true>(row, rows, columns, sums);
+  sums.merge_into(sum, squares, columns, added, static_cast<double>(count));
+}
+
+// The sums of one column, whose values lie side by side.
+template <class V, bool kShifted>
+void sum_run(const typename V::Element* run, int64_t size, const ColumnSums& sums) {
+  using Doubles = decltype(load_wide(V(), run));
+  constexpr int64_t kAtOnce = V::width > 1 ? 2 : 4;  // sums that do not wait for each other
+  typename V::Parameter values[V::width];
+  V::store_parameter(values, V::load(run, 1), 1);
+  const double shift = kShifted ? finite_or_zero(values[0]) : 0;
+  const auto shifts = Doubles::broadcast(shift);
+  Doubles deviations[kAtOnce], squared[kAtOnce];
+  for (int64_t k = 0; k < kAtOnce; ++k) deviations[k] = squared[k] = Doubles::broadcast(0);
+  const auto add = [&](int64_t k, Doubles x) {
+    if constexpr (kShifted) x.subtract(shifts);
+    deviations[k].add(x);
+    squared[k].add_square(x);
+  };
+  int64_t i = 0;
+  for (; i + kAtOnce * V::width <= size; i += kAtOnce * V::width) {
+    for (int64_t k = 0; k < kAtOnce; ++k) add(k, load_wide(V(), run + i + k * V::width));
   }
-  merge_statistics(first, deviations, squared, columns, static_cast<double>(rows),
-                   static_cast<double>(count), sum, squares);
+  for (; i + V::width <= size; i += V::width) add(0, load_wide(V(), run + i));
+  const auto total = [](Doubles(&of)[kAtOnce]) {
+    double lanes[Doubles::width], total = 0;
+    for (int64_t k = 1; k < kAtOnce; ++k) of[0].add(of[k]);
+    of[0].store(lanes);
+    for (double lane : lanes) total += lane;
+    return total;
+  };
+  *sums.shift = shift;
+  *sums.deviations = total(deviations);
+  *sums.squared = total(squared);
+  if (i == size) return;
+  V::store_parameter(values, V::load(run + i, size - i), size - i);
+  for (int64_t lane = 0; lane < size - i; ++lane) {
+    const double x = values[lane] - shift;
+    *sums.deviations += x;
+    *sums.squared += x * x;
+  }
 }
 
 template <class V>
 void run_statistics(const void* input, int64_t size, int64_t count, double* sum, double* squares) {
-  using P = typename V::Parameter;
   const auto* run = static_cast<const typename V::Element*>(input);
-  P values[V::width];
-  V::store_parameter(values, V::load(run, 1), 1);
-  const P first = values[0] - values[0] == 0 ? values[0] : 0;
-  const auto shift = V::broadcast(first);
-  auto deviations = V::broadcast(0), squared = deviations, more = deviations, more_squared = more;
-  int64_t i = 0;
-  for (; i + 2 * V::width <= size; i += 2 * V::width) {
-    const auto x = V::load(run + i) - shift, y = V::load(run + i + V::width) - shift;
-    deviations = deviations + x;
-    more = more + y;
-    squared = V::multiply_add(x, x, squared);
-    more_squared = V::multiply_add(y, y, more_squared);
-  }
-  for (; i < size; i += V::width) {
-    const int64_t rest = size - i < V::width ? size - i : V::width;
-    V::store_parameter(values, shift);
-    V::store_parameter(values, V::load(run + i, rest), rest);
-    const auto x = V::load_parameter(values) - shift;
-    deviations = deviations + x;
-    squared = V::multiply_add(x, x, squared);
-  }
-  P total = 0, total_squared = 0;
-  V::store_parameter(values, deviations + more);
-  for (int64_t lane = 0; lane < V::width; ++lane) total += values[lane];
-  V::store_parameter(values, squared + more_squared);
-  for (int64_t lane = 0; lane < V::width; ++lane) total_squared += values[lane];
-  merge_statistics(&first, &total, &total_squared, 1, static_cast<double>(size),
-                   static_cast<double>(count), sum, squares);
+  double scratch[3 * kMostWidth];
+  const ColumnSums sums(scratch, 1);
+  const auto added = static_cast<double>(size);
+  sum_run<V, false>(run, size, sums);
+  if (!sums.have_digits(1, 1 / added)) sum_run<V, true>(run, size, sums);
+  sums.merge_into(sum, squares, 1, added, static_cast<double>(count));
 }
 
 // A matrix's pointers, typed, on one of its rows.

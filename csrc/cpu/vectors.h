@@ -7,7 +7,8 @@
 // read. V::where_positive(y, x) is x where not y <= 0, so also where y is NaN, and 0 elsewhere;
 // V::where_exceeds(a, b, x, y) is x where a > b or a is NaN, and y elsewhere; V::where_equal(a, b,
 // x) is x where a == b, and 0 elsewhere. V::passed(y) has a bit, the first lane's the lowest, where
-// where_positive(y, x) is x, and where_bits(bits, x) is x there, and 0 elsewhere.
+// where_positive(y, x) is x, and where_bits(bits, x) is x there, and 0 elsewhere. load_wide(V(),
+// p) loads doubles, a Wide.
 //
 // No header but <cstdint>'s C twin is included and everything with a body is in an anonymous
 // namespace, because the including files are compiled for different instruction sets (cpu/isa.h).
@@ -56,6 +57,37 @@ template <class V, bool kStream>
 void store_or_stream(typename V::Element* p, typename V::Register x, int64_t count) {
   V::store(p, x, count);
 }
+
+// The values of a vector in double, in N registers of `D`, the vector of doubles.
+template <class D, int N>
+struct Wide {
+  static constexpr int64_t width = N * D::width;
+
+  typename D::Register parts[N];
+
+  static Wide load(const double* p) {
+    Wide wide;
+    for (int k = 0; k < N; ++k) wide.parts[k] = D::load(p + k * D::width);
+    return wide;
+  }
+  static Wide broadcast(double value) {
+    Wide wide;
+    for (int k = 0; k < N; ++k) wide.parts[k] = D::broadcast(value);
+    return wide;
+  }
+  void store(double* p) const {
+    for (int k = 0; k < N; ++k) D::store(p + k * D::width, parts[k]);
+  }
+  void add(const Wide& x) {
+    for (int k = 0; k < N; ++k) parts[k] = parts[k] + x.parts[k];
+  }
+  void subtract(const Wide& x) {
+    for (int k = 0; k < N; ++k) parts[k] = parts[k] - x.parts[k];
+  }
+  void add_square(const Wide& x) {
+    for (int k = 0; k < N; ++k) parts[k] = D::multiply_add(x.parts[k], x.parts[k], parts[k]);
+  }
+};
 
 // Bits of a mask are written for so many values at once, as many as the longest vector's.
 constexpr int64_t kMaskedAtOnce = 16;

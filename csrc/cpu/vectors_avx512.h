@@ -162,5 +162,22 @@ struct Float64 {
   }
 };
 
+inline Wide<Float64, 2> widen(__m512 x) {
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(x)),
+          _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
+}
+// Straight from memory, which saves taking a register apart.
+inline Wide<Float64, 2> load_wide(Float32, const float* p) {
+  return {_mm512_cvtps_pd(_mm256_loadu_ps(p)), _mm512_cvtps_pd(_mm256_loadu_ps(p + 8))};
+}
+template <class V, class... Rest>
+Wide<Float64, 2> load_wide(V, const typename V::Element* p, Rest... rest) {
+  return widen(V::load(p, rest...));
+}
+template <class... Rest>
+Wide<Float64, 1> load_wide(Float64, const double* p, Rest... rest) {
+  return {Float64::load(p, rest...)};
+}
+
 }  // namespace
 }  // namespace fused_resnet

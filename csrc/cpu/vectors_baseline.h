@@ -90,7 +90,11 @@ struct Scalar {
   static void store(T* p, Register x) { from_float(x, p); }
   static void stream(T* p, Register x) { store(p, x); }
   static void store(T* p, Register x, int64_t) { store(p, x); }
-  static Register multiply_add(Register a, Register b, Register c) { return a * b + c; }
+  // Rounded once, like the others': what is lost of a product much larger than its sum with `c` is
+  // the same for a whole channel. Twice where P is double, without an instruction for it.
+  static Register multiply_add(Register a, Register b, Register c) {
+    return static_cast<P>(static_cast<double>(a) * static_cast<double>(b) + static_cast<double>(c));
+  }
   static Register add(Register a, Register b) { return a + b; }
   static Register relu(Register x) { return x < 0 ? 0 : x; }
   static Register where_positive(Register y, Register x) { return y <= 0 ? 0 : x; }
@@ -101,6 +105,11 @@ struct Scalar {
   }
   static Register where_equal(Register a, Register b, Register x) { return a == b ? x : 0; }
 };
+
+template <class V, class... Rest>
+Wide<Scalar<double, double>, 1> load_wide(V, const typename V::Element* p, Rest...) {
+  return {V::load(p)};
+}
 
 }  // namespace
 }  // namespace fused_resnet
