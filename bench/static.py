@@ -606,7 +606,7 @@ def write_tiles(architectures: Iterable[str], kernels: Iterable[str]) -> None:
     What the record of the running Triton has of other architectures and kernels is kept.
     """
     version = ".".join(triton.__version__.split(".")[:2])
-    kept = compiler.Compiled(version, {}, {}, frozenset())
+    kept = compiler.Compiled(version, frozenset(), {}, {}, frozenset())
     if version in compiler.known():
         kept = compiler.recorded(version)
     gpus = {name: ARCHITECTURES[GPUS[name]] for name in architectures}
@@ -629,8 +629,10 @@ def write_tiles(architectures: Iterable[str], kernels: Iterable[str]) -> None:
         spilled = {key for key in spilled if key[0] not in majors}
         for name in gpus:
             spilled |= set(spilled_convolutions(name))
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(compiler.text(triton.__version__, tables[CHAIN][1], tables[PAIR][1], spilled))
+    record = compiler.Compiled(
+        version, kept.majors | majors, tables[CHAIN][1], tables[PAIR][1], frozenset(spilled)
+    )
+    path.write_text(compiler.text(record))
 
 
 def spilled_convolutions(architecture: str) -> Iterator[compiler.Spilled]:

@@ -1,6 +1,6 @@
 """What the suite shares: its backends, threads, seeds, which tests run, and the closing summary.
 
-`pytest` runs a part of the suite and `pytest --whole` all of it. The part has every test function and
+`pytest` runs a part of the suite and `pytest --whole` all of it. The part has every test function,
 every backend, and every value of every parameter; what it leaves out are combinations of values
 (`representatives`), and what is marked `whole`: further cases of a kind that it has already.
 
@@ -120,8 +120,8 @@ NOT_RUN = pytest.StashKey[tuple[int, int]]()
 def representatives(items: list[pytest.Item]) -> set[pytest.Item]:
     """The tests to run without `--whole`: of each function, for each backend, few combinations.
 
-    A test is kept if it has a value of a parameter that no test kept before it has. So of a product
-    of parameters at most as many are kept as have values, and of a function with one parameter, all.
+    A test is kept if it has a value of a parameter that no test kept before it has: of a product of
+    parameters at most as many as there are values, of a function with one parameter all.
     """
     kept = set()
     seen: dict[tuple, set[tuple]] = {}

@@ -535,6 +535,7 @@ def rerun_on_instruction_set(isa: str, file: str, selected: str) -> None:
     if os.environ.get("FUSED_RESNET_CPU_ISA"):
         pytest.skip("already running with FUSED_RESNET_CPU_ISA")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    # With --whole, the environment says so: conftest.py.
     result = subprocess.run(
         [*command, "-k", selected],
         env={**os.environ, "FUSED_RESNET_CPU_ISA": isa},

@@ -381,7 +381,7 @@ def _compiled(
     kind = (
         gpu.capability[0], problem.width, problem.projection is not None, problem.next_width,
     )  # fmt: skip
-    record = compiler.current()
+    record = compiler.current(gpu.capability[0])
     return (record.pair if kernel == PAIR else record.chain).get(kind, {})
 
 

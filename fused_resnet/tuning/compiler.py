@@ -3,7 +3,7 @@
 A tile that spills is no candidate, and which tiles spill depends on the compiler. What one version
 makes of them is in `compiled/triton-<version>.json`, written by `python bench/static.py --tiles`:
 
-    {"schema": "fused_resnet.tiles/1", "triton": "3.9.0",
+    {"schema": "fused_resnet.tiles/1", "triton": "3.9", "compute_capabilities": [8, 9, 10, 12],
      "chain": [[9, 64, false, 128, [128, 64, 64, 8, 4], 223, 124928], ...], "pair": [...],
      "spilled": [[8, "16 bits", true, 128, 128, 64, 4], ...]}
 
@@ -46,12 +46,14 @@ class Compiled:
 
     Attributes:
         version: of Triton, as "3.9".
+        majors: major compute capabilities of the GPUs that it was recorded for.
         chain: registers and shared memory of the tiles of chains that spill nothing.
         pair: the same of the pair of 1x1s behind a 3x3 that is a launch of its own.
         spilled: tiles of convolutions that spill.
     """
 
     version: str
+    majors: frozenset[int]
     chain: Tiles
     pair: Tiles
     spilled: frozenset[Spilled]
@@ -73,26 +75,38 @@ def running() -> str | None:
     return None
 
 
-def nearest(version: str | None) -> str:
-    """The recorded version that is closest, the newer of two; without a version, the newest."""
+@functools.cache
+def nearest(version: str | None, capability: int) -> str:
+    """The recorded version that is closest, the newer of two; without a version, the newest.
+
+    Args:
+        version: as "3.8".
+        capability: the major compute capability of the GPU. Of the versions recorded for it one is
+            chosen, or of all if there is none.
+    """
+    versions = [one for one in known() if capability in recorded(one).majors] or known()
     if version is None:
-        return known()[-1]
+        return versions[-1]
     major, minor = _numbers(version)
 
     def distance(one: str) -> tuple[int, int, int]:
         its_major, its_minor = _numbers(one)
         return abs(its_major - major), abs(its_minor - minor), -its_minor
 
-    return min(known(), key=distance)
+    return min(versions, key=distance)
 
 
 # A record of nothing: no chains, and every tile of a convolution is as the estimate has it.
-NOTHING = Compiled("none", {}, {}, frozenset())
+NOTHING = Compiled("none", frozenset(), {}, {}, frozenset())
 
 
-def current() -> Compiled:
-    """The record to choose tiles by: of the version that runs, or of the nearest there is."""
-    return _as_of.get() or recorded(_nearest_to_running())
+def current(capability: int) -> Compiled:
+    """The record to choose tiles by: of the version that runs, or of the nearest there is.
+
+    Args:
+        capability: see `nearest`.
+    """
+    return _as_of.get() or recorded(nearest(running(), capability))
 
 
 @contextlib.contextmanager
@@ -118,7 +132,8 @@ def cached(maxsize: int) -> Callable[[Callable[..., _Result]], Callable[..., _Re
 
         @functools.wraps(function)
         def call(*arguments: Any) -> _Result:
-            return of_version(current().version, *arguments)
+            chosen = _as_of.get()
+            return of_version("" if chosen is None else chosen.version, *arguments)
 
         return call
 
@@ -135,33 +150,34 @@ def recorded(version: str) -> Compiled:
     content = json.loads((FOLDER / f"triton-{version}.json").read_text())
     return Compiled(
         version,
+        frozenset(content["compute_capabilities"]),
         _tiles(content["chain"]),
         _tiles(content["pair"]),
         frozenset(tuple(row) for row in content["spilled"]),
     )
 
 
-def text(version: str, chain: Tiles, pair: Tiles, spilled: set[Spilled]) -> str:
-    """A record as it is kept, a row a line; `version` with all its parts."""
+def text(record: Compiled) -> str:
+    """A record as it is kept, a row a line."""
     rows = {
         name: [
             [*kind, list(shape), *made]
             for kind, shapes in sorted(tiles.items())
             for shape, made in shapes.items()
         ]
-        for name, tiles in (("chain", chain), ("pair", pair))
+        for name, tiles in (("chain", record.chain), ("pair", record.pair))
     }
-    rows["spilled"] = [list(row) for row in sorted(spilled)]
-    parts = [f'"schema": "{SCHEMA}", "triton": "{version}"']
+    rows["spilled"] = [list(row) for row in sorted(record.spilled)]
+    head = {
+        "schema": SCHEMA,
+        "triton": record.version,
+        "compute_capabilities": sorted(record.majors),
+    }
+    parts = [json.dumps(head)[1:-1]]
     for name, found in rows.items():
         lines = ",\n".join(f"  {json.dumps(row)}" for row in found)
         parts.append(f'"{name}": [\n{lines}\n]' if found else f'"{name}": []')
     return "{" + ",\n".join(parts) + "}\n"
-
-
-@functools.cache
-def _nearest_to_running() -> str:
-    return nearest(running())
 
 
 def _numbers(version: str) -> tuple[int, int]:

@@ -322,9 +322,10 @@ def registers(problem: ConvProblem, architecture: Architecture, tile: Tile) -> i
     if (kernel := kernel_for(problem)) != "conv":
         return _SPECIAL_REGISTERS[kernel, problem.element_size]
     products = "16 bits" if problem.element_size == 2 else problem.dtype
-    if spilling_key(problem, architecture, tile) in compiler.current().spilled:
+    major = architecture.capability[0]
+    if spilling_key(problem, architecture, tile) in compiler.current(major).spilled:
         return _MOST_REGISTERS + 1
-    known = _REGISTERS[architecture.capability[0] in (9, 10), products]
+    known = _REGISTERS[major in (9, 10), products]
     accumulator = tile.block_m * tile.block_n // (32 * tile.num_warps)
     most = min((size for size in known if size >= accumulator), default=None)
     return _MOST_REGISTERS + 1 if most is None else known[most][tile.block_n > 64]
