@@ -19,9 +19,11 @@ width in bits; those of 32 bits have no suffix.
 
     python bench/static.py [--architecture sm_90] [--dtype float16] [--missing]
 
-Which tiles of a chain spill nothing is known only from compiling them: with `--chain-tiles chain`,
-this compiles all of `fused_resnet.tuning.chain.SHAPES`, with `--chain-tiles pair` all of
-`PAIR_SHAPES`, and writes down in `fused_resnet/tuning/chain_tiles.py` those that do not.
+Which tiles spill nothing is known only from compiling them: with `--tiles chain`, this compiles all
+of `fused_resnet.tuning.chain.SHAPES`, with `--tiles pair` all of `PAIR_SHAPES`, with `--tiles conv`
+the largest of `fused_resnet.tuning.estimate`, and writes what came out of it to
+`fused_resnet/tuning/compiled/triton-<version>.json` (see `fused_resnet/tuning/compiler.py`). To be
+run with every version of Triton that is supported; all three take a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ from fused_resnet.backends.triton import (
     stem_training,
     training_conv,
 )
-from fused_resnet.tuning import chain, training
+from fused_resnet.tuning import chain, compiler, estimate, training
 from fused_resnet.tuning.architecture import ARCHITECTURES, Architecture
 from fused_resnet.tuning.estimate import best, candidates
 from fused_resnet.tuning.problem import (
@@ -77,6 +79,11 @@ _BATCHES = (1, 32, 256)
 _POOL = (3, 3, 2, 2, 1, 1)
 # Begins the names of what is compiled for launches in a row.
 _ROW = "row, "
+CONV = "conv"
+# Of a thread in float16: with fewer, a tile does not spill in another type.
+_SAFE_REGISTERS = 200
+# Major compute capabilities whose pairs are compiled.
+_PAIRS = (9,)
 
 
 @dataclass(frozen=True)
@@ -440,6 +447,32 @@ def compiled(launch: Launch, architecture: str, order: bool = False) -> dict[str
     With `order`, also what touches memory and what waits for other launches, as it stands in the
     machine code: see `order_of`.
     """
+    kernel, registers, spilled = _built(launch, architecture)
+    listing = _cuobjdump(kernel, "-sass")
+    shared = kernel.metadata.shared
+    programs = resident(ARCHITECTURES[GPUS[architecture]], launch.num_warps, registers, shared)
+    threads = 32 * launch.num_warps
+    return {
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "shared_bytes": shared,
+        "programs_per_multiprocessor": programs,
+        "occupancy": programs
+        * threads
+        / ARCHITECTURES[GPUS[architecture]].threads_per_multiprocessor,
+        **instructions(listing),
+        **({"order": order_of(listing)} if order else {}),
+    }
+
+
+def resources(launch: Launch, architecture: str) -> tuple[int, int, int]:
+    """Registers, spilled bytes and bytes of shared memory of a launch's kernel."""
+    kernel, registers, spilled = _built(launch, architecture)
+    return registers, spilled, kernel.metadata.shared
+
+
+def _built(launch: Launch, architecture: str) -> tuple[Any, int, int]:
+    """A launch's kernel as compiled for an architecture, a thread's registers and its stack."""
     names = launch.kernel.arg_names
     place = {name: (names.index(name),) for name in names}
     constants = dict(launch.constants)
@@ -452,33 +485,17 @@ def compiled(launch: Launch, architecture: str, order: bool = False) -> dict[str
     capability = int(architecture.removeprefix("sm_"))
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage = _cuobjdump(kernel, "-res-usage")
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return kernel, registers, stack
+
+
+def _cuobjdump(kernel: Any, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage, listing = (
-            subprocess.run(
-                [_TOOLS / "cuobjdump", option, file.name],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    shared = kernel.metadata.shared
-    programs = resident(ARCHITECTURES[GPUS[architecture]], launch.num_warps, registers, shared)
-    threads = 32 * launch.num_warps
-    return {
-        "registers": registers,
-        "spilled_bytes": stack,
-        "shared_bytes": shared,
-        "programs_per_multiprocessor": programs,
-        "occupancy": programs
-        * threads
-        / ARCHITECTURES[GPUS[architecture]].threads_per_multiprocessor,
-        **instructions(listing),
-        **({"order": order_of(listing)} if order else {}),
-    }
+        command = [_TOOLS / "cuobjdump", option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def order_of(listing: str) -> list[str]:
@@ -583,33 +600,73 @@ def norm_entries(architecture: str, dtype: str, wanted: Callable[[str], bool]) -
             }
 
 
-def write_chain_tiles(architectures: Iterable[str], kernels: Iterable[str]) -> None:
-    """Compiles every shape of chains, of pairs or of both and writes down what does not spill."""
+def write_tiles(architectures: Iterable[str], kernels: Iterable[str]) -> None:
+    """Compiles every tile of chains, of pairs or of convolutions and writes down what spills.
+
+    What the record of the running Triton has of other architectures and kernels is kept.
+    """
+    version = ".".join(triton.__version__.split(".")[:2])
+    kept = compiler.Compiled(version, frozenset(), {}, {}, frozenset())
+    if version in compiler.known():
+        kept = compiler.recorded(version)
     gpus = {name: ARCHITECTURES[GPUS[name]] for name in architectures}
     majors = {gpu.capability[0] for gpu in gpus.values()}
-    tables = {CHAIN: (chain.SHAPES, chain.COMPILED), PAIR: (chain.PAIR_SHAPES, chain.PAIRS)}
-    text = _CHAIN_TILES_HEAD.format(triton.__version__)
-    for kernel, (shapes, known) in tables.items():
-        found = known
+    tables = {CHAIN: (chain.SHAPES, dict(kept.chain)), PAIR: (chain.PAIR_SHAPES, dict(kept.pair))}
+    spilled = set(kept.spilled)
+    path = compiler.FOLDER / f"triton-{version}.json"
+    for kernel, (shapes, found) in tables.items():
         if kernel in kernels:
-            found = {kind: tiles for kind, tiles in known.items() if kind[0] not in majors}
+            for kind in [kind for kind in found if kind[0] in majors]:
+                del found[kind]
             for name, gpu in gpus.items():
+                if kernel == PAIR and gpu.capability[0] not in _PAIRS:
+                    continue
                 for kind in chain_kinds(kernel):
                     tiles = _chain_tiles(kind, kernel, shapes[kind[0]], name)
                     if tiles:
                         found[(gpu.capability[0], *kind)] = tiles
-        text += _CHAIN_TABLE_HEADS[kernel]
-        for kind, tiles in sorted(found.items()):
-            rows = "".join(f"        {shape}: {made},\n" for shape, made in tiles.items())
-            text += f"    {kind}: {{\n{rows}    }},\n"
-        text += "}\n"
-    (Path(chain.__file__).parent / "chain_tiles.py").write_text(text)
+    if CONV in kernels:
+        spilled = {key for key in spilled if key[0] not in majors}
+        for name in gpus:
+            spilled |= set(spilled_convolutions(name))
+    record = compiler.Compiled(
+        version, kept.majors | majors, tables[CHAIN][1], tables[PAIR][1], frozenset(spilled)
+    )
+    path.write_text(compiler.text(record))
+
+
+def spilled_convolutions(architecture: str) -> Iterator[compiler.Spilled]:
+    """The tiles that the estimate takes for the largest that do not spill, and that do.
+
+    Those of fewer registers than `_SAFE_REGISTERS` are compiled if some other version spills them.
+    """
+    gpu = ARCHITECTURES[GPUS[architecture]]
+    suspects = {key for version in compiler.known() for key in compiler.recorded(version).spilled}
+    found: dict[compiler.Spilled, list[tuple[ConvProblem, Tile]]] = {}
+    with compiler.as_of(compiler.NOTHING):
+        for dtype in ("float16", "tfloat32", "float32"):
+            for (layer, tile), problem in configurations(dtype, gpu).items():
+                if layer not in ("1x1", "3x3"):
+                    continue
+                key = estimate.spilling_key(problem, gpu, tile)
+                if estimate.registers(problem, gpu, tile) >= _SAFE_REGISTERS or key in suspects:
+                    found.setdefault(key, []).append((problem, tile))
+    for key, alike in found.items():
+        # The deepest pipelines and the most address arithmetic first.
+        for problem, tile in sorted(alike, key=lambda one: -one[1].num_stages):
+            launch, *_ = launches(problem, tile)
+            registers, spilled, _ = resources(launch, architecture)
+            made = f"{registers} registers, {spilled} bytes spilled"
+            print(f"{architecture} {key} {tile}: {made}", flush=True)
+            if spilled:
+                yield key
+                break
 
 
 def _chain_tiles(
     kind: tuple[int, bool, int], kernel: str, shapes: Iterable[tuple[int, ...]], architecture: str
 ) -> dict[tuple[int, ...], tuple[int, int]]:
-    """Registers and shared memory of the shapes that spill nothing, as `chain_tiles.py` has them.
+    """Registers and shared memory of the shapes that spill nothing, as `compiler.py` has them.
 
     Those of a pair are the most that it takes with slices shared and without.
     """
@@ -618,16 +675,20 @@ def _chain_tiles(
     for shape in shapes:
         if shape[0] < 64 and warp_groups:
             continue  # what warp-group instructions need
-        made = [
-            _compiled_chain(kind, kernel, dtype, shape, split, architecture)
-            for dtype in CHAIN_DTYPES
-            for split in ((1, 4) if kernel == PAIR else (1,))
+        splits = (1, 4) if kernel == PAIR else (1,)
+        of_float16 = [
+            _compiled_chain(kind, kernel, "float16", shape, split, architecture) for split in splits
         ]
-        if all(one and one["spilled_bytes"] == 0 for one in made):
-            of_float16 = made[: len(made) // len(CHAIN_DTYPES)]
-            found[shape] = tuple(
-                max(one[name] for one in of_float16) for name in ("registers", "shared_bytes")
-            )
+        if None in of_float16:
+            continue
+        registers, shared = (max(sizes) for sizes in zip(*of_float16, strict=True))
+        # Of bfloat16 a few instructions are others, which matters where few registers are left.
+        if registers >= _SAFE_REGISTERS and None in (
+            _compiled_chain(kind, kernel, "bfloat16", shape, split, architecture)
+            for split in splits
+        ):
+            continue
+        found[shape] = (registers, shared)
     return found
 
 
@@ -638,40 +699,20 @@ def _compiled_chain(
     shape: tuple[int, ...],
     split: int,
     architecture: str,
-) -> dict[str, Any] | None:
-    """What a chain's tile becomes; None where its shared memory is more than there is."""
+) -> tuple[int, int] | None:
+    """Registers and shared memory of a chain's tile; None where it spills or does not fit."""
     problem = chain_problem(*kind, 32, dtype)
     launch, *_ = launches(problem, Tile(*shape[:3], split, *shape[3:]), kernel)
     label = f"{architecture} {dtype} {chain_name(problem, kernel)} {shape}, split {split}"
     try:
-        made = compiled(launch, architecture)
+        registers, spilled, shared = resources(launch, architecture)
     except OutOfResources as error:
         print(f"{label}: {error}", flush=True)
         return None
-    registers, spilled, shared = (made[k] for k in ("registers", "spilled_bytes", "shared_bytes"))
     print(f"{label}: {registers} registers, {spilled} bytes spilled, {shared} shared", flush=True)
-    return made if shared <= ARCHITECTURES[GPUS[architecture]].shared_per_block else None
-
-
-_CHAIN_TILES_HEAD = '''"""What the compiler makes of a chain's tiles; written by bench/static.py.
-
-By the major number of a GPU's compute capability, the chain's width, whether its shortcut is
-projected, and the next width: of each tile that in float16 and bfloat16 spills nothing and fits
-(block_m, block_n, block_k, num_warps, num_stages) the registers of a thread and the bytes of shared
-memory, in float16, by Triton {}.
-"""
-
-from __future__ import annotations
-
-_Kind = tuple[int, int, bool, int]
-_Shape = tuple[int, int, int, int, int]
-
-'''
-_CHAIN_TABLE_HEADS = {
-    CHAIN: "COMPILED: dict[_Kind, dict[_Shape, tuple[int, int]]] = {\n",
-    PAIR: "\n# The same of the pair of 1x1s behind a 3x3 that is a launch of its own.\n"
-    "PAIRS: dict[_Kind, dict[_Shape, tuple[int, int]]] = {\n",
-}
+    if spilled or shared > ARCHITECTURES[GPUS[architecture]].shared_per_block:
+        return None
+    return registers, shared
 
 
 def tile_of(entry: dict[str, Any]) -> Tile:
@@ -690,10 +731,10 @@ def main() -> None:
     parser.add_argument("--architecture", choices=GPUS, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--missing", action="store_true", help="keep what the report has")
-    parser.add_argument("--chain-tiles", choices=(CHAIN, PAIR), action="append", help="see above")
+    parser.add_argument("--tiles", choices=(CHAIN, PAIR, CONV), action="append", help="see above")
     arguments = parser.parse_args()
-    if arguments.chain_tiles:
-        return write_chain_tiles(arguments.architecture or GPUS, arguments.chain_tiles)
+    if arguments.tiles:
+        return write_tiles(arguments.architecture or GPUS, arguments.tiles)
     path = report_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"schema": "fused_resnet.static/1", "entries": []}

@@ -1,4 +1,8 @@
-"""What the whole suite shares: its backends, threads, seeds, and the closing summary.
+"""What the suite shares: its backends, threads, seeds, which tests run, and the closing summary.
+
+`pytest` runs a part of the suite and `pytest --whole` all of it. The part has every test function,
+every backend, and every value of every parameter; what it leaves out are combinations of values
+(`representatives`), and what is marked `whole`: further cases of a kind that it has already.
 
 A test that takes the `backend` fixture runs once for every backend that `backends.available()` says
 "yes" to, on the device that backend computes on here: a new backend joins the suite by becoming
@@ -86,6 +90,61 @@ def usable_runners() -> list[Runner]:
 RUNNERS = usable_runners()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole", action="store_true", help="run the whole suite, not one of each kind of case"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Tests that run tests do as they were told: support.rerun_on_instruction_set.
+    if config.option.whole:
+        os.environ["FUSED_RESNET_WHOLE_SUITE"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what `representatives` does, unless a test is named: `file.py::test`."""
+    named = any("::" in argument for argument in config.args)
+    if config.option.whole or os.environ.get("FUSED_RESNET_WHOLE_SUITE") or named:
+        return
+    kept = representatives(items)
+    config.stash[NOT_RUN] = (len(items) - len(kept), len(items))
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+NOT_RUN = pytest.StashKey[tuple[int, int]]()
+
+
+def representatives(items: list[pytest.Item]) -> set[pytest.Item]:
+    """The tests to run without `--whole`: of each function, for each backend, few combinations.
+
+    A test is kept if it has a value of a parameter that no test kept before it has: of a product of
+    parameters at most as many as there are values, of a function with one parameter all.
+    """
+    kept = set()
+    seen: dict[tuple, set[tuple]] = {}
+    for item in items:
+        if item.get_closest_marker("whole") is not None:
+            continue
+        callspec = getattr(item, "callspec", None)
+        values = {} if callspec is None else dict(callspec.params)
+        function = (item.nodeid.partition("[")[0], id(values.pop("backend", None)))
+        cases = set()
+        for marker in item.iter_markers("parametrize"):
+            names = marker.args[0]
+            names = names.split(",") if isinstance(names, str) else names
+            # The objects are those of the list of parameters, which all tests of a function share.
+            cases.add(tuple((name.strip(), id(values.pop(name.strip(), None))) for name in names))
+        cases |= {(name, id(value)) for name, value in values.items()}
+        new = cases - seen.setdefault(function, set())
+        if new or not cases:
+            kept.add(item)
+            seen[function] |= new
+    return kept
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         left_out = set()
@@ -153,6 +212,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 if key == "backend":
                     outcomes.setdefault(name, Counter())[outcome] += 1
 
+    not_run, of = terminalreporter.config.stash.get(NOT_RUN, (0, 0))
+    if not_run:
+        terminalreporter.section("not the whole suite")
+        terminalreporter.write_line(f"{not_run} of the whole suite's {of} not run: pytest --whole")
     terminalreporter.section("backends")
     terminalreporter.write_line(
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "

@@ -41,6 +41,7 @@ from fused_resnet.tuning import (
     Tile,
     architecture,
     chain,
+    compiler,
     estimate,
     layers,
     table,
@@ -1399,7 +1400,7 @@ def test_which_blocks_are_chains() -> None:
 @pytest.mark.parametrize("gpu", architecture.ARCHITECTURES.values(), ids=lambda gpu: gpu.name)
 def test_chain_candidates_fit(gpu: architecture.Architecture) -> None:
     """In shared memory and registers, by what was compiled; where nothing was, there is none."""
-    compiled = {kind[0] for kind in chain.COMPILED}
+    compiled = {kind[0] for kind in compiler.current(gpu.capability[0]).chain}
     for problem in layers.chains_of_model("resnet50", 32, "float16"):
         first, *others = chain.candidates(problem, gpu)
         assert first.kernel == "convolutions"

@@ -35,8 +35,9 @@ saves and nothing else. Eager, every other operator takes as long as its tensors
 bandwidth, plus a launch. The host, which eager execution of small batches waits for, is left out,
 so ratios to eager at batch 1 are those under a CUDA graph. `megabytes` are those of a launch, each
 tensor once. `share_of_copy_bandwidth` is the time to move them, divided by the predicted time, and
-`share_of_matrix_rate` likewise of its products. The published figures behind it all are cited in
-`fused_resnet/tuning/architecture.py`.
+`share_of_matrix_rate` likewise of its products. Tiles
+are those that Triton 3.9 compiles without spilling. The published figures behind it all are cited
+in `fused_resnet/tuning/architecture.py`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..tuning import basic_block, chain, estimate, layers, untuned
+from ..tuning import basic_block, chain, compiler, estimate, layers, untuned
 from ..tuning.architecture import ARCHITECTURES, Architecture
 from ..tuning.problem import (
     CHAIN_WITHOUT_NEXT,
@@ -198,6 +199,7 @@ _UNBUILT = tuple(
 )
 
 
+@compiler.as_of(compiler.PREDICTED)
 def basic_blocks(gpu: Architecture, batches: Sequence[int] = BATCHES) -> list[BasicBlock]:
     """The BasicBlocks of a ResNet-18 of stride 1: see docs/basic_block_chain.md for the model."""
     found = []
@@ -292,6 +294,7 @@ def predicted_layer(problem: ConvProblem, count: int, gpu: Architecture) -> dict
     }
 
 
+@compiler.as_of(compiler.PREDICTED)
 def predicted_network(name: str, batch: int, gpu: Architecture) -> dict[str, Any]:
     """A network's entry: see this module's docstring."""
     problems: Counter[ConvProblem] = layers.of_model(name, batch, DTYPE)

@@ -44,7 +44,7 @@ from typing import Any
 import torch
 import torchvision
 
-from ..tuning import cluster_norm, estimate, layers
+from ..tuning import cluster_norm, compiler, estimate, layers
 from ..tuning import training as ends
 from ..tuning.architecture import Architecture
 from ..tuning.problem import ConvProblem
@@ -298,6 +298,7 @@ def _transposed(problem: ConvProblem, residual: bool) -> ConvProblem:
     return dataclasses.replace(problem, C=problem.K, K=problem.C, residual=residual)
 
 
+@compiler.as_of(compiler.PREDICTED)
 def saved_by_ends(block: Block, gpu: Architecture) -> float:
     """Seconds that norms at the ends of a block's convolutions save.
 
@@ -341,6 +342,7 @@ def parameters_of(name: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@compiler.as_of(compiler.PREDICTED)
 def terms(name: str, batch: int, gpu: Architecture) -> dict[str, dict[str, float]]:
     """Seconds of a step, by engine ("with_ends" too) and what they go into."""
     norms, network = norms_of(name, batch), blocks_of(name, batch)
@@ -387,6 +389,7 @@ def terms_table(batch: int, gpu: Architecture, name: str = "resnet50") -> str:
     return "\n".join(lines) + "\n"
 
 
+@compiler.as_of(compiler.PREDICTED)
 def _adds_in_convolution(block: Block, gpu: Architecture) -> bool:
     """Whether the first convolution's backward is ours, so that it adds the shortcut's gradient."""
     first = block.main[0]
@@ -395,6 +398,7 @@ def _adds_in_convolution(block: Block, gpu: Architecture) -> bool:
     return ends.backward(_transposed(first, True), False, False, gpu)[0] is not None
 
 
+@compiler.as_of(compiler.PREDICTED)
 def if_free(name: str, batch: int, gpu: Architecture) -> dict[str, float]:
     """Seconds that "with_ends" would lose at most, by what would have to cost nothing for that.
 
@@ -442,6 +446,7 @@ def if_free_table(batches: tuple[int, ...], gpu: Architecture, name: str = "resn
     return "\n".join(lines) + "\n"
 
 
+@compiler.as_of(compiler.PREDICTED)
 def predicted_step(name: str, batch: int, gpu: Architecture) -> dict[str, Any]:
     """A network's entry: see this module's docstring."""
     norms = norms_of(name, batch)

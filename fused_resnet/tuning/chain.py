@@ -13,13 +13,12 @@ programs can share the slices of a tile, where there are few pixels.
 Launches of few pixels run in a row (`overlaps`, docs/small_batches.md), which shortens what a
 launch costs and what its steps wait for.
 
-Registers and shared memory are what the compiler gave each tile (`chain_tiles.py`); a tile that
-spills is not there, and where none is there is no chain.
+Registers and shared memory are what the compiler gave each tile (`compiler.py`); a tile that spills
+is not there, and where none is there is no chain.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -28,9 +27,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from . import estimate
+from . import compiler, estimate
 from .architecture import Architecture
-from .chain_tiles import COMPILED, PAIRS
 from .problem import (
     CHAIN,
     CHAIN_WITHOUT_NEXT,
@@ -223,7 +221,7 @@ def untuned(problem: ChainProblem, gpu: Architecture) -> Choice:
     return replace(_untuned(problem, gpu)[0], source=ESTIMATE)
 
 
-@functools.lru_cache(maxsize=1024)
+@compiler.cached(maxsize=1024)
 def _untuned(problem: ChainProblem, gpu: Architecture) -> tuple[Choice, float]:
     timed = ((choice, predicted(problem, gpu, choice)) for choice in candidates(problem, gpu))
     return min(timed, key=lambda pair: pair[1])
@@ -383,7 +381,8 @@ def _compiled(
     kind = (
         gpu.capability[0], problem.width, problem.projection is not None, problem.next_width,
     )  # fmt: skip
-    return (PAIRS if kernel == PAIR else COMPILED).get(kind, {})
+    record = compiler.current(gpu.capability[0])
+    return (record.pair if kernel == PAIR else record.chain).get(kind, {})
 
 
 def _efficiency(rows: int, columns: int) -> float:

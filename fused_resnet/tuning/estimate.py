@@ -29,8 +29,8 @@ are round figures for Ampere to Blackwell, not fitted: the tuner is what measure
 from __future__ import annotations
 
 import dataclasses
-import functools
 
+from . import compiler
 from .architecture import Architecture
 from .problem import Choice, ConvProblem, Tile
 
@@ -46,7 +46,8 @@ DEPENDENT_LAUNCH = 0.7e-6
 L2_BYTES_PER_CYCLE = 32
 # Registers of a thread by how many elements of the accumulator it holds, and whether the epilogue
 # has several parts (over 64 channels): the most that ptxas gave any tile here, with warp-group
-# instructions (compute capability 9 and 10) and without.
+# instructions (compute capability 9 and 10) and without. It spilled some of them all the same, by
+# the version of Triton: `compiler.py`.
 _REGISTERS = {
     (True, "16 bits"): {16: (72, 72), 32: (184, 184), 64: (200, 200), 128: (256, 242)},
     (True, "tfloat32"): {16: (96, 96), 32: (168, 168), 64: (255, 192), 128: (256, 255)},
@@ -54,18 +55,6 @@ _REGISTERS = {
     (False, "16 bits"): {16: (80, 80), 32: (168, 168), 64: (218, 192), 128: (256, 253)},
     (False, "tfloat32"): {16: (80, 80), 32: (168, 168), 64: (224, 184), 128: (256, 254)},
     (False, "float32"): {8: (80, 80), 16: (204, 204), 32: (168, 168)},
-}
-# Of the tiles these allow, those it spilled a few bytes of all the same: capability, products, if
-# the sum is shared, block sizes and warps. bench/static.py finds them.
-_SPILLED = {
-    (8, "16 bits", False, 128, 128, 64, 4),
-    (8, "16 bits", True, 128, 128, 64, 4),
-    (8, "16 bits", True, 64, 64, 32, 4),
-    (8, "tfloat32", False, 128, 128, 32, 4),
-    (8, "tfloat32", True, 128, 128, 32, 4),
-    (10, "tfloat32", False, 64, 32, 32, 4),
-    (12, "16 bits", True, 128, 64, 64, 4),
-    (12, "tfloat32", True, 128, 64, 32, 4),
 }
 _MOST_REGISTERS = 255
 _SHARED_PER_PROGRAM = 1024  # what the driver takes of every program
@@ -192,7 +181,7 @@ def best(problem: ConvProblem, architecture: Architecture) -> Tile:
     return _best(problem, architecture)[0]
 
 
-@functools.lru_cache(maxsize=4096)
+@compiler.cached(maxsize=4096)
 def _best(problem: ConvProblem, architecture: Architecture) -> tuple[Tile, float]:
     return min(_timed(problem, architecture), key=lambda pair: pair[1])
 
@@ -334,13 +323,19 @@ def registers(problem: ConvProblem, architecture: Architecture, tile: Tile) -> i
         return _SPECIAL_REGISTERS[kernel, problem.element_size]
     products = "16 bits" if problem.element_size == 2 else problem.dtype
     major = architecture.capability[0]
-    sizes = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
-    if (major, products, tile.split_k > 1, *sizes) in _SPILLED:
+    if spilling_key(problem, architecture, tile) in compiler.current(major).spilled:
         return _MOST_REGISTERS + 1
     known = _REGISTERS[major in (9, 10), products]
     accumulator = tile.block_m * tile.block_n // (32 * tile.num_warps)
     most = min((size for size in known if size >= accumulator), default=None)
     return _MOST_REGISTERS + 1 if most is None else known[most][tile.block_n > 64]
+
+
+def spilling_key(problem: ConvProblem, architecture: Architecture, tile: Tile) -> compiler.Spilled:
+    """How the record of a compiler names a convolution's tile: see `compiler.py`."""
+    products = "16 bits" if problem.element_size == 2 else problem.dtype
+    sizes = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
+    return (architecture.capability[0], products, tile.split_k > 1, *sizes)
 
 
 def _warp_groups(problem: ConvProblem, architecture: Architecture) -> bool:

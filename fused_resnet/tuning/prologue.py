@@ -8,9 +8,7 @@ writes the whole input, and the convolution with its best tile.
 
 from __future__ import annotations
 
-import functools
-
-from . import estimate
+from . import compiler, estimate
 from .architecture import Architecture
 from .problem import ConvProblem, Tile
 
@@ -31,7 +29,7 @@ def takes(problem: ConvProblem) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@compiler.cached(maxsize=4096)
 def choose(problem: ConvProblem, gpu: Architecture) -> tuple[Tile | None, float]:
     """The tile for a convolution with the norm in its loads, and the seconds that this saves.
 

@@ -8,9 +8,7 @@ fast as the best tile, with passes of their own around it.
 
 from __future__ import annotations
 
-import functools
-
-from . import estimate
+from . import compiler, estimate
 from .architecture import Architecture
 from .problem import ConvProblem, Tile
 
@@ -28,7 +26,7 @@ _LANES = 128  # of a multiprocessor
 _STATISTICS_BYTES, _SUMS_BYTES = 2 * 12, 2 * 8
 
 
-@functools.lru_cache(maxsize=4096)
+@compiler.cached(maxsize=4096)
 def forward(problem: ConvProblem, prologue: bool, gpu: Architecture) -> tuple[Tile | None, float]:
     """The tile for a convolution and its output's statistics, and the seconds that saves.
 
@@ -49,7 +47,7 @@ def forward(problem: ConvProblem, prologue: bool, gpu: Architecture) -> tuple[Ti
     return (tile, apart - fused) if fused < apart else (None, 0.0)
 
 
-@functools.lru_cache(maxsize=4096)
+@compiler.cached(maxsize=4096)
 def backward(
     problem: ConvProblem, above: bool, below: bool, gpu: Architecture
 ) -> tuple[Tile | None, float]:
