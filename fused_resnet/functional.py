@@ -390,7 +390,8 @@ def run_batch_norm_act(
     activation: str,
 ) -> Tensor:
     """`batch_norm_act` with its arguments checked."""
-    if transforms_active():
+    tensors = (input, running_mean, running_var, weight, bias, residual)
+    if transforms_active() or (training and ops.registration.has_foreign(*tensors)):
         return reference.batch_norm_act(
             input,
             running_mean,
@@ -407,10 +408,17 @@ def run_batch_norm_act(
         return ops.batch_norm_act_inference(
             input, running_mean, running_var, weight, bias, eps, residual, activation
         )
-    output, mean, var = ops.batch_norm_act_training(input, weight, bias, eps, residual, activation)
     count = input.numel() // max(input.size(1), 1)
-    update_running_statistics(running_mean, running_var, mean, var, count, momentum)
-    return output
+
+    def keep(mean: Tensor, var: Tensor) -> None:
+        update_running_statistics(running_mean, running_var, mean, var, count, momentum)
+
+    arguments = (input, weight, bias, eps, residual, activation)
+    if torch.compiler.is_compiling():  # which does not look into what an operator calls
+        output, *statistics = ops.batch_norm_act_training(*arguments)
+        keep(*statistics)
+        return output
+    return ops.batch_norm_act_training(*arguments, keep)[0]
 
 
 def sync_batch_norm_act(
@@ -504,9 +512,11 @@ def run_sync_batch_norm_act(
     activation: str,
 ) -> Tensor:
     """`sync_batch_norm_act` with its arguments checked."""
-    output, shared = ops.sync_batch_norm_act(input, weight, bias, eps, residual, activation, group)
-    update_running_statistics(running_mean, running_var, *shared, momentum)
-    return output
+
+    def keep(mean: Tensor, var: Tensor, count: Tensor) -> None:
+        update_running_statistics(running_mean, running_var, mean, var, count, momentum)
+
+    return ops.sync_batch_norm_act(input, weight, bias, eps, residual, activation, group, keep)
 
 
 def update_running_statistics(

@@ -129,5 +129,5 @@ class _BatchNormActInference(torch.autograd.Function):
         return grad_input, None, None, grad_weight, grad_bias, None, grad_residual, None
 
 
-register_autograd("batch_norm_act_inference", _BatchNormActInference)
+register_autograd("batch_norm_act_inference", _BatchNormActInference.apply)
 register_autocast("batch_norm_act_inference", autocast_residual(6))

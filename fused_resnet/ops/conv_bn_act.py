@@ -163,7 +163,7 @@ class _ConvBnAct(torch.autograd.Function):
         return *gradients, None, None, None, None, grad_residual, None
 
 
-register_autograd("conv_bn_act", _ConvBnAct)
+register_autograd("conv_bn_act", _ConvBnAct.apply)
 
 
 def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:

@@ -160,7 +160,7 @@ class _ConvBnActMaxPool(torch.autograd.Function):
         return *gradients, *(None,) * 8
 
 
-register_autograd("conv_bn_act_max_pool", _ConvBnActMaxPool)
+register_autograd("conv_bn_act_max_pool", _ConvBnActMaxPool.apply)
 
 
 def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:
