@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import checks, ops, reference
+from .ops.registration import transforms_active
 
 
 def conv_bn_act(
@@ -582,11 +582,3 @@ def _update(running: Tensor, batch: Tensor, weight: float | Tensor) -> None:
         running.lerp_(batch, weight)
     else:
         running.copy_(torch.lerp(running.to(batch.dtype), batch, weight))
-
-
-def transforms_active() -> bool:
-    """Whether a functorch transform or forward-mode differentiation is under way.
-
-    The operators have no rule for either; the reference consists of operators that do.
-    """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -24,6 +24,7 @@ from .registration import (
     needs_grad,
     nothing_intercepts,
     register_autocast,
+    transforms_active,
 )
 
 BlockLayers: TypeAlias = tuple[Sequence[tuple], bool]
@@ -142,7 +143,7 @@ def _fake(
 
 
 def _autograd(input: Tensor, tensors: Sequence[Tensor | None], *described: Any) -> Tensor:
-    if needs_grad(input, *tensors):
+    if transforms_active() or needs_grad(input, *tensors):
         return _one_by_one(input, tensors, *described)
     # Another way through the dispatcher, with all these tensors, takes as long as the kernel's own.
     run = _kernel if is_plain(input, *tensors) else _operator

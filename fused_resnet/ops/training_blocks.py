@@ -41,7 +41,7 @@ from .gradients import (
     middle_channels,
     norm_act_backward,
 )
-from .registration import autocast_tensor, is_plain, needs_grad
+from .registration import autocast_tensor, gradients_batched, is_plain, needs_grad
 from .sync_batch_norm_act import normalize, shared_backward, shared_statistics
 
 Statistics = tuple[Tensor, Tensor, Tensor | None]
@@ -184,7 +184,7 @@ class _Pass:
 
     def _own(self, name: str, tensor: Tensor) -> Any:
         """The backend's function of this name, where it has one and the statistics are our own."""
-        if self.layer.group is not None or torch.is_grad_enabled():
+        if self.layer.group is not None or torch.is_grad_enabled() or gradients_batched():
             return None
         return getattr(backends.choose(tensor.device.type), name, None)
 
@@ -480,7 +480,7 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     projected = not (block.has_projection and need_shortcut)
     # Whoever takes the shortcut's gradient applies the mask, so that none is written.
     mask = None
-    if need_shortcut and not again and output.dtype is torch.uint8:
+    if need_shortcut and output.dtype is torch.uint8 and not (again or gradients_batched()):
         first, size = passes[0], input.shape[2:]
         takes_mask = block.shortcut_is_input(input, grad) and block.main > 1
         takes_mask = takes_mask and first.adds_to_input_gradient(first.raw, size, input)
