@@ -321,16 +321,19 @@ def _block_training(block: nn.Module, x: Tensor) -> Tensor | None:
     layers = [conv_arguments(conv, norm, x)[1:] for conv, norm in pairs]
     groups = [sync_group(norm) for _, norm in pairs]
     low_memory = block.memory == "low"
+    norms = [norm for _, norm in pairs]
     if not torch.compiler.is_compiling():
-        result = ops.residual_block_training(x, layers, groups, has_projection, low_memory, step)
-    elif (downsample is None or has_projection) and all(group is None for group in groups):
-        result = ops.block_training_in_graph(x, layers, has_projection, low_memory)
-    else:
-        result = None
+        keep = functools.partial(_count_batches, norms, shapes)
+        return ops.residual_block_training(
+            x, layers, groups, has_projection, low_memory, keep, step
+        )
+    if (downsample is not None and not has_projection) or any(g is not None for g in groups):
+        return None
+    result = ops.block_training_in_graph(x, layers, has_projection, low_memory)
     if result is None:
         return None
     out, statistics = result
-    _count_batches([norm for _, norm in pairs], statistics, shapes)
+    _count_batches(norms, shapes, statistics)
     return out
 
 
@@ -375,8 +378,8 @@ def _trained_shapes(
 
 def _count_batches(
     norms: list[nn.BatchNorm2d],
-    statistics: list[tuple[Tensor, Tensor, Tensor | None]],
     shapes: list[torch.Size],
+    statistics: list[tuple[Tensor, Tensor, Tensor | None]],
 ) -> None:
     """Updates the norms' buffers as their forward passes would have."""
     counts = [N * P * Q for N, _, P, Q in shapes]
@@ -571,13 +574,13 @@ def _stem_training(
         return None
     group = sync_group(norm)
     if not torch.compiler.is_compiling():
-        result = ops.stem_training(x, arguments[1:], group, pool)
-    else:
-        result = ops.stem_training_in_graph(x, arguments[1:], pool) if group is None else None
+        keep = functools.partial(_count_batches, [norm], shapes)
+        return ops.stem_training(x, arguments[1:], group, pool, keep)
+    result = ops.stem_training_in_graph(x, arguments[1:], pool) if group is None else None
     if result is None:
         return None
     out, statistics = result
-    _count_batches([norm], statistics, shapes)
+    _count_batches([norm], shapes, statistics)
     return out
 
 

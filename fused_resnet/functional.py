@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import checks, ops, reference
+from .ops.registration import transforms_active
 
 
 def conv_bn_act(
@@ -28,6 +28,7 @@ def conv_bn_act(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     residual: Tensor | None = None,
+    pad_residual: bool = False,
     activation: str = "relu",
 ) -> Tensor:
     """Convolution, batch norm with running statistics, residual add and activation in one.
@@ -48,8 +49,10 @@ def conv_bn_act(
         padding: as `conv2d`'s, in numbers.
         dilation: as `conv2d`'s.
         groups: as `conv2d`'s.
-        residual: (N, K, P, Q), of the input's dtype; it is not broadcast. Of fewer channels, it
-            stands for one that has them in the middle, of an odd number of zeros one more behind.
+        residual: (N, K, P, Q), of the input's dtype; it is not broadcast.
+        pad_residual: whether a residual may have fewer channels, at least one, and then stands for
+            one that has them in the middle, between channels of zeros, of an odd number of these
+            one more behind: a shortcut without parameters.
         activation: "relu" or "none".
 
     Returns:
@@ -80,6 +83,8 @@ def conv_bn_act(
         residual,
         activation,
     )
+    if error is None:
+        error = _padding_error(name, residual, weight.size(0), pad_residual)
     if error is not None:
         raise error
     function = reference.conv_bn_act if transforms_active() else ops.conv_bn_act
@@ -121,6 +126,7 @@ def norm_conv_bn_act(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     residual: Tensor | None = None,
+    pad_residual: bool = False,
     activation: str = "relu",
 ) -> Tensor:
     """Batch norm and ReLU while a convolution loads its input, then all of `conv_bn_act`.
@@ -155,6 +161,7 @@ def norm_conv_bn_act(
         dilation: see `conv_bn_act`.
         groups: see `conv_bn_act`.
         residual: see `conv_bn_act`.
+        pad_residual: see `conv_bn_act`.
         activation: see `conv_bn_act`; what comes before the convolution is always a ReLU.
 
     Returns:
@@ -184,6 +191,8 @@ def norm_conv_bn_act(
     error = checks.conv_error(name, input, *convolution)
     if error is None:
         error = checks.prologue_error(name, input, *norm)
+    if error is None:
+        error = _padding_error(name, residual, weight.size(0), pad_residual)
     if error is not None:
         raise error
     function = reference.norm_conv_bn_act if transforms_active() else ops.norm_conv_bn_act
@@ -320,6 +329,7 @@ def batch_norm_act(
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
+    pad_residual: bool = False,
     activation: str = "relu",
 ) -> Tensor:
     """Batch norm, residual add and activation in one: `activation(batch_norm(input) + residual)`.
@@ -336,8 +346,8 @@ def batch_norm_act(
         training: normalise with the batch's statistics instead of the running ones.
         momentum: the weight of the batch in the running statistics.
         eps: added to the variance.
-        residual: of the input's shape and dtype; it is not broadcast. Of fewer channels, it stands
-            for one between zeros, see `conv_bn_act`.
+        residual: of the input's shape and dtype; it is not broadcast.
+        pad_residual: see `conv_bn_act`.
         activation: "relu" or "none".
 
     Returns:
@@ -348,8 +358,9 @@ def batch_norm_act(
         ValueError: a shape, device or number does not fit, or, as from `F.batch_norm`, training
             has one value per channel.
     """
+    name = "batch_norm_act"
     error = checks.batch_norm_error(
-        "batch_norm_act",
+        name,
         input,
         running_mean,
         running_var,
@@ -361,6 +372,8 @@ def batch_norm_act(
         residual,
         activation,
     )
+    if error is None:
+        error = _padding_error(name, residual, input.size(1), pad_residual)
     if error is not None:
         raise error
     return run_batch_norm_act(
@@ -390,7 +403,8 @@ def run_batch_norm_act(
     activation: str,
 ) -> Tensor:
     """`batch_norm_act` with its arguments checked."""
-    if transforms_active():
+    tensors = (input, running_mean, running_var, weight, bias, residual)
+    if transforms_active() or (training and ops.registration.has_foreign(*tensors)):
         return reference.batch_norm_act(
             input,
             running_mean,
@@ -407,10 +421,17 @@ def run_batch_norm_act(
         return ops.batch_norm_act_inference(
             input, running_mean, running_var, weight, bias, eps, residual, activation
         )
-    output, mean, var = ops.batch_norm_act_training(input, weight, bias, eps, residual, activation)
     count = input.numel() // max(input.size(1), 1)
-    update_running_statistics(running_mean, running_var, mean, var, count, momentum)
-    return output
+
+    def keep(mean: Tensor, var: Tensor) -> None:
+        update_running_statistics(running_mean, running_var, mean, var, count, momentum)
+
+    arguments = (input, weight, bias, eps, residual, activation)
+    if torch.compiler.is_compiling():  # which does not look into what an operator calls
+        output, *statistics = ops.batch_norm_act_training(*arguments)
+        keep(*statistics)
+        return output
+    return ops.batch_norm_act_training(*arguments, keep)[0]
 
 
 def sync_batch_norm_act(
@@ -424,6 +445,7 @@ def sync_batch_norm_act(
     *,
     group: dist.ProcessGroup,
     residual: Tensor | None = None,
+    pad_residual: bool = False,
     activation: str = "relu",
 ) -> Tensor:
     """`batch_norm_act` in training, with the statistics of all processes' batches together.
@@ -446,6 +468,7 @@ def sync_batch_norm_act(
         eps: see `batch_norm_act`.
         group: the processes.
         residual: see `batch_norm_act`.
+        pad_residual: see `conv_bn_act`.
         activation: see `batch_norm_act`.
 
     Returns:
@@ -456,8 +479,9 @@ def sync_batch_norm_act(
         ValueError: see `batch_norm_act`; one value a channel is enough here.
         RuntimeError: a functorch transform or forward-mode differentiation is active.
     """
+    name = "sync_batch_norm_act"
     error = checks.batch_norm_error(
-        "sync_batch_norm_act",
+        name,
         input,
         running_mean,
         running_var,
@@ -470,6 +494,8 @@ def sync_batch_norm_act(
         activation,
         shared=True,
     )
+    if error is None:
+        error = _padding_error(name, residual, input.size(1), pad_residual)
     if error is not None:
         raise error
     if transforms_active():
@@ -504,9 +530,23 @@ def run_sync_batch_norm_act(
     activation: str,
 ) -> Tensor:
     """`sync_batch_norm_act` with its arguments checked."""
-    output, shared = ops.sync_batch_norm_act(input, weight, bias, eps, residual, activation, group)
-    update_running_statistics(running_mean, running_var, *shared, momentum)
-    return output
+
+    def keep(mean: Tensor, var: Tensor, count: Tensor) -> None:
+        update_running_statistics(running_mean, running_var, mean, var, count, momentum)
+
+    return ops.sync_batch_norm_act(input, weight, bias, eps, residual, activation, group, keep)
+
+
+def _padding_error(
+    name: str, residual: Tensor | None, channels: int, pad_residual: bool
+) -> ValueError | None:
+    """What is wrong with the number of channels of a residual that fits otherwise."""
+    if residual is None or pad_residual or residual.size(1) == channels:
+        return None
+    return ValueError(
+        f"{name}: residual has {residual.size(1)} channels, must have the output's {channels}, or "
+        "pad_residual=True must say that zeros stand for the others"
+    )
 
 
 def update_running_statistics(
@@ -542,11 +582,3 @@ def _update(running: Tensor, batch: Tensor, weight: float | Tensor) -> None:
         running.lerp_(batch, weight)
     else:
         running.copy_(torch.lerp(running.to(batch.dtype), batch, weight))
-
-
-def transforms_active() -> bool:
-    """Whether a functorch transform or forward-mode differentiation is under way.
-
-    The operators have no rule for either; the reference consists of operators that do.
-    """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -208,7 +208,9 @@ class ConvCase:
             self.eps,
         )
         if self.pool is None:
-            return functional.conv_bn_act(*leading, residual=self.residual, **arguments)
+            return functional.conv_bn_act(
+                *leading, residual=self.residual, pad_residual=True, **arguments
+            )
         pool = {f"pool_{name}": value for name, value in self.pool.items()}
         return functional.conv_bn_act_max_pool(*leading, **arguments, **pool)
 
@@ -366,6 +368,7 @@ class NormConvCase(ConvCase):
             dilation=self.dilation,
             groups=self.groups,
             residual=self.residual,
+            pad_residual=True,
             activation=self.activation,
         )
 

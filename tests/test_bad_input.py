@@ -181,6 +181,11 @@ BAD_CONVOLUTIONS = {
         ValueError,
         ["residual", "2, 13, 6, 6", "2, 12, 6, 6"],
     ),
+    "residual of fewer channels": (
+        dict(residual=torch.randn(2, 11, 6, 6)),
+        ValueError,
+        ["residual", "11 channels", "12", "pad_residual"],
+    ),
     "residual 3-d": (
         dict(residual=torch.randn(12, 6, 6)),
         ValueError,
@@ -331,6 +336,11 @@ BAD_NORMS = {
         dict(residual=torch.randn(2, 6, 4, 5)),
         ValueError,
         ["residual", "2, 6, 4, 5", "2, 6, 4, 4"],
+    ),
+    "residual of fewer channels": (
+        dict(residual=torch.randn(2, 4, 4, 4)),
+        ValueError,
+        ["residual", "4 channels", "6", "pad_residual"],
     ),
     "residual dtype": (
         dict(residual=torch.Tensor.half),

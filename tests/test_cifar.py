@@ -15,6 +15,7 @@ from support import (
     double_copy,
     image_batch,
     make_conv_case,
+    make_norm_conv_case,
     rerun_on_instruction_set,
     unchanged,
 )
@@ -393,8 +394,9 @@ def norm_results(residual, leaves, x, vectors, training, activation):
     mean, var, weight, bias = (v.detach().clone() for v in vectors)
     leaves = (x, weight.requires_grad_(), bias.requires_grad_(), *leaves)
     out = fused_resnet.functional.batch_norm_act(
-        x, mean, var, weight, bias, training, residual=residual, activation=activation
-    )
+        x, mean, var, weight, bias, training, residual=residual, pad_residual=True,
+        activation=activation,
+    )  # fmt: skip
     grad = torch.arange(out.numel(), device=x.device).view_as(out).sin().to(x.dtype)
     return out, mean, var, *torch.autograd.grad(out, leaves, grad)
 
@@ -440,11 +442,35 @@ def test_a_narrow_residual_of_a_norm_everywhere(backend, monkeypatch):
             assert_narrow_norm_like_padded(C, channels, formats, torch.float32, backend.device)
 
 
+def test_a_narrow_residual_has_to_be_asked_for():
+    """A mistake in the number of channels must not become a number."""
+    case = make_norm_conv_case(ConvShape(8, 16, (1, 1)))
+    z, vectors = case.residual[:, :4], [torch.ones(16)] * 4
+    norm = (case.in_mean, case.in_var, case.in_weight, case.in_bias, case.in_eps)
+    calls = {
+        "conv_bn_act": (case.input, case.weight, *vectors),
+        "norm_conv_bn_act": (case.input, *norm, case.weight, *vectors),
+        "batch_norm_act": (case.residual, *vectors),
+        "sync_batch_norm_act": (case.residual, *vectors),
+    }
+    for name, arguments in calls.items():
+        function = getattr(fused_resnet.functional, name)
+        options = {"group": None} if name.startswith("sync") else {}
+        with pytest.raises(ValueError, match=f"^{name}: residual has 4 channels, .* pad_residual"):
+            function(*arguments, residual=z, **options)
+        if not options:
+            expected = function(*arguments, residual=reference.pad_channels(z, 16))
+            assert torch.equal(function(*arguments, residual=z, pad_residual=True), expected)
+            assert not torch.equal(function(*arguments), expected)
+
+
 def test_residuals_of_a_norm_that_do_not_fit():
     x, ones = torch.randn(2, 8, 4, 4), torch.ones(8)
     for shape in ((2, 9, 4, 4), (2, 0, 4, 4), (2, 6, 4, 3), (1, 6, 4, 4), (2, 6, 4)):
         with pytest.raises(ValueError, match=r"residual has shape .* must have"):
-            fused_resnet.functional.batch_norm_act(x, ones, ones, residual=torch.randn(shape))
+            fused_resnet.functional.batch_norm_act(
+                x, ones, ones, residual=torch.randn(shape), pad_residual=True
+            )
         with pytest.raises(RuntimeError, match="residual has shape"):
             torch.ops.fused_resnet.scale_shift_act(x, ones, ones, torch.randn(shape), "relu")
 
@@ -513,7 +539,9 @@ def test_no_backend_pads_option_a(backend, dtype):
     grad = torch.ones_like(x)
 
     def norm(training):
-        return fused_resnet.functional.batch_norm_act(x, *vectors, training, residual=shortcut)
+        return fused_resnet.functional.batch_norm_act(
+            x, *vectors, training, residual=shortcut, pad_residual=True
+        )
 
     def backward():
         operator = torch.ops.fused_resnet.batch_norm_act_training

@@ -293,7 +293,7 @@ def masked_gradients(shape, memory_format, dtype, channels=None):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         out = functional.batch_norm_act(
-            x, None, None, weight, bias, True, residual=residual, activation="relu"
+            x, None, None, weight, bias, True, residual=residual, pad_residual=True
         )
     gradients = torch.autograd.grad(out, (x, weight, bias, residual), cotangent)
     return kept, out, gradients

@@ -236,7 +236,7 @@ def stem_of(dtype, pool, bias=True):
 
     def fused(x, weight, bn_weight, bn_bias, bias=None, group=None):
         layer = (weight, None, None, bn_weight, bn_bias, 1e-5, bias, *geometry, 1)
-        return stem_training(x, layer, group, pool)[0]
+        return stem_training(x, layer, group, pool, lambda statistics: None)
 
     def eager(x, weight, bn_weight, bn_bias, bias=None):
         raw = torch.conv2d(x, weight, bias, *geometry, 1)

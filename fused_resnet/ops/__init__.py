@@ -6,6 +6,7 @@ same name, and what computes it is in `backends/`, again under the same name.
 
 from .batch_norm_act_inference import batch_norm_act_inference
 from .batch_norm_act_training import batch_norm_act_training
+from .batching import register_batching
 from .block_training import (
     block_training_in_graph,
     holds_training_in_graphs,
@@ -19,6 +20,8 @@ from .residual_blocks import BlockLayers, residual_blocks
 from .scale_shift_act import scale_shift_act
 from .sync_batch_norm_act import sync_batch_norm_act
 from .training_blocks import residual_block_training, stem_training
+
+register_batching()
 
 __all__ = [
     "BlockLayers",

@@ -132,6 +132,8 @@ class _BatchNormActInference(torch.autograd.Function):
 
 
 register_autograd(
-    "batch_norm_act_inference", _BatchNormActInference, operator_checks.batch_norm_act_inference
+    "batch_norm_act_inference",
+    _BatchNormActInference.apply,
+    operator_checks.batch_norm_act_inference,
 )
 register_autocast("batch_norm_act_inference", autocast_residual(6))

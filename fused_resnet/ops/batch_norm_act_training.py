@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ library.define(
     "batch_norm_act_training(Tensor input, Tensor? weight, Tensor? bias, float eps, "
     "Tensor? residual, str activation) -> (Tensor output, Tensor mean, Tensor var)"
 )
+_cast = autocast_residual(4)
 _operator = torch.ops.fused_resnet.batch_norm_act_training.default
 
 
@@ -36,8 +38,12 @@ def batch_norm_act_training(
     eps: float,
     residual: Tensor | None,
     activation: str,
+    keep: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Calls the operator. See `reference.batch_norm_act_training` for what it computes.
+
+    `keep`, which compilers do not see called, takes mean and variance before autograd saves
+    anything: see `training_blocks.py`.
 
     Returns:
         The output, and the batch's mean (C,) and biased variance (C,), which are not
@@ -45,14 +51,24 @@ def batch_norm_act_training(
     """
     arguments = (input, weight, bias, eps, residual, activation)
     tensors = (input, weight, bias, residual)
-    if not nothing_intercepts(*tensors):
-        if has_foreign(*tensors):
-            return reference.batch_norm_act_training(*arguments)
-        return _operator(*arguments)
-    if needs_grad(*tensors):
-        return _BatchNormActTraining.apply(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _kernel(*arguments)
+    recorded = needs_grad(*tensors)
+    if nothing_intercepts(*tensors):
+        if recorded:
+            return _BatchNormActTraining.apply(*arguments, keep)
+        with torch._C._AutoDispatchBelowAutograd():
+            results = _kernel(*arguments)
+    elif has_foreign(*tensors):
+        results = reference.batch_norm_act_training(*arguments)
+    elif recorded and keep is not None:
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            arguments = _cast(torch.get_autocast_dtype(device), device, arguments)
+        return _BatchNormActTraining.apply(*arguments, keep)
+    else:
+        results = _operator(*arguments)
+    if keep is not None:
+        keep(*results[1:])
+    return results
 
 
 def _kernel(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,9 +127,12 @@ def forward_keeping_mask(
 class _BatchNormActTraining(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *arguments, keep = arguments
         input, weight, bias, ctx.eps, residual, ctx.activation = arguments
         with torch._C._AutoDispatchBelowAutograd():
             output, mean, var, mask = forward_keeping_mask(*arguments)
+        if keep is not None:
+            keep(mean, var)
         ctx.mark_non_differentiable(mean, var)
         ctx.backend = backends.chosen()
         ctx.residual_channels = None if residual is None else residual.size(1)
@@ -140,10 +159,12 @@ class _BatchNormActTraining(torch.autograd.Function):
             )
         if grad_residual is not None:
             grad_residual = middle_channels(grad_residual, ctx.residual_channels)
-        return *gradients, None, grad_residual, None
+        return *gradients, None, grad_residual, None, None
 
 
-register_autograd(
-    "batch_norm_act_training", _BatchNormActTraining, operator_checks.batch_norm_act_training
-)
-register_autocast("batch_norm_act_training", autocast_residual(4))
+def _without_keep(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _BatchNormActTraining.apply(*arguments, None)
+
+
+register_autograd("batch_norm_act_training", _without_keep, operator_checks.batch_norm_act_training)
+register_autocast("batch_norm_act_training", _cast)

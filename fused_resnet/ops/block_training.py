@@ -18,7 +18,7 @@ from .. import backends
 from . import operator_checks
 from .gradients import accumulation_dtype
 from .layout import contiguous_like_eager
-from .registration import has_foreign, library, needs_grad, register_kernel
+from .registration import has_foreign, library, needs_grad, register_kernel, transforms_active
 from .training_blocks import (
     Statistics,
     _as_autocast_casts,
@@ -123,12 +123,19 @@ def _described(
 
 
 def _kernel(input: Tensor, parameters: Sequence[Tensor | None], *description: Any) -> list[Tensor]:
+    with torch.no_grad():
+        return _composite(input, parameters, *description)
+
+
+def _composite(
+    input: Tensor, parameters: Sequence[Tensor | None], *description: Any
+) -> list[Tensor]:
     """The output, each norm's mean and variance, and the convolutions' outputs that are kept."""
     block = _described(*description)
     passes = _passes(block.layers, parameters)
-    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+    with torch.autocast(input.device.type, enabled=False):
         output, _ = _run_block(block, passes, input, [])
-    statistics = [vector for step in passes for vector in (step.mean, step.var)]
+    statistics = [vector.detach() for step in passes for vector in (step.mean, step.var)]
     raws = [step.raw for i, step in enumerate(passes) if not _is_computed_again(block, passes, i)]
     return [output, *statistics, *raws]
 
@@ -236,6 +243,8 @@ class _BlockTraining(torch.autograd.Function):
 def _autograd(
     input: Tensor, parameters: Sequence[Tensor | None], *description: Any
 ) -> Sequence[Tensor]:
+    if transforms_active():
+        return _composite(input, parameters, *description)
     if needs_grad(input, *parameters):
         return list(_BlockTraining.apply(description, input, *parameters))
     with torch._C._AutoDispatchBelowAutograd():
@@ -252,11 +261,24 @@ def _stem_kernel(
     eps: float,
     pool: Sequence[int],
 ) -> list[Tensor]:
+    with torch.no_grad():
+        return _stem_composite(input, parameters, numbers, eps, pool)
+
+
+def _stem_composite(
+    input: Tensor,
+    parameters: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: float,
+    pool: Sequence[int],
+) -> list[Tensor]:
     """The output, the norm's mean and variance, and the convolution's output."""
     (step,) = _passes([_layer(numbers, eps)], parameters)
-    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+    with torch.autocast(input.device.type, enabled=False):
         out = step.normalize(step.convolve(input), None, "relu")
-        return [torch.max_pool2d(out, *_pool(pool)), step.mean, step.var, step.raw]
+        return [
+            *(torch.max_pool2d(out, *_pool(pool)), step.mean.detach(), step.var.detach(), step.raw)
+        ]
 
 
 def _pool(numbers: Sequence[int]) -> tuple[Sequence[int], ...]:
@@ -349,6 +371,8 @@ class _StemTraining(torch.autograd.Function):
 def _stem_autograd(
     input: Tensor, parameters: Sequence[Tensor | None], *description: Any
 ) -> Sequence[Tensor]:
+    if transforms_active():
+        return _stem_composite(input, parameters, *description)
     if needs_grad(input, *parameters):
         return list(_StemTraining.apply(description, input, *parameters))
     with torch._C._AutoDispatchBelowAutograd():

@@ -165,7 +165,7 @@ class _ConvBnAct(torch.autograd.Function):
         return *gradients, None, None, None, None, grad_residual, None
 
 
-register_autograd("conv_bn_act", _ConvBnAct, operator_checks.conv_bn_act)
+register_autograd("conv_bn_act", _ConvBnAct.apply, operator_checks.conv_bn_act)
 
 
 def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:

@@ -162,7 +162,9 @@ class _ConvBnActMaxPool(torch.autograd.Function):
         return *gradients, *(None,) * 8
 
 
-register_autograd("conv_bn_act_max_pool", _ConvBnActMaxPool, operator_checks.conv_bn_act_max_pool)
+register_autograd(
+    "conv_bn_act_max_pool", _ConvBnActMaxPool.apply, operator_checks.conv_bn_act_max_pool
+)
 
 
 def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:

@@ -19,16 +19,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def act_backward(grad: Tensor, output: Tensor | None, activation: str) -> Tensor:
+def act_backward(
+    grad: Tensor, output: Tensor | None, activation: str, like: Tensor | None = None
+) -> Tensor:
     """The gradient before the activation; NaN in the output lets the gradient pass, as in torch.
 
-    `output` may be its mask as bits, of values that lie in memory as those of `grad`.
+    `output` may be its mask as bits, of values that lie in memory as those of `like`, else `grad`.
     """
     if activation == "none":
         return grad
     if output.dtype is torch.uint8:
         bits = output.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=output.device) & 1
-        passed = bits.bool().as_strided(grad.shape, grad.stride())
+        like = grad if like is None else like
+        passed = bits.bool().as_strided(like.shape, like.stride())
         return torch.where(passed, grad, 0)
     return aten.threshold_backward(grad, output.detach(), 0)
 
@@ -143,9 +146,8 @@ def norm_act_backward(
             output = torch.ops.fused_resnet.batch_norm_act_inference(
                 input.detach(), mean, var, weight, bias, eps, None, activation
             )
-        elif output is not None and output.dtype is torch.uint8:
-            grad = torch.empty_like(contiguous_like_eager(input)).copy_(grad)
-        grad = act_backward(grad, output, activation)
+        like = None if input is None else contiguous_like_eager(input)
+        grad = act_backward(grad, output, activation, like)
         grads = norm_backward(grad, input, weight, mean, var, eps, training, need[:3])
         grads = (*grads, grad)
     grad_input, grad_weight, grad_bias, grad_residual = grads

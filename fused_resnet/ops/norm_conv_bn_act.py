@@ -200,7 +200,7 @@ class _NormConvBnAct(torch.autograd.Function):
         return *ours, *gradients, None, None, None, None, grad_residual, None
 
 
-register_autograd("norm_conv_bn_act", _NormConvBnAct, operator_checks.norm_conv_bn_act)
+register_autograd("norm_conv_bn_act", _NormConvBnAct.apply, operator_checks.norm_conv_bn_act)
 
 
 def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple | None:

@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from .. import backends
+from .. import backends, reference
 
 library = torch.library.Library("fused_resnet", "FRAGMENT")
+
+_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
+_in_batched_gradients = torch._C._dispatch_tls_is_dispatch_key_included
 
 _PLAIN_TYPES = frozenset({Tensor, Parameter, type(None)})
 _TRACING_TYPES = (Tensor, Parameter, type(None), FakeTensor, FunctionalTensor)
@@ -34,8 +38,28 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
+        and not _in_batched_gradients(_VMAP_MODE)
+        and not torch._C._are_functorch_transforms_active()
         and _PLAIN_TYPES.issuperset(map(type, tensors))
     )
+
+
+def gradients_batched() -> bool:
+    """Whether a backward pass is for several cotangents at once, so that kernels cannot run it.
+
+    `torch.autograd.grad(..., is_grads_batched=True)` and vectorised Jacobians have a vmap of their
+    own, which no other function tells of.
+    """
+    return _in_batched_gradients(_VMAP_MODE) or torch._C._are_functorch_transforms_active()
+
+
+def transforms_active() -> bool:
+    """Whether a functorch transform or forward-mode differentiation is under way.
+
+    The kernels have no rule for either; the reference consists of operators that do. An operator
+    below the transforms' own dispatch is called with plain tensors again, and none is active.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def has_foreign(*tensors: Tensor | None) -> bool:
@@ -78,19 +102,22 @@ def _checked(
 
 
 def register_autograd(
-    name: str,
-    function: type[torch.autograd.Function],
-    check: Callable[..., Exception | None],
+    name: str, apply: Callable[..., Any], check: Callable[..., Exception | None]
 ) -> None:
-    """Makes `function`, whose arguments are the operator's, its derivative.
+    """Makes `apply`, of an autograd function whose arguments are the operator's, its derivative.
+
+    Transforms differentiate the reference.
 
     It is applied to arguments that `check` finds nothing wrong with, as the kernel is.
     `torch.library.register_autograd` does the same at five times the cost of a call.
     """
     operator = getattr(torch.ops.fused_resnet, name).default
-    apply = _checked(function.apply, check)
+    apply = _checked(apply, check)
+    composite = _checked(getattr(reference, name), check)
 
     def autograd(*arguments: Any) -> Any:
+        if transforms_active():
+            return composite(*arguments)
         if needs_grad(*arguments):
             return apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():

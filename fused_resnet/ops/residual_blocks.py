@@ -26,6 +26,7 @@ from .registration import (
     nothing_intercepts,
     register_autocast,
     register_kernel,
+    transforms_active,
 )
 
 BlockLayers: TypeAlias = tuple[Sequence[tuple], bool]
@@ -147,7 +148,7 @@ def _autograd(input: Tensor, tensors: Sequence[Tensor | None], *described: Any) 
     error = operator_checks.residual_blocks(input, tensors, *described)
     if error is not None:
         raise error
-    if needs_grad(input, *tensors):
+    if transforms_active() or needs_grad(input, *tensors):
         return _one_by_one(input, tensors, *described)
     # Another way through the dispatcher, with all these tensors, takes as long as the kernel's own.
     run = _kernel if is_plain(input, *tensors) else _operator

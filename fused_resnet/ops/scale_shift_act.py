@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
 from .gradients import accumulation_dtype, act_backward, channel_sum, middle_channels
-from .registration import library, needs_grad
+from .registration import library, needs_grad, transforms_active
 
 _operator = torch.ops.fused_resnet.scale_shift_act.default
 
@@ -80,6 +81,8 @@ def _autograd(
     residual: Tensor | None = None,
     activation: str = "relu",
 ) -> Tensor:
+    if transforms_active():
+        return reference.scale_shift_act(input, scale, shift, residual, activation)
     if needs_grad(input, scale, shift, residual):
         return _ScaleShiftAct.apply(input, scale, shift, residual, activation)
     with torch._C._AutoDispatchBelowAutograd():

@@ -18,7 +18,7 @@ It is no operator: a collective cannot be traced, and compilers see the module's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,16 +43,17 @@ def sync_batch_norm_act(
     residual: Tensor | None,
     activation: str,
     group: dist.ProcessGroup,
-) -> tuple[Tensor, Shared]:
-    """The output of this process's batch, and the statistics of all processes' of `group`.
+    keep: Callable[[Tensor, Tensor, Tensor], None],
+) -> Tensor:
+    """The output of this process's batch, which can be differentiated once.
 
-    The output can be differentiated once; the statistics cannot.
+    `keep` takes the statistics of all processes' batches before autograd saves anything.
     """
     if residual is not None:
         residual = residual.to(input.dtype)  # which under autocast may differ
     shared = shared_statistics(input, group)
-    output = _SyncBatchNormAct.apply(input, weight, bias, eps, residual, activation, group, shared)
-    return output, shared
+    keep(*shared)
+    return _SyncBatchNormAct.apply(input, weight, bias, eps, residual, activation, group, shared)
 
 
 def shared_statistics(input: Tensor, group: dist.ProcessGroup) -> Shared:

@@ -14,6 +14,9 @@ so are the `raw` of the last convolution and of the projection, where these are 
 pools in the same pass the place of each maximum in its window, 8 bits. A norm's statistics are this
 process's, or those of all processes of the layer's group; then backward can run once only.
 
+What wants the statistics gets them before autograd saves anything: a checkpointed region that is
+computed again is left by an exception as soon as the last tensor that it needs has been saved.
+
 To compilers and to whatever else looks at single operators a block is its convolutions and
 `batch_norm_act_training`; these functions then decline.
 """
@@ -38,12 +41,15 @@ from .gradients import (
     middle_channels,
     norm_act_backward,
 )
-from .registration import autocast_tensor, is_plain, needs_grad
+from .registration import autocast_tensor, gradients_batched, is_plain, needs_grad
 from .sync_batch_norm_act import normalize, shared_backward, shared_statistics
 
 Statistics = tuple[Tensor, Tensor, Tensor | None]
 """A batch's mean and biased variance, (C,) each, and how many values a channel (): None stands for
 this process's own."""
+
+Keep = Callable[[list[Statistics]], None]
+"""Called in forward with each norm's statistics."""
 
 _PARAMETERS = 4  # a layer's: the weight and bias of the convolution, and those of the norm
 _SAVED = 4  # of a layer: raw, mean, var and count
@@ -85,8 +91,9 @@ def residual_block_training(
     groups: Sequence[dist.ProcessGroup | None],
     has_projection: bool,
     low_memory: bool,
+    keep: Keep,
     step: int = 1,
-) -> tuple[Tensor, list[Statistics]] | None:
+) -> Tensor | None:
     """`relu(... + shortcut)` as above.
 
     Args:
@@ -96,21 +103,20 @@ def residual_block_training(
         groups: for each of them the processes whose batches make the statistics, or None.
         has_projection: whether the last layer makes the shortcut.
         low_memory: whether 1x1 convolutions are computed twice rather than kept.
+        keep: takes the layers' statistics.
         step: without a projection, between the pixels of the input that make the shortcut, which
             may have fewer channels than the output: see `reference.pad_channels`.
 
     Returns:
-        The output and each layer's statistics, or None where the block has to run operator by
-        operator.
+        The output, or None where the block has to run operator by operator.
     """
     arguments = _prepare(input, layers, groups)
     if arguments is None:
         return None
     input, described, parameters = arguments
     block = _Block(described, has_projection, low_memory, step)
-    statistics: list[Statistics] = []
     with torch.autocast(input.device.type, enabled=False):
-        return _ResidualBlock.apply(input, block, statistics, *parameters), statistics
+        return _ResidualBlock.apply(input, block, keep, *parameters)
 
 
 def stem_training(
@@ -118,15 +124,15 @@ def stem_training(
     layer: tuple,
     group: dist.ProcessGroup | None,
     pool: Sequence[Sequence[int]],
-) -> tuple[Tensor, list[Statistics]] | None:
+    keep: Keep,
+) -> Tensor | None:
     """`max_pool2d(relu(batch_norm(conv(input))), *pool)`; see `residual_block_training`."""
     arguments = _prepare(input, [layer], [group])
     if arguments is None:
         return None
     input, (described,), parameters = arguments
-    statistics: list[Statistics] = []
     with torch.autocast(input.device.type, enabled=False):
-        return _Stem.apply(input, described, tuple(pool), statistics, *parameters), statistics
+        return _Stem.apply(input, described, tuple(pool), keep, *parameters)
 
 
 def _prepare(
@@ -178,7 +184,7 @@ class _Pass:
 
     def _own(self, name: str, tensor: Tensor) -> Any:
         """The backend's function of this name, where it has one and the statistics are our own."""
-        if self.layer.group is not None or torch.is_grad_enabled():
+        if self.layer.group is not None or torch.is_grad_enabled() or gradients_batched():
             return None
         return getattr(backends.choose(tensor.device.type), name, None)
 
@@ -386,11 +392,11 @@ def _passes(layers: Sequence[_Layer], parameters: Sequence[Tensor | None]) -> li
 class _ResidualBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, block: _Block, statistics: list, *parameters: Tensor | None
+        ctx: Any, input: Tensor, block: _Block, keep: Keep, *parameters: Tensor | None
     ) -> Tensor:
         passes = _passes(block.layers, parameters)
         output, mask = _run_block(block, passes, input, [])
-        statistics += [(step.mean, step.var, step.count) for step in passes]
+        keep([(step.mean, step.var, step.count) for step in passes])
         ctx.block, ctx.backend = block, backends.chosen()
         saved = []
         for index, step in enumerate(passes):
@@ -474,7 +480,7 @@ def _block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     projected = not (block.has_projection and need_shortcut)
     # Whoever takes the shortcut's gradient applies the mask, so that none is written.
     mask = None
-    if need_shortcut and not again and output.dtype is torch.uint8:
+    if need_shortcut and output.dtype is torch.uint8 and not (again or gradients_batched()):
         first, size = passes[0], input.shape[2:]
         takes_mask = block.shortcut_is_input(input, grad) and block.main > 1
         takes_mask = takes_mask and first.adds_to_input_gradient(first.raw, size, input)
@@ -585,12 +591,12 @@ class _Stem(torch.autograd.Function):
         input: Tensor,
         layer: _Layer,
         pool: tuple,
-        statistics: list,
+        keep: Keep,
         *parameters: Tensor | None,
     ) -> Tensor:
         step = _Pass(layer, parameters)
         out, offsets = step.pool(step.convolve(input), pool)
-        statistics.append((step.mean, step.var, step.count))
+        keep([(step.mean, step.var, step.count)])
         ctx.layer, ctx.pool, ctx.backend = layer, pool, backends.chosen()
         ctx.save_for_backward(input, *parameters, *step.saved(), offsets)
         return out
