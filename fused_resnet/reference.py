@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .convolution import conv2d
+
 
 def pad_channels(residual: Tensor, channels: int) -> Tensor:
     """`residual` (N, C, *) between zeros, half of the added channels before it, rounded down."""
@@ -77,7 +79,7 @@ def conv_bn_act(
 
     Shapes and dtypes are those of `functional.conv_bn_act`.
     """
-    out = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    out = conv2d(input, weight, bias, stride, padding, dilation, groups)
     out = F.batch_norm(out, running_mean, running_var, bn_weight, bn_bias, eps=eps)
     return add_act(out, residual, activation)
 

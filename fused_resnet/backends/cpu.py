@@ -12,8 +12,10 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..convolution import conv2d, is_sound
 from ..ops.layout import contiguous_like_eager
 from ..ops.scale_shift_act import scale_shift_act
 from . import library
@@ -48,6 +50,8 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_TAPS = 1024
 # The largest window it pools, kLargestPool there.
 _LARGEST_POOL = 1024
+# Measured on two cores with AMX, for every convolution of ResNet-50.
+_FEW_PIXELS = 64
 
 # Stands for a tensor that is not there, in a list of tensors.
 _ABSENT = torch.empty(0, device="cpu")
@@ -109,23 +113,10 @@ def conv_bn_act(
     activation: str,
 ) -> Tensor:
     """One pass: see csrc/cpu/conv.h for the formula and the memory traffic."""
-    if not _is_native(input.dtype, weight.shape, groups):
-        return library.conv_bn_act(
-            input,
-            weight,
-            running_mean,
-            running_var,
-            bn_weight,
-            bn_bias,
-            eps,
-            bias,
-            stride,
-            padding,
-            dilation,
-            groups,
-            residual,
-            activation,
-        )
+    if not _runs_natively(input, weight, stride, padding, dilation, groups):
+        out = conv2d(input, weight, bias, stride, padding, dilation, groups)
+        norm = (running_mean, running_var, bn_weight, bn_bias, eps)
+        return batch_norm_act_inference(out, *norm, residual, activation)
     return _conv_bn_act_packed(
         input,
         weight,
@@ -174,7 +165,7 @@ def norm_conv_bn_act(
 ) -> Tensor:
     """One pass: what the convolution reads is normalised on its way into the cache."""
     norm = (in_mean, in_var, in_weight, in_bias, in_eps)
-    if not _is_native(input.dtype, weight.shape, groups):
+    if not _runs_natively(input, weight, stride, padding, dilation, groups):
         return conv_bn_act(
             batch_norm_act_inference(input, *norm, None, "relu"),
             weight,
@@ -230,26 +221,12 @@ def conv_bn_act_max_pool(
     pool_padding: Sequence[int],
 ) -> Tensor:
     """One pass: the convolution's rows are pooled while they are in the cache."""
-    native = _is_native(input.dtype, weight.shape, groups)
+    native = _runs_natively(input, weight, stride, padding, dilation, groups)
     if groups > 1 or max(pool_kernel_size) > _LARGEST_POOL or not native:
-        return library.conv_bn_act_max_pool(
-            input,
-            weight,
-            running_mean,
-            running_var,
-            bn_weight,
-            bn_bias,
-            eps,
-            bias,
-            stride,
-            padding,
-            dilation,
-            groups,
-            activation,
-            pool_kernel_size,
-            pool_stride,
-            pool_padding,
-        )
+        norm = (running_mean, running_var, bn_weight, bn_bias, eps)
+        convolution = (bias, stride, padding, dilation, groups)
+        out = conv_bn_act(input, weight, *norm, *convolution, None, activation)
+        return F.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
     return _conv_bn_act_packed(
         input,
         weight,
@@ -635,12 +612,36 @@ def empty_cache() -> None:
     torch.ops.fused_resnet.cpu_pool_trim()
 
 
+def _runs_natively(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    """Whether the native kernel is faster than the library's, or right where that is not."""
+    if _is_native(input.dtype, weight.shape, groups):
+        return True
+    if not _is_covered(input.dtype, weight.shape, groups):
+        return False
+    # So few pixels that reading the weight is all there is to do, which the library reorders first.
+    few = input.size(0) * input.size(2) * input.size(3) <= _FEW_PIXELS * stride[0] * stride[1]
+    return few or not is_sound(input, weight, stride, padding, dilation)
+
+
 @functools.lru_cache(maxsize=1024)
 def _is_native(dtype: torch.dtype, weight_shape: tuple[int, ...], groups: int) -> bool:
+    """Whether the native kernel runs such convolutions and is faster than the library's."""
+    # The library multiplies bfloat16 in matrix registers, the native kernel in vectors.
+    in_matrix_registers = dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return not in_matrix_registers and _is_covered(dtype, weight_shape, groups)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_covered(dtype: torch.dtype, weight_shape: tuple[int, ...], groups: int) -> bool:
+    """Whether the native kernel can run such convolutions."""
     if not _ISA or dtype not in _NATIVE_DTYPES:
-        return False
-    if dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        # The library multiplies bfloat16 in matrix registers, the native kernel in vectors.
         return False
     K, group_c, R, S = weight_shape
     if R * S > _MOST_TAPS:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..convolution import conv2d
 from ..ops.layout import contiguous_like_eager
 from ..ops.scale_shift_act import scale_shift_act
 
@@ -76,7 +77,7 @@ def conv_bn_act(
     finish: Callable[..., Tensor] = scale_shift_act,
 ) -> Tensor:
     """The library's convolution, then batch norm, residual and activation in one pass."""
-    out = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    out = conv2d(input, weight, bias, stride, padding, dilation, groups)
     scale, shift = scale_and_shift(running_mean, running_var, bn_weight, bn_bias, eps, out.dtype)
     return finish(out, scale, shift, residual, activation)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..convolution import conv2d, conv2d_backward
 from .layout import contiguous_like_eager
 from .registration import is_plain
 
@@ -214,7 +215,7 @@ def conv_norm_backward(
         The gradients of the operator's first eight arguments, None where not needed.
     """
     conv_mask = (need[0], need[1], need[7])
-    conv = torch.conv2d(input, weight, bias, stride, padding, dilation, groups) if need[4] else None
+    conv = conv2d(input, weight, bias, stride, padding, dilation, groups) if need[4] else None
     grad_conv, grad_bn_weight, grad_bn_bias = norm_backward(
         grad,
         conv,
@@ -227,18 +228,8 @@ def conv_norm_backward(
     )
     grad_input = grad_weight = grad_bias = None
     if any(conv_mask):
-        grad_input, grad_weight, grad_bias = aten.convolution_backward(
-            grad_conv,
-            input,
-            weight,
-            [weight.size(0)],
-            stride,
-            padding,
-            dilation,
-            False,
-            (0, 0),
-            groups,
-            conv_mask,
+        grad_input, grad_weight, grad_bias = conv2d_backward(
+            grad_conv, input, weight, stride, padding, dilation, groups, conv_mask
         )
     return (
         grad_input,

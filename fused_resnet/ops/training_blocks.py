@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import backends
+from ..convolution import conv2d, conv2d_backward
 from .batch_norm_act_inference import batch_norm_act_inference
 from .batch_norm_act_training import batch_norm_act_training
 from .gradients import (
@@ -280,7 +281,7 @@ class _Pass:
         )
 
     def convolve(self, input: Tensor) -> Tensor:
-        self.raw = torch.conv2d(input, self.weight, self.bias, *self.layer.geometry)
+        self.raw = conv2d(input, self.weight, self.bias, *self.layer.geometry)
         return self.raw
 
     def normalize(self, raw: Tensor, residual: Tensor | None, activation: str) -> Tensor:
@@ -363,11 +364,9 @@ class _Pass:
             if grad_input is not None:
                 need_input, add_to = False, None
         if need_input or any(need_parameters):
-            *geometry, groups = self.layer.geometry
-            by_library, grad_weight, grad_bias = aten.convolution_backward(
-                grad, input, self.weight, [self.weight.size(0)], *geometry, False, (0, 0), groups,
-                (need_input, *need_parameters),
-            )  # fmt: skip
+            by_library, grad_weight, grad_bias = conv2d_backward(
+                grad, input, self.weight, *self.layer.geometry, (need_input, *need_parameters)
+            )
             grad_input = by_library if need_input else grad_input
         if add_to is not None and grad_input is not None:
             again = torch.is_grad_enabled()
