@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from . import _native, backends, environment, tuning
+from . import _native, backends, environment, tuning, watch
 from . import compare as comparison
 from .bench.cli import app as bench
 from .console import batch_size, check_model, check_output, error_text, fail, whole_number
@@ -476,6 +476,7 @@ def doctor() -> None:
         section("GPU", {"none": f"torch is {reason}"})
     choice = {"FUSED_RESNET_BACKEND": os.environ.get("FUSED_RESNET_BACKEND", "not set")}
     section("backends", {**backends.available(), **choice})
+    section("unseen writes to weights", {watch.VARIABLE: watch.described()})
     section("compiled parts", _compiled_parts())
     console.print(grid)
 
