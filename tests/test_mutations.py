@@ -171,7 +171,7 @@ def test_nan_check_notices_a_relu_that_kills_nan(monkeypatch):
 
 def test_staleness_check_notices_a_stale_weight(monkeypatch):
     """A cache of packed weights that nothing ever invalidates."""
-    pack, kept = backends.cpu._packed_anew, {}
+    pack, kept = backends.cpu._packed_copy, {}
 
     def never_again(weight, groups):
         if id(weight) not in kept:
@@ -182,7 +182,9 @@ def test_staleness_check_notices_a_stale_weight(monkeypatch):
     x = image_batch(2, 40)
     with torch.no_grad():
         monkeypatch.setattr(backends.cpu, "_packed", lambda *weight: never_again(*weight)[1])
-        monkeypatch.setattr(backends.cpu, "_packed_anew", never_again)
+        monkeypatch.setattr(backends.cpu, "_as_packed_anew", never_again)
+        monkeypatch.setattr(backends.cpu, "_packed_anew", lambda *weight: never_again(*weight)[1])
+        monkeypatch.setattr(backends.cpu, "_packed_copy", never_again)
         model(x)
         assert kept
         for parameter in model.parameters():

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -122,13 +123,6 @@ void pack(const T* source, const WeightShape& shape, float* packed) {
 // changed, 20 calls miss all of them with a probability of at most 0.99^1400 < 1e-6.
 constexpr int64_t kSamples = 70;
 
-// The mixing function of SplitMix64 (Steele, Lea and Flood, 2014).
-uint64_t mix(uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
-  return x ^ (x >> 31);
-}
-
 template <class T>
 uint32_t float32_bits(T value) {
   const float converted = static_cast<float>(value);
@@ -145,21 +139,28 @@ bool sample_is_packed(const T* source, const WeightShape& shape, const float* pa
   static std::atomic<uint64_t> calls{0};
   const uint64_t call = calls.fetch_add(1, std::memory_order_relaxed);
   const int64_t group_k = shape.K / shape.groups, blocks = shape.blocks();
-  const int64_t block_k = shape.block_k;
+  const int64_t block_k = shape.block_k;  // a power of two
+  const int shift = __builtin_ctzll(static_cast<uint64_t>(block_k));
+  uint64_t state = call * kSamples;
   uint32_t difference = 0;
   for (int64_t i = 0; i < kSamples; ++i) {
-    // 16 bits for a place in the i-th of kSamples parts of K, then 24, 12 and 11 for C, R and S.
-    const auto random = static_cast<int64_t>(
-        mix((call * kSamples + static_cast<uint64_t>(i) + 1) * 0x9e3779b97f4a7c15) >> 1);
-    const int64_t k = ((i << 16) + (random & 0xffff)) * shape.K / (kSamples << 16);
-    const int64_t c = ((random >> 16 & 0xffffff) * shape.C) >> 24;
-    const int64_t r = ((random >> 40 & 0xfff) * shape.R) >> 12;
-    const int64_t s = ((random >> 52) * shape.S) >> 11;
+    // Half a step of SplitMix64 (Steele, Lea and Flood, 2014), of which the upper bits are used:
+    // 16 for a place in the i-th of kSamples parts of K, 20, 12 and 12 for those in C, R and S.
+    uint64_t random = ++state * 0x9e3779b97f4a7c15;
+    random = (random ^ (random >> 30)) * 0xbf58476d1ce4e5b9;
+    const auto part = [&](int low, int bits) {
+      return static_cast<int64_t>(random >> low & ((uint64_t{1} << bits) - 1));
+    };
+    const int64_t k = ((i << 16) + part(48, 16)) * shape.K / (kSamples << 16);
+    const int64_t c = (part(28, 20) * shape.C) >> 20;
+    const int64_t r = (part(16, 12) * shape.R) >> 12;
+    const int64_t s = (part(4, 12) * shape.S) >> 12;
     const int64_t group = shape.groups == 1 ? 0 : k / group_k, in_group = k - group * group_k;
-    const int64_t block = group * blocks + in_group / block_k;
+    const int64_t block = group * blocks + (in_group >> shift);
     const int64_t tap = (block * shape.R + r) * shape.S + s;
-    difference |= float32_bits(packed[(tap * shape.C + c) * block_k + in_group % block_k]) ^
-                  float32_bits(source[shape.source(k, c, r, s)]);
+    difference |=
+        float32_bits(packed[((tap * shape.C + c) << shift) + (in_group & (block_k - 1))]) ^
+        float32_bits(source[shape.source(k, c, r, s)]);
   }
   return difference == 0;
 }
@@ -205,16 +206,41 @@ void check_weight(const Tensor& weight, int64_t groups) {
                   ", it must divide weight's ", weight.size(0), " output channels");
 }
 
-void check_packed(const WeightShape& shape, const Tensor& packed) {
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Float && packed.is_contiguous(),
-                  "conv_bn_act: packed must be contiguous and float32");
-  STD_TORCH_CHECK(packed.numel() == shape.packed_size(), "conv_bn_act: packed has ", packed.numel(),
-                  " elements, weight needs ", shape.packed_size());
+// What a packed weight was made of. It is kept in the packed tensor's strides, as those of
+// dimensions of size one, which address nothing: so no packed weight is without it.
+using Origin = std::array<int64_t, 11>;
+
+Origin origin_of(const Tensor& weight, const WeightShape& shape, int64_t groups) {
+  const Strides& s = shape.stride;
+  return {static_cast<int64_t>(reinterpret_cast<intptr_t>(weight.const_data_ptr())),
+          static_cast<int64_t>(weight.scalar_type()),
+          groups,
+          shape.K,
+          shape.C,
+          shape.R,
+          shape.S,
+          s.n,
+          s.c,
+          s.h,
+          s.w};
+}
+
+// Whether `packed` was made of this weight, or one that lay like it in the same place.
+bool has_origin(const Tensor& packed, const Tensor& weight, const WeightShape& shape,
+                int64_t groups) {
+  const Origin origin = origin_of(weight, shape, groups);
+  const auto strides = packed.strides();
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
+                      strides.size() == origin.size() + 1,
+                  "conv_bn_act: packed must be a result of pack_conv_weight");
+  return packed.numel() == shape.packed_size() &&
+         std::equal(origin.begin(), origin.end(), strides.begin());
 }
 
 // Whether `packed` has the weight's values, as far as a sample tells.
-bool seems_current(const Tensor& weight, const WeightShape& shape, const Tensor& packed) {
-  check_packed(shape, packed);
+bool seems_current(const Tensor& packed, const Tensor& weight, const WeightShape& shape,
+                   int64_t groups) {
+  if (!has_origin(packed, weight, shape, groups)) return false;
   if (weight.numel() == 0) return true;
   return with_element_type(weight, "weight", [&](const auto* source) {
     return sample_is_packed(source, shape, static_cast<const float*>(packed.const_data_ptr()));
@@ -283,8 +309,12 @@ MaxPool make_pool(const std::vector<int64_t>& numbers, int64_t P, int64_t Q) {
 Tensor pack_conv_weight(Tensor weight, int64_t groups) {
   check_weight(weight, groups);
   const WeightShape shape(weight, groups);
-  Tensor packed = tensor_in_memory({shape.packed_size()}, {1}, ScalarType::Float, unpooled_allocate,
-                                   unpooled_release);
+  const Origin origin = origin_of(weight, shape, groups);
+  std::vector<int64_t> sizes(origin.size(), 1), strides(origin.begin(), origin.end());
+  sizes.push_back(shape.packed_size());
+  strides.push_back(1);
+  Tensor packed =
+      tensor_in_memory(sizes, strides, ScalarType::Float, unpooled_allocate, unpooled_release);
   with_element_type(weight, "weight", [&](const auto* source) {
     pack(source, shape, static_cast<float*>(packed.mutable_data_ptr()));
   });
@@ -294,7 +324,7 @@ Tensor pack_conv_weight(Tensor weight, int64_t groups) {
 bool conv_weight_is_packed(Tensor weight, Tensor packed, int64_t groups) {
   check_weight(weight, groups);
   const WeightShape shape(weight, groups);
-  check_packed(shape, packed);
+  if (!has_origin(packed, weight, shape, groups)) return false;
   if (weight.numel() == 0) return true;
   return with_element_type(weight, "weight", [&](const auto* source) {
     return whole_is_packed(source, shape, static_cast<const float*>(packed.const_data_ptr()));
@@ -341,7 +371,7 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
 
   check_norm_dtypes(layer);
   const WeightShape shape(weight, layer.groups);
-  is_current = seems_current(weight, shape, layer.packed);
+  is_current = seems_current(layer.packed, weight, shape, layer.groups);
   conv.weight = static_cast<const float*>(layer.packed.const_data_ptr());
   conv.norm.mean = as_float32(layer.running_mean, "running_mean", conv.K, copies_[0]);
   conv.norm.var = as_float32(layer.running_var, "running_var", conv.K, copies_[1]);

@@ -16,7 +16,7 @@ from .. import watch
 from ..ops.layout import contiguous_like_eager
 from ..ops.scale_shift_act import scale_shift_act
 from . import library
-from .weight_cache import WeightCache, layout_of
+from .weight_cache import WeightCache, version_of
 
 __all__ = [
     "available",
@@ -156,7 +156,9 @@ def _convolve(
     """A native operator, whose arguments come before and behind the weight."""
     out = operator(*before, weight, _packed(weight, groups), *behind)
     if out is None:
-        out = operator(*before, *_packed_anew(weight, groups), *behind)
+        out = operator(*before, weight, _packed_anew(weight, groups), *behind)
+    if out is None:
+        out = operator(*before, *_packed_copy(weight, groups), *behind)
         assert out is not None
     return out
 
@@ -630,9 +632,11 @@ def residual_blocks(
     described = (numbers, eps, layer_counts, projections)
     try:
         out = _residual_blocks_packed(input, native, *described)
-        if out is None:
+        for pack in (_as_packed_anew, _packed_copy):
+            if out is not None:
+                break
             for i, groups in zip(range(0, len(native), 7), numbers[6::7], strict=True):
-                native[i : i + 2] = _packed_anew(native[i], groups)
+                native[i : i + 2] = pack(native[i], groups)
             out = _residual_blocks_packed(input, native, *described)
         return out
     except RuntimeError:
@@ -675,30 +679,35 @@ def _packed(weight: Tensor, groups: int) -> Tensor:
     """The weight in the kernel's layout, made once per storage and version of `weight`.
 
     Its values are the weight's own, since batch norm is applied in the epilogue; so nothing else
-    can make a packed weight stale. The kernel compares a sample of them, or this all.
+    can make a packed weight stale. Whether the weight still lies as it did, and has a sample of its
+    values, is for the kernel to find out.
     """
-    entry = _cache.find(weight, groups)
+    entry = _cache.find(weight)
     if entry is not None and (
         not entry.whole or _conv_weight_is_packed(weight, entry.copy, groups)
     ):
         return entry.copy
-    return _pack(weight, groups)[1]
+    return _packed_anew(weight, groups)
 
 
-def _packed_anew(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """A copy of the weight as it is now, which nobody writes to, and that in the kernel's layout.
+def _packed_anew(weight: Tensor, groups: int) -> Tensor:
+    """For a weight that is not in the cache, or was written without a new version.
 
-    For weights that were written without a new version. What is packed already is not overwritten:
-    another thread may be reading it.
+    What was packed before is not overwritten: another thread may be reading it.
     """
-    return _pack(weight, groups, copy=True)
-
-
-def _pack(weight: Tensor, groups: int, copy: bool = False) -> tuple[Tensor, Tensor]:
-    layout = layout_of(weight, groups)  # before the values, which another thread may change
-    values = weight.detach().clone() if copy else weight
-    packed = _pack_conv_weight(values, groups)
+    version = version_of(weight)  # before the values, which another thread may change
+    packed = _pack_conv_weight(weight, groups)
     # Other processes write without a version.
     whole = watch.is_watched(weight) or weight.untyped_storage().is_shared()
-    _cache.put(weight, layout, packed, whole)
-    return values, packed
+    _cache.put(weight, version, packed, whole=whole)
+    return packed
+
+
+def _as_packed_anew(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    return weight, _packed_anew(weight, groups)
+
+
+def _packed_copy(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """A copy that nobody writes to, and that packed: for a weight that is being written to."""
+    copy = weight.detach().clone()
+    return copy, _pack_conv_weight(copy, groups)

@@ -16,28 +16,21 @@ class Entry(NamedTuple):
     """A copy, and what tells that a weight is the one it was made from.
 
     Attributes:
+        storage: the weight's memory. Its Python object lives as long as the memory does.
+        version: the weight's.
         owner: the weight; None for a `Parameter`, which torch.utils.swap_tensors refuses to swap
             while there are weak references to it.
-        storage: its memory. Its Python object lives as long as the memory does.
-        layout: what `layout_of` says of it.
+        layout: what else must be as it was; see `find`.
         copy: its values in another layout.
         whole: whether all values are compared in every call; see `watch`.
     """
 
-    owner: weakref.ref[Tensor] | None
     storage: weakref.ref[torch.UntypedStorage]
-    layout: tuple
+    version: int
+    owner: weakref.ref[Tensor] | None
+    layout: object
     copy: Tensor
     whole: bool
-
-
-def layout_of(weight: Tensor, groups: int = 1) -> tuple | None:
-    """Where the values of a weight lie, how, and in which version; None where it has no version."""
-    try:
-        version = weight._version
-    except RuntimeError:  # made in inference mode
-        return None
-    return version, weight.data_ptr(), groups, weight.dtype, weight.shape, weight.stride()
 
 
 class WeightCache(dict[int, Entry]):
@@ -47,26 +40,41 @@ class WeightCache(dict[int, Entry]):
     parameter takes its place, or `release`.
     """
 
-    def find(self, weight: Tensor, groups: int = 1) -> Entry | None:
-        """The entry made from a weight as it is now, as far as torch knows."""
+    def find(self, weight: Tensor, layout: object = None) -> Entry | None:
+        """The entry made from a weight as it is now, as far as torch knows.
+
+        Args:
+            weight: a tensor with memory of its own.
+            layout: anything that was given to `put` and must be equal. That a `weight.data = ...`
+                gave the same memory another shape shows nowhere else.
+        """
         entry = self.get(id(weight))
-        if entry is None or entry.storage() is not weight.untyped_storage():
+        if (
+            entry is None
+            or entry.storage() is not weight.untyped_storage()
+            or entry.version != version_of(weight)
+            or entry.layout != layout
+        ):
             return None
         if entry.owner is None:
-            if not isinstance(weight, Parameter):
-                return None
-        elif entry.owner() is not weight:
-            return None
-        return entry if entry.layout == layout_of(weight, groups) else None
+            return entry if isinstance(weight, Parameter) else None
+        return entry if entry.owner() is weight else None
 
-    def put(self, weight: Tensor, layout: tuple | None, copy: Tensor, whole: bool = False) -> None:
-        """Keeps a copy made of a weight; `layout` is that from before it was read."""
-        if layout is None:
+    def put(
+        self,
+        weight: Tensor,
+        version: int | None,
+        copy: Tensor,
+        layout: object = None,
+        whole: bool = False,
+    ) -> None:
+        """Keeps a copy made of a weight; `version` is that from before it was read."""
+        if version is None:
             return
         forget = functools.partial(self._forget, id(weight))
         owner = None if isinstance(weight, Parameter) else weakref.ref(weight, forget)
         storage = weakref.ref(weight.untyped_storage(), forget)
-        self[id(weight)] = Entry(owner, storage, layout, copy, whole)
+        self[id(weight)] = Entry(storage, version, owner, layout, copy, whole)
 
     def release(self, weights: Iterable[Tensor]) -> None:
         """Drops the copies of these weights."""
@@ -78,3 +86,11 @@ class WeightCache(dict[int, Entry]):
         # The address may already belong to another weight.
         if entry is not None and (entry.owner is dead or entry.storage is dead):
             del self[key]
+
+
+def version_of(weight: Tensor) -> int | None:
+    """How often torch has seen a weight change; None where it does not count."""
+    try:
+        return weight._version
+    except RuntimeError:  # made in inference mode
+        return None

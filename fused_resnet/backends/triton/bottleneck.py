@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ... import watch
 from ...tuning.chain import slice_stages
 from ...tuning.problem import Tile
-from ..weight_cache import WeightCache, layout_of
+from ..weight_cache import WeightCache, version_of
 from . import conv, kernels, launches
 
 
@@ -408,11 +408,13 @@ def _arranged(weight: Tensor) -> Tensor:
     rows = weight.permute(0, 2, 3, 1)
     if rows.is_contiguous():
         return rows
-    entry = _cache.find(weight)
+    layout = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
+    entry = _cache.find(weight, layout)
     if entry is not None and not entry.whole:
         return entry.copy
-    layout, copy = layout_of(weight), rows.contiguous()
-    _cache.put(weight, layout, copy, watch.is_watched(weight))
+    version = version_of(weight)
+    copy = rows.contiguous()
+    _cache.put(weight, version, copy, layout, watch.is_watched(weight))
     return copy
 
 
