@@ -8,24 +8,27 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
 {
   for (const char* schema : fused_resnet::kCudaSchemas) m.def(schema);
 
-  // The CPU backend's convolution. Internal: fused_resnet/backends/cpu.py is the only caller.
   m.def("cpu_isa() -> str");
+  // The CPU backend's convolution. Internal: fused_resnet/backends/cpu.py is the only caller. Those
+  // that take a packed weight return nothing where it seems not to be made of the weight's present
+  // values.
   m.def("conv_isa() -> str");
   m.def("pack_conv_weight(Tensor weight, int groups) -> Tensor");
+  m.def("conv_weight_is_packed(Tensor weight, Tensor packed, int groups) -> bool");
   m.def(
       "conv_bn_act_packed(Tensor input, Tensor weight, Tensor packed, Tensor running_mean, "
       "Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dil_h, int dil_w, int groups, "
-      "Tensor? residual, bool relu, int[] max_pool) -> Tensor");
+      "Tensor? residual, bool relu, int[] max_pool) -> Tensor?");
   m.def(
       "norm_conv_bn_act_packed(Tensor input, Tensor in_mean, Tensor in_var, Tensor? in_weight, "
       "Tensor? in_bias, float in_eps, Tensor weight, Tensor packed, Tensor running_mean, "
       "Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dil_h, int dil_w, int groups, "
-      "Tensor? residual, bool relu) -> Tensor");
+      "Tensor? residual, bool relu) -> Tensor?");
   m.def(
       "residual_blocks_packed(Tensor input, Tensor[] tensors, int[] numbers, float[] eps, "
-      "int[] layer_counts, int[] projections) -> Tensor");
+      "int[] layer_counts, int[] projections) -> Tensor?");
 
   // The CPU backend's training: internal too, see csrc/cpu/batch_norm.cpp.
   m.def("batch_statistics(Tensor input) -> (Tensor mean, Tensor var)");

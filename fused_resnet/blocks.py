@@ -24,7 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from . import backends, checks, forms, functional, ops, reference
+from . import backends, checks, forms, functional, ops, reference, watch
 from .forms import Form, Unit
 from .models import cifar
 
@@ -49,20 +49,27 @@ class Fused(nn.Module):
     Attributes:
         memory: "normal", or "low" to compute 1x1 convolutions twice in training rather than keep
             their outputs; `fuse` sets it.
+        watch: "sample", or "full" to compare all values of the weights with the backend's copies
+            in every call; `fuse` sets it.
     """
 
     memory = "normal"
+    watch = "sample"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        watch.remember(self)
 
     def train(self, mode: bool = True) -> nn.Module:  # noqa: D102
-        _release(self)
+        release(self)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        _release(self)
+        release(self)
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        _release(self)
+        release(self)
         super()._load_from_state_dict(*args, **kwargs)
 
 
@@ -979,5 +986,6 @@ def described(module: nn.Module | None) -> str:
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
-def _release(module: nn.Module) -> None:
+def release(module: nn.Module) -> None:
+    """Lets go of what backends made of a module's tensors."""
     backends.release([*module.parameters(), *module.buffers()])

@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from . import _native, backends, environment, tuning
+from . import _native, backends, environment, tuning, watch
 from . import compare as comparison
 from .bench.cli import app as bench
 from .console import (
@@ -495,6 +495,7 @@ def _settings() -> dict[str, object]:
     for name, result in (
         ("FUSED_RESNET_BACKEND", lambda: backends.check_environment()),
         ("FUSED_RESNET_CPU_ISA", lambda: f"the CPU's kernels use {backends.cpu_isa()}"),
+        (watch.VARIABLE, watch.described),
         ("FUSED_RESNET_CACHE", lambda: f"tuning tables are in {tables.cache_folder()}"),
     ):
         value = os.environ.get(name)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from . import backends, blocks, checks, forms
+from . import watch as watching
 from .forms import Form
 
 _MEMORY = ("normal", "low")
@@ -79,7 +80,7 @@ class Report(Sequence[Record]):
         return "\n".join([f"{fused} of {len(rows)} modules run fused", *lines])
 
 
-def fuse(model: nn.Module, memory: str = "normal") -> nn.Module:
+def fuse(model: nn.Module, memory: str = "normal", watch: str = "sample") -> nn.Module:
     """Makes a model's residual blocks and stem run fused, in place.
 
     Only modules of exactly the known classes change, and only their class: parameters, buffers,
@@ -93,16 +94,23 @@ def fuse(model: nn.Module, memory: str = "normal") -> nn.Module:
         memory: "normal", or "low" to keep less for the backward pass: the last 1x1 convolution of
             each block, and its projection, are then computed twice. Of a module fused before, it
             changes the setting.
+        watch: how to notice writes to weights that torch does not see (through `.data`, NumPy,
+            another process): "sample" compares some values of each weight in every call, "full"
+            all of them, as `FUSED_RESNET_WATCH=full` does for every model. It stays with copies
+            and pickles of the model. Of a module fused before, it changes the setting.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: it is not a module.
-        ValueError: `memory` is neither "normal" nor "low".
+        ValueError: `memory` is neither "normal" nor "low", `watch` or FUSED_RESNET_WATCH neither
+            "sample" nor "full".
     """
     if memory not in _MEMORY:
         raise ValueError(f"fuse: memory is {memory!r}, must be one of {', '.join(_MEMORY)}")
+    watch = watching.checked(watch, "fuse: watch")
+    watching.from_environment()
     forms.load_families()
     for module in _modules(model, "fuse"):
         form = forms.of_original(type(module))
@@ -114,6 +122,8 @@ def fuse(model: nn.Module, memory: str = "normal") -> nn.Module:
             vars(module).pop("memory", None)
             if memory != "normal":
                 module.memory = memory
+            if watching.set_watch(module, watch):
+                blocks.release(module)
     return model
 
 
@@ -132,8 +142,9 @@ def unfuse(model: nn.Module) -> nn.Module:
     for module in _modules(model, "unfuse"):
         form = forms.of_fused(type(module))
         if form is not None:
-            backends.release([*module.parameters(), *module.buffers()])
+            blocks.release(module)
             vars(module).pop("memory", None)
+            watching.set_watch(module, "sample")
             _assign_class(module, form.original)
     return model
 

@@ -171,20 +171,25 @@ def test_nan_check_notices_a_relu_that_kills_nan(monkeypatch):
 
 def test_staleness_check_notices_a_stale_weight(monkeypatch):
     """A cache of packed weights that nothing ever invalidates."""
-    pack, kept = backends.cpu._packed, {}
+    pack, kept = backends.cpu._packed_copy, {}
 
     def never_again(weight, groups):
-        return kept.setdefault(id(weight), pack(weight, groups))
+        if id(weight) not in kept:
+            kept[id(weight)] = pack(weight, groups)
+        return kept[id(weight)]
 
     model = fused_resnet.fuse(small_resnet())
     x = image_batch(2, 40)
     with torch.no_grad():
-        monkeypatch.setattr(backends.cpu, "_packed", never_again)
+        monkeypatch.setattr(backends.cpu, "_packed", lambda *weight: never_again(*weight)[1])
+        monkeypatch.setattr(backends.cpu, "_as_packed_anew", never_again)
+        monkeypatch.setattr(backends.cpu, "_packed_anew", lambda *weight: never_again(*weight)[1])
+        monkeypatch.setattr(backends.cpu, "_packed_copy", never_again)
         model(x)
         assert kept
         for parameter in model.parameters():
             if parameter.dim() == 4:
-                parameter[1, 0, 0, 0] += 1.0  # one weight, which the kernel's spot check misses
+                parameter[1, 0, 0, 0] += 1.0
         stale = model(x)
         monkeypatch.undo()
         with pytest.raises(AssertionError):

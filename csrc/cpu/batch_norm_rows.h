@@ -98,8 +98,8 @@ struct ColumnSums {
       // Squares that overflow, as those of large float64 values do, are infinite, not NaN.
       const bool overflown = squared[i] - squared[i] != 0 && deviations[i] - deviations[i] == 0;
       sum[i] += mean * added;
-      squares[i] += (overflown ? squared[i] : within(i, per_added)) +
-                    difference * weight * difference;
+      squares[i] +=
+          (overflown ? squared[i] : within(i, per_added)) + difference * weight * difference;
     }
   }
 };

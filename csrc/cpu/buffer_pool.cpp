@@ -1,8 +1,13 @@
 #include "cpu/buffer_pool.h"
 
+#include <pthread.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <iterator>
+#include <limits>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <unordered_map>
@@ -19,14 +24,21 @@ constexpr size_t kHugePage = size_t{2} << 20;
 // After so many allocations the bound on cached memory is measured anew.
 constexpr int64_t kWindow = 1024;
 
+// No allocation can be larger, and the sizes computed from it stay below SIZE_MAX.
+constexpr size_t kMostBytes = static_cast<size_t>(std::numeric_limits<ptrdiff_t>::max()) / 2;
+// The scratch memory a thread keeps; few layers need more, and theirs goes back to the pool.
+constexpr size_t kMostKeptScratch = size_t{8} << 20;
+
 // Four sizes to each power of two: at most a fifth of a buffer is unused.
 size_t size_class(size_t bytes) {
+  if (bytes > kMostBytes) throw std::bad_alloc();
   size_t step = 1024;
   while (bytes > step * 8) step *= 2;
   return (bytes + step - 1) / step * step;
 }
 
 void* system_allocate(size_t bytes) {
+  if (bytes > kMostBytes) throw std::bad_alloc();
   const bool huge = bytes >= kHugePage;
   const size_t alignment = huge ? kHugePage : 64;
   void* memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
@@ -44,8 +56,6 @@ class Pool {
     {
       std::lock_guard lock(mutex_);
       if (++allocations_ % kWindow == 0) start_window();
-      live_ += size;
-      window_peak_ = std::max(window_peak_, live_);
       // The most recently released one is the likeliest to be in a cache.
       for (auto block = free_.rbegin(); block != free_.rend(); ++block) {
         if (block->size != size) continue;
@@ -53,6 +63,7 @@ class Pool {
         free_.erase(std::next(block).base());
         cached_ -= size;
         size_of_[memory] = size;
+        count_live(size);
         return memory;
       }
       ++system_allocations_;
@@ -66,6 +77,7 @@ class Pool {
     }
     std::lock_guard lock(mutex_);
     size_of_[memory] = size;
+    count_live(size);
     trim_to_bound();
     return memory;
   }
@@ -86,6 +98,10 @@ class Pool {
     trim_locked(keep);
   }
 
+  // Around a fork, so that the child does not inherit a lock whose owner it lacks.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
   PoolStatistics statistics() {
     std::lock_guard lock(mutex_);
     return {static_cast<int64_t>(live_), static_cast<int64_t>(cached_), system_allocations_};
@@ -96,6 +112,11 @@ class Pool {
     void* memory;
     size_t size;
   };
+
+  void count_live(size_t size) {
+    live_ += size;
+    window_peak_ = std::max(window_peak_, live_);
+  }
 
   void start_window() {
     previous_peak_ = window_peak_;
@@ -124,25 +145,119 @@ class Pool {
   int64_t allocations_ = 0, system_allocations_ = 0;
 };
 
-// Never destroyed: tensors may outlive static destruction.
-Pool& pool() {
-  static Pool* instance = new Pool;
-  return *instance;
+// Scratch memory that waits for its thread's next task, or for pool_trim().
+class KeptScratch {
+ public:
+  ScratchBlock* take() { return kept_.exchange(nullptr); }
+  void put(ScratchBlock* block) { destroy(kept_.exchange(block)); }
+  static void destroy(ScratchBlock* block);
+
+ private:
+  std::atomic<ScratchBlock*> kept_{nullptr};
+};
+
+// All threads' of it. It lies in the heap: in a forked child the other threads' own memory is gone.
+class Threads {
+ public:
+  KeptScratch* add() {
+    auto* scratch = new KeptScratch;
+    std::lock_guard lock(mutex_);
+    all_.push_back(scratch);
+    return scratch;
+  }
+  void remove(KeptScratch* scratch) {
+    {
+      std::lock_guard lock(mutex_);
+      all_.erase(std::find(all_.begin(), all_.end(), scratch));
+    }
+    scratch->put(nullptr);
+    delete scratch;
+  }
+  void drop_scratch() {
+    std::lock_guard lock(mutex_);
+    for (KeptScratch* scratch : all_) scratch->put(nullptr);
+  }
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
+ private:
+  std::mutex mutex_;
+  std::vector<KeptScratch*> all_;
+};
+
+// Never destroyed: tensors and threads may outlive static destruction. Made when the library is
+// loaded: a fork during a first use would leave a child that waits for its end.
+Pool* const pool = new Pool;
+Threads* const threads = new Threads;
+
+// A child must not inherit a lock whose owner it lacks. In the order of drop_scratch().
+[[maybe_unused]] const int fork_handlers = pthread_atfork(
+    [] {
+      threads->lock();
+      pool->lock();
+    },
+    [] {
+      pool->unlock();
+      threads->unlock();
+    },
+    [] {
+      pool->unlock();
+      threads->unlock();
+    });
+
+void KeptScratch::destroy(ScratchBlock* block) {
+  if (block == nullptr) return;
+  pool->release(block->memory);
+  delete block;
+}
+
+KeptScratch& kept_by_this_thread() {
+  struct Kept {
+    KeptScratch* const scratch = threads->add();
+    ~Kept() { threads->remove(scratch); }
+  };
+  thread_local const Kept kept;
+  return *kept.scratch;
 }
 
 }  // namespace
 
 void* pool_allocate(size_t bytes) {
-  return pool().allocate(bytes);
+  return pool->allocate(bytes);
 }
 void pool_release(void* memory) {
-  pool().release(memory);
+  pool->release(memory);
 }
 PoolStatistics pool_statistics() {
-  return pool().statistics();
+  return pool->statistics();
 }
 void pool_trim() {
-  pool().trim(0);
+  threads->drop_scratch();
+  pool->trim(0);
+}
+
+void* unpooled_allocate(size_t bytes) {
+  return system_allocate(std::max<size_t>(bytes, 1));
+}
+void unpooled_release(void* memory) {
+  std::free(memory);
+}
+
+Scratch::Scratch(size_t bytes) : block_(kept_by_this_thread().take()) {
+  if (block_ != nullptr && block_->size >= bytes) return;
+  KeptScratch::destroy(block_);
+  block_ = nullptr;
+  std::unique_ptr<ScratchBlock> block(new ScratchBlock{nullptr, bytes});
+  block->memory = pool->allocate(bytes);
+  block_ = block.release();
+}
+
+Scratch::~Scratch() {
+  if (block_->size <= kMostKeptScratch) {
+    kept_by_this_thread().put(block_);
+  } else {
+    KeptScratch::destroy(block_);
+  }
 }
 
 }  // namespace fused_resnet::cpu

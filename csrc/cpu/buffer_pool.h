@@ -21,7 +21,30 @@ struct PoolStatistics {
 };
 PoolStatistics pool_statistics();
 
-// Returns cached memory to the system.
+// Returns cached memory to the system, threads' scratch memory that is not in use included.
 void pool_trim();
+
+// Memory that goes back to the system when it is released: for what is kept long and dies seldom.
+void* unpooled_allocate(size_t bytes);
+void unpooled_release(void* memory);
+
+struct ScratchBlock {
+  void* memory;
+  size_t size;
+};
+
+// Scratch memory of the pool for the time of a task. A thread keeps it between tasks, so that it
+// finds it in its cache.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* get() const { return block_->memory; }
+
+ private:
+  ScratchBlock* block_;
+};
 
 }  // namespace fused_resnet::cpu

@@ -15,11 +15,13 @@
 namespace fused_resnet::cpu {
 namespace {
 
-Tensor run(const Tensor& input, const ConvLayer& layer, const InputNorm* input_norm,
-           const std::optional<Tensor>& residual, bool relu, const std::vector<int64_t>& max_pool) {
+std::optional<Tensor> run(const Tensor& input, const ConvLayer& layer, const InputNorm* input_norm,
+                          const std::optional<Tensor>& residual, bool relu,
+                          const std::vector<int64_t>& max_pool) {
   check_rank("conv_bn_act", "input", input, 4);
   const PreparedLayer prepared(layer, input.size(0), input.size(1), input.size(2), input.size(3),
                                input.scalar_type());
+  if (!prepared.is_current) return std::nullopt;
   Conv conv = prepared.conv;
   conv.relu = relu;
   conv.has_pool = !max_pool.empty();
@@ -56,27 +58,24 @@ Tensor run(const Tensor& input, const ConvLayer& layer, const InputNorm* input_n
   return output;
 }
 
-Tensor conv_bn_act_packed(Tensor input, Tensor weight, Tensor packed, Tensor running_mean,
-                          Tensor running_var, std::optional<Tensor> bn_weight,
-                          std::optional<Tensor> bn_bias, double eps, std::optional<Tensor> bias,
-                          int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
-                          int64_t dil_h, int64_t dil_w, int64_t groups,
-                          std::optional<Tensor> residual, bool relu,
-                          std::vector<int64_t> max_pool) {
+std::optional<Tensor> conv_bn_act_packed(
+    Tensor input, Tensor weight, Tensor packed, Tensor running_mean, Tensor running_var,
+    std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, double eps,
+    std::optional<Tensor> bias, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
+    int64_t dil_h, int64_t dil_w, int64_t groups, std::optional<Tensor> residual, bool relu,
+    std::vector<int64_t> max_pool) {
   return run(input,
              {weight, packed, running_mean, running_var, bn_weight, bn_bias, bias, eps, stride_h,
               stride_w, pad_h, pad_w, dil_h, dil_w, groups},
              nullptr, residual, relu, max_pool);
 }
 
-Tensor norm_conv_bn_act_packed(Tensor input, Tensor in_mean, Tensor in_var,
-                               std::optional<Tensor> in_weight, std::optional<Tensor> in_bias,
-                               double in_eps, Tensor weight, Tensor packed, Tensor running_mean,
-                               Tensor running_var, std::optional<Tensor> bn_weight,
-                               std::optional<Tensor> bn_bias, double eps,
-                               std::optional<Tensor> bias, int64_t stride_h, int64_t stride_w,
-                               int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w,
-                               int64_t groups, std::optional<Tensor> residual, bool relu) {
+std::optional<Tensor> norm_conv_bn_act_packed(
+    Tensor input, Tensor in_mean, Tensor in_var, std::optional<Tensor> in_weight,
+    std::optional<Tensor> in_bias, double in_eps, Tensor weight, Tensor packed, Tensor running_mean,
+    Tensor running_var, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, double eps,
+    std::optional<Tensor> bias, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
+    int64_t dil_h, int64_t dil_w, int64_t groups, std::optional<Tensor> residual, bool relu) {
   const InputNorm norm{in_mean, in_var, in_weight, in_bias, in_eps};
   return run(input,
              {weight, packed, running_mean, running_var, bn_weight, bn_bias, bias, eps, stride_h,
@@ -111,6 +110,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CompositeExplicitAutograd, m)
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m)
 {
   m.impl("pack_conv_weight", TORCH_BOX(&pack_conv_weight));
+  m.impl("conv_weight_is_packed", TORCH_BOX(&conv_weight_is_packed));
   m.impl("conv_bn_act_packed", TORCH_BOX(&conv_bn_act_packed));
   m.impl("norm_conv_bn_act_packed", TORCH_BOX(&norm_conv_bn_act_packed));
 }

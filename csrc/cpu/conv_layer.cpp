@@ -7,10 +7,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <mutex>
+#include <string>
 
 #include "checks.h"
 #include "cpu/buffer_pool.h"
@@ -49,6 +50,9 @@ bool exceeds_caches(const Tensor& tensor) {
 }
 
 namespace {
+
+Tensor tensor_in_memory(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                        ScalarType dtype, void* (*allocate)(size_t), void (*release)(void*));
 
 template <class F>
 auto with_element_type(const Tensor& tensor, const char* name, F&& f) {
@@ -114,28 +118,82 @@ void pack(const T* source, const WeightShape& shape, float* packed) {
   });
 }
 
-// Compares a sample of the weight, spread over all of its dimensions, with its packed copy. The
+// How many values of a weight each call compares with the packed copy. If one in a hundred has
+// changed, 20 calls miss all of them with a probability of at most 0.99^1400 < 1e-6.
+constexpr int64_t kSamples = 70;
+
+template <class T>
+uint32_t float32_bits(T value) {
+  const float converted = static_cast<float>(value);
+  uint32_t bits;
+  std::memcpy(&bits, &converted, sizeof bits);
+  return bits;
+}
+
+// Compares a sample of the weight with its packed copy, at other positions in every call. The
 // caller keeps the two together by storage and version; this also sees updates that leave no
 // version behind, such as `weight.data.mul_(0.9)`.
 template <class T>
-bool is_packed_from(const T* source, const WeightShape& shape, const float* packed) {
-  constexpr int64_t kSamples = 32;
+bool sample_is_packed(const T* source, const WeightShape& shape, const float* packed) {
+  static std::atomic<uint64_t> calls{0};
+  const uint64_t call = calls.fetch_add(1, std::memory_order_relaxed);
   const int64_t group_k = shape.K / shape.groups, blocks = shape.blocks();
-  const int64_t block_k = shape.block_k;
+  const int64_t block_k = shape.block_k;  // a power of two
+  const int shift = __builtin_ctzll(static_cast<uint64_t>(block_k));
+  uint64_t state = call * kSamples;
+  uint32_t difference = 0;
   for (int64_t i = 0; i < kSamples; ++i) {
-    // Odd multiples of i visit every one of the kSamples parts of a dimension.
-    const int64_t k = shape.K * i / kSamples;
-    const int64_t c = shape.C * (11 * i % kSamples) / kSamples;
-    const int64_t r = shape.R * (7 * i % kSamples) / kSamples;
-    const int64_t s = shape.S * (19 * i % kSamples) / kSamples;
+    // Half a step of SplitMix64 (Steele, Lea and Flood, 2014), of which the upper bits are used:
+    // 16 for a place in the i-th of kSamples parts of K, 20, 12 and 12 for those in C, R and S.
+    uint64_t random = ++state * 0x9e3779b97f4a7c15;
+    random = (random ^ (random >> 30)) * 0xbf58476d1ce4e5b9;
+    const auto part = [&](int low, int bits) {
+      return static_cast<int64_t>(random >> low & ((uint64_t{1} << bits) - 1));
+    };
+    const int64_t k = ((i << 16) + part(48, 16)) * shape.K / (kSamples << 16);
+    const int64_t c = (part(28, 20) * shape.C) >> 20;
+    const int64_t r = (part(16, 12) * shape.R) >> 12;
+    const int64_t s = (part(4, 12) * shape.S) >> 12;
     const int64_t group = shape.groups == 1 ? 0 : k / group_k, in_group = k - group * group_k;
-    const int64_t block = group * blocks + in_group / block_k;
+    const int64_t block = group * blocks + (in_group >> shift);
     const int64_t tap = (block * shape.R + r) * shape.S + s;
-    const float copy = packed[(tap * shape.C + c) * block_k + in_group % block_k];
-    const float value = static_cast<float>(source[shape.source(k, c, r, s)]);
-    if (std::memcmp(&value, &copy, sizeof value) != 0) return false;
+    difference |=
+        float32_bits(packed[((tap * shape.C + c) << shift) + (in_group & (block_k - 1))]) ^
+        float32_bits(source[shape.source(k, c, r, s)]);
   }
-  return true;
+  return difference == 0;
+}
+
+// Compares all values.
+template <class T>
+bool whole_is_packed(const T* source, const WeightShape& shape, const float* packed) {
+  const int64_t block_k = shape.block_k, blocks = shape.blocks();
+  const int64_t group_k = shape.K / shape.groups, taps = shape.R * shape.S;
+  // The weight's innermost dimension innermost here, too: lines of it are then read once.
+  const bool taps_inside = shape.stride.c != 1;
+  const int64_t outer = taps_inside ? shape.C : taps, inner = taps_inside ? taps : shape.C;
+  std::atomic<bool> same{true};
+  torch::stable::parallel_for(0, shape.groups * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t k0 = i % blocks * block_k, channel = i / blocks * group_k + k0;
+      const int64_t valid = std::min(block_k, group_k - k0);
+      const float* block = packed + i * taps * shape.C * block_k;
+      uint32_t difference = 0;
+      for (int64_t j = 0; j < outer; ++j) {
+        if (!same.load(std::memory_order_relaxed)) return;
+        for (int64_t l = 0; l < inner; ++l) {
+          const int64_t tap = taps_inside ? l : j, c = taps_inside ? j : l;
+          const T* from = source + shape.source(channel, c, tap / shape.S, tap % shape.S);
+          const float* to = block + (tap * shape.C + c) * block_k;
+          for (int64_t k = 0; k < valid; ++k) {
+            difference |= float32_bits(from[k * shape.stride.n]) ^ float32_bits(to[k]);
+          }
+        }
+        if (difference != 0) same.store(false, std::memory_order_relaxed);
+      }
+    }
+  });
+  return same.load();
 }
 
 void check_weight(const Tensor& weight, int64_t groups) {
@@ -152,23 +210,44 @@ void check_weight(const Tensor& weight, int64_t groups) {
   checked_product("conv_bn_act", "weight", {K, C, weight.size(2), weight.size(3), 64, 4});
 }
 
-void check_packed(const Tensor& packed, const WeightShape& shape) {
-  check_vector("conv_bn_act", "packed", packed, shape.packed_size(), ScalarType::Float);
+// What a packed weight was made of. It is kept in the packed tensor's strides, as those of
+// dimensions of size one, which address nothing: so no packed weight is without it.
+using Origin = std::array<int64_t, 11>;
+
+Origin origin_of(const Tensor& weight, const WeightShape& shape, int64_t groups) {
+  const Strides& s = shape.stride;
+  return {static_cast<int64_t>(reinterpret_cast<intptr_t>(weight.const_data_ptr())),
+          static_cast<int64_t>(weight.scalar_type()),
+          groups,
+          shape.K,
+          shape.C,
+          shape.R,
+          shape.S,
+          s.n,
+          s.c,
+          s.h,
+          s.w};
 }
 
-// Packs again if the weight changed behind its version counter's back.
-void refresh_packed(const Tensor& weight, const WeightShape& shape, const Tensor& packed) {
-  FR_CHECK(packed.numel() == shape.packed_size(), "conv_bn_act: packed has ", packed.numel(),
-           " elements, weight needs ", shape.packed_size());
-  if (weight.numel() == 0) return;
-  with_element_type(weight, "weight", [&](const auto* source) {
-    float* destination = static_cast<float*>(packed.mutable_data_ptr());
-    if (is_packed_from(source, shape, destination)) return;
-    static std::mutex mutex;
-    std::lock_guard lock(mutex);
-    if (!is_packed_from(source, shape, destination)) {
-      pack(source, shape, destination);
-    }
+// Whether `packed` was made of this weight, or one that lay like it in the same place.
+bool has_origin(const Tensor& packed, const Tensor& weight, const WeightShape& shape,
+                int64_t groups) {
+  const Origin origin = origin_of(weight, shape, groups);
+  const auto strides = packed.strides();
+  FR_CHECK(packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
+               strides.size() == origin.size() + 1,
+           "conv_bn_act: packed must be a result of pack_conv_weight");
+  return packed.numel() == shape.packed_size() &&
+         std::equal(origin.begin(), origin.end(), strides.begin());
+}
+
+// Whether `packed` has the weight's values, as far as a sample tells.
+bool seems_current(const Tensor& packed, const Tensor& weight, const WeightShape& shape,
+                   int64_t groups) {
+  if (!has_origin(packed, weight, shape, groups)) return false;
+  if (weight.numel() == 0) return true;
+  return with_element_type(weight, "weight", [&](const auto* source) {
+    return sample_is_packed(source, shape, static_cast<const float*>(packed.const_data_ptr()));
   });
 }
 
@@ -259,16 +338,31 @@ MaxPool make_pool(const std::vector<int64_t>& numbers, int64_t P, int64_t Q) {
 Tensor pack_conv_weight(Tensor weight, int64_t groups) {
   check_weight(weight, groups);
   const WeightShape shape(weight, groups);
-  Tensor packed = pool_tensor({shape.packed_size()}, {1}, ScalarType::Float);
+  const Origin origin = origin_of(weight, shape, groups);
+  std::vector<int64_t> sizes(origin.size(), 1), strides(origin.begin(), origin.end());
+  sizes.push_back(shape.packed_size());
+  strides.push_back(1);
+  Tensor packed =
+      tensor_in_memory(sizes, strides, ScalarType::Float, unpooled_allocate, unpooled_release);
   with_element_type(weight, "weight", [&](const auto* source) {
     pack(source, shape, static_cast<float*>(packed.mutable_data_ptr()));
   });
   return packed;
 }
 
+bool conv_weight_is_packed(Tensor weight, Tensor packed, int64_t groups) {
+  check_weight(weight, groups);
+  const WeightShape shape(weight, groups);
+  if (!has_origin(packed, weight, shape, groups)) return false;
+  if (weight.numel() == 0) return true;
+  return with_element_type(weight, "weight", [&](const auto* source) {
+    return whole_is_packed(source, shape, static_cast<const float*>(packed.const_data_ptr()));
+  });
+}
+
 PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W,
                              ScalarType dtype)
-    : conv{} {
+    : conv{}, is_current(false) {
   const Tensor& weight = layer.weight;
   check_weight(weight, layer.groups);
   FR_CHECK(C % layer.groups == 0 && C / layer.groups == weight.size(1), "conv_bn_act: weight has ",
@@ -301,8 +395,7 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
 
   check_norm_dtypes(layer);
   const WeightShape shape(weight, layer.groups);
-  check_packed(layer.packed, shape);
-  refresh_packed(weight, shape, layer.packed);
+  is_current = seems_current(layer.packed, weight, shape, layer.groups);
   conv.weight = static_cast<const float*>(layer.packed.const_data_ptr());
   conv.norm.mean = as_float32(layer.running_mean, "running_mean", conv.K, copies_[0]);
   conv.norm.var = as_float32(layer.running_var, "running_var", conv.K, copies_[1]);
@@ -441,29 +534,20 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   return s;
 }
 
-// Scratch memory of a thread, kept between calls.
-void* scratch_memory(int64_t bytes) {
-  struct Buffer {
-    void* memory = nullptr;
-    int64_t size = 0;
-    ~Buffer() {
-      if (memory) pool_release(memory);
-    }
-  };
-  thread_local Buffer buffer;
-  if (buffer.size < bytes) {
-    if (buffer.memory) pool_release(buffer.memory);
-    buffer = {};  // in case the allocation throws
-    buffer.memory = pool_allocate(static_cast<size_t>(bytes));
-    buffer.size = bytes;
-  }
-  return buffer.memory;
+// A task's copy of its input, with all of the padding, must have a size that can be counted.
+void check_scratch_size(const Conv& conv) {
+  const double rows = static_cast<double>(conv.H) + 2.0 * static_cast<double>(conv.pad_h);
+  const double columns = static_cast<double>(conv.W) + 2.0 * static_cast<double>(conv.pad_w);
+  const double values = rows * columns * static_cast<double>(conv.N) * static_cast<double>(conv.C);
+  STD_TORCH_CHECK(values < 0x1p56, "conv_bn_act: the padded input, ", rows, " x ", columns,
+                  ", is too large");
 }
 
 }  // namespace
 
 void run_conv(Conv conv) {
   if (conv.N == 0) return;
+  check_scratch_size(conv);
   flatten_pixels(conv);
   conv.keeps_weight = reduction(conv) * group_k(conv) * 4 <= l2_bytes() / 2;
   const ConvIsa& isa = *conv_isa();
@@ -495,7 +579,8 @@ void run_conv(Conv conv) {
     task.block_begin = rest % s.block_tasks * s.blocks;
     task.block_end = std::min(blocks, task.block_begin + s.blocks);
     task.group = rest / s.block_tasks;
-    isa.run(conv, task, scratch_memory(isa.scratch_bytes(conv, task)));
+    const Scratch scratch(static_cast<size_t>(isa.scratch_bytes(conv, task)));
+    isa.run(conv, task, scratch.get());
   };
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) {
     for (int64_t w = begin; w < begin + workers; ++w) {
@@ -517,19 +602,40 @@ Strides dense_strides(int64_t C, int64_t H, int64_t W, bool channels_last) {
   return channels_last ? Strides{C * H * W, 1, W * C, C} : Strides{C * H * W, H * W, W, 1};
 }
 
-// An uninitialised tensor in the pool's memory.
-Tensor pool_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                   ScalarType dtype) {
-  int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-  for (const int64_t size : sizes) bytes *= size;
-  void* memory = pool_allocate(static_cast<size_t>(bytes));
+// Bytes of a dense tensor. Throws where they cannot be counted.
+int64_t dense_bytes(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  int64_t bytes = dtype == ScalarType::Double  ? 8
+                  : dtype == ScalarType::Float ? 4
+                  : dtype == ScalarType::Byte  ? 1
+                                               : 2;
+  bool overflows = false;
+  for (const int64_t size : sizes) overflows |= __builtin_mul_overflow(bytes, size, &bytes);
+  if (!overflows) return bytes;
+  std::string shape;
+  for (const int64_t size : sizes) shape += (shape.empty() ? "" : " x ") + std::to_string(size);
+  STD_TORCH_CHECK(false, "conv_bn_act: a tensor of ", shape, " is too large");
+}
+
+namespace {
+
+Tensor tensor_in_memory(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                        ScalarType dtype, void* (*allocate)(size_t), void (*release)(void*)) {
+  void* memory = allocate(static_cast<size_t>(dense_bytes(sizes, dtype)));
   return torch::stable::from_blob(memory, sizes, strides,
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
-                                  pool_release);
+                                  release);
+}
+
+}  // namespace
+
+Tensor pool_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                   ScalarType dtype) {
+  return tensor_in_memory(sizes, strides, dtype, pool_allocate, pool_release);
 }
 
 Tensor empty_activation(int64_t N, int64_t C, int64_t H, int64_t W, ScalarType dtype,
                         bool channels_last) {
+  dense_bytes({N, C, H, W}, dtype);  // before the strides' products
   const Strides s = dense_strides(C, H, W, channels_last);
   return pool_tensor({N, C, H, W}, {s.n, s.c, s.h, s.w}, dtype);
 }

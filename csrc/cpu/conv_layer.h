@@ -45,8 +45,12 @@ const ConvIsa* conv_isa();
 // A weight (K, C / groups, R, S) in the kernel's layout; see weight_offset() in conv.h.
 torch::stable::Tensor pack_conv_weight(torch::stable::Tensor weight, int64_t groups);
 
-// A layer on inputs of one size: geometry checked, weights known to be current, batch-norm tensors
-// in float32. `conv` lacks only its tensors, strides, ReLU and pooling.
+// Whether `packed` is `weight` in the kernel's layout, value by value.
+bool conv_weight_is_packed(torch::stable::Tensor weight, torch::stable::Tensor packed,
+                           int64_t groups);
+
+// A layer on inputs of one size: geometry checked, batch-norm tensors in float32. `conv` lacks only
+// its tensors, strides, ReLU and pooling.
 class PreparedLayer {
  public:
   PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W,
@@ -54,6 +58,9 @@ class PreparedLayer {
   PreparedLayer(PreparedLayer&&) = default;
   PreparedLayer(const PreparedLayer&) = delete;  // `conv` points into copies_
   Conv conv;
+  // Whether the packed weight seems to be made of the weight's present values. It is not written
+  // to, since another thread may be reading it.
+  bool is_current;
 
  private:
   std::vector<float> copies_[5];

@@ -15,6 +15,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "checks.h"
@@ -92,9 +93,10 @@ struct NextWeight {
         size(layer.packed.numel()) {}
 };
 
-// One block; a projection is the last of its layers. `next_block` is what follows it.
-Tensor run_block(const Tensor& input, const ConvLayer* layers, int64_t count, bool has_projection,
-                 const NextWeight& next_block) {
+// One block; a projection is the last of its layers. `next_block` is what follows it. Nothing where
+// a packed weight is not current.
+std::optional<Tensor> run_block(const Tensor& input, const ConvLayer* layers, int64_t count,
+                                bool has_projection, const NextWeight& next_block) {
   FR_CHECK(count >= (has_projection ? 2 : 1), "residual_blocks: ", count,
            " convolutions are too few for a block");
   const auto dtype = input.scalar_type();
@@ -120,6 +122,9 @@ Tensor run_block(const Tensor& input, const ConvLayer* layers, int64_t count, bo
   FR_CHECK(shortcut_c == C && shortcut_h == H && shortcut_w == W,
            "residual_blocks: the shortcut is ", shortcut_c, " x ", shortcut_h, " x ", shortcut_w,
            ", the last convolution's output is ", C, " x ", H, " x ", W);
+  for (const PreparedLayer& layer : prepared) {
+    if (!layer.is_current) return std::nullopt;
+  }
 
   Tensor output = empty_activation(N, C, H, W, dtype, channels_last);
   if (N == 0) return output;
@@ -175,9 +180,10 @@ Tensor run_block(const Tensor& input, const ConvLayer* layers, int64_t count, bo
 // `tensors` holds for every convolution weight, packed weight, running_mean, running_var,
 // bn_weight, bn_bias and bias; `numbers` stride, padding and dilation, each (h, w), and groups.
 // `layer_counts` says how many belong to each block, `projections` whether the last of them is one.
-Tensor residual_blocks_packed(Tensor input, std::vector<Tensor> tensors,
-                              std::vector<int64_t> numbers, std::vector<double> eps,
-                              std::vector<int64_t> layer_counts, std::vector<int64_t> projections) {
+std::optional<Tensor> residual_blocks_packed(Tensor input, std::vector<Tensor> tensors,
+                                             std::vector<int64_t> numbers, std::vector<double> eps,
+                                             std::vector<int64_t> layer_counts,
+                                             std::vector<int64_t> projections) {
   check_rank("residual_blocks", "input", input, 4);
   FR_CHECK(!layer_counts.empty(), "residual_blocks: layer_counts must not be empty");
   FR_CHECK(layer_counts.size() == projections.size(), "residual_blocks: ", layer_counts.size(),
@@ -189,8 +195,11 @@ Tensor residual_blocks_packed(Tensor input, std::vector<Tensor> tensors,
              "residual_blocks: block ", i, " has ", layer_counts[i], " convolutions, ",
              layers.size() - first, " are left");
     const size_t behind = first + static_cast<size_t>(layer_counts[i]);
-    input = run_block(input, &layers[first], layer_counts[i], projections[i] != 0,
-                      behind < layers.size() ? NextWeight(layers[behind]) : NextWeight());
+    std::optional<Tensor> output =
+        run_block(input, &layers[first], layer_counts[i], projections[i] != 0,
+                  behind < layers.size() ? NextWeight(layers[behind]) : NextWeight());
+    if (!output) return std::nullopt;
+    input = *output;
     first = behind;
   }
   FR_CHECK(first == layers.size(), "residual_blocks: ", layers.size(), " convolutions, ", first,

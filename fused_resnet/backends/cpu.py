@@ -7,18 +7,18 @@ Batch norm's training has native statistics and a native backward.
 from __future__ import annotations
 
 import functools
-import weakref
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import watch
 from ..convolution import conv2d, is_sound
 from ..ops.layout import contiguous_like_eager
 from ..ops.scale_shift_act import scale_shift_act
 from . import library
+from .weight_cache import WeightCache, version_of
 
 __all__ = [
     "available",
@@ -60,6 +60,7 @@ _conv_bn_act_packed = torch.ops.fused_resnet.conv_bn_act_packed.default
 _norm_conv_bn_act_packed = torch.ops.fused_resnet.norm_conv_bn_act_packed.default
 _residual_blocks_packed = torch.ops.fused_resnet.residual_blocks_packed.default
 _pack_conv_weight = torch.ops.fused_resnet.pack_conv_weight.default
+_conv_weight_is_packed = torch.ops.fused_resnet.conv_weight_is_packed.default
 _batch_statistics = torch.ops.fused_resnet.batch_statistics.default
 _train_batch_norm_act = torch.ops.fused_resnet.train_batch_norm_act.default
 _batch_norm_act_backward = torch.ops.fused_resnet.batch_norm_act_backward.default
@@ -117,10 +118,11 @@ def conv_bn_act(
         out = conv2d(input, weight, bias, stride, padding, dilation, groups)
         norm = (running_mean, running_var, bn_weight, bn_bias, eps)
         return batch_norm_act_inference(out, *norm, residual, activation)
-    return _conv_bn_act_packed(
-        input,
+    return _convolve(
+        _conv_bn_act_packed,
+        (input,),
         weight,
-        _packed(weight, groups),
+        groups,
         running_mean,
         running_var,
         bn_weight,
@@ -135,6 +137,23 @@ def conv_bn_act(
         activation == "relu",
         (),
     )
+
+
+def _convolve(
+    operator: Callable[..., Tensor | None],
+    before: tuple,
+    weight: Tensor,
+    groups: int,
+    *behind: object,
+) -> Tensor:
+    """A native operator, whose arguments come before and behind the weight."""
+    out = operator(*before, weight, _packed(weight, groups), *behind)
+    if out is None:
+        out = operator(*before, weight, _packed_anew(weight, groups), *behind)
+    if out is None:
+        out = operator(*before, *_packed_copy(weight, groups), *behind)
+        assert out is not None
+    return out
 
 
 def has_kernel(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> bool:
@@ -182,11 +201,11 @@ def norm_conv_bn_act(
             residual,
             activation,
         )
-    return _norm_conv_bn_act_packed(
-        input,
-        *norm,
+    return _convolve(
+        _norm_conv_bn_act_packed,
+        (input, *norm),
         weight,
-        _packed(weight, groups),
+        groups,
         running_mean,
         running_var,
         bn_weight,
@@ -227,10 +246,11 @@ def conv_bn_act_max_pool(
         convolution = (bias, stride, padding, dilation, groups)
         out = conv_bn_act(input, weight, *norm, *convolution, None, activation)
         return F.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
-    return _conv_bn_act_packed(
-        input,
+    return _convolve(
+        _conv_bn_act_packed,
+        (input,),
         weight,
-        _packed(weight, groups),
+        groups,
         running_mean,
         running_var,
         bn_weight,
@@ -593,8 +613,16 @@ def residual_blocks(
             _ABSENT if bn_bias is None else bn_bias,
             _ABSENT if bias is None else bias,
         )
+    described = (numbers, eps, layer_counts, projections)
     try:
-        return _residual_blocks_packed(input, native, numbers, eps, layer_counts, projections)
+        out = _residual_blocks_packed(input, native, *described)
+        for pack in (_as_packed_anew, _packed_copy):
+            if out is not None:
+                break
+            for i, groups in zip(range(0, len(native), 7), numbers[6::7], strict=True):
+                native[i : i + 2] = pack(native[i], groups)
+            out = _residual_blocks_packed(input, native, *described)
+        return out
     except ValueError:
         # Shapes, dtypes or devices that do not go together: step by step the reason comes out.
         return None
@@ -602,8 +630,7 @@ def residual_blocks(
 
 def release(tensors: Iterable[Tensor]) -> None:
     """Drops the packed copies of these weights."""
-    for tensor in tensors:
-        _cache.pop(id(tensor), None)
+    _cache.release(tensors)
 
 
 def empty_cache() -> None:
@@ -653,52 +680,42 @@ def _is_covered(dtype: torch.dtype, weight_shape: tuple[int, ...], groups: int) 
     return groups == 1 or group_k % lanes == 0 or shares_a_vector
 
 
-class _Entry(NamedTuple):
-    weight: weakref.ref[Tensor]
-    # Held so that no other weight can come to lie at the same address while the entry lives.
-    storage: torch.UntypedStorage
-    pointer: int
-    version: int
-    groups: int
-    packed: Tensor
-
-
-_cache: dict[int, _Entry] = {}
+_cache = WeightCache()
 
 
 def _packed(weight: Tensor, groups: int) -> Tensor:
     """The weight in the kernel's layout, made once per storage and version of `weight`.
 
     Its values are the weight's own, since batch norm is applied in the epilogue; so nothing else
-    can make a packed weight stale.
+    can make a packed weight stale. Whether the weight still lies as it did, and has a sample of its
+    values, is for the kernel to find out.
     """
-    key = id(weight)
-    entry = _cache.get(key)
-    if (
-        entry is not None
-        and entry.weight() is weight
-        and entry.pointer == weight.data_ptr()
-        and entry.groups == groups
-        and not weight.is_inference()
-        and entry.version == weight._version
+    entry = _cache.find(weight)
+    if entry is not None and (
+        not entry.whole or _conv_weight_is_packed(weight, entry.copy, groups)
     ):
-        return entry.packed
+        return entry.copy
+    return _packed_anew(weight, groups)
+
+
+def _packed_anew(weight: Tensor, groups: int) -> Tensor:
+    """For a weight that is not in the cache, or was written without a new version.
+
+    What was packed before is not overwritten: another thread may be reading it.
+    """
+    version = version_of(weight)  # before the values, which another thread may change
     packed = _pack_conv_weight(weight, groups)
-    if not weight.is_inference():  # such a tensor has no version to tell changes by
-        forget = functools.partial(_forget, key)
-        _cache[key] = _Entry(
-            weakref.ref(weight, forget),
-            weight.untyped_storage(),
-            weight.data_ptr(),
-            weight._version,
-            groups,
-            packed,
-        )
+    # Other processes write without a version.
+    whole = watch.is_watched(weight) or weight.untyped_storage().is_shared()
+    _cache.put(weight, version, packed, whole=whole)
     return packed
 
 
-def _forget(key: int, dead: weakref.ref[Tensor]) -> None:
-    entry = _cache.get(key)
-    # The address may already belong to another weight.
-    if entry is not None and entry.weight is dead:
-        del _cache[key]
+def _as_packed_anew(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    return weight, _packed_anew(weight, groups)
+
+
+def _packed_copy(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """A copy that nobody writes to, and that packed: for a weight that is being written to."""
+    copy = weight.detach().clone()
+    return copy, _pack_conv_weight(copy, groups)

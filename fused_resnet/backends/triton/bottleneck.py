@@ -7,9 +7,8 @@ begins at the only convolution that has one.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,8 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ... import watch
 from ...tuning.chain import slice_stages
 from ...tuning.problem import Tile
+from ..weight_cache import WeightCache, version_of
 from . import conv, kernels, launches
 
 
@@ -393,53 +394,28 @@ def bottleneck(
 
 def release(tensors: Iterable[Tensor]) -> None:
     """Drops the arranged copies of these weights."""
-    for tensor in tensors:
-        _cache.pop(id(tensor), None)
+    _cache.release(tensors)
 
 
-class _Entry(NamedTuple):
-    weight: weakref.ref[Tensor]
-    # Held so that no other weight can come to lie at the same address while the entry lives.
-    storage: torch.UntypedStorage
-    pointer: int
-    version: int
-    arranged: Tensor
-
-
-_cache: dict[int, _Entry] = {}
+_cache = WeightCache()
 
 
 def _arranged(weight: Tensor) -> Tensor:
-    """The weight as (K, R, S, C), copied once per storage and version where it does not lie so."""
+    """The weight as (K, R, S, C), copied once per storage and version where it does not lie so.
+
+    A watched weight is copied in every call: to compare it would be to wait for the GPU.
+    """
     rows = weight.permute(0, 2, 3, 1)
     if rows.is_contiguous():
         return rows
-    if weight.is_inference():  # such a tensor has no version to tell changes by
-        return rows.contiguous()
-    key = id(weight)
-    entry = _cache.get(key)
-    if (
-        entry is None
-        or entry.weight() is not weight
-        or entry.pointer != weight.data_ptr()
-        or entry.version != weight._version
-    ):
-        forget = functools.partial(_forget, key)
-        entry = _cache[key] = _Entry(
-            weakref.ref(weight, forget),
-            weight.untyped_storage(),
-            weight.data_ptr(),
-            weight._version,
-            rows.contiguous(),
-        )
-    return entry.arranged
-
-
-def _forget(key: int, dead: weakref.ref[Tensor]) -> None:
-    entry = _cache.get(key)
-    # The address may already belong to another weight.
-    if entry is not None and entry.weight is dead:
-        del _cache[key]
+    layout = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
+    entry = _cache.find(weight, layout)
+    if entry is not None and not entry.whole:
+        return entry.copy
+    version = version_of(weight)
+    copy = rows.contiguous()
+    _cache.put(weight, version, copy, layout, watch.is_watched(weight))
+    return copy
 
 
 def _norm(layer: Layer | None) -> tuple[Any, ...]:

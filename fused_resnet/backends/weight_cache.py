@@ -1,0 +1,96 @@
+"""Copies of weights in another layout, kept as long as the weights are what was copied."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+class Entry(NamedTuple):
+    """A copy, and what tells that a weight is the one it was made from.
+
+    Attributes:
+        storage: the weight's memory. Its Python object lives as long as the memory does.
+        version: the weight's.
+        owner: the weight; None for a `Parameter`, which torch.utils.swap_tensors refuses to swap
+            while there are weak references to it.
+        layout: what else must be as it was; see `find`.
+        copy: its values in another layout.
+        whole: whether all values are compared in every call; see `watch`.
+    """
+
+    storage: weakref.ref[torch.UntypedStorage]
+    version: int
+    owner: weakref.ref[Tensor] | None
+    layout: object
+    copy: Tensor
+    whole: bool
+
+
+class WeightCache(dict[int, Entry]):
+    """Entries by the identity of the weight. They go with its memory.
+
+    A parameter that dies before its memory leaves its entry until the memory goes, another
+    parameter takes its place, or `release`.
+    """
+
+    def find(self, weight: Tensor, layout: object = None) -> Entry | None:
+        """The entry made from a weight as it is now, as far as torch knows.
+
+        Args:
+            weight: a tensor with memory of its own.
+            layout: anything that was given to `put` and must be equal. That a `weight.data = ...`
+                gave the same memory another shape shows nowhere else.
+        """
+        entry = self.get(id(weight))
+        if (
+            entry is None
+            or entry.storage() is not weight.untyped_storage()
+            or entry.version != version_of(weight)
+            or entry.layout != layout
+        ):
+            return None
+        if entry.owner is None:
+            return entry if isinstance(weight, Parameter) else None
+        return entry if entry.owner() is weight else None
+
+    def put(
+        self,
+        weight: Tensor,
+        version: int | None,
+        copy: Tensor,
+        layout: object = None,
+        whole: bool = False,
+    ) -> None:
+        """Keeps a copy made of a weight; `version` is that from before it was read."""
+        if version is None:
+            return
+        forget = functools.partial(self._forget, id(weight))
+        owner = None if isinstance(weight, Parameter) else weakref.ref(weight, forget)
+        storage = weakref.ref(weight.untyped_storage(), forget)
+        self[id(weight)] = Entry(storage, version, owner, layout, copy, whole)
+
+    def release(self, weights: Iterable[Tensor]) -> None:
+        """Drops the copies of these weights."""
+        for weight in weights:
+            self.pop(id(weight), None)
+
+    def _forget(self, key: int, dead: weakref.ref) -> None:
+        entry = self.get(key)
+        # The address may already belong to another weight.
+        if entry is not None and (entry.owner is dead or entry.storage is dead):
+            del self[key]
+
+
+def version_of(weight: Tensor) -> int | None:
+    """How often torch has seen a weight change; None where it does not count."""
+    try:
+        return weight._version
+    except RuntimeError:  # made in inference mode
+        return None
