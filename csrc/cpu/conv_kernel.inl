@@ -293,6 +293,7 @@ struct Product {
 template <class T>
 struct Epilogue {
   const float *scale, *shift;
+  const float* bias;  // added before the scale; null: it is in the shift
   const typename T::Storage* residual;
   typename T::Storage* output;
   int64_t out_pixel, res_pixel, out_channel, res_channel;
@@ -302,9 +303,12 @@ struct Epilogue {
   bool relu, vectorised, padded;
 };
 
-// Scale and shift of a block of output channels, from `channel` on, `count` of them.
-FR_INLINE void scale_and_shift(const Conv& conv, int64_t channel, int64_t count, float* scale,
-                               float* shift) {
+// Scale and shift of a block of output channels, from `channel` on, `count` of them. The
+// convolution's bias is in the shift but where the scale is infinite, eps and the variance both
+// being 0: with its sign it would decide what is NaN. Returns whether there are such channels, with
+// their bias in `bias`, and zeros for the others.
+FR_INLINE bool scale_and_shift(const Conv& conv, int64_t channel, int64_t count, float* scale,
+                               float* shift, float* bias) {
   // A tensor's channels of this block; what lies behind the last channel is not read.
   alignas(64) float partial[kBlockK];
   auto load = [&](const float* tensor, float absent, int v) {
@@ -319,10 +323,16 @@ FR_INLINE void scale_and_shift(const Conv& conv, int64_t channel, int64_t count,
   for (int v = 0; v < kVectors; ++v) {
     const Vec deviation = square_root(load(conv.norm.var, 1.0f, v) + conv.norm.eps);
     const Vec a = load(conv.norm.weight, 1.0f, v) / deviation;
-    const Vec centre = load(conv.bias, 0.0f, v) - load(conv.norm.mean, 0.0f, v);
+    const Vec own = load(conv.bias, 0.0f, v);
+    const Vec before = deviation == 0.0f ? own : Vec{};
+    const Vec centre = (deviation == 0.0f ? Vec{} : own) - load(conv.norm.mean, 0.0f, v);
     Float32::store(scale + v * kLanes, a);
     Float32::store(shift + v * kLanes, load(conv.norm.bias, 0.0f, v) + centre * a);
+    Float32::store(bias + v * kLanes, before);
   }
+  bool found = false;
+  for (int64_t k = 0; k < kBlockK; ++k) found |= bias[k] != 0.0f;
+  return found;
 }
 
 // Any strides and any number of channels, one value at a time.
@@ -430,6 +440,13 @@ void multiply(const Product& product, const Tile& tile, const float* weight, con
         FR_FOR (v, kV) acc[g][i][v] += total[g][i][v];
   }
 
+  if (e.bias != nullptr) {
+    FR_FOR (v, kV) {
+      const Vec bias = Float32::load(e.bias + v * kLanes);
+      FR_FOR (g, kG)
+        FR_FOR (i, kM) acc[g][i][v] += bias;
+    }
+  }
   FR_FOR (v, kV) {
     const Vec scale = Float32::load(e.scale + v * kLanes);
     const Vec shift = Float32::load(e.shift + v * kLanes);
@@ -533,10 +550,10 @@ struct TileList {
   }
 };
 
-// Floats of scale and shift of all of a task's blocks.
+// Floats of scale, shift and bias of all of a task's blocks.
 int64_t norm_size(const Conv& conv, const Task& task) {
   // A block of expanded groups is narrower than what scale_and_shift() writes.
-  return 2 * ((task.block_end - task.block_begin - 1) * block_k(conv) + kBlockK);
+  return 3 * ((task.block_end - task.block_begin - 1) * block_k(conv) + kBlockK);
 }
 
 // What a task prefetches when its own weights are through: its share of the next layer's. Threads
@@ -629,13 +646,16 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
 
   const int64_t width = block_k(conv), channels = group_k(conv), blocks = div_up(channels, width);
   const Epilogue<T> base = e;
-  float *scale = norm - task.block_begin * width, *shift = scale + norm_size(conv, task) / 2;
+  const int64_t norm_values = norm_size(conv, task) / 3;
+  float *scale = norm - task.block_begin * width, *shift = scale + norm_values;
+  float* bias = shift + norm_values;
+  bool has_bias = false;
   auto valid = [&](int64_t block) {
     return channels - block * width < width ? channels - block * width : width;
   };
   for (int64_t block = task.block_begin; block < task.block_end; ++block) {
-    scale_and_shift(conv, task.group * channels + block * width, valid(block),
-                    scale + block * width, shift + block * width);
+    has_bias |= scale_and_shift(conv, task.group * channels + block * width, valid(block),
+                                scale + block * width, shift + block * width, bias + block * width);
   }
   const int64_t turn = tiles_in_turn(conv, list);
   for (int64_t begin = 0; begin < list.count; begin += turn) {
@@ -647,6 +667,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
       const int vectors = valid(block) <= kLanes ? 1 : 2;
       e.scale = scale + block * width;
       e.shift = shift + block * width;
+      e.bias = has_bias ? bias + block * width : nullptr;
       e.output = base.output + channel * base.out_channel;
       e.channels = valid(block);
       // The block's first channel as the residual counts them.
@@ -703,7 +724,7 @@ int64_t image_row_count(const Conv& conv, const Task& task) {
   return most < conv.P ? most : conv.P;
 }
 
-// Scratch memory: [tiles][scale and shift][slab][convolution rows awaiting the pool].
+// Scratch memory: [tiles][scale, shift and bias][slab][convolution rows awaiting the pool].
 struct Scratch {
   Tile* tiles;
   float *norm, *slab, *conv_rows;

@@ -1,0 +1,1080 @@
+"""Draws calls of the public functions and of the registered operators, and checks what comes back.
+
+    python tests/fuzz.py --calls 100000 --seed 1 [--sanitize]
+
+Every call follows from the seed and its index alone. It is one of
+
+- a public function, on odd layouts (strided, expanded, channels_last, unaligned), with NaN and
+  infinity, forward and backward, compared with float64 by a path without the library's convolution;
+- a registered operator with arguments of which some are hostile: dtypes, ranks, sizes, strides and
+  numbers that do not belong there. It may return what it likes or raise, but not the exceptions of
+  a program that did not expect its arguments.
+
+Calls are made by child processes, which write a call's index down before they make it. A child that
+dies, or is silent for too long, is a finding with a command that repeats it. Where the library's
+convolution alone fails in the same way, the finding says so and does not fail the run.
+
+With `--sanitize` the native library is built with AddressSanitizer and UndefinedBehaviorSanitizer
+into build/sanitized first (`FUSED_RESNET_SANITIZE`, see build_support/native.py). The instruction
+sets take turns (`FUSED_RESNET_CPU_ISA`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SANITIZED = ROOT / "build" / "sanitized"
+ISAS = ("avx512", "avx2", "none")
+CALLS_PER_CHILD = 500
+
+# ---- the parent ----------------------------------------------------------------------------------
+
+
+def build_sanitized() -> dict[str, str]:
+    """Builds the package with sanitizers; what a process needs in its environment to import it."""
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-base", str(SANITIZED)],
+        cwd=ROOT,
+        env={**os.environ, "FUSED_RESNET_SANITIZE": "address,undefined", "FUSED_RESNET_CUDA": "0"},
+        check=True,
+    )
+    (package,) = SANITIZED.glob("lib*/fused_resnet")
+    compiler = os.environ.get("CXX", "c++")
+    preload = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    return {
+        "PYTHONPATH": str(package.parent),
+        "LD_PRELOAD": " ".join(preload),
+        # Python and torch keep memory for good, and allocations that fail are part of the game.
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2048:"
+        "alloc_dealloc_mismatch=0:detect_odr_violation=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+class Run:
+    """All calls, in child processes one after the other."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.environment = dict(os.environ)
+        if options.sanitize:
+            self.environment.update(build_sanitized())
+        else:
+            path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+            self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+        self.environment["OMP_NUM_THREADS"] = "2"
+        self.findings: list[dict[str, Any]] = []
+        self.outcomes: Counter[str] = Counter()
+
+    def all(self) -> None:
+        isas = ISAS if self.options.isa == "all" else (self.options.isa,)
+        first, end = self.options.first, self.options.first + self.options.calls
+        turn = first // CALLS_PER_CHILD
+        while first < end:
+            count = min(CALLS_PER_CHILD - first % CALLS_PER_CHILD, end - first)
+            self.some(first, first + count, isas[turn % len(isas)])
+            first, turn = first + count, turn + 1
+            done = first - self.options.first
+            print(f"{done} calls, {len(self.findings)} findings", file=sys.stderr, flush=True)
+
+    def some(self, first: int, end: int, isa: str) -> None:
+        """Calls [first, end), in new children for as long as calls kill them."""
+        while first < end:
+            last, why, said = self.child(first, end, isa)
+            if why is None:
+                return
+            by_library = self.child(last, last + 1, isa, "--library")[1] is not None
+            self.add({"call": last, "isa": isa, "what": why, "library": by_library, "detail": said})
+            first = last + 1
+
+    def child(self, first: int, end: int, isa: str, *more: str) -> tuple[int, str | None, str]:
+        """The last call begun, and why the child ended early, if it did, with its last words."""
+        with tempfile.TemporaryDirectory() as folder:
+            journal, output = Path(folder, "journal"), Path(folder, "output")
+            journal.touch()
+            command = [
+                sys.executable, str(Path(__file__).resolve()), "--child", str(journal), "--seed",
+                str(self.options.seed), "--first", str(first), "--calls", str(end - first),
+                "--kinds", self.options.kinds, *more,
+            ]  # fmt: skip
+            environment = {**self.environment, "FUSED_RESNET_CPU_ISA": isa}
+            with output.open("w") as file:
+                process = subprocess.Popen(
+                    command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder
+                )
+                timed_out = self.watch(process, journal)
+            last = first
+            for line in journal.read_text().splitlines():
+                entry = json.loads(line)
+                last = entry.get("call", last)
+                if "what" in entry and not more:
+                    self.add({**entry, "isa": isa})
+                if "outcomes" in entry and not more:
+                    self.outcomes.update(entry["outcomes"])
+            said = "\n".join(output.read_text(errors="replace").splitlines()[-60:])
+        if timed_out:
+            return last, "hangs", said
+        if process.returncode == 0:
+            return last, None, said
+        code = process.returncode
+        if code == 1:
+            raise RuntimeError(f"the fuzzer itself failed:\n{said}")
+        why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return last, why, said
+
+    def watch(self, process: subprocess.Popen, journal: Path) -> bool:
+        """Waits for the end; whether it had to be brought about."""
+        size, since = -1, time.monotonic()
+        while True:
+            try:
+                process.wait(0.2)
+                return False
+            except subprocess.TimeoutExpired:
+                now = journal.stat().st_size
+                if now != size:
+                    size, since = now, time.monotonic()
+                elif time.monotonic() - since > self.options.timeout:
+                    process.kill()
+                    process.wait()
+                    return True
+
+    def add(self, finding: dict[str, Any]) -> None:
+        self.findings.append(finding)
+        options = self.options
+        repeat = (
+            f"python tests/fuzz.py --seed {options.seed} --first {finding['call']} --calls 1 "
+            f"--isa {finding['isa']} --kinds {options.kinds}"
+        )
+        if options.sanitize:
+            repeat += " --sanitize"
+        by = " (the library's convolution alone does so too)" if finding.get("library") else ""
+        print(f"FINDING {finding['what']}{by}\n  {repeat}", flush=True)
+        print("  " + str(finding.get("detail", "")).replace("\n", "\n  "), flush=True)
+
+
+# ---- the child -----------------------------------------------------------------------------------
+
+
+def run_child(options: argparse.Namespace) -> None:
+    """Makes the calls, each after it has been written down."""
+    import resource
+
+    import torch
+
+    import fused_resnet  # noqa: F401  (registers the operators)
+
+    if "asan" not in os.environ.get("LD_PRELOAD", ""):
+        # Absurd sizes are to fail, not to fill the machine.
+        resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    torch.set_num_threads(2)
+    journal = os.open(options.child, os.O_WRONLY | os.O_APPEND)
+
+    def write(**entry: Any) -> None:
+        os.write(journal, (json.dumps(entry) + "\n").encode())
+
+    for index in range(options.first, options.first + options.calls):
+        write(call=index)
+        call = draw(options.seed, index, options.kinds)
+        if options.library:
+            call.library()
+            continue
+        try:
+            outcome, wrong = call.run()
+        except Exception:
+            outcome, wrong = "raises", traceback.format_exc(limit=-4)
+        write(outcomes={f"{type(call).__name__} {outcome}": 1})
+        if wrong is not None:
+            by_library = call.library_is_wrong()
+            write(call=index, what=outcome, library=by_library, detail=f"{call}\n{wrong}")
+    # Without the interpreter's own end, which has nothing to do with a call.
+    os._exit(0)
+
+
+def draw(seed: int, index: int, kinds: str) -> Any:
+    """The call with this index."""
+    import torch
+
+    rng = random.Random(f"{seed}/{index}")
+    torch.manual_seed(rng.getrandbits(60))
+    public = kinds == "public" or (kinds == "all" and rng.random() < 0.5)
+    return draw_public(rng) if public else draw_raw(rng)
+
+
+# Layouts of a tensor's values, of which `expanded` changes them.
+LAYOUTS = ("contiguous", "channels_last", "strided", "unaligned", "transposed", "expanded")
+
+
+def laid_out(tensor: Any, layout: str, rng: random.Random) -> Any:
+    """`tensor` lying as `layout` says."""
+    import torch
+
+    if layout == "channels_last" and tensor.dim() == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "strided":
+        dim = rng.randrange(tensor.dim())
+        shape = list(tensor.shape)
+        shape[dim] = shape[dim] * 2 + 1
+        base = torch.full(shape, math.nan).to(tensor.dtype)
+        part = base.narrow(dim, 1, shape[dim] - 1)[(slice(None),) * dim + (slice(None, None, 2),)]
+        return part.copy_(tensor)
+    if layout == "unaligned":
+        base = torch.full((tensor.numel() + 1,), math.nan).to(tensor.dtype)
+        return base[1:].view(tensor.shape).copy_(tensor)
+    if layout == "transposed" and tensor.dim() > 1:
+        order = list(range(tensor.dim()))
+        rng.shuffle(order)
+        back = [order.index(d) for d in range(tensor.dim())]
+        return tensor.permute(order).contiguous().permute(back)
+    if layout == "expanded":
+        dim = rng.randrange(tensor.dim())
+        return tensor.narrow(dim, 0, min(1, tensor.size(dim))).expand(tensor.shape)
+    return tensor
+
+
+def unit_roundoff(dtype: Any) -> float:
+    import torch
+
+    return torch.finfo(dtype).eps / 2
+
+
+def conv_float64(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
+    """A convolution in float64 by matrix products."""
+    import torch.nn.functional as F
+
+    N, C, H, W = x.shape
+    K, _, R, S = weight.shape
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
+    Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
+    taps = [
+        x[
+            :,
+            :,
+            r * dilation[0] : r * dilation[0] + (P - 1) * stride[0] + 1 : stride[0],
+            s * dilation[1] : s * dilation[1] + (Q - 1) * stride[1] + 1 : stride[1],
+        ]
+        for r in range(R)
+        for s in range(S)
+    ]
+    import torch
+
+    columns = torch.stack(taps, 2).reshape(N, groups, C // groups * R * S, P * Q)
+    # Products and a sum, not a matrix product, for NaN and infinity of some pixels alone.
+    filters = weight.reshape(groups, K // groups, -1)
+    out = torch.einsum("ngcp,gkc->ngkp", columns, filters)
+    return out.reshape(N, K, P, Q)
+
+
+def norm_float64(x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> Any:
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    scale = 1 / (var + eps).sqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return x * scale.view(shape) + shift.view(shape)
+
+
+class Public:
+    """One call of a function in `functional`, with valid arguments."""
+
+    def __init__(self, name: str, tensors: dict[str, Any], numbers: dict[str, Any], grad: bool):
+        self.name, self.tensors, self.numbers, self.grad = name, tensors, numbers, grad
+
+    def __str__(self) -> str:
+        described = {
+            name: None if t is None else (str(t.dtype)[6:], tuple(t.shape), t.stride())
+            for name, t in self.tensors.items()
+        }
+        return f"{self.name} {described} {self.numbers} grad={self.grad}"
+
+    def arguments(self, grad: bool, double: bool = False) -> dict[str, Any]:
+        def one(name: str, tensor: Any) -> Any:
+            if tensor is None:
+                return None
+            tensor = tensor.detach()
+            if double:
+                tensor = tensor.double()
+            statistic = name in ("running_mean", "running_var", "in_mean", "in_var")
+            return tensor.requires_grad_() if grad and not statistic else tensor
+
+        return {name: one(name, tensor) for name, tensor in self.tensors.items()}
+
+    def call(self, arguments: dict[str, Any]) -> Any:
+        from fused_resnet import functional
+
+        return getattr(functional, self.name)(**arguments, **self.numbers)
+
+    def expected(self, arguments: dict[str, Any], magnitude: bool) -> Any:
+        """Before the activation, in float64; or a bound of the sum of all terms' magnitudes."""
+        t = {
+            name: value if value is None or not magnitude else value.abs()
+            for name, value in arguments.items()
+        }
+        n = self.numbers
+        x = t["input"]
+        if self.name == "batch_norm_act":
+            mean, var = t["running_mean"], t["running_var"]
+            if n["training"]:
+                dims = [0, *range(2, x.dim())]
+                mean = arguments["input"].mean(dims)
+                var = arguments["input"].var(dims, unbiased=False)
+                mean = mean.abs() if magnitude else mean
+            if magnitude:
+                mean = -mean
+            out = norm_float64(x, mean, var, t["weight"], t["bias"], n["eps"])
+        else:
+            if self.name == "norm_conv_bn_act":
+                mean = -t["in_mean"] if magnitude else t["in_mean"]
+                norm = (mean, t["in_var"], t["in_weight"], t["in_bias"])
+                x = norm_float64(x, *norm, n["in_eps"]).relu()
+                if not magnitude:
+                    # As the function rounds it.
+                    dtype = self.tensors["input"].dtype
+                    x = x + (x.detach().to(dtype).double() - x.detach()).nan_to_num(0, 0, 0)
+            geometry = (pair(n["stride"]), pair(n["padding"]), pair(n["dilation"]), n["groups"])
+            out = conv_float64(x, t["weight"], *geometry)
+            if t["bias"] is not None:
+                out = out + t["bias"].view(1, -1, 1, 1)
+            mean = -t["running_mean"] if magnitude else t["running_mean"]
+            norm = (mean, t["running_var"], t["bn_weight"], t["bn_bias"], n["eps"])
+            out = norm_float64(out, *norm)
+        if t.get("residual") is not None:
+            out = out + t["residual"]
+        return out
+
+    def terms(self) -> int:
+        """How many products a sum has."""
+        if self.name == "batch_norm_act":
+            return 2
+        _, C, R, S = self.tensors["weight"].shape
+        return C * R * S
+
+    def run(self) -> tuple[str, str | None]:
+        import torch
+        import torch.nn.functional as F
+
+        tensors = [t for t in self.tensors.values() if t is not None]
+        before = [t.clone() for t in tensors]
+        # Running statistics are changed in training, and are to be, so it has copies.
+        arguments = self.arguments(self.grad)
+        if self.numbers.get("training"):
+            for name in ("running_mean", "running_var"):
+                if arguments[name] is not None:
+                    arguments[name] = arguments[name].clone()
+        output = self.call(arguments)
+        exact = self.arguments(self.grad, double=True)
+        pre = self.expected(exact, False)
+        with torch.no_grad():
+            bound = self.expected(self.arguments(False, double=True), True)
+        pool = [self.numbers.get(f"pool_{n}") for n in ("kernel_size", "stride", "padding")]
+        relu = self.numbers["activation"] == "relu"
+        value = pre.relu() if relu else pre
+        dtype = self.tensors["input"].dtype
+        u32 = unit_roundoff(torch.float64 if dtype is torch.float64 else torch.float32)
+        relative = (2 * self.terms() + 40) * u32 + 6 * unit_roundoff(dtype)
+        if self.name == "norm_conv_bn_act":  # h may be rounded the other way
+            relative += 4 * unit_roundoff(dtype)
+        error = bound.detach() * relative
+        if pool[0] is not None:
+            value = F.max_pool2d(value, *pool)
+            error = F.max_pool2d(error, *pool)
+        if output.shape != value.shape or output.dtype is not dtype:
+            return "wrong shape", f"{tuple(output.shape)} {output.dtype}, {tuple(value.shape)}"
+        wrong = differs(output.detach(), value.detach(), error)
+        if wrong:
+            return "wrong number", wrong
+        if self.grad and output.numel() and pool[0] is None:
+            wrong = self.backward(output, pre, relu, bound, error, relative, arguments, exact)
+            if wrong:
+                return "wrong gradient", wrong
+        elif self.grad:
+            output.sum().backward()
+        for tensor, old in zip(tensors, before, strict=True):
+            if not same(tensor, old):
+                return "input changed", str(tuple(tensor.shape))
+        return "ok", None
+
+    def backward(self, output, pre, relu, bound, error, relative, arguments, exact):
+        import torch
+
+        grad = torch.randn(output.shape, dtype=torch.float64).to(output.dtype)
+        if relu:  # where rounding may decide which way ReLU goes, nothing is passed back
+            grad = torch.where(pre.detach().abs() > 2 * error, grad, 0).to(output.dtype)
+        if not torch.isfinite(pre).all():
+            output.backward(grad)
+            return None
+        names = [k for k, v in exact.items() if v is not None and v.requires_grad]
+        expected = torch.autograd.grad(
+            pre.relu() if relu else pre, [exact[n] for n in names], grad.double()
+        )
+        output.backward(grad)
+        absolute = self.arguments(True, double=True)
+        for n in names:
+            absolute[n] = absolute[n].detach().abs().requires_grad_()
+        magnitude = self.expected(absolute, True)
+        sizes = torch.autograd.grad(magnitude, [absolute[n] for n in names], grad.double().abs())
+        count = max(output.numel(), 1)
+        for n, want, size in zip(names, expected, sizes, strict=True):
+            got = arguments[n].grad
+            if got is None:
+                return f"{n}: no gradient"
+            # A coarse bound: the largest of all, and sums of as many terms as there may be.
+            room = size.abs().max() if size.numel() else torch.zeros(())
+            if self.numbers.get("training"):
+                room = room * (2 + 2 * math.sqrt(count)) + want.abs().max()
+            limit = torch.full_like(want, float(room) * (8 * relative + 4e-7 * math.sqrt(count)))
+            wrong = differs(got, want, limit + 1e-6)
+            if wrong:
+                return f"{n}: {wrong}"
+        return None
+
+    def library(self) -> None:
+        """The library's convolution alone, in both directions."""
+        import torch
+
+        if self.name == "batch_norm_act":
+            return
+        n = self.numbers
+        t = self.arguments(self.grad)
+        out = torch.conv2d(
+            t["input"], t["weight"], t["bias"], n["stride"], n["padding"], n["dilation"],
+            n["groups"],
+        )  # fmt: skip
+        if self.grad:
+            out.sum().backward()
+
+    def library_is_wrong(self) -> bool:
+        """Whether the library's convolution gives wrong numbers here, forward or backward."""
+        import torch
+
+        if self.name == "batch_norm_act":
+            return False
+        n = self.numbers
+        geometry = (pair(n["stride"]), pair(n["padding"]), pair(n["dilation"]), n["groups"])
+        t, exact = self.arguments(True), self.arguments(True, double=True)
+        out = torch.conv2d(t["input"], t["weight"], None, *geometry)
+        want = conv_float64(exact["input"], exact["weight"], *geometry)
+        size = conv_float64(exact["input"].abs(), exact["weight"].abs(), *geometry).detach()
+        relative = 8 * unit_roundoff(out.dtype) + (self.terms() + 8) * unit_roundoff(torch.float32)
+        if differs(out.detach(), want.detach(), size * relative):
+            return True
+        if not self.grad or not torch.isfinite(want).all():
+            return False
+        out.sum().backward()
+        want.sum().backward()
+        for name in ("input", "weight"):
+            limit = exact[name].grad.abs().max() * 0.1 + out.numel() * 0.02
+            if differs(t[name].grad, exact[name].grad, torch.full_like(exact[name].grad, limit)):
+                return True
+        return False
+
+
+def pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def same(a: Any, b: Any) -> bool:
+    import torch
+
+    return torch.equal(torch.nan_to_num(a.double(), 1e300), torch.nan_to_num(b.double(), 1e300))
+
+
+def differs(got: Any, want: Any, limit: Any) -> str | None:
+    """Where and by how much a tensor is not what it must be.
+
+    NaN where NaN is wanted, infinity where infinity is; but what no finite value of the dtype is
+    close to may be infinite.
+    """
+    import torch
+
+    largest = torch.finfo(got.dtype).max
+    got = got.double()
+    finite = torch.isfinite(want) & torch.isfinite(limit) & (want.abs() + limit < largest)
+    wrong = finite & ~((got - want).abs() <= limit + torch.finfo(torch.float16).smallest_normal)
+    wrong |= torch.isnan(want) & ~torch.isnan(got)
+    wrong |= torch.isinf(want) & torch.isfinite(limit) & (got != want)
+    if not wrong.any():
+        return None
+    place = tuple(int(i) for i in wrong.nonzero()[0])
+    return (
+        f"{int(wrong.sum())} of {wrong.numel()} values, at {place} {float(got[place])}, must be "
+        f"{float(want[place])} within {float(limit[place])}"
+    )
+
+
+def draw_public(rng: random.Random) -> Public:
+    import torch
+
+    name = rng.choice(
+        ("conv_bn_act", "conv_bn_act", "norm_conv_bn_act", "conv_bn_act_max_pool", "batch_norm_act")
+    )
+    dtype = rng.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    reduced = dtype in (torch.bfloat16, torch.float16)
+    parameters = torch.float32 if reduced and rng.random() < 0.6 else dtype
+    odd = rng.random() < 0.3
+    layouts = LAYOUTS if rng.random() < 0.7 else ("contiguous", "channels_last")
+
+    def tensor(*shape: int, dtype: Any = dtype, positive: bool = False) -> Any:
+        values = torch.rand(shape) + 0.5 if positive else torch.randn(shape)
+        values = values.to(dtype)
+        if odd and values.numel() and rng.random() < 0.3 and not positive:
+            places = torch.randint(values.numel(), (1 + values.numel() // 40,))
+            values.view(-1)[places] = rng.choice((math.nan, math.inf, -math.inf))
+        return laid_out(values, rng.choice(layouts), rng)
+
+    def maybe(*shape: int, **how: Any) -> Any:
+        return tensor(*shape, **how) if rng.random() < 0.6 else None
+
+    def norm(channels: int) -> list[Any]:
+        how = {"dtype": parameters}
+        var = tensor(channels, positive=True, **how)
+        if odd and rng.random() < 0.3:
+            var = torch.where(torch.rand(channels) < 0.3, 0, var).to(parameters)
+        return [tensor(channels, **how), var, maybe(channels, **how), maybe(channels, **how)]
+
+    def eps() -> float:
+        return 0.0 if odd and rng.random() < 0.3 else rng.choice((1e-5, 1e-3))
+
+    activation = rng.choice(("relu", "none"))
+    grad = rng.random() < 0.4
+    if name == "batch_norm_act":
+        dims = rng.choice((2, 3, 4, 4, 4, 5))
+        C = rng.choice((1, 2, 3, 7, 8, 16, 17, 33, 64))
+        spatial = [rng.randint(1, 9) for _ in range(dims - 2)]
+        shape = [rng.randint(0 if odd else 1, 5), C, *spatial]
+        training = rng.random() < 0.6 and shape[0] * math.prod(spatial) > 1
+        mean, var, weight, bias = norm(C)
+        x = tensor(*shape)
+        if training:
+            if not torch.isfinite(x).all():
+                x = torch.nan_to_num(x, 1, 1, 1)
+            # Channels of one value alone: their statistics say nothing about rounding.
+            if x.stride()[0] == 0 or 0 in x.stride():
+                x = x.contiguous() + torch.randn(shape).to(dtype)
+            mean, var = (None, None) if rng.random() < 0.5 else (mean, var)
+        tensors = dict(input=x, running_mean=mean, running_var=var, weight=weight, bias=bias)
+        tensors["residual"] = maybe(*shape)
+        numbers = dict(training=training, momentum=0.1, activation=activation)
+        numbers["eps"] = 1e-3 if training else eps()
+        return Public(name, tensors, numbers, grad)
+    groups = rng.choice((1, 1, 1, 2, 4, 8))
+    group_c = rng.choice((1, 1, 2, 3, 4, 8, 16))
+    group_k = rng.choice((1, 1, 2, 4, 5, 8, 16, 17, 33))
+    C, K = groups * group_c, groups * group_k
+    R, S = (rng.choice((1, 1, 2, 3, 3, 5)) for _ in range(2))
+    stride, dilation = ([rng.choice((1, 1, 2, 3)) for _ in range(2)] for _ in range(2))
+    padding = [rng.choice((0, 0, 1, 2, 11)) for _ in range(2)]
+    H, W = (
+        max(rng.choice((1, 1, 2, 4, 7, 9, 14)), dilation[i] * (r - 1) + 1 - 2 * padding[i])
+        for i, r in enumerate((R, S))
+    )
+    N = rng.choice((0, 1, 2, 3)) if odd else rng.choice((1, 2, 3))
+    P, Q = (
+        (size + 2 * p - d * (r - 1) - 1) // s + 1
+        for size, p, d, r, s in zip((H, W), padding, dilation, (R, S), stride, strict=True)
+    )
+    tensors = {"input": tensor(N, C, H, W)}
+    numbers: dict[str, Any] = {}
+    if name == "norm_conv_bn_act":
+        keys = ("in_mean", "in_var", "in_weight", "in_bias")
+        tensors.update(zip(keys, norm(C), strict=True))
+        numbers["in_eps"] = eps()
+    tensors["weight"] = tensor(K, group_c, R, S)
+    keys = ("running_mean", "running_var", "bn_weight", "bn_bias")
+    tensors.update(zip(keys, norm(K), strict=True))
+    tensors["bias"] = maybe(K)
+    numbers.update(eps=eps(), stride=stride, padding=padding, dilation=dilation, groups=groups)
+    numbers["activation"] = activation
+    if name == "conv_bn_act_max_pool":
+        kernel = [rng.choice((1, 2, 3)) for _ in range(2)]
+        pad = [k // 2 if rng.random() < 0.5 else 0 for k in kernel]
+        kernel = [min(k, size + 2 * p) for k, size, p in zip(kernel, (P, Q), pad, strict=True)]
+        pad = [min(p, k // 2) for p, k in zip(pad, kernel, strict=True)]
+        kernel = [min(k, size + 2 * p) for k, size, p in zip(kernel, (P, Q), pad, strict=True)]
+        numbers.update(pool_kernel_size=kernel, pool_padding=pad)
+        numbers["pool_stride"] = [rng.choice((1, 2, 3)) for _ in range(2)]
+    else:
+        tensors["residual"] = maybe(N, K, P, Q)
+    return Public(name, tensors, numbers, grad)
+
+
+# ---- registered operators ------------------------------------------------------------------------
+
+NUMBERS = (
+    -(2**63), -(2**31), -1, 0, 1, 2, 3, 7, 1025, 2**28, 2**31 - 1, 2**31, 2**40, 2**61, 2**62,
+    2**63 - 1,
+)  # fmt: skip
+FLOATS = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-5, 1e308)
+# What a program raises that did not expect its arguments.
+UNEXPECTED = (
+    ZeroDivisionError, AttributeError, IndexError, KeyError, AssertionError, UnboundLocalError,
+    SystemError, RecursionError,
+)  # fmt: skip
+
+
+class Raw:
+    """One call of a registered operator, with arguments that need not be valid."""
+
+    def __init__(self, name: str, arguments: list[Any], changed: Sequence[str]) -> None:
+        self.name, self.arguments, self.changed = name, arguments, changed
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'; '.join(self.changed)}\n{[describe(a) for a in self.arguments]}"
+
+    def run(self) -> tuple[str, str | None]:
+        import torch
+
+        operator = getattr(torch.ops.fused_resnet, self.name)
+        try:
+            operator(*self.arguments)
+        except UNEXPECTED as error:
+            return f"raises {type(error).__name__}", str(error)
+        except Exception as error:
+            if not self.changed:
+                return "refuses valid arguments", f"{type(error).__name__}: {error}"
+            return type(error).__name__, None
+        return "ok", None
+
+    def library(self) -> None:
+        """The library's convolution on the same input, where there is one."""
+        import torch
+
+        names = {"conv_bn_act": (0, 1, 8), "conv_bn_act_max_pool": (0, 1, 8)}
+        if self.name not in names:
+            return
+        x, weight, first = (self.arguments[i] for i in (0, 1, 8))
+        padding, dilation, groups = self.arguments[9:12]
+        try:
+            torch.conv2d(x, weight, self.arguments[7], first, padding, dilation, groups)
+        except Exception as error:
+            print(error)
+
+    def library_is_wrong(self) -> bool:
+        return False
+
+
+def describe(value: Any) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype)[6:]}{tuple(value.shape)}/{value.layout}"
+    if isinstance(value, (list, tuple)):
+        return [describe(v) for v in value]
+    return value
+
+
+def draw_raw(rng: random.Random) -> Raw:
+    name = rng.choice(sorted(OPERATORS))
+    arguments = OPERATORS[name](rng)
+    changed: list[str] = []
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
+        place = rng.randrange(len(arguments))
+        arguments[place], what = hostile(arguments[place], rng)
+        changed.append(f"argument {place} {what}")
+    return Raw(name, arguments, changed)
+
+
+def hostile(value: Any, rng: random.Random) -> tuple[Any, str]:
+    """Something in the place of `value`, of a kind that gets past the schema."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return hostile_tensor(value, rng)
+    if isinstance(value, bool):
+        return not value, "negated"
+    if isinstance(value, int):
+        number = rng.choice(NUMBERS)
+        return number, f"is {number}"
+    if isinstance(value, float):
+        number = rng.choice(FLOATS)
+        return number, f"is {number}"
+    if isinstance(value, str):
+        return rng.choice(("gelu", "", "relu", "none")), "another string"
+    if isinstance(value, list):
+        kind = rng.randrange(4)
+        if kind == 0 and value:
+            return value[:-1], "is shorter"
+        if kind == 1 and value:
+            return [*value, value[-1]], "is longer"
+        if kind == 2:
+            return [], "is empty"
+        if value:
+            place = rng.randrange(len(value))
+            changed, what = hostile(value[place], rng)
+            return [*value[:place], changed, *value[place + 1 :]], f"[{place}] {what}"
+        return value, "unchanged"
+    if value is None:
+        return rng.choice((None, torch.ones(3), torch.ones(8), torch.ones(2, 8, 5, 5))), "is there"
+    return value, "unchanged"
+
+
+def hostile_tensor(tensor: Any, rng: random.Random) -> tuple[Any, str]:
+    import torch
+
+    kind = rng.choice(
+        ("dtype", "dtype", "rank", "size", "size", "empty", "layout", "huge", "none", "sparse",
+         "meta", "grad", "strides")
+    )  # fmt: skip
+    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        return tensor, "unchanged"
+    if kind == "dtype":
+        dtype = rng.choice(
+            (torch.uint8, torch.int8, torch.bool, torch.int64, torch.complex64, torch.float8_e4m3fn,
+             torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        )  # fmt: skip
+        return tensor.to(dtype), f"is {dtype}"
+    if kind == "rank":
+        return (
+            (tensor.unsqueeze(0) if rng.random() < 0.5 else tensor.flatten()),
+            "is of another rank",
+        )
+    if kind in ("size", "empty", "huge"):
+        if tensor.dim() == 0:
+            return tensor, "unchanged"
+        dim = rng.randrange(tensor.dim())
+        size = 0 if kind == "empty" else max(0, tensor.size(dim) + rng.choice((-1, 1, 8)))
+        if kind == "huge":
+            size = rng.choice((2**20, 2**31, 2**40, 2**60))
+        shape = list(tensor.shape)
+        shape[dim] = size
+        if kind == "huge":
+            if math.prod(shape) >= 2**62:
+                return tensor, "unchanged"
+            part = tensor.narrow(dim, 0, min(1, tensor.size(dim)))
+            if part.size(dim) == 0:
+                return tensor, "unchanged"
+            return part.expand(shape), f"is {size} long"
+        return torch.zeros(shape, dtype=tensor.dtype), f"is {size} long"
+    if kind == "layout" and tensor.dim() and tensor.dtype.is_floating_point:
+        layout = rng.choice(LAYOUTS)
+        try:
+            return laid_out(tensor, layout, rng), f"is {layout}"
+        except RuntimeError:
+            return tensor, "unchanged"
+    if kind == "strides" and tensor.dim():
+        # A dimension of one element may have any stride.
+        place = rng.randrange(tensor.dim())
+        shape, strides = list(tensor.shape), list(tensor.stride())
+        if 0 in shape:
+            return tensor, "unchanged"
+        shape[place], strides[place] = 1, rng.choice((0, 1, 2**40, 2**61))
+        return tensor.as_strided(shape, strides), f"has the stride {strides[place]}"
+    if kind == "none":
+        return None, "is missing"
+    if kind == "sparse" and tensor.dim() and tensor.dtype.is_floating_point:
+        return tensor.float().to_sparse(), "is sparse"
+    if kind == "meta":
+        return tensor.to("meta"), "is on meta"
+    if kind == "grad" and tensor.dtype.is_floating_point:
+        return tensor.detach().requires_grad_(), "requires a gradient"
+    return tensor, "unchanged"
+
+
+def _dtype(rng: random.Random) -> Any:
+    import torch
+
+    return rng.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16))
+
+
+def _image(rng: random.Random, *shape: int, dtype: Any, last: bool | None = None) -> Any:
+    import torch
+
+    last = rng.random() < 0.5 if last is None else last
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
+
+
+def _vectors(count: int, channels: int, dtype: Any = None) -> list[Any]:
+    import torch
+
+    return [torch.rand(channels, dtype=dtype or torch.float32) + 0.5 for _ in range(count)]
+
+
+def _convolution(rng: random.Random, dtype: Any = None) -> dict[str, Any]:
+    """A valid convolution's parts."""
+    import torch
+
+    dtype = dtype or _dtype(rng)
+    groups = rng.choice((1, 1, 2, 8))
+    C, K, R = 8, rng.choice((8, 16, 24)), rng.choice((1, 3))
+    stride, H = rng.choice((1, 2)), rng.choice((4, 5))
+    P = (H + 2 * (R // 2) - R) // stride + 1
+    mean, var, bn_weight, bn_bias = _vectors(4, K)
+    return dict(
+        input=_image(rng, 2, C, H, H, dtype=dtype),
+        weight=torch.randn(K, C // groups, R, R).to(dtype),
+        norm=[mean, var, bn_weight, bn_bias],
+        eps=1e-5,
+        bias=torch.randn(K).to(dtype) if rng.random() < 0.5 else None,
+        stride=stride,
+        padding=R // 2,
+        groups=groups,
+        residual=_image(rng, 2, K, P, P, dtype=dtype) if rng.random() < 0.5 else None,
+        size=(K, R, P),
+    )
+
+
+def _public_conv(rng: random.Random) -> list[Any]:
+    c = _convolution(rng)
+    geometry = [[c["stride"]] * 2, [c["padding"]] * 2, [1, 1], c["groups"]]
+    return [c["input"], c["weight"], *c["norm"], c["eps"], c["bias"], *geometry]
+
+
+def _conv_bn_act(rng: random.Random) -> list[Any]:
+    arguments = _public_conv(rng)
+    return [*arguments, None, rng.choice(("relu", "none"))]
+
+
+def _conv_bn_act_max_pool(rng: random.Random) -> list[Any]:
+    return [*_public_conv(rng), "relu", [2, 2], [2, 2], [1, 1]]
+
+
+def _norm_conv_bn_act(rng: random.Random) -> list[Any]:
+    x, *rest = _conv_bn_act(rng)
+    return [x, *_vectors(4, x.size(1)), 1e-5, *rest]
+
+
+def _packed_conv(rng: random.Random) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    import torch
+
+    c = _convolution(rng)
+    if torch.ops.fused_resnet.conv_isa():
+        packed = torch.ops.fused_resnet.pack_conv_weight(c["weight"], c["groups"])
+    else:
+        packed = torch.zeros(c["weight"].numel())
+    numbers = [c["stride"]] * 2 + [c["padding"]] * 2 + [1, 1, c["groups"]]
+    head = [c["weight"], packed, *c["norm"], c["eps"], c["bias"], *numbers]
+    return [c["input"]], [*head, c["residual"], True], c
+
+
+def _conv_bn_act_packed(rng: random.Random) -> list[Any]:
+    first, rest, c = _packed_conv(rng)
+    if c["groups"] == 1 and rng.random() < 0.5:
+        rest[-2] = None
+        return [*first, *rest, [2, 2, 2, 2, 1, 1]]
+    return [*first, *rest, []]
+
+
+def _norm_conv_bn_act_packed(rng: random.Random) -> list[Any]:
+    first, rest, _ = _packed_conv(rng)
+    return [*first, *_vectors(4, first[0].size(1)), 1e-5, *rest]
+
+
+def _block_parts(rng: random.Random, per_layer: int, packed: bool) -> list[Any]:
+    import torch
+
+    dtype = _dtype(rng)
+    channels, tensors = 16, []
+    numbers: list[int] = []
+    for _ in range(2):
+        weight = torch.randn(channels, channels, 3, 3).to(dtype)
+        mean, var, bn_weight, bn_bias = _vectors(4, channels)
+        bias = torch.randn(channels).to(dtype)
+        if packed:
+            copy = torch.zeros(channels * channels * 9)
+            if torch.ops.fused_resnet.conv_isa():
+                copy = torch.ops.fused_resnet.pack_conv_weight(weight, 1)
+            tensors += [weight, copy, mean, var, bn_weight, bn_bias, bias]
+        elif per_layer == 4:
+            tensors += [weight, bias, bn_weight, bn_bias]
+        else:
+            tensors += [weight, mean, var, bn_weight, bn_bias, bias]
+        numbers += [1, 1, 1, 1, 1, 1, 1]
+    return [_image(rng, 2, channels, 5, 4, dtype=dtype), tensors, numbers, [1e-5, 1e-5]]
+
+
+def _residual_blocks(rng: random.Random) -> list[Any]:
+    return [*_block_parts(rng, 6, False), [2], [False]]
+
+
+def _residual_blocks_packed(rng: random.Random) -> list[Any]:
+    return [*_block_parts(rng, 7, True), [2], [0]]
+
+
+def _block_training(rng: random.Random) -> list[Any]:
+    return [*_block_parts(rng, 4, False), False, rng.random() < 0.5]
+
+
+def _block_training_backward(rng: random.Random) -> list[Any]:
+    import torch
+
+    x, parameters, *description = _block_training(rng)
+    with torch.no_grad():
+        output, *kept = torch.ops.fused_resnet.block_training(x, parameters, *description)
+    need = [True] * (1 + len(parameters))
+    return [torch.randn_like(output), x, output, parameters, kept, need, *description]
+
+
+def _stem_training(rng: random.Random) -> list[Any]:
+    x, parameters, numbers, _ = _block_parts(rng, 4, False)
+    return [x, parameters[:4], numbers[:7], 1e-5, [3, 3, 2, 2, 1, 1]]
+
+
+def _stem_training_backward(rng: random.Random) -> list[Any]:
+    import torch
+
+    x, parameters, *description = _stem_training(rng)
+    with torch.no_grad():
+        output, *kept = torch.ops.fused_resnet.stem_training(x, parameters, *description)
+    return [torch.randn_like(output), x, parameters, kept, [True] * 5, *description]
+
+
+def _norm_input(rng: random.Random) -> tuple[Any, int]:
+    import torch
+
+    dtype = rng.choice((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+    C = rng.choice((3, 8, 16, 64))
+    return _image(rng, 3, C, 4, rng.choice((4, 5)), dtype=dtype), C
+
+
+def _accumulated(x: Any) -> Any:
+    import torch
+
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _batch_norm_act_inference(rng: random.Random) -> list[Any]:
+    x, C = _norm_input(rng)
+    return [x, *_vectors(4, C, _accumulated(x)), 1e-5, x.clone(), "relu"]
+
+
+def _batch_norm_act_training(rng: random.Random) -> list[Any]:
+    x, C = _norm_input(rng)
+    return [x, *_vectors(2, C, _accumulated(x)), 1e-5, x.clone(), "relu"]
+
+
+def _backward_parts(rng: random.Random) -> tuple[list[Any], Any]:
+    x, C = _norm_input(rng)
+    weight, bias, mean, var = _vectors(4, C, _accumulated(x))
+    output = x.clone() if rng.random() < 0.5 else None
+    return [x.clone(), x, output, weight, bias, mean, var, 1e-5, True], x
+
+
+def _batch_norm_act_backward(rng: random.Random) -> list[Any]:
+    parts, x = _backward_parts(rng)
+    return [*parts, rng.random() < 0.5, x.clone(), x.clone()]
+
+
+def _batch_norm_act_backward_sums(rng: random.Random) -> list[Any]:
+    return _backward_parts(rng)[0]
+
+
+def _batch_norm_act_backward_input(rng: random.Random) -> list[Any]:
+    parts, x = _backward_parts(rng)
+    return [*parts, *_vectors(2, x.size(1), _accumulated(x)), 30.0, x.clone()]
+
+
+def _train_batch_norm_act(rng: random.Random) -> list[Any]:
+    return [*_batch_norm_act_training(rng), rng.random() < 0.5]
+
+
+def _norm_vectors(rng: random.Random) -> list[Any]:
+    return [*_vectors(4, 8), 1e-5]
+
+
+def _scale_shift_act(rng: random.Random) -> list[Any]:
+    x, C = _norm_input(rng)
+    residual = x[:, : rng.randint(1, C)].clone()
+    return [x, *_vectors(2, C, _accumulated(x)), residual, "relu"]
+
+
+def _conv_input_gradient(rng: random.Random) -> list[Any]:
+    import torch
+
+    dtype = _dtype(rng)
+    R = rng.choice((1, 3))
+    stride = 2 if R == 1 and rng.random() < 0.5 else 1
+    P = (5 - 1) // stride + 1 if R == 1 else 5
+    grad = _image(rng, 2, 16, P, P, dtype=dtype)
+    weight = torch.randn(16, 8, R, R).to(dtype)
+    out = _image(rng, 2, 8, 5, 5, dtype=dtype)
+    return [grad, weight, stride, stride, R // 2, R // 2, 1, 1, out, rng.random() < 0.5]
+
+
+def _max_pool_gradient(rng: random.Random) -> list[Any]:
+    dtype = _dtype(rng)
+    x = _image(rng, 2, 8, 6, 6, dtype=dtype, last=True)
+    grad = _image(rng, 2, 8, 3, 3, dtype=dtype, last=True)
+    return [grad, x, *_vectors(2, 8), [3, 3, 2, 2, 1, 1]]
+
+
+OPERATORS: dict[str, Callable[[random.Random], list[Any]]] = {
+    "batch_norm_act_backward": _batch_norm_act_backward,
+    "batch_norm_act_backward_input": _batch_norm_act_backward_input,
+    "batch_norm_act_backward_sums": _batch_norm_act_backward_sums,
+    "batch_norm_act_inference": _batch_norm_act_inference,
+    "batch_norm_act_training": _batch_norm_act_training,
+    "batch_statistics": lambda rng: [_norm_input(rng)[0]],
+    "block_training": _block_training,
+    "block_training_backward": _block_training_backward,
+    "conv_bn_act": _conv_bn_act,
+    "conv_bn_act_max_pool": _conv_bn_act_max_pool,
+    "conv_bn_act_packed": _conv_bn_act_packed,
+    "conv_input_gradient": _conv_input_gradient,
+    "max_pool_gradient": _max_pool_gradient,
+    "norm_conv_bn_act": _norm_conv_bn_act,
+    "norm_conv_bn_act_packed": _norm_conv_bn_act_packed,
+    "norm_vectors": _norm_vectors,
+    "pack_conv_weight": lambda rng: [_convolution(rng)["weight"], 1],
+    "pool_empty_like": lambda rng: [_norm_input(rng)[0]],
+    "residual_blocks": _residual_blocks,
+    "residual_blocks_packed": _residual_blocks_packed,
+    "scale_shift_act": _scale_shift_act,
+    "stem_training": _stem_training,
+    "stem_training_backward": _stem_training_backward,
+    "train_batch_norm_act": _train_batch_norm_act,
+}
+
+
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--calls", type=int, default=3000, help="how many (default: 3000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="the first call's index")
+    parser.add_argument("--kinds", choices=("all", "public", "raw"), default="all")
+    parser.add_argument("--isa", choices=("all", *ISAS), default="all", help="instruction set")
+    parser.add_argument("--sanitize", action="store_true", help="build and run with sanitizers")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds a call may take")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--library", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = parsed()
+    if options.child:
+        run_child(options)
+    run = Run(options)
+    run.all()
+    for outcome, count in sorted(run.outcomes.items()):
+        print(f"{count:8d}  {outcome}")
+    ours = [finding for finding in run.findings if not finding.get("library")]
+    print(
+        f"{options.calls} calls, {len(ours)} findings, {len(run.findings) - len(ours)} of the "
+        "library's convolution"
+    )
+    return 1 if ours else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
