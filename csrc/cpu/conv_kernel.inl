@@ -19,7 +19,7 @@ int64_t block_k(const Conv& conv) {
 }
 constexpr int kTilePixels = FR_TILE_PIXELS;
 constexpr int kGroups = 2;
-constexpr int64_t kChunk = 512;
+constexpr int64_t kChunk = 128;
 
 typedef float Vec __attribute__((vector_size(FR_VECTOR_BYTES)));
 typedef float VecUnaligned __attribute__((vector_size(FR_VECTOR_BYTES), aligned(4)));

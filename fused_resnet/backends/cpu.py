@@ -654,6 +654,7 @@ def _runs_natively(
         return False
     # So few pixels that reading the weight is all there is to do, which the library reorders first.
     few = input.size(0) * input.size(2) * input.size(3) <= _FEW_PIXELS * stride[0] * stride[1]
+    few = few and input.is_contiguous(memory_format=torch.channels_last)
     return few or not is_sound(input, weight, stride, padding, dilation)
 
 

@@ -193,8 +193,9 @@ def batch_norm_act_backward(
         norm = (weight, bias, mean, var, eps, activation)
         grad = torch.ops.aten.threshold_backward(grad, _output(input, output, *norm, finish), 0)
     accumulate = torch.float64 if input.dtype is torch.float64 else torch.float32
-    mean, var = mean.to(accumulate), var.to(accumulate)
-    weight = None if weight is None else weight.to(accumulate)
+    # aten's kernel reads expanded vectors as if they were dense.
+    mean, var = mean.to(accumulate).contiguous(), var.to(accumulate).contiguous()
+    weight = None if weight is None else weight.to(accumulate).contiguous()
     statistics = (None, None, mean, (var + eps).rsqrt_()) if training else (mean, var, None, None)
     gradients = torch.ops.aten.native_batch_norm_backward(
         grad, input, weight, *statistics, training, eps, tuple(need[:3])

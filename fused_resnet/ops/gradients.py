@@ -63,8 +63,9 @@ def norm_backward(
         The gradients; those of the weight and bias in the accumulation dtype.
     """
     accumulate = accumulation_dtype(grad.dtype)
-    mean, var = mean.to(accumulate), var.to(accumulate)
-    weight = None if weight is None else weight.to(accumulate)
+    # aten's kernels read expanded vectors as if they were dense.
+    mean, var = mean.to(accumulate).contiguous(), var.to(accumulate).contiguous()
+    weight = None if weight is None else weight.to(accumulate).contiguous()
     if grad.numel() == 0:  # aten's kernel divides by the number of values
         zeros = mean.new_zeros(grad.size(1))
         return torch.empty_like(grad), zeros, zeros
