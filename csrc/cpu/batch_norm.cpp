@@ -14,8 +14,9 @@
 // find their values in the cache for the second visit, were tried, and take longer, because
 // prefetching does not follow such strides.
 //
-// Values are summed in float in pieces of a fixed size and those sums in double in a fixed order,
-// so that the result depends on nothing but the input: not on the number of threads.
+// Statistics are summed in double, gradients in float in pieces of a fixed size and those sums in
+// double, all in a fixed order, so that the result depends on nothing but the input: not on the
+// number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -40,6 +41,8 @@ using torch::stable::parallel_for;
 
 // Rows, or values of one channel for each column of kRunColumns, that are summed in float.
 constexpr int64_t kRowsPerSum = 64;
+// Rows whose statistics, summed in double, are merged at once.
+constexpr int64_t kRowsPerMerge = 4 * kRowsPerSum;
 // A run of one channel is a matrix of this many columns.
 constexpr int64_t kRunColumns = 64;
 // Channels-last images are cut into at most this many tasks, whose sums are kept apart.
@@ -147,9 +150,9 @@ std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout
           for (int64_t task = begin; task < end; ++task) {
             const int64_t first = task * tasks.rows;
             const int64_t last = std::min(first + tasks.rows, images);
-            for (int64_t row = first; row < last; row += kRowsPerSum) {
+            for (int64_t row = first; row < last; row += kRowsPerMerge) {
               kernels.column_statistics(data + row * channels * size,
-                                        std::min(kRowsPerSum, last - row), channels, scratch.data(),
+                                        std::min(kRowsPerMerge, last - row), channels, scratch.data(),
                                         row - first, &sums[task * channels],
                                         &task_squares[task * channels]);
             }

@@ -80,11 +80,11 @@ struct ColumnSums {
   // Whether all of these have kept digits enough, as sums without a shift do unless values lie far
   // from zero and close together.
   bool have_digits(int64_t columns, double per_row) const {
-    bool enough = true;
+    int64_t lost = 0;  // not a bool, so that the loop is vectorised
     for (int64_t i = 0; i < columns; ++i) {
-      enough &= within(i, per_row) >= 0x1p-20 * squared[i];
+      lost += within(i, per_row) >= 0x1p-20 * squared[i] ? 0 : 1;
     }
-    return enough;
+    return lost == 0;
   }
 
   // Pairwise merging of sums of squared deviations: Chan, Golub and LeVeque, "Updating formulae and
@@ -96,10 +96,10 @@ struct ColumnSums {
       const double mean = shift[i] + deviations[i] * per_added;
       const double difference = mean - sum[i] * per_count;
       // Squares that overflow, as those of large float64 values do, are infinite, not NaN.
-      const bool overflown = squared[i] - squared[i] != 0 && deviations[i] - deviations[i] == 0;
+      double own = deviations[i] - deviations[i] == 0 ? squared[i] : within(i, per_added);
+      own = squared[i] - squared[i] == 0 ? within(i, per_added) : own;
       sum[i] += mean * added;
-      squares[i] += (overflown ? squared[i] : within(i, per_added)) +
-                    difference * weight * difference;
+      squares[i] += own + difference * weight * difference;
     }
   }
 };
