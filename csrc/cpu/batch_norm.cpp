@@ -152,8 +152,8 @@ std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout
             const int64_t last = std::min(first + tasks.rows, images);
             for (int64_t row = first; row < last; row += kRowsPerMerge) {
               kernels.column_statistics(data + row * channels * size,
-                                        std::min(kRowsPerMerge, last - row), channels, scratch.data(),
-                                        row - first, &sums[task * channels],
+                                        std::min(kRowsPerMerge, last - row), channels,
+                                        scratch.data(), row - first, &sums[task * channels],
                                         &task_squares[task * channels]);
             }
           }
@@ -164,22 +164,22 @@ std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout
                      const auto before = static_cast<double>(task * tasks.rows);
                      const double added =
                          static_cast<double>(std::min(tasks.rows, images - task * tasks.rows));
-                     const double per_before = before > 0 ? 1 / before : 0, per_added = 1 / added;
                      const double weight = added * before / (added + before);
                      const double* task_sum = &sums[task * channels];
                      const double* within = &task_squares[task * channels];
                      for (int64_t c = begin; c < end; ++c) {
-                       const double difference = task_sum[c] * per_added - sum[c] * per_before;
+                       const double difference =
+                           task_sum[c] / added - sum[c] / std::max(before, 1.0);
                        sum[c] += task_sum[c];
                        squares[c] += within[c] + difference * weight * difference;
                      }
                    }
                  });
   }
-  const double per_value = 1 / static_cast<double>(images * length);
+  const auto values = static_cast<double>(images * length);
   for (int64_t c = 0; c < channels; ++c) {
-    sum[c] *= per_value;
-    squares[c] *= per_value;
+    sum[c] /= values;
+    squares[c] /= values;
   }
   return {per_channel<P>(sum), per_channel<P>(squares)};
 }

@@ -177,8 +177,7 @@ struct Float64 {
 };
 
 inline Wide<Float64, 2> widen(__m256 x) {
-  return {_mm256_cvtps_pd(_mm256_castps256_ps128(x)),
-          _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
+  return {_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
 }
 // Straight from memory, which saves taking a register apart.
 inline Wide<Float64, 2> load_wide(Float32, const float* p) {
