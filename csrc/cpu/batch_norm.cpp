@@ -14,8 +14,9 @@
 // find their values in the cache for the second visit, were tried, and take longer, because
 // prefetching does not follow such strides.
 //
-// Values are summed in float in pieces of a fixed size and those sums in double in a fixed order,
-// so that the result depends on nothing but the input: not on the number of threads.
+// Statistics are summed in double, gradients in float in pieces of a fixed size and those sums in
+// double, all in a fixed order, so that the result depends on nothing but the input: not on the
+// number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -40,6 +41,8 @@ using torch::stable::parallel_for;
 
 // Rows, or values of one channel for each column of kRunColumns, that are summed in float.
 constexpr int64_t kRowsPerSum = 64;
+// Rows whose statistics, summed in double, are merged at once.
+constexpr int64_t kRowsPerMerge = 4 * kRowsPerSum;
 // A run of one channel is a matrix of this many columns.
 constexpr int64_t kRunColumns = 64;
 // Channels-last images are cut into at most this many tasks, whose sums are kept apart.
@@ -150,10 +153,10 @@ std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout
           for (int64_t task = begin; task < end; ++task) {
             const int64_t first = task * tasks.rows;
             const int64_t last = std::min(first + tasks.rows, images);
-            for (int64_t row = first; row < last; row += kRowsPerSum) {
+            for (int64_t row = first; row < last; row += kRowsPerMerge) {
               kernels.column_statistics(data + row * channels * size,
-                                        std::min(kRowsPerSum, last - row), channels, scratch.data(),
-                                        row - first, &sums[task * channels],
+                                        std::min(kRowsPerMerge, last - row), channels,
+                                        scratch.data(), row - first, &sums[task * channels],
                                         &task_squares[task * channels]);
             }
           }
@@ -164,22 +167,22 @@ std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout
                      const auto before = static_cast<double>(task * tasks.rows);
                      const double added =
                          static_cast<double>(std::min(tasks.rows, images - task * tasks.rows));
-                     const double per_before = before > 0 ? 1 / before : 0, per_added = 1 / added;
                      const double weight = added * before / (added + before);
                      const double* task_sum = &sums[task * channels];
                      const double* within = &task_squares[task * channels];
                      for (int64_t c = begin; c < end; ++c) {
-                       const double difference = task_sum[c] * per_added - sum[c] * per_before;
+                       const double difference =
+                           task_sum[c] / added - sum[c] / std::max(before, 1.0);
                        sum[c] += task_sum[c];
                        squares[c] += within[c] + difference * weight * difference;
                      }
                    }
                  });
   }
-  const double per_value = 1 / static_cast<double>(images * length);
+  const auto values = static_cast<double>(images * length);
   for (int64_t c = 0; c < channels; ++c) {
-    sum[c] *= per_value;
-    squares[c] *= per_value;
+    sum[c] /= values;
+    squares[c] /= values;
   }
   return {per_channel<P>(sum), per_channel<P>(squares)};
 }

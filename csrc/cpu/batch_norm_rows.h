@@ -80,26 +80,27 @@ struct ColumnSums {
   // Whether all of these have kept digits enough, as sums without a shift do unless values lie far
   // from zero and close together.
   bool have_digits(int64_t columns, double per_row) const {
-    bool enough = true;
+    int64_t lost = 0;  // not a bool, so that the loop is vectorised
     for (int64_t i = 0; i < columns; ++i) {
-      enough &= within(i, per_row) >= 0x1p-20 * squared[i];
+      lost += within(i, per_row) >= 0x1p-20 * squared[i] ? 0 : 1;
     }
-    return enough;
+    return lost == 0;
   }
 
   // Pairwise merging of sums of squared deviations: Chan, Golub and LeVeque, "Updating formulae and
   // a pairwise algorithm for computing sample variances" (1979), equation 2.1.
   void merge_into(double* sum, double* squares, int64_t columns, double added, double count) const {
-    const double per_added = 1 / added, per_count = count > 0 ? 1 / count : 0;
+    const double per_added = 1 / added, before = count > 0 ? count : 1;
     const double weight = added * count / (added + count);
     for (int64_t i = 0; i < columns; ++i) {
       const double mean = shift[i] + deviations[i] * per_added;
-      const double difference = mean - sum[i] * per_count;
+      // Divided, so that the mean of values that are all the same is that value.
+      const double difference = mean - sum[i] / before;
       // Squares that overflow, as those of large float64 values do, are infinite, not NaN.
-      const bool overflown = squared[i] - squared[i] != 0 && deviations[i] - deviations[i] == 0;
+      double own = deviations[i] - deviations[i] == 0 ? squared[i] : within(i, per_added);
+      own = squared[i] - squared[i] == 0 ? within(i, per_added) : own;
       sum[i] += mean * added;
-      squares[i] +=
-          (overflown ? squared[i] : within(i, per_added)) + difference * weight * difference;
+      squares[i] += own + difference * weight * difference;
     }
   }
 };
@@ -110,7 +111,7 @@ inline double finite_or_zero(double x) {
 }
 
 // So many rows are added up in registers before their sum is added to the columns'.
-constexpr int64_t kRowsAtOnce = 4;
+constexpr int64_t kRowsAtOnce = 4, kStatisticsRowsAtOnce = 8;
 
 template <class V, bool kShifted, int64_t kRows>
 void add_rows(const typename V::Element* row, int64_t columns, const ColumnSums& sums) {
@@ -142,8 +143,8 @@ void sum_columns(const typename V::Element* row, int64_t rows, int64_t columns,
     sums.deviations[i] = sums.squared[i] = 0;
   }
   int64_t r = 0;
-  for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) {
-    add_rows<V, kShifted, kRowsAtOnce>(row + r * columns, columns, sums);
+  for (; r + kStatisticsRowsAtOnce <= rows; r += kStatisticsRowsAtOnce) {
+    add_rows<V, kShifted, kStatisticsRowsAtOnce>(row + r * columns, columns, sums);
   }
   for (; r < rows; ++r) add_rows<V, kShifted, 1>(row + r * columns, columns, sums);
 }
