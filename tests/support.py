@@ -45,6 +45,13 @@ MODELS = [
     "wide_resnet101_2",
 ]
 
+# A model of each kind; the others have more of the same layers, or more channels.
+_REPRESENTATIVE = {"resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"}
+EVERY_MODEL = [
+    name if name in _REPRESENTATIVE else pytest.param(name, marks=pytest.mark.whole)
+    for name in MODELS
+]
+
 # What the fixture `run` is: the command's exit code, output and error output for its arguments.
 Run = Callable[..., tuple[int, str, str]]
 
@@ -121,6 +128,22 @@ def model_conv_shapes() -> tuple[ConvShape, ...]:
                 )
                 shapes[shape] = None
     return tuple(shapes)
+
+
+def every_model_conv_shape() -> list[Any]:
+    """`model_conv_shapes()` as parameters: without `--whole`, one a kind.
+
+    A kind is the filter, stride, dilation, whether there are groups, of how many channels, and
+    whether the channels become more, fewer or neither.
+    """
+    found, kinds = [], set()
+    for shape in model_conv_shapes():
+        each = shape.in_channels // shape.groups if shape.groups > 1 else 0
+        growth = (shape.out_channels > shape.in_channels) - (shape.out_channels < shape.in_channels)
+        kind = (shape.kernel_size, shape.stride, shape.dilation, each, growth)
+        found.append(pytest.param(shape, marks=pytest.mark.whole) if kind in kinds else shape)
+        kinds.add(kind)
+    return found
 
 
 @dataclass

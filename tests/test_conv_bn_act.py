@@ -21,8 +21,8 @@ from support import (
     assert_within_bound,
     conv_bn_exact,
     dtype_id,
+    every_model_conv_shape,
     make_conv_case,
-    model_conv_shapes,
     rerun_on_instruction_set,
     run_python,
     unchanged,
@@ -51,7 +51,7 @@ def check_rule(case: ConvCase) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", model_conv_shapes(), ids=str)
+@pytest.mark.parametrize("shape", every_model_conv_shape(), ids=str)
 def test_every_model_convolution(backend, shape, dtype):
     """Every distinct convolution of the supported models, on a reduced image."""
     if dtype == torch.float64 and math.prod((shape.out_channels, *shape.kernel_size)) > 8192:

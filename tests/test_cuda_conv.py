@@ -25,8 +25,8 @@ from support import (
     assert_same_nonfinite,
     assert_within_bound,
     dtype_id,
+    every_model_conv_shape,
     make_conv_case,
-    model_conv_shapes,
     unchanged,
 )
 from test_conv_bn_act import drawn_cases
@@ -355,7 +355,7 @@ def test_the_operator_keeps_to_its_schema(monkeypatch):
         torch.library.opcheck(operator, arguments, test_utils=["test_schema"])
 
 
-@pytest.mark.parametrize("shape", model_conv_shapes(), ids=str)
+@pytest.mark.parametrize("shape", every_model_conv_shape(), ids=str)
 def test_choices_for_the_models(shape):
     """Every layer has tiles on every GPU, of the kind that fits it, none larger than the GPU."""
     R, S = shape.kernel_size

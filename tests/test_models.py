@@ -9,7 +9,7 @@ import torch
 import torchvision
 from support import (
     BLOCKS,
-    MODELS,
+    EVERY_MODEL,
     assert_gradients_by_error_rule,
     assert_same_bits,
     double_copy,
@@ -38,7 +38,7 @@ def build(name, dtype=torch.float32, **arguments):
 
 
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EVERY_MODEL)
 def test_inference(name, dtype):
     """Fused against eager by the error rule, channels_last, on the backend a user gets."""
     eager = build(name, dtype).to(memory_format=torch.channels_last)
@@ -57,7 +57,7 @@ def statistics(model):
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EVERY_MODEL)
 def test_gradients(name, dtype, mode):
     """Gradients of every parameter and of the input by the error rule."""
     eager = build(name, dtype).train(mode == "train")
@@ -66,7 +66,7 @@ def test_gradients(name, dtype, mode):
 
 
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EVERY_MODEL)
 def test_running_statistics(name, dtype):
     """A forward pass in train mode updates every buffer as eager does."""
     eager = build(name, dtype).train()

@@ -247,6 +247,7 @@ SINGLE = [
 PUBLIC = SINGLE + WHOLE
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
 @pytest.mark.parametrize("name", SINGLE)
 def test_opcheck(backend, name, dtype):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from support import (
     BLOCKS,
-    MODELS,
+    EVERY_MODEL,
     assert_same_bits,
     double_copy,
     image_batch,
@@ -97,7 +97,7 @@ def test_fuse_changes_classes_and_nothing_else(block):
     assert {n: id(p) for n, p in model.named_parameters()} == parameters
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EVERY_MODEL)
 def test_state_dicts_of_every_model(name):
     """Equal key by key before and after, loading strictly both ways, every block fused."""
     with torch.device("meta"):

@@ -25,9 +25,9 @@ from support import (
     assert_within_bound,
     double_copy,
     dtype_id,
+    every_model_conv_shape,
     image_batch,
     make_conv_case,
-    model_conv_shapes,
     run_python,
     small_resnet,
     unchanged,
@@ -114,7 +114,7 @@ def reduced(shape: ConvShape) -> ConvShape:
     )
 
 
-@pytest.mark.parametrize("shape", model_conv_shapes(), ids=str)
+@pytest.mark.parametrize("shape", every_model_conv_shape(), ids=str)
 def test_every_model_convolution(triton, shape):
     """Every distinct convolution of the supported models on a small image, all channels.
 

@@ -19,6 +19,12 @@ from support import run_python
 BENCH = Path(__file__).parents[1] / "bench"
 REPORTS = sorted((BENCH / "results" / "static").glob("triton-*.json"))
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
+# Compiled without --whole; of the others there are the reports.
+COMPILED = "sm_90"
+EVERY_ARCHITECTURE = [
+    name if name == COMPILED else pytest.param(name, marks=pytest.mark.whole)
+    for name in ARCHITECTURES
+]
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
 TILE = ["block_m", "block_n", "block_k", "num_warps", "num_stages"]
 # What one program may have, bytes: CUDA C++ Programming Guide, technical specifications.
@@ -115,7 +121,7 @@ def compiled(architecture: str) -> list[dict]:
     return json.loads(out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_what_compiles_now(architecture):
     entries = compiled(architecture)
     assert {entry["kernel"] for entry in entries} >= {
@@ -166,7 +172,7 @@ def chains_compiled(architecture: str) -> list[dict]:
     return json.loads(out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_chains_compile_now(architecture):
     entries = chains_compiled(architecture)
     reported = f"triton-{importlib.metadata.version('triton')}" in {path.stem for path in REPORTS}
@@ -201,7 +207,7 @@ def test_where_launches_in_a_row_wait(architecture):
         assert before.index("trigger") == before.count("prefetch") == asked, order
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_norms_compile_now(architecture):
     out = run_python(
         f"""
@@ -219,7 +225,7 @@ def test_norms_compile_now(architecture):
         judge_norm(entry)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_masks_compile_now(architecture):
     """Two norms in an add and back, its mask as bits: no spills, wide accesses but to bits."""
     out = run_python(
@@ -247,7 +253,7 @@ def test_masks_compile_now(architecture):
             assert entry["global_stores"]["STG.128"] >= 2, (name, entry)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_norms_in_the_loads_of_convolutions(architecture):
     """The tiles with the most registers: no spills, tensor cores, accesses of 16 bytes.
 
@@ -285,7 +291,7 @@ def test_norms_in_the_loads_of_convolutions(architecture):
         assert entry["global_stores"]["STG.128"] > 0, entry
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_stems_in_training_compile_now(architecture):
     """No spills, room for many programs; whole accesses to every pixel of a window."""
     out = run_python(
@@ -324,7 +330,7 @@ def test_stems_in_training_compile_now(architecture):
         assert entry["global_stores"] == stored, entry
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_norms_at_the_ends_of_convolutions(architecture):
     """The largest tile of each kind: no spills, tensor cores, copies and accesses of 16 bytes."""
     out = run_python(
