@@ -79,7 +79,7 @@ class Run:
         self.environment = dict(os.environ)
         if options.sanitize:
             self.environment.update(build_sanitized())
-        else:
+        elif (ROOT / "fused_resnet" / "_C.abi3.so").exists():  # else the installed one
             path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
             self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         self.environment["OMP_NUM_THREADS"] = "2"
