@@ -153,7 +153,8 @@ class Run:
                 now = journal.stat().st_size
                 if now != size:
                     size, since = now, time.monotonic()
-                elif time.monotonic() - since > self.options.timeout:
+                # Before the first call there is what takes its time: importing torch.
+                elif time.monotonic() - since > self.options.timeout + (300 if size == 0 else 0):
                     process.kill()
                     process.wait()
                     return True
