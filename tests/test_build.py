@@ -192,6 +192,15 @@ def test_architecture_flags():
     ]
 
 
+def test_sanitizers():
+    flags = native.sanitizer_flags("address,undefined")
+    assert "-fsanitize=address,undefined" in flags
+    assert "-fno-sanitize-recover=all" in flags
+    assert native.sanitizer_flags("") == []
+    with pytest.raises(toolchain.BuildError, match="FUSED_RESNET_SANITIZE is 'adress'"):
+        native.sanitizer_flags("adress")
+
+
 def test_max_jobs():
     assert toolchain.max_jobs({}) == len(os.sched_getaffinity(0))
     assert toolchain.max_jobs({"MAX_JOBS": "3"}) == 3

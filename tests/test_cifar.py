@@ -471,7 +471,7 @@ def test_residuals_of_a_norm_that_do_not_fit():
             fused_resnet.functional.batch_norm_act(
                 x, ones, ones, residual=torch.randn(shape), pad_residual=True
             )
-        with pytest.raises(RuntimeError, match="residual has shape"):
+        with pytest.raises(ValueError, match="residual has shape"):
             torch.ops.fused_resnet.scale_shift_act(x, ones, ones, torch.randn(shape), "relu")
 
 

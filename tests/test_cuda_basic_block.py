@@ -458,19 +458,19 @@ def test_bad_arguments():
     def run(x: Tensor, one: tuple, other: tuple, tile: int = 0) -> None:
         operator(x, *one[:7], *other[:7], tile)
 
-    with pytest.raises(RuntimeError, match="tile is 4, must be at least 0 and below 4"):
+    with pytest.raises(ValueError, match="tile is 4, must be at least 0 and below 4"):
         run(case.input, first, second, len(TILES))
-    with pytest.raises(RuntimeError, match="tile is -1"):
+    with pytest.raises(ValueError, match="tile is -1"):
         run(case.input, first, second, -1)
-    with pytest.raises(RuntimeError, match="input must be"):
+    with pytest.raises(ValueError, match="input must be"):
         run(case.input[:, :32], first, second)
-    with pytest.raises(RuntimeError, match="float16 or bfloat16"):
+    with pytest.raises(ValueError, match="float16 or bfloat16"):
         run(case.input.float(), first, second)
-    with pytest.raises(RuntimeError, match="weights must be"):
+    with pytest.raises(ValueError, match="weights must be"):
         run(case.input, (first[0][:, :, :2], *first[1:]), second)
-    with pytest.raises(RuntimeError, match="weights must be"):
+    with pytest.raises(ValueError, match="weights must be"):
         run(case.input, first, (second[0].bfloat16(), *second[1:]))
-    with pytest.raises(RuntimeError, match="running_mean must have 64 elements"):
+    with pytest.raises(ValueError, match="running_mean must have 64 elements"):
         run(case.input, first, (second[0], second[1][:63], *second[2:]))
     empty = operator(case.input[:0], *first[:7], *second[:7], 0)
     assert empty.shape == (0, C, 3, 3)

@@ -404,11 +404,11 @@ def test_small_problems_are_shared_and_large_ones_are_not():
 
 def test_tiles_that_cannot_run_a_problem_are_refused():
     case = case_of(KINDS["stem"][1], size=(9, 9), dtype=torch.float16)
-    with pytest.raises(RuntimeError, match="cannot run"):
+    with pytest.raises(ValueError, match="cannot run"):
         run(case, smallest(VECTORS, torch.float16).tile)
-    with pytest.raises(RuntimeError, match="cannot run"):
+    with pytest.raises(ValueError, match="cannot run"):
         run(case, smallest(DIAGONAL, torch.float16).tile)
-    with pytest.raises(RuntimeError, match="tile must be"):
+    with pytest.raises(ValueError, match="tile must be"):
         run(case, dataclasses.replace(smallest(ELEMENTS, torch.float16).tile, split_k=0))
 
 

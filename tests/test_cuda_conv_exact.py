@@ -337,7 +337,7 @@ def test_narrow_residuals_that_do_not_fit(tile):
     N, K, P, Q = case.residual.shape
     for shape in ((N, K + 1, P, Q), (N, 0, P, Q), (N, K - 1, P, Q + 1), (N + 1, K - 1, P, Q)):
         residual = torch.zeros(shape, dtype=tile.dtype)
-        with pytest.raises(RuntimeError, match="residual must have the output's shape"):
+        with pytest.raises(ValueError, match="residual must have the output's shape"):
             run(tile, dataclasses.replace(case, residual=residual))
 
 

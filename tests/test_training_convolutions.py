@@ -113,7 +113,7 @@ def test_gradients_left_to_the_library():
 @pytest.mark.quick
 def test_a_gradient_of_another_size():
     grad, x, weight, geometry = make_convolution(CONVOLUTIONS[0])
-    with pytest.raises(RuntimeError, match="size of the convolution's output"):
+    with pytest.raises(ValueError, match="size of the convolution's output"):
         cpu.conv_input_gradient(grad[:, :, 1:], x, weight, *geometry, 1)
 
 
