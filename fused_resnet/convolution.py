@@ -1,7 +1,7 @@
 """torch's convolution and its gradients, kept from the shapes that oneDNN gets wrong.
 
-On a CPU torch leaves most convolutions to oneDNN, some versions of which fail for a few shapes (all
-of them in 3.12, which comes with torch 2.14):
+On a CPU torch leaves most convolutions to oneDNN, some versions of which fail for a few shapes (as
+3.12 does, which comes with torch 2.14):
 
 - Where an output sees no column, or no row, of the image, only padding, a kernel is called that was
   never made: a segmentation fault, in any dtype.
