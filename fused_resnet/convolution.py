@@ -1,7 +1,7 @@
 """torch's convolution and its gradients, kept from the shapes that oneDNN gets wrong.
 
-On a CPU torch leaves most convolutions to oneDNN, some versions of which fail for a few shapes (all
-of them in 3.12, which comes with torch 2.14):
+On a CPU torch leaves most convolutions to oneDNN, some versions of which fail for a few shapes (as
+3.12 does, which comes with torch 2.14):
 
 - Where an output sees no column, or no row, of the image, only padding, a kernel is called that was
   never made: a segmentation fault, in any dtype.
@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 _aten = torch.ops.aten
 # Channels of float32 in the widest vector.
@@ -67,7 +68,7 @@ def conv2d(
         input, weight = input.float(), weight.float()
         bias = None if bias is None else bias.float()
     if detour.sample and not any(padding):
-        input, stride = input[:, :, :: stride[0], :: stride[1]], (1, 1)
+        input, stride = _sampled(input, stride), (1, 1)
     return torch.conv2d(input, weight, bias, stride, padding, dilation, groups).to(dtype)
 
 
@@ -104,11 +105,13 @@ def conv2d_backward(
     need_input, need_weight, need_bias = need
     by_sample = need_weight and detour.sample and not any(padding)
     need = (need_input, need_weight and not by_sample, need_bias)
-    grad_input, grad_weight, grad_bias = _backward(
-        grad, input, weight, stride, padding, dilation, groups, need
-    )
+    grad_input = grad_weight = grad_bias = None
+    if any(need):
+        grad_input, grad_weight, grad_bias = _backward(
+            grad, input, weight, stride, padding, dilation, groups, need
+        )
     if by_sample:
-        sampled = input[:, :, :: stride[0], :: stride[1]][..., : grad.size(2), : grad.size(3)]
+        sampled = _sampled(input, stride)
         once, only = (1, 1), (False, True, False)
         grad_weight = _backward(grad, sampled, weight, once, (0, 0), once, groups, only)[1]
     if detour.pad and grad_input is not None:
@@ -165,6 +168,12 @@ def _detour(
 def _padded(input: Tensor, padding: Sequence[int]) -> Tensor:
     pad_h, pad_w = padding
     return F.pad(input, (pad_w, pad_w, pad_h, pad_h))
+
+
+def _sampled(input: Tensor, stride: Sequence[int]) -> Tensor:
+    # In the layout of `input`, by which the library chooses that of its output.
+    sampled = input[:, :, :: stride[0], :: stride[1]]
+    return sampled.contiguous(memory_format=suggest_memory_format(input))
 
 
 def _backward(
