@@ -32,6 +32,7 @@ INTERNAL = {
     "batch_statistics",
     "conv_bn_act_packed",
     "conv_input_gradient",
+    "conv_weight_is_packed",
     "max_pool_gradient",
     "norm_conv_bn_act_packed",
     "norm_vectors",

@@ -10,6 +10,7 @@
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -626,10 +627,30 @@ Tensor tensor_in_memory(const std::vector<int64_t>& sizes, const std::vector<int
                                   release);
 }
 
+// Whether tensors lie in the pool's memory. They cannot be resized there: the stable ABI has no way
+// to make such a storage.
+bool uses_pool() {
+  static const std::string chosen = [] {
+    const char* value = std::getenv("FUSED_RESNET_CPU_POOL");
+    return std::string(value == nullptr || *value == 0 ? "1" : value);
+  }();
+  STD_TORCH_CHECK(chosen == "0" || chosen == "1", "FUSED_RESNET_CPU_POOL is '", chosen,
+                  "', must be 0 or 1");
+  return chosen == "1";
+}
+
 }  // namespace
 
 Tensor pool_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                    ScalarType dtype) {
+  if (!uses_pool()) {
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+        aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+  }
   return tensor_in_memory(sizes, strides, dtype, pool_allocate, pool_release);
 }
 
