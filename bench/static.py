@@ -606,7 +606,9 @@ def write_tiles(architectures: Iterable[str], kernels: Iterable[str]) -> None:
     What the record of the running Triton has of other architectures and kernels is kept.
     """
     version = ".".join(triton.__version__.split(".")[:2])
-    kept = compiler.Compiled(version, frozenset(), {}, {}, frozenset())
+    kept = compiler.Compiled(
+        version, dict.fromkeys((CHAIN, PAIR, CONV), frozenset()), {}, {}, frozenset()
+    )
     if version in compiler.known():
         kept = compiler.recorded(version)
     gpus = {name: ARCHITECTURES[GPUS[name]] for name in architectures}
@@ -629,8 +631,13 @@ def write_tiles(architectures: Iterable[str], kernels: Iterable[str]) -> None:
         spilled = {key for key in spilled if key[0] not in majors}
         for name in gpus:
             spilled |= set(spilled_convolutions(name))
+    compiled_for = {
+        kernel: known | (majors if kernel in kernels else frozenset())
+        for kernel, known in kept.majors.items()
+    }
+    compiled_for[PAIR] &= frozenset(_PAIRS)
     record = compiler.Compiled(
-        version, kept.majors | majors, tables[CHAIN][1], tables[PAIR][1], frozenset(spilled)
+        version, compiled_for, tables[CHAIN][1], tables[PAIR][1], frozenset(spilled)
     )
     path.write_text(compiler.text(record))
 

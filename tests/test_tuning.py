@@ -1400,7 +1400,7 @@ def test_which_blocks_are_chains() -> None:
 @pytest.mark.parametrize("gpu", architecture.ARCHITECTURES.values(), ids=lambda gpu: gpu.name)
 def test_chain_candidates_fit(gpu: architecture.Architecture) -> None:
     """In shared memory and registers, by what was compiled; where nothing was, there is none."""
-    compiled = {kind[0] for kind in compiler.current(gpu.capability[0]).chain}
+    compiled = {kind[0] for kind in compiler.current(CHAIN, gpu.capability[0]).chain}
     for problem in layers.chains_of_model("resnet50", 32, "float16"):
         first, *others = chain.candidates(problem, gpu)
         assert first.kernel == "convolutions"
@@ -1536,3 +1536,78 @@ def test_dry_run_lists_blocks(run: Run) -> None:
     assert "resnet50, batch 256, float16: blocks, predicted for H100, nothing was timed" in out
     assert "block 64x56x56 to 256" in out
     assert "chain 128x" in out
+
+
+def test_tiles_are_those_of_the_version_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its record for the GPU's architecture, or by the nearest version that has one."""
+    none: dict = {}
+    recorded = {
+        version: compiler.Compiled(
+            version, {"conv": frozenset(majors), "chain": frozenset(), "pair": frozenset()},
+            none, none, frozenset(spilled),
+        )
+        for version, majors, spilled in (
+            ("3.6", {8}, set()),
+            ("3.8", {8, 10}, {(10, "16 bits", False, 128, 128, 64, 4)}),
+            ("3.10", {8, 10}, set()),
+        )
+    }  # fmt: skip
+    monkeypatch.setattr(compiler, "known", lambda: tuple(recorded))
+    monkeypatch.setattr(compiler, "recorded", recorded.__getitem__)
+    monkeypatch.setattr(compiler, "nearest", compiler.nearest.__wrapped__)
+    assert compiler.nearest("3.8", "conv", 10) == "3.8"
+    assert compiler.nearest("3.7", "conv", 8) == "3.8"
+    assert compiler.nearest("3.6", "conv", 10) == "3.8"
+    assert compiler.nearest("3.9", "conv", 10) == "3.10"
+    assert compiler.nearest("4.0", "conv", 8) == "3.10"
+    assert compiler.nearest("3.5", "pair", 9) == "3.6"
+    assert compiler.nearest(None, "conv", 9) == "3.10"
+
+    blackwell = architecture.ARCHITECTURES["B200"]
+    problem = ConvProblem(
+        32, 512, 7, 7, 2048, 1, 1, (1, 1), (0, 0), (1, 1), 1, "float16", True, None
+    )
+    tile = Tile(128, 128, 64, 1, 4, 3)
+    chosen = {}
+    for version in ("3.8", "3.10"):
+        monkeypatch.setattr(compiler, "running", lambda version=version: version)
+        chosen[version] = tile in estimate.candidates(problem, blackwell)
+    assert chosen == {"3.8": False, "3.10": True}
+
+
+@pytest.mark.parametrize("version", compiler.known())
+def test_records_of_tiles(version: str) -> None:
+    """Each is written as it is read, and its tiles fit the GPUs they are for."""
+    record = compiler.recorded(version)
+    assert (compiler.FOLDER / f"triton-{version}.json").read_text() == compiler.text(record)
+    largest = {
+        major: max(
+            gpu.shared_per_block
+            for gpu in architecture.ARCHITECTURES.values()
+            if gpu.capability[0] == major
+        )
+        for major in (8, 9, 10, 12)
+    }
+    for kernel, tiles, shapes in (
+        ("chain", record.chain, chain.SHAPES),
+        ("pair", record.pair, chain.PAIR_SHAPES),
+    ):
+        assert {kind[0] for kind in tiles} <= record.majors[kernel]
+        for (major, width, *_), made in tiles.items():
+            assert set(made) <= set(shapes[width])
+            for registers, shared in made.values():
+                assert 0 < registers <= 255
+                assert 0 < shared <= largest[major]
+    assert {key[0] for key in record.spilled} <= record.majors["conv"]
+
+
+def test_predictions_do_not_depend_on_the_version_that_runs() -> None:
+    """They are of one version's tiles: see `compiler.PREDICTED`."""
+    assert compiler.PREDICTED in compiler.known()
+    with compiler.as_of(compiler.NOTHING):
+        inside = compiler.current(CHAIN, 9)
+        with compiler.as_of(compiler.PREDICTED):
+            assert compiler.current(CHAIN, 9).version == compiler.PREDICTED
+        assert compiler.current(CHAIN, 9) is inside is compiler.NOTHING
+        assert [one.kernel for one in chain.candidates(LAST_BLOCK, H100)] == ["convolutions"]
+    assert compiler.current(CHAIN, 9) is not compiler.NOTHING

@@ -381,7 +381,7 @@ def _compiled(
     kind = (
         gpu.capability[0], problem.width, problem.projection is not None, problem.next_width,
     )  # fmt: skip
-    record = compiler.current(gpu.capability[0])
+    record = compiler.current(PAIR if kernel == PAIR else CHAIN, gpu.capability[0])
     return (record.pair if kernel == PAIR else record.chain).get(kind, {})
 
 

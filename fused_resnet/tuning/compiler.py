@@ -3,16 +3,18 @@
 A tile that spills is no candidate, and which tiles spill depends on the compiler. What one version
 makes of them is in `compiled/triton-<version>.json`, written by `python bench/static.py --tiles`:
 
-    {"schema": "fused_resnet.tiles/1", "triton": "3.9", "compute_capabilities": [8, 9, 10, 12],
+    {"schema": "fused_resnet.tiles/1", "triton": "3.9",
+     "compiled": {"chain": [8, 9, 10, 12], "pair": [9], "conv": [8, 9, 10, 12]},
      "chain": [[9, 64, false, 128, [128, 64, 64, 8, 4], 223, 124928], ...], "pair": [...],
      "spilled": [[8, "16 bits", true, 128, 128, 64, 4], ...]}
 
-A row of `chain` or `pair` is a tile that in float16 and bfloat16 spills nothing and fits: the major
-number of a GPU's compute capability, the chain's width, whether its shortcut is projected, the next
-width; (block_m, block_n, block_k, num_warps, num_stages); the registers of a thread and the bytes
-of shared memory, in float16. `spilled` are the convolutions' tiles that spill although
-`estimate.registers` thinks that they do not: compute capability, products, whether the sum is
-shared, block_m, block_n, block_k and num_warps.
+`compiled` are the major compute capabilities that a list was made for. A row of `chain` or `pair`
+is a tile that in float16 and bfloat16 spills nothing and fits: the major number of a GPU's compute
+capability, the chain's width, whether its shortcut is projected, the next width; (block_m, block_n,
+block_k, num_warps, num_stages); the registers of a thread and the bytes of shared memory, in
+float16. `spilled` are the convolutions' tiles that spill although `estimate.registers` thinks that
+they do not: compute capability, products, whether the sum is shared, block_m, block_n, block_k and
+num_warps.
 """
 
 from __future__ import annotations
@@ -46,14 +48,14 @@ class Compiled:
 
     Attributes:
         version: of Triton, as "3.9".
-        majors: major compute capabilities of the GPUs that it was recorded for.
+        majors: by "chain", "pair" and "conv", the major compute capabilities recorded.
         chain: registers and shared memory of the tiles of chains that spill nothing.
         pair: the same of the pair of 1x1s behind a 3x3 that is a launch of its own.
         spilled: tiles of convolutions that spill.
     """
 
     version: str
-    majors: frozenset[int]
+    majors: dict[str, frozenset[int]]
     chain: Tiles
     pair: Tiles
     spilled: frozenset[Spilled]
@@ -63,7 +65,7 @@ class Compiled:
 def known() -> tuple[str, ...]:
     """The versions that are recorded, oldest first."""
     names = (path.stem.removeprefix("triton-") for path in FOLDER.glob("triton-*.json"))
-    return tuple(sorted(names, key=_numbers))
+    return tuple(sorted(names, key=_number))
 
 
 @functools.cache
@@ -76,37 +78,34 @@ def running() -> str | None:
 
 
 @functools.cache
-def nearest(version: str | None, capability: int) -> str:
+def nearest(version: str | None, kernel: str, capability: int) -> str:
     """The recorded version that is closest, the newer of two; without a version, the newest.
 
     Args:
         version: as "3.8".
-        capability: the major compute capability of the GPU. Of the versions recorded for it one is
-            chosen, or of all if there is none.
+        kernel: "chain", "pair" or "conv".
+        capability: the major compute capability of the GPU. Of the versions recorded for both one
+            is chosen, or of all if there is none.
     """
-    versions = [one for one in known() if capability in recorded(one).majors] or known()
+    versions = [one for one in known() if capability in recorded(one).majors[kernel]] or known()
     if version is None:
         return versions[-1]
-    major, minor = _numbers(version)
-
-    def distance(one: str) -> tuple[int, int, int]:
-        its_major, its_minor = _numbers(one)
-        return abs(its_major - major), abs(its_minor - minor), -its_minor
-
-    return min(versions, key=distance)
+    here = _number(version)
+    return min(versions, key=lambda one: (abs(_number(one) - here), -_number(one)))
 
 
 # A record of nothing: no chains, and every tile of a convolution is as the estimate has it.
-NOTHING = Compiled("none", frozenset(), {}, {}, frozenset())
+NOTHING = Compiled("none", {}, {}, {}, frozenset())
 
 
-def current(capability: int) -> Compiled:
+def current(kernel: str, capability: int) -> Compiled:
     """The record to choose tiles by: of the version that runs, or of the nearest there is.
 
     Args:
-        capability: see `nearest`.
+        kernel: see `nearest`.
+        capability: likewise.
     """
-    return _as_of.get() or recorded(nearest(running(), capability))
+    return _as_of.get() or recorded(nearest(running(), kernel, capability))
 
 
 @contextlib.contextmanager
@@ -150,7 +149,7 @@ def recorded(version: str) -> Compiled:
     content = json.loads((FOLDER / f"triton-{version}.json").read_text())
     return Compiled(
         version,
-        frozenset(content["compute_capabilities"]),
+        {kernel: frozenset(majors) for kernel, majors in content["compiled"].items()},
         _tiles(content["chain"]),
         _tiles(content["pair"]),
         frozenset(tuple(row) for row in content["spilled"]),
@@ -171,7 +170,7 @@ def text(record: Compiled) -> str:
     head = {
         "schema": SCHEMA,
         "triton": record.version,
-        "compute_capabilities": sorted(record.majors),
+        "compiled": {kernel: sorted(majors) for kernel, majors in record.majors.items()},
     }
     parts = [json.dumps(head)[1:-1]]
     for name, found in rows.items():
@@ -180,9 +179,9 @@ def text(record: Compiled) -> str:
     return "{" + ",\n".join(parts) + "}\n"
 
 
-def _numbers(version: str) -> tuple[int, int]:
+def _number(version: str) -> int:
     major, minor, *_ = version.split(".")
-    return int(major), int(minor)
+    return 1000 * int(major) + int(minor)
 
 
 def _tiles(rows: list[list[Any]]) -> Tiles:

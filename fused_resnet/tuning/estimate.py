@@ -323,7 +323,7 @@ def registers(problem: ConvProblem, architecture: Architecture, tile: Tile) -> i
         return _SPECIAL_REGISTERS[kernel, problem.element_size]
     products = "16 bits" if problem.element_size == 2 else problem.dtype
     major = architecture.capability[0]
-    if spilling_key(problem, architecture, tile) in compiler.current(major).spilled:
+    if spilling_key(problem, architecture, tile) in compiler.current("conv", major).spilled:
         return _MOST_REGISTERS + 1
     known = _REGISTERS[major in (9, 10), products]
     accumulator = tile.block_m * tile.block_n // (32 * tile.num_warps)
