@@ -493,7 +493,10 @@ def stages_layers(stages: list[nn.Module], x: Tensor) -> list[ops.BlockLayers] |
 
 
 def _stage_layers(stage: nn.Module, x: Tensor) -> list[ops.BlockLayers] | None:
-    """What calling a stage would run, or None where that is more than inference by its blocks."""
+    """What calling a stage would run, or None where that is more than inference by its blocks.
+
+    The network around it has no obstacle.
+    """
     if type(stage) is not Sequential or _call_obstacle(stage) is not None:
         return None
     blocks = []
@@ -503,7 +506,7 @@ def _stage_layers(stage: nn.Module, x: Tensor) -> list[ops.BlockLayers] | None:
             form is None
             or not form.is_block
             or _call_obstacle(block) is not None
-            or obstacle(block) is not None
+            or own_obstacle(block) is not None
         ):
             return None
         layers = _inference_layers(block, x)
@@ -872,13 +875,16 @@ def input_obstacle(x: Tensor) -> str | None:
 
 def obstacle(module: nn.Module) -> str | None:
     """Why a block or a network's stem runs unfused whatever its input, or None."""
-    return structure_obstacle(module) or replaced_obstacle(module) or hook_obstacle(module)
+    name = originals.replaced()
+    return own_obstacle(module) if name is None else f"{name} has been replaced"
 
 
-def replaced_obstacle(module: nn.Module) -> str | None:
-    """Which method or function that has to run in a module is not the original, or None."""
-    name = originals.replaced() or forms.of(module).replaced()
-    return None if name is None else f"{name} has been replaced"
+def own_obstacle(module: nn.Module) -> str | None:
+    """The obstacles that are this module's, while torch's functions are known to be its own."""
+    name = forms.of(module).replaced()
+    if name is not None:
+        return f"{name} has been replaced"
+    return structure_obstacle(module) or hook_obstacle(module)
 
 
 def structure_obstacle(module: nn.Module) -> str | None:
