@@ -34,7 +34,6 @@ PLACES = [
     (nn.modules.batchnorm._BatchNorm, "forward"),
     (nn.ReLU, "forward"),
     (nn.MaxPool2d, "forward"),
-    (nn.Module, "__call__"),
     (F, "conv2d"),
     (F, "batch_norm"),
     (F, "relu"),
