@@ -22,16 +22,24 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import _has_any_global_hook
 from torchvision.models import resnet
-from torchvision.ops import FrozenBatchNorm2d
 
-from . import backends, checks, forms, functional, ops, reference, watch
+from . import backends, checks, forms, functional, ops, originals, reference, watch
 from .forms import Form, Unit
 from .models import cifar
+from .originals import (
+    BatchNorm2d,
+    Conv2d,
+    FrozenBatchNorm2d,
+    MaxPool2d,
+    ReLU,
+    Sequential,
+    SyncBatchNorm,
+)
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+_NORMS = (BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d)
 
 Layers = list[tuple[nn.Conv2d, nn.Module]]
 """Convolutions, each with the norm behind it."""
@@ -188,11 +196,16 @@ forms.register(
 forms.register(Form(cifar.CifarResNet, CifarResNet, "stem", units=(Unit("conv1", "bn1", "relu"),)))
 
 
+def run_unfused(module: nn.Module, x: Any, method: str = "forward") -> Tensor:
+    """What the class that a module had before runs, as it is now."""
+    return getattr(forms.of(module).original, method)(module, x)
+
+
 def block_forward(block: nn.Module, x: Tensor) -> Tensor:
-    """A residual block of any form; its class has `_unfused_forward`."""
+    """A residual block of any form."""
     form = forms.of(block)
     if obstacle(block) is not None or input_obstacle(x) is not None:
-        return block._unfused_forward(x)
+        return run_unfused(block, x)
     layers = _inference_layers(block, x)
     if layers is not None and (out := ops.residual_blocks(x, [layers])) is not None:
         return out
@@ -487,8 +500,11 @@ def stages_layers(stages: list[nn.Module], x: Tensor) -> list[ops.BlockLayers] |
 
 
 def _stage_layers(stage: nn.Module, x: Tensor) -> list[ops.BlockLayers] | None:
-    """What calling a stage would run, or None where that is more than inference by its blocks."""
-    if type(stage) is not nn.Sequential or _call_obstacle(stage) is not None:
+    """What calling a stage would run, or None where that is more than inference by its blocks.
+
+    The network around it has no obstacle.
+    """
+    if type(stage) is not Sequential or _call_obstacle(stage) is not None:
         return None
     blocks = []
     for block in stage._modules.values():
@@ -497,7 +513,7 @@ def _stage_layers(stage: nn.Module, x: Tensor) -> list[ops.BlockLayers] | None:
             form is None
             or not form.is_block
             or _call_obstacle(block) is not None
-            or obstacle(block) is not None
+            or own_obstacle(block) is not None
         ):
             return None
         layers = _inference_layers(block, x)
@@ -528,7 +544,7 @@ def split_downsample(
 
 def _resnet_forward(model: ResNet, x: Tensor) -> Tensor:
     if obstacle(model) is not None or input_obstacle(x) is not None:
-        return model._unfused_forward_impl(x)
+        return run_unfused(model, x, "_forward_impl")
     modules = model._modules
     x = stem(modules["conv1"], modules["bn1"], modules["relu"], modules["maxpool"], x)
     x = stages_forward([model.layer1, model.layer2, model.layer3, model.layer4], x)
@@ -538,7 +554,7 @@ def _resnet_forward(model: ResNet, x: Tensor) -> Tensor:
 
 def _plain_block_forward(block: PlainBlock, x: Tensor) -> Tensor:
     if obstacle(block) is not None or input_obstacle(x) is not None:
-        return block._unfused_forward(x)
+        return run_unfused(block, x)
     for unit in forms.of(block).units_of(block):
         x = run_unit(block, unit, x)
     return x
@@ -546,7 +562,7 @@ def _plain_block_forward(block: PlainBlock, x: Tensor) -> Tensor:
 
 def _cifar_resnet_forward(model: CifarResNet, x: Tensor) -> Tensor:
     if obstacle(model) is not None or input_obstacle(x) is not None:
-        return model._unfused_forward(x)
+        return run_unfused(model, x)
     modules = model._modules
     x = conv_norm_act(modules["conv1"], modules["bn1"], x, None, modules["relu"])
     x = stages_forward([model.layer1, model.layer2, model.layer3], x)
@@ -775,7 +791,7 @@ def sync_group(norm: nn.Module) -> dist.ProcessGroup | None:
     As `SyncBatchNorm.forward` decides: otherwise it is an ordinary batch norm.
     """
     if (
-        type(norm) is not nn.SyncBatchNorm
+        type(norm) is not SyncBatchNorm
         or not norm.training
         or not dist.is_available()
         or not dist.is_initialized()
@@ -866,6 +882,15 @@ def input_obstacle(x: Tensor) -> str | None:
 
 def obstacle(module: nn.Module) -> str | None:
     """Why a block or a network's stem runs unfused whatever its input, or None."""
+    name = originals.replaced()
+    return own_obstacle(module) if name is None else f"{name} has been replaced"
+
+
+def own_obstacle(module: nn.Module) -> str | None:
+    """The obstacles that are this module's, while torch's functions are known to be its own."""
+    name = forms.of(module).replaced()
+    if name is not None:
+        return f"{name} has been replaced"
     return structure_obstacle(module) or hook_obstacle(module)
 
 
@@ -911,7 +936,7 @@ def hook_obstacle(module: nn.Module) -> str | None:
 
 def downsample_obstacle(downsample: nn.Module, what: str = "downsample") -> str | None:
     """Why a block's projection runs as the module it is, or None; `what` is its name."""
-    if type(downsample) is not nn.Sequential or len(downsample._modules) not in (2, 3):
+    if type(downsample) is not Sequential or len(downsample._modules) not in (2, 3):
         return f"{what} is {described(downsample)}, not a convolution and a norm"
     first = len(downsample._modules) - 2
     _, (conv, norm) = split_downsample(downsample)
@@ -932,7 +957,7 @@ def pads_channels(downsample: nn.Module | None) -> bool:
 
 def pool_obstacle(maxpool: nn.Module) -> str | None:
     """Why a stem's pooling is not part of its convolution, or None."""
-    if type(maxpool) is not nn.MaxPool2d:
+    if type(maxpool) is not MaxPool2d:
         return f"maxpool is {described(maxpool)}"
     if maxpool.ceil_mode or maxpool.return_indices or maxpool.dilation not in (1, (1, 1)):
         return "maxpool has ceil_mode, return_indices or dilation"
@@ -948,7 +973,7 @@ def bare_conv_obstacle(conv: nn.Module | None) -> str | None:
 
 def _conv_obstacle(conv: nn.Module | None) -> str | None:
     """Why a convolution has no fused form, or None."""
-    if type(conv) is not nn.Conv2d:
+    if type(conv) is not Conv2d:
         return described(conv)
     if conv.padding_mode != "zeros":
         return f"a Conv2d with padding_mode={conv.padding_mode!r}"
@@ -964,7 +989,7 @@ def _norm_obstacle(norm: nn.Module | None) -> str | None:
 
 def _act_obstacle(act: nn.Module | None) -> str | None:
     """Why an activation has no fused form, or None."""
-    return None if type(act) is nn.ReLU else described(act)
+    return None if type(act) is ReLU else described(act)
 
 
 def _call_obstacle(module: nn.Module) -> str | None:
@@ -975,7 +1000,8 @@ def _call_obstacle(module: nn.Module) -> str | None:
         # A compiler guards on more than twice as much of what is reached through the dictionary.
         if getattr(module, hooks) if compiling else state[hooks]:
             return "carries hooks"
-    return "has a forward of its own" if "forward" in state else None
+    own = "forward" in state or "_conv_forward" in state
+    return "has a forward of its own" if own else None
 
 
 def described(module: nn.Module | None) -> str:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from . import originals
+
 _FAMILIES = {
     "fused_resnet.models": "models",
     "timm.models.resnet": "timm",
@@ -82,6 +84,19 @@ class Form:
     def __post_init__(self) -> None:
         if isinstance(self.units, tuple):
             object.__setattr__(self, "_names", self._names_in(self.units))
+        methods = [name for name in self.overrides if name in vars(self.fused)]
+        object.__setattr__(self, "_methods", {name: None for name in methods})
+        self.replaced()
+
+    def replaced(self) -> str | None:
+        """Which of the methods that the fused class overrides is not the original, or None."""
+        for name, method in self._methods.items():
+            now = getattr(self.original, name)
+            if now is not method:
+                if not originals.is_own(self.original, name, now):
+                    return f"{self.original.__name__}.{name}"
+                self._methods[name] = now
+        return None
 
     def units_of(self, module: nn.Module) -> Sequence[Unit]:
         """The convolutions of a module of this form."""

@@ -18,6 +18,7 @@ from torchvision.models import densenet
 
 from .. import blocks, forms
 from ..forms import Form, Unit
+from ..originals import Sequential
 
 
 class DenseLayer(blocks.Fused, densenet._DenseLayer):
@@ -35,22 +36,22 @@ class DenseLayer(blocks.Fused, densenet._DenseLayer):
         if torch.jit.is_scripting():
             features = [input] if isinstance(input, Tensor) else input
             x = self.conv2(self.relu2(self.norm2(self.bn_function(features))))
+            if self.drop_rate > 0:
+                x = F.dropout(x, p=self.drop_rate, training=self.training)
+            return x
         else:
-            x = _layer_forward(self, input)
-        if self.drop_rate > 0:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
-        return x
+            return _layer_forward(self, input)
 
 
 def _layer_forward(layer: DenseLayer, input: Tensor | list[Tensor]) -> Tensor:
-    """All of a layer but its dropout."""
     features = input if isinstance(input, list) else [input]
     if blocks.obstacle(layer) is not None or any(map(blocks.input_obstacle, features)):
-        return layer.conv2(layer.relu2(layer.norm2(layer.bn_function(features))))
+        return blocks.run_unfused(layer, input)
     x = features[0] if len(features) == 1 else torch.cat(features, 1)
     normalised = blocks.NormAct(layer.norm1, x, layer.relu1)
     h = normalised.conv_norm_act(layer.conv1, layer.norm2, layer.relu2)
-    return blocks.bare_conv(layer.conv2, h)
+    x = blocks.bare_conv(layer.conv2, h)
+    return F.dropout(x, p=layer.drop_rate, training=layer.training) if layer.drop_rate > 0 else x
 
 
 class Transition(blocks.Fused, densenet._Transition):
@@ -67,7 +68,7 @@ class Transition(blocks.Fused, densenet._Transition):
 
 def _transition_forward(transition: Transition, x: Tensor) -> Tensor:
     if blocks.obstacle(transition) is not None or blocks.input_obstacle(x) is not None:
-        return densenet._Transition.forward(transition, x)
+        return blocks.run_unfused(transition, x)
     normalised = blocks.NormAct(transition.norm, x, transition.relu)
     return transition.pool(normalised.conv(transition.conv))
 
@@ -89,7 +90,7 @@ class DenseNet(blocks.Fused, densenet.DenseNet):
 
 def _network_forward(model: DenseNet, x: Tensor) -> Tensor:
     if blocks.obstacle(model) is not None or blocks.input_obstacle(x) is not None:
-        return model._unfused_forward(x)
+        return blocks.run_unfused(model, x)
     conv0, norm0, relu0, pool0, *middle, norm5 = model.features._modules.values()
     x = blocks.stem(conv0, norm0, relu0, pool0, x)
     for module in middle:
@@ -99,7 +100,7 @@ def _network_forward(model: DenseNet, x: Tensor) -> Tensor:
 
 
 def _network_obstacle(model: densenet.DenseNet) -> str | None:
-    if type(model.features) is not torch.nn.Sequential:
+    if type(model.features) is not Sequential:
         return f"features is {blocks.described(model.features)}"
     names = list(model.features._modules)
     if names[:4] != ["conv0", "norm0", "relu0", "pool0"] or names[-1] != "norm5":

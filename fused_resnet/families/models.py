@@ -67,7 +67,7 @@ class ResidualBlock(blocks.Fused, residual.ResidualBlock):
 
 def _preact_forward(block: PreActBasicBlock | PreActBottleneck, x: Tensor) -> Tensor:
     if blocks.obstacle(block) is not None or blocks.input_obstacle(x) is not None:
-        return block._unfused_forward(x)
+        return blocks.run_unfused(block, x)
     form = forms.of(block)
     normalised = blocks.NormAct(block.bn1, x, block.relu)
     shortcut = x

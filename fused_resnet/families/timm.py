@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import blocks, forms
 from ..forms import Form, Unit
+from ..originals import Sequential
 
 
 class BasicBlock(blocks.Fused, resnet.BasicBlock):
@@ -64,7 +65,7 @@ def _features(model: ResNet, x: Tensor) -> Tensor:
         or blocks.input_obstacle(x) is not None
         or model.grad_checkpointing
     ):
-        return model._unfused_forward_features(x)
+        return blocks.run_unfused(model, x, "forward_features")
     *first, last = _stem_units(model)
     for unit in first:
         x = blocks.run_unit(model, unit, x)
@@ -83,7 +84,7 @@ _STEM = (Unit("conv1", "bn1", "act1"),)
 
 def _stem_units(model: nn.Module) -> Sequence[Unit]:
     conv = model._modules.get("conv1")
-    deep = type(conv) is nn.Sequential and list(conv._modules) == list("0123456")
+    deep = type(conv) is Sequential and list(conv._modules) == list("0123456")
     return _DEEP_STEM if deep else _STEM
 
 

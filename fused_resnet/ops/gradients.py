@@ -148,7 +148,8 @@ def norm_act_backward(
             output = torch.ops.fused_resnet.batch_norm_act_inference(
                 input.detach(), mean, var, weight, bias, eps, None, activation
             )
-        like = None if input is None else contiguous_like_eager(input)
+        has_bits = output is not None and output.dtype is torch.uint8
+        like = contiguous_like_eager(input) if has_bits else None
         grad = act_backward(grad, output, activation, like)
         grads = norm_backward(grad, input, weight, mean, var, eps, training, need[:3])
         grads = (*grads, grad)

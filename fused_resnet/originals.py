@@ -1,0 +1,111 @@
+"""The classes and functions of torch and torchvision that fused passes stand for.
+
+Toolkits for quantisation, profiling or pruning put others in their place: a class in `torch.nn`, a
+method of a class, a function in `torch.nn.functional`. What has been replaced has to run, so a
+module is known by the class that torch itself defined, whatever `torch.nn` now has under its name,
+and `replaced` says whether a method or a function is no longer torch's own.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules import activation, batchnorm, container, conv, pooling
+from torchvision.ops import misc
+
+
+def _defined(cls: type[nn.Module], module: Any, name: str) -> type[nn.Module]:
+    """The class that `module` defined as `name`, even if `cls`, derived from it, replaces it."""
+    for base in cls.__mro__:
+        if (base.__module__, base.__name__) == (module.__name__, name):
+            return base
+    return type(name, (nn.Module,), {})  # which no module is of
+
+
+Conv2d = _defined(conv.Conv2d, conv, "Conv2d")
+BatchNorm2d = _defined(batchnorm.BatchNorm2d, batchnorm, "BatchNorm2d")
+SyncBatchNorm = _defined(batchnorm.SyncBatchNorm, batchnorm, "SyncBatchNorm")
+FrozenBatchNorm2d = _defined(misc.FrozenBatchNorm2d, misc, "FrozenBatchNorm2d")
+ReLU = _defined(activation.ReLU, activation, "ReLU")
+MaxPool2d = _defined(pooling.MaxPool2d, pooling, "MaxPool2d")
+Sequential = _defined(container.Sequential, container, "Sequential")
+
+_WHERE: tuple[tuple[Any, str], ...] = (
+    (Conv2d, "forward"),
+    (Conv2d, "_conv_forward"),
+    (BatchNorm2d, "forward"),
+    (SyncBatchNorm, "forward"),
+    (FrozenBatchNorm2d, "forward"),
+    (ReLU, "forward"),
+    (MaxPool2d, "forward"),
+    (F, "conv2d"),
+    (F, "batch_norm"),
+    (F, "relu"),
+    (F, "max_pool2d"),
+)
+
+
+def _now() -> tuple[Any, ...]:
+    """What is in each of these places; written out, since every forward pass asks."""
+    return (
+        Conv2d.forward,
+        Conv2d._conv_forward,
+        BatchNorm2d.forward,
+        SyncBatchNorm.forward,
+        FrozenBatchNorm2d.forward,
+        ReLU.forward,
+        MaxPool2d.forward,
+        F.conv2d,
+        F.batch_norm,
+        F.relu,
+        F.max_pool2d,
+    )
+
+
+_known: tuple[Any, ...] = ()
+
+
+def replaced() -> str | None:
+    """Which method or function is not torch's own at the moment, or None."""
+    if _now() == _known:
+        return None
+    return _which()
+
+
+# Compilers take the answer as it is when they trace, as they take the functions themselves.
+replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _which() -> str | None:
+    global _known
+    now = _now()
+    for (owner, name), function in zip(_WHERE, now, strict=True):
+        if not is_own(owner, name, function):
+            return f"{owner.__name__}.{name}"
+    _known = now
+    return None
+
+
+def is_own(owner: Any, name: str, function: Any) -> bool:
+    """Whether a function is the one that the file of `owner`, a class or module, defines.
+
+    By the file its code is from: at import it may be replaced already, and later be put back.
+    """
+    if type(function) is BuiltinFunctionType:
+        return function.__name__ == name
+    if type(function) is not FunctionType:
+        return False
+    file = function.__code__.co_filename
+    if owner is F and name == "max_pool2d":
+        # What chooses between returning indices and not is made elsewhere.
+        return file == torch._jit_internal.boolean_dispatch.__code__.co_filename
+    if not isinstance(owner, type):
+        return file == owner.__file__
+    definers = [base for base in owner.__mro__ if name in vars(base)]
+    module = sys.modules.get(definers[0].__module__)
+    return file == getattr(module, "__file__", None) and definers[0].__module__ != "__main__"
