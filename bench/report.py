@@ -3,10 +3,10 @@
     python bench/report.py           # rewrite README.md, docs/results.md, docs/predictions.md
     python bench/report.py --check   # exit 1 when one of them is not what the data says
 
-Between their markers the README has one table a device, docs/results.md everything measured and
+Between their markers the README has one table, docs/results.md everything measured and
 docs/predictions.md what is predicted for GPUs. Each device's folder contributes its newest files of
 models and of kernels, and `bench/results/static/predicted.json` (written by `fused-resnet bench
-static`) the predictions. docs/latency.png draws the README's newest table. The page with all plots
+static`) the predictions. docs/latency.png draws the README's table. The page with all plots
 is `fused-resnet bench report`'s.
 """
 
@@ -34,16 +34,15 @@ HEADLINE = ("eager", "torch.compile", "OpenVINO", "ONNX Runtime", "fused")
 
 
 def headline(results: Path = RESULTS) -> str:
-    """One table a device, the newest device first: latencies of whole models in inference."""
-    sections = [
-        "\n".join([f"**{where(document)}**, ms:", "", *_table(_headline_cases(document), _time)])
-        for document in _newest_inference(results)
-    ]
-    return "\n\n".join(sections) or "There are no results yet."
+    """The newest device's latencies of whole models in inference."""
+    for document in _newest_inference(results)[:1]:
+        table = _table(_headline_cases(document), _time)
+        return "\n".join([f"**{where(document)}**, ms:", "", *table])
+    return "There are no results yet."
 
 
 def draw_headline(path: Path, results: Path = RESULTS) -> None:
-    """The README's newest table as bars; nothing where there are no results."""
+    """The README's table as bars; nothing where there are no results."""
     from fused_resnet.bench import plots
 
     for document in _newest_inference(results)[:1]:
