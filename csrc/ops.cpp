@@ -10,6 +10,7 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
 
   // The CPU backend's convolution. Internal: fused_resnet/backends/cpu.py is the only caller.
   m.def("conv_isa() -> str");
+  m.def("conv_tile_isa() -> str");
   m.def("pack_conv_weight(Tensor weight, int groups) -> Tensor");
   m.def(
       "conv_bn_act_packed(Tensor input, Tensor weight, Tensor packed, Tensor running_mean, "

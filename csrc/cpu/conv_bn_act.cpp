@@ -87,8 +87,12 @@ Tensor norm_conv_bn_act_packed(Tensor input, Tensor in_mean, Tensor in_var,
              &norm, residual, relu, {});
 }
 
-std::string conv_isa_name() {
-  return conv_isa() ? conv_isa()->name : "";
+std::string vector_isa_name() {
+  return vector_isa() ? vector_isa()->name : "";
+}
+
+std::string tile_isa_name() {
+  return tile_isa() ? tile_isa()->name : "";
 }
 
 std::vector<int64_t> cpu_pool_statistics() {
@@ -100,7 +104,8 @@ std::vector<int64_t> cpu_pool_statistics() {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CompositeExplicitAutograd, m)
 {
-  m.impl("conv_isa", TORCH_BOX(&conv_isa_name));
+  m.impl("conv_isa", TORCH_BOX(&vector_isa_name));
+  m.impl("conv_tile_isa", TORCH_BOX(&tile_isa_name));
   m.impl("cpu_pool_statistics", TORCH_BOX(&cpu_pool_statistics));
   m.impl("cpu_pool_trim", TORCH_BOX(&pool_trim));
 }

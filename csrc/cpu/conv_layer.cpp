@@ -13,6 +13,7 @@
 #include <mutex>
 
 #include "cpu/buffer_pool.h"
+#include "cpu/conv_tiles.h"
 #include "cpu/isa.h"
 
 namespace fused_resnet::cpu {
@@ -22,8 +23,7 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The kernels for this machine, or null.
-const ConvIsa* conv_isa() {
+const ConvIsa* vector_isa() {
 #if defined(__x86_64__)
   switch (cpu_isa()) {
     case Isa::avx512:
@@ -35,6 +35,26 @@ const ConvIsa* conv_isa() {
   }
 #endif
   return nullptr;
+}
+
+const ConvIsa* tile_isa() {
+  switch (tile_unit()) {
+#if defined(__x86_64__)
+    case TileUnit::amx:
+      return &kConvAmx;
+#endif
+    case TileUnit::emulated:
+      return &kConvAmxEmulated;
+    default:
+      return nullptr;
+  }
+}
+
+const ConvIsa* conv_isa(ScalarType dtype, int64_t groups, int64_t c, int64_t k) {
+  // Groups that would fill less than half of a tile are the vector kernel's.
+  const bool fills_tiles = groups == 1 || (c >= kTileDepth / 2 && k >= kTileBlockK / 2);
+  if (dtype == ScalarType::BFloat16 && fills_tiles && tile_isa() != nullptr) return tile_isa();
+  return vector_isa();
 }
 
 int64_t l2_bytes() {
@@ -72,67 +92,116 @@ auto with_element_type(const Tensor& tensor, const char* name, F&& f) {
 struct WeightShape {
   int64_t K, C, R, S;  // C counts the channels of one group
   Strides stride;
-  bool expanded;
+  const ConvIsa* isa;
+  bool tiled, expanded;
   int64_t groups, block_k;  // of the packed weight: expanded groups count as one
+  TiledWeight tiles;
 
   WeightShape(const Tensor& weight, int64_t group_count)
       : K(weight.size(0)),
         C(weight.size(1)),
         R(weight.size(2)),
         S(weight.size(3)),
-        stride{weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
-        expanded(K > 0 && is_expanded(group_count, C, K / group_count, conv_isa()->lanes)),
+        stride(strides_of(weight)),
+        isa(conv_isa(weight.scalar_type(), group_count, C, K / group_count)),
+        tiled(isa == tile_isa()),
+        expanded(!tiled && K > 0 && is_expanded(group_count, C, K / group_count, isa->lanes)),
         groups(expanded ? 1 : group_count),
-        block_k(expanded ? conv_isa()->lanes : conv_isa()->block_k) {}
+        block_k(expanded ? isa->lanes : isa->block_k),
+        tiles(tiled_weight(K / group_count, C, R * S)) {}
 
   int64_t blocks() const { return div_up(K / groups, block_k); }
-  int64_t packed_size() const { return groups * blocks() * R * S * C * block_k; }
+  // Values of a block, and of all.
+  int64_t block_size() const { return tiled ? tiled_block_size(tiles) : R * S * C * block_k; }
+  int64_t packed_size() const { return groups * blocks() * block_size(); }
+  ScalarType packed_dtype() const { return tiled ? ScalarType::BFloat16 : ScalarType::Float; }
   int64_t source(int64_t k, int64_t c, int64_t r, int64_t s) const {
     return k * stride.n + c * stride.c + r * stride.h + s * stride.w;
   }
+
+  // What `packed` has of output channel k, channel c of its group and tap (r, s).
+  float packed_value(const void* packed, int64_t k, int64_t c, int64_t r, int64_t s) const {
+    const int64_t group_k = K / groups, group = k / group_k, in_group = k - group * group_k;
+    const int64_t tap = r * S + s;
+    if (tiled) {
+      return static_cast<float>(static_cast<const BFloat16*>(
+          packed)[tiled_weight_offset(tiles, group, in_group, c, tap)]);
+    }
+    const int64_t block = group * blocks() + in_group / block_k;
+    return static_cast<const float*>(
+        packed)[block * block_size() + (tap * C + c) * block_k + in_group % block_k];
+  }
 };
 
+// One block of output channels, from `channel` on, `valid` of them.
 template <class T>
-void pack(const T* source, const WeightShape& shape, float* packed) {
+void pack_block(const T* source, const WeightShape& shape, int64_t channel, int64_t valid,
+                float* out) {
+  const int64_t block_k = shape.block_k;
+  for (int64_t r = 0; r < shape.R; ++r) {
+    for (int64_t s = 0; s < shape.S; ++s) {
+      for (int64_t c = 0; c < shape.C; ++c, out += block_k) {
+        for (int64_t k = 0; k < valid; ++k) {
+          out[k] = static_cast<float>(source[shape.source(channel + k, c, r, s)]);
+        }
+        std::fill(out + valid, out + block_k, 0.0f);
+      }
+    }
+  }
+}
+
+template <class T>
+void pack_block(const T* source, const WeightShape& shape, int64_t channel, int64_t valid,
+                BFloat16* out) {
+  const TiledWeight& tiles = shape.tiles;
+  std::memset(static_cast<void*>(out), 0, static_cast<size_t>(shape.block_size()) * sizeof(*out));
+  for (int64_t c = 0; c < shape.C; ++c) {
+    for (int64_t tap = 0; tap < tiles.taps; ++tap) {
+      const T* from = source + shape.source(channel, c, tap / shape.S, tap % shape.S);
+      BFloat16* to = out + tiled_weight_offset(tiles, 0, 0, c, tap);
+      BFloat16* second = out + tiled_weight_offset(tiles, 0, kTileRows, c, tap);
+      for (int64_t k = 0; k < valid; ++k, from += shape.stride.n) {
+        (k < kTileRows ? to : second)[k % kTileRows * 2] = static_cast<BFloat16>(*from);
+      }
+    }
+  }
+}
+
+template <class T, class Packed>
+void pack_as(const T* source, const WeightShape& shape, Packed* packed) {
   const int64_t block_k = shape.block_k, blocks = shape.blocks();
   const int64_t group_k = shape.K / shape.groups;
   torch::stable::parallel_for(0, shape.groups * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t k0 = i % blocks * block_k, channel = i / blocks * group_k + k0;
-      const int64_t valid = std::min(block_k, group_k - k0);
-      float* out = packed + i * shape.R * shape.S * shape.C * block_k;
-      for (int64_t r = 0; r < shape.R; ++r) {
-        for (int64_t s = 0; s < shape.S; ++s) {
-          for (int64_t c = 0; c < shape.C; ++c, out += block_k) {
-            for (int64_t k = 0; k < valid; ++k) {
-              out[k] = static_cast<float>(source[shape.source(channel + k, c, r, s)]);
-            }
-            std::fill(out + valid, out + block_k, 0.0f);
-          }
-        }
-      }
+      const int64_t k0 = i % blocks * block_k;
+      pack_block(source, shape, i / blocks * group_k + k0, std::min(block_k, group_k - k0),
+                 packed + i * shape.block_size());
     }
   });
+}
+
+template <class T>
+void pack(const T* source, const WeightShape& shape, void* packed) {
+  if (shape.tiled) {
+    pack_as(source, shape, static_cast<BFloat16*>(packed));
+  } else {
+    pack_as(source, shape, static_cast<float*>(packed));
+  }
 }
 
 // Compares a sample of the weight, spread over all of its dimensions, with its packed copy. The
 // caller keeps the two together by storage and version; this also sees updates that leave no
 // version behind, such as `weight.data.mul_(0.9)`.
 template <class T>
-bool is_packed_from(const T* source, const WeightShape& shape, const float* packed) {
+bool is_packed_from(const T* source, const WeightShape& shape, const void* packed) {
   constexpr int64_t kSamples = 32;
-  const int64_t group_k = shape.K / shape.groups, blocks = shape.blocks();
-  const int64_t block_k = shape.block_k;
   for (int64_t i = 0; i < kSamples; ++i) {
     // Odd multiples of i visit every one of the kSamples parts of a dimension.
     const int64_t k = shape.K * i / kSamples;
     const int64_t c = shape.C * (11 * i % kSamples) / kSamples;
     const int64_t r = shape.R * (7 * i % kSamples) / kSamples;
     const int64_t s = shape.S * (19 * i % kSamples) / kSamples;
-    const int64_t group = shape.groups == 1 ? 0 : k / group_k, in_group = k - group * group_k;
-    const int64_t block = group * blocks + in_group / block_k;
-    const int64_t tap = (block * shape.R + r) * shape.S + s;
-    const float copy = packed[(tap * shape.C + c) * block_k + in_group % block_k];
+    const float copy = shape.packed_value(packed, k, c, r, s);
     const float value = static_cast<float>(source[shape.source(k, c, r, s)]);
     if (std::memcmp(&value, &copy, sizeof value) != 0) return false;
   }
@@ -140,21 +209,23 @@ bool is_packed_from(const T* source, const WeightShape& shape, const float* pack
 }
 
 void check_weight(const Tensor& weight, int64_t groups) {
-  STD_TORCH_CHECK(conv_isa() != nullptr,
-                  "conv_bn_act: this processor has neither AVX2 nor AVX-512");
   STD_TORCH_CHECK(weight.dim() == 4, "conv_bn_act: weight has ", weight.dim(),
                   " dimensions, it must have 4");
   STD_TORCH_CHECK(groups > 0 && weight.size(0) % groups == 0, "conv_bn_act: groups is ", groups,
                   ", it must divide weight's ", weight.size(0), " output channels");
+  STD_TORCH_CHECK(conv_isa(weight.scalar_type(), groups, weight.size(1), weight.size(0) / groups),
+                  "conv_bn_act: this processor has neither AVX2 nor AVX-512");
 }
 
 // Packs again if the weight changed behind its version counter's back.
 void refresh_packed(const Tensor& weight, const WeightShape& shape, const Tensor& packed) {
-  STD_TORCH_CHECK(packed.numel() == shape.packed_size(), "conv_bn_act: packed has ", packed.numel(),
-                  " elements, weight needs ", shape.packed_size());
+  STD_TORCH_CHECK(
+      packed.numel() == shape.packed_size() && packed.scalar_type() == shape.packed_dtype(),
+      "conv_bn_act: packed has ", packed.numel(), " elements, weight needs ", shape.packed_size(),
+      " of another dtype or as many");
   if (weight.numel() == 0) return;
   with_element_type(weight, "weight", [&](const auto* source) {
-    float* destination = static_cast<float*>(packed.mutable_data_ptr());
+    void* destination = packed.mutable_data_ptr();
     if (is_packed_from(source, shape, destination)) return;
     static std::mutex mutex;
     std::lock_guard lock(mutex);
@@ -226,10 +297,9 @@ MaxPool make_pool(const std::vector<int64_t>& numbers, int64_t P, int64_t Q) {
 Tensor pack_conv_weight(Tensor weight, int64_t groups) {
   check_weight(weight, groups);
   const WeightShape shape(weight, groups);
-  Tensor packed = pool_tensor({shape.packed_size()}, {1}, ScalarType::Float);
-  with_element_type(weight, "weight", [&](const auto* source) {
-    pack(source, shape, static_cast<float*>(packed.mutable_data_ptr()));
-  });
+  Tensor packed = pool_tensor({shape.packed_size()}, {1}, shape.packed_dtype());
+  with_element_type(weight, "weight",
+                    [&](const auto* source) { pack(source, shape, packed.mutable_data_ptr()); });
   return packed;
 }
 
@@ -274,7 +344,8 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
   check_norm_dtypes(layer);
   const WeightShape shape(weight, layer.groups);
   refresh_packed(weight, shape, layer.packed);
-  conv.weight = static_cast<const float*>(layer.packed.const_data_ptr());
+  conv.isa = shape.isa;
+  conv.weight = layer.packed.const_data_ptr();
   conv.norm.mean = as_float32(layer.running_mean, "running_mean", conv.K, copies_[0]);
   conv.norm.var = as_float32(layer.running_var, "running_var", conv.K, copies_[1]);
   if (layer.bn_weight) {
@@ -318,9 +389,6 @@ void Prologue::add_to(Conv& conv) const {
 
 namespace {
 
-// Consecutive pixels to a row of a flattened pointwise convolution: two groups of a tile.
-constexpr int64_t kFlatRow = 14;
-
 bool evenly_spaced(const Strides& s, int64_t width) {
   return s.h == width * s.w;
 }
@@ -341,7 +409,7 @@ void flatten_pixels(Conv& conv) {
     pixels *= conv.N;
     conv.N = 1;
   }
-  conv.W = conv.Q = std::min(kFlatRow, pixels);
+  conv.W = conv.Q = std::min(conv.isa->flat_row, pixels);
   conv.H = conv.P = div_up(pixels, conv.Q);
   conv.last_w = conv.last_q = pixels - (conv.P - 1) * conv.Q;
   for (Strides* s : {&conv.in, &conv.out, &conv.res}) s->h = conv.Q * s->w;
@@ -356,9 +424,10 @@ struct Split {
 // late in a network at batch 1, threads divide the output channels, and each reads only its part of
 // the weights. Elsewhere they divide the rows; a task takes as many as its caches hold.
 Split split(const Conv& conv, int64_t block_k, int64_t threads) {
+  const int64_t item = conv.isa->item;
   const int64_t rows = conv.N * (conv.has_pool ? conv.pool.P : conv.P);
   const int64_t blocks = div_up(group_k(conv), block_k);
-  const int64_t weight_bytes = reduction(conv) * group_k(conv) * 4;
+  const int64_t weight_bytes = reduction(conv) * group_k(conv) * item;
   const bool streams_weights = weight_bytes > l2_bytes() / 2;
   const bool few_pixels = rows * conv.Q < 128 * threads;
 
@@ -373,9 +442,9 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   // The most rows whose input fits half of the second-level cache, or what two blocks of weights,
   // the current and the next, leave of it: every block reads it again. Pooled rows are there too.
   const int64_t in_pixels = (conv.R == 1 ? 1 : conv.stride_h) * (conv.S == 1 ? conv.Q : conv.W);
-  int64_t row_bytes = in_pixels * group_c(conv) * (conv.expanded ? block_k : 1) * 4;
-  if (conv.has_pool) row_bytes = conv.pool.stride_h * (row_bytes + conv.Q * conv.K * 4);
-  const int64_t block_bytes = reduction(conv) * block_k * 4;
+  int64_t row_bytes = in_pixels * group_c(conv) * (conv.expanded ? block_k : 1) * item;
+  if (conv.has_pool) row_bytes = conv.pool.stride_h * (row_bytes + conv.Q * conv.K * item);
+  const int64_t block_bytes = reduction(conv) * block_k * item;
   const int64_t budget = std::clamp(l2_bytes() - 2 * block_bytes, l2_bytes() / 8, l2_bytes() / 2);
   const int64_t most = std::clamp<int64_t>(budget / row_bytes, 1, rows);
 
@@ -388,7 +457,7 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   // In cycles: a task's beginning, and each of its blocks' batch norm; all of the arithmetic.
   const double overhead = 3000.0 + 100.0 * static_cast<double>(s.blocks);
   const double arithmetic = static_cast<double>(rows * conv.Q * reduction(conv) * task_k) /
-                            static_cast<double>(threads * block_k);
+                            (static_cast<double>(threads) * conv.isa->rate);
   double best = 0;
   for (int64_t tasks = fewest; tasks <= std::min(rows, fewest + 8 * row_threads); ++tasks) {
     const int64_t r = div_up(rows, tasks), rounds = div_up(tasks, row_threads);
@@ -437,8 +506,8 @@ void* scratch_memory(int64_t bytes) {
 void run_conv(Conv conv) {
   if (conv.N == 0) return;
   flatten_pixels(conv);
-  conv.keeps_weight = reduction(conv) * group_k(conv) * 4 <= l2_bytes() / 2;
-  const ConvIsa& isa = *conv_isa();
+  const ConvIsa& isa = *conv.isa;
+  conv.keeps_weight = reduction(conv) * group_k(conv) * isa.item <= l2_bytes() / 2;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t block_k = conv.expanded ? isa.lanes : isa.block_k;
   const Split s = split(conv, block_k, threads);

@@ -6,6 +6,10 @@
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fused_resnet {
 namespace {
@@ -28,7 +32,31 @@ Isa detect() {
   return best < cap ? best : cap;
 }
 
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  // From asm/prctl.h of Linux 5.16: the registers are mapped for a process that asks for them.
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return cpu_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+TileUnit detect_tile_unit() {
+  const char* wanted = std::getenv("FUSED_RESNET_CPU_ISA");
+  const std::string name = wanted ? wanted : "";
+  if (name == "amx_emulated") return TileUnit::emulated;
+  return (name.empty() || name == "amx") && has_amx() ? TileUnit::amx : TileUnit::none;
+}
+
 }  // namespace
+
+TileUnit tile_unit() {
+  static const TileUnit unit = detect_tile_unit();
+  return unit;
+}
 
 Isa cpu_isa() {
   static const Isa isa = detect();

@@ -50,6 +50,7 @@ _MOST_TAPS = 1024
 # Stands for a tensor that is not there, in a list of tensors.
 _ABSENT = torch.empty(0, device="cpu")
 _ISA: str = torch.ops.fused_resnet.conv_isa()
+_TILE_ISA: str = torch.ops.fused_resnet.conv_tile_isa()
 _conv_bn_act_packed = torch.ops.fused_resnet.conv_bn_act_packed.default
 _norm_conv_bn_act_packed = torch.ops.fused_resnet.norm_conv_bn_act_packed.default
 _residual_blocks_packed = torch.ops.fused_resnet.residual_blocks_packed.default
@@ -82,9 +83,9 @@ def explain(
     if operator.startswith("conv_bn_act"):
         pooled = operator == "conv_bn_act_max_pool"
         if _is_native(dtype, tuple(weight_shape), groups) and not (pooled and groups > 1):
-            return f"cpu: native convolution ({_ISA})"
+            return f"cpu: native convolution ({_isa(dtype, weight_shape, groups)})"
     if operator == "norm_conv_bn_act" and _is_native(dtype, tuple(weight_shape), groups):
-        return f"cpu: native norm + convolution ({_ISA})"
+        return f"cpu: native norm + convolution ({_isa(dtype, weight_shape, groups)})"
     if operator == "batch_norm_act_training":
         return "cpu: native statistics + scale_shift_act"
     return "cpu: " + library.explain(operator)
@@ -518,6 +519,7 @@ def conv_input_gradient(
     if (
         groups != 1
         or not _is_native(input.dtype, weight.shape, 1)
+        or _on_tiles(input.dtype, weight.shape, 1)
         or not grad.dtype is weight.dtype is input.dtype
         or not (input.is_contiguous(memory_format=torch.channels_last) or input.is_contiguous())
         # Packing a weight whose input channels do not lie together takes longer than it saves.
@@ -628,9 +630,24 @@ def empty_cache() -> None:
     torch.ops.fused_resnet.cpu_pool_trim()
 
 
+def _on_tiles(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> bool:
+    """Whether the kernel multiplies tiles: `conv_isa()` in csrc/cpu/conv_layer.cpp."""
+    if not _TILE_ISA or dtype is not torch.bfloat16:
+        return False
+    return groups == 1 or (weight_shape[1] >= 16 and weight_shape[0] // groups >= 16)
+
+
+def _isa(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> str:
+    return _TILE_ISA if _on_tiles(dtype, weight_shape, groups) else _ISA
+
+
 @functools.lru_cache(maxsize=1024)
 def _is_native(dtype: torch.dtype, weight_shape: tuple[int, ...], groups: int) -> bool:
-    if not _ISA or dtype not in _NATIVE_DTYPES:
+    if dtype not in _NATIVE_DTYPES:
+        return False
+    if _on_tiles(dtype, weight_shape, groups):
+        return weight_shape[2] * weight_shape[3] <= _MOST_TAPS
+    if not _ISA:
         return False
     if dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         # The library multiplies bfloat16 in matrix registers, the native kernel in vectors.
