@@ -33,6 +33,7 @@ namespace {
 #define FR_FOR(i, count) _Pragma("GCC unroll 32") for (int i = 0; i < (count); ++i)
 
 constexpr int kBlockPixels = 2 * kTileRows;
+constexpr int64_t kChunkBytes = kTileDepth * 2;  // a tile's row
 constexpr int kWidth = Value::width;
 
 using Storage = uint16_t;  // a bfloat16's bits
@@ -87,11 +88,12 @@ struct Axis {
 
 // How the pixels of a task are laid out for the tiles.
 //
-// kInPlace: as the input has them. kSlab: gathered into [planes of rows][planes of columns][rows]
-// [pitch][channels, padded to whole chunks], with the image's padding as zeros; the zeros at the
-// end of a row are those at the beginning of the next. Output (p, q) is at position p * pitch + q
-// and meets every tap at a constant offset from there; positions with q >= Q are computed and
-// dropped, few of them: 1 of 57, of 29, of 15, of 8 in a 3x3 convolution. kDense: gathered into
+// kInPlace: as the input has them. kSlab: gathered into [chunks of 32 channels][planes of rows]
+// [planes of columns][rows][pitch][32], with the image's padding as zeros; the zeros at the end of a
+// row are those at the beginning of the next. Output (p, q) is at position p * pitch + q and meets
+// every tap at a constant offset from there; positions with q >= Q are computed and dropped, few of
+// them: 1 of 57, of 29, of 15, of 8 in a 3x3 convolution. A tile is 1 KiB in one piece: pixels that
+// are a power of two apart would share few sets of the first-level cache. kDense: gathered into
 // [outputs][R][S][C], the weight's order, padded to whole chunks.
 enum class Form { kInPlace, kSlab, kDense };
 
@@ -99,8 +101,8 @@ struct Layout {
   Form form;
   Axis h, w;
   TiledWeight weight;
+  int64_t chunks;                  // of a pixel
   int64_t pixel;                   // bytes from one position to the next
-  int64_t pixel_chunks;            // chunks that lie in one pixel
   int64_t columns, shared, pitch;  // of a slab's row: pitch = columns - shared
 
   explicit Layout(const Conv& conv)
@@ -112,9 +114,9 @@ struct Layout {
                           conv.in.c == 1 && group_c(conv) % kTileDepth == 0 &&
                           (conv.in.h == conv.W * conv.in.w || conv.P == 1);
     form = in_place ? Form::kInPlace : weight.dense ? Form::kDense : Form::kSlab;
-    pixel_chunks = weight.dense ? weight.chunks : div_up(weight.C, kTileDepth);
-    pixel = in_place ? conv.in.w * 2 : pixel_chunks * kTileDepth * 2;
+    chunks = weight.dense ? weight.chunks : div_up(weight.C, kTileDepth);
     const bool slab = form == Form::kSlab;
+    pixel = in_place ? conv.in.w * 2 : slab ? kChunkBytes : chunks * kChunkBytes;
     columns = conv.Q + (slab ? w.reach() : 0);
     // Columns that are padding on the left in every plane, and as many that are on the right; but
     // every output needs a position of its own.
@@ -150,9 +152,9 @@ struct Scratch {
   Position* positions;
   float *scale, *shift, *sums;
   int64_t* offsets;
-  char *slab, *slab_end;
+  char* slab;
   Storage *input_rows, *conv_rows;
-  int64_t plane;  // bytes from one plane of the slab to the next
+  int64_t plane, chunk;  // bytes from one plane of the slab to the next, from a chunk to the next
   int64_t bytes;
 
   Scratch(const Conv& conv, const Task& task, const Layout& layout, void* memory) {
@@ -175,21 +177,27 @@ struct Scratch {
     offsets = reinterpret_cast<int64_t*>(take(layout.taps() * 8));
     sums = reinterpret_cast<float*>(take(kBlockPixels * kTileBlockK * 4));
     plane = 0;
-    int64_t slab_bytes = images * kTileRows * layout.pixel;  // kInPlace: what is left of an image
-    int64_t input_bytes = 0;
-    if (layout.form == Form::kSlab) {
-      plane = (rows + images * layout.h.reach()) * layout.pitch * layout.pixel;
-      // The last tile may go on behind the last row, with every tap.
-      slab_bytes =
-          layout.h.planes * layout.w.planes * plane + (kTileRows + layout.columns) * layout.pixel;
-    } else if (layout.form == Form::kDense) {
-      slab_bytes = (rows * conv.Q + images * kTileRows) * layout.pixel;
-      input_bytes = ((rows - 1) * conv.stride_h + layout.h.dil * (conv.R - 1) + 1) *
-                    ((conv.Q - 1) * conv.stride_w + layout.w.dil * (conv.S - 1) + 1) *
-                    group_c(conv) * 2;
+    chunk = kChunkBytes;
+    int64_t slab_bytes = 0, input_bytes = 0;
+    switch (layout.form) {
+      case Form::kInPlace:  // the last pixels of each image
+        slab_bytes = images * kTileRows * layout.chunks * kChunkBytes;
+        break;
+      case Form::kSlab:
+        plane = (rows + images * layout.h.reach()) * layout.pitch * layout.pixel;
+        // The last tile may go on behind the last row, with every tap.
+        chunk = layout.h.planes * layout.w.planes * plane +
+                (kTileRows + layout.columns) * layout.pixel;
+        slab_bytes = layout.chunks * chunk;
+        break;
+      case Form::kDense:
+        slab_bytes = (rows * conv.Q + images * kTileRows) * layout.pixel;
+        input_bytes = ((rows - 1) * conv.stride_h + layout.h.dil * (conv.R - 1) + 1) *
+                      ((conv.Q - 1) * conv.stride_w + layout.w.dil * (conv.S - 1) + 1) *
+                      group_c(conv) * 2;
+        break;
     }
     slab = take(slab_bytes);
-    slab_end = slab + slab_bytes;
     input_rows = reinterpret_cast<Storage*>(take(input_bytes));
     conv_rows = reinterpret_cast<Storage*>(take(conv.has_pool ? rows * conv.Q * conv.K * 2 : 0));
     bytes = next - static_cast<char*>(memory);
@@ -208,64 +216,74 @@ FR_INLINE void zero(Storage* dst, int64_t count) {
   if (i < count) store(dst + i, Value::broadcast(0), count - i);
 }
 
-// The channels of one pixel, through the prologue if there is one.
-FR_INLINE void copy_channels(Storage* dst, const Storage* src, int64_t channels, const float* scale,
+FR_INLINE Value::Register normalised(Value::Register x, const float* scale, const float* shift) {
+  return Value::relu(Value::multiply_add(x, Value::load(scale), Value::load(shift)));
+}
+
+// Channels of one pixel, through the prologue if there is one.
+FR_INLINE void copy_channels(Storage* dst, const Storage* src, int64_t count, const float* scale,
                              const float* shift) {
   if (scale == nullptr) {
-    copy(dst, src, channels);
+    copy(dst, src, count);
     return;
   }
-  auto normalised = [&](Value::Register x, int64_t c) {
-    return Value::relu(Value::multiply_add(x, Value::load(scale + c), Value::load(shift + c)));
-  };
   int64_t c = 0;
-  for (; c + kWidth <= channels; c += kWidth) store(dst + c, normalised(load(src + c), c));
-  if (c < channels) {
-    store(dst + c, normalised(load(src + c, channels - c), c), channels - c);
+  for (; c + kWidth <= count; c += kWidth) {
+    store(dst + c, normalised(load(src + c), scale + c, shift + c));
+  }
+  if (c < count) {
+    store(dst + c, normalised(load(src + c, count - c), scale + c, shift + c), count - c);
   }
 }
 
-// Row h of image n, its columns first, first + step and so on, to `dst`, `pixel` elements apart.
-// What lies outside of the image, and behind the channels, is zero.
+// Row h of image n, its columns first, first + step and so on: 32 channels of column j to dst[j *
+// pixel], the next 32 `chunk` elements further. What lies outside of the image, and behind the
+// channels up to `pixel`, is zero.
 void gather_row(const Conv& conv, int64_t group, int64_t n, int64_t h, int64_t first, int64_t step,
-                int64_t count, int64_t pixel, Storage* dst) {
+                int64_t count, Storage* dst, int64_t pixel, int64_t chunk) {
   const int64_t channels = group_c(conv);
   const int64_t begin = first < 0 ? least(div_up(-first, step), count) : 0;
   const int64_t width = h + 1 == conv.H ? conv.last_w : conv.W;
   const int64_t end = least(count, width > first ? div_up(width - first, step) : 0);
-  if (h < 0 || h >= conv.H || end <= begin) {
-    zero(dst, count * pixel);
-    return;
-  }
-  zero(dst, begin * pixel);
+  const bool outside = h < 0 || h >= conv.H || end <= begin;
   const Storage* src = static_cast<const Storage*>(conv.input) + n * conv.in.n + h * conv.in.h +
                        (first + begin * step) * conv.in.w + group * channels * conv.in.c;
   const int64_t src_step = step * conv.in.w;
-  const float* scale = conv.in_scale == nullptr ? nullptr : conv.in_scale + group * channels;
-  const float* shift = conv.in_scale == nullptr ? nullptr : conv.in_shift + group * channels;
-  Storage* inside = dst + begin * pixel;
-  if (conv.in.c != 1) {
-    // Pixels of one channel are read along the row.
-    for (int64_t c = 0; c < channels; ++c) {
+  for (int64_t c = 0; c < channels; c += kTileDepth, dst += chunk, src += kTileDepth * conv.in.c) {
+    if (outside) {
+      zero(dst, count * pixel);
+      continue;
+    }
+    const int64_t valid = least(kTileDepth, channels - c);
+    const float *scale = nullptr, *shift = nullptr;
+    if (conv.in_scale != nullptr) {
+      scale = conv.in_scale + group * channels + c;
+      shift = conv.in_shift + group * channels + c;
+    }
+    Storage* inside = dst + begin * pixel;
+    zero(dst, begin * pixel);
+    if (conv.in.c != 1) {
+      // Pixels of one channel are read along the row.
+      for (int64_t i = 0; i < valid; ++i) {
+        for (int64_t j = 0; j < end - begin; ++j) {
+          inside[j * pixel + i] = src[j * src_step + i * conv.in.c];
+        }
+      }
       for (int64_t j = 0; j < end - begin; ++j) {
-        inside[j * pixel + c] = src[j * src_step + c * conv.in.c];
+        Storage* to = inside + j * pixel;
+        if (scale != nullptr) copy_channels(to, to, valid, scale, shift);
+        zero(to + valid, pixel - valid);
+      }
+    } else if (scale == nullptr && pixel == valid && src_step == pixel) {
+      copy(inside, src, (end - begin) * pixel);
+    } else {
+      for (int64_t j = 0; j < end - begin; ++j) {
+        copy_channels(inside + j * pixel, src + j * src_step, valid, scale, shift);
+        zero(inside + j * pixel + valid, pixel - valid);
       }
     }
-    for (int64_t j = 0; j < end - begin; ++j) {
-      Storage* to = inside + j * pixel;
-      if (scale != nullptr) copy_channels(to, to, channels, scale, shift);
-      zero(to + channels, pixel - channels);
-    }
-  } else if (scale == nullptr && pixel == channels && src_step == channels) {
-    copy(inside, src, (end - begin) * channels);
-  } else {
-    for (int64_t j = 0; j < end - begin; ++j) {
-      Storage* to = inside + j * pixel;
-      copy_channels(to, src + j * src_step, channels, scale, shift);
-      zero(to + channels, pixel - channels);
-    }
+    zero(dst + end * pixel, (count - end) * pixel);
   }
-  zero(dst + end * pixel, (count - end) * pixel);
 }
 
 // Rows [p_begin, p_end) of image n to row `row` and the following of the slab's planes.
@@ -279,10 +297,12 @@ void gather_slab(const Conv& conv, const Task& task, const Layout& layout, int64
       for (int64_t y = 0; y < rows; ++y, to += row_bytes) {
         const int64_t h = (p_begin + y) * layout.h.stride + layout.h.first_input(i);
         gather_row(conv, task.group, n, h, layout.w.first_input(j), layout.w.stride, layout.pitch,
-                   layout.pixel / 2, reinterpret_cast<Storage*>(to));
+                   reinterpret_cast<Storage*>(to), kTileDepth, scratch.chunk / 2);
       }
       // The zeros at the end of the last row; rows that follow begin with them.
-      zero(reinterpret_cast<Storage*>(to), layout.shared * layout.pixel / 2);
+      for (int64_t chunk = 0; chunk < layout.chunks; ++chunk, to += scratch.chunk) {
+        zero(reinterpret_cast<Storage*>(to), layout.shared * kTileDepth);
+      }
     }
   }
 }
@@ -296,7 +316,7 @@ void gather_dense(const Conv& conv, const Task& task, const Layout& layout, int6
   const int64_t pitch = columns * channels;
   for (int64_t y = 0; y < rows; ++y) {
     gather_row(conv, task.group, n, p_begin * conv.stride_h - conv.pad_h + y, -conv.pad_w, 1,
-               columns, channels, scratch.input_rows + y * pitch);
+               columns, scratch.input_rows + y * pitch, channels, 0);
   }
   const bool adjacent = conv.dil_w == 1;
   const int64_t run = adjacent ? conv.S * channels : channels;
@@ -375,8 +395,8 @@ void add_rows(const Conv& conv, const Task& task, const Layout& layout, const Sc
     const int64_t rest = ((rows - 1) * conv.Q + last_q) % kTileRows;
     if (rest == 0) return;
     Tile& tile = list.tiles[list.count - 1];
-    char* slab = scratch.slab + row * layout.pixel;
-    const int64_t size = group_c(conv) * 2;
+    const int64_t size = layout.chunks * kChunkBytes;
+    char* slab = scratch.slab + row * size;
     for (int64_t i = 0; i < rest; ++i) {
       copy(reinterpret_cast<Storage*>(slab + i * size),
            reinterpret_cast<const Storage*>(tile.in + i * tile.stride), group_c(conv));
@@ -389,8 +409,9 @@ void add_rows(const Conv& conv, const Task& task, const Layout& layout, const Sc
 // ---- product -----------------------------------------------------------------------------------
 
 struct Product {
-  int64_t taps, pixel_chunks;
+  int64_t taps, chunks;
   const int64_t* offsets;  // of the taps, in bytes
+  int64_t chunk;           // bytes from one chunk of a pixel to the next
   // What to bring into the second-level cache meanwhile: `lines` for every chunk.
   const char* prefetch;
   int64_t lines;
@@ -408,9 +429,9 @@ void multiply(const Product& product, const Tile* tiles, const char* weight, flo
   // memory.
   __atomic_signal_fence(__ATOMIC_SEQ_CST);
   zero_sums();
-  for (int64_t chunk = 0; chunk < product.pixel_chunks; ++chunk) {
+  for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
     for (int64_t tap = 0; tap < product.taps; ++tap) {
-      const int64_t offset = product.offsets[tap] + chunk * kTileDepth * 2;
+      const int64_t offset = product.offsets[tap] + chunk * product.chunk;
       load_weights<0>(weight);
       load_pixels<0>(in0 + offset, stride0);
       multiply_add<0, 0>();
@@ -614,7 +635,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
                           ? Coming(weight + block_bytes, begin == 0 ? block_bytes : 0, shares)
                           : next_layer(conv, task, blocks, shares);
       for (int64_t t = begin; t < end; t += 2) {
-        Product product{layout.taps(), layout.pixel_chunks, scratch.offsets, weight, 0};
+        Product product{layout.taps(), layout.chunks, scratch.offsets, scratch.chunk, weight, 0};
         coming.take(product, layout.weight.chunks);
         const Position* positions = list.positions + t * kTileRows;
         const bool pair = t + 1 < end;
