@@ -89,12 +89,12 @@ struct Axis {
 // How the pixels of a task are laid out for the tiles.
 //
 // kInPlace: as the input has them. kSlab: gathered into [chunks of 32 channels][planes of rows]
-// [planes of columns][rows][pitch][32], with the image's padding as zeros; the zeros at the end of a
-// row are those at the beginning of the next. Output (p, q) is at position p * pitch + q and meets
-// every tap at a constant offset from there; positions with q >= Q are computed and dropped, few of
-// them: 1 of 57, of 29, of 15, of 8 in a 3x3 convolution. A tile is 1 KiB in one piece: pixels that
-// are a power of two apart would share few sets of the first-level cache. kDense: gathered into
-// [outputs][R][S][C], the weight's order, padded to whole chunks.
+// [planes of columns][rows][pitch][32], with the image's padding as zeros; the zeros at the end of
+// a row are those at the beginning of the next. Output (p, q) is at position p * pitch + q and
+// meets every tap at a constant offset from there; positions with q >= Q are computed and dropped,
+// few of them: 1 of 57, of 29, of 15, of 8 in a 3x3 convolution. A tile is 1 KiB in one piece:
+// pixels that are a power of two apart would share few sets of the first-level cache. kDense:
+// gathered into [outputs][R][S][C], the weight's order, padded to whole chunks.
 enum class Form { kInPlace, kSlab, kDense };
 
 struct Layout {
@@ -186,8 +186,8 @@ struct Scratch {
       case Form::kSlab:
         plane = (rows + images * layout.h.reach()) * layout.pitch * layout.pixel;
         // The last tile may go on behind the last row, with every tap.
-        chunk = layout.h.planes * layout.w.planes * plane +
-                (kTileRows + layout.columns) * layout.pixel;
+        chunk =
+            layout.h.planes * layout.w.planes * plane + (kTileRows + layout.columns) * layout.pixel;
         slab_bytes = layout.chunks * chunk;
         break;
       case Form::kDense:
@@ -559,34 +559,74 @@ void finish_block(const Epilogue& e, const float* sums, const Position* position
   }
 }
 
+// Lines that finish() will read and write: they come from further away than the second-level cache.
+FR_INLINE void prefetch_results(const Epilogue& e, const Position* positions, int64_t count) {
+  if (e.out_channel != 1) return;
+  const bool residual = e.residual != nullptr && e.res_channel == 1;
+  for (int64_t i = 0; i < count; ++i) {
+    if (positions[i].out < 0) continue;
+    __builtin_prefetch(e.output + positions[i].out, 1);
+    if (residual) __builtin_prefetch(e.residual + positions[i].res);
+  }
+}
+
 // ---- a task ------------------------------------------------------------------------------------
 
-// What a block's product brings into the cache: equal shares of a range, one for each block.
-struct Coming {
-  const char *next = nullptr, *end = nullptr;
-  int64_t share = 0;
-
-  Coming() = default;
-  Coming(const void* begin, int64_t bytes, int64_t shares)
-      : next(static_cast<const char*>(begin)),
-        end(next + bytes),
-        share(round_up(div_up(bytes, most(shares, 1)), kLine)) {}
-
-  void take(Product& product, int64_t chunks) {
-    if (next >= end) return;
-    product.prefetch = next;
-    product.lines = div_up(share, kLine * chunks);
-    next += product.lines * chunks * kLine;
+// What products bring into the second-level cache meanwhile: ranges of memory, in equal shares.
+class Coming {
+ public:
+  void add(const void* begin, int64_t bytes) {
+    if (bytes <= 0) return;
+    const char* first = static_cast<const char*>(begin);
+    ranges_[count_++] = {first, first + bytes};
+    lines_ += div_up(bytes, kLine);
   }
+  void add(const Storage* begin, const Storage* end) { add(begin, (end - begin) * 2); }
+
+  // From here on each of so many products takes a share.
+  void divide(int64_t products) { share_ = div_up(lines_, most(products, 1)); }
+
+  // One share, as far as it is in one piece, for a product of so many steps.
+  void take(Product& product, int64_t steps) {
+    for (; current_ < count_; ++current_) {
+      Range& range = ranges_[current_];
+      if (range.next >= range.end) continue;
+      product.prefetch = range.next;
+      product.lines = div_up(least(share_, div_up(range.end - range.next, kLine)), steps);
+      range.next += product.lines * steps * kLine;
+      return;
+    }
+  }
+
+ private:
+  struct Range {
+    const char *next, *end;
+  };
+  Range ranges_[4];
+  int count_ = 0, current_ = 0;
+  int64_t lines_ = 0, share_ = 0;
 };
+
+// The range from the first to the last of the positions' pixels in a tensor whose pixels follow
+// each other.
+FR_INLINE void add_pixels(Coming& coming, const Storage* tensor, int64_t Position::* offset,
+                          const Position* positions, int64_t count, int64_t channels) {
+  int64_t first = 0, last = count - 1;
+  while (first < last && positions[first].out < 0) ++first;
+  while (last > first && positions[last].out < 0) --last;
+  const int64_t begin = positions[first].*offset, end = positions[last].*offset + channels;
+  // Positions that are not in order, or of several images.
+  if (begin < 0 || end - begin > count * channels || end <= begin) return;
+  coming.add(tensor + begin, tensor + end);
+}
 
 // What a task prefetches when its own weights are through: its share of the next layer's. Threads
 // that divide the output channels among them do so in the next layer too.
-Coming next_layer(const Conv& conv, const Task& task, int64_t blocks, int64_t shares) {
-  if (conv.next_weight == nullptr) return {};
+void add_next_layer(Coming& coming, const Conv& conv, const Task& task, int64_t blocks) {
+  if (conv.next_weight == nullptr) return;
   const int64_t begin = conv.next_weight_bytes * task.block_begin / blocks / kLine * kLine;
   const int64_t end = conv.next_weight_bytes * task.block_end / blocks;
-  return {static_cast<const char*>(conv.next_weight) + begin, end - begin, shares};
+  coming.add(static_cast<const char*>(conv.next_weight) + begin, end - begin);
 }
 
 // All tiles against all blocks of output channels of the task.
@@ -609,11 +649,28 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
                     scratch.scale + at, scratch.shift + at);
   }
   const Epilogue base = e;
-  // How many tiles all blocks of output channels take before the next ones do: a block's pixels, or
-  // with weights that do not stay in the cache, all.
-  const int64_t turn = conv.keeps_weight ? 2 : list.count;
+  // Either the pixels of one block take all blocks of output channels in turn, or, with weights
+  // that do not stay in the cache, each block of these takes all pixels.
+  const bool pixels_first = conv.keeps_weight;
+  const int64_t turn = pixels_first ? 2 : list.count;
+  const int64_t task_blocks = task.block_end - task.block_begin;
   for (int64_t begin = 0; begin < list.count; begin += turn) {
-    const int64_t end = least(begin + turn, list.count), shares = (end - begin + 1) / 2;
+    const int64_t end = least(begin + turn, list.count), products = (end - begin + 1) / 2;
+    Coming pixels;
+    if (pixels_first && end < list.count) {
+      const int64_t count = least(turn, list.count - end) * kTileRows;
+      const Position* next = list.positions + end * kTileRows;
+      if (layout.form == Form::kInPlace && conv.in.w == conv.C) {
+        pixels.add(list.tiles[end].in, count * conv.in.w * 2);
+      }
+      if (base.residual != nullptr && base.res_channel == 1 && conv.res.w == conv.K) {
+        add_pixels(pixels, base.residual, &Position::res, next, count, conv.K);
+      }
+      if (base.out_channel == 1) {
+        add_pixels(pixels, base.output, &Position::out, next, count, conv.K);
+      }
+      pixels.divide(task_blocks);
+    }
     for (int64_t block = task.block_begin; block < task.block_end; ++block) {
       const int64_t channel = task.group * channels + block * kTileBlockK;
       e.scale = scratch.scale + (block - task.block_begin) * kTileBlockK;
@@ -630,21 +687,28 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
                        : nullptr;
       const char* weight =
           static_cast<const char*>(conv.weight) + (task.group * blocks + block) * block_bytes;
-      // While one block runs the next one's weights are asked for.
-      Coming coming = block + 1 < task.block_end
-                          ? Coming(weight + block_bytes, begin == 0 ? block_bytes : 0, shares)
-                          : next_layer(conv, task, blocks, shares);
+      // While the first pixels of a block are multiplied the next block's weights are asked for.
+      Coming weights;
+      if (block + 1 == task.block_end) {
+        if (end == list.count) add_next_layer(weights, conv, task, blocks);
+      } else if (begin == 0) {
+        weights.add(weight + block_bytes, block_bytes);
+      }
+      weights.divide(products);
       for (int64_t t = begin; t < end; t += 2) {
         Product product{layout.taps(), layout.chunks, scratch.offsets, scratch.chunk, weight, 0};
-        coming.take(product, layout.weight.chunks);
+        weights.take(product, layout.weight.chunks);
+        if (product.lines == 0) pixels.take(product, layout.weight.chunks);
         const Position* positions = list.positions + t * kTileRows;
         const bool pair = t + 1 < end;
+        const int64_t count = pair ? 2 * kTileRows : kTileRows;
+        if (!pixels_first) prefetch_results(e, positions, count);
         if (e.channels > 16) {
           (pair ? multiply<2, 2> : multiply<1, 2>)(product, list.tiles + t, weight, scratch.sums);
-          finish_block<2>(e, scratch.sums, positions, pair ? 2 * kTileRows : kTileRows);
+          finish_block<2>(e, scratch.sums, positions, count);
         } else {
           (pair ? multiply<2, 1> : multiply<1, 1>)(product, list.tiles + t, weight, scratch.sums);
-          finish_block<1>(e, scratch.sums, positions, pair ? 2 * kTileRows : kTileRows);
+          finish_block<1>(e, scratch.sums, positions, count);
         }
       }
     }
