@@ -16,6 +16,11 @@ namespace fused_resnet::cpu {
 void* pool_allocate(size_t bytes);
 void pool_release(void* memory);
 
+// The same for packed weights, which live long and are read by every call: small ones share huge
+// pages, and are not in the pool's statistics.
+void* weight_allocate(size_t bytes);
+void weight_release(void* memory);
+
 struct PoolStatistics {
   int64_t live_bytes, cached_bytes, system_allocations;
 };

@@ -208,6 +208,14 @@ bool is_packed_from(const T* source, const WeightShape& shape, const void* packe
   return true;
 }
 
+// Uninitialised.
+Tensor weight_tensor(int64_t size, ScalarType dtype) {
+  void* memory = weight_allocate(static_cast<size_t>(size) * (dtype == ScalarType::Float ? 4 : 2));
+  return torch::stable::from_blob(memory, {size}, {1},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
+                                  weight_release);
+}
+
 void check_weight(const Tensor& weight, int64_t groups) {
   STD_TORCH_CHECK(weight.dim() == 4, "conv_bn_act: weight has ", weight.dim(),
                   " dimensions, it must have 4");
@@ -297,7 +305,7 @@ MaxPool make_pool(const std::vector<int64_t>& numbers, int64_t P, int64_t Q) {
 Tensor pack_conv_weight(Tensor weight, int64_t groups) {
   check_weight(weight, groups);
   const WeightShape shape(weight, groups);
-  Tensor packed = pool_tensor({shape.packed_size()}, {1}, shape.packed_dtype());
+  Tensor packed = weight_tensor(shape.packed_size(), shape.packed_dtype());
   with_element_type(weight, "weight",
                     [&](const auto* source) { pack(source, shape, packed.mutable_data_ptr()); });
   return packed;

@@ -191,10 +191,11 @@ struct Scratch {
         slab_bytes = layout.chunks * chunk;
         break;
       case Form::kDense:
-        slab_bytes = (rows * conv.Q + images * kTileRows) * layout.pixel;
+        slab_bytes = (rows * conv.Q + images * kTileRows) * layout.pixel + kChunkBytes;
         input_bytes = ((rows - 1) * conv.stride_h + layout.h.dil * (conv.R - 1) + 1) *
-                      ((conv.Q - 1) * conv.stride_w + layout.w.dil * (conv.S - 1) + 1) *
-                      group_c(conv) * 2;
+                          ((conv.Q - 1) * conv.stride_w + layout.w.dil * (conv.S - 1) + 1) *
+                          group_c(conv) * 2 +
+                      kChunkBytes;
         break;
     }
     slab = take(slab_bytes);
@@ -214,6 +215,11 @@ FR_INLINE void zero(Storage* dst, int64_t count) {
   int64_t i = 0;
   for (; i + kWidth <= count; i += kWidth) store(dst + i, Value::broadcast(0));
   if (i < count) store(dst + i, Value::broadcast(0), count - i);
+}
+
+// As many chunks as hold `count` elements.
+FR_INLINE void copy_chunks(Storage* dst, const Storage* src, int64_t count) {
+  for (int64_t i = 0; i < count; i += kTileDepth) copy(dst + i, src + i, kTileDepth);
 }
 
 FR_INLINE Value::Register normalised(Value::Register x, const float* scale, const float* shift) {
@@ -326,9 +332,10 @@ void gather_dense(const Conv& conv, const Task& task, const Layout& layout, int6
       const Storage* from =
           scratch.input_rows + p * conv.stride_h * pitch + q * conv.stride_w * channels;
       Storage* end = to + layout.pixel / 2;
+      // What a copy writes behind its run the next one overwrites.
       for (int64_t r = 0; r < conv.R; ++r, from += conv.dil_h * pitch) {
         for (int64_t s = 0; s < (adjacent ? 1 : conv.S); ++s, to += run) {
-          copy(to, from + s * conv.dil_w * channels, run);
+          copy_chunks(to, from + s * conv.dil_w * channels, run);
         }
       }
       zero(to, end - to);
@@ -741,22 +748,26 @@ void run_conv(const Conv& conv, const Task& task, const Layout& layout, void* me
 // before the maximum instead of behind it does not change it.
 void pool_pixel(const Storage* rows, int64_t row_pitch, int64_t h_count, int64_t w_count, int64_t K,
                 Storage* out, int64_t out_channel) {
-  alignas(64) Storage result[kWidth];
-  for (int64_t k = 0; k < K; k += kWidth) {
-    const int64_t rest = least(kWidth, K - k);
-    Value::Register best = load(rows + k, rest);
+  auto largest = [&](auto load_at) {
+    Value::Register best = load_at(rows);
     for (int64_t h = 0; h < h_count; ++h) {
       for (int64_t w = 0; w < w_count; ++w) {
-        const Value::Register x = load(rows + h * row_pitch + w * K + k, rest);
+        const Value::Register x = load_at(rows + h * row_pitch + w * K);
         best = Value::where_exceeds(x, best, x, best);
       }
     }
-    if (out_channel == 1) {
-      store(out + k, best, rest);
-    } else {
-      store(result, best, rest);
-      for (int64_t i = 0; i < rest; ++i) out[(k + i) * out_channel] = result[i];
+    return best;
+  };
+  alignas(64) Storage result[kWidth];
+  for (int64_t k = 0; k < K; k += kWidth, rows += kWidth) {
+    const int64_t rest = K - k;
+    if (rest >= kWidth && out_channel == 1) {
+      store(out + k, largest([](const Storage* p) { return load(p); }));
+      continue;
     }
+    const int64_t count = least(rest, kWidth);
+    store(result, largest([&](const Storage* p) { return load(p, count); }), count);
+    for (int64_t i = 0; i < count; ++i) out[(k + i) * out_channel] = result[i];
   }
 }
 
