@@ -45,7 +45,8 @@ _AVX512_FLAGS = [
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": _AVX512_FLAGS,
-    "_amx": [*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    # Nothing there throws, and the handler of a class with a destructor is a shared symbol.
+    "_amx": [*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-fno-exceptions"],
 }
 
 
