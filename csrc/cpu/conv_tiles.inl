@@ -23,7 +23,8 @@
 //
 // Memory traffic: as conv.h says; the slab is written and read in the second-level cache.
 //
-// Reading order, which is execution order: slab -> gather -> product -> epilogue -> pool -> run.
+// Reading order: slab -> gather -> epilogue -> product, which finishes the block before -> task ->
+// pool.
 
 namespace fused_resnet::cpu {
 namespace {
@@ -175,7 +176,7 @@ struct Scratch {
     scale = reinterpret_cast<float*>(take(channels * 4));
     shift = reinterpret_cast<float*>(take(channels * 4));
     offsets = reinterpret_cast<int64_t*>(take(layout.taps() * 8));
-    sums = reinterpret_cast<float*>(take(kBlockPixels * kTileBlockK * 4));
+    sums = reinterpret_cast<float*>(take(2 * kBlockPixels * kTileBlockK * 4));
     plane = 0;
     chunk = kChunkBytes;
     int64_t slab_bytes = 0, input_bytes = 0;
@@ -413,59 +414,6 @@ void add_rows(const Conv& conv, const Task& task, const Layout& layout, const Sc
   }
 }
 
-// ---- product -----------------------------------------------------------------------------------
-
-struct Product {
-  int64_t taps, chunks;
-  const int64_t* offsets;  // of the taps, in bytes
-  int64_t chunk;           // bytes from one chunk of a pixel to the next
-  // What to bring into the second-level cache meanwhile: `lines` for every chunk.
-  const char* prefetch;
-  int64_t lines;
-};
-
-constexpr int64_t kLine = 64;
-
-// Sums of kM tiles of pixels times kN of output channels, to [pixel][32].
-template <int kM, int kN>
-void multiply(const Product& product, const Tile* tiles, const char* weight, float* sums) {
-  const char *in0 = tiles[0].in, *in1 = tiles[kM - 1].in;
-  const int64_t stride0 = tiles[0].stride, stride1 = tiles[kM - 1].stride;
-  const char* prefetch = product.prefetch;
-  // What was gathered has been stored: the compiler does not know that tiles are loaded from
-  // memory.
-  __atomic_signal_fence(__ATOMIC_SEQ_CST);
-  zero_sums();
-  for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
-    for (int64_t tap = 0; tap < product.taps; ++tap) {
-      const int64_t offset = product.offsets[tap] + chunk * product.chunk;
-      load_weights<0>(weight);
-      load_pixels<0>(in0 + offset, stride0);
-      multiply_add<0, 0>();
-      if constexpr (kN == 2) {
-        load_weights<1>(weight + kTileBytes);
-        multiply_add<0, 1>();
-      }
-      if constexpr (kM == 2) {
-        load_pixels<1>(in1 + offset, stride1);
-        multiply_add<1, 0>();
-        if constexpr (kN == 2) multiply_add<1, 1>();
-      }
-      weight += 2 * kTileBytes;
-      for (int64_t i = 0; i < product.lines; ++i, prefetch += kLine) {
-        __builtin_prefetch(prefetch, 0, 2);
-      }
-    }
-  }
-  constexpr int64_t kRow = kTileBlockK * 4;
-  store_sums<0, 0>(sums, kRow);
-  if constexpr (kN == 2) store_sums<0, 1>(sums + 16, kRow);
-  if constexpr (kM == 2) {
-    store_sums<1, 0>(sums + kTileRows * kTileBlockK, kRow);
-    if constexpr (kN == 2) store_sums<1, 1>(sums + kTileRows * kTileBlockK + 16, kRow);
-  }
-}
-
 // ---- epilogue ----------------------------------------------------------------------------------
 
 // Where results go. `channels` counts the valid ones of this block, of which those in [res_begin,
@@ -553,16 +501,90 @@ __attribute__((noinline)) void finish_strided(const Epilogue& e, const float* su
   }
 }
 
+using Finish = void (*)(const Epilogue&, const float*, const Position*, int64_t);
+
 template <int kN>
-void finish_block(const Epilogue& e, const float* sums, const Position* positions, int64_t count) {
+Finish finish_for(const Epilogue& e) {
   const bool has_residual = e.res_begin < e.res_end;
   const bool whole = e.channels == kN * 16 && e.out_channel == 1;
-  if (whole && !has_residual) {
-    finish<kN, false>(e, sums, positions, count);
-  } else if (whole && e.res_channel == 1 && e.res_end - e.res_begin == e.channels) {
-    finish<kN, true>(e, sums, positions, count);
-  } else {
-    finish_strided<kN>(e, sums, positions, count);
+  if (whole && !has_residual) return finish<kN, false>;
+  if (whole && e.res_channel == 1 && e.res_end - e.res_begin == e.channels) return finish<kN, true>;
+  return finish_strided<kN>;
+}
+
+// The sums of a block whose product is through. They are finished while the next block's product
+// runs, a few pixels with every step: the unit would stand still meanwhile, and that for longer
+// than the product takes where the reduction is short.
+struct Pending {
+  Finish finish;
+  Epilogue epilogue;
+  const float* sums;
+  const Position* positions;
+  int64_t pixels = 0;
+
+  FR_INLINE void take(int64_t count) {
+    count = least(count, pixels);
+    finish(epilogue, sums, positions, count);
+    sums += count * kTileBlockK;
+    positions += count;
+    pixels -= count;
+  }
+};
+
+// ---- product -----------------------------------------------------------------------------------
+
+struct Product {
+  int64_t taps, chunks;
+  const int64_t* offsets;  // of the taps, in bytes
+  int64_t chunk;           // bytes from one chunk of a pixel to the next
+  // What to bring into the second-level cache meanwhile: `lines` for every chunk.
+  const char* prefetch;
+  int64_t lines;
+};
+
+constexpr int64_t kLine = 64;
+
+// Sums of kM tiles of pixels times kN of output channels, to [pixel][32]. With every step a share
+// of what is pending.
+template <int kM, int kN>
+void multiply(const Product& product, const Tile* tiles, const char* weight, float* sums,
+              Pending& pending) {
+  const int64_t share = div_up(pending.pixels, product.chunks * product.taps);
+  const char *in0 = tiles[0].in, *in1 = tiles[kM - 1].in;
+  const int64_t stride0 = tiles[0].stride, stride1 = tiles[kM - 1].stride;
+  const char* prefetch = product.prefetch;
+  // What was gathered has been stored: the compiler does not know that tiles are loaded from
+  // memory.
+  __atomic_signal_fence(__ATOMIC_SEQ_CST);
+  zero_sums();
+  for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
+    for (int64_t tap = 0; tap < product.taps; ++tap) {
+      const int64_t offset = product.offsets[tap] + chunk * product.chunk;
+      load_weights<0>(weight);
+      load_pixels<0>(in0 + offset, stride0);
+      multiply_add<0, 0>();
+      if constexpr (kN == 2) {
+        load_weights<1>(weight + kTileBytes);
+        multiply_add<0, 1>();
+      }
+      if constexpr (kM == 2) {
+        load_pixels<1>(in1 + offset, stride1);
+        multiply_add<1, 0>();
+        if constexpr (kN == 2) multiply_add<1, 1>();
+      }
+      weight += 2 * kTileBytes;
+      if (pending.pixels > 0) pending.take(share);
+      for (int64_t i = 0; i < product.lines; ++i, prefetch += kLine) {
+        __builtin_prefetch(prefetch, 0, 2);
+      }
+    }
+  }
+  constexpr int64_t kRow = kTileBlockK * 4;
+  store_sums<0, 0>(sums, kRow);
+  if constexpr (kN == 2) store_sums<0, 1>(sums + 16, kRow);
+  if constexpr (kM == 2) {
+    store_sums<1, 0>(sums + kTileRows * kTileBlockK, kRow);
+    if constexpr (kN == 2) store_sums<1, 1>(sums + kTileRows * kTileBlockK + 16, kRow);
   }
 }
 
@@ -659,6 +681,8 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
   // Either the pixels of one block take all blocks of output channels in turn, or, with weights
   // that do not stay in the cache, each block of these takes all pixels.
   const bool pixels_first = conv.keeps_weight;
+  Pending pending;
+  float* sums = scratch.sums;
   const int64_t turn = pixels_first ? 2 : list.count;
   const int64_t task_blocks = task.block_end - task.block_begin;
   for (int64_t begin = 0; begin < list.count; begin += turn) {
@@ -702,24 +726,26 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
         weights.add(weight + block_bytes, block_bytes);
       }
       weights.divide(products);
+      const Finish finish = e.channels > 16 ? finish_for<2>(e) : finish_for<1>(e);
       for (int64_t t = begin; t < end; t += 2) {
         Product product{layout.taps(), layout.chunks, scratch.offsets, scratch.chunk, weight, 0};
         weights.take(product, layout.weight.chunks);
         if (product.lines == 0) pixels.take(product, layout.weight.chunks);
         const Position* positions = list.positions + t * kTileRows;
         const bool pair = t + 1 < end;
-        const int64_t count = pair ? 2 * kTileRows : kTileRows;
-        if (!pixels_first) prefetch_results(e, positions, count);
+        const Tile* tiles = list.tiles + t;
+        if (!pixels_first) prefetch_results(e, positions, pair ? 2 * kTileRows : kTileRows);
         if (e.channels > 16) {
-          (pair ? multiply<2, 2> : multiply<1, 2>)(product, list.tiles + t, weight, scratch.sums);
-          finish_block<2>(e, scratch.sums, positions, count);
+          (pair ? multiply<2, 2> : multiply<1, 2>)(product, tiles, weight, sums, pending);
         } else {
-          (pair ? multiply<2, 1> : multiply<1, 1>)(product, list.tiles + t, weight, scratch.sums);
-          finish_block<1>(e, scratch.sums, positions, count);
+          (pair ? multiply<2, 1> : multiply<1, 1>)(product, tiles, weight, sums, pending);
         }
+        pending = {finish, e, sums, positions, pair ? 2 * kTileRows : kTileRows};
+        sums = sums == scratch.sums ? scratch.sums + kBlockPixels * kTileBlockK : scratch.sums;
       }
     }
   }
+  pending.take(pending.pixels);
 }
 
 void run_conv(const Conv& conv, const Task& task, const Layout& layout, void* memory) {
