@@ -38,13 +38,16 @@ NVCC_FLAGS = ["-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisi
 # A file whose stem ends so is compiled for these instructions and must be entered only after a
 # run-time check (csrc/cpu/isa.h); everything else runs on any x86-64. GCC's own AVX-512 header sets
 # off its warnings about uninitialised variables (GCC bug 105593).
+_AVX512_FLAGS = [
+    "-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
+    "-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized",
+]  # fmt: skip
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": [
-        "-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
-        "-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized",
-    ],
-}  # fmt: skip
+    "_avx512": _AVX512_FLAGS,
+    # Nothing there throws, and the handler of a class with a destructor is a shared symbol.
+    "_amx": [*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-fno-exceptions"],
+}
 
 
 class BuildNative(build_ext):

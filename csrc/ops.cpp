@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   // that take a packed weight return nothing where it seems not to be made of the weight's present
   // values.
   m.def("conv_isa() -> str");
+  m.def("conv_tile_isa() -> str");
   m.def("pack_conv_weight(Tensor weight, int groups) -> Tensor");
   m.def("conv_weight_is_packed(Tensor weight, Tensor packed, int groups) -> bool");
   m.def(

@@ -472,6 +472,8 @@ def doctor() -> None:
     cpu = environment.describe_device(torch.device("cpu"))
     cpu["flags"] = " ".join(cpu["flags"]) or "none of those that matter"
     cpu["threads"] = torch.get_num_threads()
+    vectors, tiles = torch.ops.fused_resnet.conv_isa(), torch.ops.fused_resnet.conv_tile_isa()
+    cpu["convolutions"] = (vectors or "the library's") + (f", bfloat16 {tiles}" if tiles else "")
     del cpu["type"]
     section("CPU", cpu)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -606,6 +606,12 @@ def test_avx2():
     rerun_on_instruction_set("avx2", __file__, f"cpu and ({cases})")
 
 
+def test_amx_emulated():
+    """The main cases again, on the kernel for AMX over emulated tiles."""
+    cases = "sample_shapes or drawn_cases_quick or nan_and_infinity or max_pool"
+    rerun_on_instruction_set("amx_emulated", __file__, f"cpu and bfloat16 and ({cases})")
+
+
 def test_functional_has_the_designs_signature():
     import inspect
 

@@ -534,6 +534,12 @@ def test_avx2():
     rerun_on_instruction_set("avx2", __file__, f"cpu and ({cases})")
 
 
+def test_amx_emulated():
+    """The main cases again, on the kernel for AMX over emulated tiles."""
+    cases = "sample_shapes or every_kind or nan_and_infinity or rounded_once"
+    rerun_on_instruction_set("amx_emulated", __file__, f"cpu and bfloat16 and ({cases})")
+
+
 @pytest.mark.quick
 def test_explain_says_what_runs():
     arguments = {"device": torch.device("cpu"), "dtype": torch.float32}

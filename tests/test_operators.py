@@ -60,7 +60,7 @@ CUDA = {
     "conv_tiles_for",
 }
 # Those without tensors.
-QUERIES = {"cpu_isa", "conv_isa", "cpu_pool_statistics", "cpu_pool_trim"}
+QUERIES = {"cpu_isa", "conv_isa", "conv_tile_isa", "cpu_pool_statistics", "cpu_pool_trim"}
 
 
 def operators():

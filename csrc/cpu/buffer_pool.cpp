@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <iterator>
 #include <limits>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -185,22 +186,74 @@ class Threads {
   std::vector<KeptScratch*> all_;
 };
 
+// Packed weights side by side in chunks of huge pages. Each by itself would lie in pages of 4 KiB:
+// a network's are tens of megabytes, more than the translation buffers cover, and reading them,
+// which every call does, would go at half the speed. A chunk lives as long as a weight in it.
+class WeightArena {
+ public:
+  void* allocate(size_t bytes) {
+    bytes = (bytes + 63) / 64 * 64;
+    std::lock_guard lock(mutex_);
+    if (current_ == nullptr || used_ + bytes > kChunk) {
+      current_ = static_cast<char*>(system_allocate(kChunk));
+      weights_in_[current_] = 0;
+      used_ = 0;
+    }
+    char* memory = current_ + used_;
+    used_ += bytes;
+    ++weights_in_[current_];
+    return memory;
+  }
+
+  // False where `memory` is not a weight of the arena.
+  bool release(void* memory) {
+    std::lock_guard lock(mutex_);
+    auto chunk = weights_in_.upper_bound(static_cast<char*>(memory));
+    if (chunk == weights_in_.begin()) return false;
+    --chunk;
+    if (static_cast<char*>(memory) >= chunk->first + kChunk) return false;
+    if (--chunk->second > 0) return true;
+    if (chunk->first == current_) {
+      used_ = 0;
+    } else {
+      std::free(chunk->first);
+      weights_in_.erase(chunk);
+    }
+    return true;
+  }
+
+ public:
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
+ private:
+  static constexpr size_t kChunk = 2 * kHugePage;
+  std::mutex mutex_;
+  std::map<char*, int64_t> weights_in_;  // by the chunk's beginning
+  char* current_ = nullptr;
+  size_t used_ = 0;
+};
+
 // Never destroyed: tensors and threads may outlive static destruction. Made when the library is
 // loaded: a fork during a first use would leave a child that waits for its end.
 Pool* const pool = new Pool;
 Threads* const threads = new Threads;
+WeightArena* const weight_arena = new WeightArena;
 
 // A child must not inherit a lock whose owner it lacks. In the order of drop_scratch().
 [[maybe_unused]] const int fork_handlers = pthread_atfork(
     [] {
       threads->lock();
       pool->lock();
+      weight_arena->lock();
     },
     [] {
+      weight_arena->unlock();
       pool->unlock();
       threads->unlock();
     },
     [] {
+      weight_arena->unlock();
       pool->unlock();
       threads->unlock();
     });
@@ -228,19 +281,18 @@ void* pool_allocate(size_t bytes) {
 void pool_release(void* memory) {
   pool->release(memory);
 }
+void* weight_allocate(size_t bytes) {
+  return bytes < kHugePage ? weight_arena->allocate(bytes) : system_allocate(bytes);
+}
+void weight_release(void* memory) {
+  if (!weight_arena->release(memory)) std::free(memory);
+}
 PoolStatistics pool_statistics() {
   return pool->statistics();
 }
 void pool_trim() {
   threads->drop_scratch();
   pool->trim(0);
-}
-
-void* unpooled_allocate(size_t bytes) {
-  return system_allocate(std::max<size_t>(bytes, 1));
-}
-void unpooled_release(void* memory) {
-  std::free(memory);
 }
 
 Scratch::Scratch(size_t bytes) : block_(kept_by_this_thread().take()) {

@@ -16,6 +16,11 @@ namespace fused_resnet::cpu {
 void* pool_allocate(size_t bytes);
 void pool_release(void* memory);
 
+// The same for packed weights, which live long and are read by every call: small ones share huge
+// pages, and are not in the pool's statistics.
+void* weight_allocate(size_t bytes);
+void weight_release(void* memory);
+
 struct PoolStatistics {
   int64_t live_bytes, cached_bytes, system_allocations;
 };
@@ -23,10 +28,6 @@ PoolStatistics pool_statistics();
 
 // Returns cached memory to the system, threads' scratch memory that is not in use included.
 void pool_trim();
-
-// Memory that goes back to the system when it is released: for what is kept long and dies seldom.
-void* unpooled_allocate(size_t bytes);
-void unpooled_release(void* memory);
 
 struct ScratchBlock {
   void* memory;

@@ -48,7 +48,10 @@ struct MaxPool {
 // How many values behind the last channel's a prologue's scale and shift must have.
 constexpr int64_t kPrologueSlack = 16;
 
+struct ConvIsa;
+
 struct Conv {
+  const ConvIsa* isa;  // whose kernel runs, and whose layout the weight has
   // C and K count channels of all groups. P x Q is the convolution's own output, before any
   // pooling.
   int64_t N, C, H, W, K, R, S, P, Q;
@@ -60,8 +63,8 @@ struct Conv {
   int64_t last_w, last_q;
   Strides in, out, res;
   const void* input;
-  const float* weight;  // packed, see weight_offset()
-  const float* bias;    // the convolution's own; may be null
+  const void* weight;  // packed, see weight_offset() and conv_tiles.h
+  const float* bias;   // the convolution's own; may be null
   Norm norm;
   const void* residual;  // null: none
   // The prologue's, by input channel; null: none. Then comes kPrologueSlack times zero.
@@ -70,8 +73,8 @@ struct Conv {
   int64_t res_channels, res_skip;
   void* output;
   // The packed weight that is wanted after this one, to be brought into the cache; may be null.
-  const float* next_weight;
-  int64_t next_weight_size;
+  const void* next_weight;
+  int64_t next_weight_bytes;
   Dtype dtype;  // of input, residual and output; everything between is float32
   bool relu;
   // Whether a group's weights stay in the second-level cache when all of them are gone through.
@@ -115,8 +118,11 @@ struct Task {
 // One instruction set's kernels.
 struct ConvIsa {
   const char* name;
-  int64_t lanes;    // of a vector of float32
-  int64_t block_k;  // output channels computed together; the packed weight's innermost extent
+  int64_t lanes;     // of a vector of float32
+  int64_t block_k;   // output channels computed together; the packed weight's innermost extent
+  int64_t item;      // bytes of a value in the packed weight, and of a gathered input
+  int64_t flat_row;  // consecutive pixels that make a row of a pointwise convolution
+  double rate;       // multiply-adds a cycle, for the split into tasks
   // Bytes of scratch memory run() needs for a task.
   int64_t (*scratch_bytes)(const Conv&, const Task&);
   void (*run)(const Conv&, const Task&, void* scratch);
@@ -125,7 +131,9 @@ struct ConvIsa {
 #if defined(__x86_64__)
 extern const ConvIsa kConvAvx512;
 extern const ConvIsa kConvAvx2;
+extern const ConvIsa kConvAmx;
 #endif
+extern const ConvIsa kConvAmxEmulated;
 
 // Whether groups of c input and k output channels are expanded. Then a vector of output channels
 // belongs to whole groups, whose input channels fit a vector too.
@@ -133,8 +141,9 @@ static inline bool is_expanded(int64_t groups, int64_t c, int64_t k, int64_t lan
   return groups > 1 && k < lanes && lanes % k == 0 && c <= k;
 }
 
-// The packed weight is [work_groups][blocks of K][R][S][C][block_k] float32, zero where K ends
-// inside a block. Expanded groups use blocks of one vector, others of ConvIsa::block_k.
+// The packed weight of vector kernels is [work_groups][blocks of K][R][S][C][block_k] float32, zero
+// where K ends inside a block. Expanded groups use blocks of one vector, others of
+// ConvIsa::block_k.
 static inline int64_t weight_offset(const Conv& conv, int64_t block_k, int64_t group,
                                     int64_t block) {
   const int64_t blocks = div_up(group_k(conv), block_k);

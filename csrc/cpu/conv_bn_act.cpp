@@ -85,12 +85,20 @@ std::optional<Tensor> norm_conv_bn_act_packed(
 
 // "" where FUSED_RESNET_CPU_ISA is no instruction set, too: Python asks while it imports, and the
 // first use is what is to fail.
-std::string conv_isa_name() {
+std::string name_of(const ConvIsa* (*isa)()) {
   try {
-    return conv_isa() ? conv_isa()->name : "";
+    return isa() ? isa()->name : "";
   } catch (const std::exception&) {
     return "";
   }
+}
+
+std::string vector_isa_name() {
+  return name_of(vector_isa);
+}
+
+std::string tile_isa_name() {
+  return name_of(tile_isa);
 }
 
 std::vector<int64_t> cpu_pool_statistics() {
@@ -102,7 +110,8 @@ std::vector<int64_t> cpu_pool_statistics() {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CompositeExplicitAutograd, m)
 {
-  m.impl("conv_isa", TORCH_BOX(&conv_isa_name));
+  m.impl("conv_isa", TORCH_BOX(&vector_isa_name));
+  m.impl("conv_tile_isa", TORCH_BOX(&tile_isa_name));
   m.impl("cpu_pool_statistics", TORCH_BOX(&cpu_pool_statistics));
   m.impl("cpu_pool_trim", TORCH_BOX(&pool_trim));
 }

@@ -53,7 +53,7 @@ void pack_transposed(const T* source, const Tensor& weight, int64_t block_k, flo
 }
 
 Tensor packed_transposed(const Tensor& weight) {
-  const int64_t block_k = conv_isa()->block_k;
+  const int64_t block_k = vector_isa()->block_k;
   const int64_t C = div_up(weight.size(1), block_k) * block_k;
   const int64_t bytes = checked_product("conv_input_gradient", "weight",
                                         {C, weight.size(0), weight.size(2), weight.size(3), 4});
@@ -85,7 +85,7 @@ void conv_input_gradient(Tensor grad, Tensor weight, int64_t stride_h, int64_t s
                          int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w,
                          Tensor grad_input, bool accumulate) {
   constexpr const char* name = "conv_input_gradient";
-  FR_CHECK(conv_isa() != nullptr, name, ": this processor has neither AVX2 nor AVX-512");
+  FR_CHECK(vector_isa() != nullptr, name, ": this processor has neither AVX2 nor AVX-512");
   check_rank(name, "grad", grad, 4);
   check_rank(name, "weight", weight, 4);
   check_rank(name, "grad_input", grad_input, 4);
@@ -95,6 +95,7 @@ void conv_input_gradient(Tensor grad, Tensor weight, int64_t stride_h, int64_t s
   check_dtype(name, "grad_input", grad_input, dtype);
   FR_CHECK(is_non_overlapping_and_dense(grad_input), name, ": grad_input must be dense");
   Conv conv{};
+  conv.isa = vector_isa();
   conv.dtype = kernel_dtype(dtype);
   conv.N = grad.size(0);
   conv.C = grad.size(1);
@@ -143,7 +144,7 @@ void conv_input_gradient(Tensor grad, Tensor weight, int64_t stride_h, int64_t s
   }
   check_memory(name, conv);
   const Tensor packed = packed_transposed(weight);
-  conv.weight = packed.const_data_ptr<float>();
+  conv.weight = packed.const_data_ptr();
   conv.input = grad.const_data_ptr();
   conv.output = grad_input.mutable_data_ptr();
   if (accumulate) {

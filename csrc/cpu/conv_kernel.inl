@@ -560,7 +560,8 @@ int64_t norm_size(const Conv& conv, const Task& task) {
 // that divide the output channels among them do so in the next layer too.
 const float* next_layer(const Conv& conv, const Task& task, int64_t blocks) {
   if (conv.next_weight == nullptr || conv.expanded) return nullptr;
-  return conv.next_weight + conv.next_weight_size * task.block_begin / blocks;
+  return static_cast<const float*>(conv.next_weight) +
+         conv.next_weight_bytes / 4 * task.block_begin / blocks;
 }
 
 // Tiles that take all blocks of output channels in turn before the next ones do. Weights that stay
@@ -681,7 +682,8 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
       e.vectorised = e.channels == vectors * kLanes && base.out_channel == 1 &&
                      (!has_residual || base.res_channel == 1);
       e.padded = has_residual && e.res_end - e.res_begin < e.channels;
-      const float* weight = conv.weight + weight_offset(conv, width, task.group, block);
+      const float* weight =
+          static_cast<const float*>(conv.weight) + weight_offset(conv, width, task.group, block);
       // Without help the first tile of a block would wait for its weights. So while the tiles of
       // one block run, the next block is asked for, a part of it by each of the first tiles. Once
       // all of the weights have been seen, it is the next tiles' pixels that are asked for.

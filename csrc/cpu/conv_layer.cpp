@@ -16,6 +16,7 @@
 
 #include "checks.h"
 #include "cpu/buffer_pool.h"
+#include "cpu/conv_tiles.h"
 #include "cpu/isa.h"
 
 namespace fused_resnet::cpu {
@@ -23,8 +24,7 @@ namespace fused_resnet::cpu {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// The kernels for this machine, or null.
-const ConvIsa* conv_isa() {
+const ConvIsa* vector_isa() {
 #if defined(__x86_64__)
   switch (cpu_isa()) {
     case Isa::avx512:
@@ -36,6 +36,26 @@ const ConvIsa* conv_isa() {
   }
 #endif
   return nullptr;
+}
+
+const ConvIsa* tile_isa() {
+  switch (tile_unit()) {
+#if defined(__x86_64__)
+    case TileUnit::amx:
+      return &kConvAmx;
+#endif
+    case TileUnit::emulated:
+      return &kConvAmxEmulated;
+    default:
+      return nullptr;
+  }
+}
+
+const ConvIsa* conv_isa(ScalarType dtype, int64_t groups, int64_t c, int64_t k) {
+  // Groups that would fill less than half of a tile are the vector kernel's.
+  const bool fills_tiles = groups == 1 || (c >= kTileDepth / 2 && k >= kTileBlockK / 2);
+  if (dtype == ScalarType::BFloat16 && fills_tiles && tile_isa() != nullptr) return tile_isa();
+  return vector_isa();
 }
 
 int64_t l2_bytes() {
@@ -76,47 +96,101 @@ auto with_element_type(const Tensor& tensor, const char* name, F&& f) {
 struct WeightShape {
   int64_t K, C, R, S;  // C counts the channels of one group
   Strides stride;
-  bool expanded;
+  const ConvIsa* isa;
+  bool tiled, expanded;
   int64_t groups, block_k;  // of the packed weight: expanded groups count as one
+  TiledWeight tiles;
 
   WeightShape(const Tensor& weight, int64_t group_count)
       : K(weight.size(0)),
         C(weight.size(1)),
         R(weight.size(2)),
         S(weight.size(3)),
-        stride{weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
-        expanded(K > 0 && is_expanded(group_count, C, K / group_count, conv_isa()->lanes)),
+        stride(strides_of(weight)),
+        isa(conv_isa(weight.scalar_type(), group_count, C, K / group_count)),
+        tiled(isa == tile_isa()),
+        expanded(!tiled && K > 0 && is_expanded(group_count, C, K / group_count, isa->lanes)),
         groups(expanded ? 1 : group_count),
-        block_k(expanded ? conv_isa()->lanes : conv_isa()->block_k) {}
+        block_k(expanded ? isa->lanes : isa->block_k),
+        tiles(tiled_weight(K / group_count, C, R * S)) {}
 
   int64_t blocks() const { return div_up(K / groups, block_k); }
-  int64_t packed_size() const { return groups * blocks() * R * S * C * block_k; }
+  // Values of a block, and of all.
+  int64_t block_size() const { return tiled ? tiled_block_size(tiles) : R * S * C * block_k; }
+  int64_t packed_size() const { return groups * blocks() * block_size(); }
+  ScalarType packed_dtype() const { return tiled ? ScalarType::BFloat16 : ScalarType::Float; }
   int64_t source(int64_t k, int64_t c, int64_t r, int64_t s) const {
     return k * stride.n + c * stride.c + r * stride.h + s * stride.w;
   }
+
+  // What `packed` has of output channel k, channel c of its group and tap (r, s).
+  float packed_value(const void* packed, int64_t k, int64_t c, int64_t r, int64_t s) const {
+    const int64_t group_k = K / groups, group = k / group_k, in_group = k - group * group_k;
+    const int64_t tap = r * S + s;
+    if (tiled) {
+      return static_cast<float>(static_cast<const BFloat16*>(
+          packed)[tiled_weight_offset(tiles, group, in_group, c, tap)]);
+    }
+    const int64_t block = group * blocks() + in_group / block_k;
+    return static_cast<const float*>(
+        packed)[block * block_size() + (tap * C + c) * block_k + in_group % block_k];
+  }
 };
 
+// One block of output channels, from `channel` on, `valid` of them.
 template <class T>
-void pack(const T* source, const WeightShape& shape, float* packed) {
+void pack_block(const T* source, const WeightShape& shape, int64_t channel, int64_t valid,
+                float* out) {
+  const int64_t block_k = shape.block_k;
+  for (int64_t r = 0; r < shape.R; ++r) {
+    for (int64_t s = 0; s < shape.S; ++s) {
+      for (int64_t c = 0; c < shape.C; ++c, out += block_k) {
+        for (int64_t k = 0; k < valid; ++k) {
+          out[k] = static_cast<float>(source[shape.source(channel + k, c, r, s)]);
+        }
+        std::fill(out + valid, out + block_k, 0.0f);
+      }
+    }
+  }
+}
+
+template <class T>
+void pack_block(const T* source, const WeightShape& shape, int64_t channel, int64_t valid,
+                BFloat16* out) {
+  const TiledWeight& tiles = shape.tiles;
+  std::memset(static_cast<void*>(out), 0, static_cast<size_t>(shape.block_size()) * sizeof(*out));
+  for (int64_t c = 0; c < shape.C; ++c) {
+    for (int64_t tap = 0; tap < tiles.taps; ++tap) {
+      const T* from = source + shape.source(channel, c, tap / shape.S, tap % shape.S);
+      BFloat16* to = out + tiled_weight_offset(tiles, 0, 0, c, tap);
+      BFloat16* second = out + tiled_weight_offset(tiles, 0, kTileRows, c, tap);
+      for (int64_t k = 0; k < valid; ++k, from += shape.stride.n) {
+        (k < kTileRows ? to : second)[k % kTileRows * 2] = static_cast<BFloat16>(*from);
+      }
+    }
+  }
+}
+
+template <class T, class Packed>
+void pack_as(const T* source, const WeightShape& shape, Packed* packed) {
   const int64_t block_k = shape.block_k, blocks = shape.blocks();
   const int64_t group_k = shape.K / shape.groups;
   torch::stable::parallel_for(0, shape.groups * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t k0 = i % blocks * block_k, channel = i / blocks * group_k + k0;
-      const int64_t valid = std::min(block_k, group_k - k0);
-      float* out = packed + i * shape.R * shape.S * shape.C * block_k;
-      for (int64_t r = 0; r < shape.R; ++r) {
-        for (int64_t s = 0; s < shape.S; ++s) {
-          for (int64_t c = 0; c < shape.C; ++c, out += block_k) {
-            for (int64_t k = 0; k < valid; ++k) {
-              out[k] = static_cast<float>(source[shape.source(channel + k, c, r, s)]);
-            }
-            std::fill(out + valid, out + block_k, 0.0f);
-          }
-        }
-      }
+      const int64_t k0 = i % blocks * block_k;
+      pack_block(source, shape, i / blocks * group_k + k0, std::min(block_k, group_k - k0),
+                 packed + i * shape.block_size());
     }
   });
+}
+
+template <class T>
+void pack(const T* source, const WeightShape& shape, void* packed) {
+  if (shape.tiled) {
+    pack_as(source, shape, static_cast<BFloat16*>(packed));
+  } else {
+    pack_as(source, shape, static_cast<float*>(packed));
+  }
 }
 
 // How many values of a weight each call compares with the packed copy. If one in a hundred has
@@ -135,12 +209,9 @@ uint32_t float32_bits(T value) {
 // caller keeps the two together by storage and version; this also sees updates that leave no
 // version behind, such as `weight.data.mul_(0.9)`.
 template <class T>
-bool sample_is_packed(const T* source, const WeightShape& shape, const float* packed) {
+bool sample_is_packed(const T* source, const WeightShape& shape, const void* packed) {
   static std::atomic<uint64_t> calls{0};
   const uint64_t call = calls.fetch_add(1, std::memory_order_relaxed);
-  const int64_t group_k = shape.K / shape.groups, blocks = shape.blocks();
-  const int64_t block_k = shape.block_k;  // a power of two
-  const int shift = __builtin_ctzll(static_cast<uint64_t>(block_k));
   uint64_t state = call * kSamples;
   uint32_t difference = 0;
   for (int64_t i = 0; i < kSamples; ++i) {
@@ -155,50 +226,77 @@ bool sample_is_packed(const T* source, const WeightShape& shape, const float* pa
     const int64_t c = (part(28, 20) * shape.C) >> 20;
     const int64_t r = (part(16, 12) * shape.R) >> 12;
     const int64_t s = (part(4, 12) * shape.S) >> 12;
-    const int64_t group = shape.groups == 1 ? 0 : k / group_k, in_group = k - group * group_k;
-    const int64_t block = group * blocks + (in_group >> shift);
-    const int64_t tap = (block * shape.R + r) * shape.S + s;
-    difference |=
-        float32_bits(packed[((tap * shape.C + c) << shift) + (in_group & (block_k - 1))]) ^
-        float32_bits(source[shape.source(k, c, r, s)]);
+    difference |= float32_bits(shape.packed_value(packed, k, c, r, s)) ^
+                  float32_bits(source[shape.source(k, c, r, s)]);
   }
   return difference == 0;
 }
 
-// Compares all values.
+// Whether a packed block has the values of `valid` output channels from `channel` on.
 template <class T>
-bool whole_is_packed(const T* source, const WeightShape& shape, const float* packed) {
-  const int64_t block_k = shape.block_k, blocks = shape.blocks();
-  const int64_t group_k = shape.K / shape.groups, taps = shape.R * shape.S;
+bool block_is_packed(const T* source, const WeightShape& shape, int64_t channel, int64_t valid,
+                     const float* block) {
+  const int64_t taps = shape.R * shape.S;
   // The weight's innermost dimension innermost here, too: lines of it are then read once.
   const bool taps_inside = shape.stride.c != 1;
   const int64_t outer = taps_inside ? shape.C : taps, inner = taps_inside ? taps : shape.C;
+  for (int64_t j = 0; j < outer; ++j) {
+    uint32_t difference = 0;
+    for (int64_t l = 0; l < inner; ++l) {
+      const int64_t tap = taps_inside ? l : j, c = taps_inside ? j : l;
+      const T* from = source + shape.source(channel, c, tap / shape.S, tap % shape.S);
+      const float* to = block + (tap * shape.C + c) * shape.block_k;
+      for (int64_t k = 0; k < valid; ++k) {
+        difference |= float32_bits(from[k * shape.stride.n]) ^ float32_bits(to[k]);
+      }
+    }
+    if (difference != 0) return false;
+  }
+  return true;
+}
+
+template <class T>
+bool block_is_packed(const T* source, const WeightShape& shape, int64_t channel, int64_t valid,
+                     const BFloat16* block) {
+  for (int64_t c = 0; c < shape.C; ++c) {
+    uint32_t difference = 0;
+    for (int64_t tap = 0; tap < shape.R * shape.S; ++tap) {
+      const T* from = source + shape.source(channel, c, tap / shape.S, tap % shape.S);
+      for (int64_t k = 0; k < valid; ++k) {
+        difference |= float32_bits(from[k * shape.stride.n]) ^
+                      float32_bits(block[tiled_weight_offset(shape.tiles, 0, k, c, tap)]);
+      }
+    }
+    if (difference != 0) return false;
+  }
+  return true;
+}
+
+template <class T, class Packed>
+bool blocks_are_packed(const T* source, const WeightShape& shape, const Packed* packed) {
+  const int64_t blocks = shape.blocks(), group_k = shape.K / shape.groups;
   std::atomic<bool> same{true};
   torch::stable::parallel_for(0, shape.groups * blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t k0 = i % blocks * block_k, channel = i / blocks * group_k + k0;
-      const int64_t valid = std::min(block_k, group_k - k0);
-      const float* block = packed + i * taps * shape.C * block_k;
-      uint32_t difference = 0;
-      for (int64_t j = 0; j < outer; ++j) {
-        if (!same.load(std::memory_order_relaxed)) return;
-        for (int64_t l = 0; l < inner; ++l) {
-          const int64_t tap = taps_inside ? l : j, c = taps_inside ? j : l;
-          const T* from = source + shape.source(channel, c, tap / shape.S, tap % shape.S);
-          const float* to = block + (tap * shape.C + c) * block_k;
-          for (int64_t k = 0; k < valid; ++k) {
-            difference |= float32_bits(from[k * shape.stride.n]) ^ float32_bits(to[k]);
-          }
-        }
-        if (difference != 0) same.store(false, std::memory_order_relaxed);
+    for (int64_t i = begin; i < end && same.load(std::memory_order_relaxed); ++i) {
+      const int64_t k0 = i % blocks * shape.block_k;
+      if (!block_is_packed(source, shape, i / blocks * group_k + k0,
+                           std::min(shape.block_k, group_k - k0),
+                           packed + i * shape.block_size())) {
+        same.store(false, std::memory_order_relaxed);
       }
     }
   });
   return same.load();
 }
 
+// Compares all values.
+template <class T>
+bool whole_is_packed(const T* source, const WeightShape& shape, const void* packed) {
+  return shape.tiled ? blocks_are_packed(source, shape, static_cast<const BFloat16*>(packed))
+                     : blocks_are_packed(source, shape, static_cast<const float*>(packed));
+}
+
 void check_weight(const Tensor& weight, int64_t groups) {
-  FR_CHECK(conv_isa() != nullptr, "conv_bn_act: this processor has neither AVX2 nor AVX-512");
   check_rank("conv_bn_act", "weight", weight, 4);
   check_floating("conv_bn_act", "weight", weight);
   const int64_t K = weight.size(0), C = weight.size(1);
@@ -207,6 +305,8 @@ void check_weight(const Tensor& weight, int64_t groups) {
   check_taps("conv_bn_act", weight);
   FR_CHECK(K > 0 && C > 0, "conv_bn_act: weight has shape ", shape_string(weight),
            ", must not be empty");
+  FR_CHECK(conv_isa(weight.scalar_type(), groups, C, K / groups) != nullptr,
+           "conv_bn_act: this processor has neither AVX2 nor AVX-512");
   // No group is packed with so many channels more than it has.
   checked_product("conv_bn_act", "weight", {K, C, weight.size(2), weight.size(3), 64, 4});
 }
@@ -235,7 +335,7 @@ bool has_origin(const Tensor& packed, const Tensor& weight, const WeightShape& s
                 int64_t groups) {
   const Origin origin = origin_of(weight, shape, groups);
   const auto strides = packed.strides();
-  FR_CHECK(packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
+  FR_CHECK(packed.scalar_type() == shape.packed_dtype() && packed.is_contiguous() &&
                strides.size() == origin.size() + 1,
            "conv_bn_act: packed must be a result of pack_conv_weight");
   return packed.numel() == shape.packed_size() &&
@@ -248,7 +348,7 @@ bool seems_current(const Tensor& packed, const Tensor& weight, const WeightShape
   if (!has_origin(packed, weight, shape, groups)) return false;
   if (weight.numel() == 0) return true;
   return with_element_type(weight, "weight", [&](const auto* source) {
-    return sample_is_packed(source, shape, static_cast<const float*>(packed.const_data_ptr()));
+    return sample_is_packed(source, shape, packed.const_data_ptr());
   });
 }
 
@@ -344,10 +444,9 @@ Tensor pack_conv_weight(Tensor weight, int64_t groups) {
   sizes.push_back(shape.packed_size());
   strides.push_back(1);
   Tensor packed =
-      tensor_in_memory(sizes, strides, ScalarType::Float, unpooled_allocate, unpooled_release);
-  with_element_type(weight, "weight", [&](const auto* source) {
-    pack(source, shape, static_cast<float*>(packed.mutable_data_ptr()));
-  });
+      tensor_in_memory(sizes, strides, shape.packed_dtype(), weight_allocate, weight_release);
+  with_element_type(weight, "weight",
+                    [&](const auto* source) { pack(source, shape, packed.mutable_data_ptr()); });
   return packed;
 }
 
@@ -357,7 +456,7 @@ bool conv_weight_is_packed(Tensor weight, Tensor packed, int64_t groups) {
   if (!has_origin(packed, weight, shape, groups)) return false;
   if (weight.numel() == 0) return true;
   return with_element_type(weight, "weight", [&](const auto* source) {
-    return whole_is_packed(source, shape, static_cast<const float*>(packed.const_data_ptr()));
+    return whole_is_packed(source, shape, packed.const_data_ptr());
   });
 }
 
@@ -397,7 +496,8 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
   check_norm_dtypes(layer);
   const WeightShape shape(weight, layer.groups);
   is_current = seems_current(layer.packed, weight, shape, layer.groups);
-  conv.weight = static_cast<const float*>(layer.packed.const_data_ptr());
+  conv.isa = shape.isa;
+  conv.weight = layer.packed.const_data_ptr();
   conv.norm.mean = as_float32(layer.running_mean, "running_mean", conv.K, copies_[0]);
   conv.norm.var = as_float32(layer.running_var, "running_var", conv.K, copies_[1]);
   if (layer.bn_weight) {
@@ -439,9 +539,6 @@ void Prologue::add_to(Conv& conv) const {
 
 namespace {
 
-// Consecutive pixels to a row of a flattened pointwise convolution: two groups of a tile.
-constexpr int64_t kFlatRow = 14;
-
 bool evenly_spaced(const Strides& s, int64_t width) {
   return s.h == width * s.w;
 }
@@ -462,7 +559,7 @@ void flatten_pixels(Conv& conv) {
     pixels *= conv.N;
     conv.N = 1;
   }
-  conv.W = conv.Q = std::min(kFlatRow, pixels);
+  conv.W = conv.Q = std::min(conv.isa->flat_row, pixels);
   conv.H = conv.P = div_up(pixels, conv.Q);
   conv.last_w = conv.last_q = pixels - (conv.P - 1) * conv.Q;
   for (Strides* s : {&conv.in, &conv.out, &conv.res}) s->h = conv.Q * s->w;
@@ -477,9 +574,10 @@ struct Split {
 // late in a network at batch 1, threads divide the output channels, and each reads only its part of
 // the weights. Elsewhere they divide the rows; a task takes as many as its caches hold.
 Split split(const Conv& conv, int64_t block_k, int64_t threads) {
+  const int64_t item = conv.isa->item;
   const int64_t rows = conv.N * (conv.has_pool ? conv.pool.P : conv.P);
   const int64_t blocks = div_up(group_k(conv), block_k);
-  const int64_t weight_bytes = reduction(conv) * group_k(conv) * 4;
+  const int64_t weight_bytes = reduction(conv) * group_k(conv) * item;
   const bool streams_weights = weight_bytes > l2_bytes() / 2;
   const bool few_pixels = rows * conv.Q < 128 * threads;
 
@@ -494,9 +592,9 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   // The most rows whose input fits half of the second-level cache, or what two blocks of weights,
   // the current and the next, leave of it: every block reads it again. Pooled rows are there too.
   const int64_t in_pixels = (conv.R == 1 ? 1 : conv.stride_h) * (conv.S == 1 ? conv.Q : conv.W);
-  int64_t row_bytes = in_pixels * group_c(conv) * (conv.expanded ? block_k : 1) * 4;
-  if (conv.has_pool) row_bytes = conv.pool.stride_h * (row_bytes + conv.Q * conv.K * 4);
-  const int64_t block_bytes = reduction(conv) * block_k * 4;
+  int64_t row_bytes = in_pixels * group_c(conv) * (conv.expanded ? block_k : 1) * item;
+  if (conv.has_pool) row_bytes = conv.pool.stride_h * (row_bytes + conv.Q * conv.K * item);
+  const int64_t block_bytes = reduction(conv) * block_k * item;
   const int64_t budget = std::clamp(l2_bytes() - 2 * block_bytes, l2_bytes() / 8, l2_bytes() / 2);
   const int64_t most = std::clamp<int64_t>(budget / std::max<int64_t>(row_bytes, 1), 1, rows);
 
@@ -510,7 +608,7 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   const double overhead = 3000.0 + 100.0 * static_cast<double>(s.blocks);
   const double arithmetic = static_cast<double>(rows * conv.Q) *
                             static_cast<double>(reduction(conv) * task_k) /
-                            static_cast<double>(threads * block_k);
+                            (static_cast<double>(threads) * conv.isa->rate);
   double best = 0;
   for (int64_t tasks = fewest; tasks <= std::min(rows, fewest + 8 * row_threads); ++tasks) {
     const int64_t r = div_up(rows, tasks), rounds = div_up(tasks, row_threads);
@@ -550,8 +648,8 @@ void run_conv(Conv conv) {
   if (conv.N == 0) return;
   check_scratch_size(conv);
   flatten_pixels(conv);
-  conv.keeps_weight = reduction(conv) * group_k(conv) * 4 <= l2_bytes() / 2;
-  const ConvIsa& isa = *conv_isa();
+  const ConvIsa& isa = *conv.isa;
+  conv.keeps_weight = reduction(conv) * group_k(conv) * isa.item <= l2_bytes() / 2;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t block_k = conv.expanded ? isa.lanes : isa.block_k;
   const Split s = split(conv, block_k, threads);

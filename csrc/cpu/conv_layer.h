@@ -39,10 +39,17 @@ class Prologue {
   std::vector<float> scale_, shift_;
 };
 
-// The kernels for this machine, or null.
-const ConvIsa* conv_isa();
+// This machine's vector kernels, or null.
+const ConvIsa* vector_isa();
 
-// A weight (K, C / groups, R, S) in the kernel's layout; see weight_offset() in conv.h.
+// This machine's kernels on tiles, or null.
+const ConvIsa* tile_isa();
+
+// The kernels that run a convolution whose groups have c input and k output channels, or null.
+const ConvIsa* conv_isa(torch::headeronly::ScalarType dtype, int64_t groups, int64_t c, int64_t k);
+
+// A weight (K, C / groups, R, S) in the layout of the kernel that will read it; see weight_offset()
+// in conv.h and tiled_weight_offset() in conv_tiles.h.
 torch::stable::Tensor pack_conv_weight(torch::stable::Tensor weight, int64_t groups);
 
 // Whether `packed` is `weight` in the kernel's layout, value by value.

@@ -4,35 +4,45 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <iterator>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace fused_resnet {
 namespace {
 
-// What FUSED_RESNET_CPU_ISA may say, in the order of Isa.
-constexpr std::pair<const char*, Isa> kNames[] = {
-    {"none", Isa::baseline},
-    {"avx2", Isa::avx2},
-    {"avx512", Isa::avx512},
+// The most that is used of the processor.
+struct Allowed {
+  const char* name;
+  Isa vectors;
+  TileUnit tiles;
 };
 
-// The most that FUSED_RESNET_CPU_ISA allows. An unknown value is an error: a mistyped one would
-// otherwise look like a processor that has everything.
-Isa allowed() {
+// What FUSED_RESNET_CPU_ISA may say.
+constexpr Allowed kAllowed[] = {
+    {"none", Isa::baseline, TileUnit::none},           {"avx2", Isa::avx2, TileUnit::none},
+    {"avx512", Isa::avx512, TileUnit::none},           {"amx", Isa::avx512, TileUnit::amx},
+    {"amx_emulated", Isa::avx512, TileUnit::emulated},
+};
+constexpr Allowed kEverything = {"", Isa::avx512, TileUnit::amx};
+
+// An unknown value is an error: a mistyped one would otherwise look like a processor that has
+// everything.
+Allowed allowed() {
   const char* wanted = std::getenv("FUSED_RESNET_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return std::end(kNames)[-1].second;
+  if (wanted == nullptr || *wanted == '\0') return kEverything;
   std::string lower = wanted, known;
   for (char& c : lower) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
-  for (const auto& [name, isa] : kNames) {
-    if (lower == name) return isa;
-    known += (known.empty() ? "" : ", ") + std::string(name);
+  for (const Allowed& one : kAllowed) {
+    if (lower == one.name) return one;
+    known += (known.empty() ? "" : ", ") + std::string(one.name);
   }
   throw std::runtime_error("FUSED_RESNET_CPU_ISA is '" + std::string(wanted) +
                            "', must be one of " + known);
@@ -50,17 +60,40 @@ Isa detect() {
 #else
   const Isa best = Isa::baseline;
 #endif
-  return std::min(best, allowed());
+  return std::min(best, allowed().vectors);
+}
+
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  // From asm/prctl.h of Linux 5.16: the registers are mapped for a process that asks for them.
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return cpu_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+TileUnit detect_tile_unit() {
+  const TileUnit most = allowed().tiles;
+  return most == TileUnit::amx && !has_amx() ? TileUnit::none : most;
 }
 
 std::string cpu_isa_name() {
   const Isa isa = cpu_isa();
-  for (const auto& [name, one] : kNames)
-    if (one == isa) return name;
+  for (const Allowed& one : kAllowed) {
+    if (one.vectors == isa) return one.name;
+  }
   return "";
 }
 
 }  // namespace
+
+TileUnit tile_unit() {
+  static const TileUnit unit = detect_tile_unit();
+  return unit;
+}
 
 Isa cpu_isa() {
   static const Isa isa = detect();

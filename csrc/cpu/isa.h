@@ -1,18 +1,24 @@
 // Which vector instructions this processor has, asked once at run time.
 //
-// Files named *_avx2.cpp and *_avx512.cpp are compiled for those instructions. They are entered
-// only through a function pointer chosen here, keep everything else in an anonymous namespace and
-// include no header with inline functions: the linker keeps one copy of an inline function, and if
-// that were the one compiled for AVX-512, it would run everywhere.
+// Files named *_avx2.cpp, *_avx512.cpp and *_amx.cpp are compiled for those instructions. They are
+// entered only through a function pointer chosen here, keep everything else in an anonymous
+// namespace and include no header with inline functions: the linker keeps one copy of an inline
+// function, and if that were the one compiled for AVX-512, it would run everywhere.
 #pragma once
 
 namespace fused_resnet {
 
 enum class Isa { baseline, avx2, avx512 };  // avx2: with FMA and F16C; avx512: F, BW, DQ and VL
 
-// The best the processor has, or less where FUSED_RESNET_CPU_ISA (none, avx2, avx512; in any case)
-// says so. Throws where that is something else.
+// The best the processor has, or less where FUSED_RESNET_CPU_ISA (none, avx2, avx512, amx,
+// amx_emulated; in any case) says so. Throws where that is something else.
 Isa cpu_isa();
+
+// The unit that multiplies tiles of bfloat16: AMX, if the processor has it and the kernel grants it
+// to this process. FUSED_RESNET_CPU_ISA=amx_emulated has it emulated, and any other value but amx
+// does without.
+enum class TileUnit { none, amx, emulated };
+TileUnit tile_unit();
 
 // Makes what this thread has streamed past the caches visible to other threads.
 void finish_streaming();

@@ -74,7 +74,7 @@ int64_t images_at_once(const Conv& first, const std::vector<PreparedLayer>& laye
                        int64_t item) {
   int64_t weight_bytes = 0, image_bytes = first.C * first.H * first.W * item;
   for (const PreparedLayer& layer : layers) {
-    weight_bytes += reduction(layer.conv) * layer.conv.K * 4;
+    weight_bytes += reduction(layer.conv) * layer.conv.K * layer.conv.isa->item;
   }
   for (int64_t i = 0; i < inner; ++i) image_bytes += activation_bytes(layers[i].conv, item);
   if (weight_bytes > 4 * l2_bytes()) return first.N;
@@ -84,13 +84,13 @@ int64_t images_at_once(const Conv& first, const std::vector<PreparedLayer>& laye
 
 // The weight a layer reads first, for the one before it to bring into the cache.
 struct NextWeight {
-  const float* data = nullptr;
-  int64_t size = 0;
+  const void* data = nullptr;
+  int64_t bytes = 0;
 
   NextWeight() = default;
   explicit NextWeight(const ConvLayer& layer)
-      : data(static_cast<const float*>(layer.packed.const_data_ptr())),
-        size(layer.packed.numel()) {}
+      : data(layer.packed.const_data_ptr()),
+        bytes(layer.packed.numel() * static_cast<int64_t>(layer.packed.element_size())) {}
 };
 
 // One block; a projection is the last of its layers. `next_block` is what follows it. Nothing where
@@ -151,7 +151,7 @@ std::optional<Tensor> run_block(const Tensor& input, const ConvLayer* layers, in
       conv.output = to;
       conv.out = to_strides;
       conv.next_weight = next.data;
-      conv.next_weight_size = next.size;
+      conv.next_weight_bytes = next.bytes;
       run_conv(conv);
     };
     for (int64_t i = 0; i < last; ++i) {

@@ -41,7 +41,7 @@ void for_each_vector(int64_t columns, const Step& step) {
 }
 
 // Where streamed vectors of every type may begin.
-bool is_streamable(const void* p) {
+inline bool is_streamable(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 64 == 0;
 }
 

@@ -8,16 +8,16 @@
 namespace fused_resnet {
 namespace {
 
-float to_float(float x) {
+inline float to_float(float x) {
   return x;
 }
-float to_float(BFloat16 x) {
+inline float to_float(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float value;
   memcpy(&value, &bits, sizeof(value));
   return value;
 }
-float to_float(Half x) {
+inline float to_float(Half x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t magnitude = x.bits & 0x7fff;
   uint32_t bits;
@@ -35,15 +35,15 @@ float to_float(Half x) {
   return value;
 }
 
-void from_float(float x, float* out) {
+inline void from_float(float x, float* out) {
   *out = x;
 }
-void from_float(float x, BFloat16* out) {
+inline void from_float(float x, BFloat16* out) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof(bits));
   out->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
-void from_float(float x, Half* out) {
+inline void from_float(float x, Half* out) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof(bits));
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
@@ -65,10 +65,10 @@ void from_float(float x, Half* out) {
   out->bits = static_cast<uint16_t>(sign | rounded);
 }
 
-double to_float(double x) {
+inline double to_float(double x) {
   return x;
 }
-void from_float(double x, double* out) {
+inline void from_float(double x, double* out) {
   *out = x;
 }
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import watch
-from ..convolution import conv2d, is_sound
+from ..convolution import conv2d
 from ..ops.layout import contiguous_like_eager
 from ..ops.scale_shift_act import scale_shift_act
 from . import library
@@ -50,12 +50,11 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_TAPS = 1024
 # The largest window it pools, kLargestPool there.
 _LARGEST_POOL = 1024
-# Measured on two cores with AMX, for every convolution of ResNet-50.
-_FEW_PIXELS = 64
 
 # Stands for a tensor that is not there, in a list of tensors.
 _ABSENT = torch.empty(0, device="cpu")
 _ISA: str = torch.ops.fused_resnet.conv_isa()
+_TILE_ISA: str = torch.ops.fused_resnet.conv_tile_isa()
 _conv_bn_act_packed = torch.ops.fused_resnet.conv_bn_act_packed.default
 _norm_conv_bn_act_packed = torch.ops.fused_resnet.norm_conv_bn_act_packed.default
 _residual_blocks_packed = torch.ops.fused_resnet.residual_blocks_packed.default
@@ -89,9 +88,9 @@ def explain(
     if operator.startswith("conv_bn_act"):
         pooled = operator == "conv_bn_act_max_pool"
         if _is_native(dtype, tuple(weight_shape), groups) and not (pooled and groups > 1):
-            return f"cpu: native convolution ({_ISA})"
+            return f"cpu: native convolution ({_isa(dtype, weight_shape, groups)})"
     if operator == "norm_conv_bn_act" and _is_native(dtype, tuple(weight_shape), groups):
-        return f"cpu: native norm + convolution ({_ISA})"
+        return f"cpu: native norm + convolution ({_isa(dtype, weight_shape, groups)})"
     if operator == "batch_norm_act_training":
         return "cpu: native statistics + scale_shift_act"
     return "cpu: " + library.explain(operator)
@@ -114,7 +113,7 @@ def conv_bn_act(
     activation: str,
 ) -> Tensor:
     """One pass: see csrc/cpu/conv.h for the formula and the memory traffic."""
-    if not _runs_natively(input, weight, stride, padding, dilation, groups):
+    if not _is_native(input.dtype, weight.shape, groups):
         out = conv2d(input, weight, bias, stride, padding, dilation, groups)
         norm = (running_mean, running_var, bn_weight, bn_bias, eps)
         return batch_norm_act_inference(out, *norm, residual, activation)
@@ -184,7 +183,7 @@ def norm_conv_bn_act(
 ) -> Tensor:
     """One pass: what the convolution reads is normalised on its way into the cache."""
     norm = (in_mean, in_var, in_weight, in_bias, in_eps)
-    if not _runs_natively(input, weight, stride, padding, dilation, groups):
+    if not _is_native(input.dtype, weight.shape, groups):
         return conv_bn_act(
             batch_norm_act_inference(input, *norm, None, "relu"),
             weight,
@@ -240,7 +239,7 @@ def conv_bn_act_max_pool(
     pool_padding: Sequence[int],
 ) -> Tensor:
     """One pass: the convolution's rows are pooled while they are in the cache."""
-    native = _runs_natively(input, weight, stride, padding, dilation, groups)
+    native = _is_native(input.dtype, weight.shape, groups)
     if groups > 1 or max(pool_kernel_size) > _LARGEST_POOL or not native:
         norm = (running_mean, running_var, bn_weight, bn_bias, eps)
         convolution = (bias, stride, padding, dilation, groups)
@@ -518,6 +517,7 @@ def conv_input_gradient(
     if (
         groups != 1
         or not _is_native(input.dtype, weight.shape, 1)
+        or _on_tiles(input.dtype, weight.shape, 1)
         or not grad.dtype is weight.dtype is input.dtype
         or not (input.is_contiguous(memory_format=torch.channels_last) or input.is_contiguous())
         # Packing a weight whose input channels do not lie together takes longer than it saves.
@@ -639,37 +639,25 @@ def empty_cache() -> None:
     torch.ops.fused_resnet.cpu_pool_trim()
 
 
-def _runs_natively(
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> bool:
-    """Whether the native kernel is faster than the library's, or right where that is not."""
-    if _is_native(input.dtype, weight.shape, groups):
-        return True
-    if not _is_covered(input.dtype, weight.shape, groups):
+def _on_tiles(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> bool:
+    """Whether the kernel multiplies tiles: `conv_isa()` in csrc/cpu/conv_layer.cpp."""
+    if not _TILE_ISA or dtype is not torch.bfloat16:
         return False
-    # So few pixels that reading the weight is all there is to do, which the library reorders first.
-    few = input.size(0) * input.size(2) * input.size(3) <= _FEW_PIXELS * stride[0] * stride[1]
-    few = few and input.is_contiguous(memory_format=torch.channels_last)
-    return few or not is_sound(input, weight, stride, padding, dilation)
+    return groups == 1 or (weight_shape[1] >= 16 and weight_shape[0] // groups >= 16)
+
+
+def _isa(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> str:
+    return _TILE_ISA if _on_tiles(dtype, weight_shape, groups) else _ISA
 
 
 @functools.lru_cache(maxsize=1024)
 def _is_native(dtype: torch.dtype, weight_shape: tuple[int, ...], groups: int) -> bool:
-    """Whether the native kernel runs such convolutions and is faster than the library's."""
-    # The library multiplies bfloat16 in matrix registers, the native kernel in vectors.
-    in_matrix_registers = dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    return not in_matrix_registers and _is_covered(dtype, weight_shape, groups)
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_covered(dtype: torch.dtype, weight_shape: tuple[int, ...], groups: int) -> bool:
-    """Whether the native kernel can run such convolutions."""
-    if not _ISA or dtype not in _NATIVE_DTYPES:
+    """Whether the native kernel runs such convolutions."""
+    if dtype not in _NATIVE_DTYPES:
+        return False
+    if _on_tiles(dtype, weight_shape, groups):
+        return weight_shape[2] * weight_shape[3] <= _MOST_TAPS
+    if not _ISA:
         return False
     K, group_c, R, S = weight_shape
     if R * S > _MOST_TAPS:

@@ -1,0 +1,849 @@
+// One task of the native convolution on a unit that multiplies tiles (conv_tiles.h), for the
+// including file, which defines
+//   Element, Value    vectors of bfloat16 and of float32 elements; see vectors.h
+//   square_root()     of such a vector
+//   store_block()     of 32 values, or 16, rounded to bfloat16
+//   TileState         whose life is the time in which the unit's registers are ours
+//   zero_sums(), load_pixels(i), load_weights(j), multiply_add(i, j), store_sums(i, j)
+//                     the registers: 2 x 2 tiles of sums, 2 of pixels, 2 of weights
+// and ends with the exported ConvIsa. No standard header beyond <cstdint> may be included here: an
+// inline library function compiled for this instruction set could replace the portable one at link
+// time.
+//
+// A block is 32 pixels times 32 output channels. For each chunk of the reduction it loads two tiles
+// of pixels and two of weights, 4 KiB, for four products: 64 cycles of the unit, in which the
+// second-level cache can deliver about 3 KiB. So one of the two has to come from the first-level
+// cache. For 1x1 convolutions, pixels do: all blocks of output channels take the same ones in turn.
+// For larger filters, they mostly do: the taps of one chunk of channels read the same lines. The
+// weights stream from the second-level cache, 32 bytes a cycle.
+//
+// Pixels are tiles as they lie in memory wherever possible: a tile's rows need only be evenly
+// spaced. Hence the slab (below), in which the outputs of a whole image are one evenly spaced
+// sequence, so that tiles run across the ends of lines.
+//
+// Memory traffic: as conv.h says; the slab is written and read in the second-level cache.
+//
+// Reading order: slab -> gather -> epilogue -> product, which finishes the block before -> task ->
+// pool.
+
+namespace fused_resnet::cpu {
+namespace {
+
+#define FR_INLINE inline __attribute__((always_inline))
+// An unrolled loop.
+#define FR_FOR(i, count) _Pragma("GCC unroll 32") for (int i = 0; i < (count); ++i)
+
+constexpr int kBlockPixels = 2 * kTileRows;
+constexpr int64_t kChunkBytes = kTileDepth * 2;  // a tile's row
+constexpr int kWidth = Value::width;
+
+using Storage = uint16_t;  // a bfloat16's bits
+
+FR_INLINE Element::Register load(const Storage* p) {
+  return Element::load(reinterpret_cast<const Element::Element*>(p));
+}
+FR_INLINE Element::Register load(const Storage* p, int64_t count) {
+  return Element::load(reinterpret_cast<const Element::Element*>(p), count);
+}
+FR_INLINE void store(Storage* p, Element::Register x) {
+  Element::store(reinterpret_cast<Element::Element*>(p), x);
+}
+FR_INLINE void store(Storage* p, Element::Register x, int64_t count) {
+  Element::store(reinterpret_cast<Element::Element*>(p), x, count);
+}
+
+FR_INLINE int64_t least(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+FR_INLINE int64_t most(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+FR_INLINE int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// ---- slab --------------------------------------------------------------------------------------
+
+// One dimension of a convolution. Output p meets with tap t input p * stride + t * dil - pad.
+// Inputs that lie `stride` apart are gathered into one plane, where neighbouring outputs are
+// neighbours: there, output p meets with tap t position p + offset(t) of plane(t).
+struct Axis {
+  int64_t stride, dil, pad, taps, planes;
+
+  Axis(int64_t stride_, int64_t dil_, int64_t pad_, int64_t taps_)
+      : stride(stride_), dil(dil_), pad(pad_), taps(taps_) {
+    int64_t a = stride, b = dil;
+    while (b != 0) {
+      const int64_t rest = a % b;
+      a = b, b = rest;
+    }
+    planes = least(taps, stride / a);
+  }
+  int64_t plane(int64_t tap) const { return tap % planes; }
+  int64_t offset(int64_t tap) const { return tap * dil / stride; }
+  // How much further than the last output a plane reaches.
+  int64_t reach() const { return offset(taps - 1); }
+  // The input at position 0 of a plane; the next is `stride` further.
+  int64_t first_input(int64_t plane) const { return plane * dil % stride - pad; }
+};
+
+// How the pixels of a task are laid out for the tiles.
+//
+// kInPlace: as the input has them. kSlab: gathered into [chunks of 32 channels][planes of rows]
+// [planes of columns][rows][pitch][32], with the image's padding as zeros; the zeros at the end of
+// a row are those at the beginning of the next. Output (p, q) is at position p * pitch + q and
+// meets every tap at a constant offset from there; positions with q >= Q are computed and dropped,
+// few of them: 1 of 57, of 29, of 15, of 8 in a 3x3 convolution. A tile is 1 KiB in one piece:
+// pixels that are a power of two apart would share few sets of the first-level cache. kDense:
+// gathered into [outputs][R][S][C], the weight's order, padded to whole chunks.
+enum class Form { kInPlace, kSlab, kDense };
+
+struct Layout {
+  Form form;
+  Axis h, w;
+  TiledWeight weight;
+  int64_t chunks;                  // of a pixel
+  int64_t pixel;                   // bytes from one position to the next
+  int64_t columns, shared, pitch;  // of a slab's row: pitch = columns - shared
+
+  explicit Layout(const Conv& conv)
+      : h(conv.stride_h, conv.dil_h, conv.pad_h, conv.R),
+        w(conv.stride_w, conv.dil_w, conv.pad_w, conv.S),
+        weight(tiled_weight(group_k(conv), group_c(conv), conv.R * conv.S)) {
+    const bool in_place = is_pointwise(conv) && conv.stride_h == 1 && conv.stride_w == 1 &&
+                          conv.pad_h == 0 && conv.pad_w == 0 && conv.in_scale == nullptr &&
+                          conv.in.c == 1 && group_c(conv) % kTileDepth == 0 &&
+                          (conv.in.h == conv.W * conv.in.w || conv.P == 1);
+    form = in_place ? Form::kInPlace : weight.dense ? Form::kDense : Form::kSlab;
+    chunks = weight.dense ? weight.chunks : div_up(weight.C, kTileDepth);
+    const bool slab = form == Form::kSlab;
+    pixel = in_place ? conv.in.w * 2 : slab ? kChunkBytes : chunks * kChunkBytes;
+    columns = conv.Q + (slab ? w.reach() : 0);
+    // Columns that are padding on the left in every plane, and as many that are on the right; but
+    // every output needs a position of its own.
+    shared = slab ? least(w.reach(), conv.pad_w / conv.stride_w) : 0;
+    shared = most(0, least(shared, columns - div_up(conv.W + conv.pad_w, conv.stride_w)));
+    pitch = columns - shared;
+  }
+  int64_t taps() const { return weight.dense ? 1 : weight.taps; }
+};
+
+// Where an output pixel, and what is added to it, begins: element offsets of channel 0. A position
+// that no output belongs to has a negative `out`.
+struct Position {
+  int64_t out, res;
+};
+
+// Sixteen positions, `stride` bytes apart.
+struct Tile {
+  const char* in;
+  int64_t stride;
+};
+
+int64_t image_row_count(const Conv& conv, const Task& task) {
+  if (!conv.has_pool) return task.row_end - task.row_begin;
+  return least(conv.P,
+               (task.row_end - task.row_begin - 1) * conv.pool.stride_h + conv.pool.kernel_h);
+}
+
+// Scratch memory of a task: [tiles][positions][scale and shift][offsets of taps][sums][slab]
+// [input rows of a dense gather][convolution rows awaiting the pool].
+struct Scratch {
+  Tile* tiles;
+  Position* positions;
+  float *scale, *shift, *sums;
+  int64_t* offsets;
+  char* slab;
+  Storage *input_rows, *conv_rows;
+  int64_t plane, chunk;  // bytes from one plane of the slab to the next, from a chunk to the next
+  int64_t bytes;
+
+  Scratch(const Conv& conv, const Task& task, const Layout& layout, void* memory) {
+    const int64_t rows = image_row_count(conv, task);
+    const int64_t images =
+        conv.has_pool ? 1 : (task.row_end - 1) / conv.P - task.row_begin / conv.P + 1;
+    const int64_t tile_count = rows * layout.pitch / kTileRows + images + 1;
+    const int64_t channels = (task.block_end - task.block_begin) * kTileBlockK;
+    char* next = static_cast<char*>(memory);
+    auto take = [&](int64_t size) {
+      char* taken = next;
+      next += round_up(size, 64);
+      return taken;
+    };
+    tiles = reinterpret_cast<Tile*>(take(tile_count * static_cast<int64_t>(sizeof(Tile))));
+    positions = reinterpret_cast<Position*>(
+        take(tile_count * kTileRows * static_cast<int64_t>(sizeof(Position))));
+    scale = reinterpret_cast<float*>(take(channels * 4));
+    shift = reinterpret_cast<float*>(take(channels * 4));
+    offsets = reinterpret_cast<int64_t*>(take(layout.taps() * 8));
+    sums = reinterpret_cast<float*>(take(2 * kBlockPixels * kTileBlockK * 4));
+    plane = 0;
+    chunk = kChunkBytes;
+    int64_t slab_bytes = 0, input_bytes = 0;
+    switch (layout.form) {
+      case Form::kInPlace:  // the last pixels of each image
+        slab_bytes = images * kTileRows * layout.chunks * kChunkBytes;
+        break;
+      case Form::kSlab:
+        plane = (rows + images * layout.h.reach()) * layout.pitch * layout.pixel;
+        // The last tile may go on behind the last row, with every tap.
+        chunk =
+            layout.h.planes * layout.w.planes * plane + (kTileRows + layout.columns) * layout.pixel;
+        slab_bytes = layout.chunks * chunk;
+        break;
+      case Form::kDense:
+        slab_bytes = (rows * conv.Q + images * kTileRows) * layout.pixel + kChunkBytes;
+        input_bytes = ((rows - 1) * conv.stride_h + layout.h.dil * (conv.R - 1) + 1) *
+                          ((conv.Q - 1) * conv.stride_w + layout.w.dil * (conv.S - 1) + 1) *
+                          group_c(conv) * 2 +
+                      kChunkBytes;
+        break;
+    }
+    slab = take(slab_bytes);
+    input_rows = reinterpret_cast<Storage*>(take(input_bytes));
+    conv_rows = reinterpret_cast<Storage*>(take(conv.has_pool ? rows * conv.Q * conv.K * 2 : 0));
+    bytes = next - static_cast<char*>(memory);
+  }
+};
+
+int64_t scratch_bytes(const Conv& conv, const Task& task) {
+  return Scratch(conv, task, Layout(conv), nullptr).bytes;
+}
+
+// ---- gather ------------------------------------------------------------------------------------
+
+FR_INLINE void zero(Storage* dst, int64_t count) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(dst + i, Value::broadcast(0));
+  if (i < count) store(dst + i, Value::broadcast(0), count - i);
+}
+
+// As many chunks as hold `count` elements.
+FR_INLINE void copy_chunks(Storage* dst, const Storage* src, int64_t count) {
+  for (int64_t i = 0; i < count; i += kTileDepth) copy(dst + i, src + i, kTileDepth);
+}
+
+FR_INLINE Value::Register normalised(Value::Register x, const float* scale, const float* shift) {
+  return Value::relu(Value::multiply_add(x, Value::load(scale), Value::load(shift)));
+}
+
+// Channels of one pixel, through the prologue if there is one.
+FR_INLINE void copy_channels(Storage* dst, const Storage* src, int64_t count, const float* scale,
+                             const float* shift) {
+  if (scale == nullptr) {
+    copy(dst, src, count);
+    return;
+  }
+  int64_t c = 0;
+  for (; c + kWidth <= count; c += kWidth) {
+    store(dst + c, normalised(load(src + c), scale + c, shift + c));
+  }
+  if (c < count) {
+    store(dst + c, normalised(load(src + c, count - c), scale + c, shift + c), count - c);
+  }
+}
+
+// Row h of image n, its columns first, first + step and so on: 32 channels of column j to dst[j *
+// pixel], the next 32 `chunk` elements further. What lies outside of the image, and behind the
+// channels up to `pixel`, is zero.
+void gather_row(const Conv& conv, int64_t group, int64_t n, int64_t h, int64_t first, int64_t step,
+                int64_t count, Storage* dst, int64_t pixel, int64_t chunk) {
+  const int64_t channels = group_c(conv);
+  const int64_t begin = first < 0 ? least(div_up(-first, step), count) : 0;
+  const int64_t width = h + 1 == conv.H ? conv.last_w : conv.W;
+  const int64_t end = least(count, width > first ? div_up(width - first, step) : 0);
+  const bool outside = h < 0 || h >= conv.H || end <= begin;
+  const Storage* src = static_cast<const Storage*>(conv.input) + n * conv.in.n + h * conv.in.h +
+                       (first + begin * step) * conv.in.w + group * channels * conv.in.c;
+  const int64_t src_step = step * conv.in.w;
+  for (int64_t c = 0; c < channels; c += kTileDepth, dst += chunk, src += kTileDepth * conv.in.c) {
+    if (outside) {
+      zero(dst, count * pixel);
+      continue;
+    }
+    const int64_t valid = least(kTileDepth, channels - c);
+    const float *scale = nullptr, *shift = nullptr;
+    if (conv.in_scale != nullptr) {
+      scale = conv.in_scale + group * channels + c;
+      shift = conv.in_shift + group * channels + c;
+    }
+    Storage* inside = dst + begin * pixel;
+    zero(dst, begin * pixel);
+    if (conv.in.c != 1) {
+      // Pixels of one channel are read along the row.
+      for (int64_t i = 0; i < valid; ++i) {
+        for (int64_t j = 0; j < end - begin; ++j) {
+          inside[j * pixel + i] = src[j * src_step + i * conv.in.c];
+        }
+      }
+      for (int64_t j = 0; j < end - begin; ++j) {
+        Storage* to = inside + j * pixel;
+        if (scale != nullptr) copy_channels(to, to, valid, scale, shift);
+        zero(to + valid, pixel - valid);
+      }
+    } else if (scale == nullptr && pixel == valid && src_step == pixel) {
+      copy(inside, src, (end - begin) * pixel);
+    } else {
+      for (int64_t j = 0; j < end - begin; ++j) {
+        copy_channels(inside + j * pixel, src + j * src_step, valid, scale, shift);
+        zero(inside + j * pixel + valid, pixel - valid);
+      }
+    }
+    zero(dst + end * pixel, (count - end) * pixel);
+  }
+}
+
+// Rows [p_begin, p_end) of image n to row `row` and the following of the slab's planes.
+void gather_slab(const Conv& conv, const Task& task, const Layout& layout, int64_t n,
+                 int64_t p_begin, int64_t p_end, int64_t row, const Scratch& scratch) {
+  const int64_t rows = p_end - p_begin + layout.h.reach();
+  const int64_t row_bytes = layout.pitch * layout.pixel;
+  for (int64_t i = 0; i < layout.h.planes; ++i) {
+    for (int64_t j = 0; j < layout.w.planes; ++j) {
+      char* to = scratch.slab + (i * layout.w.planes + j) * scratch.plane + row * row_bytes;
+      for (int64_t y = 0; y < rows; ++y, to += row_bytes) {
+        const int64_t h = (p_begin + y) * layout.h.stride + layout.h.first_input(i);
+        gather_row(conv, task.group, n, h, layout.w.first_input(j), layout.w.stride, layout.pitch,
+                   reinterpret_cast<Storage*>(to), kTileDepth, scratch.chunk / 2);
+      }
+      // The zeros at the end of the last row; rows that follow begin with them.
+      for (int64_t chunk = 0; chunk < layout.chunks; ++chunk, to += scratch.chunk) {
+        zero(reinterpret_cast<Storage*>(to), layout.shared * kTileDepth);
+      }
+    }
+  }
+}
+
+// Rows [p_begin, p_end) of image n as outputs' neighbourhoods.
+void gather_dense(const Conv& conv, const Task& task, const Layout& layout, int64_t n,
+                  int64_t p_begin, int64_t p_end, const Scratch& scratch, char* slab) {
+  const int64_t channels = group_c(conv);
+  const int64_t columns = (conv.Q - 1) * conv.stride_w + (conv.S - 1) * conv.dil_w + 1;
+  const int64_t rows = (p_end - p_begin - 1) * conv.stride_h + (conv.R - 1) * conv.dil_h + 1;
+  const int64_t pitch = columns * channels;
+  for (int64_t y = 0; y < rows; ++y) {
+    gather_row(conv, task.group, n, p_begin * conv.stride_h - conv.pad_h + y, -conv.pad_w, 1,
+               columns, scratch.input_rows + y * pitch, channels, 0);
+  }
+  const bool adjacent = conv.dil_w == 1;
+  const int64_t run = adjacent ? conv.S * channels : channels;
+  Storage* to = reinterpret_cast<Storage*>(slab);
+  for (int64_t p = 0; p < p_end - p_begin; ++p) {
+    for (int64_t q = 0; q < conv.Q; ++q) {
+      const Storage* from =
+          scratch.input_rows + p * conv.stride_h * pitch + q * conv.stride_w * channels;
+      Storage* end = to + layout.pixel / 2;
+      // What a copy writes behind its run the next one overwrites.
+      for (int64_t r = 0; r < conv.R; ++r, from += conv.dil_h * pitch) {
+        for (int64_t s = 0; s < (adjacent ? 1 : conv.S); ++s, to += run) {
+          copy_chunks(to, from + s * conv.dil_w * channels, run);
+        }
+      }
+      zero(to, end - to);
+      to = end;
+    }
+  }
+}
+
+// The tiles and positions of a task, in order.
+struct TileList {
+  Tile* tiles;
+  Position* positions;
+  int64_t count = 0;
+
+  // `rows` rows of `pitch` positions from `in` on, of which q belong to outputs, in the last row
+  // last_q. out and res are where the first output begins.
+  void add(const char* in, int64_t stride, int64_t rows, int64_t pitch, int64_t q, int64_t last_q,
+           int64_t out, int64_t out_h, int64_t out_w, int64_t res, int64_t res_h, int64_t res_w) {
+    Position* next = positions + count * kTileRows;
+    for (int64_t p = 0; p < rows; ++p) {
+      const bool last = p + 1 == rows;
+      const int64_t valid = last ? last_q : q;
+      for (int64_t i = 0; i < valid; ++i) {
+        *next++ = {out + p * out_h + i * out_w, res + p * res_h + i * res_w};
+      }
+      for (int64_t i = valid; i < pitch && !last; ++i) *next++ = {-1, 0};
+    }
+    const int64_t length = next - (positions + count * kTileRows);
+    for (int64_t i = length; i % kTileRows != 0; ++i) *next++ = {-1, 0};
+    for (int64_t i = 0; i < length; i += kTileRows) tiles[count++] = {in + i * stride, stride};
+  }
+};
+
+// Adds the tiles of rows [p_begin, p_end) of image n. `row` counts the slab's rows that are taken,
+// in kDense and kInPlace its pixels.
+void add_rows(const Conv& conv, const Task& task, const Layout& layout, const Scratch& scratch,
+              int64_t n, int64_t p_begin, int64_t p_end, const Strides& out, int64_t out_base,
+              int64_t& row, TileList& list) {
+  const int64_t rows = p_end - p_begin;
+  const int64_t last_q = p_end == conv.P ? conv.last_q : conv.Q;
+  const char* in = nullptr;
+  switch (layout.form) {
+    case Form::kSlab:
+      gather_slab(conv, task, layout, n, p_begin, p_end, row, scratch);
+      in = scratch.slab + row * layout.pitch * layout.pixel;
+      row += rows + layout.h.reach();
+      break;
+    case Form::kDense: {
+      char* slab = scratch.slab + row * layout.pixel;
+      gather_dense(conv, task, layout, n, p_begin, p_end, scratch, slab);
+      in = slab;
+      row += round_up(rows * conv.Q, kTileRows);
+      break;
+    }
+    case Form::kInPlace:
+      in = reinterpret_cast<const char*>(static_cast<const Storage*>(conv.input) + n * conv.in.n +
+                                         p_begin * conv.in.h + task.group * group_c(conv));
+      break;
+  }
+  list.add(in, layout.pixel, rows, layout.pitch, conv.Q, last_q, out_base, out.h, out.w,
+           n * conv.res.n + p_begin * conv.res.h, conv.res.h, conv.res.w);
+  if (layout.form == Form::kInPlace) {
+    // A tile must not go on behind the last pixel, where the tensor may end: that one is copied.
+    const int64_t rest = ((rows - 1) * conv.Q + last_q) % kTileRows;
+    if (rest == 0) return;
+    Tile& tile = list.tiles[list.count - 1];
+    const int64_t size = layout.chunks * kChunkBytes;
+    char* slab = scratch.slab + row * size;
+    for (int64_t i = 0; i < rest; ++i) {
+      copy(reinterpret_cast<Storage*>(slab + i * size),
+           reinterpret_cast<const Storage*>(tile.in + i * tile.stride), group_c(conv));
+    }
+    tile = {slab, size};
+    row += kTileRows;
+  }
+}
+
+// ---- epilogue ----------------------------------------------------------------------------------
+
+// Where results go. `channels` counts the valid ones of this block, of which those in [res_begin,
+// res_end) have a residual, the first of them at `residual`.
+struct Epilogue {
+  const float *scale, *shift;
+  const Storage* residual;
+  Storage* output;
+  int64_t out_channel, res_channel;
+  int64_t channels, res_begin, res_end;
+  bool relu;
+};
+
+// Scale and shift of a block of output channels, from `channel` on, `count` of them.
+void scale_and_shift(const Conv& conv, int64_t channel, int64_t count, float* scale, float* shift) {
+  auto load_channels = [&](const float* tensor, float absent, int64_t k) {
+    if (tensor == nullptr || k >= count) return Value::broadcast(absent);
+    if (k + kWidth <= count) return Value::load(tensor + channel + k);
+    return Value::load(tensor + channel + k, count - k);
+  };
+  for (int64_t k = 0; k < kTileBlockK; k += kWidth) {
+    const Value::Register deviation =
+        square_root(load_channels(conv.norm.var, 1.0f, k) + Value::broadcast(conv.norm.eps));
+    const Value::Register a = load_channels(conv.norm.weight, 1.0f, k) / deviation;
+    const Value::Register centre =
+        load_channels(conv.bias, 0.0f, k) - load_channels(conv.norm.mean, 0.0f, k);
+    const Value::Register b =
+        Value::multiply_add(centre, a, load_channels(conv.norm.bias, 0.0f, k));
+    Value::store(scale + k, a);
+    Value::store(shift + k, b);
+  }
+}
+
+// Whole vectors of channels, kN times 16.
+template <int kN, bool kResidual>
+void finish(const Epilogue& e, const float* sums, const Position* positions, int64_t count) {
+  constexpr int kVectors = kN * 16 / kWidth;
+  Value::Register scale[kVectors], shift[kVectors];
+  FR_FOR (v, kVectors) {
+    scale[v] = Value::load(e.scale + v * kWidth);
+    shift[v] = Value::load(e.shift + v * kWidth);
+  }
+  for (int64_t i = 0; i < count; ++i, sums += kTileBlockK) {
+    const Position& position = positions[i];
+    if (position.out < 0) continue;
+    Value::Register y[kVectors];
+    FR_FOR (v, kVectors) {
+      y[v] = Value::multiply_add(Value::load(sums + v * kWidth), scale[v], shift[v]);
+      if constexpr (kResidual) {
+        y[v] = Value::add(y[v], load(e.residual + position.res + v * kWidth));
+      }
+      if (e.relu) y[v] = Value::relu(y[v]);
+    }
+    store_block<kN>(e.output + position.out, y);
+  }
+}
+
+// Any strides and any number of channels.
+template <int kN>
+__attribute__((noinline)) void finish_strided(const Epilogue& e, const float* sums,
+                                              const Position* positions, int64_t count) {
+  constexpr int kVectors = kN * 16 / kWidth;
+  alignas(64) Storage residual[kTileBlockK], result[kTileBlockK];
+  for (Storage& absent : residual) absent = 0x8000;  // -0: adding it changes nothing
+  for (int64_t i = 0; i < count; ++i, sums += kTileBlockK) {
+    const Position& position = positions[i];
+    if (position.out < 0) continue;
+    for (int64_t k = e.res_begin; k < e.res_end; ++k) {
+      residual[k] = e.residual[position.res + (k - e.res_begin) * e.res_channel];
+    }
+    Value::Register y[kVectors];
+    FR_FOR (v, kVectors) {
+      y[v] = Value::multiply_add(Value::load(sums + v * kWidth), Value::load(e.scale + v * kWidth),
+                                 Value::load(e.shift + v * kWidth));
+      y[v] = Value::add(y[v], load(residual + v * kWidth));
+      if (e.relu) y[v] = Value::relu(y[v]);
+    }
+    store_block<kN>(result, y);
+    Storage* out = e.output + position.out;
+    if (e.out_channel == 1) {
+      copy(out, result, e.channels);
+    } else {
+      for (int64_t k = 0; k < e.channels; ++k) out[k * e.out_channel] = result[k];
+    }
+  }
+}
+
+using Finish = void (*)(const Epilogue&, const float*, const Position*, int64_t);
+
+template <int kN>
+Finish finish_for(const Epilogue& e) {
+  const bool has_residual = e.res_begin < e.res_end;
+  const bool whole = e.channels == kN * 16 && e.out_channel == 1;
+  if (whole && !has_residual) return finish<kN, false>;
+  if (whole && e.res_channel == 1 && e.res_end - e.res_begin == e.channels) return finish<kN, true>;
+  return finish_strided<kN>;
+}
+
+// The sums of a block whose product is through. They are finished while the next block's product
+// runs, a few pixels with every step: the unit would stand still meanwhile, and that for longer
+// than the product takes where the reduction is short.
+struct Pending {
+  Finish finish;
+  Epilogue epilogue;
+  const float* sums;
+  const Position* positions;
+  int64_t pixels = 0;
+
+  FR_INLINE void take(int64_t count) {
+    count = least(count, pixels);
+    finish(epilogue, sums, positions, count);
+    sums += count * kTileBlockK;
+    positions += count;
+    pixels -= count;
+  }
+};
+
+// ---- product -----------------------------------------------------------------------------------
+
+struct Product {
+  int64_t taps, chunks;
+  const int64_t* offsets;  // of the taps, in bytes
+  int64_t chunk;           // bytes from one chunk of a pixel to the next
+  // What to bring into the second-level cache meanwhile: `lines` for every chunk.
+  const char* prefetch;
+  int64_t lines;
+};
+
+constexpr int64_t kLine = 64;
+
+// Sums of kM tiles of pixels times kN of output channels, to [pixel][32]. With every step a share
+// of what is pending.
+template <int kM, int kN>
+void multiply(const Product& product, const Tile* tiles, const char* weight, float* sums,
+              Pending& pending) {
+  const int64_t share = div_up(pending.pixels, product.chunks * product.taps);
+  const char *in0 = tiles[0].in, *in1 = tiles[kM - 1].in;
+  const int64_t stride0 = tiles[0].stride, stride1 = tiles[kM - 1].stride;
+  const char* prefetch = product.prefetch;
+  // What was gathered has been stored: the compiler does not know that tiles are loaded from
+  // memory.
+  __atomic_signal_fence(__ATOMIC_SEQ_CST);
+  zero_sums();
+  for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
+    for (int64_t tap = 0; tap < product.taps; ++tap) {
+      const int64_t offset = product.offsets[tap] + chunk * product.chunk;
+      load_weights<0>(weight);
+      load_pixels<0>(in0 + offset, stride0);
+      multiply_add<0, 0>();
+      if constexpr (kN == 2) {
+        load_weights<1>(weight + kTileBytes);
+        multiply_add<0, 1>();
+      }
+      if constexpr (kM == 2) {
+        load_pixels<1>(in1 + offset, stride1);
+        multiply_add<1, 0>();
+        if constexpr (kN == 2) multiply_add<1, 1>();
+      }
+      weight += 2 * kTileBytes;
+      if (pending.pixels > 0) pending.take(share);
+      for (int64_t i = 0; i < product.lines; ++i, prefetch += kLine) {
+        __builtin_prefetch(prefetch, 0, 2);
+      }
+    }
+  }
+  constexpr int64_t kRow = kTileBlockK * 4;
+  store_sums<0, 0>(sums, kRow);
+  if constexpr (kN == 2) store_sums<0, 1>(sums + 16, kRow);
+  if constexpr (kM == 2) {
+    store_sums<1, 0>(sums + kTileRows * kTileBlockK, kRow);
+    if constexpr (kN == 2) store_sums<1, 1>(sums + kTileRows * kTileBlockK + 16, kRow);
+  }
+}
+
+// Lines that finish() will read and write: they come from further away than the second-level cache.
+FR_INLINE void prefetch_results(const Epilogue& e, const Position* positions, int64_t count) {
+  if (e.out_channel != 1) return;
+  const bool residual = e.residual != nullptr && e.res_channel == 1;
+  for (int64_t i = 0; i < count; ++i) {
+    if (positions[i].out < 0) continue;
+    __builtin_prefetch(e.output + positions[i].out, 1);
+    if (residual) __builtin_prefetch(e.residual + positions[i].res);
+  }
+}
+
+// ---- a task ------------------------------------------------------------------------------------
+
+// What products bring into the second-level cache meanwhile: ranges of memory, in equal shares.
+class Coming {
+ public:
+  void add(const void* begin, int64_t bytes) {
+    if (bytes <= 0) return;
+    const char* first = static_cast<const char*>(begin);
+    ranges_[count_++] = {first, first + bytes};
+    lines_ += div_up(bytes, kLine);
+  }
+  void add(const Storage* begin, const Storage* end) { add(begin, (end - begin) * 2); }
+
+  // From here on each of so many products takes a share.
+  void divide(int64_t products) { share_ = div_up(lines_, most(products, 1)); }
+
+  // One share, as far as it is in one piece, for a product of so many steps.
+  void take(Product& product, int64_t steps) {
+    for (; current_ < count_; ++current_) {
+      Range& range = ranges_[current_];
+      if (range.next >= range.end) continue;
+      product.prefetch = range.next;
+      product.lines = div_up(least(share_, div_up(range.end - range.next, kLine)), steps);
+      range.next += product.lines * steps * kLine;
+      return;
+    }
+  }
+
+ private:
+  struct Range {
+    const char *next, *end;
+  };
+  Range ranges_[4];
+  int count_ = 0, current_ = 0;
+  int64_t lines_ = 0, share_ = 0;
+};
+
+// The range from the first to the last of the positions' pixels in a tensor whose pixels follow
+// each other.
+FR_INLINE void add_pixels(Coming& coming, const Storage* tensor, int64_t Position::* offset,
+                          const Position* positions, int64_t count, int64_t channels) {
+  int64_t first = 0, last = count - 1;
+  while (first < last && positions[first].out < 0) ++first;
+  while (last > first && positions[last].out < 0) --last;
+  const int64_t begin = positions[first].*offset, end = positions[last].*offset + channels;
+  // Positions that are not in order, or of several images.
+  if (begin < 0 || end - begin > count * channels || end <= begin) return;
+  coming.add(tensor + begin, tensor + end);
+}
+
+// What a task prefetches when its own weights are through: its share of the next layer's. Threads
+// that divide the output channels among them do so in the next layer too.
+void add_next_layer(Coming& coming, const Conv& conv, const Task& task, int64_t blocks) {
+  if (conv.next_weight == nullptr) return;
+  const int64_t begin = conv.next_weight_bytes * task.block_begin / blocks / kLine * kLine;
+  const int64_t end = conv.next_weight_bytes * task.block_end / blocks;
+  coming.add(static_cast<const char*>(conv.next_weight) + begin, end - begin);
+}
+
+// All tiles against all blocks of output channels of the task.
+void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
+                    const Scratch& scratch, const TileList& list, Epilogue e) {
+  for (int64_t r = 0; r < layout.h.taps && !layout.weight.dense; ++r) {
+    for (int64_t s = 0; s < layout.w.taps; ++s) {
+      scratch.offsets[r * layout.w.taps + s] =
+          (layout.h.plane(r) * layout.w.planes + layout.w.plane(s)) * scratch.plane +
+          (layout.h.offset(r) * layout.pitch + layout.w.offset(s)) * layout.pixel;
+    }
+  }
+  if (layout.taps() == 1) scratch.offsets[0] = 0;
+  const int64_t channels = group_k(conv), blocks = layout.weight.blocks;
+  const int64_t block_bytes = tiled_block_size(layout.weight) * 2;
+  auto valid = [&](int64_t block) { return least(kTileBlockK, channels - block * kTileBlockK); };
+  for (int64_t block = task.block_begin; block < task.block_end; ++block) {
+    const int64_t at = (block - task.block_begin) * kTileBlockK;
+    scale_and_shift(conv, task.group * channels + block * kTileBlockK, valid(block),
+                    scratch.scale + at, scratch.shift + at);
+  }
+  const Epilogue base = e;
+  // Either the pixels of one block take all blocks of output channels in turn, or, with weights
+  // that do not stay in the cache, each block of these takes all pixels.
+  const bool pixels_first = conv.keeps_weight;
+  Pending pending;
+  float* sums = scratch.sums;
+  const int64_t turn = pixels_first ? 2 : list.count;
+  const int64_t task_blocks = task.block_end - task.block_begin;
+  for (int64_t begin = 0; begin < list.count; begin += turn) {
+    const int64_t end = least(begin + turn, list.count), products = (end - begin + 1) / 2;
+    Coming pixels;
+    if (pixels_first && end < list.count) {
+      const int64_t count = least(turn, list.count - end) * kTileRows;
+      const Position* next = list.positions + end * kTileRows;
+      if (layout.form == Form::kInPlace && conv.in.w == conv.C) {
+        pixels.add(list.tiles[end].in, count * conv.in.w * 2);
+      }
+      if (base.residual != nullptr && base.res_channel == 1 && conv.res.w == conv.K) {
+        add_pixels(pixels, base.residual, &Position::res, next, count, conv.K);
+      }
+      if (base.out_channel == 1) {
+        add_pixels(pixels, base.output, &Position::out, next, count, conv.K);
+      }
+      pixels.divide(task_blocks);
+    }
+    for (int64_t block = task.block_begin; block < task.block_end; ++block) {
+      const int64_t channel = task.group * channels + block * kTileBlockK;
+      e.scale = scratch.scale + (block - task.block_begin) * kTileBlockK;
+      e.shift = scratch.shift + (block - task.block_begin) * kTileBlockK;
+      e.output = base.output + channel * base.out_channel;
+      e.channels = valid(block);
+      // The block's first channel as the residual counts them.
+      const int64_t first = channel - conv.res_skip;
+      e.res_begin = first < 0 ? -first : 0;
+      e.res_end = least(conv.res_channels - first, e.channels);
+      if (base.residual == nullptr || e.res_begin >= e.res_end) e.res_begin = e.res_end = 0;
+      e.residual = e.res_begin < e.res_end
+                       ? base.residual + (first < 0 ? 0 : first) * base.res_channel
+                       : nullptr;
+      const char* weight =
+          static_cast<const char*>(conv.weight) + (task.group * blocks + block) * block_bytes;
+      // While the first pixels of a block are multiplied the next block's weights are asked for.
+      Coming weights;
+      if (block + 1 == task.block_end) {
+        if (end == list.count) add_next_layer(weights, conv, task, blocks);
+      } else if (begin == 0) {
+        weights.add(weight + block_bytes, block_bytes);
+      }
+      weights.divide(products);
+      const Finish finish = e.channels > 16 ? finish_for<2>(e) : finish_for<1>(e);
+      for (int64_t t = begin; t < end; t += 2) {
+        Product product{layout.taps(), layout.chunks, scratch.offsets, scratch.chunk, weight, 0};
+        weights.take(product, layout.weight.chunks);
+        if (product.lines == 0) pixels.take(product, layout.weight.chunks);
+        const Position* positions = list.positions + t * kTileRows;
+        const bool pair = t + 1 < end;
+        const Tile* tiles = list.tiles + t;
+        if (!pixels_first) prefetch_results(e, positions, pair ? 2 * kTileRows : kTileRows);
+        if (e.channels > 16) {
+          (pair ? multiply<2, 2> : multiply<1, 2>)(product, tiles, weight, sums, pending);
+        } else {
+          (pair ? multiply<2, 1> : multiply<1, 1>)(product, tiles, weight, sums, pending);
+        }
+        pending = {finish, e, sums, positions, pair ? 2 * kTileRows : kTileRows};
+        sums = sums == scratch.sums ? scratch.sums + kBlockPixels * kTileBlockK : scratch.sums;
+      }
+    }
+  }
+  pending.take(pending.pixels);
+}
+
+void run_conv(const Conv& conv, const Task& task, const Layout& layout, void* memory) {
+  const Scratch scratch(conv, task, layout, memory);
+  TileList list{scratch.tiles, scratch.positions};
+  int64_t slab_row = 0;
+  for (int64_t row = task.row_begin; row < task.row_end;) {
+    const int64_t n = row / conv.P, p = row % conv.P;
+    const int64_t count = least(conv.P - p, task.row_end - row);
+    add_rows(conv, task, layout, scratch, n, p, p + count, conv.out,
+             n * conv.out.n + p * conv.out.h, slab_row, list);
+    row += count;
+  }
+  Epilogue e{};
+  e.output = static_cast<Storage*>(conv.output);
+  e.residual = static_cast<const Storage*>(conv.residual);
+  e.out_channel = conv.out.c;
+  e.res_channel = conv.res.c;
+  e.relu = conv.relu;
+  multiply_tiles(conv, task, layout, scratch, list, e);
+}
+
+// ---- pool --------------------------------------------------------------------------------------
+
+// Maximum over one window of convolution outputs; a NaN anywhere in it is the result. Rounding
+// before the maximum instead of behind it does not change it.
+void pool_pixel(const Storage* rows, int64_t row_pitch, int64_t h_count, int64_t w_count, int64_t K,
+                Storage* out, int64_t out_channel) {
+  auto largest = [&](auto load_at) {
+    Value::Register best = load_at(rows);
+    for (int64_t h = 0; h < h_count; ++h) {
+      for (int64_t w = 0; w < w_count; ++w) {
+        const Value::Register x = load_at(rows + h * row_pitch + w * K);
+        best = Value::where_exceeds(x, best, x, best);
+      }
+    }
+    return best;
+  };
+  alignas(64) Storage result[kWidth];
+  for (int64_t k = 0; k < K; k += kWidth, rows += kWidth) {
+    const int64_t rest = K - k;
+    if (rest >= kWidth && out_channel == 1) {
+      store(out + k, largest([](const Storage* p) { return load(p); }));
+      continue;
+    }
+    const int64_t count = least(rest, kWidth);
+    store(result, largest([&](const Storage* p) { return load(p, count); }), count);
+    for (int64_t i = 0; i < count; ++i) out[(k + i) * out_channel] = result[i];
+  }
+}
+
+// The stem: convolution rows go to scratch memory and leave it pooled.
+void run_conv_pool(const Conv& conv, const Task& task, const Layout& layout, void* memory) {
+  const MaxPool& pool = conv.pool;
+  const Scratch scratch(conv, task, layout, memory);
+  const int64_t row_pitch = conv.Q * conv.K;
+  for (int64_t row = task.row_begin; row < task.row_end;) {
+    const int64_t n = row / pool.P, p = row % pool.P;
+    const int64_t count = least(pool.P - p, task.row_end - row);
+    const int64_t h_begin = most(p * pool.stride_h - pool.pad_h, 0);
+    const int64_t h_end =
+        least((p + count - 1) * pool.stride_h - pool.pad_h + pool.kernel_h, conv.P);
+
+    TileList list{scratch.tiles, scratch.positions};
+    int64_t slab_row = 0;
+    add_rows(conv, task, layout, scratch, n, h_begin, h_end, {0, 1, row_pitch, conv.K}, 0, slab_row,
+             list);
+    Epilogue e{};
+    e.output = scratch.conv_rows;
+    e.out_channel = 1;
+    e.relu = conv.relu;
+    multiply_tiles(conv, task, layout, scratch, list, e);
+
+    for (int64_t i = p; i < p + count; ++i) {
+      const int64_t h0 = most(i * pool.stride_h - pool.pad_h, 0);
+      const int64_t h1 = least(i * pool.stride_h - pool.pad_h + pool.kernel_h, conv.P);
+      for (int64_t j = 0; j < pool.Q; ++j) {
+        const int64_t w0 = most(j * pool.stride_w - pool.pad_w, 0);
+        const int64_t w1 = least(j * pool.stride_w - pool.pad_w + pool.kernel_w, conv.Q);
+        Storage* out =
+            static_cast<Storage*>(conv.output) + n * conv.out.n + i * conv.out.h + j * conv.out.w;
+        pool_pixel(scratch.conv_rows + (h0 - h_begin) * row_pitch + w0 * conv.K, row_pitch, h1 - h0,
+                   w1 - w0, conv.K, out, conv.out.c);
+      }
+    }
+    row += count;
+  }
+}
+
+void run(const Conv& conv, const Task& task, void* memory) {
+  const TileState state;
+  const Layout layout(conv);
+  if (conv.has_pool) {
+    run_conv_pool(conv, task, layout, memory);
+  } else {
+    run_conv(conv, task, layout, memory);
+  }
+}
+
+}  // namespace
+}  // namespace fused_resnet::cpu

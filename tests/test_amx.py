@@ -1,0 +1,243 @@
+"""The convolution on tiles of bfloat16: on AMX where there is one, and over emulated tiles."""
+
+import ctypes
+import mmap
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import (
+    STEM,
+    STEM_POOL,
+    ConvShape,
+    assert_within_bound,
+    make_conv_case,
+    make_norm_conv_case,
+    rerun_on_instruction_set,
+    run_python,
+)
+
+import fused_resnet
+
+TILES = torch.ops.fused_resnet.conv_tile_isa()
+needs_tiles = pytest.mark.skipif(not TILES, reason="no AMX; run again over emulated tiles")
+needs_amx = pytest.mark.skipif(TILES != "amx", reason="this processor has no AMX")
+
+# What each part of the kernel has to get right: planes of strided inputs, rows that share their
+# padding, rows that may not, filters longer than the image, taps that are dense, chunks that end
+# early, one tile of outputs and two.
+SHAPES = [
+    ConvShape(64, 64, (3, 3), padding=(1, 1)),
+    ConvShape(64, 96, (3, 3), (2, 2), (1, 1)),
+    ConvShape(40, 33, (3, 2), (3, 2), (1, 0)),
+    ConvShape(33, 70, (3, 3), (3, 2), (2, 3), (2, 3)),
+    ConvShape(32, 16, (2, 5), (2, 2), (3, 4), (4, 2)),
+    ConvShape(64, 40, (1, 1), padding=(2, 3)),
+    ConvShape(96, 64, (1, 1), (2, 3)),
+    ConvShape(100, 24, (1, 1)),
+    ConvShape(128, 7, (1, 1)),
+    ConvShape(5, 48, (3, 3), (1, 2), (1, 1)),
+    ConvShape(1, 32, (5, 5), padding=(2, 2), dilation=(1, 2)),
+    ConvShape(31, 32, (2, 2)),
+    ConvShape(96, 64, (3, 3), padding=(1, 1), groups=2),
+    ConvShape(80, 96, (1, 1), groups=4),
+    STEM,
+]
+
+
+def layouts(x):
+    """The same values in other places: channels first, and channels and pixels that lie apart."""
+    yield x.contiguous(memory_format=torch.channels_last)
+    yield x.contiguous()
+    n, c, h, w = x.shape
+    channels = torch.full((n, h, w, c + 40), torch.nan, dtype=x.dtype).permute(0, 3, 1, 2)
+    channels[:, 8 : 8 + c] = x
+    yield channels[:, 8 : 8 + c]
+    pixels = torch.full((n, h + 1, w + 2, c), torch.nan, dtype=x.dtype).permute(0, 3, 1, 2)
+    pixels[:, :, 1:, 1:-1] = x
+    yield pixels[:, :, 1:, 1:-1]
+
+
+@needs_tiles
+@pytest.mark.quick
+@pytest.mark.parametrize("size", [(7, 7), (14, 9), (1, 37)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layouts_and_sizes(shape, size):
+    for batch, residual, activation in ((1, True, "none"), (3, False, "relu")):
+        case = make_conv_case(
+            shape,
+            batch=batch,
+            size=tuple(max(n, d * (k - 1) + 1) for n, d, k in zip(
+                size, shape.dilation, shape.kernel_size, strict=True)),
+            dtype=torch.bfloat16,
+            residual=residual,
+            activation=activation,
+        )  # fmt: skip
+        expected, bound = case.double().eager(), case.rounding_bound()
+        for x in layouts(case.input):
+            case.input = x
+            assert_within_bound(case.fused(), expected, bound)
+        if residual:
+            case.residual = case.residual.contiguous()
+            assert_within_bound(case.fused(), expected, bound)
+
+
+@needs_tiles
+def test_many_tasks():
+    """More rows than a task takes and weights that do not stay in the cache."""
+    for shape, size, batch in (
+        (ConvShape(64, 64, (3, 3), padding=(1, 1)), (40, 41), 4),
+        (ConvShape(512, 1040, (3, 3), padding=(1, 1)), (3, 5), 2),
+        (ConvShape(64, 256, (1, 1)), (40, 41), 3),
+        (ConvShape(288, 64, (1, 1), (2, 2)), (21, 19), 5),
+    ):
+        case = make_conv_case(shape, batch=batch, size=size, dtype=torch.bfloat16)
+        assert_within_bound(case.fused(), case.double().eager(), case.rounding_bound())
+
+
+@needs_tiles
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_stem_with_its_pool(channels_last):
+    for size in ((33, 70), (20, 9)):
+        case = make_conv_case(STEM, size=size, batch=3, dtype=torch.bfloat16, pool=STEM_POOL)
+        if not channels_last:
+            case.input = case.input.contiguous()
+        # The pool takes the maximum of what was rounded, and rounding is monotonic.
+        pool = case.pool
+        case.pool = None
+        expected, bound = case.double().eager(), case.rounding_bound()
+        case.pool = pool
+        most = F.max_pool2d(bound, **pool)
+        assert_within_bound(case.fused(), F.max_pool2d(expected, **pool), most)
+
+
+@needs_tiles
+def test_prologue():
+    for shape in (SHAPES[0], SHAPES[3], SHAPES[6], SHAPES[7], SHAPES[9]):
+        case = make_norm_conv_case(shape, size=(11, 10), dtype=torch.bfloat16)
+        expected, bound = case.double().eager(), case.rounding_bound()
+        for x in layouts(case.input):
+            case.input = x
+            assert_within_bound(case.fused(), expected, bound)
+
+
+@needs_tiles
+@pytest.mark.quick
+def test_explain_names_the_unit():
+    explain = fused_resnet.backends.explain
+    arguments = {"device": torch.device("cpu"), "dtype": torch.bfloat16}
+    text = explain("conv_bn_act", weight_shape=(64, 64, 3, 3), **arguments)
+    assert text == f"cpu: native convolution ({TILES})"
+    text = explain("norm_conv_bn_act", weight_shape=(64, 64, 3, 3), **arguments)
+    assert text == f"cpu: native norm + convolution ({TILES})"
+    arguments["dtype"] = torch.float32
+    assert TILES not in explain("conv_bn_act", weight_shape=(64, 64, 3, 3), **arguments)
+
+
+BITS = """
+import hashlib
+import torch
+from support import STEM, ConvShape, make_conv_case
+
+digest = hashlib.sha256()
+for shape in (ConvShape(64, 64, (3, 3), padding=(1, 1)), ConvShape(256, 40, (1, 1)), STEM):
+    for scale in (1.0, 1e-19, 1e-21, 1e-38, 1e19, 3e19, "special"):
+        case = make_conv_case(shape, size=(13, 11), dtype=torch.bfloat16, activation="none",
+                              affine=False, residual=False)
+        case.running_mean.zero_()
+        if scale == "special":
+            values = case.input.permute(0, 2, 3, 1).reshape(-1)
+            for i, value in enumerate((torch.inf, -torch.inf, torch.nan, 1e-40, -0.0, 3e38)):
+                values[37 * i + 5 :: 997] = value
+            case.input.copy_(values.view(case.input.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2))
+        else:
+            case.input *= scale
+            case.weight *= scale
+        case.running_var.fill_(1.0)
+        out = case.fused().contiguous()
+        bits = torch.where(out.isnan(), torch.tensor(0x7FC0).short(), out.view(torch.int16))
+        digest.update(bits.numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@needs_amx
+def test_emulated_tiles_have_the_units_bits():
+    """Rounding, subnormals and the order of sums: what the emulation says is what the unit does."""
+    unit = run_python(BITS)
+    assert unit == run_python(BITS, FUSED_RESNET_CPU_ISA="amx_emulated")
+    # And the comparison can fail: vectors add in another order.
+    assert unit != run_python(BITS, FUSED_RESNET_CPU_ISA="avx512")
+
+
+def test_over_emulated_tiles():
+    """This file's cases again, on any processor."""
+    rerun_on_instruction_set("amx_emulated", __file__, "not threads and not alone")
+
+
+def machine_code(code: bytes):
+    """A function without arguments, of these instructions."""
+    memory = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    memory.write(code)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    function = ctypes.CFUNCTYPE(ctypes.c_uint32)(address)
+    function.memory = memory
+    return function
+
+
+def tiles_in_use() -> bool:
+    """Whether this thread has tiles configured or in them anything (XINUSE bits 17 and 18)."""
+    # mov ecx, 1; xgetbv; ret
+    return bool(machine_code(b"\xb9\x01\x00\x00\x00\x0f\x01\xd0\xc3")() & 0x60000)
+
+
+def run_in_threads(function, count=4):
+    failures = []
+
+    def guarded(i):
+        try:
+            function(i)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+@needs_amx
+def test_threads_are_left_alone():
+    """No tile state in a thread before a convolution, nor behind it."""
+    cases = [make_conv_case(s, dtype=torch.bfloat16) for s in (SHAPES[0], SHAPES[7], STEM)]
+
+    def check(i):
+        assert not tiles_in_use()
+        for case in cases:
+            case.fused()
+            assert not tiles_in_use()
+
+    run_in_threads(check)
+
+
+@needs_amx
+def test_threads_keep_the_librarys_tiles():
+    """oneDNN remembers which configuration a thread has: it must still be there."""
+    case = make_conv_case(SHAPES[0], dtype=torch.bfloat16)
+    expected, bound = case.double().eager(), case.rounding_bound()
+
+    def check(i):
+        sizes = [(64, 64, 64), (48 + i, 96, 33), (17, 128, 80)]
+        for round in range(6):
+            m, k, n = sizes[round % 3]
+            a, b = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()
+            product = torch.mm(a, b).double()
+            exact = a.double() @ b.double()
+            assert (product - exact).norm() <= 5e-3 * exact.norm()
+            assert_within_bound(case.fused(), expected, bound)
+
+    run_in_threads(check, 6)
