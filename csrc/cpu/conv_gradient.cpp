@@ -85,14 +85,14 @@ void conv_input_gradient(Tensor grad, Tensor weight, int64_t stride_h, int64_t s
                          int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w,
                          Tensor grad_input, bool accumulate) {
   constexpr const char* name = "conv_input_gradient";
-  STD_TORCH_CHECK(vector_isa() != nullptr, name, ": this processor has neither AVX2 nor AVX-512");
   STD_TORCH_CHECK(grad.dim() == 4 && weight.dim() == 4 && grad_input.dim() == 4, name,
                   ": tensors must have 4 dimensions");
   const ScalarType dtype = grad.scalar_type();
   STD_TORCH_CHECK(weight.scalar_type() == dtype && grad_input.scalar_type() == dtype, name,
                   ": tensors must have one dtype");
   Conv conv{};
-  conv.isa = vector_isa();
+  conv.isa = conv_isa(dtype, 1, weight.size(0), weight.size(1));
+  STD_TORCH_CHECK(conv.isa != nullptr, name, ": this processor has neither AVX2 nor AVX-512");
   conv.dtype = kernel_dtype(dtype);
   conv.N = grad.size(0);
   conv.C = grad.size(1);
@@ -142,7 +142,8 @@ void conv_input_gradient(Tensor grad, Tensor weight, int64_t stride_h, int64_t s
     if (!accumulate) fill_zero(grad_input);
     return;
   }
-  const Tensor packed = packed_transposed(weight);
+  const Tensor packed =
+      conv.isa == tile_isa() ? pack_transposed_tiles(weight) : packed_transposed(weight);
   conv.weight = packed.const_data_ptr();
   conv.input = grad.const_data_ptr();
   conv.output = grad_input.mutable_data_ptr();

@@ -110,6 +110,15 @@ struct WeightShape {
         block_k(expanded ? isa->lanes : isa->block_k),
         tiles(tiled_weight(K / group_count, C, R * S)) {}
 
+  // The same, transposed: see pack_transposed_tiles(). The source is then the last tap.
+  WeightShape transposed() const {
+    WeightShape t = *this;
+    t.K = C, t.C = K;
+    t.stride = {stride.c, stride.n, -stride.h, -stride.w};
+    t.tiles = tiled_weight(t.K, t.C, R * S);
+    return t;
+  }
+
   int64_t blocks() const { return div_up(K / groups, block_k); }
   // Values of a block, and of all.
   int64_t block_size() const { return tiled ? tiled_block_size(tiles) : R * S * C * block_k; }
@@ -308,6 +317,16 @@ Tensor pack_conv_weight(Tensor weight, int64_t groups) {
   Tensor packed = weight_tensor(shape.packed_size(), shape.packed_dtype());
   with_element_type(weight, "weight",
                     [&](const auto* source) { pack(source, shape, packed.mutable_data_ptr()); });
+  return packed;
+}
+
+Tensor pack_transposed_tiles(Tensor weight) {
+  const WeightShape shape(weight, 1), transposed = shape.transposed();
+  Tensor packed = pool_tensor({transposed.packed_size()}, {1}, transposed.packed_dtype());
+  with_element_type(weight, "weight", [&](const auto* source) {
+    pack(source + shape.source(0, 0, shape.R - 1, shape.S - 1), transposed,
+         packed.mutable_data_ptr());
+  });
   return packed;
 }
 
