@@ -126,6 +126,11 @@ def test_prologue():
 @pytest.mark.parametrize("add", [False, True])
 def test_gradient_in_the_input(add):
     """The forward's kernel with transposed weights, whose taps run backwards."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*sizes):
+        return torch.randn(sizes, generator=generator).bfloat16()
+
     for c, k, taps, stride, padding, dilation in (
         (64, 96, (3, 3), 1, (1, 1), 1),
         (33, 20, (2, 3), 1, (1, 3), 2),
@@ -133,8 +138,6 @@ def test_gradient_in_the_input(add):
         (96, 32, (1, 1), 2, (0, 0), 1),
         (5, 7, (5, 1), 1, (2, 0), 1),
     ):
-        generator = torch.Generator().manual_seed(c)
-        draw = lambda *sizes: torch.randn(sizes, generator=generator).bfloat16()  # noqa: E731
         weight = draw(k, c, *taps).to(memory_format=torch.channels_last)
         x = draw(2, c, 11, 9).to(memory_format=torch.channels_last)
         wide = x.double().requires_grad_()
