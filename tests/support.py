@@ -679,6 +679,8 @@ def gradient_errors(model: nn.Module, x: Tensor) -> dict[str, tuple[torch.dtype,
         return hook
 
     for name, parameter in exact.named_parameters():
+        if not parameter.requires_grad:
+            continue
         parameter.register_post_accumulate_grad_hook(compare_and_drop(name))
     with Decisions(decisions.record) as followed:
         exact_out, exact_gradients = parameter_gradients(exact, x.double())

@@ -123,6 +123,38 @@ def test_prologue():
 
 
 @needs_tiles
+@pytest.mark.parametrize("add", [False, True])
+def test_gradient_in_the_input(add):
+    """The forward's kernel with transposed weights, whose taps run backwards."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*sizes):
+        return torch.randn(sizes, generator=generator).bfloat16()
+
+    for c, k, taps, stride, padding, dilation in (
+        (64, 96, (3, 3), 1, (1, 1), 1),
+        (33, 20, (2, 3), 1, (1, 3), 2),
+        (40, 64, (1, 1), 1, (0, 0), 1),
+        (96, 32, (1, 1), 2, (0, 0), 1),
+        (5, 7, (5, 1), 1, (2, 0), 1),
+    ):
+        weight = draw(k, c, *taps).to(memory_format=torch.channels_last)
+        x = draw(2, c, 11, 9).to(memory_format=torch.channels_last)
+        wide = x.double().requires_grad_()
+        out = F.conv2d(wide, weight.double(), None, stride, padding, dilation)
+        grad = draw(*out.shape).to(memory_format=torch.channels_last)
+        out.backward(grad.double())
+        before = draw(*x.shape).to(memory_format=torch.channels_last) if add else None
+        expected = wide.grad + (before.double() if add else 0)
+        actual = fused_resnet.backends.cpu.conv_input_gradient(
+            grad, x, weight, (stride,) * 2, padding, (dilation,) * 2, 1, before
+        )
+        # Sums in float32, rounded once.
+        error = (actual.double() - expected).abs()
+        assert (error <= expected.abs() * 2**-8 + 1e-5 * expected.abs().max()).all()
+
+
+@needs_tiles
 @pytest.mark.quick
 def test_explain_names_the_unit():
     explain = fused_resnet.backends.explain

@@ -645,6 +645,7 @@ def test_functional_has_the_designs_signature():
         "momentum",
         "eps",
         "residual",
+        "pad_residual",
         "activation",
     ]
     assert norm["training"].default is False

@@ -221,7 +221,7 @@ def test_unknown_choices_are_refused(monkeypatch):
 def test_doctor_says_what_is_compared(monkeypatch, choice):
     monkeypatch.setattr(watch, "_from_environment", None)
     monkeypatch.setenv("FUSED_RESNET_WATCH", choice)
-    assert f"FUSED_RESNET_WATCH {choice}: every call" in " ".join(
+    assert f"FUSED_RESNET_WATCH {choice}, forced; {choice}: every call" in " ".join(
         CliRunner().invoke(cli.app, ["doctor"]).output.split()
     )
 

@@ -85,7 +85,6 @@ void conv_input_gradient(Tensor grad, Tensor weight, int64_t stride_h, int64_t s
                          int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w,
                          Tensor grad_input, bool accumulate) {
   constexpr const char* name = "conv_input_gradient";
-  FR_CHECK(vector_isa() != nullptr, name, ": this processor has neither AVX2 nor AVX-512");
   check_rank(name, "grad", grad, 4);
   check_rank(name, "weight", weight, 4);
   check_rank(name, "grad_input", grad_input, 4);
@@ -95,7 +94,8 @@ void conv_input_gradient(Tensor grad, Tensor weight, int64_t stride_h, int64_t s
   check_dtype(name, "grad_input", grad_input, dtype);
   FR_CHECK(is_non_overlapping_and_dense(grad_input), name, ": grad_input must be dense");
   Conv conv{};
-  conv.isa = vector_isa();
+  conv.isa = conv_isa(dtype, 1, weight.size(0), weight.size(1));
+  FR_CHECK(conv.isa != nullptr, name, ": this processor has neither AVX2 nor AVX-512");
   conv.dtype = kernel_dtype(dtype);
   conv.N = grad.size(0);
   conv.C = grad.size(1);
@@ -143,7 +143,8 @@ void conv_input_gradient(Tensor grad, Tensor weight, int64_t stride_h, int64_t s
     return;
   }
   check_memory(name, conv);
-  const Tensor packed = packed_transposed(weight);
+  const Tensor packed =
+      conv.isa == tile_isa() ? pack_transposed_tiles(weight) : packed_transposed(weight);
   conv.weight = packed.const_data_ptr();
   conv.input = grad.const_data_ptr();
   conv.output = grad_input.mutable_data_ptr();

@@ -114,6 +114,15 @@ struct WeightShape {
         block_k(expanded ? isa->lanes : isa->block_k),
         tiles(tiled_weight(K / group_count, C, R * S)) {}
 
+  // The same, transposed: see pack_transposed_tiles(). The source is then the last tap.
+  WeightShape transposed() const {
+    WeightShape t = *this;
+    t.K = C, t.C = K;
+    t.stride = {stride.c, stride.n, -stride.h, -stride.w};
+    t.tiles = tiled_weight(t.K, t.C, R * S);
+    return t;
+  }
+
   int64_t blocks() const { return div_up(K / groups, block_k); }
   // Values of a block, and of all.
   int64_t block_size() const { return tiled ? tiled_block_size(tiles) : R * S * C * block_k; }
@@ -458,6 +467,16 @@ bool conv_weight_is_packed(Tensor weight, Tensor packed, int64_t groups) {
   return with_element_type(weight, "weight", [&](const auto* source) {
     return whole_is_packed(source, shape, packed.const_data_ptr());
   });
+}
+
+Tensor pack_transposed_tiles(Tensor weight) {
+  const WeightShape shape(weight, 1), transposed = shape.transposed();
+  Tensor packed = pool_tensor({transposed.packed_size()}, {1}, transposed.packed_dtype());
+  with_element_type(weight, "weight", [&](const auto* source) {
+    pack(source + shape.source(0, 0, shape.R - 1, shape.S - 1), transposed,
+         packed.mutable_data_ptr());
+  });
+  return packed;
 }
 
 PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W,

@@ -52,6 +52,10 @@ const ConvIsa* conv_isa(torch::headeronly::ScalarType dtype, int64_t groups, int
 // in conv.h and tiled_weight_offset() in conv_tiles.h.
 torch::stable::Tensor pack_conv_weight(torch::stable::Tensor weight, int64_t groups);
 
+// The weight of the convolution that passes a gradient back, for kernels on tiles: input and output
+// channels have changed places and the taps run backwards.
+torch::stable::Tensor pack_transposed_tiles(torch::stable::Tensor weight);
+
 // Whether `packed` is `weight` in the kernel's layout, value by value.
 bool conv_weight_is_packed(torch::stable::Tensor weight, torch::stable::Tensor packed,
                            int64_t groups);

@@ -33,7 +33,8 @@ std::optional<ClusterPartition> partition_of(const Tensor& input, int tensors) {
 
 bool fits_cluster(Tensor input, int64_t tensors) {
   constexpr const char* kName = "batch_norm_fits_cluster";
-  const Operands operands(kName, input);
+  check_floating(kName, "input", input, false);
+  FR_CHECK(input.dim() >= 2 && input.numel() > 0, kName, ": input must have rows and channels");
   check_number(kName, "tensors", tensors, 1, 2);
   return partition_of(input, static_cast<int>(tensors)).has_value();
 }

@@ -517,7 +517,6 @@ def conv_input_gradient(
     if (
         groups != 1
         or not _is_native(input.dtype, weight.shape, 1)
-        or _on_tiles(input.dtype, weight.shape, 1)
         or not grad.dtype is weight.dtype is input.dtype
         or not (input.is_contiguous(memory_format=torch.channels_last) or input.is_contiguous())
         # Packing a weight whose input channels do not lie together takes longer than it saves.
