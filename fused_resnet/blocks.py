@@ -419,7 +419,7 @@ def _count_together(
     statistics: list[tuple[Tensor, Tensor, Tensor | None]],
     counts: list[int],
 ) -> bool:
-    """Whether it has done what `_count_batches` does, in three calls (launches) for all norms.
+    """Whether it has done what `_count_batches` does, in four calls (launches) for all norms.
 
     Where these are alike, and no compiler looks on, which would rather see single operators.
     """

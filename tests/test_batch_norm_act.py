@@ -144,6 +144,24 @@ def test_momentum(backend, dtype, momentum):
         torch.testing.assert_close(ours[name].double(), exact[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("momentum", [0.25, 0.75, 1.0])
+def test_infinite_running_statistics(backend, momentum):
+    """`(1 - momentum) running + momentum batch`, as `F.batch_norm`, where either is infinite."""
+    ours = make_inputs((2, 5, 3, 2), device=backend.device, residual=False)
+    ours["input"][:, 1] *= 1e30
+    ours["running_mean"][2] = math.inf
+    ours["running_mean"][3] = -math.inf
+    ours["running_var"][1:3] = math.inf
+    theirs = copied(ours)
+    theirs["running_var"][1] = ours["running_var"][1] = 1.0
+    functional.batch_norm_act(**ours, training=True, momentum=momentum)
+    eager(theirs, True, momentum)
+    assert theirs["running_var"][1] == math.inf
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(ours[name], theirs[name], equal_nan=True)
+
+
 @pytest.mark.interpreted
 def test_running_statistics_use_the_unbiased_variance(backend):
     """An expectation that owes nothing to `F.batch_norm`."""

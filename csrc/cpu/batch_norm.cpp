@@ -145,6 +145,7 @@ std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout
         });
   } else {
     const Tasks tasks(layout);
+    // `mean` is a sum until all tasks are added.
     std::vector<double> means(tasks.count * channels), task_squares(tasks.count * channels);
     std::vector<P> shift(padded_columns(channels));
     kernels.sample_columns(data, images, channels, shift.data());
@@ -168,15 +169,18 @@ std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout
                      const auto before = static_cast<double>(task * tasks.rows);
                      const double added =
                          static_cast<double>(std::min(tasks.rows, images - task * tasks.rows));
-                     const double share = added / (added + before);
+                     const double weight = added * before / (added + before);
                      const double* task_mean = &means[task * channels];
                      const double* within = &task_squares[task * channels];
                      for (int64_t c = begin; c < end; ++c) {
-                       const double difference = task_mean[c] - mean[c];
-                       mean[c] += std::isfinite(mean[c]) ? difference * share : task_mean[c];
-                       squares[c] += within[c] + difference * (before * share) * difference;
+                       // Divided, so that equal means are that mean.
+                       const double difference = task_mean[c] - mean[c] / std::max(before, 1.0);
+                       mean[c] += task_mean[c] * added;
+                       squares[c] += within[c] + difference * weight * difference;
                      }
                    }
+                   const auto rows = static_cast<double>(images);
+                   for (int64_t c = begin; c < end; ++c) mean[c] /= rows;
                  });
   }
   const auto values = static_cast<double>(images * length);
