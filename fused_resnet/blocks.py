@@ -419,7 +419,7 @@ def _count_together(
     statistics: list[tuple[Tensor, Tensor, Tensor | None]],
     counts: list[int],
 ) -> bool:
-    """Whether it has done what `_count_batches` does, in three calls (launches) for all norms.
+    """Whether it has done what `_count_batches` does, in four calls (launches) for all norms.
 
     Where these are alike, and no compiler looks on, which would rather see single operators.
     """
@@ -443,7 +443,8 @@ def _count_together(
         unbiased = torch._foreach_mul([var for _, var, _ in statistics], factors)
         running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
         batch = [mean for mean, _, _ in statistics] + list(unbiased)
-        torch._foreach_lerp_(running, batch, momentum)
+        torch._foreach_mul_(running, 1 - momentum)
+        torch._foreach_add_(running, batch, alpha=momentum)
     return True
 
 

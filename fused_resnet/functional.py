@@ -577,8 +577,12 @@ def update_running_statistics(
 
 
 def _update(running: Tensor, batch: Tensor, weight: float | Tensor) -> None:
-    """`running = (1 - weight) running + weight batch`, rounded once."""
+    """`running = (1 - weight) running + weight batch`, rounded to `running`'s dtype at the end.
+
+    Not `lerp`, whose difference of the two is not a number where both, or one of weight 0, are
+    infinite.
+    """
     if running.dtype is batch.dtype:
-        running.lerp_(batch, weight)
+        running.mul_(1 - weight).add_(batch * weight)
     else:
-        running.copy_(torch.lerp(running.to(batch.dtype), batch, weight))
+        running.copy_(running.to(batch.dtype).mul_(1 - weight).add_(batch * weight))

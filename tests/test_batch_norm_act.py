@@ -1,5 +1,6 @@
 """`functional.batch_norm_act`: both statistics modes, running statistics, NaN, layouts."""
 
+import copy
 import itertools
 import math
 
@@ -16,7 +17,9 @@ from support import (
     dtype_id,
     unchanged,
 )
+from torchvision.models.resnet import Bottleneck
 
+import fused_resnet
 from fused_resnet import functional
 from fused_resnet.testing import assert_error_rule, relative_error
 
@@ -142,6 +145,24 @@ def test_momentum(backend, dtype, momentum):
             assert_same_bits(ours[name], before[name], name)
         torch.testing.assert_close(ours[name], theirs[name])
         torch.testing.assert_close(ours[name].double(), exact[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("momentum", [0.25, 0.75, 1.0])
+def test_infinite_running_statistics(backend, momentum):
+    """`(1 - momentum) running + momentum batch`, as `F.batch_norm`, where either is infinite."""
+    ours = make_inputs((2, 5, 3, 2), device=backend.device, residual=False)
+    ours["input"][:, 1] *= 1e30
+    ours["running_mean"][2] = math.inf
+    ours["running_mean"][3] = -math.inf
+    ours["running_var"][1:3] = math.inf
+    theirs = copied(ours)
+    theirs["running_var"][1] = ours["running_var"][1] = 1.0
+    functional.batch_norm_act(**ours, training=True, momentum=momentum)
+    eager(theirs, True, momentum)
+    assert theirs["running_var"][1] == math.inf
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(ours[name], theirs[name], equal_nan=True)
 
 
 @pytest.mark.interpreted
@@ -318,3 +339,21 @@ def test_the_residual_may_be_the_input(backend):
         with unchanged(input=ours["input"]):
             out = functional.batch_norm_act(**ours, training=training)
         assert_error_rule(out, eager(theirs, training), eager(exact, training))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("momentum", [0.25, 0.75, 1.0])
+def test_infinite_running_statistics_of_a_block(momentum):
+    """The norms of a block are updated together."""
+    eager_block = Bottleneck(64, 16).train().to(memory_format=torch.channels_last)
+    for norm in (eager_block.bn1, eager_block.bn2, eager_block.bn3):
+        norm.momentum = momentum
+        norm.running_mean[0] = norm.running_var[1] = math.inf
+    fused_block = fused_resnet.fuse(copy.deepcopy(eager_block))
+    x = torch.randn(2, 64, 6, 6).to(memory_format=torch.channels_last)
+    with fused_resnet.use_backend("cpu"):
+        fused_block(x)
+    eager_block(x)
+    for name, buffer in fused_block.named_buffers():
+        expected = eager_block.get_buffer(name)
+        torch.testing.assert_close(buffer, expected, rtol=1e-4, atol=1e-5, equal_nan=True)

@@ -14,8 +14,8 @@
 // find their values in the cache for the second visit, were tried, and take longer, because
 // prefetching does not follow such strides.
 //
-// Statistics are summed in double, gradients in float in pieces of a fixed size and those sums in
-// double, all in a fixed order, so that the result depends on nothing but the input: not on the
+// Values are summed in float in pieces of a fixed size, short ones for the statistics, and those
+// sums in double in a fixed order, so that the result depends on nothing but the input: not on the
 // number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -41,7 +41,7 @@ using torch::stable::parallel_for;
 
 // Rows, or values of one channel for each column of kRunColumns, that are summed in float.
 constexpr int64_t kRowsPerSum = 64;
-// Rows whose statistics, summed in double, are merged at once.
+// Rows whose statistics are merged at once.
 constexpr int64_t kRowsPerMerge = 4 * kRowsPerSum;
 // A run of one channel is a matrix of this many columns.
 constexpr int64_t kRunColumns = 64;
@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout
   const auto [images, channels, length] = layout;
   const int64_t size = static_cast<int64_t>(input.element_size());
   const auto* data = static_cast<const char*>(input.const_data_ptr());
-  std::vector<double> sum(channels), squares(channels);
+  std::vector<double> mean(channels), squares(channels);
   if (length > 1) {
     const int64_t piece = kRowsPerSum * kRunColumns;
     parallel_for(
@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout
               const char* run = data + (n * channels + c) * length * size;
               for (int64_t i = 0; i < length; i += piece) {
                 const int64_t added = std::min(piece, length - i);
-                kernels.run_statistics(run + i * size, added, count, &sum[c], &squares[c]);
+                kernels.run_statistics(run + i * size, added, count, &mean[c], &squares[c]);
                 count += added;
               }
             }
@@ -145,18 +145,20 @@ std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout
         });
   } else {
     const Tasks tasks(layout);
-    std::vector<double> sums(tasks.count * channels), task_squares(tasks.count * channels);
+    // `mean` is a sum until all tasks are added.
+    std::vector<double> means(tasks.count * channels), task_squares(tasks.count * channels);
+    std::vector<P> shift(padded_columns(channels));
+    kernels.sample_columns(data, images, channels, shift.data());
     parallel_for(
         0, tasks.count, 1, [&, channels = channels, images = images](int64_t begin, int64_t end) {
-          const int64_t columns = (channels + kMostWidth - 1) / kMostWidth * kMostWidth;
-          std::vector<double> scratch(3 * columns);
+          std::vector<double> scratch(3 * padded_columns(channels));
           for (int64_t task = begin; task < end; ++task) {
             const int64_t first = task * tasks.rows;
             const int64_t last = std::min(first + tasks.rows, images);
             for (int64_t row = first; row < last; row += kRowsPerMerge) {
               kernels.column_statistics(data + row * channels * size,
-                                        std::min(kRowsPerMerge, last - row), channels,
-                                        scratch.data(), row - first, &sums[task * channels],
+                                        std::min(kRowsPerMerge, last - row), channels, shift.data(),
+                                        scratch.data(), row - first, &means[task * channels],
                                         &task_squares[task * channels]);
             }
           }
@@ -168,23 +170,22 @@ std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout
                      const double added =
                          static_cast<double>(std::min(tasks.rows, images - task * tasks.rows));
                      const double weight = added * before / (added + before);
-                     const double* task_sum = &sums[task * channels];
+                     const double* task_mean = &means[task * channels];
                      const double* within = &task_squares[task * channels];
                      for (int64_t c = begin; c < end; ++c) {
-                       const double difference =
-                           task_sum[c] / added - sum[c] / std::max(before, 1.0);
-                       sum[c] += task_sum[c];
+                       // Divided, so that equal means are that mean.
+                       const double difference = task_mean[c] - mean[c] / std::max(before, 1.0);
+                       mean[c] += task_mean[c] * added;
                        squares[c] += within[c] + difference * weight * difference;
                      }
                    }
+                   const auto rows = static_cast<double>(images);
+                   for (int64_t c = begin; c < end; ++c) mean[c] /= rows;
                  });
   }
   const auto values = static_cast<double>(images * length);
-  for (int64_t c = 0; c < channels; ++c) {
-    sum[c] /= values;
-    squares[c] /= values;
-  }
-  return {per_channel<P>(sum), per_channel<P>(squares)};
+  for (double& of_channel : squares) of_channel /= values;
+  return {per_channel<P>(mean), per_channel<P>(squares)};
 }
 
 // Mean and biased variance of each channel, float32 (float64 for float64).

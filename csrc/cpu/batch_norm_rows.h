@@ -24,17 +24,22 @@ struct GradientMatrix {
   bool stream;  // whether what is written goes past the caches, if it lies on a line's border
 };
 
-// The longest vector's values.
-constexpr int64_t kMostWidth = 16;
+// `columns` rounded up to whole vectors of 16, the longest vector's values.
+constexpr int64_t padded_columns(int64_t columns) {
+  return (columns + 15) / 16 * 16;
+}
 
 struct BatchNormRows {
-  // Merges the columns' statistics into those of the `count` values before them: `sum` of the
-  // values and `squares` of their deviations from their mean. `scratch` has 3 numbers for each
-  // column, whose number is rounded up to a multiple of kMostWidth.
-  void (*column_statistics)(const void* input, int64_t rows, int64_t columns, double* scratch,
-                            int64_t count, double* sum, double* squares);
+  // Merges the columns' statistics into those of the `count` values before them, not fewer unless
+  // there are none: `mean` of the values and sum of the `squares` of their deviations from it.
+  // `shift` is the first values', from sample_columns. `scratch` has 3 * padded_columns(columns)
+  // numbers.
+  void (*column_statistics)(const void* input, int64_t rows, int64_t columns, const void* shift,
+                            double* scratch, int64_t count, double* mean, double* squares);
+  // Writes padded_columns(columns) parameters to `shift`, each near to the values of its column.
+  void (*sample_columns)(const void* input, int64_t rows, int64_t columns, void* shift);
   // The same for `size` values of one channel.
-  void (*run_statistics)(const void* input, int64_t size, int64_t count, double* sum,
+  void (*run_statistics)(const void* input, int64_t size, int64_t count, double* mean,
                          double* squares);
   // Adds, for each column, the sum of g and of g * (input - mean), where g is the gradient behind
   // the activation; writes g to `masked` unless that is null.
@@ -56,159 +61,282 @@ extern const BatchNormKernels batch_norm_avx512;
 
 namespace {
 
-// Sums of columns' values less `shift`, and of their squares, in double: those of floats may
-// overflow in float, and beside an outlier what the others come without would be lost.
-struct ColumnSums {
-  double *shift, *deviations, *squared;  // kept for whole vectors
-
-  ColumnSums(double* scratch, int64_t columns)
-      : shift(scratch),
-        deviations(shift + padded(columns)),
-        squared(deviations + padded(columns)) {}
-
-  static constexpr int64_t padded(int64_t columns) {
-    return (columns + kMostWidth - 1) / kMostWidth * kMostWidth;
-  }
-
-  // A column's sum of squared deviations from its mean.
-  double within(int64_t i, double per_row) const {
-    const double deviation = deviations[i];
-    const double difference = squared[i] - deviation * per_row * deviation;
-    return difference < 0 ? 0 : difference;
-  }
-
-  // Whether all of these have kept digits enough, as sums without a shift do unless values lie far
-  // from zero and close together.
-  bool have_digits(int64_t columns, double per_row) const {
-    int64_t lost = 0;  // not a bool, so that the loop is vectorised
-    for (int64_t i = 0; i < columns; ++i) {
-      lost += within(i, per_row) >= 0x1p-20 * squared[i] ? 0 : 1;
-    }
-    return lost == 0;
-  }
-
-  // Pairwise merging of sums of squared deviations: Chan, Golub and LeVeque, "Updating formulae and
-  // a pairwise algorithm for computing sample variances" (1979), equation 2.1.
-  void merge_into(double* sum, double* squares, int64_t columns, double added, double count) const {
-    const double per_added = 1 / added, before = count > 0 ? count : 1;
-    const double weight = added * count / (added + count);
-    for (int64_t i = 0; i < columns; ++i) {
-      const double mean = shift[i] + deviations[i] * per_added;
-      // Divided, so that the mean of values that are all the same is that value.
-      const double difference = mean - sum[i] / before;
-      // Squares that overflow, as those of large float64 values do, are infinite, not NaN.
-      double own = deviations[i] - deviations[i] == 0 ? squared[i] : within(i, per_added);
-      own = squared[i] - squared[i] == 0 ? within(i, per_added) : own;
-      sum[i] += mean * added;
-      squares[i] += own + difference * weight * difference;
-    }
-  }
-};
-
 // Infinity minus itself would hide in which direction the mean is infinite.
-inline double finite_or_zero(double x) {
+template <typename P>
+P finite_or_zero(P x) {
   return x - x == 0 ? x : 0;
 }
 
-// So many rows are added up in registers before their sum is added to the columns'.
-constexpr int64_t kRowsAtOnce = 4, kStatisticsRowsAtOnce = 8;
+// Sums of columns' values less a shift, and of those differences' squares.
+struct ColumnSums {
+  double *deviations, *squared;
 
-template <class V, bool kShifted, int64_t kRows>
-void add_rows(const typename V::Element* row, int64_t columns, const ColumnSums& sums) {
-  using Doubles = decltype(load_wide(V(), row));
-  for_each_vector<V>(columns, [&](int64_t i, auto... rest) {
-    auto sum = Doubles::load(sums.deviations + i), squared = Doubles::load(sums.squared + i);
-    for (int64_t k = 0; k < kRows; ++k) {
-      auto x = load_wide(V(), row + k * columns + i, rest...);
-      if constexpr (kShifted) x.subtract(Doubles::load(sums.shift + i));
-      sum.add(x);
-      squared.add_square(x);
+  // Pairwise merging of sums of squared deviations: Chan, Golub and LeVeque, "Updating formulae and
+  // a pairwise algorithm for computing sample variances" (1979), equation 2.1.
+  template <typename P>
+  void merge_into(const P* shift, double* mean, double* squares, int64_t columns, double added,
+                  double count) const {
+    const double per_added = 1 / added, share = added / (added + count), weight = count * share;
+    for (int64_t i = 0; i < columns; ++i) {
+      const double deviation = deviations[i], own_shift = static_cast<double>(shift[i]);
+      const double own_mean = own_shift + deviation * per_added, before = mean[i];
+      const double difference = own_mean - before;
+      const double difference_of_squares = squared[i] - deviation * per_added * deviation;
+      const double within = difference_of_squares < 0 ? 0 : difference_of_squares;
+      // Squares that overflow, as those of large float64 values do, are infinite, not NaN.
+      const double own = deviation - deviation == 0 ? squared[i] : within;
+      squares[i] += squared[i] - squared[i] == 0 ? within : own;
+      squares[i] += difference * weight * difference;
+      mean[i] = before + (before - before == 0 ? difference * share : own_mean);
     }
-    sum.store(sums.deviations + i);
-    squared.store(sums.squared + i);
+  }
+
+  // Whether sums made in float are good: no square overflowed or underflowed, and of the first
+  // values, whose shift is a sample's, little cancels. The shift of later ones is made of those
+  // before, and what cancels is little beside the variance of them all.
+  bool are_good(int64_t columns, double added, double count) const {
+    const double per_added = count > 0 ? 0 : 1 / added;
+    int64_t kept = 0, normal = 0, zero = 0;  // numbers, so that the loop is vectorised
+    for (int64_t i = 0; i < columns; ++i) {
+      const double within = squared[i] - deviations[i] * per_added * deviations[i];
+      kept += 32 * within - squared[i] >= 0 ? 1 : 0;  // not if infinite
+      normal += squared[i] >= 0x1p-100 ? 1 : 0;
+      zero += squared[i] == 0 ? 1 : 0;
+    }
+    return kept == columns && normal + zero == columns;
+  }
+};
+
+// In what a few values are summed before their sum is widened: their own type, or double.
+template <class V>
+struct Narrow {
+  using Values = typename V::Register;
+
+  template <class... Rest>
+  static Values load(const typename V::Element* p, Rest... rest) {
+    return V::load(p, rest...);
+  }
+  static Values of(typename V::Register x) { return x; }
+};
+template <class V>
+struct Widened {
+  using Values = decltype(widen(V(), V::broadcast(0)));
+
+  template <class... Rest>
+  static Values load(const typename V::Element* p, Rest... rest) {
+    return load_wide(V(), p, rest...);
+  }
+  static Values of(typename V::Register x) { return widen(V(), x); }
+};
+
+// So many rows are added up in registers before their sum is added to the columns'. Eight equal
+// values' sum is off by two roundings at most.
+constexpr int64_t kRowsAtOnce = 4, kStatisticsRowsAtOnce = 16;
+
+template <class V, template <class> class In, int64_t kRows, bool kFirst, int64_t kVectors,
+          class... Rest>
+void add_rows_at(int64_t i, const typename V::Element* row, int64_t columns,
+                 const typename V::Parameter* shift, const ColumnSums& sums, Rest... rest) {
+  using Values = typename In<V>::Values;
+  using Doubles = typename Widened<V>::Values;
+  Values sum[kVectors], squared[kVectors], shifts[kVectors];
+#pragma GCC unroll 8
+  for (int64_t v = 0; v < kVectors; ++v) {
+    shifts[v] = In<V>::of(V::load_parameter(shift + i + v * V::width));
+    sum[v] = In<V>::load(row + i + v * V::width, rest...) - shifts[v];
+    squared[v] = sum[v] * sum[v];
+  }
+#pragma GCC unroll 16
+  for (int64_t k = 1; k < kRows; ++k) {
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const auto x = In<V>::load(row + k * columns + i + v * V::width, rest...) - shifts[v];
+      sum[v] = sum[v] + x;
+      squared[v] = x * x + squared[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t v = 0; v < kVectors; ++v) {
+    double *deviations = sums.deviations + i + v * V::width,
+           *of_squares = sums.squared + i + v * V::width;
+    Doubles own = widen(V(), sum[v]), own_squared = widen(V(), squared[v]);
+    if constexpr (!kFirst) {
+      own = Doubles::load(deviations) + own;
+      own_squared = Doubles::load(of_squares) + own_squared;
+    }
+    own.store(deviations);
+    own_squared.store(of_squares);
+  }
+}
+
+template <class V, template <class> class In, int64_t kRows, bool kFirst>
+void add_rows(const typename V::Element* row, int64_t columns, const typename V::Parameter* shift,
+              const ColumnSums& sums) {
+  // As many as there are registers for; a row of so many is read in order.
+  constexpr int64_t kVectors = V::width < 16 ? 2 : 4, kWhole = V::width < 16 ? 2 : 8;
+  int64_t i = 0;
+  if constexpr (V::width > 1) {
+    if (columns == kWhole * V::width) {
+      return add_rows_at<V, In, kRows, kFirst, kWhole>(0, row, columns, shift, sums);
+    }
+    for (; i + kVectors * V::width <= columns; i += kVectors * V::width) {
+      add_rows_at<V, In, kRows, kFirst, kVectors>(i, row, columns, shift, sums);
+    }
+  }
+  for_each_vector<V>(columns - i, [&](int64_t k, auto... rest) {
+    add_rows_at<V, In, kRows, kFirst, 1>(i + k, row, columns, shift, sums, rest...);
   });
 }
 
-// With a shift that is one of the column's values at most a factor of their number cancels.
-template <class V, bool kShifted>
+template <class V, template <class> class In>
 void sum_columns(const typename V::Element* row, int64_t rows, int64_t columns,
-                 const ColumnSums& sums) {
-  if constexpr (kShifted) {
-    for_each_vector<V>(columns, [&](int64_t i, auto... rest) {
-      load_wide(V(), row + i, rest...).store(sums.shift + i);
-    });
+                 const typename V::Parameter* shift, const ColumnSums& sums) {
+  constexpr int64_t kMany = kStatisticsRowsAtOnce;
+  int64_t r = rows >= kMany ? kMany : 1;
+  if (r == kMany) {
+    add_rows<V, In, kMany, true>(row, columns, shift, sums);
+  } else {
+    add_rows<V, In, 1, true>(row, columns, shift, sums);
   }
-  for (int64_t i = 0; i < ColumnSums::padded(columns); ++i) {
-    sums.shift[i] = kShifted ? finite_or_zero(sums.shift[i]) : 0;
-    sums.deviations[i] = sums.squared[i] = 0;
+  for (; r + kMany <= rows; r += kMany) {
+    add_rows<V, In, kMany, false>(row + r * columns, columns, shift, sums);
   }
-  int64_t r = 0;
-  for (; r + kStatisticsRowsAtOnce <= rows; r += kStatisticsRowsAtOnce) {
-    add_rows<V, kShifted, kStatisticsRowsAtOnce>(row + r * columns, columns, sums);
-  }
-  for (; r < rows; ++r) add_rows<V, kShifted, 1>(row + r * columns, columns, sums);
+  for (; r < rows; ++r) add_rows<V, In, 1, false>(row + r * columns, columns, shift, sums);
+}
+
+// The shift of values after `count` of this mean and sum of squared deviations: their mean, or zero
+// where that is within a standard deviation. A small shift with more digits than the values would
+// round all of a binade to the same side.
+template <typename P>
+P shift_after(double mean, double squares, double count) {
+  return finite_or_zero(static_cast<P>(mean * mean * count < squares ? 0 : mean));
+}
+
+// Means of vectors' eight values and of their squares. That of eight equal values is that value.
+template <class V, class Load>
+void mean_of_eight(const Load& load, typename V::Register* mean,
+                   typename V::Register* mean_square) {
+  const auto mean_of = [](const auto& value) {
+    const auto half = (value(0) + value(1)) + (value(2) + value(3));
+    return (half + ((value(4) + value(5)) + (value(6) + value(7)))) * V::broadcast(0.125f);
+  };
+  *mean = mean_of(load);
+  *mean_square = mean_of([&](int64_t k) { return load(k) * load(k); });
+}
+
+// First shifts, from eight rows, of which all are the first where there are fewer: as shift_after.
+template <class V>
+void sample_columns(const void* input, int64_t rows, int64_t columns, void* shift_out) {
+  const auto* row = static_cast<const typename V::Element*>(input);
+  auto* shift = static_cast<typename V::Parameter*>(shift_out);
+  const int64_t apart = rows / 8 * columns;
+  for_each_vector<V>(columns, [&](int64_t i, auto... rest) {
+    typename V::Register mean, mean_square;
+    mean_of_eight<V>([&](int64_t k) { return V::load(row + k * apart + i, rest...); }, &mean,
+                     &mean_square);
+    V::store_parameter(shift + i,
+                       V::where_exceeds(mean_square, mean * (mean + mean), V::broadcast(0), mean));
+  });
+  for (int64_t i = 0; i < columns; ++i) shift[i] = finite_or_zero(shift[i]);
 }
 
 template <class V>
-void column_statistics(const void* input, int64_t rows, int64_t columns, double* scratch,
-                       int64_t count, double* sum, double* squares) {
+void column_statistics(const void* input, int64_t rows, int64_t columns, const void* first_shift,
+                       double* scratch, int64_t count_in, double* mean, double* squares) {
+  using P = typename V::Parameter;
   const auto* row = static_cast<const typename V::Element*>(input);
-  const ColumnSums sums(scratch, columns);
-  const auto added = static_cast<double>(rows);
-  sum_columns<V, false>(row, rows, columns, sums);
-  if (!sums.have_digits(columns, 1 / added)) sum_columns<V, true>(row, rows, columns, sums);
-  sums.merge_into(sum, squares, columns, added, static_cast<double>(count));
+  const int64_t padded = padded_columns(columns);
+  const ColumnSums sums{scratch, scratch + padded};
+  const auto added = static_cast<double>(rows), count = static_cast<double>(count_in);
+  const P* shift = static_cast<const P*>(first_shift);
+  if (count_in > 0) {
+    P* own_shift = reinterpret_cast<P*>(scratch + 2 * padded);
+    for (int64_t i = 0; i < columns; ++i) own_shift[i] = shift_after<P>(mean[i], squares[i], count);
+    shift = own_shift;
+  }
+  sum_columns<V, Narrow>(row, rows, columns, shift, sums);
+  if (sizeof(P) < sizeof(double) && !sums.are_good(columns, added, count)) {
+    sum_columns<V, Widened>(row, rows, columns, shift, sums);
+  }
+  sums.merge_into(shift, mean, squares, columns, added, count);
 }
 
 // The sums of one column, whose values lie side by side.
-template <class V, bool kShifted>
-void sum_run(const typename V::Element* run, int64_t size, const ColumnSums& sums) {
-  using Doubles = decltype(load_wide(V(), run));
-  constexpr int64_t kAtOnce = V::width > 1 ? 2 : 4;  // sums that do not wait for each other
-  typename V::Parameter values[V::width];
-  V::store_parameter(values, V::load(run, 1), 1);
-  const double shift = kShifted ? finite_or_zero(values[0]) : 0;
-  const auto shifts = Doubles::broadcast(shift);
-  Doubles deviations[kAtOnce], squared[kAtOnce];
-  for (int64_t k = 0; k < kAtOnce; ++k) deviations[k] = squared[k] = Doubles::broadcast(0);
-  const auto add = [&](int64_t k, Doubles x) {
-    if constexpr (kShifted) x.subtract(shifts);
-    deviations[k].add(x);
-    squared[k].add_square(x);
-  };
+template <class V, template <class> class In>
+void sum_run(const typename V::Element* run, int64_t size, typename V::Parameter shift,
+             const ColumnSums& sums) {
+  using Values = typename In<V>::Values;
+  using Doubles = typename Widened<V>::Values;
+  constexpr int64_t kAtOnce = 4;  // sums that do not wait for each other
+  const auto shifts = In<V>::of(V::broadcast(shift));
+  Doubles deviations = Doubles::broadcast(0), squared = deviations;
   int64_t i = 0;
-  for (; i + kAtOnce * V::width <= size; i += kAtOnce * V::width) {
-    for (int64_t k = 0; k < kAtOnce; ++k) add(k, load_wide(V(), run + i + k * V::width));
+  const auto load = [&](int64_t k) { return In<V>::load(run + i + k * V::width) - shifts; };
+  while (i + kAtOnce * V::width <= size) {
+    Values sum[kAtOnce], of_squares[kAtOnce];
+    for (int64_t k = 0; k < kAtOnce; ++k) {
+      sum[k] = load(k);
+      of_squares[k] = sum[k] * sum[k];
+    }
+    i += kAtOnce * V::width;
+    const int64_t left = (size - i) / (kAtOnce * V::width);
+    const int64_t steps = left < kStatisticsRowsAtOnce - 1 ? left : kStatisticsRowsAtOnce - 1;
+    for (int64_t step = 0; step < steps; ++step, i += kAtOnce * V::width) {
+      for (int64_t k = 0; k < kAtOnce; ++k) {
+        const auto x = load(k);
+        sum[k] = sum[k] + x;
+        of_squares[k] = x * x + of_squares[k];
+      }
+    }
+    deviations = deviations + widen(V(), (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    squared =
+        squared + widen(V(), (of_squares[0] + of_squares[1]) + (of_squares[2] + of_squares[3]));
   }
-  for (; i + V::width <= size; i += V::width) add(0, load_wide(V(), run + i));
-  const auto total = [](Doubles(&of)[kAtOnce]) {
-    double lanes[Doubles::width], total = 0;
-    for (int64_t k = 1; k < kAtOnce; ++k) of[0].add(of[k]);
-    of[0].store(lanes);
-    for (double lane : lanes) total += lane;
-    return total;
+  const auto add = [&](Values x) {
+    deviations = deviations + widen(V(), x);
+    squared = squared + widen(V(), x * x);
   };
-  *sums.shift = shift;
-  *sums.deviations = total(deviations);
-  *sums.squared = total(squared);
-  if (i == size) return;
-  V::store_parameter(values, V::load(run + i, size - i), size - i);
-  for (int64_t lane = 0; lane < size - i; ++lane) {
-    const double x = values[lane] - shift;
-    *sums.deviations += x;
-    *sums.squared += x * x;
+  for (; i + V::width <= size; i += V::width) add(load(0));
+  if (i < size) {
+    typename V::Parameter values[V::width];
+    V::store_parameter(values, V::broadcast(shift));
+    V::store_parameter(values, V::load(run + i, size - i), size - i);
+    add(In<V>::of(V::load_parameter(values)) - shifts);
   }
+  *sums.deviations = deviations.total();
+  *sums.squared = squared.total();
+}
+
+// A first shift, from eight vectors, or, where there are fewer, from the first value.
+template <class V>
+typename V::Parameter sample_run(const typename V::Element* run, int64_t size) {
+  using P = typename V::Parameter;
+  if (size < 8 * V::width) {
+    P values[V::width];
+    V::store_parameter(values, V::load(run, 1));
+    return finite_or_zero(values[0]);
+  }
+  typename V::Register lanes, lane_squares;
+  mean_of_eight<V>([&](int64_t k) { return V::load(run + size / 8 * k); }, &lanes, &lane_squares);
+  const double mean = widen(V(), lanes).total() / V::width;
+  const double mean_square = widen(V(), lane_squares).total() / V::width;
+  return shift_after<P>(mean, mean_square - mean * mean, 1);
 }
 
 template <class V>
-void run_statistics(const void* input, int64_t size, int64_t count, double* sum, double* squares) {
+void run_statistics(const void* input, int64_t size, int64_t count_in, double* mean,
+                    double* squares) {
+  using P = typename V::Parameter;
   const auto* run = static_cast<const typename V::Element*>(input);
-  double scratch[3 * kMostWidth];
-  const ColumnSums sums(scratch, 1);
-  const auto added = static_cast<double>(size);
-  sum_run<V, false>(run, size, sums);
-  if (!sums.have_digits(1, 1 / added)) sum_run<V, true>(run, size, sums);
-  sums.merge_into(sum, squares, 1, added, static_cast<double>(count));
+  const auto added = static_cast<double>(size), count = static_cast<double>(count_in);
+  double deviations, squared;
+  const ColumnSums sums{&deviations, &squared};
+  const P shift = count_in == 0 ? sample_run<V>(run, size) : shift_after<P>(*mean, *squares, count);
+  sum_run<V, Narrow>(run, size, shift, sums);
+  if (sizeof(P) < sizeof(double) && !sums.are_good(1, added, count)) {
+    sum_run<V, Widened>(run, size, shift, sums);
+  }
+  sums.merge_into(&shift, mean, squares, 1, added, count);
 }
 
 // A matrix's pointers, typed, on one of its rows.
@@ -370,8 +498,8 @@ void input_gradient(const GradientMatrix& matrix, Mask mask, const void* slope, 
 }
 
 template <class V>
-constexpr BatchNormRows batch_norm_rows = {column_statistics<V>, run_statistics<V>,
-                                           gradient_sums<V>, input_gradient<V>};
+constexpr BatchNormRows batch_norm_rows = {column_statistics<V>, sample_columns<V>,
+                                           run_statistics<V>, gradient_sums<V>, input_gradient<V>};
 
 }  // namespace
 }  // namespace fused_resnet

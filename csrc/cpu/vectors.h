@@ -8,7 +8,7 @@
 // V::where_exceeds(a, b, x, y) is x where a > b or a is NaN, and y elsewhere; V::where_equal(a, b,
 // x) is x where a == b, and 0 elsewhere. V::passed(y) has a bit, the first lane's the lowest, where
 // where_positive(y, x) is x, and where_bits(bits, x) is x there, and 0 elsewhere. load_wide(V(),
-// p) loads doubles, a Wide.
+// p) loads doubles, a Wide, and widen(V(), x) makes them of a register.
 //
 // No header but <cstdint>'s C twin is included and everything with a body is in an anonymous
 // namespace, because the including files are compiled for different instruction sets (cpu/isa.h).
@@ -78,16 +78,36 @@ struct Wide {
   void store(double* p) const {
     for (int k = 0; k < N; ++k) D::store(p + k * D::width, parts[k]);
   }
-  void add(const Wide& x) {
-    for (int k = 0; k < N; ++k) parts[k] = parts[k] + x.parts[k];
+  Wide operator+(const Wide& x) const {
+    Wide wide;
+    for (int k = 0; k < N; ++k) wide.parts[k] = parts[k] + x.parts[k];
+    return wide;
   }
-  void subtract(const Wide& x) {
-    for (int k = 0; k < N; ++k) parts[k] = parts[k] - x.parts[k];
+  Wide operator-(const Wide& x) const {
+    Wide wide;
+    for (int k = 0; k < N; ++k) wide.parts[k] = parts[k] - x.parts[k];
+    return wide;
   }
-  void add_square(const Wide& x) {
-    for (int k = 0; k < N; ++k) parts[k] = D::multiply_add(x.parts[k], x.parts[k], parts[k]);
+  Wide operator*(const Wide& x) const {
+    Wide wide;
+    for (int k = 0; k < N; ++k) wide.parts[k] = parts[k] * x.parts[k];
+    return wide;
+  }
+  // The sum of all values, halves added to each other.
+  double total() const {
+    double values[width];
+    store(values);
+    for (int64_t lanes = width / 2; lanes > 0; lanes /= 2) {
+      for (int64_t lane = 0; lane < lanes; ++lane) values[lane] += values[lane + lanes];
+    }
+    return values[0];
   }
 };
+
+template <class V, class D, int N>
+Wide<D, N> widen(V, const Wide<D, N>& x) {
+  return x;
+}
 
 // Bits of a mask are written for so many values at once, as many as the longest vector's.
 constexpr int64_t kMaskedAtOnce = 16;

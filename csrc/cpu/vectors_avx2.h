@@ -176,8 +176,11 @@ struct Float64 {
   }
 };
 
-inline Wide<Float64, 2> widen(__m256 x) {
+inline Wide<Float64, 2> widen(Float32, __m256 x) {
   return {_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
+}
+inline Wide<Float64, 1> widen(Float64, __m256d x) {
+  return {x};
 }
 // Straight from memory, which saves taking a register apart.
 inline Wide<Float64, 2> load_wide(Float32, const float* p) {
@@ -185,7 +188,7 @@ inline Wide<Float64, 2> load_wide(Float32, const float* p) {
 }
 template <class V, class... Rest>
 Wide<Float64, 2> load_wide(V, const typename V::Element* p, Rest... rest) {
-  return widen(V::load(p, rest...));
+  return widen(V(), V::load(p, rest...));
 }
 template <class... Rest>
 Wide<Float64, 1> load_wide(Float64, const double* p, Rest... rest) {

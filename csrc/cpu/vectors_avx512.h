@@ -162,9 +162,12 @@ struct Float64 {
   }
 };
 
-inline Wide<Float64, 2> widen(__m512 x) {
+inline Wide<Float64, 2> widen(Float32, __m512 x) {
   return {_mm512_cvtps_pd(_mm512_castps512_ps256(x)),
           _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
+}
+inline Wide<Float64, 1> widen(Float64, __m512d x) {
+  return {x};
 }
 // Straight from memory, which saves taking a register apart.
 inline Wide<Float64, 2> load_wide(Float32, const float* p) {
@@ -172,7 +175,7 @@ inline Wide<Float64, 2> load_wide(Float32, const float* p) {
 }
 template <class V, class... Rest>
 Wide<Float64, 2> load_wide(V, const typename V::Element* p, Rest... rest) {
-  return widen(V::load(p, rest...));
+  return widen(V(), V::load(p, rest...));
 }
 template <class... Rest>
 Wide<Float64, 1> load_wide(Float64, const double* p, Rest... rest) {

@@ -106,9 +106,13 @@ struct Scalar {
   static Register where_equal(Register a, Register b, Register x) { return a == b ? x : 0; }
 };
 
+template <typename T, typename P>
+Wide<Scalar<double, double>, 1> widen(Scalar<T, P>, P x) {
+  return {x};
+}
 template <class V, class... Rest>
 Wide<Scalar<double, double>, 1> load_wide(V, const typename V::Element* p, Rest...) {
-  return {V::load(p)};
+  return widen(V(), V::load(p));
 }
 
 }  // namespace
