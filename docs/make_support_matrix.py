@@ -115,14 +115,22 @@ def _parameters(file: str, test: str) -> dict[str, list[str]]:
         names, values = mark.args[:2]
         if isinstance(names, str) and "," not in names:
             ids = mark.kwargs.get("ids")
-            parameters[names] = [_text(value, ids, i) for i, value in enumerate(values)]
+            parameters[names] = [_text(_plain(value), ids, i) for i, value in enumerate(values)]
     return parameters
 
 
 def _cases(file: str, test: str) -> list[tuple]:
     """The rows of a test whose parameters come together."""
     (mark,) = _marks(file, test)
-    return list(mark.args[1])
+    return [_plain(row) for row in mark.args[1]]
+
+
+def _plain(value: Any) -> Any:
+    """What `pytest.param` holds, without its marks: a value, or a row of them."""
+    values = getattr(value, "values", None)
+    if not isinstance(values, tuple):
+        return value
+    return values[0] if len(values) == 1 else values
 
 
 def _marks(file: str, test: str) -> list[Any]:

@@ -186,50 +186,71 @@ class Threads {
   std::vector<KeptScratch*> all_;
 };
 
-// Packed weights side by side in chunks of huge pages. Each by itself would lie in pages of 4 KiB:
-// a network's are tens of megabytes, more than the translation buffers cover, and reading them,
-// which every call does, would go at half the speed. A chunk lives as long as a weight in it.
+// Whole huge pages from the system, which unmap() gives back to it at once: the allocator would
+// keep what lies below a block that is still in use.
+char* map(size_t bytes) {
+  void* memory =
+      mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  char* const begin = static_cast<char*>(memory);
+  const size_t head = (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
+  if (head > 0) munmap(begin, head);
+  munmap(begin + head + bytes, kHugePage - head);
+#if defined(__linux__)
+  madvise(begin + head, bytes, MADV_HUGEPAGE);
+#endif
+  return begin + head;
+}
+
+// Packed weights side by side in chunks of huge pages, those of half a chunk and more in chunks of
+// their own. Each by itself would lie in pages of 4 KiB: a network's are tens of megabytes, more
+// than the translation buffers cover, and reading them, which every call does, would go at half the
+// speed. A chunk lives as long as a weight in it.
 class WeightArena {
  public:
   void* allocate(size_t bytes) {
-    bytes = (bytes + 63) / 64 * 64;
+    if (bytes > kMostBytes) throw std::bad_alloc();
+    bytes = (std::max<size_t>(bytes, 1) + 63) / 64 * 64;
     std::lock_guard lock(mutex_);
+    if (bytes >= kChunk / 2) return add_chunk((bytes + kHugePage - 1) / kHugePage * kHugePage);
     if (current_ == nullptr || used_ + bytes > kChunk) {
-      current_ = static_cast<char*>(system_allocate(kChunk));
-      weights_in_[current_] = 0;
+      current_ = add_chunk(kChunk);
       used_ = 0;
+    } else {
+      ++chunks_[current_].weights;
     }
     char* memory = current_ + used_;
     used_ += bytes;
-    ++weights_in_[current_];
     return memory;
   }
 
-  // False where `memory` is not a weight of the arena.
-  bool release(void* memory) {
+  void release(void* memory) {
     std::lock_guard lock(mutex_);
-    auto chunk = weights_in_.upper_bound(static_cast<char*>(memory));
-    if (chunk == weights_in_.begin()) return false;
-    --chunk;
-    if (static_cast<char*>(memory) >= chunk->first + kChunk) return false;
-    if (--chunk->second > 0) return true;
-    if (chunk->first == current_) {
-      used_ = 0;
-    } else {
-      std::free(chunk->first);
-      weights_in_.erase(chunk);
-    }
-    return true;
+    const auto chunk = std::prev(chunks_.upper_bound(static_cast<char*>(memory)));
+    if (--chunk->second.weights > 0) return;
+    if (chunk->first == current_) current_ = nullptr;
+    munmap(chunk->first, chunk->second.bytes);
+    chunks_.erase(chunk);
   }
 
- public:
   void lock() { mutex_.lock(); }
   void unlock() { mutex_.unlock(); }
 
  private:
+  struct Chunk {
+    size_t bytes;
+    int64_t weights;
+  };
   static constexpr size_t kChunk = 2 * kHugePage;
+
+  char* add_chunk(size_t bytes) {
+    char* const begin = map(bytes);
+    chunks_[begin] = {bytes, 1};
+    return begin;
+  }
+
   std::mutex mutex_;
-  std::map<char*, int64_t> weights_in_;  // by the chunk's beginning
+  std::map<char*, Chunk> chunks_;  // by their beginning
   char* current_ = nullptr;
   size_t used_ = 0;
 };
@@ -282,10 +303,10 @@ void pool_release(void* memory) {
   pool->release(memory);
 }
 void* weight_allocate(size_t bytes) {
-  return bytes < kHugePage ? weight_arena->allocate(bytes) : system_allocate(bytes);
+  return weight_arena->allocate(bytes);
 }
 void weight_release(void* memory) {
-  if (!weight_arena->release(memory)) std::free(memory);
+  weight_arena->release(memory);
 }
 PoolStatistics pool_statistics() {
   return pool->statistics();

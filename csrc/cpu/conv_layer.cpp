@@ -344,10 +344,11 @@ bool has_origin(const Tensor& packed, const Tensor& weight, const WeightShape& s
                 int64_t groups) {
   const Origin origin = origin_of(weight, shape, groups);
   const auto strides = packed.strides();
-  FR_CHECK(packed.scalar_type() == shape.packed_dtype() && packed.is_contiguous() &&
-               strides.size() == origin.size() + 1,
+  const ScalarType dtype = packed.scalar_type();
+  FR_CHECK((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) &&
+               packed.is_contiguous() && strides.size() == origin.size() + 1,
            "conv_bn_act: packed must be a result of pack_conv_weight");
-  return packed.numel() == shape.packed_size() &&
+  return dtype == shape.packed_dtype() && packed.numel() == shape.packed_size() &&
          std::equal(origin.begin(), origin.end(), strides.begin());
 }
 
