@@ -10,11 +10,16 @@
 // Memory traffic: input, packed weight and residual are read once from memory (a weight that
 // exceeds the second-level cache once per chunk of output rows), the output is written once.
 //
-// Three files, in the order a call runs through them:
-//   conv_bn_act.cpp   the operator: checks, scale and shift, the split into tasks, threads
-//   conv_kernel.inl   one task: gather the input rows into a slab, then tiles of the product; it is
-//                     compiled once per instruction set, by conv_avx512.cpp and conv_avx2.cpp
-//   conv.h            what those two share
+// The files, in the order a call runs through them:
+//   conv_bn_act.cpp   the operator: checks, and in conv_layer.cpp weights, the split into tasks,
+//                     threads
+//   conv_kernel.inl   one task in vectors: gather the input rows into a slab, then tiles of the
+//                     product; compiled once per instruction set, by conv_avx512.cpp and
+//                     conv_avx2.cpp
+//   conv_tiles.inl    one task of bfloat16 on a unit that multiplies tiles, compiled by
+//   conv_amx.cpp
+//                     and, over emulated tiles, by conv_amx_emulated.cpp
+//   conv.h            what those share
 #pragma once
 
 #include <cstdint>
