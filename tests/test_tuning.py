@@ -382,10 +382,12 @@ def test_larger_batches_of_the_models_are_not_predicted_faster() -> None:
 
 
 def test_faster_gpus_are_predicted_faster() -> None:
+    """With the tiles of one version: another may spill more of them on one GPU than on the next."""
     order = [architecture.named(name) for name in ("RTX 4090", "A100", "H100", "B200")]
     for problem in model_problems():
         large = dataclasses.replace(problem, N=256)
-        times = [estimate.predicted(large, gpu, estimate.best(large, gpu)) for gpu in order]
+        with compiler.as_of(compiler.PREDICTED):
+            times = [estimate.predicted(large, gpu, estimate.best(large, gpu)) for gpu in order]
         assert times == sorted(times, reverse=True), problem.key
 
 
