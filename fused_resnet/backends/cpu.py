@@ -42,6 +42,8 @@ __all__ = [
 
 reads_narrow_residuals = True
 """Whether operators take a residual of fewer channels, without padding it in memory."""
+pads_shortcuts = True
+"""Whether `residual_blocks` takes shortcuts without parameters."""
 hold_blocks_in_graphs = True
 """Whether compiled and exported graphs hold the operator `residual_blocks`."""
 
