@@ -142,7 +142,8 @@ bool sample_is_packed(const T* source, const WeightShape& shape, const float* pa
   const int64_t block_k = shape.block_k;  // a power of two
   const int shift = __builtin_ctzll(static_cast<uint64_t>(block_k));
   uint64_t state = call * kSamples;
-  uint32_t difference = 0;
+  // All places first: many reads then wait for memory, and for its translation, at once.
+  int64_t places[kSamples], packed_places[kSamples];
   for (int64_t i = 0; i < kSamples; ++i) {
     // Half a step of SplitMix64 (Steele, Lea and Flood, 2014), of which the upper bits are used:
     // 16 for a place in the i-th of kSamples parts of K, 20, 12 and 12 for those in C, R and S.
@@ -158,9 +159,14 @@ bool sample_is_packed(const T* source, const WeightShape& shape, const float* pa
     const int64_t group = shape.groups == 1 ? 0 : k / group_k, in_group = k - group * group_k;
     const int64_t block = group * blocks + (in_group >> shift);
     const int64_t tap = (block * shape.R + r) * shape.S + s;
-    difference |=
-        float32_bits(packed[((tap * shape.C + c) << shift) + (in_group & (block_k - 1))]) ^
-        float32_bits(source[shape.source(k, c, r, s)]);
+    places[i] = shape.source(k, c, r, s);
+    packed_places[i] = ((tap * shape.C + c) << shift) + (in_group & (block_k - 1));
+    __builtin_prefetch(source + places[i]);
+    __builtin_prefetch(packed + packed_places[i]);
+  }
+  uint32_t difference = 0;
+  for (int64_t i = 0; i < kSamples; ++i) {
+    difference |= float32_bits(packed[packed_places[i]]) ^ float32_bits(source[places[i]]);
   }
   return difference == 0;
 }
