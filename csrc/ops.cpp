@@ -29,7 +29,7 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "Tensor? residual, bool relu) -> Tensor?");
   m.def(
       "residual_blocks_packed(Tensor input, Tensor[] tensors, int[] numbers, float[] eps, "
-      "int[] layer_counts, int[] projections) -> Tensor?");
+      "int[] layer_counts, int[] shortcuts) -> Tensor?");
 
   // The CPU backend's training: internal too, see csrc/cpu/batch_norm.cpp.
   m.def("batch_statistics(Tensor input) -> (Tensor mean, Tensor var)");

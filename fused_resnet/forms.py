@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -67,6 +67,8 @@ class Form:
         pool: the name of a stem's max-pool.
         overrides: the methods that the fused class replaces.
         obstacle: what besides its parts keeps a module from being fused, or None.
+        plain_names: of each unit the convolution, norm and activation, where it is nothing but
+            these; None where there may be more to a module.
     """
 
     original: type[nn.Module]
@@ -80,10 +82,14 @@ class Form:
     pool: str | None = None
     overrides: tuple[str, ...] = ("forward",)
     obstacle: Callable[[nn.Module], str | None] = _no_obstacle
+    plain_names: tuple[tuple[str, str, str], ...] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if isinstance(self.units, tuple):
             object.__setattr__(self, "_names", self._names_in(self.units))
+            if not any(unit.between or unit.after for unit in self.units):
+                names = tuple((unit.conv, unit.norm, unit.act) for unit in self.units)
+                object.__setattr__(self, "plain_names", names)
         methods = [name for name in self.overrides if name in vars(self.fused)]
         object.__setattr__(self, "_methods", {name: None for name in methods})
         self.replaced()

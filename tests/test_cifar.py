@@ -607,6 +607,71 @@ def test_blocks_with_option_a(planes, stride):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("planes", [33, 32, 17, 16])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_blocks_with_option_a_in_one_call(stride, planes, layout, monkeypatch):
+    """With what comes before and behind them, on sizes that the stride does not divide."""
+    torch.manual_seed(4)
+    widths = [(12, 16, None), (16, planes, stride), (planes, planes, None)]
+    eager = []
+    for inplanes, planes, step in widths:
+        shortcut = cifar.PaddedShortcut(inplanes, planes, step or 1)
+        if inplanes == planes and step is None:
+            shortcut = None
+        eager.append(resnet.BasicBlock(inplanes, planes, step or 1, shortcut))
+    eager = randomize_(nn.Sequential(*eager), seed=2).eval().to(memory_format=layout)
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    native, calls = backends.cpu._residual_blocks_packed, []
+
+    def counted(*arguments):
+        calls.append(arguments[-1])
+        return native(*arguments)
+
+    monkeypatch.setattr(backends.cpu, "_residual_blocks_packed", counted)
+    x = torch.randn(3, 12, 7, 8).contiguous(memory_format=layout)
+    with torch.no_grad():
+        out = blocks.stages_forward([fused], x)
+        if torch.ops.fused_resnet.conv_isa():
+            assert calls == [[-1, -stride, 0]]
+        assert_error_rule(out, eager(x), double_copy(eager)(x.double()))
+        assert out.stride() == eager(x).stride()
+
+
+def test_a_network_with_option_a_is_one_call(monkeypatch):
+    """Unless one of its shortcuts has a hook, which fires."""
+    model = fused_resnet.fuse(make("A")).eval()
+    run, calls = backends.cpu.residual_blocks, []
+
+    def counted(input, *arguments):
+        calls.append(list(arguments[-1]))
+        return run(input, *arguments)
+
+    monkeypatch.setattr(backends.cpu, "residual_blocks", counted)
+    x = image_batch(2, 16)
+    with torch.no_grad():
+        before = model(x)
+        assert calls == [[0, -2, -2]]
+        fired = []
+        model.layer2[0].downsample.register_forward_hook(lambda *_: fired.append(1))
+        assert_same_bits(model(x), before)
+    assert fired
+    assert calls[1:] == [[0], [-2]]
+
+
+@pytest.mark.parametrize("shortcut", [2, 3, -(2**31), -(2**63), 2**63 - 1])
+def test_a_number_that_says_nothing_of_a_shortcut(shortcut):
+    """What the native operator is called with, past all checks."""
+    if not torch.ops.fused_resnet.conv_isa():
+        pytest.skip("this processor has no native convolution")
+    weight = torch.randn(16, 16, 3, 3)
+    packed = torch.ops.fused_resnet.pack_conv_weight(weight, 1)
+    tensors = [weight, packed, *torch.rand(4, 16), torch.empty(0)]
+    call = torch.ops.fused_resnet.residual_blocks_packed
+    with pytest.raises(ValueError, match="a shortcut is"):
+        call(torch.randn(1, 16, 4, 4), tensors, [1] * 7, [1e-5], [1], [shortcut])
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_shortcut_that_does_not_fit_the_block(training):
     """It fails as it does unfused: zeros are not added to make it fit."""

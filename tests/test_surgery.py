@@ -26,7 +26,7 @@ from torch.nn.utils import prune
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import fused_resnet
-from fused_resnet import backends
+from fused_resnet import backends, blocks, forms
 from fused_resnet.testing import assert_error_rule
 
 
@@ -803,6 +803,35 @@ def test_block_output_format_is_eagers():
                     model(image)
                     handle.remove()
             assert stems[0] == stems[1]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("change", ["nothing", *CHANGES])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_quick_look_at_a_block_sees_what_the_long_one_sees(change):
+    """Where it says that there is nothing unusual, that finds the same tensors and numbers."""
+    torch.manual_seed(3)
+    found = 0
+    for kind in BLOCKS.values():
+        with torch.device("meta"):
+            model = fused_resnet.fuse(ResNet(kind, [1] * 4))
+            if change != "nothing":
+                CHANGES[change](model)
+        x = image_batch(2, 8)
+        for block in (b for i in range(1, 5) for b in getattr(model.eval(), f"layer{i}")):
+            form = forms.of_fused(type(block))
+            quick = form and blocks._plain_layers(block, form, False)
+            if not quick:
+                continue
+            found += 1
+            assert blocks._call_obstacle(block) is None
+            assert blocks.own_obstacle(block) is None
+            layers, has_projection = blocks._inference_layers(block, x)
+            assert quick[1] == has_projection
+            assert len(quick[0]) == len(layers)
+            for ours, theirs in zip(quick[0], layers, strict=True):
+                assert all(a is b for a, b in zip(ours, theirs, strict=True))
+    assert found == 8 or change != "nothing"
 
 
 def test_functional_relu_is_not_confused_with_the_module():

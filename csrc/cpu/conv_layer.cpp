@@ -132,17 +132,14 @@ struct WeightShape {
     return k * stride.n + c * stride.c + r * stride.h + s * stride.w;
   }
 
-  // What `packed` has of output channel k, channel c of its group and tap (r, s).
-  float packed_value(const void* packed, int64_t k, int64_t c, int64_t r, int64_t s) const {
-    const int64_t group_k = K / groups, group = k / group_k, in_group = k - group * group_k;
-    const int64_t tap = r * S + s;
-    if (tiled) {
-      return static_cast<float>(static_cast<const BFloat16*>(
-          packed)[tiled_weight_offset(tiles, group, in_group, c, tap)]);
-    }
-    const int64_t block = group * blocks() + in_group / block_k;
-    return static_cast<const float*>(
-        packed)[block * block_size() + (tap * C + c) * block_k + in_group % block_k];
+  // The place in the packed weight of output channel k, channel c of its group and tap (r, s).
+  int64_t packed_place(int64_t k, int64_t c, int64_t r, int64_t s) const {
+    const int64_t group_k = K / groups, group = groups == 1 ? 0 : k / group_k;
+    const int64_t in_group = k - group * group_k, tap = r * S + s;
+    if (tiled) return tiled_weight_offset(tiles, group, in_group, c, tap);
+    const int shift = __builtin_ctzll(static_cast<uint64_t>(block_k));  // a power of two
+    const int64_t block = (group == 0 ? 0 : group * blocks()) + (in_group >> shift);
+    return block * block_size() + (((tap * C + c) << shift) + (in_group & (block_k - 1)));
   }
 };
 
@@ -217,12 +214,13 @@ uint32_t float32_bits(T value) {
 // Compares a sample of the weight with its packed copy, at other positions in every call. The
 // caller keeps the two together by storage and version; this also sees updates that leave no
 // version behind, such as `weight.data.mul_(0.9)`.
-template <class T>
-bool sample_is_packed(const T* source, const WeightShape& shape, const void* packed) {
+template <class T, class Packed>
+bool sample_is_packed(const T* source, const WeightShape& shape, const Packed* packed) {
   static std::atomic<uint64_t> calls{0};
   const uint64_t call = calls.fetch_add(1, std::memory_order_relaxed);
   uint64_t state = call * kSamples;
-  uint32_t difference = 0;
+  // All places first: many reads then wait for memory, and for its translation, at once.
+  int64_t places[kSamples], packed_places[kSamples];
   for (int64_t i = 0; i < kSamples; ++i) {
     // Half a step of SplitMix64 (Steele, Lea and Flood, 2014), of which the upper bits are used:
     // 16 for a place in the i-th of kSamples parts of K, 20, 12 and 12 for those in C, R and S.
@@ -235,8 +233,14 @@ bool sample_is_packed(const T* source, const WeightShape& shape, const void* pac
     const int64_t c = (part(28, 20) * shape.C) >> 20;
     const int64_t r = (part(16, 12) * shape.R) >> 12;
     const int64_t s = (part(4, 12) * shape.S) >> 12;
-    difference |= float32_bits(shape.packed_value(packed, k, c, r, s)) ^
-                  float32_bits(source[shape.source(k, c, r, s)]);
+    places[i] = shape.source(k, c, r, s);
+    packed_places[i] = shape.packed_place(k, c, r, s);
+    __builtin_prefetch(source + places[i]);
+    __builtin_prefetch(packed + packed_places[i]);
+  }
+  uint32_t difference = 0;
+  for (int64_t i = 0; i < kSamples; ++i) {
+    difference |= float32_bits(packed[packed_places[i]]) ^ float32_bits(source[places[i]]);
   }
   return difference == 0;
 }
@@ -358,7 +362,9 @@ bool seems_current(const Tensor& packed, const Tensor& weight, const WeightShape
   if (!has_origin(packed, weight, shape, groups)) return false;
   if (weight.numel() == 0) return true;
   return with_element_type(weight, "weight", [&](const auto* source) {
-    return sample_is_packed(source, shape, packed.const_data_ptr());
+    const void* values = packed.const_data_ptr();
+    return shape.tiled ? sample_is_packed(source, shape, static_cast<const BFloat16*>(values))
+                       : sample_is_packed(source, shape, static_cast<const float*>(values));
   });
 }
 

@@ -2,7 +2,9 @@
 // output of the one before. A block is
 //
 //   h[0] = input,  h[i] = relu(bn_i(conv_i(h[i-1])))  for all convolutions but the last,
-//   out  = relu(bn(conv(h)) + shortcut),  shortcut = input, or bn(conv(input)) for a projection.
+//   out  = relu(bn(conv(h)) + shortcut),  shortcut = input, or bn(conv(input)) for a projection,
+//
+// or every step-th pixel of the input, its channels between channels of zeros.
 //
 // One call instead of three or four a block; and where a block's weights fit the second-level
 // cache, its convolutions run one after the other on as few images as keep h in that cache too, so
@@ -93,10 +95,13 @@ struct NextWeight {
         bytes(layer.packed.numel() * static_cast<int64_t>(layer.packed.element_size())) {}
 };
 
-// One block; a projection is the last of its layers. `next_block` is what follows it. Nothing where
-// a packed weight is not current.
+// One block. Its shortcut is 0: the input; 1: a projection, the last of its layers; negative: the
+// input's pixels at such steps. `next_block` is what follows it. Nothing where a packed weight is
+// not current.
 std::optional<Tensor> run_block(const Tensor& input, const ConvLayer* layers, int64_t count,
-                                bool has_projection, const NextWeight& next_block) {
+                                int64_t shortcut, const NextWeight& next_block) {
+  check_number("residual_blocks", "a shortcut", shortcut, -kLargestStep, 1);
+  const bool has_projection = shortcut == 1;
   FR_CHECK(count >= (has_projection ? 2 : 1), "residual_blocks: ", count,
            " convolutions are too few for a block");
   const auto dtype = input.scalar_type();
@@ -118,6 +123,15 @@ std::optional<Tensor> run_block(const Tensor& input, const ConvLayer* layers, in
     prepared.emplace_back(layers[last + 1], N, shortcut_c, shortcut_h, shortcut_w, dtype);
     const Conv& conv = prepared.back().conv;
     shortcut_c = conv.K, shortcut_h = conv.P, shortcut_w = conv.Q;
+  }
+  const bool is_padded = shortcut < 0;
+  // No step is larger than the image.
+  const int64_t step_h = std::clamp<int64_t>(-shortcut, 1, std::max<int64_t>(shortcut_h, 1));
+  const int64_t step_w = std::clamp<int64_t>(-shortcut, 1, std::max<int64_t>(shortcut_w, 1));
+  if (is_padded) {
+    shortcut_c = std::max(shortcut_c, C);
+    shortcut_h = div_up(shortcut_h, step_h);
+    shortcut_w = div_up(shortcut_w, step_w);
   }
   FR_CHECK(shortcut_c == C && shortcut_h == H && shortcut_w == W,
            "residual_blocks: the shortcut is ", shortcut_c, " x ", shortcut_h, " x ", shortcut_w,
@@ -169,8 +183,9 @@ std::optional<Tensor> run_block(const Tensor& input, const ConvLayer* layers, in
     Conv conv = prepared[last].conv;
     conv.relu = true;
     conv.residual = has_projection ? result : image;
-    conv.res_channels = conv.K;
-    conv.res = has_projection ? out : in;
+    conv.res_channels = has_projection ? conv.K : input.size(1);
+    conv.res_skip = (conv.K - conv.res_channels) / 2;
+    conv.res = has_projection ? out : Strides{in.n, in.c, step_h * in.h, step_w * in.w};
     run(conv, source, source_strides, result, out,
         n + at_once < N ? NextWeight(layers[0]) : next_block);
   }
@@ -179,15 +194,15 @@ std::optional<Tensor> run_block(const Tensor& input, const ConvLayer* layers, in
 
 // `tensors` holds for every convolution weight, packed weight, running_mean, running_var,
 // bn_weight, bn_bias and bias; `numbers` stride, padding and dilation, each (h, w), and groups.
-// `layer_counts` says how many belong to each block, `projections` whether the last of them is one.
+// `layer_counts` says how many belong to each block, `shortcuts` what run_block() does.
 std::optional<Tensor> residual_blocks_packed(Tensor input, std::vector<Tensor> tensors,
                                              std::vector<int64_t> numbers, std::vector<double> eps,
                                              std::vector<int64_t> layer_counts,
-                                             std::vector<int64_t> projections) {
+                                             std::vector<int64_t> shortcuts) {
   check_rank("residual_blocks", "input", input, 4);
   FR_CHECK(!layer_counts.empty(), "residual_blocks: layer_counts must not be empty");
-  FR_CHECK(layer_counts.size() == projections.size(), "residual_blocks: ", layer_counts.size(),
-           " layer counts, ", projections.size(), " projections");
+  FR_CHECK(layer_counts.size() == shortcuts.size(), "residual_blocks: ", layer_counts.size(),
+           " layer counts, ", shortcuts.size(), " shortcuts");
   const std::vector<ConvLayer> layers = make_layers(tensors, numbers, eps);
   size_t first = 0;
   for (size_t i = 0; i < layer_counts.size(); ++i) {
@@ -196,7 +211,7 @@ std::optional<Tensor> residual_blocks_packed(Tensor input, std::vector<Tensor> t
              layers.size() - first, " are left");
     const size_t behind = first + static_cast<size_t>(layer_counts[i]);
     std::optional<Tensor> output =
-        run_block(input, &layers[first], layer_counts[i], projections[i] != 0,
+        run_block(input, &layers[first], layer_counts[i], shortcuts[i],
                   behind < layers.size() ? NextWeight(layers[behind]) : NextWeight());
     if (!output) return std::nullopt;
     input = *output;

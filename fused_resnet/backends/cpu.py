@@ -42,6 +42,8 @@ __all__ = [
 
 reads_narrow_residuals = True
 """Whether operators take a residual of fewer channels, without padding it in memory."""
+pads_shortcuts = True
+"""Whether `residual_blocks` takes shortcuts without parameters."""
 hold_blocks_in_graphs = True
 """Whether compiled and exported graphs hold the operator `residual_blocks`."""
 
@@ -598,14 +600,21 @@ def residual_blocks(
     """Whole blocks in one call: see csrc/cpu/residual_blocks.cpp, and `ops.residual_blocks`."""
     native: list[Tensor] = []
     dtype = input.dtype
+    is_float32 = dtype is torch.float32
     # For each convolution six tensors, and seven numbers of which the last is groups.
     for first, groups in zip(range(0, len(tensors), 6), numbers[6::7], strict=True):
         weight, running_mean, running_var, bn_weight, bn_bias, bias = tensors[first : first + 6]
-        if not _is_native(dtype, weight.shape, groups):
+        entry = _cache.find(weight) if is_float32 else None
+        if entry is not None and not entry.whole:
+            # Of this dtype all that is packed is native, if it lies as it did: the kernel will say.
+            packed = entry.copy
+        elif _is_native(dtype, weight.shape, groups):
+            packed = _packed(weight, groups)
+        else:
             return None
         native += (
             weight,
-            _packed(weight, groups),
+            packed,
             running_mean,
             running_var,
             _ABSENT if bn_weight is None else bn_weight,
@@ -619,6 +628,8 @@ def residual_blocks(
             if out is not None:
                 break
             for i, groups in zip(range(0, len(native), 7), numbers[6::7], strict=True):
+                if not _is_native(dtype, native[i].shape, groups):
+                    return None
                 native[i : i + 2] = pack(native[i], groups)
             out = _residual_blocks_packed(input, native, *described)
         return out

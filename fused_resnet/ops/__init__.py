@@ -16,7 +16,7 @@ from .conv_bn_act import conv_bn_act
 from .conv_bn_act_max_pool import conv_bn_act_max_pool
 from .gradients import has_norm_kernel
 from .norm_conv_bn_act import norm_conv_bn_act
-from .residual_blocks import BlockLayers, residual_blocks
+from .residual_blocks import BlockLayers, pads_shortcuts, residual_blocks
 from .scale_shift_act import scale_shift_act
 from .sync_batch_norm_act import sync_batch_norm_act
 from .training_blocks import residual_block_training, stem_training
@@ -33,6 +33,7 @@ __all__ = [
     "has_norm_kernel",
     "holds_training_in_graphs",
     "norm_conv_bn_act",
+    "pads_shortcuts",
     "residual_block_training",
     "residual_blocks",
     "scale_shift_act",

@@ -29,9 +29,11 @@ from .registration import (
     transforms_active,
 )
 
-BlockLayers: TypeAlias = tuple[Sequence[tuple], bool]
+BlockLayers: TypeAlias = tuple[Sequence[tuple], int]
 """The arguments of `conv_bn_act` from `weight` to `groups`, for each convolution of a block, and
-whether the last of them makes the shortcut from the block's input."""
+whether the last of them makes the shortcut from the block's input. Where `pads_shortcuts`, a number
+below zero stands for a shortcut that has the input's pixels at such steps, its channels in the
+middle of zeros."""
 
 _TENSORS = 6  # a layer's: weight, running_mean, running_var, bn_weight, bn_bias, bias
 _NUMBERS = 7  # stride, padding and dilation, two each, and groups
@@ -58,7 +60,7 @@ def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | No
     numbers: list[int] = []
     eps: list[float] = []
     layer_counts: list[int] = []
-    projections: list[bool] = []
+    projections: list[int] = []
     for layers, has_projection in blocks:
         for weight, mean, var, bn_weight, bn_bias, bn_eps, bias, *geometry in layers:
             tensors += (weight, mean, var, bn_weight, bn_bias, bias)
@@ -70,7 +72,8 @@ def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | No
     arguments = (input, tensors, numbers, eps, layer_counts, projections)
     if not nothing_intercepts(input, *tensors):
         if (
-            has_foreign(input, *tensors)
+            min(projections) < 0
+            or has_foreign(input, *tensors)
             or not backends.hold_blocks_in_graphs(input.device.type)
             or not checks.blocks_fit(input, blocks)
         ):
@@ -80,9 +83,21 @@ def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | No
         return None
     out = _in_one(*arguments)
     # On a CPU the modules' own way to a convolution that is the library's takes as long as a norm.
-    if out is None and input.device.type == "cpu" and checks.blocks_fit(input, blocks):
+    if (
+        out is None
+        and input.device.type == "cpu"
+        and min(projections) >= 0
+        and checks.blocks_fit(input, blocks)
+    ):
         out = _one_by_one(*arguments)
     return out
+
+
+def pads_shortcuts(input: Tensor) -> bool:
+    """Whether `residual_blocks` takes shortcuts without parameters; see `BlockLayers`."""
+    return nothing_intercepts(input) and getattr(
+        backends.choose(input.device.type), "pads_shortcuts", False
+    )
 
 
 def described_blocks(
