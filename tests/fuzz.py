@@ -10,9 +10,10 @@ Every call follows from the seed and its index alone. It is one of
   numbers that do not belong there. It may return what it likes or raise, but not the exceptions of
   a program that did not expect its arguments.
 
-Calls are made by child processes, which write a call's index down before they make it. A child that
-dies, or is silent for too long, is a finding with a command that repeats it. Where the library's
-convolution alone fails in the same way, the finding says so and does not fail the run.
+Calls are made by child processes, forks of one that has imported torch, which say what call they
+are about to make. A child that dies, or is silent for too long, is a finding with a command that
+repeats it. Where the library's convolution alone fails in the same way, the finding says so and
+does not fail the run.
 
 With `--sanitize` the native library is built with AddressSanitizer and UndefinedBehaviorSanitizer
 into build/sanitized first (`FUSED_RESNET_SANITIZE`, see build_support/native.py). The instruction
@@ -26,6 +27,7 @@ import json
 import math
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -65,106 +67,140 @@ def build_sanitized() -> dict[str, str]:
         "PYTHONPATH": str(package.parent),
         "LD_PRELOAD": " ".join(preload),
         # Python and torch keep memory for good, and allocations that fail are part of the game.
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2048:"
-        "alloc_dealloc_mismatch=0:detect_odr_violation=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
+        # New memory is full of NaN, for whoever reads what was not written.
+        "ASAN_OPTIONS": "abort_on_error=1:detect_leaks=0:allocator_may_return_null=1:"
+        "max_allocation_size_mb=2048:alloc_dealloc_mismatch=0:detect_odr_violation=0:"
+        "quarantine_size_mb=32:max_malloc_fill_size=1048576:malloc_fill_byte=255",
+        "UBSAN_OPTIONS": "abort_on_error=1:print_stacktrace=1",
     }
 
 
+def run_all(options: argparse.Namespace) -> int:
+    """All calls, each instruction set's in a process of its own; the exit status."""
+    environment = dict(os.environ)
+    if options.sanitize:
+        environment.update(build_sanitized())
+    elif (ROOT / "fused_resnet" / "_C.abi3.so").exists():  # else the installed one
+        path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    environment["OMP_WAIT_POLICY"] = "passive"
+    findings: list[dict[str, Any]] = []
+    outcomes: Counter[str] = Counter()
+    chosen = ISAS if options.isa == "all" else (options.isa,)
+    for turn, isa in enumerate(chosen):
+        command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder, "result")
+            subprocess.run(
+                [*command, "--result", str(result), "--turn", str(turn), str(len(chosen))],
+                env={**environment, "FUSED_RESNET_CPU_ISA": isa},
+                cwd=folder,
+                check=True,
+            )
+            its = json.loads(result.read_text())
+        findings += its["findings"]
+        outcomes.update({f"{isa} {outcome}": n for outcome, n in its["outcomes"].items()})
+    for outcome, count in sorted(outcomes.items()):
+        print(f"{count:8d}  {outcome}")
+    ours = [finding for finding in findings if not finding.get("library")]
+    print(
+        f"{options.calls} calls, {len(ours)} findings, {len(findings) - len(ours)} of the "
+        "library's convolution"
+    )
+    return 1 if ours else 0
+
+
 class Run:
-    """All calls, in child processes one after the other."""
+    """The calls that are one instruction set's, in forks of this process, one after the other."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        import resource
+
+        import fused_resnet  # noqa: F401  (registers the operators)
+
+        if "asan" not in os.environ.get("LD_PRELOAD", ""):
+            # Absurd sizes are to fail, not to fill the machine.
+            resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         self.options = options
-        self.environment = dict(os.environ)
-        if options.sanitize:
-            self.environment.update(build_sanitized())
-        elif (ROOT / "fused_resnet" / "_C.abi3.so").exists():  # else the installed one
-            path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-            self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        self.environment["OMP_NUM_THREADS"] = "2"
+        self.isa = os.environ["FUSED_RESNET_CPU_ISA"]
         self.findings: list[dict[str, Any]] = []
         self.outcomes: Counter[str] = Counter()
 
     def all(self) -> None:
-        isas = ISAS if self.options.isa == "all" else (self.options.isa,)
-        first, end = self.options.first, self.options.first + self.options.calls
-        turn = first // CALLS_PER_CHILD
-        while first < end:
-            count = min(CALLS_PER_CHILD - first % CALLS_PER_CHILD, end - first)
-            self.some(first, first + count, isas[turn % len(isas)])
-            first, turn = first + count, turn + 1
-            done = first - self.options.first
-            print(f"{done} calls, {len(self.findings)} findings", file=sys.stderr, flush=True)
+        turn, turns = self.options.turn
+        first, last = self.options.first, self.options.first + self.options.calls
+        since, done = time.monotonic(), 0
+        for chunk in range(first // CALLS_PER_CHILD, (last - 1) // CALLS_PER_CHILD + 1):
+            if chunk % turns != turn:
+                continue
+            start = max(first, chunk * CALLS_PER_CHILD)
+            end = min(last, (chunk + 1) * CALLS_PER_CHILD)
+            self.some(start, end)
+            done += end - start
+            print(
+                f"{self.isa}: {done} calls in {time.monotonic() - since:.0f} s, "
+                f"{len(self.findings)} findings",
+                file=sys.stderr,
+                flush=True,
+            )
 
-    def some(self, first: int, end: int, isa: str) -> None:
+    def some(self, first: int, end: int) -> None:
         """Calls [first, end), in new children for as long as calls kill them."""
         while first < end:
-            last, why, said = self.child(first, end, isa)
+            last, why, said = self.child(first, end, library=False)
             if why is None:
                 return
-            by_library = self.child(last, last + 1, isa, "--library")[1] is not None
-            self.add({"call": last, "isa": isa, "what": why, "library": by_library, "detail": said})
+            by_library = self.child(last, last + 1, library=True)[1] is not None
+            self.add({"call": last, "what": why, "library": by_library, "detail": said})
             first = last + 1
 
-    def child(self, first: int, end: int, isa: str, *more: str) -> tuple[int, str | None, str]:
+    def child(self, first: int, end: int, library: bool) -> tuple[int, str | None, str]:
         """The last call begun, and why the child ended early, if it did, with its last words."""
-        with tempfile.TemporaryDirectory() as folder:
-            journal, output = Path(folder, "journal"), Path(folder, "output")
-            journal.touch()
-            command = [
-                sys.executable, str(Path(__file__).resolve()), "--child", str(journal), "--seed",
-                str(self.options.seed), "--first", str(first), "--calls", str(end - first),
-                "--kinds", self.options.kinds, *more,
-            ]  # fmt: skip
-            environment = {**self.environment, "FUSED_RESNET_CPU_ISA": isa}
-            with output.open("w") as file:
-                process = subprocess.Popen(
-                    command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder
-                )
-                timed_out = self.watch(process, journal)
-            last = first
-            for line in journal.read_text().splitlines():
-                entry = json.loads(line)
-                last = entry.get("call", last)
-                if "what" in entry and not more:
-                    self.add({**entry, "isa": isa})
-                if "outcomes" in entry and not more:
-                    self.outcomes.update(entry["outcomes"])
-            said = "\n".join(output.read_text(errors="replace").splitlines()[-60:])
-        if timed_out:
+        with tempfile.TemporaryFile() as output:
+            reading, writing = os.pipe()
+            process = os.fork()
+            if process == 0:
+                os.close(reading)
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                run_child(self.options, first, end, writing, library)
+            os.close(writing)
+            last, hangs = first, False
+            unread = b""
+            while True:
+                if not select.select([reading], [], [], self.options.timeout)[0]:
+                    hangs = True
+                    os.kill(process, signal.SIGKILL)
+                    break
+                data = os.read(reading, 1 << 16)
+                if not data:
+                    break
+                *lines, unread = (unread + data).split(b"\n")
+                for line in lines:
+                    entry = json.loads(line)
+                    last = entry.get("call", last)
+                    if "broken" in entry:
+                        raise RuntimeError(f"the fuzzer itself failed:\n{entry['broken']}")
+                    if "what" in entry:
+                        self.add(entry)
+                    self.outcomes.update(entry.get("outcomes", {}))
+            os.close(reading)
+            code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            output.seek(0)
+            said = "\n".join(output.read().decode(errors="replace").splitlines()[:80])
+        if hangs:
             return last, "hangs", said
-        if process.returncode == 0:
+        if code == 0:
             return last, None, said
-        code = process.returncode
-        if code == 1:
-            raise RuntimeError(f"the fuzzer itself failed:\n{said}")
-        why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return last, why, said
-
-    def watch(self, process: subprocess.Popen, journal: Path) -> bool:
-        """Waits for the end; whether it had to be brought about."""
-        size, since = -1, time.monotonic()
-        while True:
-            try:
-                process.wait(0.2)
-                return False
-            except subprocess.TimeoutExpired:
-                now = journal.stat().st_size
-                if now != size:
-                    size, since = now, time.monotonic()
-                # Before the first call there is what takes its time: importing torch.
-                elif time.monotonic() - since > self.options.timeout + (300 if size == 0 else 0):
-                    process.kill()
-                    process.wait()
-                    return True
+        return last, signal.Signals(-code).name if code < 0 else f"exit code {code}", said
 
     def add(self, finding: dict[str, Any]) -> None:
         self.findings.append(finding)
         options = self.options
         repeat = (
             f"python tests/fuzz.py --seed {options.seed} --first {finding['call']} --calls 1 "
-            f"--isa {finding['isa']} --kinds {options.kinds}"
+            f"--isa {self.isa} --kinds {options.kinds} --threads {options.threads}"
         )
         if options.sanitize:
             repeat += " --sanitize"
@@ -176,38 +212,33 @@ class Run:
 # ---- the child -----------------------------------------------------------------------------------
 
 
-def run_child(options: argparse.Namespace) -> None:
-    """Makes the calls, each after it has been written down."""
-    import resource
-
+def run_child(
+    options: argparse.Namespace, first: int, end: int, journal: int, library: bool
+) -> None:
+    """Makes the calls [first, end), each after it has been written down, and ends the process."""
     import torch
-
-    import fused_resnet  # noqa: F401  (registers the operators)
-
-    if "asan" not in os.environ.get("LD_PRELOAD", ""):
-        # Absurd sizes are to fail, not to fill the machine.
-        resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    torch.set_num_threads(2)
-    journal = os.open(options.child, os.O_WRONLY | os.O_APPEND)
 
     def write(**entry: Any) -> None:
         os.write(journal, (json.dumps(entry) + "\n").encode())
 
-    for index in range(options.first, options.first + options.calls):
-        write(call=index)
-        call = draw(options.seed, index, options.kinds)
-        if options.library:
-            call.library()
-            continue
-        try:
-            outcome, wrong = call.run()
-        except Exception:
-            outcome, wrong = "raises", traceback.format_exc(limit=-4)
-        write(outcomes={f"{type(call).__name__} {outcome}": 1})
-        if wrong is not None:
-            by_library = call.library_is_wrong()
-            write(call=index, what=outcome, library=by_library, detail=f"{call}\n{wrong}")
+    try:
+        torch.set_num_threads(options.threads)
+        for index in range(first, end):
+            write(call=index)
+            call = draw(options.seed, index, options.kinds)
+            if library:
+                call.library()
+                continue
+            try:
+                outcome, wrong = call.run()
+            except Exception:
+                outcome, wrong = "raises", traceback.format_exc(limit=-4)
+            write(outcomes={f"{type(call).__name__} {outcome}": 1})
+            if wrong is not None:
+                by_library = call.library_is_wrong()
+                write(call=index, what=outcome, library=by_library, detail=f"{call}\n{wrong}")
+    except BaseException:
+        write(broken=traceback.format_exc())
     # Without the interpreter's own end, which has nothing to do with a call.
     os._exit(0)
 
@@ -1056,25 +1087,20 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--isa", choices=("all", *ISAS), default="all", help="instruction set")
     parser.add_argument("--sanitize", action="store_true", help="build and run with sanitizers")
     parser.add_argument("--timeout", type=float, default=120, help="seconds a call may take")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--library", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=2, help="of each call (default: 2)")
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--turn", type=int, nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def main() -> int:
     options = parsed()
-    if options.child:
-        run_child(options)
+    if options.result is None:
+        return run_all(options)
     run = Run(options)
     run.all()
-    for outcome, count in sorted(run.outcomes.items()):
-        print(f"{count:8d}  {outcome}")
-    ours = [finding for finding in run.findings if not finding.get("library")]
-    print(
-        f"{options.calls} calls, {len(ours)} findings, {len(run.findings) - len(ours)} of the "
-        "library's convolution"
-    )
-    return 1 if ours else 0
+    options.result.write_text(json.dumps({"findings": run.findings, "outcomes": run.outcomes}))
+    return 0
 
 
 if __name__ == "__main__":
