@@ -173,6 +173,37 @@ def test_bad_pooling(stride):
         refused("max_pool_gradient", [grad, x, *vectors(2, 8), numbers], "max_pool's")
 
 
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_triton_operators(monkeypatch, interpreted):
+    """A compiler's graph calls them after our checks; whoever else does has checked nothing."""
+    operators = pytest.importorskip("fused_resnet.backends.triton.operators")
+    monkeypatch.setattr(operators, "interpreted", lambda: interpreted)
+    arguments = conv_arguments()
+    stem = [*changed(arguments, _8=[2, 2])[:11], "relu"]
+    for case, (changes, word) in BAD_CONVOLUTIONS.items():
+        given = changed(arguments, **changes)
+        with pytest.raises(ValueError, match="triton_conv_bn_act") as raised:
+            OPS.triton_conv_bn_act(*given)
+        assert word in str(raised.value), case
+        if not changes.keys() & {"_11", "_12"}:
+            given = [*given[:11], given[13]]
+            with pytest.raises(ValueError, match="triton_conv_bn_act_max_pool") as raised:
+                OPS.triton_conv_bn_act_max_pool(*given)
+            assert word in str(raised.value), case
+    for name, given in (("triton_conv_bn_act", arguments), ("triton_conv_bn_act_max_pool", stem)):
+        double = [a.double() if isinstance(a, torch.Tensor) else a for a in given]
+        refused(name, double, name, "input has dtype torch.float64", kind=TypeError)
+        refused(name, changed(given, _2=torch.ones(7)), "running_mean has shape (7,)")
+        refused(name, changed(given, _7=torch.ones(9)), "bias has shape (9,)")
+        with pytest.raises(TypeError, match="weight is a NoneType"):
+            getattr(OPS, name)(*changed(given, _1=None))
+        if not interpreted:
+            refused(name, given, name, "input is on cpu, must be on a GPU")
+    if interpreted:
+        wide = [torch.randn(2, 64, 6, 6), torch.randn(8, 64, 3, 3), *stem[2:]]
+        refused("triton_conv_bn_act_max_pool", wide, "weight has shape (8, 64, 3, 3)")
+
+
 def packed_arguments(groups=1, C=8, K=16):
     x, weight = torch.randn(2, C, 6, 6), torch.randn(K, C // groups, 3, 3)
     packed = OPS.pack_conv_weight(weight, groups)
