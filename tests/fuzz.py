@@ -435,46 +435,54 @@ class Public:
         wrong = differs(output.detach(), value.detach(), error)
         if wrong:
             return "wrong number", wrong
-        if self.grad and output.numel() and pool[0] is None:
-            wrong = self.backward(output, pre, relu, bound, error, relative, arguments, exact)
+        if self.grad and output.numel():
+            # Where rounding may decide which way ReLU goes, or which value is a window's
+            # largest, nothing is passed back.
+            first, second, error = largest_two(pre.detach(), bound.detach() * relative, pool)
+            clear = first - second > 2 * error
+            if relu:
+                clear &= first.abs() > 2 * error
+            wrong = self.backward(output, value, clear, pre, relative, arguments, exact)
             if wrong:
                 return "wrong gradient", wrong
-        elif self.grad:
-            output.sum().backward()
         for tensor, old in zip(tensors, before, strict=True):
             if not same(tensor, old):
                 return "input changed", str(tuple(tensor.shape))
         return "ok", None
 
-    def backward(self, output, pre, relu, bound, error, relative, arguments, exact):
+    def backward(self, output, value, clear, pre, relative, arguments, exact):
+        """What is wrong with the gradients of `output`, whose exact values are `value`."""
         import torch
 
         grad = torch.randn(output.shape, dtype=torch.float64).to(output.dtype)
-        if relu:  # where rounding may decide which way ReLU goes, nothing is passed back
-            grad = torch.where(pre.detach().abs() > 2 * error, grad, 0).to(output.dtype)
+        grad = torch.where(clear, grad, 0).to(output.dtype)
+        output.backward(grad)
         if not torch.isfinite(pre).all():
-            output.backward(grad)
             return None
         names = [k for k, v in exact.items() if v is not None and v.requires_grad]
         expected = torch.autograd.grad(
-            pre.relu() if relu else pre, [exact[n] for n in names], grad.double()
+            value, [exact[n] for n in names], grad.double(), retain_graph=True
         )
-        output.backward(grad)
         absolute = self.arguments(True, double=True)
         for n in names:
             absolute[n] = absolute[n].detach().abs().requires_grad_()
         magnitude = self.expected(absolute, True)
-        sizes = torch.autograd.grad(magnitude, [absolute[n] for n in names], grad.double().abs())
+        # What arrives before the activation, of which the magnitudes' graph knows nothing.
+        (arriving,) = torch.autograd.grad(value, pre, grad.double())
+        sizes = torch.autograd.grad(magnitude, [absolute[n] for n in names], arriving.abs())
         count = max(output.numel(), 1)
+        # A batch's statistics, and a ReLU inside, pass back more than their magnitudes tell.
+        inner = ("input", "in_weight", "in_bias") if self.name == "norm_conv_bn_act" else ()
         for n, want, size in zip(names, expected, sizes, strict=True):
             got = arguments[n].grad
             if got is None:
                 return f"{n}: no gradient"
-            # A coarse bound: the largest of all, and sums of as many terms as there may be.
-            room = size.abs().max() if size.numel() else torch.zeros(())
+            room = size
+            if self.numbers.get("training") or n in inner:
+                room = size.abs().max() if size.numel() else torch.zeros(())
             if self.numbers.get("training"):
                 room = room * (2 + 2 * math.sqrt(count)) + want.abs().max()
-            limit = torch.full_like(want, float(room) * (8 * relative + 4e-7 * math.sqrt(count)))
+            limit = (room * (8 * relative + 4e-7 * math.sqrt(count))).expand(want.shape)
             wrong = differs(got, want, limit + 1e-6)
             if wrong:
                 return f"{n}: {wrong}"
@@ -519,6 +527,29 @@ class Public:
             if differs(t[name].grad, exact[name].grad, torch.full_like(exact[name].grad, limit)):
                 return True
         return False
+
+
+def largest_two(value: Any, error: Any, pool: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """The largest value of each window, the next (or -infinity), and the largest error in it.
+
+    Without a pool each value is a window.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    if pool[0] is None:
+        return value, torch.full_like(value, -math.inf), error
+
+    def windows(tensor: Any, outside: float) -> Any:
+        kernel, stride, padding = map(pair, pool)
+        around = (padding[1], padding[1], padding[0], padding[0])
+        tensor = F.pad(tensor, around, value=outside)
+        return tensor.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1]).flatten(4)
+
+    values = windows(value, -math.inf)
+    values = torch.cat([values, torch.full_like(values[..., :1], -math.inf)], -1)
+    first, second = values.topk(2, -1).values.unbind(-1)
+    return first, second, windows(error, 0).amax(-1)
 
 
 def pair(value: Any) -> tuple[int, int]:
@@ -667,25 +698,69 @@ UNEXPECTED = (
 class Raw:
     """One call of a registered operator, with arguments that need not be valid."""
 
-    def __init__(self, name: str, arguments: list[Any], changed: Sequence[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: list[Any],
+        changed: Sequence[str],
+        inference: bool = False,
+        fake: bool = False,
+    ) -> None:
         self.name, self.arguments, self.changed = name, arguments, changed
+        self.inference, self.fake = inference, fake
 
     def __str__(self) -> str:
-        return f"{self.name}: {'; '.join(self.changed)}\n{[describe(a) for a in self.arguments]}"
+        how = f"inference={self.inference} fake={self.fake}"
+        return (
+            f"{self.name}: {'; '.join(self.changed)} {how}\n{[describe(a) for a in self.arguments]}"
+        )
 
     def run(self) -> tuple[str, str | None]:
         import torch
 
         operator = getattr(torch.ops.fused_resnet, self.name)
         try:
-            operator(*self.arguments)
+            with torch.inference_mode(self.inference):
+                output = operator(*self.arguments)
         except UNEXPECTED as error:
             return f"raises {type(error).__name__}", str(error)
         except Exception as error:
             if not self.changed:
                 return "refuses valid arguments", f"{type(error).__name__}: {error}"
-            return type(error).__name__, None
-        return "ok", None
+            outcome, output = type(error).__name__, None
+        else:
+            outcome = "ok"
+        if self.fake:
+            wrong = self.as_fake(operator, output)
+            if wrong is not None:
+                return "wrong fake kernel", wrong
+        return outcome, None
+
+    def as_fake(self, operator: Any, output: Any) -> str | None:
+        """What is wrong with what the operator's fake kernel says of its output."""
+        import torch
+        from torch.utils._pytree import tree_leaves, tree_map
+
+        meta = tree_map(
+            lambda a: a.to("meta") if isinstance(a, torch.Tensor) else a, self.arguments
+        )
+        try:
+            with torch.inference_mode(self.inference):
+                fake = operator(*meta)
+        except UNEXPECTED as error:
+            return f"{type(error).__name__}: {error}"
+        except Exception as error:
+            if output is None or isinstance(error, NotImplementedError):  # none is registered
+                return None
+            return f"{type(error).__name__}: {error}"
+        if output is None:
+            return None
+        # Not strides: on meta torch's convolution has some of its own.
+        got, want = (
+            [(t.shape, t.dtype) if isinstance(t, torch.Tensor) else t for t in o]
+            for o in (tree_leaves(fake), tree_leaves(output))
+        )
+        return None if got == want else f"{got}, the kernel {want}"
 
     def library(self) -> None:
         """The library's convolution on the same input, where there is one."""
@@ -723,7 +798,7 @@ def draw_raw(rng: random.Random) -> Raw:
         place = rng.randrange(len(arguments))
         arguments[place], what = hostile(arguments[place], rng)
         changed.append(f"argument {place} {what}")
-    return Raw(name, arguments, changed)
+    return Raw(name, arguments, changed, rng.random() < 0.2, rng.random() < 0.2)
 
 
 def hostile(value: Any, rng: random.Random) -> tuple[Any, str]:

@@ -159,6 +159,22 @@ def test_missing_tensors():
             OPS.conv_bn_act(*arguments)
 
 
+@pytest.mark.parametrize("case", BAD_CONVOLUTIONS)
+def test_bad_convolutions_of_fake_tensors(case):
+    changes, word = BAD_CONVOLUTIONS[case]
+    arguments = changed(conv_arguments(), **changes)
+    meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+    x, *rest = meta
+    refused("conv_bn_act", meta, "conv_bn_act", word)
+    norm = [torch.ones(x.size(1), device="meta")] * 4
+    refused("norm_conv_bn_act", [x, *norm, 1e-5, *rest], "norm_conv_bn_act", word)
+    fakes = torch._subclasses.FakeTensorMode()
+    with fakes:
+        fake = [fakes.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        with pytest.raises(ValueError, match="conv_bn_act"):
+            OPS.conv_bn_act(*fake)
+
+
 @pytest.mark.parametrize("stride", [0, 2**61, HUGE])
 def test_bad_pooling(stride):
     arguments = conv_arguments()
@@ -385,7 +401,8 @@ def test_stems_that_do_not_fit():
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("groups", [1, 4, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_no_variance_and_no_eps(dtype, groups, pooled):
+@pytest.mark.parametrize("infinite", ["no variance and no eps", "weight"])
+def test_an_infinite_scale(infinite, dtype, groups, pooled):
     """An infinite scale: what is NaN, and which sign infinity has, is as in eager."""
     torch.manual_seed(0)
     K = 16
@@ -393,12 +410,16 @@ def test_no_variance_and_no_eps(dtype, groups, pooled):
     draw = lambda *shape: torch.randint(-8, 9, shape).div(4).to(dtype)  # noqa: E731
     x, weight = draw(3, 16, 5, 5), draw(K, 16 // groups, 3, 3)
     mean, bias, bn_bias = draw(K), draw(K), draw(K)
-    var = (torch.arange(K) % 3).to(dtype)
+    var, bn_weight = (torch.arange(K) % 3).to(dtype), torch.ones(K, dtype=dtype)
+    if infinite == "weight":
+        bn_weight = torch.where(var == 0, math.inf, bn_weight)
+        bn_weight[6] = -math.inf
+        var = torch.ones(K, dtype=dtype)
     conv = F.conv2d(x.float(), weight.float(), bias.float(), padding=1, groups=groups)
-    norm = [t.float() for t in (mean, var, torch.ones(K), bn_bias)]
+    norm = [t.float() for t in (mean, var, bn_weight, bn_bias)]
     expected = F.batch_norm(conv, *norm, eps=0.0)
     geometry = [[1, 1], [1, 1], [1, 1], groups]
-    head = [x, weight, mean, var, torch.ones(K, dtype=dtype), bn_bias, 0.0, bias, *geometry]
+    head = [x, weight, mean, var, bn_weight, bn_bias, 0.0, bias, *geometry]
     if pooled:
         y = OPS.conv_bn_act_max_pool(*head, "none", [2, 2], [2, 2], [0, 0])
         expected = F.max_pool2d(expected, 2)
