@@ -10,9 +10,10 @@ Every call follows from the seed and its index alone. It is one of
   numbers that do not belong there. It may return what it likes or raise, but not the exceptions of
   a program that did not expect its arguments.
 
-Calls are made by child processes, which write a call's index down before they make it. A child that
-dies, or is silent for too long, is a finding with a command that repeats it. Where the library's
-convolution alone fails in the same way, the finding says so and does not fail the run.
+Calls are made by child processes, forks of one that has imported torch, which say what call they
+are about to make. A child that dies, or is silent for too long, is a finding with a command that
+repeats it. Where the library's convolution alone fails in the same way, the finding says so and
+does not fail the run.
 
 With `--sanitize` the native library is built with AddressSanitizer and UndefinedBehaviorSanitizer
 into build/sanitized first (`FUSED_RESNET_SANITIZE`, see build_support/native.py). The instruction
@@ -26,6 +27,7 @@ import json
 import math
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -65,106 +67,140 @@ def build_sanitized() -> dict[str, str]:
         "PYTHONPATH": str(package.parent),
         "LD_PRELOAD": " ".join(preload),
         # Python and torch keep memory for good, and allocations that fail are part of the game.
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2048:"
-        "alloc_dealloc_mismatch=0:detect_odr_violation=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
+        # New memory is full of NaN, for whoever reads what was not written.
+        "ASAN_OPTIONS": "abort_on_error=1:detect_leaks=0:allocator_may_return_null=1:"
+        "max_allocation_size_mb=2048:alloc_dealloc_mismatch=0:detect_odr_violation=0:"
+        "quarantine_size_mb=32:max_malloc_fill_size=1048576:malloc_fill_byte=255",
+        "UBSAN_OPTIONS": "abort_on_error=1:print_stacktrace=1",
     }
 
 
+def run_all(options: argparse.Namespace) -> int:
+    """All calls, each instruction set's in a process of its own; the exit status."""
+    environment = dict(os.environ)
+    if options.sanitize:
+        environment.update(build_sanitized())
+    elif (ROOT / "fused_resnet" / "_C.abi3.so").exists():  # else the installed one
+        path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    environment["OMP_WAIT_POLICY"] = "passive"
+    findings: list[dict[str, Any]] = []
+    outcomes: Counter[str] = Counter()
+    chosen = ISAS if options.isa == "all" else (options.isa,)
+    for turn, isa in enumerate(chosen):
+        command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder, "result")
+            subprocess.run(
+                [*command, "--result", str(result), "--turn", str(turn), str(len(chosen))],
+                env={**environment, "FUSED_RESNET_CPU_ISA": isa},
+                cwd=folder,
+                check=True,
+            )
+            its = json.loads(result.read_text())
+        findings += its["findings"]
+        outcomes.update({f"{isa} {outcome}": n for outcome, n in its["outcomes"].items()})
+    for outcome, count in sorted(outcomes.items()):
+        print(f"{count:8d}  {outcome}")
+    ours = [finding for finding in findings if not finding.get("library")]
+    print(
+        f"{options.calls} calls, {len(ours)} findings, {len(findings) - len(ours)} of the "
+        "library's convolution"
+    )
+    return 1 if ours else 0
+
+
 class Run:
-    """All calls, in child processes one after the other."""
+    """The calls that are one instruction set's, in forks of this process, one after the other."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        import resource
+
+        import fused_resnet  # noqa: F401  (registers the operators)
+
+        if "asan" not in os.environ.get("LD_PRELOAD", ""):
+            # Absurd sizes are to fail, not to fill the machine.
+            resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         self.options = options
-        self.environment = dict(os.environ)
-        if options.sanitize:
-            self.environment.update(build_sanitized())
-        elif (ROOT / "fused_resnet" / "_C.abi3.so").exists():  # else the installed one
-            path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-            self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        self.environment["OMP_NUM_THREADS"] = "2"
+        self.isa = os.environ["FUSED_RESNET_CPU_ISA"]
         self.findings: list[dict[str, Any]] = []
         self.outcomes: Counter[str] = Counter()
 
     def all(self) -> None:
-        isas = ISAS if self.options.isa == "all" else (self.options.isa,)
-        first, end = self.options.first, self.options.first + self.options.calls
-        turn = first // CALLS_PER_CHILD
-        while first < end:
-            count = min(CALLS_PER_CHILD - first % CALLS_PER_CHILD, end - first)
-            self.some(first, first + count, isas[turn % len(isas)])
-            first, turn = first + count, turn + 1
-            done = first - self.options.first
-            print(f"{done} calls, {len(self.findings)} findings", file=sys.stderr, flush=True)
+        turn, turns = self.options.turn
+        first, last = self.options.first, self.options.first + self.options.calls
+        since, done = time.monotonic(), 0
+        for chunk in range(first // CALLS_PER_CHILD, (last - 1) // CALLS_PER_CHILD + 1):
+            if chunk % turns != turn:
+                continue
+            start = max(first, chunk * CALLS_PER_CHILD)
+            end = min(last, (chunk + 1) * CALLS_PER_CHILD)
+            self.some(start, end)
+            done += end - start
+            print(
+                f"{self.isa}: {done} calls in {time.monotonic() - since:.0f} s, "
+                f"{len(self.findings)} findings",
+                file=sys.stderr,
+                flush=True,
+            )
 
-    def some(self, first: int, end: int, isa: str) -> None:
+    def some(self, first: int, end: int) -> None:
         """Calls [first, end), in new children for as long as calls kill them."""
         while first < end:
-            last, why, said = self.child(first, end, isa)
+            last, why, said = self.child(first, end, library=False)
             if why is None:
                 return
-            by_library = self.child(last, last + 1, isa, "--library")[1] is not None
-            self.add({"call": last, "isa": isa, "what": why, "library": by_library, "detail": said})
+            by_library = self.child(last, last + 1, library=True)[1] is not None
+            self.add({"call": last, "what": why, "library": by_library, "detail": said})
             first = last + 1
 
-    def child(self, first: int, end: int, isa: str, *more: str) -> tuple[int, str | None, str]:
+    def child(self, first: int, end: int, library: bool) -> tuple[int, str | None, str]:
         """The last call begun, and why the child ended early, if it did, with its last words."""
-        with tempfile.TemporaryDirectory() as folder:
-            journal, output = Path(folder, "journal"), Path(folder, "output")
-            journal.touch()
-            command = [
-                sys.executable, str(Path(__file__).resolve()), "--child", str(journal), "--seed",
-                str(self.options.seed), "--first", str(first), "--calls", str(end - first),
-                "--kinds", self.options.kinds, *more,
-            ]  # fmt: skip
-            environment = {**self.environment, "FUSED_RESNET_CPU_ISA": isa}
-            with output.open("w") as file:
-                process = subprocess.Popen(
-                    command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder
-                )
-                timed_out = self.watch(process, journal)
-            last = first
-            for line in journal.read_text().splitlines():
-                entry = json.loads(line)
-                last = entry.get("call", last)
-                if "what" in entry and not more:
-                    self.add({**entry, "isa": isa})
-                if "outcomes" in entry and not more:
-                    self.outcomes.update(entry["outcomes"])
-            said = "\n".join(output.read_text(errors="replace").splitlines()[-60:])
-        if timed_out:
+        with tempfile.TemporaryFile() as output:
+            reading, writing = os.pipe()
+            process = os.fork()
+            if process == 0:
+                os.close(reading)
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                run_child(self.options, first, end, writing, library)
+            os.close(writing)
+            last, hangs = first, False
+            unread = b""
+            while True:
+                if not select.select([reading], [], [], self.options.timeout)[0]:
+                    hangs = True
+                    os.kill(process, signal.SIGKILL)
+                    break
+                data = os.read(reading, 1 << 16)
+                if not data:
+                    break
+                *lines, unread = (unread + data).split(b"\n")
+                for line in lines:
+                    entry = json.loads(line)
+                    last = entry.get("call", last)
+                    if "broken" in entry:
+                        raise RuntimeError(f"the fuzzer itself failed:\n{entry['broken']}")
+                    if "what" in entry:
+                        self.add(entry)
+                    self.outcomes.update(entry.get("outcomes", {}))
+            os.close(reading)
+            code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            output.seek(0)
+            said = "\n".join(output.read().decode(errors="replace").splitlines()[:80])
+        if hangs:
             return last, "hangs", said
-        if process.returncode == 0:
+        if code == 0:
             return last, None, said
-        code = process.returncode
-        if code == 1:
-            raise RuntimeError(f"the fuzzer itself failed:\n{said}")
-        why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return last, why, said
-
-    def watch(self, process: subprocess.Popen, journal: Path) -> bool:
-        """Waits for the end; whether it had to be brought about."""
-        size, since = -1, time.monotonic()
-        while True:
-            try:
-                process.wait(0.2)
-                return False
-            except subprocess.TimeoutExpired:
-                now = journal.stat().st_size
-                if now != size:
-                    size, since = now, time.monotonic()
-                # Before the first call there is what takes its time: importing torch.
-                elif time.monotonic() - since > self.options.timeout + (300 if size == 0 else 0):
-                    process.kill()
-                    process.wait()
-                    return True
+        return last, signal.Signals(-code).name if code < 0 else f"exit code {code}", said
 
     def add(self, finding: dict[str, Any]) -> None:
         self.findings.append(finding)
         options = self.options
         repeat = (
             f"python tests/fuzz.py --seed {options.seed} --first {finding['call']} --calls 1 "
-            f"--isa {finding['isa']} --kinds {options.kinds}"
+            f"--isa {self.isa} --kinds {options.kinds} --threads {options.threads}"
         )
         if options.sanitize:
             repeat += " --sanitize"
@@ -176,38 +212,33 @@ class Run:
 # ---- the child -----------------------------------------------------------------------------------
 
 
-def run_child(options: argparse.Namespace) -> None:
-    """Makes the calls, each after it has been written down."""
-    import resource
-
+def run_child(
+    options: argparse.Namespace, first: int, end: int, journal: int, library: bool
+) -> None:
+    """Makes the calls [first, end), each after it has been written down, and ends the process."""
     import torch
-
-    import fused_resnet  # noqa: F401  (registers the operators)
-
-    if "asan" not in os.environ.get("LD_PRELOAD", ""):
-        # Absurd sizes are to fail, not to fill the machine.
-        resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    torch.set_num_threads(2)
-    journal = os.open(options.child, os.O_WRONLY | os.O_APPEND)
 
     def write(**entry: Any) -> None:
         os.write(journal, (json.dumps(entry) + "\n").encode())
 
-    for index in range(options.first, options.first + options.calls):
-        write(call=index)
-        call = draw(options.seed, index, options.kinds)
-        if options.library:
-            call.library()
-            continue
-        try:
-            outcome, wrong = call.run()
-        except Exception:
-            outcome, wrong = "raises", traceback.format_exc(limit=-4)
-        write(outcomes={f"{type(call).__name__} {outcome}": 1})
-        if wrong is not None:
-            by_library = call.library_is_wrong()
-            write(call=index, what=outcome, library=by_library, detail=f"{call}\n{wrong}")
+    try:
+        torch.set_num_threads(options.threads)
+        for index in range(first, end):
+            write(call=index)
+            call = draw(options.seed, index, options.kinds)
+            if library:
+                call.library()
+                continue
+            try:
+                outcome, wrong = call.run()
+            except Exception:
+                outcome, wrong = "raises", traceback.format_exc(limit=-4)
+            write(outcomes={f"{type(call).__name__} {outcome}": 1})
+            if wrong is not None:
+                by_library = call.library_is_wrong()
+                write(call=index, what=outcome, library=by_library, detail=f"{call}\n{wrong}")
+    except BaseException:
+        write(broken=traceback.format_exc())
     # Without the interpreter's own end, which has nothing to do with a call.
     os._exit(0)
 
@@ -404,46 +435,54 @@ class Public:
         wrong = differs(output.detach(), value.detach(), error)
         if wrong:
             return "wrong number", wrong
-        if self.grad and output.numel() and pool[0] is None:
-            wrong = self.backward(output, pre, relu, bound, error, relative, arguments, exact)
+        if self.grad and output.numel():
+            # Where rounding may decide which way ReLU goes, or which value is a window's
+            # largest, nothing is passed back.
+            first, second, error = largest_two(pre.detach(), bound.detach() * relative, pool)
+            clear = first - second > 2 * error
+            if relu:
+                clear &= first.abs() > 2 * error
+            wrong = self.backward(output, value, clear, pre, relative, arguments, exact)
             if wrong:
                 return "wrong gradient", wrong
-        elif self.grad:
-            output.sum().backward()
         for tensor, old in zip(tensors, before, strict=True):
             if not same(tensor, old):
                 return "input changed", str(tuple(tensor.shape))
         return "ok", None
 
-    def backward(self, output, pre, relu, bound, error, relative, arguments, exact):
+    def backward(self, output, value, clear, pre, relative, arguments, exact):
+        """What is wrong with the gradients of `output`, whose exact values are `value`."""
         import torch
 
         grad = torch.randn(output.shape, dtype=torch.float64).to(output.dtype)
-        if relu:  # where rounding may decide which way ReLU goes, nothing is passed back
-            grad = torch.where(pre.detach().abs() > 2 * error, grad, 0).to(output.dtype)
+        grad = torch.where(clear, grad, 0).to(output.dtype)
+        output.backward(grad)
         if not torch.isfinite(pre).all():
-            output.backward(grad)
             return None
         names = [k for k, v in exact.items() if v is not None and v.requires_grad]
         expected = torch.autograd.grad(
-            pre.relu() if relu else pre, [exact[n] for n in names], grad.double()
+            value, [exact[n] for n in names], grad.double(), retain_graph=True
         )
-        output.backward(grad)
         absolute = self.arguments(True, double=True)
         for n in names:
             absolute[n] = absolute[n].detach().abs().requires_grad_()
         magnitude = self.expected(absolute, True)
-        sizes = torch.autograd.grad(magnitude, [absolute[n] for n in names], grad.double().abs())
+        # What arrives before the activation, of which the magnitudes' graph knows nothing.
+        (arriving,) = torch.autograd.grad(value, pre, grad.double())
+        sizes = torch.autograd.grad(magnitude, [absolute[n] for n in names], arriving.abs())
         count = max(output.numel(), 1)
+        # A batch's statistics, and a ReLU inside, pass back more than their magnitudes tell.
+        inner = ("input", "in_weight", "in_bias") if self.name == "norm_conv_bn_act" else ()
         for n, want, size in zip(names, expected, sizes, strict=True):
             got = arguments[n].grad
             if got is None:
                 return f"{n}: no gradient"
-            # A coarse bound: the largest of all, and sums of as many terms as there may be.
-            room = size.abs().max() if size.numel() else torch.zeros(())
+            room = size
+            if self.numbers.get("training") or n in inner:
+                room = size.abs().max() if size.numel() else torch.zeros(())
             if self.numbers.get("training"):
                 room = room * (2 + 2 * math.sqrt(count)) + want.abs().max()
-            limit = torch.full_like(want, float(room) * (8 * relative + 4e-7 * math.sqrt(count)))
+            limit = (room * (8 * relative + 4e-7 * math.sqrt(count))).expand(want.shape)
             wrong = differs(got, want, limit + 1e-6)
             if wrong:
                 return f"{n}: {wrong}"
@@ -488,6 +527,29 @@ class Public:
             if differs(t[name].grad, exact[name].grad, torch.full_like(exact[name].grad, limit)):
                 return True
         return False
+
+
+def largest_two(value: Any, error: Any, pool: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """The largest value of each window, the next (or -infinity), and the largest error in it.
+
+    Without a pool each value is a window.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    if pool[0] is None:
+        return value, torch.full_like(value, -math.inf), error
+
+    def windows(tensor: Any, outside: float) -> Any:
+        kernel, stride, padding = map(pair, pool)
+        around = (padding[1], padding[1], padding[0], padding[0])
+        tensor = F.pad(tensor, around, value=outside)
+        return tensor.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1]).flatten(4)
+
+    values = windows(value, -math.inf)
+    values = torch.cat([values, torch.full_like(values[..., :1], -math.inf)], -1)
+    first, second = values.topk(2, -1).values.unbind(-1)
+    return first, second, windows(error, 0).amax(-1)
 
 
 def pair(value: Any) -> tuple[int, int]:
@@ -636,25 +698,69 @@ UNEXPECTED = (
 class Raw:
     """One call of a registered operator, with arguments that need not be valid."""
 
-    def __init__(self, name: str, arguments: list[Any], changed: Sequence[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: list[Any],
+        changed: Sequence[str],
+        inference: bool = False,
+        fake: bool = False,
+    ) -> None:
         self.name, self.arguments, self.changed = name, arguments, changed
+        self.inference, self.fake = inference, fake
 
     def __str__(self) -> str:
-        return f"{self.name}: {'; '.join(self.changed)}\n{[describe(a) for a in self.arguments]}"
+        how = f"inference={self.inference} fake={self.fake}"
+        return (
+            f"{self.name}: {'; '.join(self.changed)} {how}\n{[describe(a) for a in self.arguments]}"
+        )
 
     def run(self) -> tuple[str, str | None]:
         import torch
 
         operator = getattr(torch.ops.fused_resnet, self.name)
         try:
-            operator(*self.arguments)
+            with torch.inference_mode(self.inference):
+                output = operator(*self.arguments)
         except UNEXPECTED as error:
             return f"raises {type(error).__name__}", str(error)
         except Exception as error:
-            if not self.changed:
+            if not self.changed and "has neither AVX2 nor AVX-512" not in str(error):
                 return "refuses valid arguments", f"{type(error).__name__}: {error}"
-            return type(error).__name__, None
-        return "ok", None
+            outcome, output = type(error).__name__, None
+        else:
+            outcome = "ok"
+        if self.fake:
+            wrong = self.as_fake(operator, output)
+            if wrong is not None:
+                return "wrong fake kernel", wrong
+        return outcome, None
+
+    def as_fake(self, operator: Any, output: Any) -> str | None:
+        """What is wrong with what the operator's fake kernel says of its output."""
+        import torch
+        from torch.utils._pytree import tree_leaves, tree_map
+
+        meta = tree_map(
+            lambda a: a.to("meta") if isinstance(a, torch.Tensor) else a, self.arguments
+        )
+        try:
+            with torch.inference_mode(self.inference):
+                fake = operator(*meta)
+        except UNEXPECTED as error:
+            return f"{type(error).__name__}: {error}"
+        except Exception as error:
+            if output is None or isinstance(error, NotImplementedError):  # none is registered
+                return None
+            return f"{type(error).__name__}: {error}"
+        if output is None:
+            return None
+        # Not strides: on meta torch's convolution has some of its own.
+        got, want = (
+            [(t.shape, t.dtype) if isinstance(t, torch.Tensor) else t for t in o]
+            for o in (tree_leaves(fake), tree_leaves(output))
+        )
+        return None if got == want else f"{got}, the kernel {want}"
 
     def library(self) -> None:
         """The library's convolution on the same input, where there is one."""
@@ -692,7 +798,7 @@ def draw_raw(rng: random.Random) -> Raw:
         place = rng.randrange(len(arguments))
         arguments[place], what = hostile(arguments[place], rng)
         changed.append(f"argument {place} {what}")
-    return Raw(name, arguments, changed)
+    return Raw(name, arguments, changed, rng.random() < 0.2, rng.random() < 0.2)
 
 
 def hostile(value: Any, rng: random.Random) -> tuple[Any, str]:
@@ -1056,25 +1162,20 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--isa", choices=("all", *ISAS), default="all", help="instruction set")
     parser.add_argument("--sanitize", action="store_true", help="build and run with sanitizers")
     parser.add_argument("--timeout", type=float, default=120, help="seconds a call may take")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--library", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=2, help="of each call (default: 2)")
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--turn", type=int, nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def main() -> int:
     options = parsed()
-    if options.child:
-        run_child(options)
+    if options.result is None:
+        return run_all(options)
     run = Run(options)
     run.all()
-    for outcome, count in sorted(run.outcomes.items()):
-        print(f"{count:8d}  {outcome}")
-    ours = [finding for finding in run.findings if not finding.get("library")]
-    print(
-        f"{options.calls} calls, {len(ours)} findings, {len(run.findings) - len(ours)} of the "
-        "library's convolution"
-    )
-    return 1 if ours else 0
+    options.result.write_text(json.dumps({"findings": run.findings, "outcomes": run.outcomes}))
+    return 0
 
 
 if __name__ == "__main__":

@@ -159,6 +159,22 @@ def test_missing_tensors():
             OPS.conv_bn_act(*arguments)
 
 
+@pytest.mark.parametrize("case", BAD_CONVOLUTIONS)
+def test_bad_convolutions_of_fake_tensors(case):
+    changes, word = BAD_CONVOLUTIONS[case]
+    arguments = changed(conv_arguments(), **changes)
+    meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+    x, *rest = meta
+    refused("conv_bn_act", meta, "conv_bn_act", word)
+    norm = [torch.ones(x.size(1), device="meta")] * 4
+    refused("norm_conv_bn_act", [x, *norm, 1e-5, *rest], "norm_conv_bn_act", word)
+    fakes = torch._subclasses.FakeTensorMode()
+    with fakes:
+        fake = [fakes.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        with pytest.raises(ValueError, match="conv_bn_act"):
+            OPS.conv_bn_act(*fake)
+
+
 @pytest.mark.parametrize("stride", [0, 2**61, HUGE])
 def test_bad_pooling(stride):
     arguments = conv_arguments()
@@ -171,6 +187,37 @@ def test_bad_pooling(stride):
     pools = [[2, 2, stride, 2, 0, 0], [stride, 2, 2, 2, 0, 0], [2, 2, 2, 2, stride or -1, 0]]
     for numbers in pools:
         refused("max_pool_gradient", [grad, x, *vectors(2, 8), numbers], "max_pool's")
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_triton_operators(monkeypatch, interpreted):
+    """A compiler's graph calls them after our checks; whoever else does has checked nothing."""
+    operators = pytest.importorskip("fused_resnet.backends.triton.operators")
+    monkeypatch.setattr(operators, "interpreted", lambda: interpreted)
+    arguments = conv_arguments()
+    stem = [*changed(arguments, _8=[2, 2])[:11], "relu"]
+    for case, (changes, word) in BAD_CONVOLUTIONS.items():
+        given = changed(arguments, **changes)
+        with pytest.raises(ValueError, match="triton_conv_bn_act") as raised:
+            OPS.triton_conv_bn_act(*given)
+        assert word in str(raised.value), case
+        if not changes.keys() & {"_11", "_12"}:
+            given = [*given[:11], given[13]]
+            with pytest.raises(ValueError, match="triton_conv_bn_act_max_pool") as raised:
+                OPS.triton_conv_bn_act_max_pool(*given)
+            assert word in str(raised.value), case
+    for name, given in (("triton_conv_bn_act", arguments), ("triton_conv_bn_act_max_pool", stem)):
+        double = [a.double() if isinstance(a, torch.Tensor) else a for a in given]
+        refused(name, double, name, "input has dtype torch.float64", kind=TypeError)
+        refused(name, changed(given, _2=torch.ones(7)), "running_mean has shape (7,)")
+        refused(name, changed(given, _7=torch.ones(9)), "bias has shape (9,)")
+        with pytest.raises(TypeError, match="weight is a NoneType"):
+            getattr(OPS, name)(*changed(given, _1=None))
+        if not interpreted:
+            refused(name, given, name, "input is on cpu, must be on a GPU")
+    if interpreted:
+        wide = [torch.randn(2, 64, 6, 6), torch.randn(8, 64, 3, 3), *stem[2:]]
+        refused("triton_conv_bn_act_max_pool", wide, "weight has shape (8, 64, 3, 3)")
 
 
 def packed_arguments(groups=1, C=8, K=16):
@@ -193,9 +240,16 @@ def test_packed_weights_that_do_not_fit():
         torch.zeros(2 * packed.numel())[::2],
     ):
         refused("conv_bn_act_packed", changed(arguments, _2=bad), "packed")
-    # What does not say that it was made from this weight is not read: nothing is returned.
-    for other in (packed[:-1], torch.cat([packed, packed]), packed.clone(), packed.bfloat16()):
-        assert OPS.conv_bn_act_packed(*changed(arguments, _2=other)) is None
+    # Those are none of the weight's: nothing is computed.
+    for bad in (
+        packed[:-1],
+        packed.bfloat16(),
+        packed[..., :-1],
+        torch.cat([packed, packed]),
+        torch.zeros(packed.shape),
+        torch.as_strided(packed, packed.shape, [*packed.stride()[:-2], 5, 1]),
+    ):
+        assert OPS.conv_bn_act_packed(*changed(arguments, _2=bad)) is None
 
 
 @NATIVE
@@ -348,7 +402,8 @@ def test_stems_that_do_not_fit():
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("groups", [1, 4, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_no_variance_and_no_eps(dtype, groups, pooled):
+@pytest.mark.parametrize("infinite", ["no variance and no eps", "weight"])
+def test_an_infinite_scale(infinite, dtype, groups, pooled):
     """An infinite scale: what is NaN, and which sign infinity has, is as in eager."""
     torch.manual_seed(0)
     K = 16
@@ -356,13 +411,17 @@ def test_no_variance_and_no_eps(dtype, groups, pooled):
     draw = lambda *shape: torch.randint(-8, 9, shape).div(4).to(dtype)  # noqa: E731
     x, weight = draw(3, 16, 5, 5), draw(K, 16 // groups, 3, 3)
     mean, bias, bn_bias = draw(K), draw(K), draw(K)
-    var = (torch.arange(K) % 3).to(dtype)
+    var, bn_weight = (torch.arange(K) % 3).to(dtype), torch.ones(K, dtype=dtype)
+    if infinite == "weight":
+        bn_weight = torch.where(var == 0, math.inf, bn_weight)
+        bn_weight[6] = -math.inf
+        var = torch.ones(K, dtype=dtype)
     conv = F.conv2d(x.float(), weight.float(), bias.float(), padding=1, groups=groups)
-    norm = [t.float() for t in (torch.ones(K), bn_bias, mean, var)]
+    norm = [t.float() for t in (bn_weight, bn_bias, mean, var)]
     # F.batch_norm of torch 2.11 refuses this eps; the operator behind it computes.
     expected = torch.batch_norm(conv, *norm, False, 0.1, 0.0, False)
     geometry = [[1, 1], [1, 1], [1, 1], groups]
-    head = [x, weight, mean, var, torch.ones(K, dtype=dtype), bn_bias, 0.0, bias, *geometry]
+    head = [x, weight, mean, var, bn_weight, bn_bias, 0.0, bias, *geometry]
     if pooled:
         y = OPS.conv_bn_act_max_pool(*head, "none", [2, 2], [2, 2], [0, 0])
         expected = F.max_pool2d(expected, 2)
@@ -422,7 +481,7 @@ def test_the_fuzzer_sees_what_goes_wrong(tmp_path, monkeypatch):
     root = Path(fuzz.__file__).resolve().parents[1]
     monkeypatch.setattr(fuzz, "__file__", str(script))
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    done = run_fuzzer("--calls", "6", "--timeout", "5", PYTHONPATH=path)
+    done = run_fuzzer("--calls", "6", "--timeout", "5", "--isa", "avx2", PYTHONPATH=path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "6 calls, 3 findings" in done.stdout
     for call, what in ((1, "SIGSEGV"), (2, "hangs"), (4, "raises KeyError")):

@@ -17,6 +17,11 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+
+#include <cstring>
+#endif
 
 namespace fused_resnet::cpu {
 namespace {
@@ -29,6 +34,22 @@ constexpr int64_t kWindow = 1024;
 constexpr size_t kMostBytes = static_cast<size_t>(std::numeric_limits<ptrdiff_t>::max()) / 2;
 // The scratch memory a thread keeps; few layers need more, and theirs goes back to the pool.
 constexpr size_t kMostKeptScratch = size_t{8} << 20;
+
+// To AddressSanitizer a block ends where what was asked for ends, and is gone while nobody has it.
+// It returns as NaN, for whoever reads what was not written.
+void allow([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes,
+           [[maybe_unused]] size_t size) {
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_POISON_MEMORY_REGION(memory, size);
+  ASAN_UNPOISON_MEMORY_REGION(memory, bytes);
+  std::memset(memory, 0xff, bytes);
+#endif
+}
+void forbid([[maybe_unused]] void* memory, [[maybe_unused]] size_t size) {
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_POISON_MEMORY_REGION(memory, size);
+#endif
+}
 
 // Four sizes to each power of two: at most a fifth of a buffer is unused.
 size_t size_class(size_t bytes) {
@@ -65,6 +86,7 @@ class Pool {
         cached_ -= size;
         size_of_[memory] = size;
         count_live(size);
+        allow(memory, bytes, size);
         return memory;
       }
       ++system_allocations_;
@@ -80,6 +102,7 @@ class Pool {
     size_of_[memory] = size;
     count_live(size);
     trim_to_bound();
+    allow(memory, bytes, size);
     return memory;
   }
 
@@ -89,6 +112,7 @@ class Pool {
     const size_t size = entry->second;
     size_of_.erase(entry);
     live_ -= size;
+    forbid(memory, size);
     free_.push_back({memory, size});
     cached_ += size;
     trim_to_bound();
@@ -317,7 +341,10 @@ void pool_trim() {
 }
 
 Scratch::Scratch(size_t bytes) : block_(kept_by_this_thread().take()) {
-  if (block_ != nullptr && block_->size >= bytes) return;
+  if (block_ != nullptr && block_->size >= bytes) {
+    allow(block_->memory, bytes, block_->size);
+    return;
+  }
   KeptScratch::destroy(block_);
   block_ = nullptr;
   std::unique_ptr<ScratchBlock> block(new ScratchBlock{nullptr, bytes});
@@ -327,6 +354,7 @@ Scratch::Scratch(size_t bytes) : block_(kept_by_this_thread().take()) {
 
 Scratch::~Scratch() {
   if (block_->size <= kMostKeptScratch) {
+    forbid(block_->memory, block_->size);
     kept_by_this_thread().put(block_);
   } else {
     KeptScratch::destroy(block_);

@@ -304,9 +304,9 @@ struct Epilogue {
 };
 
 // Scale and shift of a block of output channels, from `channel` on, `count` of them. The
-// convolution's bias is in the shift but where the scale is infinite, eps and the variance both
-// being 0: with its sign it would decide what is NaN. Returns whether there are such channels, with
-// their bias in `bias`, and zeros for the others.
+// convolution's bias is in the shift but where the scale is infinite, since eps and the variance
+// are both 0 or the weight is infinite: with its sign it would decide what is NaN. Returns whether
+// there are such channels, with their bias in `bias`, and zeros for the others.
 FR_INLINE bool scale_and_shift(const Conv& conv, int64_t channel, int64_t count, float* scale,
                                float* shift, float* bias) {
   // A tensor's channels of this block; what lies behind the last channel is not read.
@@ -324,8 +324,9 @@ FR_INLINE bool scale_and_shift(const Conv& conv, int64_t channel, int64_t count,
     const Vec deviation = square_root(load(conv.norm.var, 1.0f, v) + conv.norm.eps);
     const Vec a = load(conv.norm.weight, 1.0f, v) / deviation;
     const Vec own = load(conv.bias, 0.0f, v);
-    const Vec before = deviation == 0.0f ? own : Vec{};
-    const Vec centre = (deviation == 0.0f ? Vec{} : own) - load(conv.norm.mean, 0.0f, v);
+    const auto infinite = a - a != 0.0f;
+    const Vec before = infinite ? own : Vec{};
+    const Vec centre = (infinite ? Vec{} : own) - load(conv.norm.mean, 0.0f, v);
     Float32::store(scale + v * kLanes, a);
     Float32::store(shift + v * kLanes, load(conv.norm.bias, 0.0f, v) + centre * a);
     Float32::store(bias + v * kLanes, before);

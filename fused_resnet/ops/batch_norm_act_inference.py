@@ -19,6 +19,7 @@ from .registration import (
     nothing_intercepts,
     register_autocast,
     register_autograd,
+    register_fake,
     register_kernel,
 )
 
@@ -60,7 +61,7 @@ def _kernel(input: Tensor, *arguments: Any) -> Tensor:
 register_kernel("batch_norm_act_inference", _kernel, operator_checks.batch_norm_act_inference)
 
 
-@torch.library.register_fake("fused_resnet::batch_norm_act_inference", lib=library)
+@register_fake("batch_norm_act_inference", operator_checks.batch_norm_act_inference)
 def _fake(
     input: Tensor,
     running_mean: Tensor,

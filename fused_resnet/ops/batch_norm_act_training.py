@@ -20,6 +20,7 @@ from .registration import (
     nothing_intercepts,
     register_autocast,
     register_autograd,
+    register_fake,
     register_kernel,
 )
 
@@ -79,7 +80,7 @@ def _kernel(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 register_kernel("batch_norm_act_training", _kernel, operator_checks.batch_norm_act_training)
 
 
-@torch.library.register_fake("fused_resnet::batch_norm_act_training", lib=library)
+@register_fake("batch_norm_act_training", operator_checks.batch_norm_act_training)
 def _fake(
     input: Tensor,
     weight: Tensor | None,

@@ -18,7 +18,14 @@ from .. import backends
 from . import operator_checks
 from .gradients import accumulation_dtype
 from .layout import contiguous_like_eager
-from .registration import has_foreign, library, needs_grad, register_kernel, transforms_active
+from .registration import (
+    has_foreign,
+    library,
+    needs_grad,
+    register_fake,
+    register_kernel,
+    transforms_active,
+)
 from .training_blocks import (
     Statistics,
     _as_autocast_casts,
@@ -143,7 +150,7 @@ def _composite(
 register_kernel("block_training", _kernel, operator_checks.block_training)
 
 
-@torch.library.register_fake("fused_resnet::block_training", lib=library)
+@register_fake("block_training", operator_checks.block_training)
 def _fake(input: Tensor, parameters: Sequence[Tensor | None], *description: Any) -> list[Tensor]:
     block = _described(*description)
     passes = _passes(block.layers, parameters)
@@ -202,7 +209,7 @@ register_kernel(
 )
 
 
-@torch.library.register_fake("fused_resnet::block_training_backward", lib=library)
+@register_fake("block_training_backward", operator_checks.block_training_backward)
 def _backward_fake(
     grad: Tensor,
     input: Tensor,
@@ -288,7 +295,7 @@ def _pool(numbers: Sequence[int]) -> tuple[Sequence[int], ...]:
 register_kernel("stem_training", _stem_kernel, operator_checks.stem_training)
 
 
-@torch.library.register_fake("fused_resnet::stem_training", lib=library)
+@register_fake("stem_training", operator_checks.stem_training)
 def _stem_fake(
     input: Tensor,
     parameters: Sequence[Tensor | None],
@@ -331,7 +338,7 @@ register_kernel(
 )
 
 
-@torch.library.register_fake("fused_resnet::stem_training_backward", lib=library)
+@register_fake("stem_training_backward", operator_checks.stem_training_backward)
 def _stem_backward_fake(
     grad: Tensor,
     input: Tensor,

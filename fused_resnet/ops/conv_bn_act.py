@@ -19,6 +19,7 @@ from .registration import (
     nothing_intercepts,
     register_autocast,
     register_autograd,
+    register_fake,
     register_in_graphs,
     register_kernel,
 )
@@ -84,7 +85,7 @@ register_kernel("conv_bn_act", _kernel, operator_checks.conv_bn_act)
 register_in_graphs("conv_bn_act", _kernel)
 
 
-@torch.library.register_fake("fused_resnet::conv_bn_act", lib=library)
+@register_fake("conv_bn_act", operator_checks.conv_bn_act)
 def _fake(
     input: Tensor,
     weight: Tensor,

@@ -20,6 +20,7 @@ from .registration import (
     nothing_intercepts,
     register_autocast,
     register_autograd,
+    register_fake,
     register_in_graphs,
     register_kernel,
 )
@@ -89,7 +90,7 @@ register_kernel("conv_bn_act_max_pool", _kernel, operator_checks.conv_bn_act_max
 register_in_graphs("conv_bn_act_max_pool", _kernel)
 
 
-@torch.library.register_fake("fused_resnet::conv_bn_act_max_pool", lib=library)
+@register_fake("conv_bn_act_max_pool", operator_checks.conv_bn_act_max_pool)
 def _fake(
     input: Tensor,
     weight: Tensor,

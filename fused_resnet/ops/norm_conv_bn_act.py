@@ -25,6 +25,7 @@ from .registration import (
     nothing_intercepts,
     register_autocast,
     register_autograd,
+    register_fake,
     register_in_graphs,
     register_kernel,
 )
@@ -107,7 +108,7 @@ register_kernel("norm_conv_bn_act", _kernel, operator_checks.norm_conv_bn_act)
 register_in_graphs("norm_conv_bn_act", _kernel)
 
 
-@torch.library.register_fake("fused_resnet::norm_conv_bn_act", lib=library)
+@register_fake("norm_conv_bn_act", operator_checks.norm_conv_bn_act)
 def _fake(
     input: Tensor,
     in_mean: Tensor,

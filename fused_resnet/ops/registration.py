@@ -7,6 +7,8 @@ functions in `ops/` go around it where nothing in it has a say (`nothing_interce
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +101,41 @@ def _checked(
         return function(*arguments)
 
     return run
+
+
+def register_fake(
+    name: str, check: Callable[..., Exception | None]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes the decorated function what the operator's output is like, for fake tensors.
+
+    Of shapes that are symbols `check` would make guards, so it sees only arguments without any.
+    """
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(fake)
+
+        @functools.wraps(fake)
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            if keywords:
+                arguments = signature.bind(*arguments, **keywords).args
+            if not _has_symbols(arguments):
+                error = check(*arguments)
+                if error is not None:
+                    raise error
+            return fake(*arguments)
+
+        torch.library.register_fake(f"fused_resnet::{name}", run, lib=library)
+        return fake
+
+    return register
+
+
+def _has_symbols(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not all(type(size) is int for size in value.shape)
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_symbols, value))
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def register_autograd(

@@ -25,6 +25,7 @@ from .registration import (
     needs_grad,
     nothing_intercepts,
     register_autocast,
+    register_fake,
     register_kernel,
     transforms_active,
 )
@@ -148,7 +149,7 @@ def _kernel(input: Tensor, *arguments: Any) -> Tensor:
 register_kernel("residual_blocks", _kernel, operator_checks.residual_blocks)
 
 
-@torch.library.register_fake("fused_resnet::residual_blocks", lib=library)
+@register_fake("residual_blocks", operator_checks.residual_blocks)
 def _fake(
     input: Tensor,
     tensors: Sequence[Tensor | None],
