@@ -116,8 +116,7 @@ struct Problem {
 };
 
 // Elements [begin, end) of the output in memory order.
-void run_range(const Problem& problem, int64_t begin, int64_t end) {
-  const ScaleShiftActRow kernel = row_for(problem.input.scalar_type());
+void run_range(const Problem& problem, ScaleShiftActRow kernel, int64_t begin, int64_t end) {
   const int64_t element_size = static_cast<int64_t>(problem.input.element_size());
   const int64_t parameter_size = element_size == 8 ? 8 : 4;
   const auto* scale = static_cast<const char*>(problem.scale);
@@ -220,8 +219,10 @@ void run(Problem problem, const Tensor& scale, const Tensor& shift) {
   problem.shift = shift_data;
   // No two threads write to one line, or to one byte of a mask.
   const int64_t size = problem.output.numel(), unit = kGrainSize / 64;
+  // Not in the parallel region: not every torch hands on the text of an error thrown there.
+  const ScaleShiftActRow kernel = row_for(problem.input.scalar_type());
   torch::stable::parallel_for(0, (size + unit - 1) / unit, 64, [&](int64_t begin, int64_t end) {
-    run_range(problem, begin * unit, std::min(end * unit, size));
+    run_range(problem, kernel, begin * unit, std::min(end * unit, size));
   });
 }
 

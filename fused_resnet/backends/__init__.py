@@ -158,7 +158,7 @@ def explain(
 def cpu_isa() -> str:
     """The instruction set the CPU's kernels use: what the processor has, or less.
 
-    FUSED_RESNET_CPU_ISA ("none", "avx2" or "avx512", in any case) says how much less.
+    FUSED_RESNET_CPU_ISA (in any case; docs/environment.md) says how much less.
 
     Raises:
         ValueError: FUSED_RESNET_CPU_ISA is something else.
