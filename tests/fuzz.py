@@ -41,7 +41,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZED = ROOT / "build" / "sanitized"
-ISAS = ("avx512", "avx2", "none")
+ISAS = ("amx", "amx_emulated", "avx512", "avx2", "none")
 CALLS_PER_CHILD = 500
 
 # ---- the parent ----------------------------------------------------------------------------------
