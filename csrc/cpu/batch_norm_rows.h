@@ -24,8 +24,9 @@ struct GradientMatrix {
   bool stream;  // whether what is written goes past the caches, if it lies on a line's border
 };
 
-// `columns` rounded up to whole vectors of 16, the longest vector's values.
-constexpr int64_t padded_columns(int64_t columns) {
+// `columns` rounded up to whole vectors of 16, the longest vector's values. Static: files that
+// include this one are compiled for different processors.
+static constexpr int64_t padded_columns(int64_t columns) {
   return (columns + 15) / 16 * 16;
 }
 
