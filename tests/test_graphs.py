@@ -291,9 +291,12 @@ def test_training_holds_whole_blocks(block, memory):
     for seed in (0, 1):
         x = image_batch(3, 40, seed=seed)
         ours, theirs = trained_step(model, run, x), trained_step(twin, twin, x)
-        for tensors, expected in zip(ours[:2], theirs[:2], strict=True):
-            for one, other in zip(tensors, expected, strict=True):
-                assert_same_bits(one, other)
+        for one, other in zip(ours[0], theirs[0], strict=True):
+            assert_same_bits(one, other)
+        # Compiled code may round a product of the running statistics' sum with the sum, once.
+        eps = 4 * torch.finfo(torch.float32).eps  # of two steps, of terms that may cancel
+        for one, other in zip(ours[1], theirs[1], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=eps * float(other.abs().max()))
         assert ours[2] <= 1.01 * theirs[2]
     assert graphs == [
         {"stem_training": 1, "block_training": 4},
