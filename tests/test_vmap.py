@@ -337,8 +337,10 @@ def test_backward_operators():
 
 
 def test_every_operator_has_a_rule():
-    """But those that write into a tensor, which only backends call."""
+    """But those that write into a tensor, which only backends call, and those of Triton's kernels,
+    which only graphs hold: they are registered when such a graph is made, where no vmap is left."""
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fused_resnet::")]
+    names = [n for n in names if not n.startswith("fused_resnet::triton_")]
     assert len(names) > len(_cases())
     for name in names:
         schema = getattr(OPS, name.removeprefix("fused_resnet::")).default._schema
