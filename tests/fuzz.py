@@ -23,6 +23,7 @@ sets take turns (`FUSED_RESNET_CPU_ISA`).
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -80,7 +81,7 @@ def run_all(options: argparse.Namespace) -> int:
     environment = dict(os.environ)
     if options.sanitize:
         environment.update(build_sanitized())
-    elif (ROOT / "fused_resnet" / "_C.abi3.so").exists():  # else the installed one
+    elif importlib.util.find_spec("fused_resnet") is None:  # built in place, then
         path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     environment["OMP_WAIT_POLICY"] = "passive"
