@@ -5,13 +5,18 @@ The kernels are in cuda_kernels.cu.
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import cuda_on_host
 import pytest
 import torch
 from support import dtype_id
+
+from fused_resnet.testing import relative_error
 
 if not cuda_on_host.is_needed():
     pytest.skip("the kernels run on the GPU, or there is no compiler", allow_module_level=True)
@@ -77,6 +82,71 @@ def test_fragments_of_special_values(dtype):
     assert torch.equal(out, a.float()[:, 3:4].expand(16, 8))
 
 
+def cut_off(x: Fraction, unit: Fraction) -> Fraction:
+    """Towards zero, to a multiple of `unit`."""
+    return int(x / unit) * unit
+
+
+def exponent_of(x: float, least: int) -> int:
+    return max(math.frexp(x)[1] - 1, least)
+
+
+def added_by_a_tensor_core(total: float, a: list[float], b: list[float], least: int) -> float:
+    """Products of a few elements at once, as compute capability 8.x adds them."""
+    terms = [(Fraction(x) * Fraction(y), exponent_of(x, least) + exponent_of(y, least))
+             for x, y in zip(a, b, strict=True) if x and y]  # fmt: skip
+    if total:
+        terms.append((Fraction(total), exponent_of(total, -126)))
+    if not terms:
+        return 0.0
+    unit = Fraction(2) ** (max(exponent for _, exponent in terms) - 24)
+    result = sum(cut_off(term, unit) for term, _ in terms)
+    if result == 0:
+        return 0.0
+    exponent = math.frexp(float(result))[1] - 1
+    return float(cut_off(result, Fraction(2) ** (exponent - 23)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=dtype_id)
+def test_sums_of_tensor_cores(dtype):
+    """They cut off what is below the largest term, and round towards zero: bit for bit.
+
+    Terms of alike and of far exponents, of which some cancel; and one by hand.
+    """
+    depth, together = (8, 4) if dtype == torch.float32 else (16, 8)
+    least = -14 if dtype == torch.float16 else -126
+    spread = torch.tensor([0, 3, 12] * 6)[:16]
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        a, b = (torch.randn(rows, depth, generator=generator) for rows in (16, 8))
+        a *= 2.0 ** -spread[:, None]
+        a[:, 1] = -a[:, 0]
+        b[:, 1] = b[:, 0] * (1 + 2.0**-7)
+        a[::5, 2], b[::3, 3] = 0, 0
+        d = torch.randn(16, 8, generator=generator) * 2.0 ** spread[:, None]
+        d[::4] = 0
+        if dtype == torch.float32:
+            a, b = tf32(a), tf32(b)
+        a, b = a.to(dtype), b.to(dtype)
+        out = d.clone()
+        operators.test_multiply(a, b, out, False)
+        for m, n in itertools.product(range(16), range(8)):
+            total = d[m, n].item()
+            for first in range(0, depth, together):
+                part = slice(first, first + together)
+                total = added_by_a_tensor_core(
+                    total, a[m, part].tolist(), b[n, part].tolist(), least
+                )
+            assert out[m, n].item() == total, (seed, m, n)
+    # Of 1 - 2^-24 a bit below a float32 is left, of 1 - 2^-25 none; two of 2^-24 count together,
+    # where adding one after the other would leave 1.
+    a, b, out = torch.zeros(16, depth), torch.zeros(8, depth), torch.ones(16, 8)
+    a[0, 0], a[1, 0], a[2, :2] = -(2.0**-13), -(2.0**-12), 2.0**-12
+    b[:, :2] = 2.0**-12
+    operators.test_multiply(a.to(dtype), b.to(dtype), out, False)
+    assert out[:3, 0].tolist() == [1, 1 - 2**-24, 1 + 2**-23]
+
+
 def test_collectives():
     """Atomics, shuffles, votes and the barriers that count."""
     x = torch.randint(0, 1000, (2 * THREADS,), dtype=torch.int32)
@@ -123,7 +193,8 @@ def test_same_bits_for_every_seed():
         products.append(torch.full((128, 128), torch.nan))
         with cuda_on_host.guarded():
             operators.test_product(a.clone(), b.clone(), products[-1], 0)
-    torch.testing.assert_close(products[0], a.float() @ b.float().T)
+    # Cut off once for each eight products: see test_sums_of_tensor_cores.
+    assert relative_error(products[0], a.double() @ b.double().T) <= 160 / 8 * 2.0**-24
     assert all(torch.equal(product, products[0]) for product in products)
 
 

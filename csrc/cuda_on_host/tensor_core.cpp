@@ -1,5 +1,7 @@
 // ldmatrix and mma.sync, for a whole warp at a time. Fragments as csrc/cuda/device/mma.cuh says.
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstring>
 
 #include "cuda_on_host/execution_state.h"
@@ -10,17 +12,77 @@ namespace {
 
 constexpr int kM = 16, kN = 8;
 
-// sums[m][n] += sum over k of a[m][k] b[k][n], in float32, k ascending.
-template <int kDepth>
-void multiply_tiles(float (&sums)[kM][kN], const float (&a)[kM][kDepth],
-                    const float (&b)[kDepth][kN]) {
-  for (int m = 0; m < kM; ++m) {
-    float row[kN];
-    std::copy(sums[m], sums[m] + kN, row);
-    for (int k = 0; k < kDepth; ++k) {
-      for (int n = 0; n < kN; ++n) row[n] += a[m][k] * b[k][n];
+// How compute capability 8.x adds, the coarsest of all that have these instructions (Khattak and
+// Mikaitis, "Accurate Models of NVIDIA Tensor Cores", 2025, whose models gave the bits of the
+// hardware; 9.0 and 10.0 take twice as many products at once and keep a bit more): the exact
+// products of a few elements and the sum so far are shifted to the largest exponent among them,
+// cut off one bit below a float32 of that exponent, added, and the sum is cut off to a float32.
+constexpr int kFractionBits = 24;
+// Of what has a float32 as its scale, either way.
+constexpr int kLargestExponent = 127, kSmallestExponent = kFractionBits - 127;
+// Of a zero, which no other value is shifted to.
+constexpr int kNoExponent = -1000;
+constexpr int kNotFinite = 128;
+
+float power_of_two(int exponent) {
+  return std::bit_cast<float>(static_cast<uint32_t>(exponent + 127) << 23);
+}
+
+// `least` is that of subnormal numbers.
+int exponent_of(float x, int least) {
+  return std::max(static_cast<int>(std::bit_cast<uint32_t>(x) >> 23 & 0xffu) - 127, least);
+}
+
+// row[n] += sum of a[k] b[k][n] over `depth` elements.
+void add_products(float (&row)[kN], const float* a, const float (*b)[kN], int depth, int least) {
+  int largest[kN];
+  for (int n = 0; n < kN; ++n) largest[n] = row[n] == 0 ? kNoExponent : exponent_of(row[n], -126);
+  bool is_plain = false;
+  for (int k = 0; k < depth; ++k) {
+    const int exponent = a[k] == 0 ? 2 * kNoExponent : exponent_of(a[k], least);
+    is_plain |= exponent == kNotFinite;
+    for (int n = 0; n < kN; ++n) {
+      const int other = exponent_of(b[k][n], least);
+      is_plain |= other == kNotFinite;
+      largest[n] = std::max(largest[n], b[k][n] == 0 ? kNoExponent : exponent + other);
     }
-    std::copy(row, row + kN, sums[m]);
+  }
+  for (int n = 0; n < kN; ++n) {
+    if (largest[n] == kNoExponent) largest[n] = 0;
+    is_plain |= largest[n] > kLargestExponent || largest[n] < kSmallestExponent;
+  }
+  if (is_plain) {  // infinity, NaN, and what is close to the largest and to subnormal numbers
+    for (int k = 0; k < depth; ++k) {
+      for (int n = 0; n < kN; ++n) row[n] += a[k] * b[k][n];
+    }
+    return;
+  }
+  int sums[kN];
+  float scale[kN];
+  for (int n = 0; n < kN; ++n) {
+    scale[n] = power_of_two(kFractionBits - largest[n]);
+    sums[n] = static_cast<int>(row[n] * scale[n]);
+  }
+  for (int k = 0; k < depth; ++k) {
+    for (int n = 0; n < kN; ++n) sums[n] += static_cast<int>(a[k] * b[k][n] * scale[n]);
+  }
+  for (int n = 0; n < kN; ++n) {
+    const int magnitude = std::abs(sums[n]);
+    float sum = static_cast<float>(magnitude);
+    sum = std::bit_cast<float>(std::bit_cast<int>(sum) - (static_cast<int>(sum) > magnitude));
+    row[n] =
+        std::copysign(sum, static_cast<float>(sums[n])) * power_of_two(largest[n] - kFractionBits);
+  }
+}
+
+// sums[m][n] += sum over k of a[m][k] b[k][n], k ascending, kTogether products at once.
+template <int kTogether, int kDepth>
+void multiply_tiles(float (&sums)[kM][kN], const float (&a)[kM][kDepth],
+                    const float (&b)[kDepth][kN], int least) {
+  for (int m = 0; m < kM; ++m) {
+    for (int k = 0; k < kDepth; k += kTogether) {
+      add_products(sums[m], &a[m][k], &b[k], kTogether, least);
+    }
   }
 }
 
@@ -63,7 +125,7 @@ void multiply_of_warp(const Warp& warp) {
       for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][t + i / 2 * 4] = from_tf32(operands.a[i]);
       for (int i = 0; i < 2; ++i) b[t + i * 4][g] = from_tf32(operands.b[i]);
     }
-    multiply_tiles(sums, a, b);
+    multiply_tiles<4>(sums, a, b, -126);
   } else {
     uint16_t narrow_a[kM][16], narrow_b[16][kN];
     for (int lane = 0; lane < 32; ++lane) {
@@ -80,7 +142,7 @@ void multiply_of_warp(const Warp& warp) {
     float a[kM][16], b[16][kN];
     widen(a, narrow_a, element);
     widen(b, narrow_b, element);
-    multiply_tiles(sums, a, b);
+    multiply_tiles<8>(sums, a, b, element == Element::kFloat16 ? -14 : -126);
   }
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
