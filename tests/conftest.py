@@ -170,8 +170,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Runner]:
 
 @pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
-    """Every test starts from the same seed, thread count and gradient mode, whatever ran before."""
+    """Every test starts from the same seed, thread count and modes, whatever ran before.
+
+    On a GPU torch's own convolutions would be in TF32 and may differ from run to run: a test that
+    wants that says so.
+    """
     torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
     torch.set_num_threads(2)
     yield
     assert torch.is_grad_enabled(), "the test left gradients disabled"

@@ -11,6 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from fused_resnet.backends import library
 
 
 @pytest.fixture
@@ -88,3 +91,13 @@ def test_the_summary_says_how_many_did_not_run(whole: bool) -> None:
         capture_output=True, text=True, env=environment, cwd=file.parent,
     ).stdout  # fmt: skip
     assert ("not run: pytest --whole" in out) == (not whole), out
+
+
+@pytest.mark.parametrize("turn", range(2))
+def test_float32_is_not_tf32(turn: int) -> None:
+    """Neither by torch's default nor because the test before wanted it."""
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        x = torch.empty(1, device="cuda")
+    assert library.precision(x) == "ieee"
+    torch.backends.cudnn.allow_tf32 = True
+    assert library.precision(x) == "tf32"
