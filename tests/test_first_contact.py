@@ -1,0 +1,118 @@
+"""`bench/first_contact.py`, rehearsed without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import fused_resnet
+
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
+SCRIPT = ROOT / "bench" / "first_contact.py"
+# Where the package that is under test lies: a script's own folder comes first on its path.
+PACKAGE = str(Path(fused_resnet.__file__).parents[1])
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("first_contact", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["first_contact"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+first_contact = load(SCRIPT)
+
+
+def run(
+    folder: Path, *arguments: str, script: Path = SCRIPT, monkeypatch: pytest.MonkeyPatch
+) -> subprocess.CompletedProcess[str]:
+    monkeypatch.setenv("PYTHONPATH", PACKAGE)
+    command = [sys.executable, str(script), str(folder), "--device", "cpu", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_rehearsal_and_its_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only = ("--only", "device|right|memcheck")
+    process = run(tmp_path, *only, monkeypatch=monkeypatch)
+    found = first_contact.read_findings(tmp_path)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert {(line["step"], line["state"]) for line in found} >= {
+        ("device", "note"), ("right", "ok"), ("memcheck", "skipped"),
+    }  # fmt: skip
+    judged = [line for line in found if line["step"] == "right" and "error" in line]
+    assert len(judged) == 2
+    assert all(0 < line["error"] < 1e-5 for line in judged)
+    assert "resnet18" in (tmp_path / "log.txt").read_text()
+    assert len(list(tmp_path.iterdir())) <= 8
+    assert all(path.is_file() for path in tmp_path.iterdir())
+    # The same again runs nothing that has ended.
+    process = run(tmp_path, *only, monkeypatch=monkeypatch)
+    assert process.returncode == 0
+    steps = [line["step"] for line in first_contact.read_findings(tmp_path)[len(found) :]]
+    assert steps == ["memcheck"]
+
+
+def test_steps_that_crash_hang_or_find_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each costs its own time alone, and what it had found is there."""
+    script = tmp_path / "planted.py"
+    planted = """
+def hangs(found, where):
+    found.add("before", "ok")
+    time.sleep(600)
+
+
+def crashes(found, where):
+    found.add("wrong", "wrong", 3.0)
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+STEPS = (Step("hangs", 2), Step("crashes", 20), Step("right", 20))
+RUN = {"hangs": hangs, "crashes": crashes, "right": lambda found, where: found.add("a", "slow", 2)}
+
+
+if __name__ == "__main__":"""
+    script.write_text(SCRIPT.read_text().replace('if __name__ == "__main__":', planted.lstrip()))
+    folder = tmp_path / "results"
+    process = run(folder, script=script, monkeypatch=monkeypatch)
+    assert process.returncode == 1
+    lines = [(line["step"], line["state"]) for line in first_contact.read_findings(folder)]
+    assert lines == [
+        ("hangs", "ok"), ("hangs", "failed"), ("crashes", "wrong"), ("crashes", "failed"),
+        ("right", "slow"), ("right", "note"),
+    ]  # fmt: skip
+    text = (folder / "verdict.txt").read_text()
+    assert text in process.stdout
+    first, second, third = text.splitlines()[-3:]
+    assert first == "1. wrong: [crashes] wrong"
+    assert second.startswith("2. failed: [crashes] ended with exit code -11")
+    assert third.startswith("3. failed: [hangs] not done after")
+
+
+def test_no_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = run(tmp_path, "--total", "1", monkeypatch=monkeypatch)
+    assert process.returncode == 1
+    assert "device: no time left" in process.stdout
+
+
+def test_half_a_line_is_no_finding(tmp_path: Path) -> None:
+    """What a process that was killed left of its last one."""
+    first_contact.Findings(tmp_path, "right").add("whole", "ok")
+    with (tmp_path / "findings.jsonl").open("a") as file:
+        file.write(json.dumps({"step": "right"})[:9])
+    assert [line["what"] for line in first_contact.read_findings(tmp_path)] == ["whole"]
+
+
+def test_steps_fit_the_time_there_is() -> None:
+    assert sum(step.seconds for step in first_contact.STEPS) <= 530
+    assert {step.name for step in first_contact.STEPS} == first_contact.RUN.keys()
