@@ -23,8 +23,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import _has_any_global_hook
 from torchvision.models import resnet
 
-from . import backends, checks, forms, functional, ops, originals, reference, watch
+from . import backends, forms, functional, ops, originals, reference
 from .forms import Form, Unit
+from .layers import checks, watch
 from .models import cifar
 from .originals import (
     BatchNorm2d,

@@ -9,7 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, ops, reference
+from . import ops, reference
+from .layers import checks
 from .ops.registration import transforms_active
 
 

@@ -9,9 +9,10 @@ from typing import overload
 import torch.distributed as dist
 from torch import nn
 
-from . import backends, blocks, checks, forms
-from . import watch as watching
+from . import backends, blocks, forms
 from .forms import Form
+from .layers import checks
+from .layers import watch as watching
 
 _MEMORY = ("normal", "low")
 

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import watch
-from ..convolution import conv2d
-from ..ops.layout import contiguous_like_eager
+from ..layers import watch
+from ..layers.convolution import conv2d
+from ..layers.memory import contiguous_like_eager
+from ..layers.prepared import WeightCache, version_of
 from ..ops.scale_shift_act import scale_shift_act
 from . import library
-from .weight_cache import WeightCache, version_of
 
 __all__ = [
     "available",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, tuning
-from ..ops.layout import contiguous_like_eager
+from ..layers.memory import contiguous_like_eager
 from ..tuning import architecture, basic_block, cuda_tiles
 from ..tuning.problem import Tile
 from . import library

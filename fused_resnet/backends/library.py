@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..convolution import conv2d
-from ..ops.layout import contiguous_like_eager
+from ..layers.convolution import conv2d
+from ..layers.memory import contiguous_like_eager
 from ..ops.scale_shift_act import scale_shift_act
 
 

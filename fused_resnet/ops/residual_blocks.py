@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends
+from ..layers import checks
 from . import operator_checks
 from .conv_bn_act import conv_bn_act
 from .registration import (

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from .. import _native, checks
+from .. import _native
+from ..layers import checks
 from . import estimate
 from .architecture import MATRIX_EFFICIENCY, Architecture
 from .problem import (

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import checks
+from ..layers import checks
 from . import compiler, estimate
 from .architecture import Architecture
 from .problem import (

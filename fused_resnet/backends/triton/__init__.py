@@ -1,7 +1,7 @@
 """The Triton backend: convolution, batch norm, shortcut and ReLU in one kernel, on a GPU.
 
-`kernels.py` has the kernels of convolutions, `conv.py` what launches them, `batch_norm.py` both for
-norms by themselves, `stem_training.py` for norms that a max-pool follows. Triton is imported when
+`conv_kernels.py` has the kernels of convolutions, `conv.py` what launches them, `norm.py` both for
+norms by themselves, `stem.py` for norms that a max-pool follows. Triton is imported when
 one first runs.
 """
 
@@ -21,7 +21,7 @@ from torch._prims_common import suggest_memory_format
 from torch.nn import Parameter
 
 from ... import tuning
-from ...ops.layout import contiguous_like_eager
+from ...layers.memory import contiguous_like_eager
 from ...tuning import architecture, basic_block
 from ...tuning import prologue as prologue_choice
 from ...tuning import training as training_choice
@@ -121,7 +121,7 @@ def conv_bn_act(
     residual: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """One launch (two where the sum is split): see `kernels.py` for formula and memory traffic."""
+    """One launch (two where the sum is split): see `conv_kernels.py` for formula and traffic."""
     arguments = (
         input,
         weight,
@@ -262,7 +262,7 @@ def batch_norm_act_training(
     residual: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics in one pass, everything else in another: see `batch_norm.py`."""
+    """Statistics in one pass, everything else in another: see `norm.py`."""
     arguments = (input, weight, bias, eps, residual, activation)
     if _can_normalize(input, weight, bias, residual):
         return _norms().batch_norm_act_training(*arguments)
@@ -287,7 +287,7 @@ def batch_norm_act_training_keeping_mask(
 def batch_norm_add_relu(
     input: Tensor, norm: tuple, residual: Tensor, residual_norm: tuple | None
 ) -> tuple[Tensor, Tensor | None, tuple, tuple | None] | None:
-    """Norm, shortcut with or without a norm, and ReLU in one pass: see `batch_norm.py`.
+    """Norm, shortcut with or without a norm, and ReLU in one pass: see `norm.py`.
 
     Returns:
         What is returned there, or None where the kernel cannot be had.
@@ -306,7 +306,7 @@ def batch_norm_add_relu_backward(
     residual: Tensor,
     residual_norm: tuple,
 ) -> tuple[tuple, tuple] | None:
-    """Behind two norms, their add and its ReLU: see `batch_norm.py`.
+    """Behind two norms, their add and its ReLU: see `norm.py`.
 
     Returns:
         What is returned there, or None where the kernel cannot be had.
@@ -414,7 +414,7 @@ def batch_norm_relu_max_pool(
     eps: float,
     pool: Sequence[Sequence[int]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """`max_pool2d(relu(batch_norm(input)), *pool)` with batch statistics; see `stem_training.py`.
+    """`max_pool2d(relu(batch_norm(input)), *pool)` with batch statistics; see `stem.py`.
 
     Args:
         input: (N, C, H, W).
@@ -651,7 +651,7 @@ def _can_train(input: Tensor, weight: Tensor, other: Tensor | None, groups: int)
 
 
 def _can_normalize(input: Tensor, *others: Tensor | None) -> bool:
-    """Whether dtype, size and devices are those the kernels of `batch_norm.py` take."""
+    """Whether dtype, size and devices are those the kernels of `norm.py` take."""
     return (
         input.dtype in _DTYPES
         and not _is_traced(input)
@@ -684,7 +684,7 @@ def residual_blocks(
     if input.dtype not in _CHAIN_DTYPES:
         return None
     from ...ops.residual_blocks import described_blocks
-    from . import blocks as chains
+    from . import chains
 
     described = list(described_blocks(tensors, numbers, eps, layer_counts, projections))
     if (problem := basic_block.problem_of(input, described)) is not None:
@@ -709,7 +709,7 @@ def release(tensors: Iterable[Tensor]) -> None:
 def run_chain(arguments: tuple, problem: ChainProblem, choice: Choice) -> tuple[Tensor, ...]:
     """All that a chain consists of, as chosen, for those who time it; see `tuner.ChainCase`."""
     launchers()
-    from . import blocks as chains
+    from . import chains
 
     reduced, x, *layers = arguments
     out, following = chains.run(reduced, x, layers, problem, choice)
@@ -735,9 +735,9 @@ def _is_traced(input: Tensor) -> bool:
 
 @functools.cache
 def _operators() -> Any:
-    from . import operators
+    from . import graphs
 
-    return operators
+    return graphs
 
 
 @functools.cache
@@ -754,9 +754,9 @@ def launchers() -> ModuleType:
 
 @functools.cache
 def _norms() -> ModuleType:
-    """`batch_norm.py`, imported likewise."""
+    """`norm.py`, imported likewise."""
     launchers()
-    from . import batch_norm
+    from . import norm as batch_norm
 
     return batch_norm
 
@@ -772,8 +772,8 @@ def _training() -> ModuleType:
 
 @functools.cache
 def _stem() -> ModuleType:
-    """`stem_training.py`, imported likewise."""
+    """`stem.py`, imported likewise."""
     launchers()
-    from . import stem_training
+    from . import stem as stem_training
 
     return stem_training

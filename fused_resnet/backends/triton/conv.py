@@ -1,4 +1,4 @@
-"""How a convolution becomes launches of the kernels in `kernels.py`.
+"""How a convolution becomes launches of the kernels in `conv_kernels.py`.
 
 Eager calls launch them directly. Under `torch.compile` they go through `wrap_triton`, so that the
 compiler sees kernels and not an opaque operator; every size may be symbolic there.
@@ -24,9 +24,10 @@ from ...tuning import chain
 from ...tuning.estimate import USUAL_POOL, kernel_for, pooled_rows_each, special_tiles
 from ...tuning.problem import Choice, ConvProblem, Tile
 from ..library import precision
-from . import kernels, launches
+from . import conv_kernels
+from . import launch as launches
 
-# Tiles in a column before the next column starts: see `kernels._tile_of`.
+# Tiles in a column before the next column starts: see `conv_kernels._tile_of`.
 _BAND = 8
 # For the interpreter, whose time goes by the number of operations.
 _INTERPRETED_TILE = Tile(128, 256, 256, 1, 4, 1)
@@ -175,7 +176,7 @@ def conv_bn_act(
         in_tile = tile.block_n // (K // groups)
         block_k = max(16, triton.next_power_of_2(in_tile * group_c))
         launch(
-            kernels.packed_conv_kernel,
+            conv_kernels.packed_conv_kernel,
             (rows * triton.cdiv(groups, in_tile),),
             (
                 pixels, filters, *parameters, residual, output, eps, M, H, W, P, Q, groups,
@@ -194,7 +195,7 @@ def conv_bn_act(
         )  # fmt: skip
     elif kernel == "row":
         launch(
-            kernels.row_conv_kernel,
+            conv_kernels.row_conv_kernel,
             (rows * triton.cdiv(K, tile.block_n),),
             (
                 pixels, filters, *parameters, residual, output, eps, M, H, W, P, Q, K,
@@ -216,7 +217,7 @@ def conv_bn_act(
         group_k = K // groups
         pointwise = R * S == 1 and max(padding) == 0
         launch(
-            kernels.conv_kernel,
+            conv_kernels.conv_kernel,
             (rows * groups * triton.cdiv(group_k, tile.block_n), split_k),
             (
                 pixels, filters, *parameters, residual, output, partial, table, eps, M, H, W, P, Q,
@@ -271,7 +272,7 @@ def sum_partials(
     residual_strides = (0, 0, 0, 0) if residual is None else residual.stride()
     _launch(
         input,
-        kernels.sum_partials_kernel,
+        conv_kernels.sum_partials_kernel,
         (triton.cdiv(M, _SUM_BLOCK[0]), triton.cdiv(K, _SUM_BLOCK[1])),
         (partial, *norm, bias, residual, output, eps, M, P, Q, K, *residual_strides),
         RESIDUAL_CHANNELS=None if residual is None else _residual_channels(residual, output),
@@ -325,7 +326,7 @@ def conv_bn_act_max_pool(
     rows_each = pooled_rows_each(programs)
     _launch(
         input,
-        kernels.stem_pool_kernel,
+        conv_kernels.stem_pool_kernel,
         (strips, triton.cdiv(pooled_P, rows_each), channel_tiles),
         (
             pixels, filters, running_mean, running_var, bn_weight, bn_bias, bias, output, eps, N, H,
@@ -388,8 +389,8 @@ def _launch(
         kernel: what to launch.
         grid: how many programs.
         arguments: those that are no constants, in order.
-        writes: the names of those that the kernel writes to; see `launches.report`.
-        partly: see `launches.report`.
+        writes: the names of those that the kernel writes to; see `launch.report`.
+        partly: see `launch.report`.
         constants: arguments that are compiled in, and the number of warps and stages.
     """
     if not launches.report(
@@ -414,7 +415,7 @@ def _dependence(input: Tensor, kernel: Any) -> dict[str, bool]:
     """The constants of a launch in a row, with which it may begin before the one before ends.
 
     The first of a row waits for all before it, as any launch does, but lets the next one begin.
-    See `kernels.py` for what the kernels do about it.
+    See `conv_kernels.py` for what the kernels do about it.
     """
     place = launches.next_in_row()
     if place is None or not _can_depend(input) or "DEPENDENT" not in kernel.arg_names:

@@ -22,7 +22,8 @@ from torch import Tensor
 from ...tuning.problem import Tile
 from ..library import precision
 from . import conv
-from .batch_norm import (
+from .conv_kernels import _conv_sum, _normalized, _pixels, _tile_of
+from .norm import (
     _COMBINE_WARPS,
     _MOST_SLABS,
     _combine,
@@ -35,7 +36,6 @@ from .batch_norm import (
     combine_statistics_kernel,
     combine_sums_kernel,
 )
-from .kernels import _conv_sum, _normalized, _pixels, _tile_of
 
 # For the interpreter, whose time goes by the number of operations.
 INTERPRETED_TILE = Tile(128, 128, 128, 1, 4, 1)
@@ -189,10 +189,10 @@ def training_conv_kernel(
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    """`kernels.conv_kernel`'s sum between other ends.
+    """`conv_kernels.conv_kernel`'s sum between other ends.
 
     Its input passes through a norm or a norm's backward on its way (PROLOGUE, TRANSPOSED: see
-    `kernels._conv_sum`). Then, each if it is there:
+    `conv_kernels._conv_sum`). Then, each if it is there:
 
         output  = sum + bias + residual, zero where relu(batch_norm(below)) is
         partial = of every tile of rows and channel: with STATISTICS `rounded, rest, square`, as
