@@ -53,16 +53,9 @@ from fused_resnet.backends.triton import bottleneck, chains, conv, stem, trainin
 from fused_resnet.backends.triton import norm as batch_norm
 from fused_resnet.tuning import chain, compiler, estimate, training
 from fused_resnet.tuning.architecture import ARCHITECTURES, Architecture
+from fused_resnet.tuning.choice import CHAIN, PAIR, Tile
 from fused_resnet.tuning.estimate import best, candidates
-from fused_resnet.tuning.problem import (
-    CHAIN,
-    CHAIN_DTYPES,
-    PAIR,
-    ChainProblem,
-    ConvProblem,
-    Problem,
-    Tile,
-)
+from fused_resnet.tuning.problem import CHAIN_DTYPES, ChainProblem, ConvProblem, Problem
 
 GPUS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200", "sm_120": "RTX 5090"}
 DTYPES = ("float16", "tfloat32", "float32", "bfloat16")

@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fused_resnet.cli.console import kept_text
 from fused_resnet.measure import documents, kernels
 from fused_resnet.measure.page import where
+from fused_resnet.measure.text import kept_text
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet.measure import environment
-from fused_resnet.measure.compare import write_json
+from fused_resnet.measure.documents import write_json
 from fused_resnet.models import cifar_resnet
 
 SCHEMA = "fused_resnet.digits/1"

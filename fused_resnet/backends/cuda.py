@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _native, tuning
 from ..layers.memory import contiguous_like_eager
 from ..tuning import architecture, basic_block, cuda_tiles
-from ..tuning.problem import Tile
+from ..tuning.choice import Tile
 from . import library
 
 __all__ = [

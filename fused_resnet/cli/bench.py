@@ -16,20 +16,19 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import files
-from ..measure import compare as models_compare
 from ..measure import comparison, documents, kernels, models
 from ..measure.candidates import for_blocks, for_device, for_norms
+from ..measure.case import Case, check_device
 from ..measure.engines import ENGINES
 from ..measure.inputs import InvalidArgumentError
+from ..measure.text import error_text, kept_text
 from ..tuning.problem import DTYPES
 from .console import (
     batch_size,
     check_model,
     check_output,
-    error_text,
     fail,
     heading,
-    kept_text,
     plain,
     progress_bar,
     whole_number,
@@ -179,7 +178,7 @@ def models_command(
             raise InvalidArgumentError(f"--without is {name!r}, must be one of {known}")
     usual = "float32" if torch.device(device).type == "cpu" else "float16"
     cases = [
-        models_compare.Case(
+        Case(
             network,
             count,
             name,
@@ -211,7 +210,7 @@ def models_command(
             )
     except KeyboardInterrupt:
         raise typer.Exit(fail("interrupted before anything was timed", 130)) from None
-    content = models_compare.document(results, _command(), documents.repository() or Path())
+    content = documents.document(results, _command(), documents.repository() or Path())
     for case in content["cases"]:
         _print_model(console, case)
     _keep(console, content, json)
@@ -301,7 +300,7 @@ def static_command(
                 static.print_layers(console, network)
     static.print_resources(console, resources)
     if json is not None:
-        with models_compare.writing(json):
+        with documents.writing(json):
             files.replace(json, predict.text(content).encode())
 
 
@@ -334,7 +333,7 @@ def report_command(
 
 def _device(name: str) -> str:
     device = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    models_compare.check_device(device)
+    check_device(device)
     return device
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import unicodedata
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +45,6 @@ def check_output(name: str, path: Path | None) -> None:
     needed = [target.parent, target] if regular else [path]
     if not all(os.access(one, os.W_OK) for one in needed if one.exists()):
         raise InvalidArgumentError(f"--{name} is {str(path)!r}, which cannot be written")
-
-
-def error_text(value: float | None) -> str:
-    """A relative error as the tables show it."""
-    return "-" if value is None else f"{value:.1e}" if math.isfinite(value) else "not finite"
-
-
-def kept_text(candidate: Mapping[str, Any] | None, case: Mapping[str, Any]) -> str:
-    """What a candidate of a result file keeps for the backward pass, in MiB an image."""
-    kept = candidate and candidate.get("kept_bytes")
-    return f"{kept / case['batch'] / 2**20:.1f}" if kept else "-"
 
 
 def check_model(name: str) -> None:

@@ -1,6 +1,11 @@
-"""`fused-resnet bench`: what the kernels and the models take, and what the hardware would allow.
+"""All that times, draws or reports: the work behind the command `fused-resnet`.
 
-`kernels.py` times layers, `models.py` whole models, `predict.py` predicts GPUs that are not here;
-`documents.py` keeps results as data, `comparison.py` compares two of them, `page.py` and
-`page_plots.py` draw them.
+`clock.py` times calls, `compare.py` one model's candidates, `models.py` whole models, `kernels.py`
+layers, `tune/` the ways to run one; `predict.py` predicts GPUs that are not here. `documents.py`
+keeps results as data, `comparison.py` compares two of them, `page.py`, `page_plots.py` and
+`plot.py` draw them.
 """
+
+from .clock import PeakMemory, kept_bytes
+
+__all__ = ["PeakMemory", "kept_bytes"]

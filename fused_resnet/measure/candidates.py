@@ -19,10 +19,11 @@ from torch import Tensor
 from .. import backends, functional
 from ..backends import library, triton
 from ..tuning import architecture, chain, choose
-from ..tuning.problem import CHAINED, ChainProblem, ConvProblem, Problem
+from ..tuning.choice import CHAINED
+from ..tuning.problem import ChainProblem, ConvProblem, Problem
 from . import norms
 from .inputs import InvalidArgumentError
-from .tune import tuner
+from .tune import cases
 
 Call = Callable[[], Any]
 Prepare = Callable[[tuple, Problem], Call]
@@ -111,7 +112,7 @@ def fused(backend: str) -> Prepare:
 
 def eager_block(arguments: tuple, problem: ChainProblem) -> Call:
     """A Bottleneck from its 3x3 to the next one's first 1x1, by operators of their own."""
-    return lambda: tuner.eager_chain(arguments)
+    return lambda: cases.eager_chain(arguments)
 
 
 def fused_block(backend: str) -> Prepare:

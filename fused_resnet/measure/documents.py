@@ -2,7 +2,7 @@
 
 A file has one of three schemas, named in its `schema`:
 
-- "fused_resnet.results/2", whole models: documented at `fused_resnet.measure.compare.document`.
+- "fused_resnet.results/2", whole models: documented at `document`.
 - "fused_resnet.kernels/1", layers: documented at `fused_resnet.measure.kernels.document`.
 - "fused_resnet.predicted/3", predictions: documented in `fused_resnet/measure/predict.py`.
 
@@ -17,22 +17,23 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import files
-from . import compare, environment, schemas
+from . import environment, schemas
+from .case import Candidate, Result
 from .inputs import InvalidArgumentError, first_line
 
-MODELS = compare.SCHEMA
+MODELS = "fused_resnet.results/2"
 KERNELS = "fused_resnet.kernels/1"
 PREDICTED = "fused_resnet.predicted/3"
 _OLD_MODELS = "fused_resnet.results/1"
 # What tells one case of a file from another.
 _KEYS = ("model", "batch", "dtype", "device", "mode", "threads")
-
 
 # How long a process that adds results waits for others that do.
 _LOCK_TIMEOUT = 60.0
@@ -115,9 +116,9 @@ def save(content: dict[str, Any], path: Path) -> None:
     Raises:
         InvalidArgumentError: it cannot be written.
     """
-    with compare.writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        compare.write_json(content, path)
+        write_json(content, path)
 
 
 def add(content: dict[str, Any], path: Path) -> tuple[Path, str | None]:
@@ -133,7 +134,7 @@ def add(content: dict[str, Any], path: Path) -> tuple[Path, str | None]:
     Raises:
         InvalidArgumentError: it cannot be written.
     """
-    with compare.writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # The folder's: a lock beside each file would litter the repository.
         with files.locked(path.parent / ".lock", _LOCK_TIMEOUT):
@@ -183,3 +184,115 @@ def newest(results: Path, schema: str) -> list[Path]:
                 latest[mode] = max(latest.get(mode, dated), dated)
         found += [path for _, path in sorted(set(latest.values()))]
     return found
+
+
+def document(
+    results: Sequence[Result], command: str, root: Path = environment.ROOT
+) -> dict[str, object]:
+    """The results as JSON, schema "fused_resnet.results/2".
+
+    Top level: what `environment.provenance` gives, and `cases`.
+
+    A case: `model`, `batch`, `dtype`, `device`, `mode` ("inference" or "training"),
+    `memory_format`, `weights` ("random" or what was given), `seed`, `images` (paths; empty for
+    the default photograph), `backend` (null for the library's choice), `threads`, `rounds` (those
+    timed), `interrupted`, `fused` (lines that say what ran how), `telemetry` (`before` and
+    `after` the timing, see `telemetry.snapshot`; null in older files), `candidates`.
+
+    A candidate: `name`, `skipped` (null, or why it did not run; then the rest is null), `wrong`
+    (error above `testing.FACTOR` times eager's if fused, `FACTOR_OF_OTHERS` times otherwise; then
+    only the errors and `top5_agreement` are not null, since what is wrong is not timed),
+    `latency_ms` (`median`, `p10`, `p90`, `samples`), `images_per_second`, `ratio_to_eager` (of
+    the median latencies), `peak_memory_bytes` (above model and input, null when not measured),
+    `kept_bytes` (for the backward pass, each storage once, without parameters, buffers and
+    the input; null in inference, absent in older files),
+    `energy_joules` (of one call, null where the device does not tell),
+    `error` and `gradient_error` (relative to float64, `Accuracy`; null when not finite or, for
+    the gradient, in inference), `top5_agreement` (0 to 1).
+
+    `root` is the folder whose commit is recorded.
+    """
+    device = results[0].case.torch_device
+    cases = [_case_document(result) for result in results]
+    return {**environment.provenance(MODELS, command, device, root), "cases": cases}
+
+
+def _case_document(result: Result) -> dict[str, object]:
+    case, eager = result.case, result.candidates[0].latency
+    return {
+        "model": case.model,
+        "batch": case.batch_size,
+        "dtype": case.dtype,
+        "device": case.device,
+        "mode": "training" if case.train else "inference",
+        "memory_format": "channels_last",
+        "weights": case.weights or "random",
+        "seed": case.seed,
+        "images": list(case.images),
+        "backend": case.backend,
+        "threads": result.threads,
+        "rounds": len(eager.samples) if eager else 0,
+        "interrupted": result.interrupted,
+        "fused": list(result.fused),
+        "telemetry": {when: dict(state) for when, state in result.telemetry.items()},
+        "candidates": [_candidate_document(result, one) for one in result.candidates],
+    }
+
+
+def _candidate_document(result: Result, candidate: Candidate) -> dict[str, object]:
+    latency, accuracy = candidate.latency, candidate.accuracy
+    timing = (
+        "latency_ms",
+        "images_per_second",
+        "ratio_to_eager",
+        "peak_memory_bytes",
+        "kept_bytes",
+    )
+    fields: dict[str, object] = {"name": candidate.name, "skipped": candidate.skipped}
+    fields |= dict.fromkeys((*timing, "energy_joules", *_ACCURACY, "wrong"))
+    if accuracy is None:
+        return fields
+    errors = (_finite(accuracy.error), _finite(accuracy.gradient_error), accuracy.top5)
+    fields |= {**dict(zip(_ACCURACY, errors, strict=True)), "wrong": candidate.wrong}
+    if latency is None:
+        return fields
+    return fields | {
+        "latency_ms": {
+            "median": latency.median,
+            "p10": latency.quantile(0.1),
+            "p90": latency.quantile(0.9),
+            "samples": list(latency.samples),
+        },
+        "images_per_second": result.images_per_second(candidate),
+        "ratio_to_eager": candidate.ratio_to_eager,
+        "peak_memory_bytes": candidate.peak_memory,
+        "kept_bytes": candidate.kept,
+        "energy_joules": candidate.energy,
+    }
+
+
+_ACCURACY = ("error", "gradient_error", "top5_agreement")
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def write_json(document: Mapping[str, object], path: Path) -> None:
+    """Writes strict JSON, complete or not at all.
+
+    Raises:
+        OSError: the file cannot be written; it stays as it was.
+    """
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    files.replace(path, text.encode())
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes of what the system says of a file that cannot be written an InvalidArgumentError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise InvalidArgumentError(f"{path} cannot be written: {reason}") from None

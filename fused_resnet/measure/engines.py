@@ -16,14 +16,44 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 
-from . import compare
-from .compare import Call, Case, Engine
+from .. import backends, swap
+from .case import Call, Case, Engine
+from .step import step
 
 SETTLE = 0.05
+
+
+def eager(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
+    """The model as torchvision has it."""
+    return step(model, model, input, case)
+
+
+def compiled(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
+    """The model under `torch.compile` with its default options."""
+    return step(model, torch.compile(model), input, case)
+
+
+def fused(
+    model: torch.nn.Module,
+    input: torch.Tensor,
+    case: Case,
+    wrap: Callable[[torch.nn.Module], Callable[..., torch.Tensor]] = lambda model: model,
+    memory: str = "normal",
+) -> Call:
+    """The model after `fuse`, on the case's backend; `wrap` makes what is called of it."""
+    call = step(model, wrap(swap.fuse(model, memory=memory)), input, case)
+    if case.backend is None:
+        return call
+
+    def on_backend() -> torch.Tensor:
+        with backends.use_backend(case.backend):
+            return call()
+
+    return on_backend
 
 
 def openvino(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
@@ -122,7 +152,7 @@ def compiled_mode(mode: str) -> Engine:
     def engine(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
         if input.device.type != "cuda":
             raise NotImplementedError("is a candidate on a GPU only")
-        return compare.step(model, torch.compile(model, mode=mode), input, case)
+        return step.step(model, torch.compile(model, mode=mode), input, case)
 
     return engine
 
@@ -162,23 +192,25 @@ def fused_low_memory(model: torch.nn.Module, input: torch.Tensor, case: Case) ->
     """The fused model that keeps less for the backward pass and computes more."""
     if not case.train:
         raise NotImplementedError("differs in training only")
-    return compare.fused(model, input, case, memory="low")
+    return fused(model, input, case, memory="low")
 
 
 def fused_compiled(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
     """The fused model under `torch.compile`, which sees our operators."""
-    return compare.fused(model, input, case, wrap=torch.compile)
+    return fused(model, input, case, wrap=torch.compile)
 
 
 ENGINES: dict[str, Engine] = {
-    **compare.ENGINES,
+    "eager": eager,
+    "torch.compile": compiled,
+    "fused": fused,
     "fused, low memory": fused_low_memory,
     "fused, torch.compile": fused_compiled,
     "torch.compile, frozen": compiled_frozen,
     "torch.compile, reduce-overhead": compiled_mode("reduce-overhead"),
     "torch.compile, max-autotune": compiled_mode("max-autotune"),
-    "CUDA graph": graphed(compare.eager),
-    "fused, CUDA graph": graphed(compare.fused),
+    "CUDA graph": graphed(eager),
+    "fused, CUDA graph": graphed(fused),
     "OpenVINO": openvino,
     "ONNX Runtime": onnx_runtime,
 }

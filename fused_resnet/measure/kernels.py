@@ -32,10 +32,10 @@ from ..tuning import architecture
 from ..tuning.problem import ChainProblem, ConvProblem, Problem
 from . import ceilings, documents, environment, networks, norms, telemetry
 from .candidates import Call, Prepare
+from .case import FACTOR_OF_OTHERS
 from .clock import Latency, threads
-from .compare import FACTOR_OF_OTHERS
 from .inputs import first_line
-from .tune import tuner
+from .tune import cases, race
 
 TIMED, WRONG, FAILED = "timed", "wrong", "failed"
 _MOST_SETS = 32
@@ -143,9 +143,9 @@ def measure(
     device = torch.device(case.device)
     if device.type == "cuda":
         cache = architecture.of_device(device).l2_bytes
-        timer: tuner.Timer = tuner.EventTimer(device, _FLUSHED_CACHES * cache)
+        timer: race.Timer = race.EventTimer(device, _FLUSHED_CACHES * cache)
     else:
-        timer = tuner.host_timer
+        timer = race.host_timer
     with threads(thread_count):
         progress(None, 0)
         before = telemetry.snapshot(device)
@@ -207,13 +207,13 @@ def _rows(
     problem: Problem,
     candidates: Mapping[str, Prepare],
     device: torch.device,
-    timer: tuner.Timer,
+    timer: race.Timer,
     rounds: int,
 ) -> list[Row]:
     """Checks the candidates for a layer and times those that are right."""
     # Outside of inference mode: tensors made in it have no version, by which the CPU backend knows
     # that a model's weights are those it has prepared already.
-    with tuner.precision(problem.dtype), torch.no_grad():
+    with cases.precision(problem.dtype), torch.no_grad():
         try:
             case = _make_case(problem, device)
             sets = _argument_sets(case, device)
@@ -222,7 +222,7 @@ def _rows(
             return [Row(name, FAILED, reason) for name in candidates]
     trains = isinstance(problem, norms.NormProblem)
     mode = torch.enable_grad() if trains else torch.inference_mode()
-    with tuner.precision(problem.dtype), mode:
+    with cases.precision(problem.dtype), mode:
         rows = {name: _checked(name, prepare, case) for name, prepare in candidates.items()}
         calls: dict[str, Call] = {}
         for name, row in rows.items():
@@ -247,12 +247,12 @@ def _rows(
 def _make_case(problem: Problem | norms.NormProblem, device: torch.device) -> Any:
     if isinstance(problem, norms.NormProblem):
         return norms.make_case(problem, device)
-    make = tuner.make_chain_case if isinstance(problem, ChainProblem) else tuner.make_case
+    make = cases.make_chain_case if isinstance(problem, ChainProblem) else cases.make_case
     return make(problem, device)
 
 
 def _checked(
-    name: str, prepare: Prepare, case: tuner.Case | tuner.ChainCase | norms.NormCase
+    name: str, prepare: Prepare, case: cases.Case | cases.ChainCase | norms.NormCase
 ) -> Row:
     """A candidate's row before it is timed.
 
@@ -266,18 +266,18 @@ def _checked(
         out = run(case.arguments, case.problem)
         if isinstance(case, norms.NormCase):
             return _checked_norm(name, out, case)
-        if isinstance(case, tuner.ChainCase):
+        if isinstance(case, cases.ChainCase):
             return _checked_block(name, run, out, case)
         if out.shape != case.expected.shape:
             reason = f"shape {tuple(out.shape)}, must be {tuple(case.expected.shape)}"
             return Row(name, WRONG, reason)
-        error = tuner.relative_error(out, case.expected)
+        error = cases.relative_error(out, case.expected)
         limit = case.allowed_error
         if not name.startswith("fused"):
             limit *= FACTOR_OF_OTHERS / FACTOR
         if not (math.isfinite(error) if name == "eager" else error <= limit):
             return Row(name, WRONG, f"error {error:.1e}, at most {limit:.1e}", _finite(error))
-        nan = tuner.nan_error(run, case)
+        nan = cases.nan_error(run, case)
     except Exception as error:
         return Row(name, FAILED, _text(error))
     if nan is not None and name.startswith("fused"):
@@ -286,16 +286,16 @@ def _checked(
 
 
 def _checked_block(
-    name: str, run: tuner.Run, outputs: tuple[torch.Tensor, ...], case: tuner.ChainCase
+    name: str, run: cases.Run, outputs: tuple[torch.Tensor, ...], case: cases.ChainCase
 ) -> Row:
     """`_checked` of a Bottleneck, whose error is the larger of its outputs'."""
-    if (reason := tuner.chain_error(outputs, case)) and name != "eager":
+    if (reason := cases.chain_error(outputs, case)) and name != "eager":
         return Row(name, WRONG, reason)
-    errors = map(tuner.relative_error, outputs, case.expected)
+    errors = map(cases.relative_error, outputs, case.expected)
     error = max(errors, key=lambda one: one if math.isfinite(one) else math.inf)
     if not math.isfinite(error):
         return Row(name, WRONG, "not finite")
-    nan = tuner.chain_nan_error(run, case)
+    nan = cases.chain_nan_error(run, case)
     if nan is not None and name.startswith("fused"):
         return Row(name, WRONG, nan, error, False)
     return Row(name, TIMED, None, error, nan is None)
@@ -311,7 +311,7 @@ def _checked_norm(name: str, results: tuple[torch.Tensor, ...], case: norms.Norm
 
 
 def _argument_sets(
-    case: tuner.Case | tuner.ChainCase | norms.NormCase, device: torch.device
+    case: cases.Case | cases.ChainCase | norms.NormCase, device: torch.device
 ) -> list[tuple]:
     """The layer's tensors, on a CPU as often as it takes to be out of a core's cache."""
     if device.type == "cuda":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from .compare import Candidate, Case, Engine, Result, compare
+from .case import Candidate, Case, Engine, Result
+from .compare import compare
 from .engines import engines_for, settle_for
 from .inputs import InvalidArgumentError, first_line
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import functional
 from ..testing import FACTOR
 from .predict_training import norms_of
-from .tune import tuner
+from .tune import cases
 
 Call = Callable[[], Any]
 Prepare = Callable[[tuple, "NormProblem"], Call]
@@ -91,7 +91,7 @@ class NormCase:
                     math.nan,
                     f"{name}: shape {tuple(out.shape)}, must be {tuple(expected.shape)}",
                 )
-            errors.append(tuner.relative_error(out, expected))
+            errors.append(cases.relative_error(out, expected))
             if not errors[-1] <= factor * allowed:
                 reason = reason or f"{name}: error {errors[-1]:.1e}, at most {factor * allowed:.1e}"
         if len(results) != len(self.expected):
@@ -131,7 +131,7 @@ def make_case(problem: NormProblem, device: torch.device, seed: int = 0) -> Norm
     floor = 4 * torch.finfo(torch.float32).eps
     eager = step(operators, copied(arguments), problem)
     allowed = [
-        max(FACTOR * tuner.relative_error(out, reference), floor)
+        max(FACTOR * cases.relative_error(out, reference), floor)
         for out, reference in zip(eager, expected, strict=True)
     ]
     return NormCase(problem, arguments, expected, tuple(allowed))

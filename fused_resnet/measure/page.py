@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..cli.console import error_text, kept_text
 from . import documents, kernels
-from .compare import writing
+from .documents import writing
 from .inputs import InvalidArgumentError, first_line
+from .text import error_text, kept_text
 
 _STYLE = """
 :root { color: #222; background: #fff; font: 16px/1.5 system-ui, sans-serif; }

@@ -59,16 +59,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..tuning import basic_block, chain, compiler, estimate, untuned
 from ..tuning.architecture import ARCHITECTURES, Architecture
-from ..tuning.problem import (
-    CHAIN_WITHOUT_NEXT,
-    CONVOLUTIONS,
-    ESTIMATE,
-    PAIR,
-    BasicBlockProblem,
-    ChainProblem,
-    Choice,
-    ConvProblem,
-)
+from ..tuning.choice import CHAIN_WITHOUT_NEXT, CONVOLUTIONS, ESTIMATE, PAIR, Choice
+from ..tuning.problem import BasicBlockProblem, ChainProblem, ConvProblem
 from . import documents, predict_training
 from . import networks as layers
 

@@ -29,15 +29,8 @@ from .. import _native
 from ..layers import checks
 from . import estimate
 from .architecture import MATRIX_EFFICIENCY, Architecture
-from .problem import (
-    BASIC_BLOCK,
-    CONVOLUTIONS,
-    ESTIMATE,
-    MEASURED,
-    BasicBlockProblem,
-    Choice,
-    Tile,
-)
+from .choice import BASIC_BLOCK, CONVOLUTIONS, ESTIMATE, MEASURED, Choice, Tile
+from .problem import BasicBlockProblem
 
 if TYPE_CHECKING:
     from ..ops.residual_blocks import BlockLayers

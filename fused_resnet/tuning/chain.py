@@ -29,18 +29,8 @@ from torch import Tensor
 from ..layers import checks
 from . import compiler, estimate
 from .architecture import Architecture
-from .problem import (
-    CHAIN,
-    CHAIN_WITHOUT_NEXT,
-    CONVOLUTIONS,
-    ESTIMATE,
-    MEASURED,
-    PAIR,
-    ChainProblem,
-    Choice,
-    ConvProblem,
-    Tile,
-)
+from .choice import CHAIN, CHAIN_WITHOUT_NEXT, CONVOLUTIONS, ESTIMATE, MEASURED, PAIR, Choice, Tile
+from .problem import ChainProblem, ConvProblem
 
 if TYPE_CHECKING:
     from ..ops.residual_blocks import BlockLayers

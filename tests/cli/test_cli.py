@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -18,8 +19,9 @@ import torchvision
 from support import Run
 from support.results_schema import check_document
 
-from fused_resnet import backends, cli
-from fused_resnet.measure import clock, compare, inputs
+from fused_resnet import backends
+from fused_resnet.measure import clock, compare, engines, inputs
+from fused_resnet.measure.case import Call, Case
 
 
 def quick(*arguments: object) -> tuple[object, ...]:
@@ -232,9 +234,9 @@ def test_unavailable_backend_says_why(run: Run, monkeypatch: pytest.MonkeyPatch)
 def test_plot_without_matplotlib_fails_first(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    find_spec = cli.importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        cli.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name, *rest: None if name == "matplotlib" else find_spec(name, *rest),
     )
@@ -321,17 +323,17 @@ def test_environment_variable_naming_no_backend(tmp_path: Path) -> None:
 
 
 def test_wrong_and_failing_engines_are_shown() -> None:
-    case = compare.Case("resnet18", rounds=1, memory=False)
+    case = Case("resnet18", rounds=1, memory=False)
 
-    def wrong(*arguments: object) -> compare.Call:
-        call = compare.eager(*arguments)
+    def wrong(*arguments: object) -> Call:
+        call = engines.eager(*arguments)
         return lambda: call() * (1 + 1e-3)
 
-    def failing(*arguments: object) -> compare.Call:
+    def failing(*arguments: object) -> Call:
         raise RuntimeError("no such engine\nand more")
 
-    engines = {"eager": compare.eager, "wrong": wrong, "failing": failing}
-    eager, off, failed = compare.compare(case, engines).candidates
+    candidates = {"eager": engines.eager, "wrong": wrong, "failing": failing}
+    eager, off, failed = compare.compare(case, candidates).candidates
     assert not eager.wrong
     assert off.wrong
     assert off.accuracy.error == pytest.approx(1e-3, rel=1e-2)

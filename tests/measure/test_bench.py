@@ -40,10 +40,12 @@ from fused_resnet.measure import (
     telemetry,
 )
 from fused_resnet.measure import page as report
+from fused_resnet.measure import step as timed
+from fused_resnet.measure.case import Call, Case
 from fused_resnet.measure.inputs import InvalidArgumentError
 from fused_resnet.testing import relative_error
 from fused_resnet.tuning.architecture import ARCHITECTURES
-from fused_resnet.tuning.problem import CHAIN_KERNELS, Choice
+from fused_resnet.tuning.choice import CHAIN_KERNELS, Choice
 
 ROOT = Path(__file__).resolve().parents[2]
 STATIC = ROOT / "bench" / "results" / "static"
@@ -298,7 +300,7 @@ def test_a_layer_that_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch) -> 
     def no_memory(*arguments: object) -> None:
         raise torch.OutOfMemoryError("too large")
 
-    monkeypatch.setattr(kernels.tuner, "make_case", no_memory)
+    monkeypatch.setattr(kernels.cases, "make_case", no_memory)
     content = measured({"eager": candidates.eager})
     check_kernels_document(content)
     assert "too large" in content["cases"][0]["layers"][0]["candidates"][0]["reason"]
@@ -469,8 +471,8 @@ def test_training_in_16_bits_is_mixed_precision(dtype: str) -> None:
     before = model[0].weight.detach().clone()
     gradients = {}
     for name in (dtype, "float32"):
-        case = compare.Case("resnet18", dtype=name, train=True)
-        logits = compare.step(model, model, input, case)()
+        case = Case("resnet18", dtype=name, train=True)
+        logits = timed.step(model, model, input, case)()
         assert logits.dtype is getattr(torch, name)
         gradients[name] = model[0].weight.grad
     assert gradients[dtype].dtype is torch.float32
@@ -481,31 +483,31 @@ def test_training_in_16_bits_is_mixed_precision(dtype: str) -> None:
     assert {p.dtype for p in prepared.parameters()} == {torch.float32}
 
 
-def failing(model: Any, input: Any, case: compare.Case) -> compare.Call:
+def failing(model: Any, input: Any, case: Case) -> Call:
     raise torch.OutOfMemoryError("too large")
 
 
 def test_models_that_fail_are_rows() -> None:
-    case = compare.Case("resnet18", rounds=1, threads=1, memory=False)
-    (result,) = models.measure([case], engines={"eager": compare.eager, "fused": failing})
+    case = Case("resnet18", rounds=1, threads=1, memory=False)
+    (result,) = models.measure([case], engines={"eager": engines.eager, "fused": failing})
     eager, fused = result.candidates
     assert eager.latency is not None
     assert fused.skipped == "OutOfMemoryError: too large"
-    (result,) = models.measure([case], engines={"eager": failing, "fused": compare.fused})
+    (result,) = models.measure([case], engines={"eager": failing, "fused": engines.fused})
     assert [one.skipped for one in result.candidates] == 2 * ["OutOfMemoryError: too large"]
-    content = compare.document([result], "")
+    content = documents.document([result], "")
     check_document(content)
 
 
 @pytest.mark.usefixtures("interruptible")
 def test_interrupted_models_keep_the_cases_that_are_done() -> None:
-    first = compare.Case("resnet18", rounds=1, threads=1, memory=False)
-    second = compare.Case("resnet18", batch=2, rounds=1, threads=1, memory=False)
+    first = Case("resnet18", rounds=1, threads=1, memory=False)
+    second = Case("resnet18", batch=2, rounds=1, threads=1, memory=False)
 
-    def engine(model: Any, input: torch.Tensor, case: compare.Case) -> compare.Call:
+    def engine(model: Any, input: torch.Tensor, case: Case) -> Call:
         if case.batch == 2:
             signal.raise_signal(signal.SIGINT)
-        return compare.eager(model, input, case)
+        return engines.eager(model, input, case)
 
     (result,) = models.measure([first, second], engines={"eager": engine})
     assert result.case is first
@@ -519,8 +521,8 @@ def test_interrupted_models_keep_the_cases_that_are_done() -> None:
 )
 def test_other_engines_compute_the_same(name: str, package: str) -> None:
     pytest.importorskip(package, reason='needs pip install ".[bench]"')
-    case = compare.Case("resnet18", rounds=1, memory=False)
-    result = compare.compare(case, {"eager": compare.eager, name: engines.ENGINES[name]})
+    case = Case("resnet18", rounds=1, memory=False)
+    result = compare.compare(case, {"eager": engines.eager, name: engines.ENGINES[name]})
     _, other = result.candidates
     assert other.skipped is None
     assert not other.wrong
@@ -529,7 +531,7 @@ def test_other_engines_compute_the_same(name: str, package: str) -> None:
 
 def test_engines_refuse_what_they_cannot_run() -> None:
     model, input = torch.nn.Identity(), torch.zeros(1)
-    case = compare.Case("resnet18", train=True)
+    case = Case("resnet18", train=True)
     for name in ("torch.compile, frozen", "OpenVINO", "ONNX Runtime", "CUDA graph"):
         with pytest.raises((NotImplementedError, ImportError)):
             engines.ENGINES[name](model, input, case)

@@ -41,6 +41,7 @@ from fused_resnet.measure import (
     resources,
 )
 from fused_resnet.measure import page as report
+from fused_resnet.measure.case import Accuracy, Candidate, Case, Result
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "[/red] [bold]:smile: $\\frac{$ \\"
@@ -104,10 +105,11 @@ def test_no_child_imports_from_the_current_folder(start: str, tmp_path: Path) ->
     program = f"""
         import os, sys, torch
         from fused_resnet.measure import compare
+        from fused_resnet.measure.case import Case
         {where or ""}
         torch.set_num_threads(1)
         os.chdir({str(here)!r})
-        case = compare.Case("resnet18", threads=1)
+        case = Case("resnet18", threads=1)
         print(compare._peak_memory("fused", case))
     """
     peak = int(run_python(program))
@@ -125,8 +127,9 @@ def test_the_child_finds_the_package_in_the_current_folder(tmp_path: Path) -> No
         sys.path.insert(0, os.getcwd())
         import fused_resnet
         from fused_resnet.measure import compare
+        from fused_resnet.measure.case import Case
         assert os.path.dirname(fused_resnet.__file__) == {str(tmp_path / "fused_resnet")!r}
-        print(compare._peak_memory("eager", compare.Case("resnet18", threads=1)))
+        print(compare._peak_memory("eager", Case("resnet18", threads=1)))
     """
     assert int(run_python(program)) > 2**20
 
@@ -260,12 +263,12 @@ def test_compare_on_a_full_disk(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    case = compare.Case("resnet18", threads=1)
+    case = Case("resnet18", threads=1)
     latency = compare.Latency((1.0, 2.0, 3.0))
-    row = compare.Candidate(
-        "eager", latency=latency, accuracy=compare.Accuracy(1e-7, None, 1.0), ratio_to_eager=1.0
+    row = Candidate(
+        "eager", latency=latency, accuracy=Accuracy(1e-7, None, 1.0), ratio_to_eager=1.0
     )
-    result = compare.Result(case, 1, (row,), (), False, {})
+    result = Result(case, 1, (row,), (), False, {})
     monkeypatch.setattr(compare, "compare", lambda case, progress: result)
     path = tmp_path / ("a.json" if option == "--json" else "a.png")
     path.write_text("old")

@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_resnet import _native, backends, tuning
 from fused_resnet.backends import cuda, triton
 from fused_resnet.measure import networks
-from fused_resnet.measure.tune import tuner
+from fused_resnet.measure.tune import cases, tuner
 from fused_resnet.tuning import (
     BasicBlockProblem,
     Choice,
@@ -25,14 +25,14 @@ from fused_resnet.tuning import (
     estimate,
     table,
 )
-from fused_resnet.tuning.problem import (
+from fused_resnet.tuning.choice import (
     BASIC_BLOCK,
     BASIC_BLOCK_KERNELS,
     CONVOLUTIONS,
     ESTIMATE,
     MEASURED,
-    parse_problem,
 )
+from fused_resnet.tuning.problem import parse_problem
 
 pytestmark = pytest.mark.quick
 
@@ -184,21 +184,21 @@ def test_who_runs_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 def test_the_reference_is_float64() -> None:
     problem = BasicBlockProblem(3, 64, 4, 5, "float16")
-    case = tuner.case_of(problem, CPU)
+    case = cases.case_of(problem, CPU)
     assert [tuple(one.shape) for one in case.expected] == [(3, 64, 4, 5)]
     assert case.expected[0].dtype is torch.float64
     assert tuner.baseline(problem) == Choice(CONVOLUTIONS, None, MEASURED)
 
     def eager(arguments: tuple, problem: BasicBlockProblem) -> tuple[Tensor, ...]:
-        return tuner.eager_basic_block(arguments)
+        return cases.eager_basic_block(arguments)
 
-    assert tuner.check(eager, case) is None
+    assert cases.check(eager, case) is None
     for spoil, part in (
         (lambda out: out * 1.01, "output: error"),
         (lambda out: out[:2], "output: shape"),
         (lambda out: out.nan_to_num(0.0), "NaN lost"),
     ):
-        assert part in tuner.check(lambda *both, spoil=spoil: (spoil(eager(*both)[0]),), case)
+        assert part in cases.check(lambda *both, spoil=spoil: (spoil(eager(*both)[0]),), case)
 
 
 def test_one_by_one_is_a_candidate() -> None:
@@ -210,8 +210,8 @@ def test_one_by_one_is_a_candidate() -> None:
     assert len({str(choice) for choice in tried}) == len(tried) == 1 + len(basic_block.SHAPES)
     if triton.available() != "yes":
         pytest.skip(f"triton: {triton.available()}")
-    case = tuner.case_of(problem, CPU)
-    assert tuner.check(tuner.run_of(Choice(CONVOLUTIONS, None, MEASURED)), case) is None
+    case = cases.case_of(problem, CPU)
+    assert cases.check(tuner.run_of(Choice(CONVOLUTIONS, None, MEASURED)), case) is None
 
 
 def test_dry_run_lists_them(run: Run) -> None:

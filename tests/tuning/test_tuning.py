@@ -33,10 +33,11 @@ from support import MODELS, Run
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet import backends, cli, tuning
+from fused_resnet import backends, tuning
 from fused_resnet.backends import cudnn, library
+from fused_resnet.measure import case as comparison
 from fused_resnet.measure import networks
-from fused_resnet.measure.tune import tuner
+from fused_resnet.measure.tune import cases, race, tuner
 from fused_resnet.tuning import (
     Choice,
     ConvProblem,
@@ -47,18 +48,16 @@ from fused_resnet.tuning import (
     estimate,
     table,
 )
-from fused_resnet.tuning.problem import (
+from fused_resnet.tuning.choice import (
     CHAIN,
     CHAIN_KERNELS,
     CHAIN_WITHOUT_NEXT,
-    DTYPES,
     ESTIMATE,
     MEASURED,
     PAIR,
     SHIPPED,
-    ChainProblem,
-    parse_problem,
 )
+from fused_resnet.tuning.problem import DTYPES, ChainProblem, parse_problem
 
 pytestmark = pytest.mark.quick
 
@@ -932,13 +931,13 @@ def run_pooled(arguments: tuple, problem: ConvProblem) -> Tensor:
     return tuner._run_library(arguments, problem)
 
 
-def fake_runner(**changes: Callable[[Tensor], Tensor]) -> Callable[[Choice], tuner.Run]:
+def fake_runner(**changes: Callable[[Tensor], Tensor]) -> Callable[[Choice], cases.Run]:
     """Every candidate computes what the library does, those named otherwise changed afterwards.
 
     A name is the start of a candidate's, with _ for what cannot be in a Python name.
     """
 
-    def runner(choice: Choice) -> tuner.Run:
+    def runner(choice: Choice) -> cases.Run:
         name = "".join(c if c.isalnum() else "_" for c in str(choice))
         for start, change in changes.items():
             if name.startswith(start):
@@ -1002,7 +1001,7 @@ def test_never_slower_than_not_tuning(data: st.DataObject) -> None:
 
     default, kept = str(tuning.untuned(SMALL, H100)), str(tuner.LIBRARY)
     calls = dict.fromkeys(names, lambda: None)
-    medians = tuner.race(calls, {default, kept}, noisy)
+    medians = race.race(calls, {default, kept}, noisy)
     assert {default, kept} <= set(medians)
     fastest = min(medians.values())
     assert fastest <= min(medians[default], medians[kept])
@@ -1012,7 +1011,7 @@ def test_halving_spares_the_slow() -> None:
     names = [f"candidate {index}" for index in range(40)]
     timer = FakeTimer(lambda name: 1e-6 * (1 + int(name.split()[1])))
     shares: list[float] = []
-    medians = tuner.race(dict.fromkeys(names, lambda: None), {"candidate 39"}, timer, shares.append)
+    medians = race.race(dict.fromkeys(names, lambda: None), {"candidate 39"}, timer, shares.append)
     assert min(medians, key=medians.__getitem__) == "candidate 0"
     assert "candidate 39" in medians
     assert timer.rounds["candidate 30"] == 3
@@ -1020,7 +1019,7 @@ def test_halving_spares_the_slow() -> None:
     assert sum(timer.rounds.values()) < 40 * 16
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
-    assert tuner.race({}, set(), timer) == {}
+    assert race.race({}, set(), timer) == {}
 
 
 def drops_nan(out: Tensor) -> Tensor:
@@ -1068,14 +1067,14 @@ def test_nothing_right_is_nothing_remembered(tmp_path: Path) -> None:
 
 
 def test_out_of_memory_skips_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = tuner.make_case
+    original = cases.make_case
 
-    def case(problem: ConvProblem, device: torch.device) -> tuner.Case:
+    def case(problem: ConvProblem, device: torch.device) -> cases.Case:
         if problem is STEM:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(problem, device)
 
-    monkeypatch.setattr(tuner, "make_case", case)
+    monkeypatch.setattr(cases, "make_case", case)
     path = tmp_path / "t.json"
     timer = FakeTimer(lambda name: 1e-5)
     session = tuner.tune_all([STEM, SMALL], H100, CPU, timer, path, runner=fake_runner())
@@ -1123,7 +1122,7 @@ def test_timed_for_real_on_the_cpu() -> None:
         SMALL,
         H100,
         CPU,
-        tuner.host_timer,
+        race.host_timer,
         choices=[tuning.untuned(dataclasses.replace(SMALL, dtype="float16"), H100), tuner.LIBRARY],
         runner=fake_runner(triton=slow),
     )
@@ -1134,23 +1133,23 @@ def test_timed_for_real_on_the_cpu() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reference_is_float64(dtype: str) -> None:
     problem = dataclasses.replace(SMALL, N=5, dtype=dtype)
-    case = tuner.make_case(problem, CPU)
+    case = cases.make_case(problem, CPU)
     assert case.expected.dtype == torch.float64
     assert case.expected.shape == (5, 16, 6, 6)
-    in_parts = tuner._expected(case.arguments, problem, images=2)
+    in_parts = cases._expected(case.arguments, problem, images=2)
     torch.testing.assert_close(in_parts, case.expected, rtol=1e-12, atol=1e-12)
     assert case.arguments[0].is_contiguous(memory_format=torch.channels_last)
-    assert tuner.check(run_pooled, case) is None
-    again = tuner.make_case(problem, CPU)
+    assert cases.check(run_pooled, case) is None
+    again = cases.make_case(problem, CPU)
     assert torch.equal(again.arguments[0], case.arguments[0])
 
 
 def test_precision_is_restored() -> None:
     settings = torch.backends.cudnn.conv
     before = settings.fp32_precision
-    with tuner.precision("float32"):
+    with cases.precision("float32"):
         assert settings.fp32_precision == "ieee"
-    with tuner.precision("tfloat32"):
+    with cases.precision("tfloat32"):
         assert settings.fp32_precision == "tf32"
     assert settings.fp32_precision == before
 
@@ -1180,7 +1179,7 @@ def cudnn_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_cudnn_computes_the_same_but_for_nan(
     cudnn_on_the_cpu: dict[str, int], residual: bool
 ) -> None:
-    case = tuner.make_case(dataclasses.replace(SMALL, residual=residual), CPU)
+    case = cases.make_case(dataclasses.replace(SMALL, residual=residual), CPU)
     bias = torch.randn(16)
     arguments = (*case.arguments[:7], bias, *case.arguments[8:])
     out = cudnn.conv_bn_act(*arguments)
@@ -1191,7 +1190,7 @@ def test_cudnn_computes_the_same_but_for_nan(
     assert sum(cudnn_on_the_cpu.values()) == 1
 
     name = "cudnn_convolution_add_relu" if residual else "cudnn_convolution_relu"
-    reason = tuner.check(tuner.run_of(Choice(name, None, MEASURED)), case)
+    reason = cases.check(tuner.run_of(Choice(name, None, MEASURED)), case)
     assert "NaN lost" in reason
 
 
@@ -1225,7 +1224,7 @@ def test_triton_kernels_pass_the_tuners_check(problem: ConvProblem) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_events_time_the_gpu() -> None:
     small, large = (torch.randn(size, size, device=CUDA) for size in (256, 4096))
-    timer = tuner.EventTimer(CUDA, flush_bytes=2**28)
+    timer = race.EventTimer(CUDA, flush_bytes=2**28)
     times = timer({"small": lambda: small @ small, "large": lambda: large @ large}, 10)
     assert len(times["small"]) == len(times["large"]) == 10
     medians = {name: statistics.median(samples) for name, samples in times.items()}
@@ -1279,15 +1278,15 @@ def pretend_gpu(
     an_h100: architecture.Architecture, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[FakeTimer], None]:
     """Makes the command tune "on a GPU": tensors on the CPU, the library as every kernel."""
-    monkeypatch.setattr(cli.comparison, "check_device", lambda device: None)
+    monkeypatch.setattr(comparison, "check_device", lambda device: None)
     monkeypatch.setattr(backends, "available", lambda: {"triton": "yes"})
-    original = tuner.make_case
-    monkeypatch.setattr(tuner, "make_case", lambda problem, device: original(problem, CPU))
+    original = cases.make_case
+    monkeypatch.setattr(cases, "make_case", lambda problem, device: original(problem, CPU))
     wrong = {"cudnn": drops_nan}
     monkeypatch.setattr(tuner, "run_of", fake_runner(**wrong))
 
     def use(timer: FakeTimer) -> None:
-        monkeypatch.setattr(tuner, "EventTimer", lambda device, flush_bytes: timer)
+        monkeypatch.setattr(race, "EventTimer", lambda device, flush_bytes: timer)
 
     return use
 
@@ -1494,14 +1493,14 @@ def test_chains_in_tables(tmp_path: Path, an_h100: architecture.Architecture) ->
 
 def test_a_chains_reference_is_float64() -> None:
     problem = dataclasses.replace(BLOCK, N=3)
-    case = tuner.make_chain_case(problem, CPU)
+    case = cases.make_chain_case(problem, CPU)
     assert [tuple(one.shape) for one in case.expected] == [(3, 128, 3, 3), (3, 64, 3, 3)]
     assert {one.dtype for one in case.expected} == {torch.float64}
 
     def eager(arguments: tuple, problem: ChainProblem) -> tuple[Tensor, ...]:
-        return tuner.eager_chain(arguments)
+        return cases.eager_chain(arguments)
 
-    assert tuner.check(eager, case) is None
+    assert cases.check(eager, case) is None
     for spoil, part in (
         (lambda out, after: (out, after * 1.01), "next: error"),
         (lambda out, after: (out * 1.01, after), "output: error"),
@@ -1509,7 +1508,7 @@ def test_a_chains_reference_is_float64() -> None:
         (lambda out, after: (out,), "1 outputs"),
         (lambda out, after: (out.nan_to_num(0.0), after), "NaN lost"),
     ):
-        assert part in tuner.check(lambda *both, spoil=spoil: spoil(*eager(*both)), case)
+        assert part in cases.check(lambda *both, spoil=spoil: spoil(*eager(*both)), case)
 
 
 @pytest.mark.skipif(TRITON != "yes", reason=f"triton: {TRITON}")

@@ -25,7 +25,8 @@ from ...layers.memory import contiguous_like_eager
 from ...tuning import architecture, basic_block
 from ...tuning import prologue as prologue_choice
 from ...tuning import training as training_choice
-from ...tuning.problem import ESTIMATE, TILED, ChainProblem, Choice, Tile
+from ...tuning.choice import ESTIMATE, TILED, Choice, Tile
+from ...tuning.problem import ChainProblem
 from .. import cuda, cudnn, library
 
 __all__ = [

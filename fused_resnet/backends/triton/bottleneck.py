@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ...layers import watch
 from ...layers.prepared import WeightCache, version_of
 from ...tuning.chain import slice_stages
-from ...tuning.problem import Tile
+from ...tuning.choice import Tile
 from . import conv, conv_kernels, launch
 
 

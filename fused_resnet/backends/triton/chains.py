@@ -14,15 +14,8 @@ from torch._prims_common import suggest_memory_format
 
 from ... import tuning
 from ...tuning import chain
-from ...tuning.problem import (
-    CHAIN,
-    CHAIN_WITHOUT_NEXT,
-    CHAINED,
-    PAIR,
-    ChainProblem,
-    Choice,
-    Tile,
-)
+from ...tuning.choice import CHAIN, CHAIN_WITHOUT_NEXT, CHAINED, PAIR, Choice, Tile
+from ...tuning.problem import ChainProblem
 from . import bottleneck, conv_bn_act, launch
 
 if TYPE_CHECKING:

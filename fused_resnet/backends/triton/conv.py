@@ -21,8 +21,9 @@ from torch.nn import Parameter
 
 from ... import tuning
 from ...tuning import chain
+from ...tuning.choice import Choice, Tile
 from ...tuning.estimate import USUAL_POOL, kernel_for, pooled_rows_each, special_tiles
-from ...tuning.problem import Choice, ConvProblem, Tile
+from ...tuning.problem import ConvProblem
 from ..library import precision
 from . import conv_kernels
 from . import launch as launches

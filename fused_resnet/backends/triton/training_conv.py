@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...tuning.problem import Tile
+from ...tuning.choice import Tile
 from ..library import precision
 from . import conv
 from .conv_kernels import _conv_sum, _normalized, _pixels, _tile_of

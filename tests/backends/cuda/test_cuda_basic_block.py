@@ -19,10 +19,11 @@ from torchvision.models.resnet import BasicBlock
 import fused_resnet
 from fused_resnet import backends, tuning
 from fused_resnet.backends import cuda
+from fused_resnet.measure.tune import cases as tuned
 from fused_resnet.measure.tune import tuner
 from fused_resnet.testing import assert_error_rule, randomize_
 from fused_resnet.tuning import BasicBlockProblem, Choice, Tile, basic_block
-from fused_resnet.tuning.problem import BASIC_BLOCK
+from fused_resnet.tuning.choice import BASIC_BLOCK
 
 RUNNER = next((runner for runner in RUNNERS if runner.name == "cuda"), None)
 ON_HOST = RUNNER is not None and RUNNER.device == "cpu"
@@ -487,13 +488,13 @@ def test_shapes_are_those_of_the_kernel():
 def test_the_tuner_accepts_it():
     """Its checks, NaN among them, on every tile; and what they say to a wrong one."""
     problem = BasicBlockProblem(2, C, 7, 15, "float16")
-    case = tuner.make_basic_block_case(problem, torch.device(RUNNER.device))
+    case = tuned.make_basic_block_case(problem, torch.device(RUNNER.device))
     for tile in TILES:
         run = tuner.run_of(Choice(BASIC_BLOCK, tile, "chosen by the test"))
-        assert tuner.check(run, case) is None
+        assert tuned.check(run, case) is None
 
     def without_shortcut(arguments: tuple, problem: BasicBlockProblem) -> tuple[Tensor]:
         x, first, second = arguments
-        return (tuner.eager_basic_block((x, first, second))[0].sub(x).relu(),)
+        return (tuned.eager_basic_block((x, first, second))[0].sub(x).relu(),)
 
-    assert "error" in tuner.check(without_shortcut, case)
+    assert "error" in tuned.check(without_shortcut, case)

@@ -34,7 +34,7 @@ from support import (
 import fused_resnet
 from fused_resnet import backends
 from fused_resnet.backends import cuda, library
-from fused_resnet.measure.tune import tuner
+from fused_resnet.measure.tune import cases, tuner
 from fused_resnet.testing import assert_error_rule
 from fused_resnet.tuning import Choice, ConvProblem, Tile, architecture, cuda_tiles, table
 
@@ -452,9 +452,9 @@ def test_the_tuner_may_choose_it():
     ours = [choice for choice in choices if choice.kernel == "cuda"]
     assert 1 <= len(ours) <= tuner._MOST_CUDA_TILES
     assert ours[0].tile == cuda_tiles.candidates(problem, H100)[0]
-    case = tuner.make_case(problem, torch.device(RUNNER.device))
+    case = cases.make_case(problem, torch.device(RUNNER.device))
     for choice in ours[:2]:
-        assert tuner.check(tuner.run_of(choice), case) is None
+        assert cases.check(tuner.run_of(choice), case) is None
 
 
 @pytest.mark.skipif(not ON_HOST, reason="for the kernels on the host")

@@ -36,7 +36,8 @@ from fused_resnet import backends
 from fused_resnet.testing import assert_error_rule, randomize_
 from fused_resnet.tuning import Choice, Tile, chain
 from fused_resnet.tuning.architecture import ARCHITECTURES
-from fused_resnet.tuning.problem import CHAIN, CHAIN_WITHOUT_NEXT, CONVOLUTIONS, PAIR, ChainProblem
+from fused_resnet.tuning.choice import CHAIN, CHAIN_WITHOUT_NEXT, CONVOLUTIONS, PAIR
+from fused_resnet.tuning.problem import ChainProblem
 
 RUNNER = next((runner for runner in RUNNERS if runner.name == "triton"), None)
 

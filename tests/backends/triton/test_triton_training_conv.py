@@ -19,7 +19,7 @@ from fused_resnet.measure import networks
 from fused_resnet.testing import assert_error_rule, randomize_
 from fused_resnet.tuning import estimate, training
 from fused_resnet.tuning.architecture import ARCHITECTURES
-from fused_resnet.tuning.problem import Tile
+from fused_resnet.tuning.choice import Tile
 
 RUNNER = next((runner for runner in RUNNERS if runner.name == "triton"), None)
 
