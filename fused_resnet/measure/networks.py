@@ -11,8 +11,8 @@ import torchvision
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import blocks as fused_blocks
 from .. import swap
+from ..modules import read, run
 from ..ops import BlockLayers
 from ..tuning import basic_block, chain
 from ..tuning.problem import CHAIN_DTYPES, BasicBlockProblem, ChainProblem, ConvProblem
@@ -79,9 +79,9 @@ def _first_input_and_blocks(
         model.to(getattr(torch, dtype))
         images = images.to(getattr(torch, dtype))
     with torch.no_grad():
-        x = fused_blocks.stem(model.conv1, model.bn1, model.relu, model.maxpool, images)
+        x = run.stem(model.conv1, model.bn1, model.relu, model.maxpool, images)
     stages = [model.layer1, model.layer2, model.layer3, model.layer4]
-    blocks = fused_blocks.stages_layers(stages, x)
+    blocks = read.stages_layers(stages, x)
     assert blocks is not None, "a fused model in eval mode"
     return x, blocks
 

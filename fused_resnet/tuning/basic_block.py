@@ -33,7 +33,7 @@ from .choice import BASIC_BLOCK, CONVOLUTIONS, ESTIMATE, MEASURED, Choice, Tile
 from .problem import BasicBlockProblem
 
 if TYPE_CHECKING:
-    from ..ops.residual_blocks import BlockLayers
+    from ..layers.description import BlockLayers
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # csrc/cuda/basic_block.h, as is `Shape`.

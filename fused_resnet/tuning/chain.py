@@ -33,7 +33,7 @@ from .choice import CHAIN, CHAIN_WITHOUT_NEXT, CONVOLUTIONS, ESTIMATE, MEASURED,
 from .problem import ChainProblem, ConvProblem
 
 if TYPE_CHECKING:
-    from ..ops.residual_blocks import BlockLayers
+    from ..layers.description import BlockLayers
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # The tensor cores' least depth, and the most channels whose sums fit into registers.

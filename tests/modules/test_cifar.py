@@ -26,6 +26,7 @@ from torchvision.models import resnet
 import fused_resnet
 from fused_resnet import backends, blocks, reference
 from fused_resnet.models import cifar, cifar_resnet
+from fused_resnet.modules.run import stages_forward
 from fused_resnet.testing import assert_error_rule, randomize_
 from fused_resnet.tuning import Choice
 
@@ -631,7 +632,7 @@ def test_blocks_with_option_a_in_one_call(stride, planes, layout, monkeypatch):
     monkeypatch.setattr(backends.cpu, "_residual_blocks_packed", counted)
     x = torch.randn(3, 12, 7, 8).contiguous(memory_format=layout)
     with torch.no_grad():
-        out = blocks.stages_forward([fused], x)
+        out = stages_forward([fused], x)
         if torch.ops.fused_resnet.conv_isa():
             assert calls == [[-1, -stride, 0]]
         assert_error_rule(out, eager(x), double_copy(eager)(x.double()))

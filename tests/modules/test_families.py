@@ -22,8 +22,9 @@ from torchvision.models.densenet import DenseNet
 from torchvision.ops import FrozenBatchNorm2d
 
 import fused_resnet
-from fused_resnet import blocks, forms, models
+from fused_resnet import forms, models
 from fused_resnet.models.preact import PreActResNet
+from fused_resnet.modules.run import NormAct
 from fused_resnet.testing import assert_error_rule, randomize_
 
 
@@ -169,7 +170,7 @@ def test_prologues_compute_what_separate_norms_do(network, dtype, monkeypatch):
     model, x = fused_resnet.fuse(build(network)).to(dtype), image_batch(2, 48, dtype)
     with torch.inference_mode():
         inside = model(x)
-        monkeypatch.setattr(blocks.NormAct, "_in_one", lambda *arguments: None)
+        monkeypatch.setattr(NormAct, "_in_one", lambda *arguments: None)
         assert_same_bits(inside, model(x))
 
 

@@ -26,7 +26,8 @@ from torch.nn.utils import prune
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import fused_resnet
-from fused_resnet import backends, blocks, forms
+from fused_resnet import backends, forms
+from fused_resnet.modules import read
 from fused_resnet.testing import assert_error_rule
 
 
@@ -820,13 +821,13 @@ def test_the_quick_look_at_a_block_sees_what_the_long_one_sees(change):
         x = image_batch(2, 8)
         for block in (b for i in range(1, 5) for b in getattr(model.eval(), f"layer{i}")):
             form = forms.of_fused(type(block))
-            quick = form and blocks._plain_layers(block, form, False)
+            quick = form and read._plain_layers(block, form, False)
             if not quick:
                 continue
             found += 1
-            assert blocks._call_obstacle(block) is None
-            assert blocks.own_obstacle(block) is None
-            layers, has_projection = blocks._inference_layers(block, x)
+            assert read._call_obstacle(block) is None
+            assert read.own_obstacle(block) is None
+            layers, has_projection = read.inference_layers(block, x)
             assert quick[1] == has_projection
             assert len(quick[0]) == len(layers)
             for ours, theirs in zip(quick[0], layers, strict=True):

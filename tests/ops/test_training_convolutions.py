@@ -9,8 +9,8 @@ import torch
 import torchvision
 
 import fused_resnet.testing
-from fused_resnet import ops
 from fused_resnet.backends import cpu
+from fused_resnet.ops.batch_norm_act_inference import batch_norm_act_inference
 
 aten = torch.ops.aten
 
@@ -135,7 +135,7 @@ def test_the_gradient_of_pooling(shape, pool, dtype):
     accumulate = torch.float64 if dtype is torch.float64 else torch.float32
     norm = (torch.rand(C) + 0.5, torch.randn(C), torch.randn(C), torch.rand(C) + 0.5)
     weight, bias, mean, var = (t.to(accumulate) for t in norm)
-    y = ops.batch_norm_act_inference(x, mean, var, weight, bias, 1e-5, None, "relu")
+    y = batch_norm_act_inference(x, mean, var, weight, bias, 1e-5, None, "relu")
     pooled, indices = aten.max_pool2d_with_indices(y, *pool)
     grad = torch.randn_like(pooled)
     ours = cpu.max_pool_backward(grad, x, weight, bias, mean, var, 1e-5, pool)

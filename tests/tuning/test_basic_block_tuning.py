@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -161,13 +160,13 @@ def test_who_runs_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     chosen = []
     x = SimpleNamespace(dtype=torch.float16, device=CUDA)
     blocks = [([("first",), ("second",)], False)]
-    flat = sys.modules["fused_resnet.ops.residual_blocks"]  # not the function of that name
-    monkeypatch.setattr(flat, "described_blocks", lambda *flat: iter(blocks))
+    backend = getattr(backends, name)
+    monkeypatch.setattr(backend, "described_blocks", lambda *flat: iter(blocks))
     monkeypatch.setattr(basic_block, "problem_of", lambda input, blocks: PROBLEM)
     monkeypatch.setattr(cuda, "on_host", lambda: False)
     monkeypatch.setattr(cuda, "run_basic_block", lambda *arguments: arguments)
     monkeypatch.setattr(tuning, "choose", lambda problem, device: chosen[-1])
-    run = getattr(backends, name).residual_blocks
+    run = backend.residual_blocks
     launched = (x, ("first",), ("second",), tile)
     for choice, expected in (
         (Choice(BASIC_BLOCK, tile, MEASURED), launched),

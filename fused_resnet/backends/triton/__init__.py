@@ -21,6 +21,7 @@ from torch._prims_common import suggest_memory_format
 from torch.nn import Parameter
 
 from ... import tuning
+from ...layers.description import described_blocks
 from ...layers.memory import contiguous_like_eager
 from ...tuning import architecture, basic_block
 from ...tuning import prologue as prologue_choice
@@ -684,7 +685,6 @@ def residual_blocks(
     """
     if input.dtype not in _CHAIN_DTYPES:
         return None
-    from ...ops.residual_blocks import described_blocks
     from . import chains
 
     described = list(described_blocks(tensors, numbers, eps, layer_counts, projections))

@@ -19,7 +19,7 @@ from ...tuning.problem import ChainProblem
 from . import bottleneck, conv_bn_act, launch
 
 if TYPE_CHECKING:
-    from ...ops.residual_blocks import BlockLayers
+    from ...layers.description import BlockLayers
 
 # For the interpreter, whose time goes by the number of operations.
 _INTERPRETED_TILE = Tile(128, 256, 256, 1, 4, 1)

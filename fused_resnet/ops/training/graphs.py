@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
+from ...layers.description import Block, Layer
 from ...layers.memory import contiguous_like_eager
 from .. import operator_checks
 from ..gradients import accumulation_dtype
@@ -26,17 +27,9 @@ from ..registration import (
     register_kernel,
     transforms_active,
 )
-from .nodes import (
-    Statistics,
-    _as_autocast_casts,
-    _Block,
-    _block_backward,
-    _is_computed_again,
-    _Layer,
-    _passes,
-    _run_block,
-    _stem_backward,
-)
+from .backward import block_backward, stem_backward
+from .nodes import _as_autocast_casts
+from .passes import Statistics, is_computed_again, passes_of, run_block
 
 _BLOCK = "int[] numbers, float[] eps, bool has_projection, bool low_memory"
 _NUMBERS = 7  # stride, padding and dilation, two each, and groups
@@ -115,18 +108,18 @@ def _prepare(
     return *_as_autocast_casts(input, parameters), numbers, [layer[5] for layer in layers]
 
 
-def _layer(numbers: Sequence[int], eps: float) -> _Layer:
-    return _Layer((numbers[0:2], numbers[2:4], numbers[4:6], numbers[6]), eps, None)
+def _layer(numbers: Sequence[int], eps: float) -> Layer:
+    return Layer((numbers[0:2], numbers[2:4], numbers[4:6], numbers[6]), eps, None)
 
 
 def _described(
     numbers: Sequence[int], eps: Sequence[float], has_projection: bool, low_memory: bool
-) -> _Block:
+) -> Block:
     layers = [
         _layer(numbers[_NUMBERS * i : _NUMBERS * (i + 1)], layer_eps)
         for i, layer_eps in enumerate(eps)
     ]
-    return _Block(tuple(layers), has_projection, low_memory)
+    return Block(tuple(layers), has_projection, low_memory)
 
 
 def _kernel(input: Tensor, parameters: Sequence[Tensor | None], *description: Any) -> list[Tensor]:
@@ -139,11 +132,11 @@ def _composite(
 ) -> list[Tensor]:
     """The output, each norm's mean and variance, and the convolutions' outputs that are kept."""
     block = _described(*description)
-    passes = _passes(block.layers, parameters)
+    passes = passes_of(block.layers, parameters)
     with torch.autocast(input.device.type, enabled=False):
-        output, _ = _run_block(block, passes, input, [])
+        output, _ = run_block(block, passes, input, [])
     statistics = [vector.detach() for step in passes for vector in (step.mean, step.var)]
-    raws = [step.raw for i, step in enumerate(passes) if not _is_computed_again(block, passes, i)]
+    raws = [step.raw for i, step in enumerate(passes) if not is_computed_again(block, passes, i)]
     return [output, *statistics, *raws]
 
 
@@ -153,7 +146,7 @@ register_kernel("block_training", _kernel, operator_checks.block_training)
 @register_fake("block_training", operator_checks.block_training)
 def _fake(input: Tensor, parameters: Sequence[Tensor | None], *description: Any) -> list[Tensor]:
     block = _described(*description)
-    passes = _passes(block.layers, parameters)
+    passes = passes_of(block.layers, parameters)
     output, statistics, h = input, [], input
     for i, step in enumerate(passes):
         raw = step.convolve(input if i == block.main else h)
@@ -162,7 +155,7 @@ def _fake(input: Tensor, parameters: Sequence[Tensor | None], *description: Any)
             output = h
         vector = input.new_empty(raw.size(1), dtype=accumulation_dtype(input.dtype))
         statistics += [vector, torch.empty_like(vector)]
-    raws = [step.raw for i, step in enumerate(passes) if not _is_computed_again(block, passes, i)]
+    raws = [step.raw for i, step in enumerate(passes) if not is_computed_again(block, passes, i)]
     return [output, *statistics, *raws]
 
 
@@ -177,11 +170,11 @@ def _backward_kernel(
 ) -> list[Tensor]:
     """The gradients of input and parameters that are needed, lying in memory as these do."""
     block = _described(*description)
-    passes = _passes(block.layers, parameters)
+    passes = passes_of(block.layers, parameters)
     statistics, raws = kept[: 2 * len(passes)], iter(kept[2 * len(passes) :])
     saved: list[Tensor | None] = []
     for i in range(len(passes)):
-        raw = None if _is_computed_again(block, passes, i) else next(raws)
+        raw = None if is_computed_again(block, passes, i) else next(raws)
         saved += (raw, statistics[2 * i], statistics[2 * i + 1], None)
     context = SimpleNamespace(
         block=block,
@@ -189,7 +182,7 @@ def _backward_kernel(
         needs_input_grad=(need[0], False, False, *need[1:]),
     )
     with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-        grad_input, _, _, *gradients = _block_backward(context, grad)
+        grad_input, _, _, *gradients = block_backward(context, grad)
         return _needed((grad_input, *gradients), (input, *parameters), need)
 
 
@@ -280,7 +273,7 @@ def _stem_composite(
     pool: Sequence[int],
 ) -> list[Tensor]:
     """The output, the norm's mean and variance, and the convolution's output."""
-    (step,) = _passes([_layer(numbers, eps)], parameters)
+    (step,) = passes_of([_layer(numbers, eps)], parameters)
     with torch.autocast(input.device.type, enabled=False):
         out = step.normalize(step.convolve(input), None, "relu")
         return [
@@ -303,7 +296,7 @@ def _stem_fake(
     eps: float,
     pool: Sequence[int],
 ) -> list[Tensor]:
-    (step,) = _passes([_layer(numbers, eps)], parameters)
+    (step,) = passes_of([_layer(numbers, eps)], parameters)
     raw = step.convolve(input)
     mean = input.new_empty(raw.size(1), dtype=accumulation_dtype(input.dtype))
     out = torch.max_pool2d(torch.empty_like(contiguous_like_eager(raw)), *_pool(pool))
@@ -329,7 +322,7 @@ def _stem_backward_kernel(
         needs_input_grad=(need[0], False, False, False, *need[1:]),
     )
     with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-        grad_input, _, _, _, *gradients = _stem_backward(context, grad)
+        grad_input, _, _, _, *gradients = stem_backward(context, grad)
         return _needed((grad_input, *gradients), (input, *parameters), need)
 
 

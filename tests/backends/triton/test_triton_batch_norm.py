@@ -21,7 +21,8 @@ from support import BLOCKS, assert_same_bits, assert_same_nonfinite, dtype_id
 
 import fused_resnet
 from fused_resnet import backends, functional
-from fused_resnet.ops.training import nodes
+from fused_resnet.layers import description
+from fused_resnet.ops.training import passes
 from fused_resnet.testing import assert_error_rule
 
 RUNNER = next((runner for runner in RUNNERS if runner.name == "triton"), None)
@@ -295,8 +296,8 @@ def test_two_norms_of_other_processes(norms):
     x, z, grad = drawn((2, 16, 3, 5), torch.float32, torch.channels_last, 3)
     steps = []
     for group, raw in itertools.product((None, object()), (x, z)):
-        layer = nodes._Layer((), 1e-5, group)
-        steps.append(nodes._Pass(layer, (None,) * 4))
+        layer = description.Layer((), 1e-5, group)
+        steps.append(passes.Pass(layer, (None,) * 4))
         steps[-1].raw = raw
     last, projection, last_of_all, projection_of_all = steps
     with torch.no_grad():

@@ -104,9 +104,9 @@ class Stages(ResNet):
             self.add_module(f"layer{index + 1}", stages[index] if index < len(stages) else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        from fused_resnet import blocks
+        from fused_resnet.modules.run import stages_forward
 
-        return blocks.stages_forward([one for one in self._modules.values() if one], x)
+        return stages_forward([one for one in self._modules.values() if one], x)
 
 
 def input_of(stage: Stage, dtype: torch.dtype, seed: int = 3) -> Tensor:
