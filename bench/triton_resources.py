@@ -50,7 +50,10 @@ from triton.compiler import ASTSource
 from triton.runtime.errors import OutOfResources
 
 from fused_resnet.backends.triton import bottleneck, chains, conv, stem, training_conv
+from fused_resnet.backends.triton import launch as launcher
 from fused_resnet.backends.triton import norm as batch_norm
+from fused_resnet.backends.triton import problem as problems
+from fused_resnet.backends.triton.problem import tile_for
 from fused_resnet.tuning import chain, compiler, estimate, training
 from fused_resnet.tuning.architecture import ARCHITECTURES, Architecture
 from fused_resnet.tuning.choice import CHAIN, PAIR, Tile
@@ -182,7 +185,7 @@ def configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], Prob
                 problem = layer.problem(batch, dtype)
                 every = name in ("1x1", "3x3", "stem and pool") and dtype != "bfloat16"
                 for tile in candidates(problem, gpu) if every else [best(problem, gpu)]:
-                    values = asdict(conv.tile_for(problem, tile))
+                    values = asdict(tile_for(problem, tile))
                     if tile.split_k > 1:
                         if name == "1x1":
                             continue
@@ -206,7 +209,7 @@ def row_configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], 
                 name = f"{_ROW}{chain_name(problem, choice.kernel)}"
                 found[name, replace(choice.tile, split_k=split)] = problem
             for part in problem.parts:
-                tile = conv.tile_for(part, best(part, gpu))
+                tile = tile_for(part, best(part, gpu))
                 split = 4 if tile.split_k > 1 else 1
                 stride = ", stride 2" if part.stride != (1, 1) else ""
                 name = f"{_ROW}{part.R}x{part.S}{stride}"
@@ -215,7 +218,7 @@ def row_configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], 
 
 
 def recorder(recorded: list[Launch], dependent: bool = False) -> Any:
-    """What takes the place of the backend's `_launch`, to record instead."""
+    """What takes the place of the backend's `launch_kernel`, to record instead."""
 
     def record(
         _: Any, kernel: Any, grid: Any, arguments: tuple, num_warps: int, num_stages: int = 3,
@@ -266,8 +269,11 @@ def launches(
     recorded: list[Launch] = []
     dtype = torch.float32 if problem.dtype == "tfloat32" else getattr(torch, problem.dtype)
     precision = "tf32" if problem.dtype == "tfloat32" else "ieee"
-    kept = conv._launch, conv.precision
-    conv._launch, conv.precision = recorder(recorded, dependent), lambda _: precision
+    asking = (conv, stem, problems)
+    kept = launcher.launch_kernel, conv.precision
+    launcher.launch_kernel = recorder(recorded, dependent)
+    for module in asking:
+        module.precision = lambda _: precision
     try:
         with FakeTensorMode(), torch.device("cuda"):
             if isinstance(problem, ChainProblem):
@@ -280,7 +286,7 @@ def launches(
             leading = (x.permute(0, 3, 1, 2), w.permute(0, 3, 1, 2), *per_channel, 1e-5, None)
             geometry = (problem.stride, problem.padding, problem.dilation)
             if problem.pool is not None:
-                conv.conv_bn_act_max_pool(*leading, *geometry, "relu", tile)
+                stem.conv_bn_act_max_pool(*leading, *geometry, "relu", tile)
             else:
                 residual = None
                 if problem.residual:
@@ -290,7 +296,9 @@ def launches(
                 rest = (problem.groups, residual, "relu", tile, table)
                 conv.conv_bn_act(*leading, *geometry, *rest)
     finally:
-        conv._launch, conv.precision = kept
+        launcher.launch_kernel, library_precision = kept
+        for module in asking:
+            module.precision = library_precision
     return recorded
 
 
@@ -323,14 +331,14 @@ def _launch_chain(problem: ChainProblem, tile: Tile, dtype: torch.dtype, kernel:
 def norm_launches(dtype: str) -> dict[str, list[Launch]]:
     """What batch norm in training launches forward and backward, with a shortcut and without."""
     found: dict[str, list[Launch]] = {"norm": [], "norm, add": []}
-    kept = batch_norm._launch
+    kept = batch_norm.launch_kernel
     try:
         with FakeTensorMode(), torch.device("cuda"):
             x, grad = torch.empty(2, 64, 56, 56, 256, dtype=getattr(torch, dtype)).unbind(0)
             x, grad = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
             vectors = [torch.empty(256) for _ in range(4)]
             for layer, recorded in found.items():
-                batch_norm._launch = recorder(recorded)
+                batch_norm.launch_kernel = recorder(recorded)
                 add = layer == "norm, add"
                 residual = grad if add else None
                 batch_norm.batch_norm_act_training(x, *vectors[:2], 1e-5, residual, "relu")
@@ -338,16 +346,16 @@ def norm_launches(dtype: str) -> dict[str, list[Launch]]:
                     grad, x, residual, *vectors, 1e-5, "relu", True, (True, True, True, add)
                 )
     finally:
-        batch_norm._launch = kept
+        batch_norm.launch_kernel = kept
     return found
 
 
 def masked_norm_launches(dtype: str) -> list[Launch]:
     """What goes through tensors where two norms meet in an add whose mask is kept as bits."""
     recorded: list[Launch] = []
-    kept = batch_norm._launch
+    kept = batch_norm.launch_kernel
     try:
-        batch_norm._launch = recorder(recorded)
+        batch_norm.launch_kernel = recorder(recorded)
         with FakeTensorMode(), torch.device("cuda"):
             x, grad = torch.empty(2, 64, 56, 56, 256, dtype=getattr(torch, dtype)).unbind(0)
             x, grad = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
@@ -360,7 +368,7 @@ def masked_norm_launches(dtype: str) -> list[Launch]:
                 )
             batch_norm.batch_norm_add_relu_backward(grad, mask, x, norm, grad, norm)
     finally:
-        batch_norm._launch = kept
+        batch_norm.launch_kernel = kept
     return [launch for launch in recorded if "combine" not in launch.kernel.__name__]
 
 
@@ -368,16 +376,16 @@ def stem_training_launches(dtype: str) -> list[Launch]:
     """What a stem launches in training for its pool, beside the norm: forward, then backward."""
     recorded: list[Launch] = []
     pool = ((3, 3), (2, 2), (1, 1))
-    kept = stem._launch
+    kept = launcher.launch_kernel
     try:
-        stem._launch = recorder(recorded)
+        launcher.launch_kernel = recorder(recorded)
         with FakeTensorMode(), torch.device("cuda"):
             x = torch.empty(64, 112, 112, 64, dtype=getattr(torch, dtype)).permute(0, 3, 1, 2)
             vectors = [torch.empty(64) for _ in range(4)]
             out, offsets = stem.norm_relu_max_pool(x, *vectors, 1e-5, pool)
             stem.max_pool_backward(out, offsets, x.shape[2:], pool)
     finally:
-        stem._launch = kept
+        launcher.launch_kernel = kept
     return recorded
 
 
@@ -390,7 +398,7 @@ def training_conv_launches(dtype: str) -> dict[str, list[Launch]]:
     def pixels(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=made).to(memory_format=torch.channels_last)
 
-    kept = conv._launch
+    kept = launcher.launch_kernel
     try:
         with FakeTensorMode(), torch.device("cuda"):
             low, high = (
@@ -404,7 +412,7 @@ def training_conv_launches(dtype: str) -> dict[str, list[Launch]]:
                     name = f"{R}x{R}, {prologue}"
                     for tile in tiles:
                         recorded = found.setdefault(name, [])
-                        conv._launch = recorder(recorded)
+                        launcher.launch_kernel = recorder(recorded)
                         geometry = (x.shape[2:], around, one)
                         if prologue != "gradient":
                             norm = low if prologue == "norm" else None
@@ -420,7 +428,7 @@ def training_conv_launches(dtype: str) -> dict[str, list[Launch]]:
                             mask = torch.empty(x.numel() // 8, dtype=torch.uint8)
                             training_conv.backward_input(y, w, *geometry, x, None, None, tile, mask)
     finally:
-        conv._launch = kept
+        launcher.launch_kernel = kept
     kernel = training_conv.training_conv_kernel
     return {
         name: [launch for launch in recorded if launch.kernel is kernel]

@@ -19,8 +19,8 @@ from ..measure import compare as comparison
 from ..measure import documents, environment
 from ..measure.case import Candidate, Case, Result
 from ..measure.inputs import InvalidArgumentError
-from ..measure.text import error_text
-from .console import check_output, fail, plain, whole_number
+from ..measure.text import error_text, plain
+from .console import check_output, fail, whole_number
 
 
 def compare(

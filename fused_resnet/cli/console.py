@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-import unicodedata
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
 
 from ..measure.inputs import InvalidArgumentError, known_models
+from ..measure.text import visible
 
 
 def whole_number(help: str) -> Any:
@@ -62,27 +61,6 @@ def batch_size(text: str) -> int:
     if count < 1:
         raise InvalidArgumentError(f"--batch has {count}, must be at least 1")
     return count
-
-
-def visible(text: object) -> str:
-    """The text in one line, control characters, lone surrogates and the like as escapes."""
-    return "".join(
-        repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
-        for c in str(text)
-    )
-
-
-def plain(text: object, style: str = "") -> Text:
-    """Text for rich that is no markup and no emoji, and cannot move a terminal's cursor.
-
-    For all that comes from a file, from the user or from another library.
-    """
-    return Text(visible(text), style)
-
-
-def heading(text: object) -> Text:
-    """The same as a table's title."""
-    return plain(text, "table.title")
 
 
 def fail(message: str, code: int) -> int:

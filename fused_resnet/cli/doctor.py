@@ -11,8 +11,8 @@ from rich.table import Table
 from .. import _native, backends
 from ..layers import watch
 from ..measure import environment
+from ..measure.text import plain
 from ..tuning import table as tables
-from .console import plain
 
 
 def doctor() -> None:

@@ -16,12 +16,13 @@ from rich.table import Table
 from .. import backends, tuning
 from ..measure import case, networks
 from ..measure.inputs import InvalidArgumentError
+from ..measure.text import heading, plain
 from ..measure.tune import race, tuner
 from ..tuning import architecture, basic_block, chain, estimate
 from ..tuning import table as tables
 from ..tuning.architecture import Architecture
 from ..tuning.problem import DTYPES, BasicBlockProblem, ChainProblem, ConvProblem, Problem
-from .console import batch_size, check_model, fail, heading, plain, whole_number
+from .console import batch_size, check_model, fail, whole_number
 
 
 def tune(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import backends, functional
 from ..backends import library, triton
+from ..backends.triton import eligible
 from ..tuning import architecture, chain, choose
 from ..tuning.choice import CHAINED
 from ..tuning.problem import ChainProblem, ConvProblem, Problem
@@ -144,7 +145,7 @@ def one_kernel(arguments: tuple, problem: ChainProblem) -> Call:
     With the tile that tuning chose; where it chose convolutions, with the likeliest tile.
     """
     device = arguments[0].device
-    if device.type != "cuda" and not triton.interpreted():
+    if device.type != "cuda" and not eligible.interpreted():
         raise NotImplementedError("runs on a GPU only")
     choice = choose(problem, device)
     if choice.kernel not in CHAINED:

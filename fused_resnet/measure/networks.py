@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import swap
+from ..layers.description import BlockLayers
 from ..modules import read, run
-from ..ops import BlockLayers
 from ..tuning import basic_block, chain
 from ..tuning.problem import CHAIN_DTYPES, BasicBlockProblem, ChainProblem, ConvProblem
 

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..cli.console import heading, plain
 from . import documents, schemas
 from .inputs import InvalidArgumentError
+from .text import heading, plain
 
 SCHEMA = "fused_resnet.static/1"
 WAYS = ("eager", "compiled", "fused", "chain")

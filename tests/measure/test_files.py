@@ -29,7 +29,6 @@ from support import Run, run_python
 
 from fused_resnet import backends, files
 from fused_resnet.cli import bench as bench_cli
-from fused_resnet.cli import console
 from fused_resnet.measure import (
     compare,
     documents,
@@ -42,6 +41,7 @@ from fused_resnet.measure import (
 )
 from fused_resnet.measure import page as report
 from fused_resnet.measure.case import Accuracy, Candidate, Case, Result
+from fused_resnet.measure.text import plain, visible
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "[/red] [bold]:smile: $\\frac{$ \\"
@@ -515,8 +515,8 @@ def test_tables_show_names_as_they_are() -> None:
 
 
 def test_text_in_one_line() -> None:
-    assert console.visible("a\nb\x1b[0m\ud800\u2028é漢") == "a\\nb\\x1b[0m\\ud800\\u2028é漢"
-    assert console.plain(HOSTILE).plain == HOSTILE
+    assert visible("a\nb\x1b[0m\ud800\u2028é漢") == "a\\nb\\x1b[0m\\ud800\\u2028é漢"
+    assert plain(HOSTILE).plain == HOSTILE
 
 
 def test_the_plot_of_a_comparison_takes_any_name(tmp_path: Path) -> None:

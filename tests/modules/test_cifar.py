@@ -25,6 +25,7 @@ from torchvision.models import resnet
 
 import fused_resnet
 from fused_resnet import backends, blocks, reference
+from fused_resnet.backends import cudnn
 from fused_resnet.models import cifar, cifar_resnet
 from fused_resnet.modules.run import stages_forward
 from fused_resnet.testing import assert_error_rule, randomize_
@@ -572,8 +573,9 @@ def test_what_cannot_read_option_a_is_not_given_it(monkeypatch):
     """Where tuning chose the library's fused operator, which adds none of fewer channels."""
     triton = backends.triton
     choice = Choice("cudnn_convolution_add_relu", None, "measured on this machine")
-    monkeypatch.setattr(triton.launchers(), "choose", lambda problem, device: choice)
-    monkeypatch.setattr(triton.cudnn, "conv_bn_act", None)
+    triton.launchers()
+    monkeypatch.setattr(triton.problem, "choose", lambda problem, device: choice)
+    monkeypatch.setattr(cudnn, "conv_bn_act", None)
     case = make_conv_case(ConvShape(8, 16, (1, 1)), residual=False)
     case.residual = torch.randn(2, 8, 16, 16)[:, :, ::2, ::2]
     with fused_resnet.use_backend("triton"):

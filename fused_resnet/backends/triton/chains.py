@@ -16,7 +16,8 @@ from ... import tuning
 from ...tuning import chain
 from ...tuning.choice import CHAIN, CHAIN_WITHOUT_NEXT, CHAINED, PAIR, Choice, Tile
 from ...tuning.problem import ChainProblem
-from . import bottleneck, conv_bn_act, launch
+from . import bottleneck, launch
+from .inference import conv_bn_act
 
 if TYPE_CHECKING:
     from ...layers.description import BlockLayers

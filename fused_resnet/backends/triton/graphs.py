@@ -14,7 +14,9 @@ from torch.library import triton_op
 
 from ...layers import checks
 from ...tuning.estimate import USUAL_POOL
-from . import conv, interpreted
+from . import conv, stem
+from .eligible import interpreted
+from .problem import problem_of
 
 _CONVOLUTION = (
     "Tensor input, Tensor weight, Tensor running_mean, Tensor running_var, Tensor? bn_weight, "
@@ -118,9 +120,9 @@ def triton_conv_bn_act_max_pool(
         dilation,
     )
     _check_convolution(name, *arguments, 1, None, activation)
-    problem = conv.problem_of(input, weight, stride, padding, dilation, 1, False, USUAL_POOL)
+    problem = problem_of(input, weight, stride, padding, dilation, 1, False, USUAL_POOL)
     if conv.kernel_for(problem) != "stem_pool":
         raise ValueError(
             f"{name}: weight has shape {tuple(weight.shape)}, which is not that of a stem"
         )
-    return conv.conv_bn_act_max_pool(*arguments, activation)
+    return stem.conv_bn_act_max_pool(*arguments, activation)

@@ -24,8 +24,8 @@ from torch._prims_common import suggest_memory_format
 
 from ... import reference
 from ...layers.memory import contiguous_like_eager
-from .conv import _is_wide, _launch
-from .conv_kernels import _normalized, _relu
+from .device import _normalized, relu
+from .launch import is_wide, launch_kernel
 
 # Elements that a program has in hand at a time: two accesses of 16 bytes for each of 128 threads.
 _STEP = 2048
@@ -227,7 +227,7 @@ def combine_statistics_kernel(
     tl.store(mean_ptr + c, rounded + rest, mask=c < C)
     # Rounding may have left less than nothing of values that are all but equal: kept from below
     # zero as ReLU keeps values.
-    tl.store(var_ptr + c, _relu(square / count), mask=c < C)
+    tl.store(var_ptr + c, relu(square / count), mask=c < C)
 
 
 @triton.jit
@@ -304,7 +304,7 @@ def normalize_kernel(
                 residual = residual.to(output_ptr.dtype.element_ty)
             out += residual.to(tl.float32)
         if RELU:
-            out = _relu(out)
+            out = relu(out)
         stored = out.to(output_ptr.dtype.element_ty)
         tl.store(output_ptr + offsets, stored, mask=exists)
         if mask_ptr is not None:
@@ -579,7 +579,7 @@ def _sign_source(output: Tensor | None, input: Tensor, relu: bool) -> Tensor | N
 
 def _is_image(tensor: Tensor) -> bool:
     """Whether it has pixels (H, W), whose offsets 32 bits hold."""
-    return tensor.dim() == 4 and not _is_wide(tensor)
+    return tensor.dim() == 4 and not is_wide(tensor)
 
 
 def _vectors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -599,7 +599,7 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     layout = _layout_of(input)
     steps, slabs = layout.reduction()
     partial, mean, var = _partial(input, 3, slabs), *_results(input, 2)
-    _launch(
+    launch_kernel(
         input,
         statistics_kernel,
         (slabs * layout.tiles_c,),
@@ -607,7 +607,7 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
         writes=("partial_ptr",),
         **layout.constants(),
     )
-    _launch(
+    launch_kernel(
         input,
         combine_statistics_kernel,
         (triton.cdiv(layout.C, _combined(input)),),
@@ -677,7 +677,7 @@ def batch_norm_act_inference(
     elif residual is not None:
         residual = _lying_like(reference.pad_channels(residual, layout.C), input)
     vectors = _vectors(running_mean, running_var, weight, bias)
-    _launch(
+    launch_kernel(
         input,
         normalize_kernel,
         (programs,),
@@ -797,7 +797,7 @@ def _sums_pass(
     partial, found = _partial(input, 2 + second, slabs), _results(input, 3 + 3 * second)
     mean, var, weight, bias = _vectors(*norm[:4])
     residual_mean, residual_var = _vectors(*residual_norm[:2])
-    _launch(
+    launch_kernel(
         input,
         backward_sums_kernel,
         (slabs * layout.tiles_c,),
@@ -809,7 +809,7 @@ def _sums_pass(
         RELU=relu,
         **layout.constants(),
     )  # fmt: skip
-    _launch(
+    launch_kernel(
         input,
         combine_sums_kernel,
         (triton.cdiv(layout.C, _combined(input)),),
@@ -910,7 +910,7 @@ def _input_pass(
     steps, programs = layout.elementwise()
     output = _sign_source(output, input, relu)
     vectors = _vectors(mean, var, weight, bias, total, dot)
-    _launch(
+    launch_kernel(
         input,
         backward_input_kernel,
         (programs,),

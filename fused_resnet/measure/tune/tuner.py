@@ -270,9 +270,9 @@ def _call(run: Run, case: Case) -> Callable[[], object]:
 
 
 def _run_triton(arguments: tuple, problem: ConvProblem, choice: Choice) -> Tensor:
-    from ...backends import triton
+    from ...backends.triton import lazy
 
-    conv = triton.launchers()
+    conv = lazy.launchers()
     if estimate.kernel_for(problem) == "stem_pool":
         return conv.conv_bn_act_max_pool(*arguments[:11], arguments[13], choice.tile)
     return pooled(conv.conv_bn_act(*arguments, tile=choice.tile), problem)
@@ -282,11 +282,12 @@ def _run_chain(
     arguments: tuple, problem: ChainProblem | BasicBlockProblem, choice: Choice
 ) -> tuple[Tensor, ...]:
     from ...backends import triton
+    from ...backends.triton import inference
 
     if isinstance(problem, BasicBlockProblem):
         x, first, second = arguments
-        out = triton.conv_bn_act(x, *first, None, "relu")
-        return (triton.conv_bn_act(out, *second, x, "relu"),)
+        out = inference.conv_bn_act(x, *first, None, "relu")
+        return (inference.conv_bn_act(out, *second, x, "relu"),)
     return triton.run_chain(arguments, problem, choice)
 
 

@@ -463,7 +463,7 @@ def test_the_triton_backend_runs_the_tuners_choice(monkeypatch):
         pytest.skip(backends.available()["triton"])
     case = case_of(KINDS["3x3"][1], dtype=torch.float16)
     tile = cuda_tiles.candidates(problem_of(case), H100)[0]
-    conv = backends.triton.launchers()
-    monkeypatch.setattr(conv, "choose", lambda *_: Choice("cuda", tile, "test"))
+    backends.triton.launchers()
+    monkeypatch.setattr(backends.triton.problem, "choose", lambda *_: Choice("cuda", tile, "test"))
     with fused_resnet.use_backend("triton"):
         assert_same_bits(case.fused(), run(case, tile))

@@ -42,6 +42,9 @@ from fused_resnet.tuning import Choice, Tile
 from fused_resnet.tuning.estimate import PACKED, USUAL_POOL, special_tiles
 
 RUNNER = next((runner for runner in RUNNERS if runner.name == "triton"), None)
+if RUNNER is not None:
+    backends.triton.launchers()
+    from fused_resnet.backends.triton import conv_kernels, device, launch, problem, stem
 
 pytestmark = pytest.mark.skipif(RUNNER is None, reason=backends.available()["triton"])
 
@@ -68,9 +71,7 @@ def triton(monkeypatch):
     """The backend, chosen; `triton(tile)` makes it run that tile."""
 
     def use(tile: Tile) -> None:
-        monkeypatch.setattr(
-            backends.triton.launchers(), "choose", lambda *_: Choice("triton", tile, "test")
-        )
+        monkeypatch.setattr(problem, "choose", lambda *_: Choice("triton", tile, "test"))
 
     with fused_resnet.use_backend("triton"):
         yield use
@@ -163,13 +164,12 @@ def test_shares_of_a_split_sum_are_not_empty():
 )
 def test_stem_with_its_pool(triton, monkeypatch, rows, channels, size, dtype, activation):
     """Strips over several images, rows of programs that meet, odd and even sizes, both tiles."""
-    conv = backends.triton.launchers()
-    monkeypatch.setattr(conv, "pooled_rows_each", lambda programs: rows)
+    monkeypatch.setattr(stem, "pooled_rows_each", lambda programs: rows)
     case = case_of(STEM, size=size, batch=3, dtype=dtype, pool=STEM_POOL, activation=activation)
-    problem = conv.problem_of(
+    pooled = problem.problem_of(
         case.input, case.weight, case.stride, case.padding, (1, 1), 1, False, USUAL_POOL
     )
-    tiles = {tile.block_n: tile for tile in special_tiles(problem)}
+    tiles = {tile.block_n: tile for tile in special_tiles(pooled)}
     if dtype is torch.float32:
         assert tiles.keys() == {32}
         channels = 32
@@ -253,11 +253,10 @@ def test_drawn_tiles(triton, data, tile, wide):
     """Any geometry and layout under any tile, with 32 and 64-bit offsets."""
     case = data.draw(drawn_cases(RUNNER.device))
     hypothesis.assume(case.input.dtype != torch.float64)
-    conv = backends.triton.launchers()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv, "choose", lambda *_: Choice("triton", tile, "test"))
+        patch.setattr(problem, "choose", lambda *_: Choice("triton", tile, "test"))
         if wide:
-            patch.setattr(conv, "_is_wide", lambda *_: True)
+            patch.setattr(launch, "is_wide", lambda *_: True)
         with unchanged(**case.tensors()):
             fused = case.fused()
     assert fused.shape == case.eager().shape
@@ -277,8 +276,7 @@ def test_a_model(triton):
 
 @pytest.mark.quick
 def test_what_it_cannot_run_is_the_librarys(triton, monkeypatch):
-    conv = backends.triton.launchers()
-    monkeypatch.setattr(conv, "_launch", None)
+    monkeypatch.setattr(launch, "launch_kernel", None)
     case = case_of(SAMPLE_SHAPES[2], dtype=torch.float64)
     assert case.fused().dtype == torch.float64
     assert "library" in backends.explain(
@@ -288,7 +286,7 @@ def test_what_it_cannot_run_is_the_librarys(triton, monkeypatch):
         "conv_bn_act", device=case.input.device, dtype=torch.float16
     )
     monkeypatch.setattr(
-        conv, "choose", lambda *_: Choice("library", None, "measured on this machine")
+        problem, "choose", lambda *_: Choice("library", None, "measured on this machine")
     )
     case_of(SAMPLE_SHAPES[2]).fused()
 
@@ -300,7 +298,7 @@ def test_the_interpreter_is_only_for_who_asks():
         assert backends.choose("cuda") is not backends.triton
 
 
-# Broken kernels: the case that must object, a line of kernels.py, and what it becomes.
+# Broken kernels: the case that must object, a line of a kernel, and what it becomes.
 MUTATIONS = {
     "last block dropped": ("conv", "last = R * S * c_blocks", "last = R * S * c_blocks - 1"),
     "residual forgotten": ("conv", "acc += residual.to(tl.float32)", "acc += 0.0"),
@@ -367,15 +365,10 @@ def test_broken_kernels_are_noticed(triton, monkeypatch, tmp_path, mutation):
     """The checks object to each wrong kernel, and do not to the right one."""
     if mutation == "relu kills NaN" and importlib.metadata.version("triton").startswith("3.6."):
         pytest.skip("the interpreter of Triton 3.6 keeps NaN in every maximum")
-    conv = backends.triton.launchers()
     name, right, wrong = MUTATIONS[mutation]
-    source = inspect.getsource(conv.kernels)
-    assert right in source
-    path = tmp_path / "kernels.py"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("broken_" + mutation.replace(" ", "_"), path)
-    broken = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(broken)
+    files = (device, conv_kernels, stem)
+    found = [file for file in files if right in inspect.getsource(file)]
+    assert found
 
     case, tile = mutation_case(name)
     triton(tile)
@@ -390,7 +383,17 @@ def test_broken_kernels_are_noticed(triton, monkeypatch, tmp_path, mutation):
         )
 
     examine()
-    monkeypatch.setattr(conv, "kernels", broken)
+    for file in found:
+        path = tmp_path / f"{file.__name__}.py"
+        path.write_text(inspect.getsource(file).replace(right, wrong))
+        spec = importlib.util.spec_from_file_location(f"{file.__name__}_broken", path)
+        broken = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(broken)
+        for kernel, known in dict(vars(file)).items():
+            if isinstance(known, type(conv_kernels.conv_kernel)):
+                for other in files:
+                    if getattr(other, kernel, None) is known:
+                        monkeypatch.setattr(other, kernel, getattr(broken, kernel))
     # Fills new tensors with NaN: what a kernel leaves out must not be what the right one wrote.
     torch.use_deterministic_algorithms(True)
     try:
@@ -423,7 +426,7 @@ GRAPH_OF_A_MODEL = """
 
     if {cuda}:  # as if tuning had found the CUDA kernel the fastest
         tile = tuning.Tile(128, 64, 32, 1, 4, 4)
-        fused_resnet.backends.triton.launchers().choose = lambda problem, device: tuning.Choice(
+        fused_resnet.backends.triton.problem.choose = lambda problem, device: tuning.Choice(
             "library" if problem.pool else "cuda", None if problem.pool else tile, "test"
         )
 

@@ -38,7 +38,7 @@ SHAPES = [(13, 1, 3, 1), (7, 3, 1, 1), (1, 3, 1, 2), (2, 24, 11, 5), (1, 70, 1, 
 @pytest.fixture
 def norms(monkeypatch):
     """`norm.py`, going through tensors as on a GPU in slabs of `steps` at most."""
-    module = backends.triton._norms()
+    module = backends.triton.lazy.norms()
     original = module._layout_of
 
     def as_on_a_gpu(input):
@@ -173,7 +173,7 @@ def test_wide_offsets_give_the_same_bits(norms, monkeypatch, memory_format):
 @pytest.mark.quick
 def test_which_tensors_are_wide():
     """Those of which some element, or a row counted on, is 2^31 or more from the first."""
-    layout_of = backends.triton._norms()._layout_of
+    layout_of = backends.triton.lazy.norms()._layout_of
     for rows, wide in [(2**22, False), (2**25 - 2**10, True), (2**25 + 5, True)]:
         shape = (rows, 64, 1, 1)
         x = torch.empty(1, dtype=torch.float16, device=RUNNER.device).expand(shape)

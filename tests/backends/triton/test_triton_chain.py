@@ -45,7 +45,7 @@ pytestmark = pytest.mark.skipif(RUNNER is None, reason=backends.available()["tri
 
 if RUNNER is not None:
     backends.triton.launchers()
-    from fused_resnet.backends.triton import bottleneck, chains, conv
+    from fused_resnet.backends.triton import bottleneck, chains
     from fused_resnet.backends.triton import launch as launches
 
 TILE = Tile(32, 32, 32, 1, 4, 2)
@@ -215,7 +215,7 @@ def test_sixty_four_bit_offsets(tile, monkeypatch):
     stage = Stage(blocks=2, stride=2, next_width=32)
     model, x = bottlenecks(stage), input_of(stage, torch.float16)
     narrow, _ = run(model, x)
-    monkeypatch.setattr(conv, "_is_wide", lambda *_: True)
+    monkeypatch.setattr(launches, "is_wide", lambda *_: True)
     wide, _ = run(model, x)
     assert_same_bits(wide, narrow)
 
@@ -377,13 +377,13 @@ def test_the_log_is_what_kernels_address(tile, monkeypatch):
 
     watching("create_masked_load", "reads", 0)
     watching("create_masked_store", "writes", 1)
-    launch = conv._launch
+    launch = launches.launch_kernel
 
     def noted(*arguments, **constants):
         touched.append({"reads": set(), "writes": set()})
         launch(*arguments, **constants)
 
-    monkeypatch.setattr(conv, "_launch", noted)
+    monkeypatch.setattr(launches, "launch_kernel", noted)
     stage = Stage(inputs=32, stride=2, blocks=2, size=(9, 6), next_width=32)
     _, log = run(bottlenecks(stage), input_of(stage, torch.float16))
     assert len(log) == len(touched) == 4
@@ -424,7 +424,7 @@ def test_a_shared_pair_is_deterministic_and_has_its_bytes(monkeypatch):
     model, x = bottlenecks(stage), input_of(stage, torch.float16)
     out, log = run(model, x)
     assert_same_bits(run(model, x)[0], out)
-    monkeypatch.setattr(conv, "_is_wide", lambda *_: True)
+    monkeypatch.setattr(launches, "is_wide", lambda *_: True)
     assert_same_bits(run(model, x)[0], out)
     pair = next(launch for launch in log if launch.kernel == "bottleneck_kernel")
     pixels = 3 * 5 * 4
@@ -439,14 +439,14 @@ def test_launches_in_a_row(monkeypatch):
     stage = Stage(blocks=3, inputs=32)
     model, x = bottlenecks(stage), input_of(stage, torch.float16)
     constants = []
-    dependence = conv._dependence
+    dependence = launches.dependence
 
     def noted(*arguments):
         constants.append(dependence(*arguments))
         return {}  # the interpreter has no such thing
 
-    monkeypatch.setattr(conv, "_dependence", noted)
-    monkeypatch.setattr(conv, "_can_depend", lambda _: True)
+    monkeypatch.setattr(launches, "dependence", noted)
+    monkeypatch.setattr(launches, "can_depend", lambda _: True)
     monkeypatch.setattr(chains, "choose", lambda *_: Choice(CHAIN, TILE, "test"))
     run(model, x)
     first, *others = constants
@@ -458,7 +458,7 @@ def test_launches_in_a_row(monkeypatch):
     run(model, x)
     assert constants == [{}] * 4
     monkeypatch.setattr(chains.chain, "OVERLAPPED_IMAGES", 2)
-    monkeypatch.setattr(conv, "_can_depend", lambda _: False)
+    monkeypatch.setattr(launches, "can_depend", lambda _: False)
     constants.clear()
     run(model, x)
     assert constants == [{}] * 4
@@ -469,13 +469,13 @@ def test_which_devices_launches_overlap_on(monkeypatch):
     """Those for which the estimate counts on it."""
     device = types.SimpleNamespace(type="cuda", index=0)
     for gpu in ARCHITECTURES.values():
-        monkeypatch.setattr(conv, "_capability", lambda _, gpu=gpu: gpu.capability)
-        overlap = conv._can_depend(types.SimpleNamespace(device=device))
+        monkeypatch.setattr(launches, "capability", lambda _, gpu=gpu: gpu.capability)
+        overlap = launches.can_depend(types.SimpleNamespace(device=device))
         assert overlap == (gpu.capability[0] in (9, 10)), gpu
         problem = ChainProblem(8, 64, 56, 56, 256, (1, 1), (1, 1), (1, 1), "float16", None, 64)
         assert chain.overlaps(problem, gpu) == overlap
         assert not chain.overlaps(replace(problem, N=9), gpu)
-    assert not conv._can_depend(torch.empty(0))
+    assert not launches.can_depend(torch.empty(0))
 
 
 @pytest.mark.quick
@@ -484,13 +484,13 @@ def test_convolutions_in_a_row(monkeypatch):
     stage = Stage(blocks=2)
     model, x = bottlenecks(stage), input_of(stage, torch.float16)
     rows = []
-    dependence = conv._dependence
+    dependence = launches.dependence
 
     def noted(*arguments):
         rows.append(launches.next_in_row())
         return dependence(*arguments)
 
-    monkeypatch.setattr(conv, "_dependence", noted)
+    monkeypatch.setattr(launches, "dependence", noted)
     monkeypatch.setattr(chains, "choose", lambda *_: Choice(CONVOLUTIONS, None, "test"))
     log = check(model, x)
     assert names(log) == {"conv_kernel": 6}
@@ -675,11 +675,11 @@ MUTATIONS = {
     "last tap lost": ("range(R * S * (WIDTH", "range((R * S - 1) * (WIDTH"),
     "wraps at the border": ("(w + s * DILATION_W < W)", "(w + s * DILATION_W < W + 1)"),
     "first norm forgotten": ("_relu(acc * scale[None, :] + offset[None, :])", "_relu(acc)"),
-    "no ReLU between": ("return kernels._relu(acc", "return (acc"),
+    "no ReLU between": ("return device.relu(acc", "return (acc"),
     "shortcut forgotten": ("out = shortcut.to(tl.float32)", "out = 0.0 * shortcut.to(tl.float32)"),
     "projection's norm forgotten": ("out = out * factor[None, :] + term[None, :]", "out = out"),
     "projection reads every pixel": ("p * PROJECT_STRIDE_H *", "p *"),
-    "output not activated": ("out = kernels._relu(out).to(dtype)", "out = out.to(dtype)"),
+    "output not activated": ("out = device.relu(out).to(dtype)", "out = out.to(dtype)"),
     "first slice again": ("k = first + tl.arange", "k = 0 * first + tl.arange"),
     "last row lost": ("row = tl.minimum(m, M - 1)", "row = tl.minimum(m, M - 2)"),
     "next weight's rows": ("(following * K)[None, :]", "(following * NEXT)[None, :]"),

@@ -45,7 +45,7 @@ SHAPES = [(2, 20, 11, 7), (1, 70, 4, 6), (3, 2, 5, 6)]
 @pytest.fixture
 def stem(monkeypatch):
     """`stem.py`, going through tensors with tiles as a GPU's."""
-    module = backends.triton._stem()
+    module = backends.triton.lazy.stems()
     original = module._layout_of
 
     def as_on_a_gpu(input):

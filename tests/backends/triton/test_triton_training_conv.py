@@ -33,8 +33,8 @@ N, C, H, W, K = 2, 40, 9, 7, 72
 
 @pytest.fixture
 def convs():
-    backends.triton._norms()
-    return backends.triton._training()
+    backends.triton.lazy.norms()
+    return backends.triton.lazy.training_convolutions()
 
 
 def drawn(*shape, dtype=torch.float32, scale=1.0):
