@@ -121,8 +121,8 @@ if [[ $device == cuda ]] && command -v compute-sanitizer >/dev/null; then
     # Each tensor an allocation of its own, or the checker sees only torch's large blocks.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "sanitizer-$tool" "$limit" compute-sanitizer --tool "$tool" --error-exitcode 1 \
       --target-processes all "$python" -c "$module" pytest -q -x -p no:cacheprovider \
-      tests/test_scale_shift_act.py tests/test_cuda_conv.py tests/test_conv_bn_act.py \
-      tests/test_cuda_batch_norm.py tests/test_batch_norm_act.py -k "cuda and not slow"
+      tests/ops/test_scale_shift_act.py tests/backends/cuda/test_cuda_conv.py tests/ops/test_conv_bn_act.py \
+      tests/backends/cuda/test_cuda_batch_norm.py tests/ops/test_batch_norm_act.py -k "cuda and not slow"
   done
 fi
 # 4. Tuning, and everything measured untuned and tuned. One that runs out of time keeps its lines.

@@ -1,5 +1,5 @@
 // What the native operators check before they touch memory. Anyone can call them, with any tensors
-// and numbers, past the checks of fused_resnet/checks.py.
+// and numbers, past the checks of fused_resnet/layers/checks.py.
 //
 // What fails is a ValueError in Python, a dtype too: the stable ABI has no way to a TypeError.
 #pragma once
@@ -120,7 +120,7 @@ inline void check_eps(const char* op, double eps) {
 
 // ---- numbers -----------------------------------------------------------------------------------
 
-// No stride, padding or dilation is larger, as in fused_resnet/checks.py.
+// No stride, padding or dilation is larger, as in fused_resnet/layers/checks.py.
 constexpr int64_t kLargestStep = INT32_MAX;
 
 inline void check_number(const char* op, const char* name, int64_t value, int64_t least,

@@ -17,30 +17,30 @@ DOCS = Path(__file__).resolve().parent
 SUPPORT = DOCS / "support.md"
 
 NETWORKS = {
-    "torchvision's networks": ("test_models", "name", ["test_inference", "test_gradients"]),
+    "torchvision's networks": ("modules.test_models", "name", ["test_inference", "test_gradients"]),
     "Variants of torchvision's blocks and stem": (
-        "test_models",
+        "modules.test_models",
         "variant",
         ["test_variants", "test_gradients_of_variants"],
     ),
     "timm's networks": (
-        "test_timm",
+        "modules.test_timm",
         "name",
         ["test_models_in_evaluation", "test_models_in_training"],
     ),
-    "Variants of timm's blocks and stem": ("test_timm", "variant", ["test_variants"]),
+    "Variants of timm's blocks and stem": ("modules.test_timm", "variant", ["test_variants"]),
     "CIFAR networks": (
-        "test_cifar",
+        "modules.test_cifar",
         "variant",
         ["test_inference_by_the_error_rule", "test_gradients_in_float64"],
     ),
     "Pre-activation blocks, other residual blocks, DenseNet": (
-        "test_families",
+        "modules.test_families",
         "network",
         ["test_in_evaluation", "test_gradients_and_statistics", "test_tracers"],
     ),
     "Detection and segmentation": (
-        "test_detection",
+        "modules.test_detection",
         "name",
         ["test_backbones_of_detectors", "test_segmentation"],
     ),
@@ -48,11 +48,11 @@ NETWORKS = {
 """Of each section: a file, the parameter that names a network, and the tests that have it."""
 
 EAGER = {
-    "test_timm": "test_the_report_names_what_stays_eager",
-    "test_families": "test_the_report_names_what_stays_eager",
+    "modules.test_timm": "test_the_report_names_what_stays_eager",
+    "modules.test_families": "test_the_report_names_what_stays_eager",
 }
-UNFUSED = ("test_surgery", "test_the_report_explains_what_runs_unfused")
-TOOLS = ["test_tracing", "test_compiled"]
+UNFUSED = ("modules.test_surgery", "test_the_report_explains_what_runs_unfused")
+TOOLS = ["modules.test_tracing", "modules.test_compiled"]
 
 
 def main() -> None:
@@ -102,7 +102,7 @@ def _network_table(file: str, argument: str, tests: list[str]) -> str:
 
 def _eager_rows() -> Iterator[tuple[str, str, str]]:
     for file, test in EAGER.items():
-        library = "timm, " if file == "test_timm" else ""
+        library = "timm, " if file == "modules.test_timm" else ""
         for network, mode, _, reason in _cases(file, test):
             if reason:
                 yield library + network, mode, reason

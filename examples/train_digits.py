@@ -30,8 +30,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet import environment
-from fused_resnet.compare import write_json
+from fused_resnet.measure import environment
+from fused_resnet.measure.documents import write_json
 from fused_resnet.models import cifar_resnet
 
 SCHEMA = "fused_resnet.digits/1"

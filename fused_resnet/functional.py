@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, ops, reference
+from . import ops, reference
+from .layers import checks
+from .ops.conv_bn_act_max_pool import run_conv_bn_act_max_pool
 from .ops.registration import transforms_active
+from .ops.running_statistics import run_batch_norm_act, run_sync_batch_norm_act
 
 
 def conv_bn_act(
@@ -87,7 +88,7 @@ def conv_bn_act(
         error = _padding_error(name, residual, weight.size(0), pad_residual)
     if error is not None:
         raise error
-    function = reference.conv_bn_act if transforms_active() else ops.conv_bn_act
+    function = reference.conv_bn_act if transforms_active() else ops.conv_bn_act.conv_bn_act
     return function(
         input,
         weight,
@@ -195,7 +196,9 @@ def norm_conv_bn_act(
         error = _padding_error(name, residual, weight.size(0), pad_residual)
     if error is not None:
         raise error
-    function = reference.norm_conv_bn_act if transforms_active() else ops.norm_conv_bn_act
+    function = (
+        reference.norm_conv_bn_act if transforms_active() else ops.norm_conv_bn_act.norm_conv_bn_act
+    )
     return function(input, *norm, *convolution)
 
 
@@ -279,45 +282,6 @@ def conv_bn_act_max_pool(
     return run_conv_bn_act_max_pool(*convolution, activation, *pool)
 
 
-def run_conv_bn_act_max_pool(
-    input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    *pool: Sequence[int],
-) -> Tensor:
-    """`conv_bn_act_max_pool` with its arguments checked and in the operator's order."""
-    convolution = (
-        input,
-        weight,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-    )
-    if transforms_active():
-        return reference.conv_bn_act_max_pool(*convolution, activation, *pool)
-    if ops.registration.needs_grad(input, weight, bn_weight, bn_bias, bias):
-        # What the pooling's backward needs is then kept, not computed again.
-        return F.max_pool2d(ops.conv_bn_act(*convolution, None, activation), *pool)
-    return ops.conv_bn_act_max_pool(*convolution, activation, *pool)
-
-
 def batch_norm_act(
     input: Tensor,
     running_mean: Tensor | None,
@@ -388,50 +352,6 @@ def batch_norm_act(
         residual,
         activation,
     )
-
-
-def run_batch_norm_act(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    residual: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """`batch_norm_act` with its arguments checked."""
-    tensors = (input, running_mean, running_var, weight, bias, residual)
-    if transforms_active() or (training and ops.registration.has_foreign(*tensors)):
-        return reference.batch_norm_act(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            residual=residual,
-            activation=activation,
-        )
-    if not training:
-        return ops.batch_norm_act_inference(
-            input, running_mean, running_var, weight, bias, eps, residual, activation
-        )
-    count = input.numel() // max(input.size(1), 1)
-
-    def keep(mean: Tensor, var: Tensor) -> None:
-        update_running_statistics(running_mean, running_var, mean, var, count, momentum)
-
-    arguments = (input, weight, bias, eps, residual, activation)
-    if torch.compiler.is_compiling():  # which does not look into what an operator calls
-        output, *statistics = ops.batch_norm_act_training(*arguments)
-        keep(*statistics)
-        return output
-    return ops.batch_norm_act_training(*arguments, keep)[0]
 
 
 def sync_batch_norm_act(
@@ -517,26 +437,6 @@ def sync_batch_norm_act(
     )
 
 
-def run_sync_batch_norm_act(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-    group: dist.ProcessGroup,
-    residual: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """`sync_batch_norm_act` with its arguments checked."""
-
-    def keep(mean: Tensor, var: Tensor, count: Tensor) -> None:
-        update_running_statistics(running_mean, running_var, mean, var, count, momentum)
-
-    return ops.sync_batch_norm_act(input, weight, bias, eps, residual, activation, group, keep)
-
-
 def _padding_error(
     name: str, residual: Tensor | None, channels: int, pad_residual: bool
 ) -> ValueError | None:
@@ -547,42 +447,3 @@ def _padding_error(
         f"{name}: residual has {residual.size(1)} channels, must have the output's {channels}, or "
         "pad_residual=True must say that zeros stand for the others"
     )
-
-
-def update_running_statistics(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    count: int | Tensor,
-    momentum: float,
-) -> None:
-    """What `F.batch_norm` does to them, given the biased statistics of `count` values a channel.
-
-    A count that is a tensor, of shape (), stays on its device; a single value, of which there is no
-    unbiased variance, then has the biased one, zero.
-    """
-    if isinstance(count, Tensor):
-        factor = count / (count - 1).clamp(min=1)
-        weight: float | Tensor = momentum * (count > 0).to(mean.dtype)
-    elif count == 0:
-        return
-    else:
-        factor, weight = count / (count - 1), momentum
-    with torch.no_grad():
-        if running_mean is not None:
-            _update(running_mean, mean, weight)
-        if running_var is not None:
-            _update(running_var, var * factor, weight)
-
-
-def _update(running: Tensor, batch: Tensor, weight: float | Tensor) -> None:
-    """`running = (1 - weight) running + weight batch`, rounded to `running`'s dtype at the end.
-
-    Not `lerp`, whose difference of the two is not a number where both, or one of weight 0, are
-    infinite.
-    """
-    if running.dtype is batch.dtype:
-        running.mul_(1 - weight).add_(batch * weight)
-    else:
-        running.copy_(running.to(batch.dtype).mul_(1 - weight).add_(batch * weight))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .convolution import conv2d
+from .layers.convolution import conv2d
 
 
 def pad_channels(residual: Tensor, channels: int) -> Tensor:

@@ -9,9 +9,11 @@ from typing import overload
 import torch.distributed as dist
 from torch import nn
 
-from . import backends, blocks, checks, forms
-from . import watch as watching
+from . import backends, blocks, forms
 from .forms import Form
+from .layers import checks
+from .layers import watch as watching
+from .modules import read, run
 
 _MEMORY = ("normal", "low")
 
@@ -114,9 +116,7 @@ def fuse(model: nn.Module, memory: str = "normal", watch: str = "sample") -> nn.
     forms.load_families()
     for module in _modules(model, "fuse"):
         form = forms.of_original(type(module))
-        if form is not None and (
-            blocks.structure_obstacle(module) is None or blocks.is_lazy(module)
-        ):
+        if form is not None and (read.structure_obstacle(module) is None or read.is_lazy(module)):
             _assign_class(module, form.fused)
         if forms.of_fused(type(module)) is not None:
             vars(module).pop("memory", None)
@@ -189,7 +189,7 @@ def _modules(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def _record(path: str, module: nn.Module, form: Form) -> Record:
-    reason = _class_obstacle(module, form) or blocks.obstacle(module)
+    reason = _class_obstacle(module, form) or read.obstacle(module)
     if reason is not None:
         return Record(path, form.kind, False, "eager", reason)
     ways, reasons = [], []
@@ -204,7 +204,7 @@ def _record(path: str, module: nn.Module, form: Form) -> Record:
 
 def _class_obstacle(module: nn.Module, form: Form) -> str | None:
     if type(module) is form.original:
-        reason = blocks.structure_obstacle(module)
+        reason = read.structure_obstacle(module)
         return "not fused: call fused_resnet.fuse" if reason is None else reason
     if type(module) is not form.fused:
         base = form.original
@@ -221,7 +221,7 @@ def _ways(module: nn.Module, form: Form) -> Iterator[tuple[str, str]]:
     units = form.units_of(module)
     reason = None
     if form.pool is not None:
-        reason = blocks.pool_obstacle(forms.part(module, form.pool))
+        reason = read.pool_obstacle(forms.part(module, form.pool))
     inside = _prologues(module, form)
     for norm, _ in form.norms:
         readers = _readers(module, form, norm)
@@ -239,26 +239,26 @@ def _ways(module: nn.Module, form: Form) -> Iterator[tuple[str, str]]:
         conv, norm = forms.part(module, unit.conv), forms.part(module, unit.norm)
         yield _way(operator, unit.conv, conv, norm)
         for name in (*unit.between, *unit.after):
-            if blocks.working_parts(module, (name,)):
-                yield f"eager {name}", f"{name} is {blocks.described(forms.part(module, name))}"
+            if read.working_parts(module, (name,)):
+                yield f"eager {name}", f"{name} is {read.described(forms.part(module, name))}"
     if reason:
         yield "eager pooling", reason
     name = form.shortcut
     downsample = getattr(module, name) if name is not None else None
     if downsample is not None:
-        if blocks.pads_channels(downsample):
+        if read.pads_channels(downsample):
             conv = forms.part(module, units[-1].conv)
             backend = backends.choose(conv.weight.device.type)
             if not getattr(backend, "reads_narrow_residuals", False):
                 yield "padded shortcut", ""
-        elif reason := blocks.downsample_obstacle(downsample, name):
+        elif reason := read.downsample_obstacle(downsample, name):
             yield f"eager {name}", reason
         else:
-            before, projection = blocks.split_downsample(downsample)
+            before, projection = read.split_downsample(downsample)
             yield _way("conv_bn_act", f"{name}.{len(before)}", *projection)
             for index, first in enumerate(before):
                 if type(first) is not nn.Identity:
-                    yield "eager pooling", f"{name}.{index} is {blocks.described(first)}"
+                    yield "eager pooling", f"{name}.{index} is {read.described(first)}"
 
 
 def _readers(module: nn.Module, form: Form, norm: str) -> list[str]:
@@ -276,20 +276,20 @@ def _prologues(module: nn.Module, form: Form) -> list[str]:
             conv = forms.part(module, name)
             if name in behind:
                 norms = (norm, behind[name])
-                applied = blocks.keeps_dtype(forms.part(module, behind[name]), conv.weight)
+                applied = read.keeps_dtype(forms.part(module, behind[name]), conv.weight)
             else:
                 norms = (norm,)
-                applied = blocks.bare_conv_obstacle(conv) is None and blocks.has_kernel(
+                applied = read.bare_conv_obstacle(conv) is None and run.has_kernel(
                     conv, conv.weight
                 )
-            batch = any(blocks.uses_batch_statistics(forms.part(module, n)) for n in norms)
+            batch = any(read.uses_batch_statistics(forms.part(module, n)) for n in norms)
             if applied and not batch:
                 inside.append(name)
     return inside
 
 
 def _norm_way(norm: nn.Module) -> tuple[str, str]:
-    training = blocks.uses_batch_statistics(norm)
+    training = read.uses_batch_statistics(norm)
     operator = "batch_norm_act_training" if training else "batch_norm_act_inference"
     like = next(t for t in (norm.weight, norm.running_mean) if t is not None)
     return backends.explain(operator, device=like.device, dtype=like.dtype), ""
@@ -298,18 +298,18 @@ def _norm_way(norm: nn.Module) -> tuple[str, str]:
 def _way(operator: str, name: str, conv: nn.Conv2d, norm: nn.Module) -> tuple[str, str]:
     weight = conv.weight
     where = {"device": weight.device, "dtype": weight.dtype}
-    if blocks.uses_batch_statistics(norm):
+    if read.uses_batch_statistics(norm):
         way = backends.explain("batch_norm_act_training", **where)
-        group = blocks.sync_group(norm)
+        group = read.sync_group(norm)
         shared = "" if group is None else f", statistics of {dist.get_world_size(group)} processes"
         return f"eager convolution, {way}{shared}", ""
     # The smallest input the convolution accepts, of no memory.
     size = [d * (r - 1) + 1 for d, r in zip(conv.dilation, conv.kernel_size, strict=True)]
     x = weight.detach().new_empty(()).expand(1, conv.in_channels, *size)
-    error = checks.conv_error(name, *blocks.conv_arguments(conv, norm, x), None, "relu")
+    error = checks.conv_error(name, *read.conv_arguments(conv, norm, x), None, "relu")
     if error is not None:
         return "eager", str(error)
-    if not blocks.keeps_dtype(norm, x):
+    if not read.keeps_dtype(norm, x):
         return "eager", f"{name}: a FrozenBatchNorm2d in {norm.weight.dtype} after {weight.dtype}"
     return _explained(operator, conv), ""
 

@@ -41,7 +41,7 @@ from fused_resnet import backends
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("support")
 
-import cuda_on_host  # noqa: E402  (found through the lines above)
+from support import cuda_on_host  # noqa: E402  (found through the lines above)
 
 if cuda_on_host.is_needed():
     cuda_on_host.load()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, cuda, reference, triton
+from .triton import eligible
 
 _MODULES: dict[str, ModuleType] = {
     "reference": reference,
@@ -79,7 +80,7 @@ def choose(device_type: str) -> ModuleType:
         if name == "":
             return _default(device_type)
     if name == "triton":
-        runs = device_type == ("cpu" if triton.interpreted() else "cuda")
+        runs = device_type == ("cpu" if eligible.interpreted() else "cuda")
     elif name == "cuda":
         runs = device_type == ("cpu" if cuda.on_host() else "cuda")
     else:
@@ -210,7 +211,7 @@ def _default(device_type: str) -> ModuleType:
     if device_type == "cpu":
         return cpu
     if device_type == "cuda":
-        if triton.available() == "yes" and not triton.interpreted():
+        if triton.available() == "yes" and not eligible.interpreted():
             return triton
         if cuda.available() == "yes" and not cuda.on_host():
             return cuda

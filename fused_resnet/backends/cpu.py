@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import watch
-from ..convolution import conv2d
-from ..ops.layout import contiguous_like_eager
-from ..ops.scale_shift_act import scale_shift_act
+from .. import _native  # noqa: F401  (registers the operators)
+from ..layers import watch
+from ..layers.convolution import conv2d
+from ..layers.memory import contiguous_like_eager
+from ..layers.prepared import WeightCache, version_of
 from . import library
-from .weight_cache import WeightCache, version_of
+from .library import scale_shift_act
 
 __all__ = [
     "available",

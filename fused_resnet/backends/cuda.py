@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from .. import _native, tuning
-from ..ops.layout import contiguous_like_eager
+from ..layers.description import described_blocks
+from ..layers.memory import contiguous_like_eager
 from ..tuning import architecture, basic_block, cuda_tiles
-from ..tuning.problem import Tile
+from ..tuning.choice import Tile
 from . import library
 
 __all__ = [
@@ -171,8 +172,6 @@ def residual_blocks(
         None for all that `tuning.basic_block.problem_of` has no problem for, and where two launches
         are faster.
     """
-    from ..ops.residual_blocks import described_blocks
-
     blocks = list(described_blocks(tensors, numbers, eps, layer_counts, projections))
     problem = basic_block.problem_of(input, blocks)
     if problem is None:

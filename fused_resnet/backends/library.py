@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
-from ..convolution import conv2d
-from ..ops.layout import contiguous_like_eager
-from ..ops.scale_shift_act import scale_shift_act
+from .. import _native, reference  # noqa: F401  (registers the operators)
+from ..layers.convolution import conv2d
+from ..layers.memory import contiguous_like_eager
+
+scale_shift_act = torch.ops.fused_resnet.scale_shift_act.default
 
 
 def scale_and_shift(

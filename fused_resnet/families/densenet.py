@@ -18,6 +18,7 @@ from torchvision.models import densenet
 
 from .. import blocks, forms
 from ..forms import Form, Unit
+from ..modules import read, run
 from ..originals import Sequential
 
 
@@ -45,12 +46,12 @@ class DenseLayer(blocks.Fused, densenet._DenseLayer):
 
 def _layer_forward(layer: DenseLayer, input: Tensor | list[Tensor]) -> Tensor:
     features = input if isinstance(input, list) else [input]
-    if blocks.obstacle(layer) is not None or any(map(blocks.input_obstacle, features)):
-        return blocks.run_unfused(layer, input)
+    if read.obstacle(layer) is not None or any(map(read.input_obstacle, features)):
+        return run.run_unfused(layer, input)
     x = features[0] if len(features) == 1 else torch.cat(features, 1)
-    normalised = blocks.NormAct(layer.norm1, x, layer.relu1)
+    normalised = run.NormAct(layer.norm1, x, layer.relu1)
     h = normalised.conv_norm_act(layer.conv1, layer.norm2, layer.relu2)
-    x = blocks.bare_conv(layer.conv2, h)
+    x = run.bare_conv(layer.conv2, h)
     return F.dropout(x, p=layer.drop_rate, training=layer.training) if layer.drop_rate > 0 else x
 
 
@@ -67,9 +68,9 @@ class Transition(blocks.Fused, densenet._Transition):
 
 
 def _transition_forward(transition: Transition, x: Tensor) -> Tensor:
-    if blocks.obstacle(transition) is not None or blocks.input_obstacle(x) is not None:
-        return blocks.run_unfused(transition, x)
-    normalised = blocks.NormAct(transition.norm, x, transition.relu)
+    if read.obstacle(transition) is not None or read.input_obstacle(x) is not None:
+        return run.run_unfused(transition, x)
+    normalised = run.NormAct(transition.norm, x, transition.relu)
     return transition.pool(normalised.conv(transition.conv))
 
 
@@ -89,19 +90,19 @@ class DenseNet(blocks.Fused, densenet.DenseNet):
 
 
 def _network_forward(model: DenseNet, x: Tensor) -> Tensor:
-    if blocks.obstacle(model) is not None or blocks.input_obstacle(x) is not None:
-        return blocks.run_unfused(model, x)
+    if read.obstacle(model) is not None or read.input_obstacle(x) is not None:
+        return run.run_unfused(model, x)
     conv0, norm0, relu0, pool0, *middle, norm5 = model.features._modules.values()
-    x = blocks.stem(conv0, norm0, relu0, pool0, x)
+    x = run.stem(conv0, norm0, relu0, pool0, x)
     for module in middle:
         x = module(x)
-    x = blocks.norm_act(norm5, x, relu0)
+    x = run.norm_act(norm5, x, relu0)
     return model.classifier(torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1))
 
 
 def _network_obstacle(model: densenet.DenseNet) -> str | None:
     if type(model.features) is not Sequential:
-        return f"features is {blocks.described(model.features)}"
+        return f"features is {read.described(model.features)}"
     names = list(model.features._modules)
     if names[:4] != ["conv0", "norm0", "relu0", "pool0"] or names[-1] != "norm5":
         return f"the children of features are {names}"

@@ -15,6 +15,7 @@ from torchvision.ops import StochasticDepth
 from .. import blocks, forms
 from ..forms import Form, Unit
 from ..models import preact, residual
+from ..modules import read, run
 
 
 class PreActBasicBlock(blocks.Fused, preact.PreActBasicBlock):
@@ -50,7 +51,7 @@ class Residual(blocks.Fused, residual.Residual):
         if torch.jit.is_scripting():
             return self._unfused_forward(x)
         else:
-            return blocks.block_forward(self, x)
+            return run.block_forward(self, x)
 
 
 class ResidualBlock(blocks.Fused, residual.ResidualBlock):
@@ -62,17 +63,17 @@ class ResidualBlock(blocks.Fused, residual.ResidualBlock):
         if torch.jit.is_scripting():
             return self._unfused_forward(x)
         else:
-            return blocks.block_forward(self, x)
+            return run.block_forward(self, x)
 
 
 def _preact_forward(block: PreActBasicBlock | PreActBottleneck, x: Tensor) -> Tensor:
-    if blocks.obstacle(block) is not None or blocks.input_obstacle(x) is not None:
-        return blocks.run_unfused(block, x)
+    if read.obstacle(block) is not None or read.input_obstacle(x) is not None:
+        return run.run_unfused(block, x)
     form = forms.of(block)
-    normalised = blocks.NormAct(block.bn1, x, block.relu)
+    normalised = run.NormAct(block.bn1, x, block.relu)
     shortcut = x
     if block.downsample is not None:
-        if blocks.bare_conv_obstacle(block.downsample) is None:
+        if read.bare_conv_obstacle(block.downsample) is None:
             shortcut = normalised.conv(block.downsample)
         else:
             shortcut = block.downsample(normalised.tensor())
@@ -80,8 +81,8 @@ def _preact_forward(block: PreActBasicBlock | PreActBottleneck, x: Tensor) -> Te
     conv, norm = forms.part(block, first.conv), forms.part(block, first.norm)
     h = normalised.conv_norm_act(conv, norm, forms.part(block, first.act))
     for unit in units:
-        h = blocks.run_unit(block, unit, h)
-    return blocks.conv_add(forms.part(block, form.convs[0]), h, shortcut)
+        h = run.run_unit(block, unit, h)
+    return run.conv_add(forms.part(block, form.convs[0]), h, shortcut)
 
 
 _TWO_UNITS = (Unit("conv1", "bn1", "relu"), Unit("conv2", "bn2", "relu"))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import blocks, forms
 from ..forms import Form, Unit
+from ..modules import read, run
 from ..originals import Sequential
 
 
@@ -30,7 +31,7 @@ class BasicBlock(blocks.Fused, resnet.BasicBlock):
         if torch.jit.is_scripting():
             return self._unfused_forward(x)
         else:
-            return blocks.block_forward(self, x)
+            return run.block_forward(self, x)
 
 
 class Bottleneck(blocks.Fused, resnet.Bottleneck):
@@ -42,7 +43,7 @@ class Bottleneck(blocks.Fused, resnet.Bottleneck):
         if torch.jit.is_scripting():
             return self._unfused_forward(x)
         else:
-            return blocks.block_forward(self, x)
+            return run.block_forward(self, x)
 
 
 class ResNet(blocks.Fused, resnet.ResNet):
@@ -61,17 +62,17 @@ class ResNet(blocks.Fused, resnet.ResNet):
 
 def _features(model: ResNet, x: Tensor) -> Tensor:
     if (
-        blocks.obstacle(model) is not None
-        or blocks.input_obstacle(x) is not None
+        read.obstacle(model) is not None
+        or read.input_obstacle(x) is not None
         or model.grad_checkpointing
     ):
-        return blocks.run_unfused(model, x, "forward_features")
+        return run.run_unfused(model, x, "forward_features")
     *first, last = _stem_units(model)
     for unit in first:
-        x = blocks.run_unit(model, unit, x)
+        x = run.run_unit(model, unit, x)
     parts = (forms.part(model, name) for name in (last.conv, last.norm, last.act, "maxpool"))
-    x = blocks.stem(*parts, x)
-    return blocks.stages_forward([model.layer1, model.layer2, model.layer3, model.layer4], x)
+    x = run.stem(*parts, x)
+    return run.stages_forward([model.layer1, model.layer2, model.layer3, model.layer4], x)
 
 
 _DEEP_STEM = (

@@ -4,40 +4,31 @@ Each file's function calls its operator; what an operator computes is in `refere
 same name, and what computes it is in `backends/`, again under the same name.
 """
 
-from .batch_norm_act_inference import batch_norm_act_inference
-from .batch_norm_act_training import batch_norm_act_training
-from .batching import register_batching
-from .block_training import (
-    block_training_in_graph,
-    holds_training_in_graphs,
-    stem_training_in_graph,
+from . import (
+    batch_norm_act_inference,
+    batch_norm_act_training,
+    batching,
+    conv_bn_act,
+    conv_bn_act_max_pool,
+    norm_conv_bn_act,
+    residual_blocks,
+    scale_shift_act,
+    sync_batch_norm_act,
 )
-from .conv_bn_act import conv_bn_act
-from .conv_bn_act_max_pool import conv_bn_act_max_pool
-from .gradients import has_norm_kernel
-from .norm_conv_bn_act import norm_conv_bn_act
-from .residual_blocks import BlockLayers, pads_shortcuts, residual_blocks
-from .scale_shift_act import scale_shift_act
-from .sync_batch_norm_act import sync_batch_norm_act
-from .training_blocks import residual_block_training, stem_training
-
-register_batching()
+from .training import graphs, nodes
 
 __all__ = [
-    "BlockLayers",
     "batch_norm_act_inference",
     "batch_norm_act_training",
-    "block_training_in_graph",
+    "batching",
     "conv_bn_act",
     "conv_bn_act_max_pool",
-    "has_norm_kernel",
-    "holds_training_in_graphs",
+    "graphs",
+    "nodes",
     "norm_conv_bn_act",
-    "pads_shortcuts",
-    "residual_block_training",
     "residual_blocks",
     "scale_shift_act",
-    "stem_training",
-    "stem_training_in_graph",
     "sync_batch_norm_act",
 ]
+
+batching.register_batching()

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from ..layers.memory import contiguous_like_eager
 from . import operator_checks
 from .gradients import has_norm_kernel, middle_channels, norm_act_backward
-from .layout import contiguous_like_eager
 from .registration import (
     autocast_residual,
     has_foreign,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from ..layers.memory import contiguous_like_eager
 from . import operator_checks
 from .gradients import accumulation_dtype, has_norm_kernel, middle_channels, norm_act_backward
-from .layout import contiguous_like_eager
 from .registration import (
     autocast_residual,
     has_foreign,
@@ -44,7 +44,7 @@ def batch_norm_act_training(
     """Calls the operator. See `reference.batch_norm_act_training` for what it computes.
 
     `keep`, which compilers do not see called, takes mean and variance before autograd saves
-    anything: see `training_blocks.py`.
+    anything: see `training/nodes.py`.
 
     Returns:
         The output, and the batch's mean (C,) and biased variance (C,), which are not

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import backends, reference
 from . import operator_checks
+from .conv_bn_act import conv_bn_act
 from .gradients import act_backward, aten, conv_norm_backward
 from .registration import (
     autocast_tensor,
@@ -23,6 +24,7 @@ from .registration import (
     register_fake,
     register_in_graphs,
     register_kernel,
+    transforms_active,
 )
 
 library.define(
@@ -176,3 +178,42 @@ def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:
 
 
 register_autocast("conv_bn_act_max_pool", _cast)
+
+
+def run_conv_bn_act_max_pool(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    *pool: Sequence[int],
+) -> Tensor:
+    """`conv_bn_act_max_pool` with its arguments checked and in the operator's order."""
+    convolution = (
+        input,
+        weight,
+        running_mean,
+        running_var,
+        bn_weight,
+        bn_bias,
+        eps,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
+    if transforms_active():
+        return reference.conv_bn_act_max_pool(*convolution, activation, *pool)
+    if needs_grad(input, weight, bn_weight, bn_bias, bias):
+        # What the pooling's backward needs is then kept, not computed again.
+        return F.max_pool2d(conv_bn_act(*convolution, None, activation), *pool)
+    return conv_bn_act_max_pool(*convolution, activation, *pool)

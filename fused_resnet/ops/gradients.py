@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..convolution import conv2d, conv2d_backward
-from .layout import contiguous_like_eager
+from ..layers.convolution import conv2d, conv2d_backward
+from ..layers.memory import contiguous_like_eager
 from .registration import is_plain
 
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
+from ..layers import checks
 
 Error = ValueError | TypeError | None
 

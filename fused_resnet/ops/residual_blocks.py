@@ -8,13 +8,15 @@ the same. To autograd it always is these.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends
+from ..layers import checks
+from ..layers.description import TENSORS, BlockLayers, described_blocks
 from . import operator_checks
 from .conv_bn_act import conv_bn_act
 from .registration import (
@@ -29,15 +31,6 @@ from .registration import (
     register_kernel,
     transforms_active,
 )
-
-BlockLayers: TypeAlias = tuple[Sequence[tuple], int]
-"""The arguments of `conv_bn_act` from `weight` to `groups`, for each convolution of a block, and
-whether the last of them makes the shortcut from the block's input. Where `pads_shortcuts`, a number
-below zero stands for a shortcut that has the input's pixels at such steps, its channels in the
-middle of zeros."""
-
-_TENSORS = 6  # a layer's: weight, running_mean, running_var, bn_weight, bn_bias, bias
-_NUMBERS = 7  # stride, padding and dilation, two each, and groups
 
 library.define(
     "residual_blocks(Tensor input, Tensor?[] tensors, int[] numbers, float[] eps, "
@@ -99,26 +92,6 @@ def pads_shortcuts(input: Tensor) -> bool:
     return nothing_intercepts(input) and getattr(
         backends.choose(input.device.type), "pads_shortcuts", False
     )
-
-
-def described_blocks(
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[int],
-    eps: Sequence[float],
-    layer_counts: Sequence[int],
-    projections: Sequence[bool],
-) -> Iterator[BlockLayers]:
-    """The blocks that the operator's arguments describe."""
-    layer = 0
-    for count, has_projection in zip(layer_counts, projections, strict=True):
-        layers = []
-        for i in range(layer, layer + count):
-            weight, mean, var, bn_weight, bn_bias, bias = tensors[_TENSORS * i : _TENSORS * (i + 1)]
-            n = numbers[_NUMBERS * i : _NUMBERS * (i + 1)]
-            geometry = (n[0:2], n[2:4], n[4:6], n[6])
-            layers.append((weight, mean, var, bn_weight, bn_bias, eps[i], bias, *geometry))
-        yield layers, has_projection
-        layer += count
 
 
 def _in_one(input: Tensor, *arguments: Any) -> Tensor | None:
@@ -184,7 +157,7 @@ library.impl("residual_blocks", _autograd, "Autograd")
 def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:
     input, tensors, *described = arguments
     tensors = [
-        autocast_tensor(tensor, dtype, device_type) if i % _TENSORS in (0, 5) else tensor
+        autocast_tensor(tensor, dtype, device_type) if i % TENSORS in (0, 5) else tensor
         for i, tensor in enumerate(tensors)
     ]
     return autocast_tensor(input, dtype, device_type), tensors, *described

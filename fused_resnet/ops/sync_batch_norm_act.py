@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import backends, reference
+from ..layers.memory import contiguous_like_eager
 from .batch_norm_act_inference import batch_norm_act_inference
 from .gradients import middle_channels
-from .layout import contiguous_like_eager
 from .registration import is_plain
 
 Shared = tuple[Tensor, Tensor, Tensor]

@@ -13,17 +13,8 @@ import warnings
 import torch
 
 from . import architecture, basic_block, chain, cuda_tiles, estimate, table
-from .problem import (
-    ESTIMATE,
-    MEASURED,
-    SHIPPED,
-    BasicBlockProblem,
-    ChainProblem,
-    Choice,
-    ConvProblem,
-    Problem,
-    Tile,
-)
+from .choice import ESTIMATE, MEASURED, SHIPPED, Choice, Tile
+from .problem import BasicBlockProblem, ChainProblem, ConvProblem, Problem
 
 __all__ = [
     "BasicBlockProblem",

@@ -25,21 +25,15 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from .. import _native, checks
+from .. import _native
+from ..layers import checks
 from . import estimate
 from .architecture import MATRIX_EFFICIENCY, Architecture
-from .problem import (
-    BASIC_BLOCK,
-    CONVOLUTIONS,
-    ESTIMATE,
-    MEASURED,
-    BasicBlockProblem,
-    Choice,
-    Tile,
-)
+from .choice import BASIC_BLOCK, CONVOLUTIONS, ESTIMATE, MEASURED, Choice, Tile
+from .problem import BasicBlockProblem
 
 if TYPE_CHECKING:
-    from ..ops.residual_blocks import BlockLayers
+    from ..layers.description import BlockLayers
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # csrc/cuda/basic_block.h, as is `Shape`.

@@ -26,24 +26,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import checks
+from ..layers import checks
 from . import compiler, estimate
 from .architecture import Architecture
-from .problem import (
-    CHAIN,
-    CHAIN_WITHOUT_NEXT,
-    CONVOLUTIONS,
-    ESTIMATE,
-    MEASURED,
-    PAIR,
-    ChainProblem,
-    Choice,
-    ConvProblem,
-    Tile,
-)
+from .choice import CHAIN, CHAIN_WITHOUT_NEXT, CONVOLUTIONS, ESTIMATE, MEASURED, PAIR, Choice, Tile
+from .problem import ChainProblem, ConvProblem
 
 if TYPE_CHECKING:
-    from ..ops.residual_blocks import BlockLayers
+    from ..layers.description import BlockLayers
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # The tensor cores' least depth, and the most channels whose sums fit into registers.

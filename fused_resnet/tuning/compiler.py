@@ -1,7 +1,8 @@
 """What each version of Triton makes of the tiles that may be chosen, and whose tiles count here.
 
 A tile that spills is no candidate, and which tiles spill depends on the compiler. What one version
-makes of them is in `compiled/triton-<version>.json`, written by `python bench/static.py --tiles`:
+makes of them is in `compiled/triton-<version>.json`, written by
+`python bench/triton_resources.py --tiles`:
 
     {"schema": "fused_resnet.tiles/1", "triton": "3.9",
      "compiled": {"chain": [8, 9, 10, 12], "pair": [9], "conv": [8, 9, 10, 12]},

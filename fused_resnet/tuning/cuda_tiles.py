@@ -12,7 +12,8 @@ import torch
 
 from .. import _native
 from .architecture import Architecture
-from .problem import ConvProblem, Tile
+from .choice import Tile
+from .problem import ConvProblem
 
 # In the order of Products in csrc/cuda/conv_tiles.h.
 _PRODUCTS = {"float16": 0, "bfloat16": 0, "tfloat32": 1, "float32": 2}

@@ -32,7 +32,8 @@ import dataclasses
 
 from . import compiler
 from .architecture import Architecture
-from .problem import Choice, ConvProblem, Tile
+from .choice import Choice, Tile
+from .problem import ConvProblem
 
 # Seconds from asking for a block to having it in shared memory: DRAM's latency and the way back.
 LATENCY = 0.8e-6

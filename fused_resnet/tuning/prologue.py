@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from . import compiler, estimate
 from .architecture import Architecture
-from .problem import ConvProblem, Tile
+from .choice import Tile
+from .problem import ConvProblem
 
 DTYPES = ("float16", "bfloat16")
 TILES = (Tile(64, 64, 64, 1, 4, 3), Tile(128, 64, 64, 1, 4, 3), Tile(128, 128, 64, 1, 8, 3))

@@ -36,19 +36,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from .problem import (
-    BASIC_BLOCK,
-    BASIC_BLOCK_KERNELS,
-    CHAIN_KERNELS,
-    CHAINED,
-    KERNELS,
-    TILED,
-    BasicBlockProblem,
-    ChainProblem,
-    Problem,
-    Tile,
-    parse_problem,
-)
+from .choice import BASIC_BLOCK, BASIC_BLOCK_KERNELS, CHAIN_KERNELS, CHAINED, KERNELS, TILED, Tile
+from .problem import BasicBlockProblem, ChainProblem, Problem, parse_problem
 
 FORMAT = "fused_resnet.tuning/1"
 LOCK_TIMEOUT = 60.0

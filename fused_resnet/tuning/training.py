@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from . import compiler, estimate
 from .architecture import Architecture
-from .problem import ConvProblem, Tile
+from .choice import Tile
+from .problem import ConvProblem
 
 DTYPES = ("float16", "bfloat16")
 # None of these spills with the ends it is for, but for what `backward` leaves out.

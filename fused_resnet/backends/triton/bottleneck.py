@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ... import watch
+from ...layers import watch
+from ...layers.prepared import WeightCache, version_of
 from ...tuning.chain import slice_stages
-from ...tuning.problem import Tile
-from ..weight_cache import WeightCache, version_of
-from . import conv, kernels, launches
+from ...tuning.choice import Tile
+from . import conv, device, launch, problem
 
 
 @triton.jit
@@ -80,10 +80,10 @@ def _convolution(
         done = start >= WIDTH
         tap += done.to(tl.int32)
         start = tl.where(done, 0, start)
-    scale, offset = kernels._affine(
+    scale, offset = device.affine(
         inner, inner < WIDTH, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, eps
     )
-    return kernels._relu(acc * scale[None, :] + offset[None, :]).to(DTYPE)
+    return device.relu(acc * scale[None, :] + offset[None, :]).to(DTYPE)
 
 
 @triton.jit
@@ -170,9 +170,9 @@ def bottleneck_kernel(
 
     With R = 0 the 3x3 has a launch of its own, and `input` is `h`. With SPLIT > 1 (then R = 0) that
     many programs share a tile's slices, and each writes its part of `sum`, in float32, to
-    `partial[z, m]`, which `kernels.sum_partials_kernel` adds up in order.
+    `partial[z, m]`, which `conv_kernels.sum_partials_kernel` adds up in order.
 
-    DEPENDENT is explained at the top of `kernels.py`.
+    DEPENDENT is explained at the top of `conv_kernels.py`.
 
     Reads `input`, the shortcut (where strided, the pixels used) and the weights once from memory
     (again from L2: `input` for each of the R S taps, a projected shortcut for each slice, the
@@ -193,12 +193,12 @@ def bottleneck_kernel(
         programs = tl.num_programs(0) * tl.num_programs(1)
         program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         if R > 0:
-            kernels._prefetch(weight_ptr, WIDTH * R * S * WIDTH, program, programs)
-        kernels._prefetch(expand_ptr, K * WIDTH, program, programs)
+            device.prefetch(weight_ptr, WIDTH * R * S * WIDTH, program, programs)
+        device.prefetch(expand_ptr, K * WIDTH, program, programs)
         if project_ptr is not None:
-            kernels._prefetch(project_ptr, K * SHORTCUT_C, program, programs)
+            device.prefetch(project_ptr, K * SHORTCUT_C, program, programs)
         if NEXT > 0:
-            kernels._prefetch(reduce_ptr, K * NEXT, program, programs)
+            device.prefetch(reduce_ptr, K * NEXT, program, programs)
         gdc_launch_dependents()
         gdc_wait()
 
@@ -243,7 +243,7 @@ def bottleneck_kernel(
                     a = tl.load(shortcut_ptrs + start)
                     b = tl.load(project_ptrs + start)
                     out = tl.dot(a, b, out)
-            factor, term = kernels._affine(
+            factor, term = device.affine(
                 k, exists, project_mean_ptr, project_var_ptr, project_bn_weight_ptr,
                 project_bn_bias_ptr, project_bias_ptr, project_eps,
             )  # fmt: skip
@@ -253,12 +253,12 @@ def bottleneck_kernel(
             out = shortcut.to(tl.float32)
         expand = tl.load(expand_ptr + (k * WIDTH)[None, :] + inner[:, None])
         branch = tl.dot(hidden, expand)
-        factor, term = kernels._affine(
+        factor, term = device.affine(
             k, exists, expand_mean_ptr, expand_var_ptr, expand_bn_weight_ptr, expand_bn_bias_ptr,
             expand_bias_ptr, expand_eps,
         )  # fmt: skip
         out += branch * factor[None, :] + term[None, :]
-        out = kernels._relu(out).to(dtype)
+        out = device.relu(out).to(dtype)
         tl.store(output_ptr + offsets, out, mask=row_exists[:, None])
         if NEXT > 0:
             reduce = tl.load(reduce_ptr + (following * K)[None, :] + k[:, None])
@@ -270,7 +270,7 @@ def bottleneck_kernel(
         offsets = (part * M + m)[:, None] * NEXT + following[None, :]
         tl.store(partial_ptr + offsets, sum, mask=row_exists[:, None])
     elif NEXT > 0:
-        kernels._finish(
+        device.finish(
             sum, m, row_exists, 0, NEXT, reduce_mean_ptr, reduce_var_ptr, reduce_bn_weight_ptr,
             reduce_bn_bias_ptr, reduce_bias_ptr, reduce_eps, None, 0, 0, 0, 0, next_ptr, P, Q, NEXT,
             False, True,
@@ -290,12 +290,12 @@ def bottleneck(
     reduce: Layer | None,
     tile: Tile,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launches the kernel; see `bottleneck_kernel` for what it computes, `blocks.py` for when.
+    """Launches the kernel; see `bottleneck_kernel` for what it computes, `chains.py` for when.
 
     The weights need not be arranged for it: a slice of `expand`, (K, width), is as good an operand
     as its transpose is to the tensor cores, as is one of `reduce`, (next width, K), of which each
     row has BLOCK_O neighbouring values. Those of the 3x3 lie as in `conv.conv_bn_act`, channels
-    last; `conv._filters` copies them where they do not.
+    last; `launch.filter_rows` copies them where they do not.
 
     Args:
         input: (N, width, H, W), float16 or bfloat16: the output of the block's first convolution,
@@ -319,19 +319,19 @@ def bottleneck(
     if convolution is not None:
         weight, *_, stride, padding, dilation, _ = convolution
         R, S = weight.shape[2:]
-        P, Q = conv.problem_size(H, W, R, S, stride, padding, dilation)
+        P, Q = problem.problem_size(H, W, R, S, stride, padding, dilation)
     K = expand[0].size(0)
     M = N * P * Q
     following = 0 if reduce is None else reduce[0].size(0)
     output = input.new_empty((N, P, Q, K))
     next_input = None if reduce is None else input.new_empty((N, P, Q, following))
     if M > 0:
-        pixels = conv._channels_last(input)
+        pixels = launch._channels_last(input)
         if convolution is None:  # found where the output's pixels are
             pixels = input.contiguous(memory_format=torch.channels_last)
         # The kernel finds an unprojected shortcut's pixels where it finds the output's.
         identity = shortcut.contiguous(memory_format=torch.channels_last)
-        source = identity if project is None else conv._channels_last(shortcut)
+        source = identity if project is None else launch._channels_last(shortcut)
         weights = [
             None if layer is None else _arranged(layer[0])
             for layer in (convolution, expand, project, reduce)
@@ -341,17 +341,17 @@ def bottleneck(
         partial = None
         if split > 1:
             partial = input.new_empty((split, M, following), dtype=torch.float32)
-        wide = conv._is_wide(pixels, source, output, *weights, partial)
+        wide = launch.is_wide(pixels, source, output, *weights, partial)
         partly = {
             "shortcut_ptr": functools.partial(
-                launches.addressed, shortcut.shape, (P, Q), (1, 1), project_stride, (0, 0), (1, 1)
+                launch.addressed, shortcut.shape, (P, Q), (1, 1), project_stride, (0, 0), (1, 1)
             )
         }
         if convolution is not None:
             partly["input_ptr"] = functools.partial(
-                launches.addressed, input.shape, (P, Q), (R, S), stride, padding, dilation
+                launch.addressed, input.shape, (P, Q), (R, S), stride, padding, dilation
             )
-        conv._launch(
+        launch._launch(
             input,
             bottleneck_kernel,
             (triton.cdiv(M, tile.block_m), split),

@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...tuning.problem import Tile
+from ...tuning.choice import Tile
 from ..library import precision
-from . import conv
-from .batch_norm import (
+from . import launch, problem
+from .device import _normalized, conv_sum, pixels, tile_of
+from .norm import (
     _COMBINE_WARPS,
     _MOST_SLABS,
     _combine,
@@ -35,7 +36,6 @@ from .batch_norm import (
     combine_statistics_kernel,
     combine_sums_kernel,
 )
-from .kernels import _conv_sum, _normalized, _pixels, _tile_of
 
 # For the interpreter, whose time goes by the number of operations.
 INTERPRETED_TILE = Tile(128, 128, 128, 1, 4, 1)
@@ -189,10 +189,10 @@ def training_conv_kernel(
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    """`kernels.conv_kernel`'s sum between other ends.
+    """`conv_kernels.conv_kernel`'s sum between other ends.
 
     Its input passes through a norm or a norm's backward on its way (PROLOGUE, TRANSPOSED: see
-    `kernels._conv_sum`). Then, each if it is there:
+    `device.conv_sum`). Then, each if it is there:
 
         output  = sum + bias + residual, zero where relu(batch_norm(below)) is
         partial = of every tile of rows and channel: with STATISTICS `rounded, rest, square`, as
@@ -205,7 +205,7 @@ def training_conv_kernel(
     writes the output and `side` once and 12 (with `below` 8) bytes a tile of rows and channel.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
-    tile_m, tile_n = _tile_of(tl.program_id(0), tiles_m, tl.cdiv(K, BLOCK_N), BAND)
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(K, BLOCK_N), BAND)
     first_k = tile_n * BLOCK_N
     slab = tile_m
     if WIDE:
@@ -214,7 +214,7 @@ def training_conv_kernel(
     row_exists = m < M
     # Rows and columns past the edge compute the last one again, which needs no mask. Where there
     # are no such columns, their neighbours in a transposed weight are loaded together.
-    rows, h, w = _pixels(
+    rows, h, w = pixels(
         tl.minimum(m, M - 1), P, Q, input_stride_n, input_stride_h, input_stride_w, STRIDE_H,
         STRIDE_W, PADDING_H, PADDING_W, DENSE_ROWS,
     )  # fmt: skip
@@ -223,7 +223,7 @@ def training_conv_kernel(
         column = tl.minimum(column, K - 1)
     columns = column if TRANSPOSED else column * (R * S * C)
     c_blocks = tl.cdiv(C, BLOCK_K)
-    acc = _conv_sum(
+    acc = conv_sum(
         input_ptr, above_ptr, weight_ptr, table_ptr, side_ptr, rows, h, w, columns, 0,
         R * S * c_blocks, c_blocks, H, W, C, K, input_stride_h, input_stride_w, tile_n, R, S,
         DILATION_H, DILATION_W, PADDING_H + PADDING_W > 0, EVEN_C, PROLOGUE, TRANSPOSED, PRECISION,
@@ -313,7 +313,7 @@ def table_of(norm: Norm, sums: Sums | None = None) -> Tensor:
     table = norm.mean.new_empty((3 if sums is None else 4, C), dtype=torch.float32)
     total, dot, count = (None, None, 1) if sums is None else (sums.total, sums.dot, sums.count)
     vectors = _vectors(norm.mean, norm.var, norm.weight, norm.bias, total, dot)
-    conv._launch(
+    launch.launch_kernel(
         norm.mean,
         table_kernel,
         (triton.cdiv(C, _TABLE_BLOCK),),
@@ -351,16 +351,16 @@ def forward(
     Returns:
         (N, K, P, Q), channels_last, the mean (K,) and biased variance (K,) of what was stored.
     """
-    size = conv.problem_size(*input.shape[2:], *weight.shape[2:], stride, padding, dilation)
+    size = problem.problem_size(*input.shape[2:], *weight.shape[2:], stride, padding, dilation)
     table = None if prologue is None else table_of(prologue)
     output, partial = _launch(
-        input, conv._filters(weight), size, weight.size(0), stride, padding, dilation, tile,
+        input, launch.filter_rows(weight), size, weight.size(0), stride, padding, dilation, tile,
         table=table, bias=bias, values=3,
     )  # fmt: skip
     mean, var = _results(output, 2)
     rows = output.numel() // output.size(1)
     partial, slab_rows = _folded(output, partial, tile.block_m)
-    conv._launch(
+    launch.launch_kernel(
         input,
         combine_statistics_kernel,
         (triton.cdiv(output.size(1), _combined(input)),),
@@ -413,7 +413,7 @@ def backward_input(
     # One tap has no inside: what pads a transposed 1x1 convolution would have to be cut off.
     assert min(around) >= 0, (padding, dilation)
     table = side = raw = None
-    grad = conv._channels_last(grad)
+    grad = launch.channels_last(grad)
     if above is not None:
         raw, norm, sums = above
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -427,7 +427,7 @@ def backward_input(
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     output, partial = _launch(
-        grad, conv._filters(weight), size, C, (1, 1), around, dilation, tile, table=table,
+        grad, launch.filter_rows(weight), size, C, (1, 1), around, dilation, tile, table=table,
         above=raw, side=side, residual=residual, residual_mask=residual_mask, below=below_raw,
         below_table=below_table, values=0 if below is None else 2, transposed=True,
     )  # fmt: skip
@@ -435,7 +435,7 @@ def backward_input(
         return output, side, None
     total, dot, grad_weight = _results(output, 3)
     partial, _ = _folded(output, partial, tile.block_m)
-    conv._launch(
+    launch.launch_kernel(
         grad,
         combine_sums_kernel,
         (triton.cdiv(C, _combined(grad)),),
@@ -473,7 +473,7 @@ def _launch(
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Launches `training_conv_kernel`; returns its output and `values` partial sums a slab."""
-    pixels = conv._channels_last(input)
+    pixels = launch.channels_last(input)
     N, C, H, W = pixels.shape
     P, Q = size
     R, S = filters.shape[1:3]
@@ -485,7 +485,7 @@ def _launch(
     prologue = "none"
     if table is not None:
         prologue = "norm" if above is None else "gradient"
-    conv._launch(
+    launch.launch_kernel(
         input,
         training_conv_kernel,
         (slabs * triton.cdiv(K, tile.block_n),),
@@ -503,18 +503,18 @@ def _launch(
         PADDING_W=padding[1],
         DILATION_H=dilation[0],
         DILATION_W=dilation[1],
-        DENSE_ROWS=pointwise and conv._has_dense_rows(pixels),
+        DENSE_ROWS=pointwise and launch.has_dense_rows(pixels),
         EVEN_C=C % tile.block_k == 0,
         EVEN_K=K % tile.block_n == 0,
         PROLOGUE=prologue,
         TRANSPOSED=transposed,
         STATISTICS=values == 3,
         PRECISION=precision(input),
-        WIDE=conv._is_wide(pixels, filters, output),
+        WIDE=launch.is_wide(pixels, filters, output),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        BAND=conv._BAND,
+        BAND=launch.BAND,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )  # fmt: skip
@@ -528,7 +528,7 @@ def _folded(output: Tensor, partial: Tensor, slab_rows: int) -> tuple[Tensor, in
     while partial.size(1) > _MOST_SLABS:
         slabs = triton.cdiv(partial.size(1), _FOLDED_SLABS)
         folded = _partial(output, partial.size(0), slabs)
-        conv._launch(
+        launch.launch_kernel(
             output,
             fold_kernel,
             (slabs * triton.cdiv(C, _FOLDED_CHANNELS),),

@@ -1,0 +1,301 @@
+"""What can be known of the CUDA C++ kernels without a GPU: what `_cuda` holds of every one of them.
+
+Reads the installed library with `cuobjdump` and writes `bench/results/static/cuda.json`:
+
+    {"schema": "fused_resnet.static_cuda/1", "nvcc": "13.0.88", "commit": "4bf3d42",
+     "architectures": ["8.0", ...], "entries": [{
+        "kernel": "conv_bn_act", "dtype": "float16", "architecture": "sm_90",
+        "products": "tensor cores", "loads": "vectors",
+        "block_m": 128, "block_n": 128, "block_k": 32, "num_warps": 4, "num_stages": 4,
+        "registers": 168, "stack_bytes": 0, "shared_bytes": 66560, "threads": 128,
+        "blocks_per_multiprocessor": 3, "occupancy": 0.1875, "instructions": 2400,
+        "tensor_core": {"HMMA": 128}, "matrix_loads": 32,
+        "global_loads": {"LDGSTS.128": 24, "LDG.128": 8}, "global_stores": {"STG.128": 33, ...}}]}
+
+Fields are those of bench/triton_resources.py's report where it has them. `stack_bytes` is what a
+thread keeps in local memory, spills included; `matrix_loads` counts LDSM, which is `ldmatrix`.
+Entries of scale_shift_act's kernels say with or without a residual, and the elements of an access
+or the index type, instead of a tile; those of basic_block's have the tile's pixels as `block_m`;
+those of batch norm's the elements, and where the activation's mask comes from. `narrow` are kernels
+for a residual of fewer channels than the output. `cluster` is of how many blocks; such kernels are
+empty, and left out, where there are no clusters, and their shared memory is what one round takes.
+`commit` is the checkout's, with a plus where csrc differs from it.
+
+    python bench/cuda_resources.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_resnet
+from fused_resnet import _native
+from fused_resnet.tuning import basic_block, cluster_norm
+
+ROOT = Path(__file__).resolve().parents[1]
+REPORT = ROOT / "bench" / "results" / "static" / "cuda.json"
+LIBRARY = Path(fused_resnet.__file__).parent / "_cuda.abi3.so"
+DTYPES = {"__half": "float16", "__nv_bfloat16": "bfloat16", "float": "float32", "double": "float64"}
+PRODUCTS = ("tensor cores", "tensor cores, tf32", "multiply-adds")
+LOADS = ("vectors", "elements", "diagonal")
+DIAGONAL_BLOCK = 16  # csrc/cuda/conv_tiles.h
+REGISTERS = 65536  # of a multiprocessor, on all of these
+MOST_LANES = 32  # csrc/cuda/batch_norm.h, as are
+MASKS = ("everywhere", "recomputed", "output", "bits")
+RESIDUALS = ("none", "whole", "narrow")  # csrc/cuda/scale_shift_act.cu
+ELEMENTWISE_THREADS = 256  # of scale_shift_act and of batch norm
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a multiprocessor: CUDA C++ Programming Guide, technical specifications."""
+
+    threads: int
+    shared_bytes: int
+    shared_bytes_of_block: int
+    blocks: int
+
+
+LIMITS = {
+    "sm_80": Limits(2048, 164 << 10, 163 << 10, 32),
+    "sm_86": Limits(1536, 100 << 10, 99 << 10, 16),
+    "sm_90": Limits(2048, 228 << 10, 227 << 10, 32),
+    "sm_100": Limits(2048, 228 << 10, 227 << 10, 32),
+    "sm_120": Limits(1536, 100 << 10, 99 << 10, 24),
+}
+
+
+WITHOUT_CLUSTERS = ("sm_80", "sm_86")
+
+
+def find_cuobjdump() -> str | None:
+    """The toolkit's, or the one that Triton ships."""
+    triton = Path(torch.__file__).parents[1] / "triton" / "backends" / "nvidia" / "bin"
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    folders = [os.environ["PATH"], *(f"{home}/bin" for home in homes if home), str(triton)]
+    return shutil.which("cuobjdump", path=os.pathsep.join(folders))
+
+
+def architectures() -> list[str]:
+    """What the library was built for: "sm_80"."""
+    built = _native.build_info()["cuda"]["architectures"]
+    return ["sm_" + name.removesuffix("+PTX").replace(".", "") for name in built]
+
+
+@cache
+def conv_tiles() -> list[list[int]]:
+    """The rows of csrc/cuda/conv_tiles.h, as the operator of that name lists them."""
+    assert _native.cuda_operators is not None, _native.cuda_status
+    numbers = _native.cuda_operators.conv_tiles()
+    return [numbers[at : at + 7] for at in range(0, len(numbers), 7)]
+
+
+def description(name: str) -> tuple[dict[str, Any], int, int]:
+    """A kernel's own fields by its demangled name; its threads and dynamic shared memory."""
+    match = re.search(r"(\w+)(?:<(.*?)>)?\(", name)
+    assert match, name
+    kernel, arguments = match[1], (match[2] or "float").split(", ")
+    fields: dict[str, Any] = {"kernel": kernel, "dtype": DTYPES[arguments[0]]}
+    if kernel.startswith("batch_norm"):
+        own_fields, threads, shared = batch_norm(kernel, arguments[1:])
+        return fields | own_fields, threads, shared
+    if kernel == "basic_block":
+        shape = basic_block.SHAPES[int(arguments[1])]
+        names = ("block_m", "block_n", "block_k", "split_k", "num_warps", "num_stages")
+        tile = dict(zip(names, dataclasses.astuple(shape.tile), strict=True))
+        del tile["split_k"]
+        return fields | {"products": PRODUCTS[0]} | tile, 32 * shape.warps, shape.shared_bytes
+    if kernel != "conv_bn_act":
+        fields["residual"] = arguments[-1] == "true"
+        if kernel == "scale_shift_act_channels_last":
+            kind = RESIDUALS[int(arguments[1].rpartition(")")[2])]
+            fields["residual"] = kind != "none"
+            fields |= {"narrow": True} if kind == "narrow" else {}
+        elif kernel == "scale_shift_act_strided":
+            fields["index"] = {"unsigned int": "int32", "long": "int64"}[arguments[1]]
+        elif kernel == "scale_shift_act_dense":
+            fields["elements"] = int(arguments[1])
+        return fields, ELEMENTWISE_THREADS, 0
+    products, loads, m, n, depth, warps, stages = conv_tiles()[int(arguments[1])]
+    size = 4 if products else 2
+    filter_depth = DIAGONAL_BLOCK if LOADS[loads] == "diagonal" else depth
+    shared = stages * (m * depth + n * filter_depth) * size + n * 2 * 4
+    fields |= {"products": PRODUCTS[products], "loads": LOADS[loads]}
+    fields |= {"block_m": m, "block_n": n, "block_k": depth}
+    fields |= {"num_warps": warps, "num_stages": stages}
+    return fields, 32 * warps, shared
+
+
+def batch_norm(kernel: str, arguments: list[str]) -> tuple[dict[str, Any], int, int]:
+    """The same for a kernel of csrc/cuda/batch_norm.cuh, by the arguments behind its dtype."""
+    of_channels = {"batch_norm_combine_statistics": 3, "batch_norm_combine_sums": 2}
+    if kernel in of_channels:
+        return {}, ELEMENTWISE_THREADS, of_channels[kernel] * ELEMENTWISE_THREADS * 4
+    elements = int(arguments[0])
+    fields: dict[str, Any] = {"elements": elements}
+    if kernel.endswith("in_one_launch"):
+        backward = "backward" in kernel
+        fields["cluster"] = cluster_norm.BLOCKS
+        if backward:
+            fields["mask"] = MASKS[int(arguments[1].rpartition(")")[2])]
+        elif arguments[1] == "true":
+            fields["mask"] = "bits"
+        return fields, cluster_norm.THREADS, cluster_norm.shared_bytes(1 + backward, rounds=1)
+    if kernel == "batch_norm_normalize":
+        fields |= {"narrow": True} if arguments[1] == "true" else {}
+        fields |= {"mask": "bits"} if arguments[2] == "true" else {}
+    elif len(arguments) > 1:
+        fields["mask"] = MASKS[int(arguments[1].rpartition(")")[2])]
+    # Values of every thread that are combined, and values of every channel of the block.
+    values, vectors = {
+        "batch_norm_statistics": (2 * elements + 1, 0),
+        "batch_norm_normalize": (0, 2),
+        "batch_norm_gradient_sums": (2 * elements, 3),
+        "batch_norm_input_gradient": (0, 5),
+    }[kernel]
+    shared = values * ELEMENTWISE_THREADS * 4 + vectors * MOST_LANES * elements * 4
+    return fields, ELEMENTWISE_THREADS, shared
+
+
+def resident(limits: Limits, threads: int, registers: int, shared: int) -> int:
+    """Blocks that one multiprocessor holds at once.
+
+    Registers are handed out to a warp 256 at a time; the driver takes 1 KiB of every block's shared
+    memory.
+    """
+    of_warp = -(-32 * registers // 256) * 256
+    return min(
+        limits.blocks,
+        limits.threads // threads,
+        REGISTERS // (of_warp * threads // 32),
+        limits.shared_bytes // (shared + 1024),
+    )
+
+
+def instructions(listing: str) -> dict[str, Any]:
+    """Counts of what matters in a listing of machine code."""
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+).*?;", listing)
+    counts = {name: Counter() for name in ("tensor_core", "global_loads", "global_stores")}
+    matrix_loads = 0
+    for name in found:
+        base = name.split(".")[0]
+        width = re.search(r"\.(U?8|U?16|64|128)\b", name)
+        wide = base + (f".{width[1]}" if width else "")
+        if base == "HMMA":
+            counts["tensor_core"][name] += 1
+        elif base in ("LDG", "LDGSTS"):
+            counts["global_loads"][wide] += 1
+        elif base == "STG":
+            counts["global_stores"][wide] += 1
+        matrix_loads += base == "LDSM"
+    return {
+        "instructions": len(found),
+        "matrix_loads": matrix_loads,
+        **{name: dict(sorted(count.items())) for name, count in counts.items()},
+    }
+
+
+@cache
+def entries(architecture: str, library: Path = LIBRARY) -> list[dict[str, Any]]:
+    """The report's entries for one architecture."""
+    usage = _cuobjdump("-res-usage", architecture, library)
+    listing = _cuobjdump("-sass", architecture, library)
+    bodies = {}
+    for part in listing.split("Function : ")[1:]:
+        name, _, body = part.partition("\n")
+        bodies[name.strip()] = body
+    used = re.findall(r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert {name for name, *_ in used} == bodies.keys()
+    found = []
+    for mangled, *numbers in used:
+        registers, stack, static, local = map(int, numbers)
+        fields, threads, shared = description(demangled(mangled))
+        if "cluster" in fields and architecture in WITHOUT_CLUSTERS:
+            continue
+        shared += static
+        limits = LIMITS[architecture]
+        blocks = resident(limits, threads, registers, shared)
+        if shared > limits.shared_bytes_of_block:
+            blocks = 0
+        found.append(
+            fields
+            | {
+                "architecture": architecture,
+                "registers": registers,
+                "stack_bytes": stack + local,
+                "shared_bytes": shared,
+                "threads": threads,
+                "blocks_per_multiprocessor": blocks,
+                "occupancy": round(blocks * threads / limits.threads, 4),
+            }
+            | instructions(bodies[mangled])
+        )
+    return sorted(found, key=lambda entry: json.dumps(identity(entry)))
+
+
+def identity(entry: dict[str, Any]) -> dict[str, Any]:
+    """Which kernel an entry is about."""
+    names = (
+        "kernel", "dtype", "architecture", "products", "loads", "block_m", "block_n", "block_k",
+        "num_warps", "num_stages", "residual", "narrow", "elements", "index", "mask",
+        "cluster",
+    )  # fmt: skip
+    return {name: entry[name] for name in names if name in entry}
+
+
+def _cuobjdump(option: str, architecture: str, library: Path) -> str:
+    tool = find_cuobjdump()
+    assert tool, "no cuobjdump"
+    command = [tool, option, "-arch", architecture, str(library)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@cache
+def demangled(name: str) -> str:
+    """A kernel's name as C++ has it."""
+    command = ["c++filt", name]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def main() -> None:
+    info = _native.build_info()["cuda"]
+    assert info is not None, "built without CUDA kernels"
+    commit = _git("rev-parse", "--short", "HEAD")
+    if _git("status", "--porcelain", "--", "csrc"):
+        commit += "+"
+    head = {
+        "schema": "fused_resnet.static_cuda/1",
+        "nvcc": info["nvcc"],
+        "commit": commit,
+        "architectures": info["architectures"],
+    }
+    found = [entry for architecture in architectures() for entry in entries(architecture)]
+    lines = ",\n  ".join(json.dumps(entry) for entry in found)
+    REPORT.write_text(json.dumps(head)[:-1] + f', "entries": [\n  {lines}\n]}}\n')
+    for entry in found:
+        what = " ".join(str(value) for value in identity(entry).values())
+        print(
+            f"{what}: {entry['registers']} registers, {entry['stack_bytes']} bytes of stack, "
+            f"{entry['shared_bytes']} shared, {entry['blocks_per_multiprocessor']} blocks"
+        )
+
+
+if __name__ == "__main__":
+    main()

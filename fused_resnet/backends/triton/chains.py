@@ -1,0 +1,141 @@
+"""How residual blocks become launches: chains where `tuning` chose them, else convolutions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from ... import tuning
+from ...tuning import chain
+from ...tuning.choice import CHAIN, CHAIN_WITHOUT_NEXT, CHAINED, PAIR, Choice, Tile
+from ...tuning.problem import ChainProblem
+from . import bottleneck, launch
+from .inference import conv_bn_act
+
+if TYPE_CHECKING:
+    from ...layers.description import BlockLayers
+
+# For the interpreter, whose time goes by the number of operations.
+_INTERPRETED_TILE = Tile(128, 256, 256, 1, 4, 1)
+
+
+def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | None:
+    """Residual blocks in as few launches as `tuning` finds fastest; see `ops.residual_blocks`.
+
+    A chain begins at a Bottleneck's 3x3 and ends behind the next block's first 1x1, in the next
+    stage too; see `tuning.chain.problems_of` for what it takes. All else runs convolution by
+    convolution.
+
+    Returns:
+        None where there is no chain at all, or something does not fit together: convolution by
+        convolution the reason comes out.
+    """
+    if not any(chain.has_chain(*block) for block in blocks):
+        return None
+    problems = chain.problems_of(input, blocks)
+    if problems is None:
+        return None
+    choices = [None if one is None else choose(one, input.device) for one in problems]
+    chained = any(choice is not None and choice.kernel in CHAINED for choice in choices)
+    overlapped = input.size(0) <= chain.OVERLAPPED_IMAGES
+    if not chained and not overlapped:
+        return None
+    with launch.in_a_row() if overlapped else contextlib.nullcontext():
+        return _run_all(input, blocks, problems, choices)
+
+
+def _run_all(
+    input: Tensor,
+    blocks: Sequence[BlockLayers],
+    problems: Sequence[ChainProblem | None],
+    choices: Sequence[Choice | None],
+) -> Tensor:
+    """All blocks, each as chosen."""
+    channels_last = suggest_memory_format(input) is torch.channels_last
+    x, reduced = input, None
+    for index, (layers, has_projection) in enumerate(blocks):
+        main = layers[:-1] if has_projection else layers
+        projection = layers[-1] if has_projection else None
+        # The format that convolutions would hand on.
+        channels_last |= any(
+            suggest_memory_format(layer[0]) is torch.channels_last for layer in main
+        )
+        if reduced is None:
+            reduced = conv_bn_act(x, *main[0], None, "relu")
+        problem, choice = problems[index], choices[index]
+        if choice is None:
+            x, reduced = _convolutions(reduced, x, main[1:], projection), None
+            continue
+        following = blocks[index + 1][0][0] if problem.next_width else None
+        x, reduced = run(reduced, x, (*main[1:], projection, following), problem, choice)
+    return x if channels_last else x.contiguous()
+
+
+def run(
+    reduced: Tensor,
+    x: Tensor,
+    layers: Sequence[tuple | None],
+    problem: ChainProblem,
+    choice: Choice,
+) -> tuple[Tensor, Tensor | None]:
+    """A block from its second convolution on, as chosen.
+
+    Args:
+        reduced: the output of its first convolution.
+        x: its input.
+        layers: its 3x3, its last 1x1, its projection or None, and the next block's first
+            convolution or None.
+        problem: what `tuning` calls it.
+        choice: how to run it.
+
+    Returns:
+        Its output, and where the choice is a chain with the next block's convolution, that one's.
+    """
+    *main, projection, following = layers
+    if choice.kernel not in CHAINED:
+        return _convolutions(reduced, x, main, projection), None
+    if choice.kernel == CHAIN_WITHOUT_NEXT:
+        following = None
+    tile = tile_for(problem, choice.tile)
+    if choice.kernel == PAIR:
+        hidden = conv_bn_act(reduced, *main[0], None, "relu")
+        return bottleneck.bottleneck(hidden, x, None, main[1], projection, following, tile)
+    return bottleneck.bottleneck(reduced, x, *main, projection, following, tile)
+
+
+def _convolutions(
+    out: Tensor, x: Tensor, layers: Sequence[tuple], projection: tuple | None
+) -> Tensor:
+    """A block behind its first convolution, one convolution after the other."""
+    shortcut = x if projection is None else conv_bn_act(x, *projection, None, "none")
+    for layer in layers[:-1]:
+        out = conv_bn_act(out, *layer, None, "relu")
+    return conv_bn_act(out, *layers[-1], shortcut, "relu")
+
+
+def choose(problem: ChainProblem, device: torch.device) -> Choice:
+    """How a block runs: what `tuning` says, on a GPU; chained, where kernels are interpreted."""
+    if device.type != "cuda":
+        pixels = problem.N * problem.P * problem.Q
+        block_m = min(_INTERPRETED_TILE.block_m, max(16, triton.next_power_of_2(pixels)))
+        return Choice(CHAIN, replace(_INTERPRETED_TILE, block_m=block_m), "interpreted")
+    return tuning.choose(problem, device)
+
+
+def tile_for(problem: ChainProblem, tile: Tile) -> Tile:
+    """`tile` with blocks that divide the problem's channels."""
+    depth = problem.width
+    if problem.projection is not None:
+        depth |= problem.projection[0]
+    return replace(
+        tile,
+        block_n=min(tile.block_n, chain.power_in(problem.K)),
+        block_k=min(tile.block_k, chain.power_in(depth)),
+    )

@@ -1,0 +1,66 @@
+"""Which tensors the kernels take, and where they are interpreted."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch.nn import Parameter
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET asks for kernels to be computed by NumPy, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def can_train(input: Tensor, weight: Tensor, other: Tensor | None, groups: int) -> bool:
+    """Whether the kernels of `training_conv.py` take a convolution: channels_last, one group."""
+    dtypes = DTYPES if input.device.type != "cuda" else (torch.float16, torch.bfloat16)
+    return (
+        groups == 1
+        and input.dtype in dtypes
+        and can_run(input, weight, other)
+        and not is_traced(input)
+        and input.numel() > 0
+        and weight.numel() > 0
+        and suggest_memory_format(input) is torch.channels_last
+    )
+
+
+def can_normalize(input: Tensor, *others: Tensor | None) -> bool:
+    """Whether dtype, size and devices are those the kernels of `norm.py` take."""
+    return (
+        input.dtype in DTYPES
+        and not is_traced(input)
+        and input.numel() > 0
+        and all(t is None or t.device == input.device for t in others)
+    )
+
+
+def is_channels_last(input: Tensor) -> bool:
+    """Whether it is dense, and what follows it would lie likewise."""
+    return (
+        input.dim() == 4
+        and suggest_memory_format(input) is torch.channels_last
+        and input.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def can_run(input: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether dtypes and devices are those the kernels take."""
+    return (
+        input.dtype in DTYPES
+        and weight.dtype is input.dtype
+        and all(t is None or t.device == input.device for t in (weight, *others))
+    )
+
+
+def is_traced(input: Tensor) -> bool:
+    """Whether a tensor stands for one that a kernel cannot read."""
+    return type(input) not in (Tensor, Parameter)

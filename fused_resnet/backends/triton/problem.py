@@ -1,0 +1,87 @@
+"""The problem that a convolution is to `tuning`, and the tile it runs with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ... import tuning
+from ...tuning.choice import Choice, Tile
+from ...tuning.estimate import special_tiles
+from ...tuning.problem import ConvProblem
+from ..library import precision
+
+# For the interpreter, whose time goes by the number of operations.
+_INTERPRETED_TILE = Tile(128, 256, 256, 1, 4, 1)
+
+
+def choose(problem: ConvProblem, device: torch.device) -> Choice:
+    """Which kernel and tile run a problem: what `tuning` says, on a GPU."""
+    if device.type != "cuda":
+        return Choice("triton", _INTERPRETED_TILE, "interpreted")
+    return tuning.choose(problem, device)
+
+
+def chosen_tile(problem: ConvProblem, device: torch.device) -> Tile:
+    """The chosen tile; the estimate's where the choice is a kernel that graphs cannot hold."""
+    choice = choose(problem, device)
+    return choice.tile if choice.kernel == "triton" else tuning.untuned_tile(problem, device)
+
+
+def tile_for(problem: ConvProblem, tile: Tile) -> Tile:
+    """`tile` as the problem's kernel takes it: no wider than a group, or one of its own."""
+    if special := special_tiles(problem):
+        return tile if tile in special else special[0]
+    if problem.groups == 1:
+        return tile
+    group_k = problem.K // problem.groups
+    block_n = min(tile.block_n, max(16, 1 << (group_k - 1).bit_length()))
+    return replace(tile, block_n=block_n)
+
+
+def problem_of(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: bool,
+    pool: Sequence[int] | None = None,
+) -> ConvProblem:
+    """A call as `tuning` sees it; symbolic sizes stand for the values they were traced with."""
+    N, C, H, W = map(hint_of, input.shape)
+    K, _, R, S = weight.shape
+    dtype = str(input.dtype).removeprefix("torch.")
+    if precision(input) == "tf32":
+        dtype = "tfloat32"
+    return ConvProblem(
+        N, C, H, W, K, R, S, tuple(stride), tuple(padding), tuple(dilation), groups, dtype,
+        residual, None if pool is None else tuple(pool),
+    )  # fmt: skip
+
+
+def problem_size(
+    H: int,
+    W: int,
+    R: int,
+    S: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """(P, Q) of a convolution; unlike `ConvProblem`'s they may be symbolic."""
+    P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
+    Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
+    return P, Q
+
+
+def hint_of(size: int | torch.SymInt) -> int:
+    """A size as a number; of a symbolic one, an example, on which nothing may depend but speed."""
+    if isinstance(size, torch.SymInt):
+        hint = size.node.hint
+        return 1 if hint is None else int(hint)
+    return size

@@ -1,0 +1,83 @@
+"""`fused-resnet doctor`."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import _native, backends
+from ..layers import watch
+from ..measure import environment
+from ..measure.text import plain
+from ..tuning import table as tables
+
+
+def doctor() -> None:
+    """Shows versions, devices, and which backends work and why the others do not."""
+    console = Console()
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column(overflow="fold")
+
+    def section(title: str, rows: dict[str, object]) -> None:
+        grid.add_row(title, "")
+        for name, value in rows.items():
+            grid.add_row(plain(f"  {name}"), plain("not found" if value is None else value))
+
+    versions = environment.versions()
+    versions["commit"] = environment.commit() or "not a checkout"
+    section("versions", {**versions, **environment.compilers()})
+    cpu = environment.describe_device(torch.device("cpu"))
+    cpu["flags"] = " ".join(cpu["flags"]) or "none of those that matter"
+    cpu["threads"] = torch.get_num_threads()
+    vectors, tiles = torch.ops.fused_resnet.conv_isa(), torch.ops.fused_resnet.conv_tile_isa()
+    cpu["convolutions"] = (vectors or "the library's") + (f", bfloat16 {tiles}" if tiles else "")
+    del cpu["type"]
+    section("CPU", cpu)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index in range(count):
+        gpu = environment.describe_device(torch.device("cuda", index))
+        del gpu["type"]
+        section(f"cuda:{index}", gpu)
+    if not count:
+        built = torch.version.cuda
+        reason = f"built for CUDA {built}, finds no GPU" if built else "built without CUDA"
+        section("GPU", {"none": f"torch is {reason}"})
+    section("backends", backends.available())
+    section("environment", _settings())
+    section("compiled parts", _compiled_parts())
+    console.print(grid)
+
+
+def _settings() -> dict[str, object]:
+    """The environment variables that are read, and what each comes to."""
+    settings: dict[str, object] = {}
+    for name, result in (
+        ("FUSED_RESNET_BACKEND", lambda: backends.check_environment()),
+        ("FUSED_RESNET_CPU_ISA", lambda: f"the CPU's kernels use {backends.cpu_isa()}"),
+        (watch.VARIABLE, watch.described),
+        ("FUSED_RESNET_CACHE", lambda: f"tuning tables are in {tables.cache_folder()}"),
+    ):
+        value = os.environ.get(name)
+        text = "not set" if not value else f"{value}, forced" if "CACHE" not in name else value
+        try:
+            found = result()
+        except (ValueError, OSError) as error:
+            found = f"error: {error}"
+        settings[name] = text if found is None else f"{text}; {found}"
+    return settings
+
+
+def _compiled_parts() -> dict[str, object]:
+    info = _native.build_info()
+    cuda = info["cuda"]
+    parts = {"_C": f"for {info['machine']}, by {info['compiler']}, against torch {info['torch']}"}
+    if cuda is None:
+        parts["_cuda"] = f"not built: {info['no_cuda_reason']}"
+    else:
+        parts["_cuda"] = f"for {', '.join(cuda['architectures'])}, by nvcc {cuda['nvcc']}"
+    parts["_cuda loaded"] = _native.cuda_status
+    return parts

@@ -1,0 +1,75 @@
+"""A layer, and a block of them, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch.distributed as dist
+from torch import Tensor
+
+BlockLayers: TypeAlias = tuple[Sequence[tuple], int]
+"""The arguments of `conv_bn_act` from `weight` to `groups`, for each convolution of a block, and
+whether the last of them makes the shortcut from the block's input. Where `pads_shortcuts`, a number
+below zero stands for a shortcut that has the input's pixels at such steps, its channels in the
+middle of zeros."""
+
+TENSORS = 6  # a layer's: weight, running_mean, running_var, bn_weight, bn_bias, bias
+_NUMBERS = 7  # stride, padding and dilation, two each, and groups
+
+
+def described_blocks(
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    layer_counts: Sequence[int],
+    projections: Sequence[bool],
+) -> Iterator[BlockLayers]:
+    """The blocks that the operator's arguments describe."""
+    layer = 0
+    for count, has_projection in zip(layer_counts, projections, strict=True):
+        layers = []
+        for i in range(layer, layer + count):
+            weight, mean, var, bn_weight, bn_bias, bias = tensors[TENSORS * i : TENSORS * (i + 1)]
+            n = numbers[_NUMBERS * i : _NUMBERS * (i + 1)]
+            geometry = (n[0:2], n[2:4], n[4:6], n[6])
+            layers.append((weight, mean, var, bn_weight, bn_bias, eps[i], bias, *geometry))
+        yield layers, has_projection
+        layer += count
+
+
+PARAMETERS = 4  # a layer's: the weight and bias of the convolution, and those of the norm
+SAVED = 4  # of a layer: raw, mean, var and count
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is not a tensor of a convolution and its norm."""
+
+    geometry: tuple
+    eps: float
+    group: dist.ProcessGroup | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block without its tensors: its convolutions, then that of a projection."""
+
+    layers: tuple[Layer, ...]
+    has_projection: bool
+    low_memory: bool
+    step: int = 1  # between the pixels of the input that are the shortcut
+
+    def subsampled(self, tensor: Tensor) -> Tensor:
+        """Of the input or its gradient, a view of what is the shortcut."""
+        return tensor if self.step == 1 else tensor[:, :, :: self.step, :: self.step]
+
+    def shortcut_is_input(self, input: Tensor, shortcut: Tensor | None) -> bool:
+        """Whether the shortcut, or its gradient, is like the block's input; false for None."""
+        return not self.has_projection and shortcut is not None and shortcut.shape == input.shape
+
+    @property
+    def main(self) -> int:
+        """How many convolutions are not the projection."""
+        return len(self.layers) - self.has_projection

@@ -1,0 +1,193 @@
+"""Models and images for the comparison: torchvision's by name, the user's by path."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import PIL.Image
+import torch
+import torchvision
+
+from ..testing import randomize_
+
+# How many times as long as wide an image may be.
+_LONGEST = 100
+
+
+class InvalidArgumentError(ValueError):
+    """An argument the user can correct; the message is one line and names it."""
+
+
+def known_models() -> list[str]:
+    """Names of the models in torchvision whose residual blocks this package replaces."""
+    include = ["resnet*", "resnext*", "wide_resnet*"]
+    return torchvision.models.list_models(module=torchvision.models, include=include)
+
+
+def build_model(name: str, weights: str | None, seed: int) -> torch.nn.Module:
+    """A torchvision model in float32 on the CPU.
+
+    Args:
+        name: one of `known_models()`.
+        weights: None for seeded random parameters and batch-norm statistics; the name of one of
+            torchvision's weights for the model (`IMAGENET1K_V2`, downloaded unless cached); or
+            the path of a file that holds a state_dict, bare or under "state_dict" or "model".
+        seed: of the random parameters.
+
+    Raises:
+        InvalidArgumentError: unknown model, or weights that cannot be had, read, or loaded
+            strictly.
+    """
+    if name not in known_models():
+        known = ", ".join(known_models())
+        raise InvalidArgumentError(f"MODEL is {name!r}, must be one of {known}")
+    if weights is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = torchvision.models.get_model(name)
+        return randomize_(model, seed)
+    if Path(weights).is_file():
+        return _model_from_file(name, Path(weights))
+    entries = torchvision.models.get_model_weights(name).__members__
+    if weights not in entries:
+        known = ", ".join([*entries, "the path of a checkpoint"])
+        raise InvalidArgumentError(f"--weights is {weights!r}, for {name} must be one of {known}")
+    try:
+        return torchvision.models.get_model(name, weights=entries[weights])
+    except OSError as error:  # URLError among them
+        raise InvalidArgumentError(
+            f"--weights is {weights!r}, which could not be downloaded: {first_line(error)}"
+        ) from None
+
+
+def _model_from_file(name: str, path: Path) -> torch.nn.Module:
+    what = f"--weights is {str(path)!r}"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # of damaged files, nearly anything
+        raise InvalidArgumentError(
+            f"{what}, which torch.load cannot read: {first_line(error)}"
+        ) from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    last = state.get("fc.weight") if isinstance(state, dict) else None
+    if not isinstance(last, torch.Tensor):
+        raise InvalidArgumentError(f"{what}, which holds no state_dict of {name} (no 'fc.weight')")
+    for key in state:
+        if not isinstance(key, str):
+            raise InvalidArgumentError(
+                f"{what}, whose state_dict has the key {key!r}, must have text alone"
+            )
+    with torch.device("meta"):
+        features = torchvision.models.get_model(name).fc.in_features
+    # The model is as large as it says, so it is to say nothing that the file does not hold.
+    stored = 0 if last.layout is not torch.strided else last.untyped_storage().nbytes()
+    if last.is_meta or last.numel() * last.element_size() > stored:
+        raise InvalidArgumentError(
+            f"{what}, whose fc.weight of shape {tuple(last.shape)} is not all in the file"
+        )
+    if last.dim() != 2 or last.shape[0] < 1 or last.shape[1] != features:
+        raise InvalidArgumentError(
+            f"{what}, MODEL is {name!r}: fc.weight has shape {tuple(last.shape)}, "
+            f"must be (classes, {features})"
+        )
+    model = torchvision.models.get_model(name, num_classes=last.shape[0])
+    try:
+        model.load_state_dict(state)
+    except MemoryError:
+        raise
+    except Exception as error:  # of what is no tensor, nearly anything
+        reason = " ".join(str(error).split())[:200]
+        raise InvalidArgumentError(f"{what}, MODEL is {name!r}: {reason}") from None
+    return model
+
+
+def sample_photograph() -> Path:
+    """The portrait of Grace Hopper that ships with matplotlib.
+
+    Raises:
+        InvalidArgumentError: matplotlib, or its sample data, is not installed.
+    """
+    spec = importlib.util.find_spec("matplotlib")
+    if spec is not None and spec.origin is not None:
+        path = Path(spec.origin).parent / "mpl-data" / "sample_data" / "grace_hopper.jpg"
+        if path.is_file():
+            return path
+    raise InvalidArgumentError(
+        "--image is not given and the default photograph is missing: pip install matplotlib"
+    )
+
+
+def load_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
+    """Reads an RGB image.
+
+    Raises:
+        InvalidArgumentError: there is no such file, Pillow cannot read it as an image, or it has
+            more pixels than Pillow takes for safe, or is over 100 times as long as wide.
+    """
+    path = os.fspath(path)
+    if not os.path.exists(path):
+        raise InvalidArgumentError(f"--image is {path!r}, which does not exist")
+    if os.path.isdir(path):
+        raise InvalidArgumentError(
+            f"--image is {path!r}, which is a directory, must be an image file"
+        )
+    try:
+        # Pillow warns of images of over 89 million pixels and refuses those of twice as many.
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+            image = stack.enter_context(PIL.Image.open(path))
+            width, height = image.size
+            if max(width, height) > _LONGEST * min(width, height):
+                # The shorter side becomes as long as the crop's, the longer one in proportion.
+                raise ValueError(
+                    f"{width}x{height} pixels, must be at most {_LONGEST} times as long as wide"
+                )
+            return image.convert("RGB")
+    except MemoryError:
+        raise
+    except PIL.UnidentifiedImageError:
+        reason = "not an image that Pillow can read"
+    except Exception as error:  # from inside Pillow's decoders, nearly anything
+        reason = f"not readable: {first_line(error)}"
+    raise InvalidArgumentError(f"--image is {path!r}, which is {reason}")
+
+
+def build_input(model: str, images: Sequence[str], batch: int, seed: int) -> torch.Tensor:
+    """A batch of photographs as the model's ImageNet weights expect them.
+
+    Each image goes through torchvision's transforms (resize, centre crop, normalise). Where the
+    batch is larger than the list, the images come again as random crops, so that no two inputs
+    are the same.
+
+    Returns:
+        float32, (batch, 3, 224, 224).
+    """
+    entries = torchvision.models.get_model_weights(model)
+    preset = entries.DEFAULT.transforms()
+    size = preset.crop_size[0]
+    loaded = [load_image(path) for path in images or [sample_photograph()]]
+    tensors = [preset(image) for image in loaded[:batch]]
+    generator = torch.Generator().manual_seed(seed)
+    while len(tensors) < batch:
+        image = loaded[len(tensors) % len(loaded)]
+        scale, left, top = torch.rand(3, generator=generator).tolist()
+        side = (0.4 + 0.5 * scale) * min(image.size)
+        x, y = left * (image.width - side), top * (image.height - side)
+        crop = image.resize((size, size), PIL.Image.BILINEAR, (x, y, x + side, y + side))
+        tensors.append(preset(crop))
+    return torch.stack(tensors)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,488 @@
+"""What a module is made of: its layers as operators take them, or what keeps it from running fused.
+
+Found anew in every forward pass, since hooks and settings may come and go. An obstacle is a text
+that names the part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import forms, originals
+from ..forms import Form, Unit
+from ..layers.description import BlockLayers
+from ..models import cifar
+from ..ops.registration import transforms_active
+from ..originals import (
+    BatchNorm2d,
+    Conv2d,
+    FrozenBatchNorm2d,
+    MaxPool2d,
+    ReLU,
+    Sequential,
+    SyncBatchNorm,
+)
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_NORMS = (BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d)
+
+Layers = list[tuple[nn.Conv2d, nn.Module]]
+"""Convolutions, each with the norm behind it."""
+
+
+def working_parts(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The children of these names that would now do something to a tensor, or carry hooks."""
+    children = []
+    for name in names:
+        child = forms.part(module, name)
+        if child is not None and not _passes_through(child):
+            children.append(child)
+    return children
+
+
+def _passes_through(module: nn.Module) -> bool:
+    is_idle = forms.idle.get(type(module))
+    return is_idle is not None and is_idle(module) and _call_obstacle(module) is None
+
+
+def conv_norm(module: nn.Module, unit: Unit) -> tuple[nn.Conv2d, nn.Module]:
+    """The convolution and the norm of a unit."""
+    return forms.part(module, unit.conv), forms.part(module, unit.norm)
+
+
+def block_layers(block: nn.Module, may_pad: bool = False) -> tuple[Layers, bool] | None:
+    """A block's convolutions and norms, and whether the last are the shortcut's.
+
+    None where the block has more to do than these, ReLUs and the add, or its shortcut has no fused
+    form. Whether one that pads channels, and has no layers, counts as fused is up to `may_pad`.
+    """
+    form = forms.of(block)
+    if not form.is_block:
+        return None
+    pairs = []
+    for unit in form.units_of(block):
+        if working_parts(block, unit.between) or working_parts(block, unit.after):
+            return None
+        pairs.append(conv_norm(block, unit))
+    downsample = getattr(block, form.shortcut)
+    has_projection = downsample is not None and not (may_pad and pads_channels(downsample))
+    if has_projection:
+        if downsample_obstacle(downsample) is not None:
+            return None
+        before, projection = split_downsample(downsample)
+        if any(not _passes_through(module) for module in before):
+            return None
+        pairs.append(projection)
+    return pairs, has_projection
+
+
+def inference_layers(block: nn.Module, x: Tensor) -> BlockLayers | None:
+    """A block without an obstacle as `ops.residual_blocks` takes it, or None where it cannot."""
+    if (found := block_layers(block)) is None:
+        return None
+    pairs, has_projection = found
+    layers = []
+    for conv, norm in pairs:
+        if uses_batch_statistics(norm) or not keeps_dtype(norm, x) or not norm.eps >= 0:
+            return None
+        layers.append(conv_arguments(conv, norm, x)[1:])
+    return layers, has_projection
+
+
+def stages_layers(stages: list[nn.Module], x: Tensor) -> list[BlockLayers] | None:
+    """The blocks of all stages, or None where calling some stage is more than inference by them."""
+    blocks: list[BlockLayers] = []
+    for stage in stages:
+        added = stage_layers(stage, x)
+        if added is None:
+            return None
+        blocks += added
+    return blocks
+
+
+def stage_layers(stage: nn.Module, x: Tensor, may_pad: bool = False) -> list[BlockLayers] | None:
+    """What calling a stage would run, or None where that is more than inference by its blocks.
+
+    The network around it has no obstacle. `may_pad`: see `ops.pads_shortcuts`.
+    """
+    if type(stage) is not Sequential or _call_obstacle(stage) is not None:
+        return None
+    plain = None if torch.compiler.is_compiling() else _plain_layers
+    blocks = []
+    for block in stage._modules.values():
+        form = forms.of_fused(type(block))
+        if form is None or not form.is_block:
+            return None
+        layers = plain and plain(block, form, may_pad)
+        if layers is None:
+            if _call_obstacle(block) is not None or own_obstacle(block) is not None:
+                return None
+            layers = inference_layers(block, x)
+        if layers is None:
+            return None
+        blocks.append(layers)
+    return blocks
+
+
+def _plain_layers(block: nn.Module, form: Form, may_pad: bool) -> BlockLayers | None:
+    """The layers of a block in which there is nothing out of the ordinary, in a tenth of the time.
+
+    Nothing but what every module of these classes has: neither obstacles, hooks nor parts that may
+    be idle. None says only that `own_obstacle` and `_inference_layers` have to find out.
+    """
+    if form.plain_names is None or form.replaced() is not None or _has_any_global_hook():
+        return None
+    state = block.__dict__
+    children = state["_modules"]
+    if _is_touched(state) or form.obstacle(block) is not None:
+        return None
+    act = None
+    layers = []
+    for conv_name, norm_name, act_name in form.plain_names:
+        unit_act = children.get(act_name)
+        if type(unit_act) is not ReLU:
+            return None
+        if unit_act is not act:
+            act = unit_act
+            if _is_touched(act.__dict__):
+                return None
+        layer = _plain_layer(children.get(conv_name), children.get(norm_name))
+        if layer is None:
+            return None
+        layers.append(layer)
+    downsample = children.get(form.shortcut)
+    if downsample is None:
+        # Whoever assigned something else than a module has it among the other attributes.
+        return (layers, False) if getattr(block, form.shortcut) is None else None
+    if may_pad and type(downsample) is cifar.PaddedShortcut:
+        return _with_padded_shortcut(layers, downsample)
+    if type(downsample) is not Sequential or _is_touched(downsample.__dict__):
+        return None
+    projection = [*downsample._modules.values()]
+    layer = _plain_layer(*projection) if len(projection) == 2 else None
+    if layer is None:
+        return None
+    layers.append(layer)
+    return layers, True
+
+
+def _with_padded_shortcut(
+    layers: list[tuple], shortcut: cifar.PaddedShortcut
+) -> BlockLayers | None:
+    added = layers[-1][0].size(0) - layers[0][0].size(1) * layers[0][-1]
+    step = shortcut.stride
+    if (
+        _is_touched(shortcut.__dict__)
+        or added < 0
+        or added != shortcut.out_channels - shortcut.in_channels
+        or type(step) is not int
+        or step < 1
+    ):
+        return None
+    return layers, -step
+
+
+def _plain_layer(conv: nn.Module | None, norm: nn.Module | None) -> tuple | None:
+    """`conv_arguments` but for the input; see `_plain_layers`."""
+    if type(conv) is not Conv2d or type(norm) is not BatchNorm2d:
+        return None
+    of_conv, of_norm = conv.__dict__, norm.__dict__
+    padding = of_conv["padding"]
+    if (
+        _is_touched(of_conv)
+        or _is_touched(of_norm)
+        or of_norm["training"]
+        or of_conv["padding_mode"] != "zeros"
+        or type(padding) is not tuple
+    ):
+        return None
+    eps, parameters = of_norm["eps"], of_conv["_parameters"]
+    buffers, affine = of_norm["_buffers"], of_norm["_parameters"]
+    try:
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        if mean is None or var is None or not eps >= 0:
+            return None
+        return (
+            parameters["weight"],
+            mean,
+            var,
+            affine["weight"],
+            affine["bias"],
+            eps,
+            parameters["bias"],
+            of_conv["stride"],
+            padding,
+            of_conv["dilation"],
+            of_conv["groups"],
+        )
+    except KeyError:
+        return None
+
+
+def _is_touched(state: dict[str, Any]) -> bool:
+    """`_call_obstacle` of the module with this `__dict__`, for `_plain_layers`."""
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or "_conv_forward" in state
+    )
+
+
+def split_downsample(
+    downsample: nn.Sequential,
+) -> tuple[list[nn.Module], tuple[nn.Conv2d, nn.Module]]:
+    """What a projection without an obstacle does first, and its convolution and norm."""
+    *before, conv, norm = downsample._modules.values()
+    return before, (conv, norm)
+
+
+def bare_conv_arguments(conv: nn.Conv2d, x: Tensor) -> tuple:
+    """`conv_arguments` without a norm: one with mean 0 and var + eps = 1, which changes no bit."""
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    zeros = x.new_zeros(conv.out_channels, dtype=dtype)
+    return (
+        # Not an eps of 0, which `F.batch_norm` refuses in some versions of torch.
+        *(x, conv.weight, zeros, torch.full_like(zeros, 0.5), None, None, 0.5),
+        *(conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups),
+    )
+
+
+def sync_group(norm: nn.Module) -> dist.ProcessGroup | None:
+    """The processes that share a norm's batch statistics, if it is such a norm and there are any.
+
+    As `SyncBatchNorm.forward` decides: otherwise it is an ordinary batch norm.
+    """
+    if (
+        type(norm) is not SyncBatchNorm
+        or not norm.training
+        or not dist.is_available()
+        or not dist.is_initialized()
+    ):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def uses_batch_statistics(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> bool:
+    """Whether the norm's next forward pass normalises with the batch's own statistics."""
+    if type(norm) is FrozenBatchNorm2d:
+        return False
+    if norm.training:
+        return True
+    buffers = norm._buffers
+    try:
+        return buffers["running_mean"] is None and buffers["running_var"] is None
+    except KeyError:  # someone made them parameters or plain attributes
+        return norm.running_mean is None and norm.running_var is None
+
+
+def keeps_dtype(norm: nn.Module, x: Tensor) -> bool:
+    """Whether the norm's output has the dtype of the convolution's, as a fused one's has.
+
+    `FrozenBatchNorm2d` multiplies and adds, so float32 buffers make a 16-bit tensor float32.
+    """
+    if type(norm) is not FrozenBatchNorm2d:
+        return True
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    return norm.weight.dtype is (torch.get_autocast_dtype(device) if autocast else x.dtype)
+
+
+def conv_arguments(conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d, x: Tensor) -> tuple:
+    """The first twelve arguments of the operator `conv_bn_act`."""
+    # Looked up where modules keep them: `module.weight` takes ten times as long.
+    buffers = norm._buffers
+    affine = buffers if type(norm) is FrozenBatchNorm2d else norm._parameters
+    try:
+        return (
+            x,
+            conv._parameters["weight"],
+            buffers["running_mean"],
+            buffers["running_var"],
+            affine["weight"],
+            affine["bias"],
+            norm.eps,
+            conv._parameters["bias"],
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
+    except KeyError:  # the parameters of nn.DataParallel's replicas are plain attributes
+        return (
+            x,
+            conv.weight,
+            norm.running_mean,
+            norm.running_var,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            conv.bias,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
+
+
+def pool_arguments(maxpool: nn.MaxPool2d) -> tuple[tuple[int, int], ...]:
+    """Kernel size, stride and padding as pairs."""
+    values = (maxpool.kernel_size, maxpool.stride, maxpool.padding)
+    return tuple(value if isinstance(value, tuple) else (value, value) for value in values)
+
+
+def input_obstacle(x: Tensor) -> str | None:
+    """Why an input makes a module run unfused, or None."""
+    if type(x) not in _PLAIN_TENSORS:
+        return f"input is a {type(x).__name__}"
+    if transforms_active():
+        return "a functorch transform or forward-mode differentiation is active"
+    if torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):
+        return "the model is being traced for TorchScript or ONNX"
+    return None
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why a block or a network's stem runs unfused whatever its input, or None."""
+    name = originals.replaced()
+    return own_obstacle(module) if name is None else f"{name} has been replaced"
+
+
+def own_obstacle(module: nn.Module) -> str | None:
+    """The obstacles that are this module's, while torch's functions are known to be its own."""
+    name = forms.of(module).replaced()
+    if name is not None:
+        return f"{name} has been replaced"
+    return structure_obstacle(module) or hook_obstacle(module)
+
+
+def structure_obstacle(module: nn.Module) -> str | None:
+    """What a module that `forms` knows is made of that has no fused form, or None."""
+    form = forms.of(module)
+    for unit in form.units_of(module):
+        conv, norm = conv_norm(module, unit)
+        if reason := _conv_obstacle(conv):
+            return f"{unit.conv} is {reason}"
+        if reason := _norm_obstacle(norm):
+            return f"{unit.norm} is {reason}"
+        if reason := _act_obstacle(forms.part(module, unit.act)):
+            return f"{unit.act} is {reason}"
+    for norm, act in form.norms:
+        if reason := _norm_obstacle(forms.part(module, norm)):
+            return f"{norm} is {reason}"
+        if reason := _act_obstacle(forms.part(module, act)):
+            return f"{act} is {reason}"
+    for conv in form.convs:
+        if reason := _conv_obstacle(forms.part(module, conv)):
+            return f"{conv} is {reason}"
+    return form.obstacle(module)
+
+
+def is_lazy(module: nn.Module) -> bool:
+    """Whether a child's class changes in the first call, which finds its number of channels.
+
+    Until then it is an obstacle, and afterwards it may be none.
+    """
+    return any(isinstance(child, LazyModuleMixin) for child in module.modules())
+
+
+def hook_obstacle(module: nn.Module) -> str | None:
+    """Which hooks inside a module must fire, or None."""
+    if _has_any_global_hook():
+        return "global module hooks are registered"
+    for name in forms.of(module).names_of(module):
+        if reason := _call_obstacle(forms.part(module, name)):
+            return f"{name} {reason}"
+    return None
+
+
+def downsample_obstacle(downsample: nn.Module, what: str = "downsample") -> str | None:
+    """Why a block's projection runs as the module it is, or None; `what` is its name."""
+    if type(downsample) is not Sequential or len(downsample._modules) not in (2, 3):
+        return f"{what} is {described(downsample)}, not a convolution and a norm"
+    first = len(downsample._modules) - 2
+    _, (conv, norm) = split_downsample(downsample)
+    if reason := _conv_obstacle(conv):
+        return f"{what}.{first} is {reason}"
+    if reason := _norm_obstacle(norm):
+        return f"{what}.{first + 1} is {reason}"
+    for name, module in (("", downsample), (f".{first}", conv), (f".{first + 1}", norm)):
+        if reason := _call_obstacle(module):
+            return f"{what}{name} {reason}"
+    return None
+
+
+def pads_channels(downsample: nn.Module | None) -> bool:
+    """Whether a shortcut has no parameters, only zeros to add, and need not run as a module."""
+    return type(downsample) is cifar.PaddedShortcut and _call_obstacle(downsample) is None
+
+
+def pool_obstacle(maxpool: nn.Module) -> str | None:
+    """Why a stem's pooling is not part of its convolution, or None."""
+    if type(maxpool) is not MaxPool2d:
+        return f"maxpool is {described(maxpool)}"
+    if maxpool.ceil_mode or maxpool.return_indices or maxpool.dilation not in (1, (1, 1)):
+        return "maxpool has ceil_mode, return_indices or dilation"
+    if reason := _call_obstacle(maxpool):
+        return f"maxpool {reason}"
+    return None
+
+
+def bare_conv_obstacle(conv: nn.Module | None) -> str | None:
+    """Why a convolution that no norm follows runs as the module it is, or None."""
+    return _conv_obstacle(conv) or _call_obstacle(conv)
+
+
+def _conv_obstacle(conv: nn.Module | None) -> str | None:
+    """Why a convolution has no fused form, or None."""
+    if type(conv) is not Conv2d:
+        return described(conv)
+    if conv.padding_mode != "zeros":
+        return f"a Conv2d with padding_mode={conv.padding_mode!r}"
+    if isinstance(conv.padding, str):
+        return f"a Conv2d with padding={conv.padding!r}"
+    return None
+
+
+def _norm_obstacle(norm: nn.Module | None) -> str | None:
+    """Why a norm has no fused form, or None."""
+    return None if type(norm) in _NORMS else described(norm)
+
+
+def _act_obstacle(act: nn.Module | None) -> str | None:
+    """Why an activation has no fused form, or None."""
+    return None if type(act) is ReLU else described(act)
+
+
+def _call_obstacle(module: nn.Module) -> str | None:
+    """What besides the class's own forward calling this module would run."""
+    state = module.__dict__
+    compiling = torch.compiler.is_compiling()
+    for hooks in _HOOKS:
+        # A compiler guards on more than twice as much of what is reached through the dictionary.
+        if getattr(module, hooks) if compiling else state[hooks]:
+            return "carries hooks"
+    own = "forward" in state or "_conv_forward" in state
+    return "has a forward of its own" if own else None
+
+
+def described(module: nn.Module | None) -> str:
+    """A module's class with an article, for messages."""
+    if module is None:
+        return "missing"
+    name = type(module).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"

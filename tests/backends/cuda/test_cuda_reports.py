@@ -1,0 +1,160 @@
+"""What `bench/results/static` says of the CUDA kernels is about these kernels, and is good."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from backends.cuda import mutate_cuda
+
+from fused_resnet import _native, backends
+from fused_resnet.tuning import basic_block
+
+ROOT = Path(__file__).parents[3]
+STATIC = json.loads((ROOT / "bench" / "results" / "static" / "cuda.json").read_text())
+MUTANTS = mutate_cuda.read_report()
+
+on_host = pytest.mark.skipif(not backends.cuda.on_host(), reason="for the kernels on the host")
+
+
+def test_nothing_is_spilled_and_a_block_fits():
+    for entry in STATIC["entries"]:
+        what = {k: v for k, v in entry.items() if not isinstance(v, dict)}
+        assert entry["stack_bytes"] == 0, what
+        # Tiles of whole blocks are for the shared memory of one architecture or another.
+        if entry["kernel"] != "basic_block":
+            assert entry["blocks_per_multiprocessor"] >= 1, what
+
+
+def test_every_tile_of_a_basic_block_is_listed():
+    """In both dtypes, on tensor cores, in whole accesses; what the model takes of them is so."""
+    entries = [entry for entry in STATIC["entries"] if entry["kernel"] == "basic_block"]
+    assert len(entries) == 2 * len(basic_block.SHAPES) * len(STATIC["architectures"])
+    by_tile = {shape.tile.block_m + shape.warps: shape for shape in basic_block.SHAPES}
+    assert len(by_tile) == len(basic_block.SHAPES)
+    fitting = set()
+    for entry in entries:
+        shape = by_tile[entry["block_m"] + entry["num_warps"]]
+        assert entry["num_stages"] == shape.stages
+        # Statically, some architectures take 1 KiB of every block, which the model adds itself.
+        assert entry["shared_bytes"] - shape.shared_bytes in (0, 1024), entry
+        assert entry["registers"] <= shape.registers, entry
+        assert entry["global_stores"].keys() == {"STG.128"}, entry
+        # The rest are the norms' parameters and the weights' addresses.
+        assert entry["global_loads"]["LDGSTS.128"] >= 3, entry
+        if entry["blocks_per_multiprocessor"]:
+            fitting.add((entry["architecture"], entry["block_m"]))
+    smallest = min(shape.tile.block_m for shape in basic_block.SHAPES)
+    for architecture in {entry["architecture"] for entry in entries}:
+        assert {(architecture, smallest), (architecture, 196)} <= fitting
+
+
+@pytest.mark.skipif(_native.cuda_operators is None, reason="nothing to read conv_tiles.h with")
+def test_every_instance_is_listed():
+    numbers = _native.cuda_operators.conv_tiles()
+    tiles = Counter()
+    for at in range(0, len(numbers), 7):
+        row = tuple(numbers[at : at + 7])
+        tiles[row] += 1 if row[0] else 2  # float16 and bfloat16
+    kinds = (
+        ("tensor cores", "tensor cores, tf32", "multiply-adds"),
+        ("vectors", "elements", "diagonal"),
+    )
+    fields = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
+    architectures = {entry["architecture"] for entry in STATIC["entries"]}
+    assert {f"sm_{name.removesuffix('+PTX').replace('.', '')}" for name in STATIC["architectures"]}
+    assert len(architectures) == len(STATIC["architectures"]) >= 5
+    for architecture in architectures:
+        listed = Counter(
+            (
+                kinds[0].index(entry["products"]),
+                kinds[1].index(entry["loads"]),
+                *(entry[field] for field in fields),
+            )
+            for entry in STATIC["entries"]
+            if entry["architecture"] == architecture and entry["kernel"] == "conv_bn_act"
+        )
+        assert listed == tiles, architecture
+
+
+def test_tensor_cores_and_wide_accesses():
+    for entry in STATIC["entries"]:
+        if entry["kernel"] != "conv_bn_act":
+            continue
+        what = {k: v for k, v in entry.items() if not isinstance(v, dict)}
+        assert bool(entry["tensor_core"]) == (entry["products"] != "multiply-adds"), what
+        assert entry["global_stores"]["STG.128"] > 0, what
+        assert (entry["global_loads"].get("LDGSTS.128", 0) > 0) == (
+            entry["loads"] != "elements" or "LDGSTS.128" in entry["global_loads"]
+        ), what
+
+
+def test_every_kernel_of_batch_norm_is_listed():
+    """Six kernels, four in every dtype, whole and by elements; for kinds of residual and mask."""
+    listed = Counter()
+    for entry in STATIC["entries"]:
+        if entry["kernel"].startswith("batch_norm") and "cluster" not in entry:
+            listed[entry["architecture"]] += 1
+            if entry.get("elements", 1) > 1:
+                masks = entry["kernel"] == "batch_norm_normalize" and entry.get("mask") == "bits"
+                bits = {"STG.U8"} if masks else set()
+                assert entry["global_stores"].keys() == {"STG.128"} | bits, entry
+                assert entry["global_loads"]["LDG.128"] >= 2, entry
+                if entry.get("narrow"):
+                    assert {"LDG", "LDG.64"} <= entry["global_loads"].keys(), entry
+    assert len(listed) == len(STATIC["architectures"])
+    assert set(listed.values()) == {3 * 2 * (1 + 4 + 2 * 4) + 2}
+
+
+def test_kernels_of_clusters_are_listed():
+    """Forward with and without a mask, backward with four kinds, in every dtype, without spills."""
+    listed = Counter()
+    for entry in STATIC["entries"]:
+        if "cluster" in entry:
+            listed[entry["architecture"]] += 1
+            assert entry["stack_bytes"] == 0, entry
+            assert entry["blocks_per_multiprocessor"] >= 2, entry
+            assert entry["global_loads"]["LDGSTS.128"] >= 1, entry
+    assert listed == {"sm_90": 18, "sm_100": 18, "sm_120": 18}
+
+
+def test_mutants_are_caught():
+    entries = MUTANTS["entries"]
+    outcomes = Counter(entry["outcome"] for entry in entries)
+    assert outcomes["caught"] + outcomes["survived"] >= 100
+    for entry in entries:
+        if entry["outcome"] == "survived":
+            assert entry.get("why"), f"not explained: {entry}"
+    assert mutate_cuda.share_caught(entries) >= 0.95
+    for file, least in (
+        (mutate_cuda.BATCH_NORM, 40),
+        (mutate_cuda.BATCH_NORM_ARITHMETIC, 30),
+        (mutate_cuda.BATCH_NORM_CLUSTER, 70),
+    ):
+        outcomes = [e["outcome"] for e in entries if e["file"] == file]
+        assert outcomes.count("caught") + outcomes.count("survived") >= least
+    of_basic_blocks = [e["outcome"] for e in entries if e["file"] == mutate_cuda.BASIC_BLOCK]
+    assert of_basic_blocks.count("caught") >= 20
+
+
+def test_mutants_are_of_these_kernels():
+    """Lines may have changed since, but not most of them."""
+    current = {mutant.key for mutant in mutate_cuda.sample(MUTANTS["seed"])}
+    known = [mutate_cuda.key_of(entry) in current for entry in MUTANTS["entries"]]
+    assert sum(known) >= 0.8 * len(known)
+
+
+@on_host
+@pytest.mark.slow
+def test_some_mutants_again():
+    script = Path(mutate_cuda.__file__)
+    done = subprocess.run(
+        [sys.executable, script, "--check", "3"], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall("^caught: ", done.stdout, re.MULTILINE)) == 3

@@ -1,0 +1,327 @@
+"""What can be known of the CUDA kernels without a GPU: the machine code of every architecture."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from support import cuda_on_host
+
+import fused_resnet
+from fused_resnet import _native
+from fused_resnet.tuning import basic_block
+
+LIBRARY = Path(fused_resnet.__file__).parent / "_cuda.abi3.so"
+CUDA = _native.build_info()["cuda"]
+SCRIPT = Path(__file__).parents[3] / "bench" / "cuda_resources.py"
+spec = importlib.util.spec_from_file_location("static_cuda", SCRIPT)
+static_cuda = importlib.util.module_from_spec(spec)
+sys.modules["static_cuda"] = static_cuda
+spec.loader.exec_module(static_cuda)
+CUOBJDUMP = static_cuda.find_cuobjdump()
+
+pytestmark = [
+    pytest.mark.skipif(CUDA is None, reason="built without CUDA kernels"),
+    pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump"),
+]
+
+BUILT_FOR = CUDA["architectures"] if CUDA else []
+ARCHITECTURES = ["sm_" + arch.removesuffix("+PTX").replace(".", "") for arch in BUILT_FOR]
+
+
+@cache
+def kernels(architecture: str) -> dict[str, list[str]]:
+    """The instructions of every kernel, by mangled name."""
+    command = [CUOBJDUMP, "-sass", "-arch", architecture, str(LIBRARY)]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {}
+    for part in listing.split("Function : ")[1:]:
+        name, _, body = part.partition("\n")
+        found[name.strip()] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", body)
+    return found
+
+
+def opcodes(instructions: list[str], *names: str) -> list[str]:
+    """The instructions with one of these names, without predicate and operands: "LDG.E.128"."""
+    found = (re.sub(r"^@\S+\s+", "", instruction).split()[0] for instruction in instructions)
+    return [opcode for opcode in found if opcode.partition(".")[0] in names]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """An instance of the convolution's kernel in one library: a row of csrc/cuda/conv_tiles.h."""
+
+    dtype: str  # "half", "bfloat16" or "f"
+    products: int
+    loads: int
+    m: int
+    n: int
+    depth: int
+    warps: int
+    stages: int
+    instructions: list[str]
+
+
+@cache
+def conv_tiles() -> list[list[int]]:
+    """The numbers that the operator of that name lists, by instance."""
+    if _native.cuda_operators is None:
+        if not cuda_on_host.compiler_found():
+            pytest.skip("nothing to read csrc/cuda/conv_tiles.h with")
+        cuda_on_host.load()
+    operators = _native.cuda_operators or torch.ops.fused_resnet_on_host
+    numbers = operators.conv_tiles()
+    return [numbers[at : at + 7] for at in range(0, len(numbers), 7)]
+
+
+def convolutions(architecture: str) -> dict[str, Convolution]:
+    """Every instance of the convolution's kernel, by mangled name."""
+    found = {}
+    for name, instructions in kernels(architecture).items():
+        if match := re.search(r"conv_bn_actI(?:\d+__)?(?:nv_)?(half|bfloat16|f)Li(\d+)E", name):
+            found[name] = Convolution(match[1], *conv_tiles()[int(match[2])], instructions)
+    return found
+
+
+def basic_blocks(architecture: str) -> dict[str, tuple[str, basic_block.Shape, list[str]]]:
+    """Every instance of the BasicBlocks' kernel: its dtype, shape and instructions."""
+    found = {}
+    for name, instructions in kernels(architecture).items():
+        if match := re.search(r"basic_blockI(?:\d+__)?(?:nv_)?(half|bfloat16)Li(\d+)E", name):
+            found[name] = match[1], basic_block.SHAPES[int(match[2])], instructions
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_basic_blocks_multiply_on_tensor_cores(architecture):
+    """As many instructions as two taps of a warp's rows take, four and two loads for each 8."""
+    for name, (dtype, shape, instructions) in basic_blocks(architecture).items():
+        matrix = opcodes(instructions, "HMMA")
+        opcode = {"half": "HMMA.16816.F32", "bfloat16": "HMMA.16816.F32.BF16"}[dtype]
+        steps = basic_block.CHANNELS // 16  # of a tap
+        warp_rows = -(-(shape.rows + 2) // shape.warps) + -(-shape.rows // shape.warps)
+        assert matrix == [opcode] * (steps * warp_rows * basic_block.CHANNELS // 8), name
+        loads = opcodes(instructions, "LDSM")
+        assert loads == ["LDSM.16.M88.4"] * (steps * (warp_rows + 2 * 4)), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_basic_blocks_access_16_bytes(architecture):
+    """The input once and weights before and in both loops, asynchronously; the output."""
+    for name, (_, shape, instructions) in basic_blocks(architecture).items():
+        stores = opcodes(instructions, "STG")
+        assert stores, name
+        assert all(store.endswith(".128") for store in stores), name
+        copies = opcodes(instructions, "LDGSTS")
+        each = basic_block.CHANNELS * 8 // (32 * shape.warps)  # of a tap, by a thread
+        assert len(copies) >= 1 + 3 * each, name
+        assert all(copy.startswith("LDGSTS.E.BYPASS.128") for copy in copies), name
+        # Copies come between the products, not before or behind all of them.
+        places = [i for i, x in enumerate(instructions) if "LDGSTS" in x]
+        products = [i for i, x in enumerate(instructions) if "HMMA" in x]
+        assert any(products[0] < i < products[-1] for i in places), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_has_every_kernel(architecture):
+    def names(architecture: str) -> set[str]:
+        # An anonymous namespace's name differs from compilation to compilation.
+        return {re.sub(r"\d*_GLOBAL__N_\w*?_cu_\w{8}_\d+", "", n) for n in kernels(architecture)}
+
+    assert names(architecture) == names(ARCHITECTURES[0])
+    # Four dtypes, without a residual, with one and with one of fewer channels.
+    assert sum("act_channels_last" in name for name in names(architecture)) == 12
+    # Tiles of 16-bit elements twice, for float16 and bfloat16.
+    twice = sum(tile[0] == 0 for tile in conv_tiles())
+    assert len(convolutions(architecture)) == len(conv_tiles()) + twice
+    assert len(basic_blocks(architecture)) == 2 * len(basic_block.SHAPES)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_is_spilled(architecture):
+    for name, instructions in kernels(architecture).items():
+        local = [i for i in instructions if re.search(r"\b(LDL|STL)\b", i)]
+        assert not local, f"{name}: {local[:3]}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_is_kept_in_local_memory(architecture):
+    command = [CUOBJDUMP, "-res-usage", "-arch", architecture, str(LIBRARY)]
+    usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    bytes_used = re.findall(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert len(bytes_used) == len(kernels(architecture))
+    assert set(bytes_used) == {("0", "0")}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_convolutions_multiply_on_tensor_cores(architecture):
+    """As many instructions as one step of a warp's tile takes: each once, all in the loop."""
+    for name, conv in convolutions(architecture).items():
+        matrix = opcodes(conv.instructions, "HMMA")
+        if conv.products == 2:
+            assert not matrix, name
+            assert not opcodes(conv.instructions, "LDSM"), name
+            continue
+        opcode = {
+            "half": "HMMA.16816.F32",
+            "bfloat16": "HMMA.16816.F32.BF16",
+            "f": "HMMA.1688.F32.TF32",
+        }[conv.dtype]
+        tile_depth = 8 if conv.dtype == "f" else 16
+        width = 16 if conv.loads == 2 else conv.n  # on the diagonal, a block's own filters
+        expected = conv.m * width * conv.depth // (16 * 8 * tile_depth) // conv.warps
+        assert matrix == [opcode] * expected, name
+        loads = opcodes(conv.instructions, "LDSM")
+        assert set(loads) == {"LDSM.16.M88.4"}, name
+        assert len(loads) < len(matrix), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_convolutions_load_while_they_multiply(architecture):
+    """The loop has the asynchronous copies of a later step, 16 bytes each, and waits for some."""
+    for name, conv in convolutions(architecture).items():
+        if conv.loads == 1:  # element by element, through registers
+            continue
+        # From the first wait to where blocks that share a sum take their tickets.
+        first = next(i for i, x in enumerate(conv.instructions) if "DEPBAR.LE SB0" in x)
+        last = next(i for i, x in enumerate(conv.instructions) if "ATOM" in x)
+        loop = conv.instructions[first:last]
+        assert opcodes(loop, "FFMA" if conv.products == 2 else "HMMA"), name
+        copies = opcodes(loop, "LDGSTS")
+        rows = conv.m + (0 if conv.loads == 2 else conv.n)
+        row_bytes = conv.depth * (4 if conv.dtype == "f" else 2)
+        whole = [copy for copy in copies if copy.startswith("LDGSTS.E.BYPASS.128")]
+        assert len(whole) >= rows * row_bytes // (16 * 32 * conv.warps), name
+        assert conv.loads == 2 or whole == copies, f"{name}: {set(copies) - set(whole)}"
+        assert opcodes(loop, "LDGDEPBAR"), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_convolutions_store_16_bytes(architecture):
+    """One narrower store, in a loop of its own for channel counts that fill no 16 bytes."""
+    for name, conv in convolutions(architecture).items():
+        stores = opcodes(conv.instructions, "STG")
+        narrow = [store for store in stores if not store.endswith(".128")]
+        # Parts of shared sums, 4 numbers of each lane at a time; and the output itself.
+        parts = conv.m * conv.n // (4 * 32 * conv.warps)
+        assert len(stores) - len(narrow) == parts + 1, name
+        assert len(narrow) == 1, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_aligned_paths_access_16_bytes(architecture):
+    checked = 0
+    for name, instructions in kernels(architecture).items():
+        straddling = re.search(r"scale_shift_act_denseI\S*?Li(\d+)E", name)
+        if "act_channels_last" not in name and not (straddling and int(straddling.group(1)) > 1):
+            continue
+        loads = [i for i in instructions if re.search(r"\bLDG\b.*\.128\b", i)]
+        stores = [i for i in instructions if re.search(r"\bSTG\b.*\.128\b", i)]
+        if "ResidualE2E" in name:
+            assert_every_width(name, instructions)
+            checked += 1
+            continue
+        with_residual = "Lb1E" in name or "ResidualE1E" in name
+        assert len(loads) == (2 if with_residual else 1) * len(stores) > 0, name
+        if "act_channels_last" in name:
+            narrow = [i for i in instructions if re.search(r"\bSTG\b", i) and ".128" not in i]
+            assert not narrow, f"{name}: {narrow[:3]}"
+        checked += 1
+    assert checked == 20
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
+def test_the_report_is_of_these_kernels():
+    """`bench/results/static/cuda.json` lists what the library holds for the first architecture."""
+    report = json.loads(static_cuda.REPORT.read_text())
+    architecture = ARCHITECTURES[0]
+    own = [static_cuda.description(static_cuda.demangled(name)) for name in kernels(architecture)]
+    if architecture in static_cuda.WITHOUT_CLUSTERS:
+        own = [described for described in own if "cluster" not in described[0]]
+    own = sorted(json.dumps(fields, sort_keys=True) for fields, _, _ in own)
+    listed = [static_cuda.identity(e) for e in report["entries"]]
+    listed = [e for e in listed if e.pop("architecture") == architecture]
+    assert sorted(json.dumps(fields, sort_keys=True) for fields in listed) == own
+
+
+def assert_every_width(name: str, instructions: list[str]) -> None:
+    """A kernel has loads of a residual of fewer channels in every width that there is."""
+    widths = [re.search(r"\.(U16|64|128)\b", load) for load in opcodes(instructions, "LDG")]
+    found = {match[1] if match else "32" for match in widths}
+    has_16_bits = "half" in name or "bfloat16" in name
+    expected = {"U16", "32", "64", "128"} if has_16_bits else {"64", "128"}  # of elements too
+    assert found >= expected, name
+    stores = set(opcodes(instructions, "STG"))
+    assert all(store.endswith((".128", ".U8")) for store in stores), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batch_norm_accesses_16_bytes(architecture):
+    """What the kernels of whole accesses read and write of tensors, but for values of a channel."""
+    found = {
+        name: instructions
+        for name, instructions in kernels(architecture).items()
+        if "batch_norm" in name and "in_one_launch" not in name
+    }
+    # Statistics, normalize for two kinds of residual with and without a mask, and two with four
+    # kinds of mask, in three dtypes and two widths; and two that combine.
+    assert len(found) == 3 * 2 * (1 + 4 + 2 * 4) + 2
+    whole = {name: k for name, k in found.items() if re.search(r"Li[48]E", name)}
+    assert len(whole) == 3 * (1 + 4 + 2 * 4)
+    for name, instructions in whole.items():
+        if re.search(r"normalize.*Li\d+ELb1E", name):
+            assert_every_width(name, instructions)
+            continue
+        loads, stores = opcodes(instructions, "LDG"), opcodes(instructions, "STG")
+        wide = [load for load in loads if ".128" in load]
+        # A mask's bits are read, or written where a mask is wanted, a byte at a time.
+        assert any(".U8" in load for load in loads) == ("MaskE3E" in name), name
+        masks = re.search(r"normalize.*Lb[01]ELb1E", name) is not None
+        assert any(".U8" in store for store in stores) == masks, name
+        loads, stores = ([op for op in ops if ".U8" not in op] for ops in (loads, stores))
+        # The statistics, parameters and sums that a thread reads of one channel.
+        assert len(loads) - len(wide) <= 6, name
+        assert len(wide) >= 2, name
+        assert all(store.endswith(".128") for store in stores), name
+        assert stores, name
+        assert not opcodes(instructions, "RED", "ATOM", "ATOMG"), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batch_norm_in_clusters(architecture):
+    """Every tensor asynchronously or in 16 bytes; others' sums from their blocks' shared memory."""
+    found = {name: k for name, k in kernels(architecture).items() if "in_one_launch" in name}
+    # Forward with and without a mask, backward with four kinds of mask, in three dtypes.
+    assert len(found) == 3 * (2 + 4)
+    for name, instructions in found.items():
+        if architecture in static_cuda.WITHOUT_CLUSTERS:
+            assert not opcodes(instructions, "LDG", "STG", "LDGSTS", "BAR"), name
+            continue
+        backward = "backward" in name
+        copies = opcodes(instructions, "LDGSTS")
+        assert len(copies) >= 1 + backward, name
+        assert all(copy.endswith(".128") for copy in copies), name
+        loads, stores = opcodes(instructions, "LDG"), opcodes(instructions, "STG")
+        narrow = [load for load in loads if ".128" not in load and ".U8" not in load]
+        assert any(".U8" in load for load in loads) == ("MaskE3E" in name), name
+        masks = not backward and "Lb1E" in name
+        assert any(".U8" in store for store in stores) == masks, name
+        # What a thread reads and writes of one channel, before the exchange and after it.
+        assert len(narrow) <= 8, name
+        of_channel = [store for store in stores if ".128" not in store and ".U8" not in store]
+        assert len(of_channel) == 2 + backward, name
+        assert any(".128" in store for store in stores), name
+        # Others' sums, two numbers, and the barriers before and after.
+        remote = [i for i in instructions if re.search(r"\bLD(\.E)?\b|LDS\.?.*cluster|MAPA", i)]
+        assert remote, name
+        assert len(opcodes(instructions, "UCGABAR_ARV")) == 2, name
+        assert not opcodes(instructions, "RED", "ATOM", "ATOMG", "LDL", "STL"), name

@@ -1,0 +1,380 @@
+"""The command line: what it measures and prints, what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import torchvision
+from support import Run
+from support.results_schema import check_document
+
+from fused_resnet import backends
+from fused_resnet.measure import clock, compare, engines, inputs
+from fused_resnet.measure.case import Call, Case
+
+
+def quick(*arguments: object) -> tuple[object, ...]:
+    # One thread: with two, each waits for the other whenever something else runs on this machine.
+    return ("compare", "resnet18", "--rounds", 2, "--threads", 1, "--no-memory", *arguments)
+
+
+def picture(path: Path, size: tuple[int, int] = (90, 60)) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.quick
+def test_compare_prints_and_writes_the_same(run: Run, tmp_path: Path) -> None:
+    written, drawn = tmp_path / "results.json", tmp_path / "results.png"
+    code, out, err = run(
+        "compare", "resnet18", "--batch", 2, "--rounds", 3, "--json", written, "--plot", drawn
+    )
+    assert code == 0, err
+    document = json.loads(written.read_text())
+    check_document(document)
+    assert document["command"].startswith("fused-resnet compare resnet18 --batch 2")
+    (case,) = document["cases"]
+    assert (case["model"], case["batch"], case["rounds"]) == ("resnet18", 2, 3)
+    assert any("BasicBlock: cpu" in line for line in case["fused"])
+
+    eager, fused = case["candidates"]
+    for candidate in (eager, fused):
+        assert candidate["top5_agreement"] == 1
+        assert not candidate["wrong"]
+        assert f"{candidate['latency_ms']['median']:.2f}" in out
+        assert f"{candidate['error']:.1e}" in out
+        # The stem's output alone is 2 x 64 x 112 x 112 floats; the whole model is 45 MiB.
+        assert 2 * 64 * 112 * 112 * 4 < candidate["peak_memory_bytes"] < 400 * 2**20
+    assert 0 < fused["error"] <= max(1.5 * eager["error"], 5e-7)
+
+    with PIL.Image.open(drawn) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB"))
+    assert pixels.shape[1] > 800
+    bar = (np.abs(pixels.astype(int) - (0x1F, 0x6F, 0xB4)).sum(axis=2) < 30).mean()
+    # Its length depends on the machine's other work; the marker of its error is a tenth of this.
+    assert 0.002 < bar < 0.6, "the fused model's bar is missing"
+
+
+def test_train_reports_gradients(run: Run, tmp_path: Path) -> None:
+    written = tmp_path / "results.json"
+    code, out, err = run(*quick("--train", "--batch", 2, "--json", written))
+    assert code == 0, err
+    document = json.loads(written.read_text())
+    check_document(document)
+    eager, fused = document["cases"][0]["candidates"]
+    assert 0 < fused["gradient_error"] <= 1.5 * eager["gradient_error"]
+    assert "training step" in out
+
+
+def test_bfloat16_error_is_that_of_bfloat16(run: Run, tmp_path: Path) -> None:
+    written = tmp_path / "results.json"
+    assert run(*quick("--dtype", "bfloat16", "--json", written))[0] == 0
+    for candidate in json.loads(written.read_text())["cases"][0]["candidates"]:
+        assert 1e-4 < candidate["error"] < 0.1
+
+
+@pytest.mark.slow
+def test_compile_adds_a_candidate(run: Run, tmp_path: Path) -> None:
+    written = tmp_path / "results.json"
+    code, out, err = run(*quick("--compile", "--json", written))
+    assert code == 0, err
+    candidates = json.loads(written.read_text())["cases"][0]["candidates"]
+    assert [one["name"] for one in candidates] == ["eager", "torch.compile", "fused"]
+    assert "torch.compile" in out
+    if candidates[1]["skipped"] is None:
+        assert not candidates[1]["wrong"]
+
+
+def test_backend_is_used(run: Run) -> None:
+    code, out, _ = run(*quick("--backend", "reference"))
+    assert code == 0
+    assert "BasicBlock: reference" in out
+
+
+def test_threads_are_restored(run: Run) -> None:
+    code, out, _ = run(*quick())
+    assert code == 0
+    assert "1 thread;" in out
+    assert torch.get_num_threads() == 2
+
+
+def test_own_images_and_checkpoint(run: Run, tmp_path: Path) -> None:
+    image = picture(tmp_path / "own.png")
+    model = torchvision.models.resnet18(num_classes=7)
+    checkpoint = tmp_path / "own.pt"
+    torch.save({"state_dict": model.state_dict()}, checkpoint)
+    code, out, err = run(*quick("--image", image, "--weights", checkpoint))
+    assert code == 0, err
+    assert "own.pt" in out
+    assert "own.png" in out
+
+    loaded = inputs.build_model("resnet18", str(checkpoint), seed=0)
+    for (name, mine), theirs in zip(
+        loaded.state_dict().items(), model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, theirs), name
+
+
+def test_random_model_depends_on_the_seed_alone() -> None:
+    first, again, other = (inputs.build_model("resnet18", None, seed) for seed in (1, 1, 2))
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert not torch.equal(first.conv1.weight, other.conv1.weight)
+    assert not torch.equal(first.bn1.running_mean, other.bn1.running_mean)
+
+
+@pytest.mark.quick
+def test_input_is_what_torchvision_makes_of_the_images(tmp_path: Path) -> None:
+    image = picture(tmp_path / "own.png", (300, 200))
+    transforms = torchvision.models.ResNet50_Weights.DEFAULT.transforms()
+    batch = inputs.build_input("resnet50", [str(image)], 3, seed=0)
+    assert batch.shape == (3, 3, 224, 224)
+    with PIL.Image.open(image) as opened:
+        assert torch.equal(batch[0], transforms(opened.convert("RGB")))
+    assert not torch.equal(batch[0], batch[1])
+    assert not torch.equal(batch[1], batch[2])
+    assert torch.equal(batch, inputs.build_input("resnet50", [str(image)], 3, seed=0))
+
+
+def test_default_photograph_is_one() -> None:
+    with PIL.Image.open(inputs.sample_photograph()) as image:
+        assert image.format == "JPEG"
+        assert min(image.size) >= 224
+
+
+def bad_arguments(tmp_path: Path) -> list[tuple[tuple[object, ...], tuple[str, ...]]]:
+    """Arguments of `compare`, and what the message must contain."""
+    text = tmp_path / "text.jpg"
+    text.write_text("no image")
+    truncated = tmp_path / "truncated.png"
+    truncated.write_bytes(picture(tmp_path / "whole.png").read_bytes()[:600])
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    vgg = tmp_path / "vgg.pt"
+    torch.save({"features.0.weight": torch.zeros(1)}, vgg)
+    small = tmp_path / "small.pt"
+    torch.save(torchvision.models.resnet18().state_dict(), small)
+    own = picture(tmp_path / "own.png")
+    return [
+        (("resnet19",), ("MODEL", "'resnet19'", "resnet18")),
+        (("vgg16",), ("MODEL", "'vgg16'", "resnet18")),
+        (("resnet18", "--dtype", "float8"), ("--dtype", "'float8'", "bfloat16")),
+        (("resnet18", "--dtype", "float64"), ("--dtype", "'float64'", "bfloat16")),
+        (("resnet18", "--device", "tpu"), ("--device", "'tpu'", "cuda")),
+        (("resnet18", "--device", "cuda:x"), ("--device", "'cuda:x'", "cuda:N")),
+        (("resnet18", "--backend", "magic"), ("--backend", "'magic'", "reference")),
+        (("resnet18", "--batch", "-3"), ("--batch", "-3", "at least 1")),
+        (("resnet18", "--batch", "0"), ("--batch", "0", "at least 1")),
+        (("resnet18", "--batch", "two"), ("--batch", "'two'", "integer")),
+        (("resnet18", "--rounds", "0"), ("--rounds", "0", "at least 1")),
+        (("resnet18", "--threads", "-1"), ("--threads", "-1", "at least 1")),
+        (("resnet18", "--image", "absent.jpg"), ("--image", "'absent.jpg'", "not exist")),
+        (("resnet18", "--image", tmp_path), ("--image", str(tmp_path), "directory")),
+        (("resnet18", "--image", text), ("--image", "text.jpg", "not an image")),
+        (("resnet18", "--image", truncated), ("--image", "truncated.png")),
+        (("resnet18", "--image", empty), ("--image", "empty.png", "not an image")),
+        (
+            ("resnet18", "--batch", 1, "--image", own, "--image", own),
+            ("--batch", "1", "2 images"),
+        ),
+        (("resnet18", "--weights", "NOPE"), ("--weights", "'NOPE'", "IMAGENET1K_V1")),
+        (("resnet18", "--weights", text), ("--weights", "text.jpg", "torch.load")),
+        (("resnet18", "--weights", vgg), ("--weights", "vgg.pt", "resnet18")),
+        (("resnet50", "--weights", small), ("--weights", "small.pt", "resnet50")),
+        (("resnet18", "--json", tmp_path), ("--json", str(tmp_path), "file")),
+        (("resnet18", "--json", tmp_path / "no" / "a.json"), ("--json", "no folder")),
+        (("resnet18", "--plot", tmp_path / "a.gif"), ("--plot", "a.gif", ".png")),
+        (("resnet18", "--bogus"), ("--bogus",)),
+        ((), ("MODEL",)),
+    ]
+
+
+@pytest.mark.quick
+def test_bad_arguments_get_one_line(run: Run, tmp_path: Path) -> None:
+    for arguments, parts in bad_arguments(tmp_path):
+        code, out, err = run("compare", *arguments)
+        assert code == 2, (arguments, out, err)
+        assert out == "", arguments
+        assert err.count("\n") == 1, (arguments, err)
+        assert err.startswith("fused-resnet: ")
+        for part in parts:
+            assert part in err, (arguments, err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.cuda, "available", lambda: "torch finds no CUDA device")
+    for arguments in (("--device", "cuda"), ("--backend", "cuda")):
+        code, _, err = run(*quick(*arguments))
+        assert code == 2
+        assert err.count("\n") == 1
+        assert f"{arguments[0]} is 'cuda'" in err
+
+
+def test_unavailable_backend_says_why(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "available", lambda: {"cpu": "yes", "triton": "no such luck"})
+    code, _, err = run(*quick("--backend", "triton"))
+    assert code == 2
+    assert "--backend is 'triton', which cannot run: no such luck" in err
+
+
+def test_plot_without_matplotlib_fails_first(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "matplotlib" else find_spec(name, *rest),
+    )
+    code, _, err = run(*quick("--plot", tmp_path / "a.png"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "pip install matplotlib" in err
+    code, _, err = run(*quick())
+    assert (code, err.count("\n")) == (2, 1)
+    assert "pip install matplotlib" in err
+
+
+@pytest.mark.quick
+def test_doctor(run: Run) -> None:
+    code, out, err = run("doctor")
+    assert code == 0, err
+    torchvision_version = torchvision.__version__.partition("+")[0]
+    isa = torch.backends.cpu.get_cpu_capability()
+    for part in (torch.__version__, torchvision_version, isa):
+        assert part in out
+    for name, state in backends.available().items():
+        assert name in out
+        assert state.split(":")[0] in out
+    assert "_C" in out
+
+
+def test_no_arguments_print_help(run: Run) -> None:
+    code, out, err = run()
+    assert "compare" in out + err
+    assert "doctor" in out + err
+    assert "Traceback" not in err
+    code, out, _ = run("compare", "--help")
+    assert code == 0
+    assert "--backend" in out
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_interrupt_prints_what_was_measured(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original = clock.interleave
+
+    def interrupted(*arguments: object, on_round: Callable[[int], None], **named: object) -> object:
+        def stop(done: int) -> None:
+            on_round(done)
+            if done == 3:
+                signal.raise_signal(signal.SIGINT)
+
+        return original(*arguments, on_round=stop, **named)
+
+    monkeypatch.setattr(compare, "interleave", interrupted)
+    written = tmp_path / "results.json"
+    code, out, err = run("compare", "resnet18", "--rounds", 50, "--no-memory", "--json", written)
+    assert code == 130
+    assert "interrupted after 3 of 50 rounds" in out
+    assert "Traceback" not in err
+    document = json.loads(written.read_text())
+    check_document(document)
+    assert document["cases"][0]["interrupted"]
+    assert document["cases"][0]["rounds"] == 3
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_interrupt_before_timing_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        compare, "build_input", lambda *arguments: signal.raise_signal(signal.SIGINT)
+    )
+    code, out, err = run(*quick())
+    assert (code, out) == (130, "")
+    assert err.strip().splitlines()[-1] == "fused-resnet: interrupted before anything was timed"
+    assert "Traceback" not in err
+
+
+def test_environment_variable_naming_no_backend(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "fused_resnet.cli", *map(str, quick())],
+        env={**os.environ, "FUSED_RESNET_BACKEND": "magic"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1
+    assert "FUSED_RESNET_BACKEND is 'magic'" in process.stderr
+
+
+def test_wrong_and_failing_engines_are_shown() -> None:
+    case = Case("resnet18", rounds=1, memory=False)
+
+    def wrong(*arguments: object) -> Call:
+        call = engines.eager(*arguments)
+        return lambda: call() * (1 + 1e-3)
+
+    def failing(*arguments: object) -> Call:
+        raise RuntimeError("no such engine\nand more")
+
+    candidates = {"eager": engines.eager, "wrong": wrong, "failing": failing}
+    eager, off, failed = compare.compare(case, candidates).candidates
+    assert not eager.wrong
+    assert off.wrong
+    assert off.accuracy.error == pytest.approx(1e-3, rel=1e-2)
+    assert failed.skipped == "RuntimeError: no such engine"
+    assert failed.latency is None
+
+
+def test_interleave_takes_turns() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    latencies, interrupted = clock.interleave(calls, 3, torch.device("cpu"), warmup=1)
+    assert not interrupted
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert all(len(latency.samples) == 3 for latency in latencies.values())
+
+
+def test_quantiles_are_numpys() -> None:
+    samples = tuple(np.random.default_rng(0).random(11))
+    latency = clock.Latency(samples)
+    assert latency.median == pytest.approx(np.median(samples))
+    for q in (0.0, 0.1, 0.5, 0.9, 1.0):
+        assert latency.quantile(q) == pytest.approx(np.quantile(samples, q))
+    assert clock.Latency((2.0,)).quantile(0.9) == 2.0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_peak_memory_sees_what_was_freed(tmp_path: Path) -> None:
+    program = """
+import torch
+from fused_resnet.measure import PeakMemory
+memory = PeakMemory(torch.device("cpu"))
+memory.restart()
+block = torch.ones(16, 2**20)
+del block
+print(memory.bytes())
+memory.restart()
+print(memory.bytes())
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    peak, after = (int(line) / 2**20 for line in process.stdout.split())
+    assert 60 < peak < 80
+    assert after < 10
