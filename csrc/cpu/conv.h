@@ -16,9 +16,9 @@
 //   conv_kernel.inl   one task in vectors: gather the input rows into a slab, then tiles of the
 //                     product; compiled once per instruction set, by conv_avx512.cpp and
 //                     conv_avx2.cpp
-//   conv_tiles.inl    one task of bfloat16 on a unit that multiplies tiles, compiled by
-//   conv_amx.cpp
-//                     and, over emulated tiles, by conv_amx_emulated.cpp
+//   conv_tiles.inl    one task on a unit that multiplies tiles of bfloat16, compiled by
+//                     conv_amx.cpp for bfloat16 and conv_float32_amx.cpp for float32 in parts, and
+//                     over emulated tiles by conv_amx_emulated.cpp, conv_float32_amx_emulated.cpp
 //   conv.h            what those share
 #pragma once
 
@@ -128,6 +128,7 @@ struct ConvIsa {
   int64_t item;      // bytes of a value in the packed weight, and of a gathered input
   int64_t flat_row;  // consecutive pixels that make a row of a pointwise convolution
   double rate;       // multiply-adds a cycle, for the split into tasks
+  int64_t parts;     // bfloat16 that a value is made of, on tiles; 0: kernels in vectors
   // Bytes of scratch memory run() needs for a task.
   int64_t (*scratch_bytes)(const Conv&, const Task&);
   void (*run)(const Conv&, const Task&, void* scratch);
@@ -137,8 +138,10 @@ struct ConvIsa {
 extern const ConvIsa kConvAvx512;
 extern const ConvIsa kConvAvx2;
 extern const ConvIsa kConvAmx;
+extern const ConvIsa kConvFloat32Amx;
 #endif
 extern const ConvIsa kConvAmxEmulated;
+extern const ConvIsa kConvFloat32AmxEmulated;
 
 // Whether groups of c input and k output channels are expanded. Then a vector of output channels
 // belongs to whole groups, whose input channels fit a vector too.

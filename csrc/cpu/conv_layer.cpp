@@ -38,14 +38,16 @@ const ConvIsa* vector_isa() {
   return nullptr;
 }
 
-const ConvIsa* tile_isa() {
+const ConvIsa* tile_isa(ScalarType dtype) {
+  const bool whole = dtype == ScalarType::BFloat16;
+  if (!whole && dtype != ScalarType::Float) return nullptr;
   switch (tile_unit()) {
 #if defined(__x86_64__)
     case TileUnit::amx:
-      return &kConvAmx;
+      return whole ? &kConvAmx : &kConvFloat32Amx;
 #endif
     case TileUnit::emulated:
-      return &kConvAmxEmulated;
+      return whole ? &kConvAmxEmulated : &kConvFloat32AmxEmulated;
     default:
       return nullptr;
   }
@@ -54,8 +56,8 @@ const ConvIsa* tile_isa() {
 const ConvIsa* conv_isa(ScalarType dtype, int64_t groups, int64_t c, int64_t k) {
   // Groups that would fill less than half of a tile are the vector kernel's.
   const bool fills_tiles = groups == 1 || (c >= kTileDepth / 2 && k >= kTileBlockK / 2);
-  if (dtype == ScalarType::BFloat16 && fills_tiles && tile_isa() != nullptr) return tile_isa();
-  return vector_isa();
+  const ConvIsa* tiles = fills_tiles ? tile_isa(dtype) : nullptr;
+  return tiles != nullptr ? tiles : vector_isa();
 }
 
 int64_t l2_bytes() {
@@ -108,18 +110,18 @@ struct WeightShape {
         S(weight.size(3)),
         stride(strides_of(weight)),
         isa(conv_isa(weight.scalar_type(), group_count, C, K / group_count)),
-        tiled(isa == tile_isa()),
+        tiled(isa != nullptr && isa->parts > 0),
         expanded(!tiled && K > 0 && is_expanded(group_count, C, K / group_count, isa->lanes)),
         groups(expanded ? 1 : group_count),
         block_k(expanded ? isa->lanes : isa->block_k),
-        tiles(tiled_weight(K / group_count, C, R * S)) {}
+        tiles(tiled_weight(K / group_count, C, R * S, tiled ? isa->parts : 1)) {}
 
   // The same, transposed: see pack_transposed_tiles(). The source is then the last tap.
   WeightShape transposed() const {
     WeightShape t = *this;
     t.K = C, t.C = K;
     t.stride = {stride.c, stride.n, -stride.h, -stride.w};
-    t.tiles = tiled_weight(t.K, t.C, R * S);
+    t.tiles = tiled_weight(t.K, t.C, R * S, tiles.parts);
     return t;
   }
 
@@ -160,6 +162,26 @@ void pack_block(const T* source, const WeightShape& shape, int64_t channel, int6
   }
 }
 
+// A weight as tiles have it: rounded to bfloat16, or as the sum of three, each the rounding of what
+// those before it leave. It is exact but below 2^-109, where the last bits are lost.
+struct WeightParts {
+  BFloat16 part[3];
+
+  template <class T>
+  WeightParts(T value, int64_t parts) {
+    if (parts == 1) {
+      part[0] = static_cast<BFloat16>(value);
+      return;
+    }
+    float rest = static_cast<float>(value);
+    for (BFloat16& p : part) {
+      p = static_cast<BFloat16>(rest);
+      if (std::isinf(static_cast<float>(p)) && std::isfinite(rest)) --p.x;  // rounded too far
+      rest = std::isfinite(rest) ? rest - static_cast<float>(p) : 0.0f;
+    }
+  }
+};
+
 template <class T>
 void pack_block(const T* source, const WeightShape& shape, int64_t channel, int64_t valid,
                 BFloat16* out) {
@@ -171,7 +193,10 @@ void pack_block(const T* source, const WeightShape& shape, int64_t channel, int6
       BFloat16* to = out + tiled_weight_offset(tiles, 0, 0, c, tap);
       BFloat16* second = out + tiled_weight_offset(tiles, 0, kTileRows, c, tap);
       for (int64_t k = 0; k < valid; ++k, from += shape.stride.n) {
-        (k < kTileRows ? to : second)[k % kTileRows * 2] = static_cast<BFloat16>(*from);
+        const WeightParts parts(*from, tiles.parts);
+        for (int64_t p = 0; p < tiles.parts; ++p) {
+          (k < kTileRows ? to : second)[p * kTiledPart + k % kTileRows * 2] = parts.part[p];
+        }
       }
     }
   }
@@ -211,6 +236,21 @@ uint32_t float32_bits(T value) {
   return bits;
 }
 
+// The bits in which a weight and its packed copy differ.
+template <class T>
+uint32_t difference_at(T value, const WeightShape&, const float* packed) {
+  return float32_bits(*packed) ^ float32_bits(value);
+}
+template <class T>
+uint32_t difference_at(T value, const WeightShape& shape, const BFloat16* packed) {
+  const WeightParts parts(value, shape.tiles.parts);
+  uint32_t difference = 0;
+  for (int64_t p = 0; p < shape.tiles.parts; ++p) {
+    difference |= float32_bits(packed[p * kTiledPart]) ^ float32_bits(parts.part[p]);
+  }
+  return difference;
+}
+
 // Compares a sample of the weight with its packed copy, at other positions in every call. The
 // caller keeps the two together by storage and version; this also sees updates that leave no
 // version behind, such as `weight.data.mul_(0.9)`.
@@ -240,7 +280,7 @@ bool sample_is_packed(const T* source, const WeightShape& shape, const Packed* p
   }
   uint32_t difference = 0;
   for (int64_t i = 0; i < kSamples; ++i) {
-    difference |= float32_bits(packed[packed_places[i]]) ^ float32_bits(source[places[i]]);
+    difference |= difference_at(source[places[i]], shape, packed + packed_places[i]);
   }
   return difference == 0;
 }
@@ -276,8 +316,8 @@ bool block_is_packed(const T* source, const WeightShape& shape, int64_t channel,
     for (int64_t tap = 0; tap < shape.R * shape.S; ++tap) {
       const T* from = source + shape.source(channel, c, tap / shape.S, tap % shape.S);
       for (int64_t k = 0; k < valid; ++k) {
-        difference |= float32_bits(from[k * shape.stride.n]) ^
-                      float32_bits(block[tiled_weight_offset(shape.tiles, 0, k, c, tap)]);
+        difference |= difference_at(from[k * shape.stride.n], shape,
+                                    block + tiled_weight_offset(shape.tiles, 0, k, c, tap));
       }
     }
     if (difference != 0) return false;
