@@ -68,8 +68,9 @@ struct Conv {
   int64_t last_w, last_q;
   Strides in, out, res;
   const void* input;
-  const void* weight;  // packed, see weight_offset() and conv_tiles.h
-  const float* bias;   // the convolution's own; may be null
+  const void* weight;    // packed, see weight_offset() and conv_tiles.h
+  int64_t weight_block;  // float32's block_k, be the kernel one on tiles
+  const float* bias;     // the convolution's own; may be null
   Norm norm;
   const void* residual;  // null: none
   // The prologue's, by input channel; null: none. Then comes kPrologueSlack times zero.
@@ -125,10 +126,9 @@ struct ConvIsa {
   const char* name;
   int64_t lanes;     // of a vector of float32
   int64_t block_k;   // output channels computed together; the packed weight's innermost extent
-  int64_t item;      // bytes of a value in the packed weight, and of a gathered input
+  int64_t item;      // bytes of a weight and of a gathered input as the product reads them
   int64_t flat_row;  // consecutive pixels that make a row of a pointwise convolution
   double rate;       // multiply-adds a cycle, for the split into tasks
-  int64_t parts;     // bfloat16 that a value is made of, on tiles; 0: kernels in vectors
   // Bytes of scratch memory run() needs for a task.
   int64_t (*scratch_bytes)(const Conv&, const Task&);
   void (*run)(const Conv&, const Task&, void* scratch);

@@ -37,7 +37,7 @@ inline __attribute__((always_inline)) void store_f16(uint16_t* p, Vec v) {
 #include "cpu/conv_kernel.inl"
 
 namespace fused_resnet::cpu {
-const ConvIsa kConvAvx2 = {"avx2", kLanes, kBlockK, 4, 14, kBlockK, 0, scratch_bytes, run};
+const ConvIsa kConvAvx2 = {"avx2", kLanes, kBlockK, 4, 14, kBlockK, scratch_bytes, run};
 }
 
 #endif

@@ -38,8 +38,8 @@ inline __attribute__((always_inline)) void store_f16(uint16_t* p, Vec v) {
 #include "cpu/conv_kernel.inl"
 
 namespace fused_resnet::cpu {
-const ConvIsa kConvAvx512 = {"avx512", kLanes, kBlockK,       4,  2 * kTilePixels,
-                             kBlockK,  0,      scratch_bytes, run};
+const ConvIsa kConvAvx512 = {"avx512",        kLanes,  kBlockK,       4,
+                             2 * kTilePixels, kBlockK, scratch_bytes, run};
 }
 
 #endif

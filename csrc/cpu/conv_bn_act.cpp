@@ -98,7 +98,7 @@ std::string vector_isa_name() {
 }
 
 std::string tile_isa_name() {
-  return name_of([] { return tile_isa(ScalarType::BFloat16); });
+  return name_of(tile_isa);
 }
 
 std::vector<int64_t> cpu_pool_statistics() {

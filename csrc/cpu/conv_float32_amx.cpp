@@ -14,8 +14,8 @@ constexpr int kParts = 3;
 #include "cpu/conv_tiles.inl"
 
 namespace fused_resnet::cpu {
-const ConvIsa kConvFloat32Amx = {"amx", 16,     kTileBlockK,   2 * kParts, kBlockPixels,
-                                 60,    kParts, scratch_bytes, run};
+const ConvIsa kConvFloat32Amx = {"amx",        16, kTileBlockK,   2 * kParts,
+                                 kBlockPixels, 60, scratch_bytes, run};
 }
 
 #endif

@@ -13,6 +13,6 @@ constexpr int kParts = 3;
 #include "cpu/conv_tiles.inl"
 
 namespace fused_resnet::cpu {
-const ConvIsa kConvFloat32AmxEmulated = {
-    "amx_emulated", 16, kTileBlockK, 2 * kParts, kBlockPixels, 60, kParts, scratch_bytes, run};
+const ConvIsa kConvFloat32AmxEmulated = {"amx_emulated", 16, kTileBlockK,   2 * kParts,
+                                         kBlockPixels,   60, scratch_bytes, run};
 }

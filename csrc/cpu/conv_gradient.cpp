@@ -144,7 +144,7 @@ void conv_input_gradient(Tensor grad, Tensor weight, int64_t stride_h, int64_t s
   }
   check_memory(name, conv);
   const Tensor packed =
-      conv.isa->parts > 0 ? pack_transposed_tiles(weight) : packed_transposed(weight);
+      conv.isa == tile_isa() ? pack_transposed_tiles(weight) : packed_transposed(weight);
   conv.weight = packed.const_data_ptr();
   conv.input = grad.const_data_ptr();
   conv.output = grad_input.mutable_data_ptr();

@@ -38,27 +38,46 @@ const ConvIsa* vector_isa() {
   return nullptr;
 }
 
-const ConvIsa* tile_isa(ScalarType dtype) {
-  const bool whole = dtype == ScalarType::BFloat16;
-  if (!whole && dtype != ScalarType::Float) return nullptr;
+const ConvIsa* tile_isa() {
   switch (tile_unit()) {
 #if defined(__x86_64__)
     case TileUnit::amx:
-      return whole ? &kConvAmx : &kConvFloat32Amx;
+      return &kConvAmx;
 #endif
     case TileUnit::emulated:
-      return whole ? &kConvAmxEmulated : &kConvFloat32AmxEmulated;
+      return &kConvAmxEmulated;
     default:
       return nullptr;
   }
 }
 
-const ConvIsa* conv_isa(ScalarType dtype, int64_t groups, int64_t c, int64_t k) {
-  // Groups that would fill less than half of a tile are the vector kernel's.
-  const bool fills_tiles = groups == 1 || (c >= kTileDepth / 2 && k >= kTileBlockK / 2);
-  const ConvIsa* tiles = fills_tiles ? tile_isa(dtype) : nullptr;
-  return tiles != nullptr ? tiles : vector_isa();
+// Groups that would fill less than half of a tile are the vector kernel's.
+static bool fills_tiles(int64_t groups, int64_t c, int64_t k) {
+  return groups == 1 || (c >= kTileDepth / 2 && k >= kTileBlockK / 2);
 }
+
+const ConvIsa* conv_isa(ScalarType dtype, int64_t groups, int64_t c, int64_t k) {
+  if (dtype == ScalarType::BFloat16 && tile_isa() != nullptr && fills_tiles(groups, c, k)) {
+    return tile_isa();
+  }
+  return vector_isa();
+}
+
+namespace {
+
+// A float32 convolution's kernel. Both kinds take the same packed weight.
+const ConvIsa& float32_isa(const Conv& conv) {
+  const ConvIsa* tiles = nullptr;
+#if defined(__x86_64__)
+  if (tile_unit() == TileUnit::amx) tiles = &kConvFloat32Amx;
+#endif
+  if (tile_unit() == TileUnit::emulated) tiles = &kConvFloat32AmxEmulated;
+  if (tiles == nullptr || conv.expanded || !fills_tiles(conv.groups, group_c(conv), group_k(conv)))
+    return *conv.isa;
+  return *tiles;
+}
+
+}  // namespace
 
 int64_t l2_bytes() {
   static const int64_t bytes = [] {
@@ -110,18 +129,18 @@ struct WeightShape {
         S(weight.size(3)),
         stride(strides_of(weight)),
         isa(conv_isa(weight.scalar_type(), group_count, C, K / group_count)),
-        tiled(isa != nullptr && isa->parts > 0),
+        tiled(isa == tile_isa()),
         expanded(!tiled && K > 0 && is_expanded(group_count, C, K / group_count, isa->lanes)),
         groups(expanded ? 1 : group_count),
         block_k(expanded ? isa->lanes : isa->block_k),
-        tiles(tiled_weight(K / group_count, C, R * S, tiled ? isa->parts : 1)) {}
+        tiles(tiled_weight(K / group_count, C, R * S)) {}
 
   // The same, transposed: see pack_transposed_tiles(). The source is then the last tap.
   WeightShape transposed() const {
     WeightShape t = *this;
     t.K = C, t.C = K;
     t.stride = {stride.c, stride.n, -stride.h, -stride.w};
-    t.tiles = tiled_weight(t.K, t.C, R * S, tiles.parts);
+    t.tiles = tiled_weight(t.K, t.C, R * S);
     return t;
   }
 
@@ -162,26 +181,6 @@ void pack_block(const T* source, const WeightShape& shape, int64_t channel, int6
   }
 }
 
-// A weight as tiles have it: rounded to bfloat16, or as the sum of three, each the rounding of what
-// those before it leave. It is exact but below 2^-109, where the last bits are lost.
-struct WeightParts {
-  BFloat16 part[3];
-
-  template <class T>
-  WeightParts(T value, int64_t parts) {
-    if (parts == 1) {
-      part[0] = static_cast<BFloat16>(value);
-      return;
-    }
-    float rest = static_cast<float>(value);
-    for (BFloat16& p : part) {
-      p = static_cast<BFloat16>(rest);
-      if (std::isinf(static_cast<float>(p)) && std::isfinite(rest)) --p.x;  // rounded too far
-      rest = std::isfinite(rest) ? rest - static_cast<float>(p) : 0.0f;
-    }
-  }
-};
-
 template <class T>
 void pack_block(const T* source, const WeightShape& shape, int64_t channel, int64_t valid,
                 BFloat16* out) {
@@ -193,10 +192,7 @@ void pack_block(const T* source, const WeightShape& shape, int64_t channel, int6
       BFloat16* to = out + tiled_weight_offset(tiles, 0, 0, c, tap);
       BFloat16* second = out + tiled_weight_offset(tiles, 0, kTileRows, c, tap);
       for (int64_t k = 0; k < valid; ++k, from += shape.stride.n) {
-        const WeightParts parts(*from, tiles.parts);
-        for (int64_t p = 0; p < tiles.parts; ++p) {
-          (k < kTileRows ? to : second)[p * kTiledPart + k % kTileRows * 2] = parts.part[p];
-        }
+        (k < kTileRows ? to : second)[k % kTileRows * 2] = static_cast<BFloat16>(*from);
       }
     }
   }
@@ -236,21 +232,6 @@ uint32_t float32_bits(T value) {
   return bits;
 }
 
-// The bits in which a weight and its packed copy differ.
-template <class T>
-uint32_t difference_at(T value, const WeightShape&, const float* packed) {
-  return float32_bits(*packed) ^ float32_bits(value);
-}
-template <class T>
-uint32_t difference_at(T value, const WeightShape& shape, const BFloat16* packed) {
-  const WeightParts parts(value, shape.tiles.parts);
-  uint32_t difference = 0;
-  for (int64_t p = 0; p < shape.tiles.parts; ++p) {
-    difference |= float32_bits(packed[p * kTiledPart]) ^ float32_bits(parts.part[p]);
-  }
-  return difference;
-}
-
 // Compares a sample of the weight with its packed copy, at other positions in every call. The
 // caller keeps the two together by storage and version; this also sees updates that leave no
 // version behind, such as `weight.data.mul_(0.9)`.
@@ -280,7 +261,7 @@ bool sample_is_packed(const T* source, const WeightShape& shape, const Packed* p
   }
   uint32_t difference = 0;
   for (int64_t i = 0; i < kSamples; ++i) {
-    difference |= difference_at(source[places[i]], shape, packed + packed_places[i]);
+    difference |= float32_bits(packed[packed_places[i]]) ^ float32_bits(source[places[i]]);
   }
   return difference == 0;
 }
@@ -316,8 +297,8 @@ bool block_is_packed(const T* source, const WeightShape& shape, int64_t channel,
     for (int64_t tap = 0; tap < shape.R * shape.S; ++tap) {
       const T* from = source + shape.source(channel, c, tap / shape.S, tap % shape.S);
       for (int64_t k = 0; k < valid; ++k) {
-        difference |= difference_at(from[k * shape.stride.n], shape,
-                                    block + tiled_weight_offset(shape.tiles, 0, k, c, tap));
+        difference |= float32_bits(from[k * shape.stride.n]) ^
+                      float32_bits(block[tiled_weight_offset(shape.tiles, 0, k, c, tap)]);
       }
     }
     if (difference != 0) return false;
@@ -713,6 +694,10 @@ void check_scratch_size(const Conv& conv) {
 void run_conv(Conv conv) {
   if (conv.N == 0) return;
   check_scratch_size(conv);
+  if (conv.dtype == Dtype::kFloat32) {
+    conv.weight_block = conv.isa->block_k;
+    conv.isa = &float32_isa(conv);
+  }
   flatten_pixels(conv);
   const ConvIsa& isa = *conv.isa;
   conv.keeps_weight = reduction(conv) * group_k(conv) * isa.item <= l2_bytes() / 2;

@@ -42,8 +42,8 @@ class Prologue {
 // This machine's vector kernels, or null.
 const ConvIsa* vector_isa();
 
-// This machine's kernels on tiles for tensors of this type, or null.
-const ConvIsa* tile_isa(torch::headeronly::ScalarType dtype);
+// This machine's kernels on tiles, or null.
+const ConvIsa* tile_isa();
 
 // The kernels that run a convolution whose groups have c input and k output channels, or null.
 const ConvIsa* conv_isa(torch::headeronly::ScalarType dtype, int64_t groups, int64_t c, int64_t k);

@@ -19,10 +19,9 @@ constexpr int64_t kTileBlockK = 32;
 // The least sum of float32 in parts that the unit, to which subnormals are zeros, is trusted with.
 constexpr float kLeastSum = 0x1p-90f;
 
-// The weight as tiles: [groups][blocks of K][chunks][parts][2][16][16][2] bfloat16, zero where K or
-// a chunk ends early. The last three are pairs of the reduction, output channels and the two of a
-// pair: neighbours of bfloat16, and of float32, which has three parts, those 16 apart, the later
-// one first; so are they made of two vectors in few instructions.
+// The weight of bfloat16 as tiles: [groups][blocks of K][chunks][2][16][16][2] bfloat16, zero where
+// K or a chunk ends early. The last three are pairs of the reduction, output channels and the two
+// of a pair.
 //
 // A chunk is 32 input channels of one tap, and all taps of the same 32 channels follow each other:
 // the taps of a pixel's neighbours read the same few lines of the input, which then still are in
@@ -30,13 +29,12 @@ constexpr float kLeastSum = 0x1p-90f;
 // 32 consecutive values of [R][S][C] ("dense"), and the input is gathered so.
 struct TiledWeight {
   int64_t K, C, taps;  // K and C of one group
-  int64_t parts;
   bool dense;
   int64_t chunks, blocks;  // of one group
 };
 
-static inline TiledWeight tiled_weight(int64_t K, int64_t C, int64_t taps, int64_t parts) {
-  TiledWeight w{K, C, taps, parts, false, 0, div_up(K, kTileBlockK)};
+static inline TiledWeight tiled_weight(int64_t K, int64_t C, int64_t taps) {
+  TiledWeight w{K, C, taps, false, 0, div_up(K, kTileBlockK)};
   w.dense = taps > 1 && C < kTileDepth;
   w.chunks = w.dense ? div_up(taps * C, kTileDepth) : taps * div_up(C, kTileDepth);
   return w;
@@ -44,23 +42,18 @@ static inline TiledWeight tiled_weight(int64_t K, int64_t C, int64_t taps, int64
 
 // bfloat16 values of a block of output channels.
 static inline int64_t tiled_block_size(const TiledWeight& w) {
-  return w.chunks * w.parts * kTileDepth * kTileBlockK;
+  return w.chunks * kTileDepth * kTileBlockK;
 }
 
-// bfloat16 values from a part to the next.
-constexpr int64_t kTiledPart = kTileDepth * kTileBlockK;
-
-// Where the weight of the group's output channel k, channel c and tap is, or its first part.
+// Where the weight of the group's output channel k, channel c and tap is.
 static inline int64_t tiled_weight_offset(const TiledWeight& w, int64_t group, int64_t k, int64_t c,
                                           int64_t tap) {
   const int64_t j = tap * w.C + c;
   const int64_t chunk = w.dense ? j / kTileDepth : c / kTileDepth * w.taps + tap;
   const int64_t in_chunk = (w.dense ? j : c) % kTileDepth;
   const int64_t block = group * w.blocks + k / kTileBlockK, column = k % kTileBlockK;
-  const int64_t tile = (block * w.chunks + chunk) * w.parts * 2 + column / 16;
-  const int64_t pair = w.parts == 1 ? in_chunk / 2 : in_chunk % 16;
-  const int64_t member = w.parts == 1 ? in_chunk % 2 : 1 - in_chunk / 16;
-  return tile * (kTileBytes / 2) + pair * 32 + column % 16 * 2 + member;
+  const int64_t tile = (block * w.chunks + chunk) * 2 + column / 16;
+  return tile * (kTileBytes / 2) + in_chunk / 2 * 32 + column % 16 * 2 + in_chunk % 2;
 }
 
 }  // namespace fused_resnet::cpu

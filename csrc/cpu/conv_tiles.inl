@@ -8,7 +8,7 @@
 //   square_root()     of such a vector
 //   copy()            of elements
 //   store_block()     of 32 values, or 16, rounded to an element
-//   split()           32 float32 into their parts
+//   split()           32 float32 into their parts, cut off or rounded
 //   is_doubtful()     see combine()
 //   TileState         whose life is the time in which the unit's registers are ours
 //   zero_sums(), load_pixels(i), load_weights(j), multiply_add(i, j), store_sums(i, j)
@@ -30,11 +30,12 @@
 //
 // A float32 is the sum of three bfloat16, its parts: x = x0 + x1 + x2, exactly, each at most 2^-7
 // of the one before. Of the nine products of parts six matter: x0 w0, and x0 w1, x1 w0, x0 w2, x1
-// w1 and x2 w0, which are small. The last three that are left out are below 2^-22 of the first, and
-// of any sign, since weights are rounded to their parts. Small products have sums of their own, so
-// that their own rounding does not count and the large sums are rounded once for 32 products. A
-// block therefore goes through the reduction twice, with 4 products and with 20, and each time all
-// four sums wait for none of the others.
+// w1 and x2 w0, which are small. What is left out is below 2^-22 of the first, and of any sign,
+// since weights are rounded to their parts. Small products have sums of their own: their rounding
+// does not count beside that of the large ones, which are rounded once for 32 products. A block
+// therefore goes through the reduction twice, with 4 products a step and with 20, and never waits
+// for a sum. In memory both are float32; pixels are split when they are gathered, and weights,
+// which are packed as for the vector kernels, when a task comes to them.
 //
 // Memory traffic: as conv.h says; the slab is written and read in the second-level cache.
 //
@@ -125,7 +126,7 @@ struct Layout {
   explicit Layout(const Conv& conv)
       : h(conv.stride_h, conv.dil_h, conv.pad_h, conv.R),
         w(conv.stride_w, conv.dil_w, conv.pad_w, conv.S),
-        weight(tiled_weight(group_k(conv), group_c(conv), conv.R * conv.S, kParts)) {
+        weight(tiled_weight(group_k(conv), group_c(conv), conv.R * conv.S)) {
     const bool in_place =
         kParts == 1 && is_pointwise(conv) && conv.stride_h == 1 && conv.stride_w == 1 &&
         conv.pad_h == 0 && conv.pad_w == 0 && conv.in_scale == nullptr && conv.in.c == 1 &&
@@ -162,12 +163,16 @@ int64_t image_row_count(const Conv& conv, const Task& task) {
                (task.row_end - task.row_begin - 1) * conv.pool.stride_h + conv.pool.kernel_h);
 }
 
+// bfloat16 values of a chunk and block's weights, or of one of their parts.
+constexpr int64_t kTiledPart = kTileDepth * kTileBlockK;
+constexpr int64_t kPartBytes = kTiledPart * 2;
+
 // Floats of a block's sums.
 constexpr int64_t kSums = kBlockPixels * kTileBlockK;
 
 // Scratch memory of a task: [tiles][positions][scale, shift and bias][offsets of taps][sums of two
 // blocks; of the parts' small products too][slab][input rows of a dense gather, and a pixel of it]
-// [convolution rows awaiting the pool].
+// [weights in parts]// [convolution rows awaiting the pool].
 struct Scratch {
   Tile* tiles;
   Position* positions;
@@ -175,6 +180,7 @@ struct Scratch {
   int64_t* offsets;
   char* slab;
   Storage *input_rows, *pixel, *conv_rows;
+  char* weights;
   // Bytes from one plane of the slab to the next, from a part of a chunk to the next, from a chunk
   // to the next.
   int64_t plane, part, chunk;
@@ -229,6 +235,8 @@ struct Scratch {
     pixel = reinterpret_cast<Storage*>(take((layout.chunks + 1) * kTileDepth * kItem));
     conv_rows =
         reinterpret_cast<Storage*>(take(conv.has_pool ? rows * conv.Q * conv.K * kItem : 0));
+    const int64_t split_blocks = conv.keeps_weight ? task.block_end - task.block_begin : 1;
+    weights = take(kParts > 1 ? split_blocks * layout.weight.chunks * kParts * kPartBytes : 0);
     bytes = next - static_cast<char*>(memory);
   }
 };
@@ -309,7 +317,7 @@ struct InParts {
         x[v] = Value::where_bits((1u << rest) - 1, normalised(x[v], scale + first, shift + first));
       }
     }
-    split(dst, part, x);
+    split<false>(dst, part, x);
   }
 };
 
@@ -623,9 +631,52 @@ Finish finish_for(const Epilogue& e) {
 
 // ---- product -----------------------------------------------------------------------------------
 
+// A block of float32 weights as vector kernels have them: rows of its output channels, in halves of
+// 16, for every value of the reduction in the order [R][S][C].
+struct WeightRows {
+  const float* first;
+  int64_t row, half;  // floats from row to row and from half to half
+  bool has_both;
+  int64_t taps, channels, reduction;
+  bool dense;
+
+  // A half of the row of a chunk's i-th value; null behind the last.
+  FR_INLINE const float* at(int64_t chunk, int64_t tap, int64_t i, int64_t which) const {
+    const int64_t c = chunk * kTileDepth + i;
+    if (c >= (dense ? reduction : channels) || (which == 1 && !has_both)) return nullptr;
+    return first + (dense ? c : tap * channels + c) * row + which * half;
+  }
+};
+
+// Half a row; zeros where there is none.
+FR_INLINE void load_half(const float* row, Value::Register* x) {
+  FR_FOR (v, 16 / kWidth) {
+    x[v] = row == nullptr ? Value::broadcast(0) : Value::load(row + v * kWidth);
+  }
+}
+
+// All of a block's weights in parts: tiles for each chunk and tap, in order.
+void split_weights(const WeightRows& rows, int64_t chunks, int64_t taps, char* to) {
+  constexpr int kVectors = 16 / kWidth;
+  Value::Register x[2 * kVectors];
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t tap = 0; tap < taps; ++tap, to += kParts * kPartBytes) {
+      Part* row = reinterpret_cast<Part*>(to);
+      for (int64_t half = 0; half < 2; ++half) {
+        for (int64_t i = 0; i < kTileDepth / 2; ++i, row += kTileDepth) {
+          load_half(rows.at(chunk, tap, i, half), x);
+          load_half(rows.at(chunk, tap, i + kTileDepth / 2, half), x + kVectors);
+          split<true>(row, kTiledPart, x);
+        }
+      }
+    }
+  }
+}
+
 struct Product {
   const Tile* tiles;
   const char* weight;
+  WeightRows rows;  // of float32
   int64_t taps, chunks;
   const int64_t* offsets;  // of the taps, in bytes
   int64_t part, chunk;     // bytes from one part of a pixel to the next, and from one chunk
@@ -635,8 +686,6 @@ struct Product {
 };
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kPartBytes = kTiledPart * 2;
-
 FR_INLINE float part_value(const char* p) {
   uint16_t half;
   __builtin_memcpy(&half, p, sizeof(half));
@@ -660,14 +709,15 @@ __attribute__((noinline)) void multiply_again(const Product& product, const int6
       Value::store(sums + pixels[i] * kTileBlockK + v * kWidth, Value::broadcast(0));
     }
   }
-  alignas(64) float weights[kTileDepth][kTileBlockK];
-  const char* weight = product.weight;
+  constexpr int kHalf = 16 / kWidth;
+  Value::Register weights[kTileDepth][kVectors];
   for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
-    for (int64_t tap = 0; tap < product.taps; ++tap, weight += kParts * kPartBytes) {
+    for (int64_t tap = 0; tap < product.taps; ++tap) {
+      // In the order of a tile's row.
       for (int64_t j = 0; j < kTileDepth; ++j) {
-        for (int64_t k = 0; k < kTileBlockK; ++k) {
-          const char* at = weight + k / 16 * kTileBytes + j / 2 * 64 + k % 16 * 4 + j % 2 * 2;
-          weights[j][k] = whole_value(at, kPartBytes);
+        const int64_t i = j / 2 + (j % 2 == 0 ? kTileDepth / 2 : 0);
+        for (int64_t half = 0; half < 2; ++half) {
+          load_half(product.rows.at(chunk, tap, i, half), weights[j] + half * kHalf);
         }
       }
       for (int64_t i = 0; i < count; ++i) {
@@ -679,9 +729,7 @@ __attribute__((noinline)) void multiply_again(const Product& product, const int6
         FR_FOR (v, kVectors) sum[v] = Value::load(row + v * kWidth);
         for (int64_t j = 0; j < kTileDepth; ++j) {
           const Value::Register x = Value::broadcast(whole_value(in + 2 * j, product.part));
-          FR_FOR (v, kVectors) {
-            sum[v] = Value::multiply_add(x, Value::load(weights[j] + v * kWidth), sum[v]);
-          }
+          FR_FOR (v, kVectors) sum[v] = Value::multiply_add(x, weights[j][v], sum[v]);
         }
         FR_FOR (v, kVectors) Value::store(row + v * kWidth, sum[v]);
       }
@@ -904,7 +952,18 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
   }
   if (layout.taps() == 1) scratch.offsets[0] = 0;
   const int64_t channels = group_k(conv), blocks = layout.weight.blocks;
-  const int64_t block_bytes = tiled_block_size(layout.weight) * 2;
+  const int64_t reduction = layout.weight.taps * layout.weight.C;
+  const int64_t split_bytes = layout.weight.chunks * kParts * kPartBytes;
+  const int64_t block_bytes =
+      kParts == 1 ? tiled_block_size(layout.weight) * 2 : reduction * kTileBlockK * kItem;
+  // Packed blocks of 16 channels or of 32.
+  const int64_t narrow = kParts > 1 ? kTileBlockK / conv.weight_block : 1;
+  const int64_t group_bytes = kParts == 1
+                                  ? blocks * block_bytes
+                                  : div_up(channels, conv.weight_block) * block_bytes / narrow;
+  WeightRows rows{nullptr,   kTileBlockK / narrow, narrow == 1 ? 16 : reduction * 16,
+                  true,      layout.weight.taps,   layout.weight.C,
+                  reduction, layout.weight.dense};
   auto valid = [&](int64_t block) { return least(kTileBlockK, channels - block * kTileBlockK); };
   bool has_bias = false;
   for (int64_t block = task.block_begin; block < task.block_end; ++block) {
@@ -954,7 +1013,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
                        ? base.residual + (first < 0 ? 0 : first) * base.res_channel
                        : nullptr;
       const char* weight =
-          static_cast<const char*>(conv.weight) + (task.group * blocks + block) * block_bytes;
+          static_cast<const char*>(conv.weight) + task.group * group_bytes + block * block_bytes;
       // While the first pixels of a block are multiplied the next block's weights are asked for.
       Coming weights;
       if (block + 1 == task.block_end) {
@@ -963,11 +1022,18 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
         weights.add(weight + block_bytes, block_bytes);
       }
       weights.divide(products);
+      if constexpr (kParts > 1) {
+        rows.first = reinterpret_cast<const float*>(weight);
+        rows.has_both = narrow == 1 || e.channels > 16;
+        weight = scratch.weights + (conv.keeps_weight ? block - task.block_begin : 0) * split_bytes;
+        if (begin == 0) {
+          split_weights(rows, layout.chunks, layout.taps(), const_cast<char*>(weight));
+        }
+      }
       const Finish finish = e.channels > 16 ? finish_for<2>(e) : finish_for<1>(e);
       for (int64_t t = begin; t < end; t += 2) {
-        Product product{list.tiles + t, weight,          layout.taps(),
-                        layout.chunks,  scratch.offsets, scratch.part,
-                        scratch.chunk,  weight,          0};
+        Product product{list.tiles + t,  weight,       rows,          layout.taps(), layout.chunks,
+                        scratch.offsets, scratch.part, scratch.chunk, weight,        0};
         weights.take(product, layout.weight.chunks);
         if (product.lines == 0) pixels.take(product, layout.weight.chunks);
         const Position* positions = list.positions + t * kTileRows;

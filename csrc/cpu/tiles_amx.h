@@ -54,35 +54,41 @@ inline __attribute__((always_inline)) uint32_t is_doubtful(__m512 x) {
          _mm512_mask_cmp_ps_mask(nonzero, _mm512_abs_ps(x), _mm512_set1_ps(kLeastSum), _CMP_LT_OQ);
 }
 
-// The parts of 32 values, `part` apart: see kParts in conv_tiles.inl.
+// The parts of 32 values, so many apart: see InParts in conv_tiles.inl.
+template <bool kRounded>
 inline __attribute__((always_inline)) void split(uint16_t* dst, int64_t part, const __m512* x) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  const auto cut = [&](__m512 y) {
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(y), upper));
+  const auto first_part = [&](__m512 y) {
+    __m512i bits = _mm512_castps_si512(y);
+    if constexpr (kRounded) bits = _mm512_add_epi32(bits, _mm512_set1_epi32(0x8000));
+    return _mm512_castsi512_ps(_mm512_and_si512(bits, upper));
   };
-  // Upper halves of a, beside those of b.
+  // The upper halves of a behind those of b.
   const auto put = [&](int p, __m512 a, __m512 b) {
     const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(b), 16);
-    constexpr int kSelect = 0xec;  // low | (a & upper), of (a, low, upper)
-    _mm512_storeu_si512(dst + p * part,
-                        _mm512_ternarylogic_epi32(_mm512_castps_si512(a), low, upper, kSelect));
+    const __m512i both = _mm512_or_si512(_mm512_and_si512(_mm512_castps_si512(a), upper), low);
+    _mm512_storeu_si512(dst + p * part, both);
   };
-  __m512 a = x[0], b = x[1];
-  __m512 rest_a = _mm512_sub_ps(a, cut(a)), rest_b = _mm512_sub_ps(b, cut(b));
-  const __mmask16 odd_a = _mm512_fpclass_ps_mask(a, 0x99), odd_b = _mm512_fpclass_ps_mask(b, 0x99);
+  constexpr int kNotFinite = 0x99;
+  const __mmask16 odd_a = _mm512_fpclass_ps_mask(x[0], kNotFinite);
+  const __mmask16 odd_b = _mm512_fpclass_ps_mask(x[1], kNotFinite);
+  __m512 a = first_part(x[0]), b = first_part(x[1]);
+  __m512 rest_a = _mm512_sub_ps(x[0], a), rest_b = _mm512_sub_ps(x[1], b);
   if (__builtin_expect((odd_a | odd_b) != 0, 0)) {
-    // A NaN whose payload is in its lower half must not become infinity.
-    const __mmask16 nan_a = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-    const __mmask16 nan_b = _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q);
-    const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
-    a = _mm512_mask_mov_ps(a, nan_a, nan);
-    b = _mm512_mask_mov_ps(b, nan_b, nan);
-    rest_a = _mm512_maskz_mov_ps(static_cast<__mmask16>(~odd_a), rest_a);
-    rest_b = _mm512_maskz_mov_ps(static_cast<__mmask16>(~odd_b), rest_b);
+    // A NaN whose payload is in its lower half is none in the upper.
+    const auto keep = [&](__m512& first, __m512& rest, __m512 y, __mmask16 odd) {
+      const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
+      first = _mm512_mask_mov_ps(first, odd, y);
+      first = _mm512_mask_mov_ps(first, _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), nan);
+      rest = _mm512_maskz_mov_ps(static_cast<__mmask16>(~odd), rest);
+    };
+    keep(a, rest_a, x[0], odd_a);
+    keep(b, rest_b, x[1], odd_b);
   }
   put(0, a, b);
-  put(1, rest_a, rest_b);
-  put(2, _mm512_sub_ps(rest_a, cut(rest_a)), _mm512_sub_ps(rest_b, cut(rest_b)));
+  a = first_part(rest_a), b = first_part(rest_b);
+  put(1, a, b);
+  put(2, _mm512_sub_ps(rest_a, a), _mm512_sub_ps(rest_b, b));
 }
 
 // All eight tiles are 16 rows of 64 bytes.

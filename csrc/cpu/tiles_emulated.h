@@ -50,6 +50,7 @@ inline uint32_t is_doubtful(float x) {
   return !(magnitude <= __FLT_MAX__) || (magnitude < kLeastSum && magnitude != 0);
 }
 
+template <bool kRounded>
 inline void split(uint16_t* dst, int64_t part, const float* x) {
   for (int i = 0; i < 32; ++i) {
     float rest = x[i] != x[i] ? __builtin_nanf("") : x[i];
@@ -57,6 +58,7 @@ inline void split(uint16_t* dst, int64_t part, const float* x) {
     for (int p = 0; p < 3; ++p) {
       uint32_t bits;
       memcpy(&bits, &rest, sizeof(bits));
+      if (kRounded && finite && p < 2) bits += 0x8000;
       const uint16_t upper = static_cast<uint16_t>(bits >> 16);
       dst[p * part + (i < 16 ? 2 * i + 1 : 2 * (i - 16))] = upper;
       rest = finite ? rest - to_float(BFloat16{upper}) : 0;

@@ -651,7 +651,7 @@ def empty_cache() -> None:
 
 def _on_tiles(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> bool:
     """Whether the kernel multiplies tiles: `conv_isa()` in csrc/cpu/conv_layer.cpp."""
-    if not _TILE_ISA or dtype not in (torch.bfloat16, torch.float32):
+    if not _TILE_ISA or dtype is not torch.bfloat16:
         return False
     return groups == 1 or (weight_shape[1] >= 16 and weight_shape[0] // groups >= 16)
 
