@@ -9,7 +9,7 @@
 //   copy()            of elements
 //   store_block()     of 32 values, or 16, rounded to an element
 //   split()           32 float32 into their parts, cut off or rounded
-//   is_doubtful()     see combine()
+//   is_doubtful()     see load_sums()
 //   TileState         whose life is the time in which the unit's registers are ours
 //   zero_sums(), load_pixels(i), load_weights(j), multiply_add(i, j), store_sums(i, j)
 //                     the registers: 2 x 2 tiles of sums, 2 of pixels, 2 of weights
@@ -39,8 +39,8 @@
 //
 // Memory traffic: as conv.h says; the slab is written and read in the second-level cache.
 //
-// Reading order: slab -> gather -> epilogue -> product, which finishes the block before -> task ->
-// pool.
+// Reading order: slab -> gather -> operands -> epilogue -> product, which finishes the block before
+// -> task -> pool.
 
 namespace fused_resnet::cpu {
 namespace {
@@ -516,120 +516,7 @@ void add_rows(const Conv& conv, const Task& task, const Layout& layout, const Sc
   }
 }
 
-// ---- epilogue ----------------------------------------------------------------------------------
-
-// Where results go. `channels` counts the valid ones of this block, of which those in [res_begin,
-// res_end) have a residual, the first of them at `residual`.
-struct Epilogue {
-  const float *scale, *shift;
-  const float* bias;  // added before the scale; null: it is in the shift
-  const Storage* residual;
-  Storage* output;
-  int64_t out_channel, res_channel;
-  int64_t channels, res_begin, res_end;
-  bool relu;
-};
-
-// Scale and shift of a block of output channels, from `channel` on, `count` of them. The
-// convolution's bias is in the shift but where the scale is infinite, since eps and the variance
-// are both 0 or the weight is infinite: with its sign it would decide what is NaN. Returns whether
-// there are such channels, with their bias in `bias`, and zeros for the others.
-bool scale_and_shift(const Conv& conv, int64_t channel, int64_t count, float* scale, float* shift,
-                     float* bias) {
-  auto load_channels = [&](const float* tensor, float absent, int64_t k) {
-    if (tensor == nullptr || k >= count) return Value::broadcast(absent);
-    if (k + kWidth <= count) return Value::load(tensor + channel + k);
-    return Value::load(tensor + channel + k, count - k);
-  };
-  const Value::Register zero = Value::broadcast(0), one = Value::broadcast(1);
-  for (int64_t k = 0; k < kTileBlockK; k += kWidth) {
-    const Value::Register deviation =
-        square_root(load_channels(conv.norm.var, 1.0f, k) + Value::broadcast(conv.norm.eps));
-    const Value::Register a = load_channels(conv.norm.weight, 1.0f, k) / deviation;
-    const Value::Register own = load_channels(conv.bias, 0.0f, k);
-    const Value::Register finite = Value::where_equal(a - a, zero, one);
-    const Value::Register centre =
-        Value::where_equal(finite, one, own) - load_channels(conv.norm.mean, 0.0f, k);
-    const Value::Register b =
-        Value::multiply_add(centre, a, load_channels(conv.norm.bias, 0.0f, k));
-    Value::store(scale + k, a);
-    Value::store(shift + k, b);
-    Value::store(bias + k, Value::where_equal(finite, zero, own));
-  }
-  bool found = false;
-  for (int64_t k = 0; k < count; ++k) found |= bias[k] != 0.0f;
-  return found;
-}
-
-// Whole vectors of channels, kN times 16.
-template <int kN, bool kResidual>
-void finish(const Epilogue& e, const float* sums, const Position* positions, int64_t count) {
-  constexpr int kVectors = kN * 16 / kWidth;
-  Value::Register scale[kVectors], shift[kVectors];
-  FR_FOR (v, kVectors) {
-    scale[v] = Value::load(e.scale + v * kWidth);
-    shift[v] = Value::load(e.shift + v * kWidth);
-  }
-  for (int64_t i = 0; i < count; ++i, sums += kTileBlockK) {
-    const Position& position = positions[i];
-    if (position.out < 0) continue;
-    Value::Register y[kVectors];
-    FR_FOR (v, kVectors) {
-      y[v] = Value::multiply_add(Value::load(sums + v * kWidth), scale[v], shift[v]);
-      if constexpr (kResidual) {
-        y[v] = Value::add(y[v], load(e.residual + position.res + v * kWidth));
-      }
-      if (e.relu) y[v] = Value::relu(y[v]);
-    }
-    store_block<kN>(e.output + position.out, y);
-  }
-}
-
-// Any strides and any number of channels.
-template <int kN>
-__attribute__((noinline)) void finish_strided(const Epilogue& e, const float* sums,
-                                              const Position* positions, int64_t count) {
-  constexpr int kVectors = kN * 16 / kWidth;
-  alignas(64) Storage residual[kTileBlockK], result[kTileBlockK];
-  // -0: adding it changes nothing.
-  for (int k = 0; k < kTileBlockK; k += kWidth) store(residual + k, Value::broadcast(-0.0f));
-  for (int64_t i = 0; i < count; ++i, sums += kTileBlockK) {
-    const Position& position = positions[i];
-    if (position.out < 0) continue;
-    for (int64_t k = e.res_begin; k < e.res_end; ++k) {
-      residual[k] = e.residual[position.res + (k - e.res_begin) * e.res_channel];
-    }
-    Value::Register y[kVectors];
-    FR_FOR (v, kVectors) {
-      y[v] = Value::load(sums + v * kWidth);
-      if (e.bias != nullptr) y[v] = Value::add(y[v], Value::load(e.bias + v * kWidth));
-      y[v] = Value::multiply_add(y[v], Value::load(e.scale + v * kWidth),
-                                 Value::load(e.shift + v * kWidth));
-      y[v] = Value::add(y[v], load(residual + v * kWidth));
-      if (e.relu) y[v] = Value::relu(y[v]);
-    }
-    store_block<kN>(result, y);
-    Storage* out = e.output + position.out;
-    if (e.out_channel == 1) {
-      copy(out, result, e.channels);
-    } else {
-      for (int64_t k = 0; k < e.channels; ++k) out[k * e.out_channel] = result[k];
-    }
-  }
-}
-
-using Finish = void (*)(const Epilogue&, const float*, const Position*, int64_t);
-
-template <int kN>
-Finish finish_for(const Epilogue& e) {
-  const bool has_residual = e.res_begin < e.res_end;
-  const bool whole = e.channels == kN * 16 && e.out_channel == 1 && e.bias == nullptr;
-  if (whole && !has_residual) return finish<kN, false>;
-  if (whole && e.res_channel == 1 && e.res_end - e.res_begin == e.channels) return finish<kN, true>;
-  return finish_strided<kN>;
-}
-
-// ---- product -----------------------------------------------------------------------------------
+// ---- operands -----------------------------------------------------------------------------------
 
 // A block of float32 weights as vector kernels have them: rows of its output channels, in halves of
 // 16, for every value of the reduction in the order [R][S][C].
@@ -700,64 +587,164 @@ FR_INLINE float whole_value(const char* p, int64_t part) {
   return part_value(p) + (part_value(p + part) + part_value(p + 2 * part));
 }
 
-// Sums of some of a product's pixels again, in float32.
-__attribute__((noinline)) void multiply_again(const Product& product, const int64_t* pixels,
-                                              int64_t count, float* sums) {
-  constexpr int kVectors = kTileBlockK / kWidth;
-  for (int64_t i = 0; i < count; ++i) {
-    FR_FOR (v, kVectors) {
-      Value::store(sums + pixels[i] * kTileBlockK + v * kWidth, Value::broadcast(0));
-    }
-  }
-  constexpr int kHalf = 16 / kWidth;
-  Value::Register weights[kTileDepth][kVectors];
+// The unit takes subnormals for zeros, and infinity times a part that is zero is NaN: pixels with a
+// sum that is not finite, or so small that part of it may have been lost, are multiplied again, in
+// float32. A sum that is zero though its products, all below 2^-126, were not is not found.
+__attribute__((noinline)) void multiply_again(const Product& product, int64_t pixel, float* sums) {
+  constexpr int kHalf = 16 / kWidth, kVectors = 2 * kHalf;
+  const Tile& tile = product.tiles[pixel / kTileRows];
+  Value::Register sum[kVectors], weights[kVectors];
+  FR_FOR (v, kVectors) sum[v] = Value::broadcast(0);
   for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
     for (int64_t tap = 0; tap < product.taps; ++tap) {
+      const char* in =
+          tile.in + pixel % kTileRows * tile.stride + product.offsets[tap] + chunk * product.chunk;
       // In the order of a tile's row.
-      for (int64_t j = 0; j < kTileDepth; ++j) {
+      for (int64_t j = 0; j < kTileDepth; ++j, in += sizeof(Part)) {
         const int64_t i = j / 2 + (j % 2 == 0 ? kTileDepth / 2 : 0);
-        for (int64_t half = 0; half < 2; ++half) {
-          load_half(product.rows.at(chunk, tap, i, half), weights[j] + half * kHalf);
-        }
+        load_half(product.rows.at(chunk, tap, i, 0), weights);
+        load_half(product.rows.at(chunk, tap, i, 1), weights + kHalf);
+        const Value::Register x = Value::broadcast(whole_value(in, product.part));
+        FR_FOR (v, kVectors) sum[v] = Value::multiply_add(x, weights[v], sum[v]);
       }
-      for (int64_t i = 0; i < count; ++i) {
-        const Tile& tile = product.tiles[pixels[i] / kTileRows];
-        const char* in = tile.in + pixels[i] % kTileRows * tile.stride + product.offsets[tap] +
-                         chunk * product.chunk;
-        float* row = sums + pixels[i] * kTileBlockK;
-        Value::Register sum[kVectors];
-        FR_FOR (v, kVectors) sum[v] = Value::load(row + v * kWidth);
-        for (int64_t j = 0; j < kTileDepth; ++j) {
-          const Value::Register x = Value::broadcast(whole_value(in + 2 * j, product.part));
-          FR_FOR (v, kVectors) sum[v] = Value::multiply_add(x, weights[j][v], sum[v]);
-        }
-        FR_FOR (v, kVectors) Value::store(row + v * kWidth, sum[v]);
-      }
+    }
+  }
+  FR_FOR (v, kVectors) Value::store(sums + v * kWidth, sum[v]);
+}
+
+// A pixel's sums, kN times 16.
+template <int kN>
+FR_INLINE void load_sums(const Product& product, int64_t pixel, const float* sums,
+                         Value::Register* y) {
+  constexpr int kVectors = kN * 16 / kWidth;
+  FR_FOR (v, kVectors) y[v] = Value::load(sums + v * kWidth);
+  if constexpr (kParts > 1) {
+    FR_FOR (v, kVectors) y[v] = Value::add(y[v], Value::load(sums + kSums + v * kWidth));
+    if (__builtin_expect(is_doubtful<kVectors>(y), 0)) {
+      alignas(64) float again[kTileBlockK];
+      multiply_again(product, pixel, again);
+      FR_FOR (v, kVectors) y[v] = Value::load(again + v * kWidth);
     }
   }
 }
 
-// Adds up both sums of float32 in parts, of `count` pixels from `first` on. The unit takes
-// subnormals for zeros, and infinity times a part that is zero is NaN: pixels with a sum that is
-// not finite, or as small as what may have been lost, are multiplied again. A sum that is zero
-// though its products were not, all of them below 2^-126, remains.
-template <int kN>
-FR_INLINE void combine(const Product& product, const Position* positions, int64_t first,
-                       int64_t count, float* sums) {
-  constexpr int kVectors = kN * 16 / kWidth;
-  int64_t doubtful[kBlockPixels], found = 0;
-  for (int64_t i = first; i < first + count; ++i) {
-    if (positions[i].out < 0) continue;
-    uint32_t doubts = 0;
-    FR_FOR (v, kVectors) {
-      float* at = sums + i * kTileBlockK + v * kWidth;
-      const Value::Register sum = Value::add(Value::load(at), Value::load(at + kSums));
-      doubts |= is_doubtful(sum);
-      Value::store(at, sum);
-    }
-    if (doubts != 0) doubtful[found++] = i;
+// ---- epilogue ----------------------------------------------------------------------------------
+
+// Where results go. `channels` counts the valid ones of this block, of which those in [res_begin,
+// res_end) have a residual, the first of them at `residual`.
+struct Epilogue {
+  const float *scale, *shift;
+  const float* bias;  // added before the scale; null: it is in the shift
+  const Storage* residual;
+  Storage* output;
+  int64_t out_channel, res_channel;
+  int64_t channels, res_begin, res_end;
+  bool relu;
+};
+
+// Scale and shift of a block of output channels, from `channel` on, `count` of them. The
+// convolution's bias is in the shift but where the scale is infinite, since eps and the variance
+// are both 0 or the weight is infinite: with its sign it would decide what is NaN. Returns whether
+// there are such channels, with their bias in `bias`, and zeros for the others.
+bool scale_and_shift(const Conv& conv, int64_t channel, int64_t count, float* scale, float* shift,
+                     float* bias) {
+  auto load_channels = [&](const float* tensor, float absent, int64_t k) {
+    if (tensor == nullptr || k >= count) return Value::broadcast(absent);
+    if (k + kWidth <= count) return Value::load(tensor + channel + k);
+    return Value::load(tensor + channel + k, count - k);
+  };
+  const Value::Register zero = Value::broadcast(0), one = Value::broadcast(1);
+  for (int64_t k = 0; k < kTileBlockK; k += kWidth) {
+    const Value::Register deviation =
+        square_root(load_channels(conv.norm.var, 1.0f, k) + Value::broadcast(conv.norm.eps));
+    const Value::Register a = load_channels(conv.norm.weight, 1.0f, k) / deviation;
+    const Value::Register own = load_channels(conv.bias, 0.0f, k);
+    const Value::Register finite = Value::where_equal(a - a, zero, one);
+    const Value::Register centre =
+        Value::where_equal(finite, one, own) - load_channels(conv.norm.mean, 0.0f, k);
+    const Value::Register b =
+        Value::multiply_add(centre, a, load_channels(conv.norm.bias, 0.0f, k));
+    Value::store(scale + k, a);
+    Value::store(shift + k, b);
+    Value::store(bias + k, Value::where_equal(finite, zero, own));
   }
-  if (__builtin_expect(found != 0, 0)) multiply_again(product, doubtful, found, sums);
+  bool found = false;
+  for (int64_t k = 0; k < count; ++k) found |= bias[k] != 0.0f;
+  return found;
+}
+
+// Whole vectors of channels, kN times 16.
+template <int kN, bool kResidual>
+void finish(const Epilogue& e, const Product& product, const float* sums, const Position* positions,
+            int64_t first, int64_t count) {
+  constexpr int kVectors = kN * 16 / kWidth;
+  Value::Register scale[kVectors], shift[kVectors];
+  FR_FOR (v, kVectors) {
+    scale[v] = Value::load(e.scale + v * kWidth);
+    shift[v] = Value::load(e.shift + v * kWidth);
+  }
+  sums += first * kTileBlockK;
+  for (int64_t i = first; i < first + count; ++i, sums += kTileBlockK) {
+    const Position& position = positions[i];
+    if (position.out < 0) continue;
+    Value::Register y[kVectors];
+    load_sums<kN>(product, i, sums, y);
+    FR_FOR (v, kVectors) {
+      y[v] = Value::multiply_add(y[v], scale[v], shift[v]);
+      if constexpr (kResidual) {
+        y[v] = Value::add(y[v], load(e.residual + position.res + v * kWidth));
+      }
+      if (e.relu) y[v] = Value::relu(y[v]);
+    }
+    store_block<kN>(e.output + position.out, y);
+  }
+}
+
+// Any strides and any number of channels.
+template <int kN>
+__attribute__((noinline)) void finish_strided(const Epilogue& e, const Product& product,
+                                              const float* sums, const Position* positions,
+                                              int64_t first, int64_t count) {
+  constexpr int kVectors = kN * 16 / kWidth;
+  alignas(64) Storage residual[kTileBlockK], result[kTileBlockK];
+  // -0: adding it changes nothing.
+  for (int k = 0; k < kTileBlockK; k += kWidth) store(residual + k, Value::broadcast(-0.0f));
+  sums += first * kTileBlockK;
+  for (int64_t i = first; i < first + count; ++i, sums += kTileBlockK) {
+    const Position& position = positions[i];
+    if (position.out < 0) continue;
+    for (int64_t k = e.res_begin; k < e.res_end; ++k) {
+      residual[k] = e.residual[position.res + (k - e.res_begin) * e.res_channel];
+    }
+    Value::Register y[kVectors];
+    load_sums<kN>(product, i, sums, y);
+    FR_FOR (v, kVectors) {
+      if (e.bias != nullptr) y[v] = Value::add(y[v], Value::load(e.bias + v * kWidth));
+      y[v] = Value::multiply_add(y[v], Value::load(e.scale + v * kWidth),
+                                 Value::load(e.shift + v * kWidth));
+      y[v] = Value::add(y[v], load(residual + v * kWidth));
+      if (e.relu) y[v] = Value::relu(y[v]);
+    }
+    store_block<kN>(result, y);
+    Storage* out = e.output + position.out;
+    if (e.out_channel == 1) {
+      copy(out, result, e.channels);
+    } else {
+      for (int64_t k = 0; k < e.channels; ++k) out[k * e.out_channel] = result[k];
+    }
+  }
+}
+
+using Finish = void (*)(const Epilogue&, const Product&, const float*, const Position*, int64_t,
+                        int64_t);
+
+template <int kN>
+Finish finish_for(const Epilogue& e) {
+  const bool has_residual = e.res_begin < e.res_end;
+  const bool whole = e.channels == kN * 16 && e.out_channel == 1 && e.bias == nullptr;
+  if (whole && !has_residual) return finish<kN, false>;
+  if (whole && e.res_channel == 1 && e.res_end - e.res_begin == e.channels) return finish<kN, true>;
+  return finish_strided<kN>;
 }
 
 // The sums of a block whose product is through. They are finished while the next block's product
@@ -767,20 +754,13 @@ struct Pending {
   Finish finish;
   Epilogue epilogue;
   Product product;
-  float* sums;
+  const float* sums;
   const Position* positions;
   int64_t first = 0, pixels = 0;
 
   FR_INLINE void take(int64_t count) {
     count = least(count, pixels);
-    if constexpr (kParts > 1) {
-      if (epilogue.channels > 16) {
-        combine<2>(product, positions, first, count, sums);
-      } else {
-        combine<1>(product, positions, first, count, sums);
-      }
-    }
-    finish(epilogue, sums + first * kTileBlockK, positions + first, count);
+    finish(epilogue, product, sums, positions, first, count);
     first += count;
     pixels -= count;
   }

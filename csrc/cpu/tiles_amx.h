@@ -45,13 +45,30 @@ inline __attribute__((always_inline)) void store_block(float* dst, const __m512*
   for (int v = 0; v < kN; ++v) _mm512_storeu_ps(dst + v * 16, y[v]);
 }
 
-// Lanes whose sum the unit may have got wrong: see combine() in conv_tiles.inl.
-inline __attribute__((always_inline)) uint32_t is_doubtful(__m512 x) {
-  constexpr int kNotFinite = 0x99;  // quiet and signalling NaN, infinities
-  const __mmask16 nonzero =
-      _mm512_test_epi32_mask(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
-  return _mm512_fpclass_ps_mask(x, kNotFinite) |
-         _mm512_mask_cmp_ps_mask(nonzero, _mm512_abs_ps(x), _mm512_set1_ps(kLeastSum), _CMP_LT_OQ);
+// Whether a sum is not finite, or below kLeastSum but not zero.
+template <int kVectors>
+inline __attribute__((always_inline)) bool is_doubtful(const __m512* y) {
+  // As integers without a sign, magnitudes in question and zero lie above all others.
+  const __m512i least = _mm512_set1_epi32(static_cast<int>(kLeastSumBits << 1));
+  constexpr uint32_t kRange = (0x7f800000u - kLeastSumBits) << 1;
+  __m512i most = _mm512_sub_epi32(_mm512_slli_epi32(_mm512_castps_si512(y[0]), 1), least);
+  for (int v = 1; v < kVectors; ++v) {
+    most = _mm512_max_epu32(
+        most, _mm512_sub_epi32(_mm512_slli_epi32(_mm512_castps_si512(y[v]), 1), least));
+  }
+  if (__builtin_expect(
+          _mm512_cmpge_epu32_mask(most, _mm512_set1_epi32(static_cast<int>(kRange))) == 0, 1)) {
+    return false;
+  }
+  bool found = false;
+  for (int v = 0; v < kVectors; ++v) {
+    constexpr int kNotFinite = 0x99;  // quiet and signalling NaN, infinities
+    const __m512 magnitude = _mm512_abs_ps(y[v]);
+    found |= _mm512_fpclass_ps_mask(y[v], kNotFinite) != 0;
+    found |= (_mm512_cmp_ps_mask(magnitude, _mm512_set1_ps(kLeastSum), _CMP_LT_OQ) &
+              _mm512_cmp_ps_mask(magnitude, _mm512_setzero_ps(), _CMP_NEQ_UQ)) != 0;
+  }
+  return found;
 }
 
 // The parts of 32 values, so many apart: see InParts in conv_tiles.inl.

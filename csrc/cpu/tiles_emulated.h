@@ -45,9 +45,13 @@ inline void store_block(float* dst, const float* y) {
   for (int k = 0; k < kN * 16; ++k) dst[k] = y[k];
 }
 
-inline uint32_t is_doubtful(float x) {
-  const float magnitude = __builtin_fabsf(x);
-  return !(magnitude <= __FLT_MAX__) || (magnitude < kLeastSum && magnitude != 0);
+template <int kVectors>
+inline bool is_doubtful(const float* y) {
+  for (int v = 0; v < kVectors; ++v) {
+    const float magnitude = __builtin_fabsf(y[v]);
+    if (!(magnitude <= __FLT_MAX__) || (magnitude < kLeastSum && magnitude != 0)) return true;
+  }
+  return false;
 }
 
 template <bool kRounded>
