@@ -16,9 +16,9 @@
 //   conv_kernel.inl   one task in vectors: gather the input rows into a slab, then tiles of the
 //                     product; compiled once per instruction set, by conv_avx512.cpp and
 //                     conv_avx2.cpp
-//   conv_tiles.inl    one task of bfloat16 on a unit that multiplies tiles, compiled by
-//   conv_amx.cpp
-//                     and, over emulated tiles, by conv_amx_emulated.cpp
+//   conv_tiles.inl    one task on a unit that multiplies tiles of bfloat16, compiled by
+//                     conv_amx.cpp for bfloat16 and conv_float32_amx.cpp for float32 in parts, and
+//                     over emulated tiles by conv_amx_emulated.cpp, conv_float32_amx_emulated.cpp
 //   conv.h            what those share
 #pragma once
 
@@ -68,8 +68,9 @@ struct Conv {
   int64_t last_w, last_q;
   Strides in, out, res;
   const void* input;
-  const void* weight;  // packed, see weight_offset() and conv_tiles.h
-  const float* bias;   // the convolution's own; may be null
+  const void* weight;    // packed, see weight_offset() and conv_tiles.h
+  int64_t weight_block;  // float32's block_k, be the kernel one on tiles
+  const float* bias;     // the convolution's own; may be null
   Norm norm;
   const void* residual;  // null: none
   // The prologue's, by input channel; null: none. Then comes kPrologueSlack times zero.
@@ -125,7 +126,7 @@ struct ConvIsa {
   const char* name;
   int64_t lanes;     // of a vector of float32
   int64_t block_k;   // output channels computed together; the packed weight's innermost extent
-  int64_t item;      // bytes of a value in the packed weight, and of a gathered input
+  int64_t item;      // bytes of a weight and of a gathered input as the product reads them
   int64_t flat_row;  // consecutive pixels that make a row of a pointwise convolution
   double rate;       // multiply-adds a cycle, for the split into tasks
   // Bytes of scratch memory run() needs for a task.
@@ -137,8 +138,10 @@ struct ConvIsa {
 extern const ConvIsa kConvAvx512;
 extern const ConvIsa kConvAvx2;
 extern const ConvIsa kConvAmx;
+extern const ConvIsa kConvFloat32Amx;
 #endif
 extern const ConvIsa kConvAmxEmulated;
+extern const ConvIsa kConvFloat32AmxEmulated;
 
 // Whether groups of c input and k output channels are expanded. Then a vector of output channels
 // belongs to whole groups, whose input channels fit a vector too.

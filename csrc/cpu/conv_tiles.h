@@ -16,9 +16,13 @@ constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kTileDepth = 32;
 constexpr int64_t kTileBlockK = 32;
 
-// The weight as tiles: [groups][blocks of K][chunks][2][16][16][2] bfloat16, zero where K or a
-// chunk ends early. The last three are pairs of the reduction, output channels and the two of a
-// pair.
+// The least sum of float32 in parts that the unit, to which subnormals are zeros, is trusted with.
+constexpr float kLeastSum = 0x1p-90f;
+constexpr uint32_t kLeastSumBits = (127 - 90) << 23;
+
+// The weight of bfloat16 as tiles: [groups][blocks of K][chunks][2][16][16][2] bfloat16, zero where
+// K or a chunk ends early. The last three are pairs of the reduction, output channels and the two
+// of a pair.
 //
 // A chunk is 32 input channels of one tap, and all taps of the same 32 channels follow each other:
 // the taps of a pixel's neighbours read the same few lines of the input, which then still are in

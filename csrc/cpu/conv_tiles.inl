@@ -1,8 +1,15 @@
 // One task of the native convolution on a unit that multiplies tiles (conv_tiles.h), for the
 // including file, which defines
-//   Element, Value    vectors of bfloat16 and of float32 elements; see vectors.h
+//   Element           vectors of the tensors' elements; see vectors.h
+//   Storage           such an element in memory
+//   kParts            how many bfloat16 a value is made of: 1 for bfloat16, 3 for float32
+// includes one of tiles_amx.h and tiles_emulated.h, with
+//   Value             vectors of float32
 //   square_root()     of such a vector
-//   store_block()     of 32 values, or 16, rounded to bfloat16
+//   copy()            of elements
+//   store_block()     of 32 values, or 16, rounded to an element
+//   split()           32 float32 into their parts, cut off or rounded
+//   is_doubtful()     see load_sums()
 //   TileState         whose life is the time in which the unit's registers are ours
 //   zero_sums(), load_pixels(i), load_weights(j), multiply_add(i, j), store_sums(i, j)
 //                     the registers: 2 x 2 tiles of sums, 2 of pixels, 2 of weights
@@ -21,10 +28,19 @@
 // spaced. Hence the slab (below), in which the outputs of a whole image are one evenly spaced
 // sequence, so that tiles run across the ends of lines.
 //
+// A float32 is the sum of three bfloat16, its parts: x = x0 + x1 + x2, exactly, each at most 2^-7
+// of the one before. Of the nine products of parts six matter: x0 w0, and x0 w1, x1 w0, x0 w2, x1
+// w1 and x2 w0, which are small. What is left out is below 2^-22 of the first, and of any sign,
+// since weights are rounded to their parts. Small products have sums of their own: their rounding
+// does not count beside that of the large ones, which are rounded once for 32 products. A block
+// therefore goes through the reduction twice, with 4 products a step and with 20, and never waits
+// for a sum. In memory both are float32; pixels are split when they are gathered, and weights,
+// which are packed as for the vector kernels, when a task comes to them.
+//
 // Memory traffic: as conv.h says; the slab is written and read in the second-level cache.
 //
-// Reading order: slab -> gather -> epilogue -> product, which finishes the block before -> task ->
-// pool.
+// Reading order: slab -> gather -> operands -> epilogue -> product, which finishes the block before
+// -> task -> pool.
 
 namespace fused_resnet::cpu {
 namespace {
@@ -37,7 +53,8 @@ constexpr int kBlockPixels = 2 * kTileRows;
 constexpr int64_t kChunkBytes = kTileDepth * 2;  // a tile's row
 constexpr int kWidth = Value::width;
 
-using Storage = uint16_t;  // a bfloat16's bits
+using Part = uint16_t;  // of a value, in tiles: a bfloat16's bits
+constexpr int64_t kItem = sizeof(Storage);
 
 FR_INLINE Element::Register load(const Storage* p) {
   return Element::load(reinterpret_cast<const Element::Element*>(p));
@@ -110,10 +127,10 @@ struct Layout {
       : h(conv.stride_h, conv.dil_h, conv.pad_h, conv.R),
         w(conv.stride_w, conv.dil_w, conv.pad_w, conv.S),
         weight(tiled_weight(group_k(conv), group_c(conv), conv.R * conv.S)) {
-    const bool in_place = is_pointwise(conv) && conv.stride_h == 1 && conv.stride_w == 1 &&
-                          conv.pad_h == 0 && conv.pad_w == 0 && conv.in_scale == nullptr &&
-                          conv.in.c == 1 && group_c(conv) % kTileDepth == 0 &&
-                          (conv.in.h == conv.W * conv.in.w || conv.P == 1);
+    const bool in_place =
+        kParts == 1 && is_pointwise(conv) && conv.stride_h == 1 && conv.stride_w == 1 &&
+        conv.pad_h == 0 && conv.pad_w == 0 && conv.in_scale == nullptr && conv.in.c == 1 &&
+        group_c(conv) % kTileDepth == 0 && (conv.in.h == conv.W * conv.in.w || conv.P == 1);
     form = in_place ? Form::kInPlace : weight.dense ? Form::kDense : Form::kSlab;
     chunks = weight.dense ? weight.chunks : div_up(weight.C, kTileDepth);
     const bool slab = form == Form::kSlab;
@@ -146,16 +163,27 @@ int64_t image_row_count(const Conv& conv, const Task& task) {
                (task.row_end - task.row_begin - 1) * conv.pool.stride_h + conv.pool.kernel_h);
 }
 
-// Scratch memory of a task: [tiles][positions][scale and shift][offsets of taps][sums][slab]
-// [input rows of a dense gather][convolution rows awaiting the pool].
+// bfloat16 values of a chunk and block's weights, or of one of their parts.
+constexpr int64_t kTiledPart = kTileDepth * kTileBlockK;
+constexpr int64_t kPartBytes = kTiledPart * 2;
+
+// Floats of a block's sums.
+constexpr int64_t kSums = kBlockPixels * kTileBlockK;
+
+// Scratch memory of a task: [tiles][positions][scale, shift and bias][offsets of taps][sums of two
+// blocks; of the parts' small products too][slab][input rows of a dense gather, and a pixel of it]
+// [weights in parts]// [convolution rows awaiting the pool].
 struct Scratch {
   Tile* tiles;
   Position* positions;
-  float *scale, *shift, *sums;
+  float *scale, *shift, *bias, *sums;
   int64_t* offsets;
   char* slab;
-  Storage *input_rows, *conv_rows;
-  int64_t plane, chunk;  // bytes from one plane of the slab to the next, from a chunk to the next
+  Storage *input_rows, *pixel, *conv_rows;
+  char* weights;
+  // Bytes from one plane of the slab to the next, from a part of a chunk to the next, from a chunk
+  // to the next.
+  int64_t plane, part, chunk;
   int64_t bytes;
 
   Scratch(const Conv& conv, const Task& task, const Layout& layout, void* memory) {
@@ -175,9 +203,10 @@ struct Scratch {
         take(tile_count * kTileRows * static_cast<int64_t>(sizeof(Position))));
     scale = reinterpret_cast<float*>(take(channels * 4));
     shift = reinterpret_cast<float*>(take(channels * 4));
+    bias = reinterpret_cast<float*>(take(channels * 4));
     offsets = reinterpret_cast<int64_t*>(take(layout.taps() * 8));
-    sums = reinterpret_cast<float*>(take(2 * kBlockPixels * kTileBlockK * 4));
-    plane = 0;
+    sums = reinterpret_cast<float*>(take(4 * kSums * 4));
+    plane = part = 0;
     chunk = kChunkBytes;
     int64_t slab_bytes = 0, input_bytes = 0;
     switch (layout.form) {
@@ -187,21 +216,27 @@ struct Scratch {
       case Form::kSlab:
         plane = (rows + images * layout.h.reach()) * layout.pitch * layout.pixel;
         // The last tile may go on behind the last row, with every tap.
-        chunk =
+        part =
             layout.h.planes * layout.w.planes * plane + (kTileRows + layout.columns) * layout.pixel;
+        chunk = kParts * part;
         slab_bytes = layout.chunks * chunk;
         break;
       case Form::kDense:
-        slab_bytes = (rows * conv.Q + images * kTileRows) * layout.pixel + kChunkBytes;
+        part = (rows * conv.Q + images * kTileRows) * layout.pixel + kChunkBytes;
+        slab_bytes = kParts * part;
         input_bytes = ((rows - 1) * conv.stride_h + layout.h.dil * (conv.R - 1) + 1) *
                           ((conv.Q - 1) * conv.stride_w + layout.w.dil * (conv.S - 1) + 1) *
-                          group_c(conv) * 2 +
-                      kChunkBytes;
+                          group_c(conv) * kItem +
+                      kTileDepth * kItem;
         break;
     }
     slab = take(slab_bytes);
     input_rows = reinterpret_cast<Storage*>(take(input_bytes));
-    conv_rows = reinterpret_cast<Storage*>(take(conv.has_pool ? rows * conv.Q * conv.K * 2 : 0));
+    pixel = reinterpret_cast<Storage*>(take((layout.chunks + 1) * kTileDepth * kItem));
+    conv_rows =
+        reinterpret_cast<Storage*>(take(conv.has_pool ? rows * conv.Q * conv.K * kItem : 0));
+    const int64_t split_blocks = conv.keeps_weight ? task.block_end - task.block_begin : 1;
+    weights = take(kParts > 1 ? split_blocks * layout.weight.chunks * kParts * kPartBytes : 0);
     bytes = next - static_cast<char*>(memory);
   }
 };
@@ -243,11 +278,57 @@ FR_INLINE void copy_channels(Storage* dst, const Storage* src, int64_t count, co
   }
 }
 
+// What gather_row() writes: elements as they are,
+struct Whole {
+  using Unit = Storage;
+
+  static void clear(Storage* dst, int64_t count) { zero(dst, count); }
+  static FR_INLINE void put(Storage* dst, int64_t pixel, const Storage* src, int64_t count,
+                            const float* scale, const float* shift) {
+    copy_channels(dst, src, count, scale, shift);
+    zero(dst + count, pixel - count);
+  }
+};
+
+// or a chunk's parts, so many apart.
+struct InParts {
+  using Unit = Part;
+  int64_t part;
+
+  void clear(Part* dst, int64_t count) const {
+    for (int p = 0; p < kParts; ++p, dst += part) __builtin_memset(dst, 0, count * sizeof(Part));
+  }
+  FR_INLINE void put(Part* dst, int64_t, const Storage* src, int64_t count, const float* scale,
+                     const float* shift) const {
+    constexpr int kVectors = kTileDepth / kWidth;
+    Value::Register x[kVectors];
+    if (count == kTileDepth) {
+      FR_FOR (v, kVectors) {
+        x[v] = load(src + v * kWidth);
+        if (scale != nullptr) x[v] = normalised(x[v], scale + v * kWidth, shift + v * kWidth);
+      }
+    } else {
+      FR_FOR (v, kVectors) {
+        const int64_t first = v * kWidth, rest = least(count - first, kWidth);
+        x[v] = Value::broadcast(0);
+        if (rest <= 0) continue;
+        x[v] = load(src + first, rest);
+        if (scale == nullptr) continue;
+        x[v] = Value::where_bits((1u << rest) - 1, normalised(x[v], scale + first, shift + first));
+      }
+    }
+    split<false>(dst, part, x);
+  }
+};
+
 // Row h of image n, its columns first, first + step and so on: 32 channels of column j to dst[j *
 // pixel], the next 32 `chunk` elements further. What lies outside of the image, and behind the
 // channels up to `pixel`, is zero.
-void gather_row(const Conv& conv, int64_t group, int64_t n, int64_t h, int64_t first, int64_t step,
-                int64_t count, Storage* dst, int64_t pixel, int64_t chunk) {
+template <class To>
+void gather_row(const To& target, const Conv& conv, int64_t group, int64_t n, int64_t h,
+                int64_t first, int64_t step, int64_t count, typename To::Unit* dst, int64_t pixel,
+                int64_t chunk) {
+  constexpr bool kWhole = sizeof(typename To::Unit) == sizeof(Storage);
   const int64_t channels = group_c(conv);
   const int64_t begin = first < 0 ? least(div_up(-first, step), count) : 0;
   const int64_t width = h + 1 == conv.H ? conv.last_w : conv.W;
@@ -258,7 +339,7 @@ void gather_row(const Conv& conv, int64_t group, int64_t n, int64_t h, int64_t f
   const int64_t src_step = step * conv.in.w;
   for (int64_t c = 0; c < channels; c += kTileDepth, dst += chunk, src += kTileDepth * conv.in.c) {
     if (outside) {
-      zero(dst, count * pixel);
+      target.clear(dst, count * pixel);
       continue;
     }
     const int64_t valid = least(kTileDepth, channels - c);
@@ -267,29 +348,43 @@ void gather_row(const Conv& conv, int64_t group, int64_t n, int64_t h, int64_t f
       scale = conv.in_scale + group * channels + c;
       shift = conv.in_shift + group * channels + c;
     }
-    Storage* inside = dst + begin * pixel;
-    zero(dst, begin * pixel);
-    if (conv.in.c != 1) {
+    auto* inside = dst + begin * pixel;
+    target.clear(dst, begin * pixel);
+    if (conv.in.c != 1 && kWhole) {
       // Pixels of one channel are read along the row.
       for (int64_t i = 0; i < valid; ++i) {
         for (int64_t j = 0; j < end - begin; ++j) {
           inside[j * pixel + i] = src[j * src_step + i * conv.in.c];
         }
       }
-      for (int64_t j = 0; j < end - begin; ++j) {
-        Storage* to = inside + j * pixel;
-        if (scale != nullptr) copy_channels(to, to, valid, scale, shift);
-        zero(to + valid, pixel - valid);
+      if constexpr (kWhole) {
+        for (int64_t j = 0; j < end - begin; ++j) {
+          auto* to = inside + j * pixel;
+          target.put(to, pixel, to, valid, scale, shift);
+        }
       }
-    } else if (scale == nullptr && pixel == valid && src_step == pixel) {
-      copy(inside, src, (end - begin) * pixel);
+    } else if (conv.in.c != 1) {
+      Storage channel[kTileDepth];
+      for (int64_t j = 0; j < end - begin; ++j) {
+        for (int64_t i = 0; i < valid; ++i) channel[i] = src[j * src_step + i * conv.in.c];
+        target.put(inside + j * pixel, pixel, channel, valid, scale, shift);
+      }
+    } else if (kWhole && scale == nullptr && pixel == valid && src_step == pixel) {
+      if constexpr (kWhole) copy(inside, src, (end - begin) * pixel);
     } else {
       for (int64_t j = 0; j < end - begin; ++j) {
-        copy_channels(inside + j * pixel, src + j * src_step, valid, scale, shift);
-        zero(inside + j * pixel + valid, pixel - valid);
+        target.put(inside + j * pixel, pixel, src + j * src_step, valid, scale, shift);
       }
     }
-    zero(dst + end * pixel, (count - end) * pixel);
+    target.clear(dst + end * pixel, (count - end) * pixel);
+  }
+}
+
+auto slab_target(const Scratch& scratch) {
+  if constexpr (kParts == 1) {
+    return Whole{};
+  } else {
+    return InParts{scratch.part / 2};
   }
 }
 
@@ -298,17 +393,18 @@ void gather_slab(const Conv& conv, const Task& task, const Layout& layout, int64
                  int64_t p_begin, int64_t p_end, int64_t row, const Scratch& scratch) {
   const int64_t rows = p_end - p_begin + layout.h.reach();
   const int64_t row_bytes = layout.pitch * layout.pixel;
+  const auto target = slab_target(scratch);
   for (int64_t i = 0; i < layout.h.planes; ++i) {
     for (int64_t j = 0; j < layout.w.planes; ++j) {
       char* to = scratch.slab + (i * layout.w.planes + j) * scratch.plane + row * row_bytes;
       for (int64_t y = 0; y < rows; ++y, to += row_bytes) {
         const int64_t h = (p_begin + y) * layout.h.stride + layout.h.first_input(i);
-        gather_row(conv, task.group, n, h, layout.w.first_input(j), layout.w.stride, layout.pitch,
-                   reinterpret_cast<Storage*>(to), kTileDepth, scratch.chunk / 2);
+        gather_row(target, conv, task.group, n, h, layout.w.first_input(j), layout.w.stride,
+                   layout.pitch, reinterpret_cast<Part*>(to), kTileDepth, scratch.chunk / 2);
       }
       // The zeros at the end of the last row; rows that follow begin with them.
       for (int64_t chunk = 0; chunk < layout.chunks; ++chunk, to += scratch.chunk) {
-        zero(reinterpret_cast<Storage*>(to), layout.shared * kTileDepth);
+        target.clear(reinterpret_cast<Part*>(to), layout.shared * kTileDepth);
       }
     }
   }
@@ -322,17 +418,19 @@ void gather_dense(const Conv& conv, const Task& task, const Layout& layout, int6
   const int64_t rows = (p_end - p_begin - 1) * conv.stride_h + (conv.R - 1) * conv.dil_h + 1;
   const int64_t pitch = columns * channels;
   for (int64_t y = 0; y < rows; ++y) {
-    gather_row(conv, task.group, n, p_begin * conv.stride_h - conv.pad_h + y, -conv.pad_w, 1,
-               columns, scratch.input_rows + y * pitch, channels, 0);
+    gather_row(Whole{}, conv, task.group, n, p_begin * conv.stride_h - conv.pad_h + y, -conv.pad_w,
+               1, columns, scratch.input_rows + y * pitch, channels, 0);
   }
   const bool adjacent = conv.dil_w == 1;
   const int64_t run = adjacent ? conv.S * channels : channels;
-  Storage* to = reinterpret_cast<Storage*>(slab);
+  const int64_t size = layout.chunks * kTileDepth;
+  Part* pixel = reinterpret_cast<Part*>(slab);
   for (int64_t p = 0; p < p_end - p_begin; ++p) {
-    for (int64_t q = 0; q < conv.Q; ++q) {
+    for (int64_t q = 0; q < conv.Q; ++q, pixel += size) {
       const Storage* from =
           scratch.input_rows + p * conv.stride_h * pitch + q * conv.stride_w * channels;
-      Storage* end = to + layout.pixel / 2;
+      Storage* const begin = kParts == 1 ? reinterpret_cast<Storage*>(pixel) : scratch.pixel;
+      Storage *to = begin, *const end = begin + size;
       // What a copy writes behind its run the next one overwrites.
       for (int64_t r = 0; r < conv.R; ++r, from += conv.dil_h * pitch) {
         for (int64_t s = 0; s < (adjacent ? 1 : conv.S); ++s, to += run) {
@@ -340,7 +438,11 @@ void gather_dense(const Conv& conv, const Task& task, const Layout& layout, int6
         }
       }
       zero(to, end - to);
-      to = end;
+      if constexpr (kParts > 1) {
+        for (int64_t i = 0; i < size; i += kTileDepth) {
+          InParts{scratch.part / 2}.put(pixel + i, 0, begin + i, kTileDepth, nullptr, nullptr);
+        }
+      }
     }
   }
 }
@@ -414,12 +516,125 @@ void add_rows(const Conv& conv, const Task& task, const Layout& layout, const Sc
   }
 }
 
+// ---- operands -----------------------------------------------------------------------------------
+
+// A block of float32 weights as vector kernels have them: rows of its output channels, in halves of
+// 16, for every value of the reduction in the order [R][S][C].
+struct WeightRows {
+  const float* first;
+  int64_t row, half;  // floats from row to row and from half to half
+  bool has_both;
+  int64_t taps, channels, reduction;
+  bool dense;
+
+  // A half of the row of a chunk's i-th value; null behind the last.
+  FR_INLINE const float* at(int64_t chunk, int64_t tap, int64_t i, int64_t which) const {
+    const int64_t c = chunk * kTileDepth + i;
+    if (c >= (dense ? reduction : channels) || (which == 1 && !has_both)) return nullptr;
+    return first + (dense ? c : tap * channels + c) * row + which * half;
+  }
+};
+
+// Half a row; zeros where there is none.
+FR_INLINE void load_half(const float* row, Value::Register* x) {
+  FR_FOR (v, 16 / kWidth) {
+    x[v] = row == nullptr ? Value::broadcast(0) : Value::load(row + v * kWidth);
+  }
+}
+
+// All of a block's weights in parts: tiles for each chunk and tap, in order.
+void split_weights(const WeightRows& rows, int64_t chunks, int64_t taps, char* to) {
+  constexpr int kVectors = 16 / kWidth;
+  Value::Register x[2 * kVectors];
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t tap = 0; tap < taps; ++tap, to += kParts * kPartBytes) {
+      Part* row = reinterpret_cast<Part*>(to);
+      for (int64_t half = 0; half < 2; ++half) {
+        for (int64_t i = 0; i < kTileDepth / 2; ++i, row += kTileDepth) {
+          load_half(rows.at(chunk, tap, i, half), x);
+          load_half(rows.at(chunk, tap, i + kTileDepth / 2, half), x + kVectors);
+          split<true>(row, kTiledPart, x);
+        }
+      }
+    }
+  }
+}
+
+struct Product {
+  const Tile* tiles;
+  const char* weight;
+  WeightRows rows;  // of float32
+  int64_t taps, chunks;
+  const int64_t* offsets;  // of the taps, in bytes
+  int64_t part, chunk;     // bytes from one part of a pixel to the next, and from one chunk
+  // What to bring into the second-level cache meanwhile: `lines` for every chunk.
+  const char* prefetch;
+  int64_t lines;
+};
+
+constexpr int64_t kLine = 64;
+FR_INLINE float part_value(const char* p) {
+  uint16_t half;
+  __builtin_memcpy(&half, p, sizeof(half));
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// The value whose parts are so many bytes apart. An infinity's other parts are zeros.
+FR_INLINE float whole_value(const char* p, int64_t part) {
+  return part_value(p) + (part_value(p + part) + part_value(p + 2 * part));
+}
+
+// The unit takes subnormals for zeros, and infinity times a part that is zero is NaN: pixels with a
+// sum that is not finite, or so small that part of it may have been lost, are multiplied again, in
+// float32. A sum that is zero though its products, all below 2^-126, were not is not found.
+__attribute__((noinline)) void multiply_again(const Product& product, int64_t pixel, float* sums) {
+  constexpr int kHalf = 16 / kWidth, kVectors = 2 * kHalf;
+  const Tile& tile = product.tiles[pixel / kTileRows];
+  Value::Register sum[kVectors], weights[kVectors];
+  FR_FOR (v, kVectors) sum[v] = Value::broadcast(0);
+  for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
+    for (int64_t tap = 0; tap < product.taps; ++tap) {
+      const char* in =
+          tile.in + pixel % kTileRows * tile.stride + product.offsets[tap] + chunk * product.chunk;
+      // In the order of a tile's row.
+      for (int64_t j = 0; j < kTileDepth; ++j, in += sizeof(Part)) {
+        const int64_t i = j / 2 + (j % 2 == 0 ? kTileDepth / 2 : 0);
+        load_half(product.rows.at(chunk, tap, i, 0), weights);
+        load_half(product.rows.at(chunk, tap, i, 1), weights + kHalf);
+        const Value::Register x = Value::broadcast(whole_value(in, product.part));
+        FR_FOR (v, kVectors) sum[v] = Value::multiply_add(x, weights[v], sum[v]);
+      }
+    }
+  }
+  FR_FOR (v, kVectors) Value::store(sums + v * kWidth, sum[v]);
+}
+
+// A pixel's sums, kN times 16.
+template <int kN>
+FR_INLINE void load_sums(const Product& product, int64_t pixel, const float* sums,
+                         Value::Register* y) {
+  constexpr int kVectors = kN * 16 / kWidth;
+  FR_FOR (v, kVectors) y[v] = Value::load(sums + v * kWidth);
+  if constexpr (kParts > 1) {
+    FR_FOR (v, kVectors) y[v] = Value::add(y[v], Value::load(sums + kSums + v * kWidth));
+    if (__builtin_expect(is_doubtful<kVectors>(y), 0)) {
+      alignas(64) float again[kTileBlockK];
+      multiply_again(product, pixel, again);
+      FR_FOR (v, kVectors) y[v] = Value::load(again + v * kWidth);
+    }
+  }
+}
+
 // ---- epilogue ----------------------------------------------------------------------------------
 
 // Where results go. `channels` counts the valid ones of this block, of which those in [res_begin,
 // res_end) have a residual, the first of them at `residual`.
 struct Epilogue {
   const float *scale, *shift;
+  const float* bias;  // added before the scale; null: it is in the shift
   const Storage* residual;
   Storage* output;
   int64_t out_channel, res_channel;
@@ -427,41 +642,55 @@ struct Epilogue {
   bool relu;
 };
 
-// Scale and shift of a block of output channels, from `channel` on, `count` of them.
-void scale_and_shift(const Conv& conv, int64_t channel, int64_t count, float* scale, float* shift) {
+// Scale and shift of a block of output channels, from `channel` on, `count` of them. The
+// convolution's bias is in the shift but where the scale is infinite, since eps and the variance
+// are both 0 or the weight is infinite: with its sign it would decide what is NaN. Returns whether
+// there are such channels, with their bias in `bias`, and zeros for the others.
+bool scale_and_shift(const Conv& conv, int64_t channel, int64_t count, float* scale, float* shift,
+                     float* bias) {
   auto load_channels = [&](const float* tensor, float absent, int64_t k) {
     if (tensor == nullptr || k >= count) return Value::broadcast(absent);
     if (k + kWidth <= count) return Value::load(tensor + channel + k);
     return Value::load(tensor + channel + k, count - k);
   };
+  const Value::Register zero = Value::broadcast(0), one = Value::broadcast(1);
   for (int64_t k = 0; k < kTileBlockK; k += kWidth) {
     const Value::Register deviation =
         square_root(load_channels(conv.norm.var, 1.0f, k) + Value::broadcast(conv.norm.eps));
     const Value::Register a = load_channels(conv.norm.weight, 1.0f, k) / deviation;
+    const Value::Register own = load_channels(conv.bias, 0.0f, k);
+    const Value::Register finite = Value::where_equal(a - a, zero, one);
     const Value::Register centre =
-        load_channels(conv.bias, 0.0f, k) - load_channels(conv.norm.mean, 0.0f, k);
+        Value::where_equal(finite, one, own) - load_channels(conv.norm.mean, 0.0f, k);
     const Value::Register b =
         Value::multiply_add(centre, a, load_channels(conv.norm.bias, 0.0f, k));
     Value::store(scale + k, a);
     Value::store(shift + k, b);
+    Value::store(bias + k, Value::where_equal(finite, zero, own));
   }
+  bool found = false;
+  for (int64_t k = 0; k < count; ++k) found |= bias[k] != 0.0f;
+  return found;
 }
 
 // Whole vectors of channels, kN times 16.
 template <int kN, bool kResidual>
-void finish(const Epilogue& e, const float* sums, const Position* positions, int64_t count) {
+void finish(const Epilogue& e, const Product& product, const float* sums, const Position* positions,
+            int64_t first, int64_t count) {
   constexpr int kVectors = kN * 16 / kWidth;
   Value::Register scale[kVectors], shift[kVectors];
   FR_FOR (v, kVectors) {
     scale[v] = Value::load(e.scale + v * kWidth);
     shift[v] = Value::load(e.shift + v * kWidth);
   }
-  for (int64_t i = 0; i < count; ++i, sums += kTileBlockK) {
+  sums += first * kTileBlockK;
+  for (int64_t i = first; i < first + count; ++i, sums += kTileBlockK) {
     const Position& position = positions[i];
     if (position.out < 0) continue;
     Value::Register y[kVectors];
+    load_sums<kN>(product, i, sums, y);
     FR_FOR (v, kVectors) {
-      y[v] = Value::multiply_add(Value::load(sums + v * kWidth), scale[v], shift[v]);
+      y[v] = Value::multiply_add(y[v], scale[v], shift[v]);
       if constexpr (kResidual) {
         y[v] = Value::add(y[v], load(e.residual + position.res + v * kWidth));
       }
@@ -473,20 +702,25 @@ void finish(const Epilogue& e, const float* sums, const Position* positions, int
 
 // Any strides and any number of channels.
 template <int kN>
-__attribute__((noinline)) void finish_strided(const Epilogue& e, const float* sums,
-                                              const Position* positions, int64_t count) {
+__attribute__((noinline)) void finish_strided(const Epilogue& e, const Product& product,
+                                              const float* sums, const Position* positions,
+                                              int64_t first, int64_t count) {
   constexpr int kVectors = kN * 16 / kWidth;
   alignas(64) Storage residual[kTileBlockK], result[kTileBlockK];
-  for (Storage& absent : residual) absent = 0x8000;  // -0: adding it changes nothing
-  for (int64_t i = 0; i < count; ++i, sums += kTileBlockK) {
+  // -0: adding it changes nothing.
+  for (int k = 0; k < kTileBlockK; k += kWidth) store(residual + k, Value::broadcast(-0.0f));
+  sums += first * kTileBlockK;
+  for (int64_t i = first; i < first + count; ++i, sums += kTileBlockK) {
     const Position& position = positions[i];
     if (position.out < 0) continue;
     for (int64_t k = e.res_begin; k < e.res_end; ++k) {
       residual[k] = e.residual[position.res + (k - e.res_begin) * e.res_channel];
     }
     Value::Register y[kVectors];
+    load_sums<kN>(product, i, sums, y);
     FR_FOR (v, kVectors) {
-      y[v] = Value::multiply_add(Value::load(sums + v * kWidth), Value::load(e.scale + v * kWidth),
+      if (e.bias != nullptr) y[v] = Value::add(y[v], Value::load(e.bias + v * kWidth));
+      y[v] = Value::multiply_add(y[v], Value::load(e.scale + v * kWidth),
                                  Value::load(e.shift + v * kWidth));
       y[v] = Value::add(y[v], load(residual + v * kWidth));
       if (e.relu) y[v] = Value::relu(y[v]);
@@ -501,12 +735,13 @@ __attribute__((noinline)) void finish_strided(const Epilogue& e, const float* su
   }
 }
 
-using Finish = void (*)(const Epilogue&, const float*, const Position*, int64_t);
+using Finish = void (*)(const Epilogue&, const Product&, const float*, const Position*, int64_t,
+                        int64_t);
 
 template <int kN>
 Finish finish_for(const Epilogue& e) {
   const bool has_residual = e.res_begin < e.res_end;
-  const bool whole = e.channels == kN * 16 && e.out_channel == 1;
+  const bool whole = e.channels == kN * 16 && e.out_channel == 1 && e.bias == nullptr;
   if (whole && !has_residual) return finish<kN, false>;
   if (whole && e.res_channel == 1 && e.res_end - e.res_begin == e.channels) return finish<kN, true>;
   return finish_strided<kN>;
@@ -518,67 +753,40 @@ Finish finish_for(const Epilogue& e) {
 struct Pending {
   Finish finish;
   Epilogue epilogue;
+  Product product;
   const float* sums;
   const Position* positions;
-  int64_t pixels = 0;
+  int64_t first = 0, pixels = 0;
 
   FR_INLINE void take(int64_t count) {
     count = least(count, pixels);
-    finish(epilogue, sums, positions, count);
-    sums += count * kTileBlockK;
-    positions += count;
+    finish(epilogue, product, sums, positions, first, count);
+    first += count;
     pixels -= count;
   }
 };
 
-// ---- product -----------------------------------------------------------------------------------
-
-struct Product {
-  int64_t taps, chunks;
-  const int64_t* offsets;  // of the taps, in bytes
-  int64_t chunk;           // bytes from one chunk of a pixel to the next
-  // What to bring into the second-level cache meanwhile: `lines` for every chunk.
-  const char* prefetch;
-  int64_t lines;
-};
-
-constexpr int64_t kLine = 64;
-
-// Sums of kM tiles of pixels times kN of output channels, to [pixel][32]. With every step a share
-// of what is pending.
-template <int kM, int kN>
-void multiply(const Product& product, const Tile* tiles, const char* weight, float* sums,
-              Pending& pending) {
-  const int64_t share = div_up(pending.pixels, product.chunks * product.taps);
-  const char *in0 = tiles[0].in, *in1 = tiles[kM - 1].in;
-  const int64_t stride0 = tiles[0].stride, stride1 = tiles[kM - 1].stride;
-  const char* prefetch = product.prefetch;
-  // What was gathered has been stored: the compiler does not know that tiles are loaded from
-  // memory.
-  __atomic_signal_fence(__ATOMIC_SEQ_CST);
-  zero_sums();
-  for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
-    for (int64_t tap = 0; tap < product.taps; ++tap) {
-      const int64_t offset = product.offsets[tap] + chunk * product.chunk;
-      load_weights<0>(weight);
-      load_pixels<0>(in0 + offset, stride0);
-      multiply_add<0, 0>();
-      if constexpr (kN == 2) {
-        load_weights<1>(weight + kTileBytes);
-        multiply_add<0, 1>();
-      }
-      if constexpr (kM == 2) {
-        load_pixels<1>(in1 + offset, stride1);
-        multiply_add<1, 0>();
-        if constexpr (kN == 2) multiply_add<1, 1>();
-      }
-      weight += 2 * kTileBytes;
-      if (pending.pixels > 0) pending.take(share);
-      for (int64_t i = 0; i < product.lines; ++i, prefetch += kLine) {
-        __builtin_prefetch(prefetch, 0, 2);
-      }
-    }
+// One instruction for each of kM tiles of pixels and kN of output channels, with what is loaded for
+// it.
+template <int kM, int kN, bool kPixels, bool kWeights>
+FR_INLINE void multiply_step(const char* in0, int64_t stride0, const char* in1, int64_t stride1,
+                             const char* weight) {
+  if constexpr (kWeights) load_weights<0>(weight);
+  if constexpr (kPixels) load_pixels<0>(in0, stride0);
+  multiply_add<0, 0>();
+  if constexpr (kN == 2) {
+    if constexpr (kWeights) load_weights<1>(weight + kTileBytes);
+    multiply_add<0, 1>();
   }
+  if constexpr (kM == 2) {
+    if constexpr (kPixels) load_pixels<1>(in1, stride1);
+    multiply_add<1, 0>();
+    if constexpr (kN == 2) multiply_add<1, 1>();
+  }
+}
+
+template <int kM, int kN>
+FR_INLINE void store_all_sums(float* sums) {
   constexpr int64_t kRow = kTileBlockK * 4;
   store_sums<0, 0>(sums, kRow);
   if constexpr (kN == 2) store_sums<0, 1>(sums + 16, kRow);
@@ -586,6 +794,60 @@ void multiply(const Product& product, const Tile* tiles, const char* weight, flo
     store_sums<1, 0>(sums + kTileRows * kTileBlockK, kRow);
     if constexpr (kN == 2) store_sums<1, 1>(sums + kTileRows * kTileBlockK + 16, kRow);
   }
+}
+
+// Sums of kM tiles of pixels times kN of output channels, to [pixel][32]. With every step a share
+// of what is pending.
+template <int kM, int kN>
+void multiply(const Product& product, float* sums, Pending& pending) {
+  constexpr int64_t kSmall = kParts > 1 ? 5 : 1;  // products of a step
+  const int64_t share = div_up(pending.pixels, product.chunks * product.taps * kSmall);
+  const char *in0 = product.tiles[0].in, *in1 = product.tiles[kM - 1].in;
+  const int64_t stride0 = product.tiles[0].stride, stride1 = product.tiles[kM - 1].stride;
+  const char *prefetch = product.prefetch, *weight = product.weight;
+  // What was gathered has been stored: the compiler does not know that tiles are loaded from
+  // memory.
+  __atomic_signal_fence(__ATOMIC_SEQ_CST);
+  if constexpr (kParts > 1) {
+    zero_sums();
+    for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
+      for (int64_t tap = 0; tap < product.taps; ++tap, weight += kParts * kPartBytes) {
+        const int64_t offset = product.offsets[tap] + chunk * product.chunk;
+        multiply_step<kM, kN, true, true>(in0 + offset, stride0, in1 + offset, stride1, weight);
+      }
+    }
+    store_all_sums<kM, kN>(sums);
+    weight = product.weight;
+  }
+  zero_sums();
+  for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
+    for (int64_t tap = 0; tap < product.taps; ++tap, weight += kParts * kPartBytes) {
+      int64_t offset = product.offsets[tap] + chunk * product.chunk;
+      const auto with_pixels = [&] {
+        multiply_step<kM, kN, true, false>(in0 + offset, stride0, in1 + offset, stride1, weight);
+        if (pending.pixels > 0) pending.take(share);
+      };
+      const auto with_weights = [&](int part) {
+        multiply_step<kM, kN, false, true>(in0, stride0, in1, stride1, weight + part * kPartBytes);
+        if (pending.pixels > 0) pending.take(share);
+      };
+      multiply_step<kM, kN, true, true>(in0 + offset, stride0, in1 + offset, stride1,
+                                        weight + (kParts - 1) * kPartBytes);
+      if (pending.pixels > 0) pending.take(share);
+      if constexpr (kParts > 1) {
+        with_weights(1);
+        offset += product.part;
+        with_pixels();
+        with_weights(0);
+        offset += product.part;
+        with_pixels();
+      }
+      for (int64_t i = 0; i < product.lines; ++i, prefetch += kLine) {
+        __builtin_prefetch(prefetch, 0, 2);
+      }
+    }
+  }
+  store_all_sums<kM, kN>(kParts > 1 ? sums + kSums : sums);
 }
 
 // Lines that finish() will read and write: they come from further away than the second-level cache.
@@ -610,7 +872,7 @@ class Coming {
     ranges_[count_++] = {first, first + bytes};
     lines_ += div_up(bytes, kLine);
   }
-  void add(const Storage* begin, const Storage* end) { add(begin, (end - begin) * 2); }
+  void add(const Storage* begin, const Storage* end) { add(begin, (end - begin) * kItem); }
 
   // From here on each of so many products takes a share.
   void divide(int64_t products) { share_ = div_up(lines_, most(products, 1)); }
@@ -670,12 +932,24 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
   }
   if (layout.taps() == 1) scratch.offsets[0] = 0;
   const int64_t channels = group_k(conv), blocks = layout.weight.blocks;
-  const int64_t block_bytes = tiled_block_size(layout.weight) * 2;
+  const int64_t reduction = layout.weight.taps * layout.weight.C;
+  const int64_t split_bytes = layout.weight.chunks * kParts * kPartBytes;
+  const int64_t block_bytes =
+      kParts == 1 ? tiled_block_size(layout.weight) * 2 : reduction * kTileBlockK * kItem;
+  // Packed blocks of 16 channels or of 32.
+  const int64_t narrow = kParts > 1 ? kTileBlockK / conv.weight_block : 1;
+  const int64_t group_bytes = kParts == 1
+                                  ? blocks * block_bytes
+                                  : div_up(channels, conv.weight_block) * block_bytes / narrow;
+  WeightRows rows{nullptr,   kTileBlockK / narrow, narrow == 1 ? 16 : reduction * 16,
+                  true,      layout.weight.taps,   layout.weight.C,
+                  reduction, layout.weight.dense};
   auto valid = [&](int64_t block) { return least(kTileBlockK, channels - block * kTileBlockK); };
+  bool has_bias = false;
   for (int64_t block = task.block_begin; block < task.block_end; ++block) {
     const int64_t at = (block - task.block_begin) * kTileBlockK;
-    scale_and_shift(conv, task.group * channels + block * kTileBlockK, valid(block),
-                    scratch.scale + at, scratch.shift + at);
+    has_bias |= scale_and_shift(conv, task.group * channels + block * kTileBlockK, valid(block),
+                                scratch.scale + at, scratch.shift + at, scratch.bias + at);
   }
   const Epilogue base = e;
   // Either the pixels of one block take all blocks of output channels in turn, or, with weights
@@ -704,8 +978,10 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
     }
     for (int64_t block = task.block_begin; block < task.block_end; ++block) {
       const int64_t channel = task.group * channels + block * kTileBlockK;
-      e.scale = scratch.scale + (block - task.block_begin) * kTileBlockK;
-      e.shift = scratch.shift + (block - task.block_begin) * kTileBlockK;
+      const int64_t at = (block - task.block_begin) * kTileBlockK;
+      e.scale = scratch.scale + at;
+      e.shift = scratch.shift + at;
+      e.bias = has_bias ? scratch.bias + at : nullptr;
       e.output = base.output + channel * base.out_channel;
       e.channels = valid(block);
       // The block's first channel as the residual counts them.
@@ -717,7 +993,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
                        ? base.residual + (first < 0 ? 0 : first) * base.res_channel
                        : nullptr;
       const char* weight =
-          static_cast<const char*>(conv.weight) + (task.group * blocks + block) * block_bytes;
+          static_cast<const char*>(conv.weight) + task.group * group_bytes + block * block_bytes;
       // While the first pixels of a block are multiplied the next block's weights are asked for.
       Coming weights;
       if (block + 1 == task.block_end) {
@@ -726,22 +1002,30 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
         weights.add(weight + block_bytes, block_bytes);
       }
       weights.divide(products);
+      if constexpr (kParts > 1) {
+        rows.first = reinterpret_cast<const float*>(weight);
+        rows.has_both = narrow == 1 || e.channels > 16;
+        weight = scratch.weights + (conv.keeps_weight ? block - task.block_begin : 0) * split_bytes;
+        if (begin == 0) {
+          split_weights(rows, layout.chunks, layout.taps(), const_cast<char*>(weight));
+        }
+      }
       const Finish finish = e.channels > 16 ? finish_for<2>(e) : finish_for<1>(e);
       for (int64_t t = begin; t < end; t += 2) {
-        Product product{layout.taps(), layout.chunks, scratch.offsets, scratch.chunk, weight, 0};
+        Product product{list.tiles + t,  weight,       rows,          layout.taps(), layout.chunks,
+                        scratch.offsets, scratch.part, scratch.chunk, weight,        0};
         weights.take(product, layout.weight.chunks);
         if (product.lines == 0) pixels.take(product, layout.weight.chunks);
         const Position* positions = list.positions + t * kTileRows;
         const bool pair = t + 1 < end;
-        const Tile* tiles = list.tiles + t;
         if (!pixels_first) prefetch_results(e, positions, pair ? 2 * kTileRows : kTileRows);
         if (e.channels > 16) {
-          (pair ? multiply<2, 2> : multiply<1, 2>)(product, tiles, weight, sums, pending);
+          (pair ? multiply<2, 2> : multiply<1, 2>)(product, sums, pending);
         } else {
-          (pair ? multiply<2, 1> : multiply<1, 1>)(product, tiles, weight, sums, pending);
+          (pair ? multiply<2, 1> : multiply<1, 1>)(product, sums, pending);
         }
-        pending = {finish, e, sums, positions, pair ? 2 * kTileRows : kTileRows};
-        sums = sums == scratch.sums ? scratch.sums + kBlockPixels * kTileBlockK : scratch.sums;
+        pending = {finish, e, product, sums, positions, 0, pair ? 2 * kTileRows : kTileRows};
+        sums = sums == scratch.sums ? scratch.sums + 2 * kSums : scratch.sums;
       }
     }
   }

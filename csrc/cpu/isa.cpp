@@ -95,6 +95,11 @@ TileUnit tile_unit() {
   return unit;
 }
 
+bool tiles_asked_for() {
+  static const bool asked = tile_unit() != TileUnit::none && allowed().name[0] != '\0';
+  return asked;
+}
+
 Isa cpu_isa() {
   static const Isa isa = detect();
   return isa;

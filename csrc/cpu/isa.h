@@ -20,6 +20,10 @@ Isa cpu_isa();
 enum class TileUnit { none, amx, emulated };
 TileUnit tile_unit();
 
+// Whether FUSED_RESNET_CPU_ISA names the unit: then float32 runs on it wherever it can, not only
+// where that is faster.
+bool tiles_asked_for();
+
 // Makes what this thread has streamed past the caches visible to other threads.
 void finish_streaming();
 

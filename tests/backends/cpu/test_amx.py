@@ -1,4 +1,8 @@
-"""The convolution on tiles of bfloat16: on AMX where there is one, and over emulated tiles."""
+"""The convolution on tiles: on AMX where there is one, and over emulated tiles.
+
+On AMX the float32 cases are those of the vector kernels, but where tiles are faster, until they run
+again on all tiles.
+"""
 
 import ctypes
 import mmap
@@ -11,9 +15,11 @@ from support import (
     STEM,
     STEM_POOL,
     ConvShape,
+    assert_same_nonfinite,
     assert_within_bound,
     make_conv_case,
     make_norm_conv_case,
+    relative_error,
     rerun_on_instruction_set,
     run_python,
 )
@@ -22,6 +28,7 @@ import fused_resnet
 
 TILES = torch.ops.fused_resnet.conv_tile_isa()
 needs_tiles = pytest.mark.skipif(not TILES, reason="no AMX; run again over emulated tiles")
+DTYPES = [torch.bfloat16, torch.float32]
 needs_amx = pytest.mark.skipif(TILES != "amx", reason="this processor has no AMX")
 
 # What each part of the kernel has to get right: planes of strided inputs, rows that share their
@@ -61,16 +68,17 @@ def layouts(x):
 
 @needs_tiles
 @pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(7, 7), (14, 9), (1, 37)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_layouts_and_sizes(shape, size):
+def test_layouts_and_sizes(shape, size, dtype):
     for batch, residual, activation in ((1, True, "none"), (3, False, "relu")):
         case = make_conv_case(
             shape,
             batch=batch,
             size=tuple(max(n, d * (k - 1) + 1) for n, d, k in zip(
                 size, shape.dilation, shape.kernel_size, strict=True)),
-            dtype=torch.bfloat16,
+            dtype=dtype,
             residual=residual,
             activation=activation,
         )  # fmt: skip
@@ -84,7 +92,8 @@ def test_layouts_and_sizes(shape, size):
 
 
 @needs_tiles
-def test_many_tasks():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_tasks(dtype):
     """More rows than a task takes and weights that do not stay in the cache."""
     for shape, size, batch in (
         (ConvShape(64, 64, (3, 3), padding=(1, 1)), (40, 41), 4),
@@ -92,15 +101,16 @@ def test_many_tasks():
         (ConvShape(64, 256, (1, 1)), (40, 41), 3),
         (ConvShape(288, 64, (1, 1), (2, 2)), (21, 19), 5),
     ):
-        case = make_conv_case(shape, batch=batch, size=size, dtype=torch.bfloat16)
+        case = make_conv_case(shape, batch=batch, size=size, dtype=dtype)
         assert_within_bound(case.fused(), case.double().eager(), case.rounding_bound())
 
 
 @needs_tiles
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_stem_with_its_pool(channels_last):
+def test_stem_with_its_pool(channels_last, dtype):
     for size in ((33, 70), (20, 9)):
-        case = make_conv_case(STEM, size=size, batch=3, dtype=torch.bfloat16, pool=STEM_POOL)
+        case = make_conv_case(STEM, size=size, batch=3, dtype=dtype, pool=STEM_POOL)
         if not channels_last:
             case.input = case.input.contiguous()
         # The pool takes the maximum of what was rounded, and rounding is monotonic.
@@ -113,9 +123,10 @@ def test_stem_with_its_pool(channels_last):
 
 
 @needs_tiles
-def test_prologue():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prologue(dtype):
     for shape in (SHAPES[0], SHAPES[3], SHAPES[6], SHAPES[7], SHAPES[9]):
-        case = make_norm_conv_case(shape, size=(11, 10), dtype=torch.bfloat16)
+        case = make_norm_conv_case(shape, size=(11, 10), dtype=dtype)
         expected, bound = case.double().eager(), case.rounding_bound()
         for x in layouts(case.input):
             case.input = x
@@ -123,13 +134,14 @@ def test_prologue():
 
 
 @needs_tiles
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("add", [False, True])
-def test_gradient_in_the_input(add):
+def test_gradient_in_the_input(add, dtype):
     """The forward's kernel with transposed weights, whose taps run backwards."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*sizes):
-        return torch.randn(sizes, generator=generator).bfloat16()
+        return torch.randn(sizes, generator=generator).to(dtype)
 
     for c, k, taps, stride, padding, dilation in (
         (64, 96, (3, 3), 1, (1, 1), 1),
@@ -151,7 +163,9 @@ def test_gradient_in_the_input(add):
         )
         # Sums in float32, rounded once.
         error = (actual.double() - expected).abs()
-        assert (error <= expected.abs() * 2**-8 + 1e-5 * expected.abs().max()).all()
+        assert (
+            error <= expected.abs() * torch.finfo(dtype).eps + 2e-6 * expected.abs().max()
+        ).all()
 
 
 @needs_tiles
@@ -167,6 +181,60 @@ def test_explain_names_the_unit():
     assert TILES not in explain("conv_bn_act", weight_shape=(64, 64, 3, 3), **arguments)
 
 
+def bare_case(shape, size, scale=1.0):
+    """A convolution in float32 and nothing else."""
+    case = make_conv_case(shape, size=size, activation="none", affine=False, residual=False)
+    case.input *= scale
+    case.weight *= scale
+    case.running_mean.zero_()
+    case.running_var.fill_(1.0)
+    case.eps = 0.0
+    return case
+
+
+@needs_tiles
+def test_error_of_float32_in_parts():
+    """Six products of parts are nearer to float64 than one of float32 is, and than eager's."""
+    for channels, taps in ((64, 1), (512, 1), (64, 3), (512, 3)):
+        case = bare_case(ConvShape(channels, 64, (taps, taps)), (9, 9))
+        exact = case.double().eager()
+        columns = F.unfold(case.input, taps).transpose(1, 2).double()
+        weight = case.weight.reshape(64, -1).double()
+        chain = torch.zeros(*columns.shape[:2], 64)
+        for j in range(weight.shape[1]):  # A product of float32 is exact in float64.
+            chain = (chain.double() + columns[..., j : j + 1] * weight[:, j]).float()
+        fused = relative_error(case.fused(), exact)
+        assert fused <= relative_error(chain.transpose(1, 2).reshape(exact.shape), exact)
+        assert fused <= relative_error(case.eager(), exact)
+
+
+@needs_tiles
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[7], STEM], ids=str)
+def test_float32_that_is_not_finite(shape):
+    """Infinity times a part that is zero is NaN: such sums are taken again."""
+    for value in (torch.inf, -torch.inf, torch.nan, 3e38):
+        case = make_conv_case(shape, size=(23, 21), activation="none")
+        case.input.permute(0, 2, 3, 1)[:, 2, 1::9, 0] = value
+        # A NaN whose payload is in the half that is cut off.
+        case.input.permute(0, 2, 3, 1).view(torch.int32)[1, 20, 3, 0] = 0x7F800001
+        actual, expected = case.fused(), case.double().eager()
+        assert_same_nonfinite(actual, case.eager())
+        finite = actual.isfinite()
+        assert finite.any()
+        assert not finite.all()
+        error = (actual.double() - expected).abs()[finite]
+        assert (error <= 1e-5 * expected[finite].abs() + 1e-5).all()
+
+
+@needs_tiles
+def test_float32_that_is_nearly_subnormal():
+    """The unit takes subnormals for zeros, and so the last part of what is not much larger."""
+    for scale in (1e-14, 1e-16, 1e-18):
+        case = bare_case(SHAPES[0], (13, 11), scale)
+        exact = case.double().eager()
+        assert relative_error(case.fused(), exact) <= 1.5 * relative_error(case.eager(), exact)
+
+
 BITS = """
 import hashlib
 import torch
@@ -175,7 +243,8 @@ from support import STEM, ConvShape, make_conv_case
 digest = hashlib.sha256()
 for shape in (ConvShape(64, 64, (3, 3), padding=(1, 1)), ConvShape(256, 40, (1, 1)), STEM):
     for scale in (1.0, 1e-19, 1e-21, 1e-38, 1e19, 3e19, "special"):
-        case = make_conv_case(shape, size=(13, 11), dtype=torch.bfloat16, activation="none",
+        dtype = getattr(torch, sys.argv[1])
+        case = make_conv_case(shape, size=(13, 11), dtype=dtype, activation="none",
                               affine=False, residual=False)
         case.running_mean.zero_()
         if scale == "special":
@@ -188,24 +257,32 @@ for shape in (ConvShape(64, 64, (3, 3), padding=(1, 1)), ConvShape(256, 40, (1, 
             case.weight *= scale
         case.running_var.fill_(1.0)
         out = case.fused().contiguous()
-        bits = torch.where(out.isnan(), torch.tensor(0x7FC0).short(), out.view(torch.int16))
-        digest.update(bits.numpy().tobytes())
+        out[out.isnan()] = torch.nan
+        digest.update(out.view(torch.int16).numpy().tobytes())
 print(digest.hexdigest())
 """
 
 
 @needs_amx
-def test_emulated_tiles_have_the_units_bits():
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_emulated_tiles_have_the_units_bits(dtype):
     """Rounding, subnormals and the order of sums: what the emulation says is what the unit does."""
-    unit = run_python(BITS)
-    assert unit == run_python(BITS, FUSED_RESNET_CPU_ISA="amx_emulated")
+    code = BITS.replace("sys.argv[1]", repr(dtype))
+    unit = run_python(code, FUSED_RESNET_CPU_ISA="amx")
+    assert unit == run_python(code, FUSED_RESNET_CPU_ISA="amx_emulated")
     # And the comparison can fail: vectors add in another order.
-    assert unit != run_python(BITS, FUSED_RESNET_CPU_ISA="avx512")
+    assert unit != run_python(code, FUSED_RESNET_CPU_ISA="avx512")
 
 
 def test_over_emulated_tiles():
     """This file's cases again, on any processor."""
-    rerun_on_instruction_set("amx_emulated", __file__, "not threads and not alone")
+    rerun_on_instruction_set("amx_emulated", __file__, "not threads and not bits")
+
+
+@needs_amx
+def test_all_on_tiles():
+    """And where there is the unit, float32 on it even where vectors are faster."""
+    rerun_on_instruction_set("amx", __file__, "float32")
 
 
 def machine_code(code: bytes):

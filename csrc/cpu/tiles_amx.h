@@ -1,0 +1,181 @@
+// The unit of conv_tiles.inl on AMX tiles (AMX-TILE, AMX-BF16), with AVX-512 (F, BW, DQ, VL, BF16)
+// around them.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/conv_tiles.h"
+#include "cpu/vectors_avx512.h"
+
+namespace fused_resnet::cpu {
+namespace {
+
+using Value = Float32;
+
+inline __attribute__((always_inline)) __m512 square_root(__m512 x) {
+  return _mm512_sqrt_ps(x);
+}
+
+inline __attribute__((always_inline)) void copy(uint16_t* dst, const uint16_t* src, int64_t count) {
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) _mm512_storeu_si512(dst + i, _mm512_loadu_si512(src + i));
+  if (i == count) return;
+  const __mmask32 rest = static_cast<__mmask32>((1u << (count - i)) - 1);
+  _mm512_mask_storeu_epi16(dst + i, rest, _mm512_maskz_loadu_epi16(rest, src + i));
+}
+
+inline __attribute__((always_inline)) void copy(float* dst, const float* src, int64_t count) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) _mm512_storeu_ps(dst + i, _mm512_loadu_ps(src + i));
+  if (i < count) Float32::store(dst + i, Float32::load(src + i, count - i), count - i);
+}
+
+// Rounded to nearest even; subnormals become zero, as they do in the tiles.
+template <int kN>
+inline __attribute__((always_inline)) void store_block(uint16_t* dst, const __m512* y) {
+  if constexpr (kN == 2) {
+    _mm512_storeu_si512(dst, (__m512i)_mm512_cvtne2ps_pbh(y[1], y[0]));
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), (__m256i)_mm512_cvtneps_pbh(y[0]));
+  }
+}
+
+template <int kN>
+inline __attribute__((always_inline)) void store_block(float* dst, const __m512* y) {
+  for (int v = 0; v < kN; ++v) _mm512_storeu_ps(dst + v * 16, y[v]);
+}
+
+// Whether a sum is not finite, or below kLeastSum but not zero.
+template <int kVectors>
+inline __attribute__((always_inline)) bool is_doubtful(const __m512* y) {
+  // As integers without a sign, magnitudes in question and zero lie above all others.
+  const __m512i least = _mm512_set1_epi32(static_cast<int>(kLeastSumBits << 1));
+  constexpr uint32_t kRange = (0x7f800000u - kLeastSumBits) << 1;
+  __m512i most = _mm512_sub_epi32(_mm512_slli_epi32(_mm512_castps_si512(y[0]), 1), least);
+  for (int v = 1; v < kVectors; ++v) {
+    most = _mm512_max_epu32(
+        most, _mm512_sub_epi32(_mm512_slli_epi32(_mm512_castps_si512(y[v]), 1), least));
+  }
+  if (__builtin_expect(
+          _mm512_cmpge_epu32_mask(most, _mm512_set1_epi32(static_cast<int>(kRange))) == 0, 1)) {
+    return false;
+  }
+  bool found = false;
+  for (int v = 0; v < kVectors; ++v) {
+    constexpr int kNotFinite = 0x99;  // quiet and signalling NaN, infinities
+    const __m512 magnitude = _mm512_abs_ps(y[v]);
+    found |= _mm512_fpclass_ps_mask(y[v], kNotFinite) != 0;
+    found |= (_mm512_cmp_ps_mask(magnitude, _mm512_set1_ps(kLeastSum), _CMP_LT_OQ) &
+              _mm512_cmp_ps_mask(magnitude, _mm512_setzero_ps(), _CMP_NEQ_UQ)) != 0;
+  }
+  return found;
+}
+
+// The parts of 32 values, so many apart: see InParts in conv_tiles.inl.
+template <bool kRounded>
+inline __attribute__((always_inline)) void split(uint16_t* dst, int64_t part, const __m512* x) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  const auto first_part = [&](__m512 y) {
+    __m512i bits = _mm512_castps_si512(y);
+    if constexpr (kRounded) bits = _mm512_add_epi32(bits, _mm512_set1_epi32(0x8000));
+    return _mm512_castsi512_ps(_mm512_and_si512(bits, upper));
+  };
+  // The upper halves of a behind those of b.
+  const auto put = [&](int p, __m512 a, __m512 b) {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(b), 16);
+    const __m512i both = _mm512_or_si512(_mm512_and_si512(_mm512_castps_si512(a), upper), low);
+    _mm512_storeu_si512(dst + p * part, both);
+  };
+  constexpr int kNotFinite = 0x99;
+  const __mmask16 odd_a = _mm512_fpclass_ps_mask(x[0], kNotFinite);
+  const __mmask16 odd_b = _mm512_fpclass_ps_mask(x[1], kNotFinite);
+  __m512 a = first_part(x[0]), b = first_part(x[1]);
+  __m512 rest_a = _mm512_sub_ps(x[0], a), rest_b = _mm512_sub_ps(x[1], b);
+  if (__builtin_expect((odd_a | odd_b) != 0, 0)) {
+    // A NaN whose payload is in its lower half is none in the upper.
+    const auto keep = [&](__m512& first, __m512& rest, __m512 y, __mmask16 odd) {
+      const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
+      first = _mm512_mask_mov_ps(first, odd, y);
+      first = _mm512_mask_mov_ps(first, _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), nan);
+      rest = _mm512_maskz_mov_ps(static_cast<__mmask16>(~odd), rest);
+    };
+    keep(a, rest_a, x[0], odd_a);
+    keep(b, rest_b, x[1], odd_b);
+  }
+  put(0, a, b);
+  a = first_part(rest_a), b = first_part(rest_b);
+  put(1, a, b);
+  put(2, _mm512_sub_ps(rest_a, a), _mm512_sub_ps(rest_b, b));
+}
+
+// All eight tiles are 16 rows of 64 bytes.
+struct alignas(64) TileConfiguration {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+static_assert(sizeof(TileConfiguration) == 64);
+
+constexpr TileConfiguration kTiles = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+// The unit's configuration belongs to the thread, and other libraries remember which one they
+// loaded last. So what was there before is there again afterwards, be it that nothing was.
+class TileState {
+ public:
+  TileState() {
+    _tile_storeconfig(&before_);
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    _tile_loadconfig(&kTiles);
+  }
+  ~TileState() {
+    if (before_.palette == 0) {
+      _tile_release();
+    } else {
+      _tile_loadconfig(&before_);
+    }
+  }
+  TileState(const TileState&) = delete;
+  TileState& operator=(const TileState&) = delete;
+
+ private:
+  TileConfiguration before_ = {};
+};
+
+inline __attribute__((always_inline)) void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+template <int i>
+inline __attribute__((always_inline)) void load_pixels(const char* rows, int64_t stride) {
+  if constexpr (i == 0) _tile_loadd(4, rows, stride);
+  if constexpr (i == 1) _tile_loadd(5, rows, stride);
+}
+
+template <int j>
+inline __attribute__((always_inline)) void load_weights(const char* rows) {
+  if constexpr (j == 0) _tile_loadd(6, rows, 64);
+  if constexpr (j == 1) _tile_loadd(7, rows, 64);
+}
+
+template <int i, int j>
+inline __attribute__((always_inline)) void multiply_add() {
+  if constexpr (i == 0 && j == 0) _tile_dpbf16ps(0, 4, 6);
+  if constexpr (i == 0 && j == 1) _tile_dpbf16ps(1, 4, 7);
+  if constexpr (i == 1 && j == 0) _tile_dpbf16ps(2, 5, 6);
+  if constexpr (i == 1 && j == 1) _tile_dpbf16ps(3, 5, 7);
+}
+
+template <int i, int j>
+inline __attribute__((always_inline)) void store_sums(float* rows, int64_t stride) {
+  if constexpr (i == 0 && j == 0) _tile_stored(0, rows, stride);
+  if constexpr (i == 0 && j == 1) _tile_stored(1, rows, stride);
+  if constexpr (i == 1 && j == 0) _tile_stored(2, rows, stride);
+  if constexpr (i == 1 && j == 1) _tile_stored(3, rows, stride);
+}
+
+}  // namespace
+}  // namespace fused_resnet::cpu
