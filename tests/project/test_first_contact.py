@@ -77,7 +77,7 @@ def crashes(found, where):
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-STEPS = (Step("hangs", 2), Step("crashes", 20), Step("right", 20))
+STEPS = (Step("hangs", 1), Step("crashes", 20), Step("right", 20))
 RUN = {"hangs": hangs, "crashes": crashes, "right": lambda found, where: found.add("a", "slow", 2)}
 
 
