@@ -118,7 +118,7 @@ def stage_layers(stage: nn.Module, x: Tensor, may_pad: bool = False) -> list[Blo
     """
     if type(stage) is not Sequential or _call_obstacle(stage) is not None:
         return None
-    plain = None if torch.compiler.is_compiling() else _plain_layers
+    plain = None if torch.compiler.is_compiling() else plain_layers
     blocks = []
     for block in stage._modules.values():
         form = forms.of_fused(type(block))
@@ -135,7 +135,7 @@ def stage_layers(stage: nn.Module, x: Tensor, may_pad: bool = False) -> list[Blo
     return blocks
 
 
-def _plain_layers(block: nn.Module, form: Form, may_pad: bool) -> BlockLayers | None:
+def plain_layers(block: nn.Module, form: Form, may_pad: bool) -> BlockLayers | None:
     """The layers of a block in which there is nothing out of the ordinary, in a tenth of the time.
 
     Nothing but what every module of these classes has: neither obstacles, hooks nor parts that may
@@ -194,14 +194,24 @@ def _with_padded_shortcut(
 
 
 def _plain_layer(conv: nn.Module | None, norm: nn.Module | None) -> tuple | None:
-    """`conv_arguments` but for the input; see `_plain_layers`."""
+    """`conv_arguments` but for the input; see `plain_layers`."""
     if type(conv) is not Conv2d or type(norm) is not BatchNorm2d:
         return None
     of_conv, of_norm = conv.__dict__, norm.__dict__
     padding = of_conv["padding"]
     if (
-        _is_touched(of_conv)
-        or _is_touched(of_norm)
+        # `_is_touched`, twice: this is asked of every convolution in every call.
+        of_conv["_forward_hooks"]
+        or of_conv["_forward_pre_hooks"]
+        or of_conv["_backward_hooks"]
+        or of_conv["_backward_pre_hooks"]
+        or "forward" in of_conv
+        or "_conv_forward" in of_conv
+        or of_norm["_forward_hooks"]
+        or of_norm["_forward_pre_hooks"]
+        or of_norm["_backward_hooks"]
+        or of_norm["_backward_pre_hooks"]
+        or "forward" in of_norm
         or of_norm["training"]
         or of_conv["padding_mode"] != "zeros"
         or type(padding) is not tuple
@@ -231,7 +241,7 @@ def _plain_layer(conv: nn.Module | None, norm: nn.Module | None) -> tuple | None
 
 
 def _is_touched(state: dict[str, Any]) -> bool:
-    """`_call_obstacle` of the module with this `__dict__`, for `_plain_layers`."""
+    """`_call_obstacle` of the module with this `__dict__`, for `plain_layers`."""
     return bool(
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
@@ -354,6 +364,14 @@ def input_obstacle(x: Tensor) -> str | None:
     if torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):
         return "the model is being traced for TorchScript or ONNX"
     return None
+
+
+def obstacle_of_call(x: Tensor) -> str | None:
+    """`input_obstacle`, or a function of torch's own that has been replaced."""
+    if (reason := input_obstacle(x)) is not None:
+        return reason
+    name = originals.replaced()
+    return None if name is None else f"{name} has been replaced"
 
 
 def obstacle(module: nn.Module) -> str | None:

@@ -40,7 +40,9 @@ from .read import (
     input_obstacle,
     keeps_dtype,
     obstacle,
+    obstacle_of_call,
     pads_channels,
+    plain_layers,
     pool_arguments,
     pool_obstacle,
     split_downsample,
@@ -59,6 +61,10 @@ def run_unfused(module: nn.Module, x: Any, method: str = "forward") -> Tensor:
 def block_forward(block: nn.Module, x: Tensor) -> Tensor:
     """A residual block of any form."""
     form = forms.of(block)
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        layers = None if obstacle_of_call(x) is not None else plain_layers(block, form, False)
+        if layers is not None and (out := residual_blocks(x, [layers])) is not None:
+            return out
     if obstacle(block) is not None or input_obstacle(x) is not None:
         return run_unfused(block, x)
     layers = inference_layers(block, x)

@@ -146,7 +146,7 @@ def test_layers_are_timed_side_by_side() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_candidates_agree_on_every_kind_of_layer(model: str, dtype: str) -> None:
     """The stem with its pool, shortcuts, strides and groups, on small images."""
-    found = kernels.layers.of_model(model, 1, dtype, 32)
+    found = kernels.networks.of_model(model, 1, dtype, 32)
     ways = candidates.for_device(CPU, without=["torch.compile"])
     case = kernels.Case(model, 1, dtype, "cpu")
     chosen = dict(list(found.items())[:6])
@@ -354,7 +354,7 @@ def test_interrupted_kernels_keep_the_layers_that_are_done(
 @pytest.mark.usefixtures("small")
 def test_bottlenecks_are_timed_as_one_kernel_and_by_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel runs interpreted here; without that it is a row with its reason."""
-    found = kernels.layers.chains_of_model("resnet50", 1, "bfloat16", 32)
+    found = kernels.networks.chains_of_model("resnet50", 1, "bfloat16", 32)
     chosen = {problem: 2 for problem in found if problem and problem.width == 64}
     assert [bool(problem.projection) for problem in chosen] == [True, False, False]
     layers = candidates.for_device(CPU, without=["torch.compile"])
@@ -421,7 +421,7 @@ def test_each_layer_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[object] = []
     monkeypatch.setattr(torch, "compile", lambda run, **_: compiled.append(run) or run)
     prepare = candidates.compiled()
-    first, second, *_ = kernels.layers.of_model("resnet18", 1, "float32", 32)
+    first, second, *_ = kernels.networks.of_model("resnet18", 1, "float32", 32)
     for problem in (first, first, second, second):
         prepare((), problem)
     assert len(compiled) == 2

@@ -30,6 +30,7 @@ from support import Run, run_python
 from fused_resnet import backends, files
 from fused_resnet.cli import bench as bench_cli
 from fused_resnet.measure import (
+    clock,
     compare,
     documents,
     environment,
@@ -264,7 +265,7 @@ def test_compare_on_a_full_disk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = Case("resnet18", threads=1)
-    latency = compare.Latency((1.0, 2.0, 3.0))
+    latency = clock.Latency((1.0, 2.0, 3.0))
     row = Candidate(
         "eager", latency=latency, accuracy=Accuracy(1e-7, None, 1.0), ratio_to_eager=1.0
     )

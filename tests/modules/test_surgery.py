@@ -821,7 +821,7 @@ def test_the_quick_look_at_a_block_sees_what_the_long_one_sees(change):
         x = image_batch(2, 8)
         for block in (b for i in range(1, 5) for b in getattr(model.eval(), f"layer{i}")):
             form = forms.of_fused(type(block))
-            quick = form and read._plain_layers(block, form, False)
+            quick = form and read.plain_layers(block, form, False)
             if not quick:
                 continue
             found += 1

@@ -326,12 +326,12 @@ def bottleneck(
     output = input.new_empty((N, P, Q, K))
     next_input = None if reduce is None else input.new_empty((N, P, Q, following))
     if M > 0:
-        pixels = launch._channels_last(input)
+        pixels = launch.channels_last(input)
         if convolution is None:  # found where the output's pixels are
             pixels = input.contiguous(memory_format=torch.channels_last)
         # The kernel finds an unprojected shortcut's pixels where it finds the output's.
         identity = shortcut.contiguous(memory_format=torch.channels_last)
-        source = identity if project is None else launch._channels_last(shortcut)
+        source = identity if project is None else launch.channels_last(shortcut)
         weights = [
             None if layer is None else _arranged(layer[0])
             for layer in (convolution, expand, project, reduce)
@@ -351,7 +351,7 @@ def bottleneck(
             partly["input_ptr"] = functools.partial(
                 launch.addressed, input.shape, (P, Q), (R, S), stride, padding, dilation
             )
-        launch._launch(
+        launch.launch_kernel(
             input,
             bottleneck_kernel,
             (triton.cdiv(M, tile.block_m), split),

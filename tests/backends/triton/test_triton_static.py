@@ -147,7 +147,7 @@ def compiled(architecture: str) -> list[dict]:
         found = []
         for name in ("1x1", "3x3", "groups of 4", "stem and pool"):
             problem = static.LAYERS[name][-1].problem(32 if name != "3x3" else 1, "float16")
-            tile = static.conv.tile_for(problem, best(problem, gpu))
+            tile = static.tile_for(problem, best(problem, gpu))
             for launch in static.launches(problem, tile):
                 entry = static.compiled(launch, {architecture!r})
                 entry |= dict(kernel=launch.kernel.fn.__name__, layer=name, dtype="float16")
