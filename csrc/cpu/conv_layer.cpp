@@ -207,7 +207,9 @@ void pack_block(const T* source, const WeightShape& shape, int64_t channel, int6
       BFloat16* to = out + tiled_weight_offset(tiles, 0, 0, c, tap);
       BFloat16* second = out + tiled_weight_offset(tiles, 0, kTileRows, c, tap);
       for (int64_t k = 0; k < valid; ++k, from += shape.stride.n) {
-        (k < kTileRows ? to : second)[k % kTileRows * 2] = static_cast<BFloat16>(*from);
+        // Two statements: GCC 12's -fsanitize=bounds loses the index of (a ? b : c)[index].
+        BFloat16* half = k < kTileRows ? to : second;
+        half[k % kTileRows * 2] = static_cast<BFloat16>(*from);
       }
     }
   }

@@ -9,10 +9,14 @@ On a CPU torch leaves most convolutions to oneDNN, some versions of which fail f
   a stride, and rows with a stride beyond the filter's height, read memory nobody has written.
 - The gradient in the weight of a strided 1x1 convolution of fewer channels than fill a vector is
   summed up beyond the end of its scratch memory.
+- Of a channels_last weight or input with a dimension of one element whose stride is not the usual
+  one (it addresses nothing) other values are multiplied, with groups; without, the gradient in the
+  weight is refused. Of inputs this is what torch does by itself, in float64 and where oneDNN lacks
+  float16 or bfloat16.
 
 Such a convolution is one of another shape as well, which these functions call instead: with the
-padding written out, in float32, of every stride-th pixel. The processor and the version of oneDNN
-are not asked for, so results are the same everywhere.
+padding written out, in float32, of every stride-th pixel, with the usual strides. The processor and
+the version of oneDNN are not asked for, so results are the same everywhere.
 """
 
 from __future__ import annotations
@@ -58,6 +62,7 @@ def conv2d(
         dilation: see `stride`.
         groups: how many groups the channels are in.
     """
+    input, weight = _usual(input), _usual(weight)
     detour = _detour(input, weight, stride, padding, dilation)
     if detour is None:
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -94,6 +99,7 @@ def conv2d_backward(
         groups: see `input`.
         need: three of them.
     """
+    input, weight = _usual(input), _usual(weight)
     detour = _detour(input, weight, stride, padding, dilation)
     if detour is None:
         return _backward(grad, input, weight, stride, padding, dilation, groups, need)
@@ -128,7 +134,21 @@ def is_sound(
     dilation: Sequence[int],
 ) -> bool:
     """Whether `conv2d` hands this convolution to the library as it is."""
+    if _usual(input) is not input or _usual(weight) is not weight:
+        return False
     return _detour(input, weight, stride, padding, dilation) is None
+
+
+def _usual(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy where it is channels_last but for a stride that addresses nothing."""
+    if tensor.dim() != 4 or tensor.layout is not torch.strided or tensor.stride(1) != 1:
+        return tensor
+    _, C, H, W = tensor.shape
+    if C == 1 or H == W == 1 or tensor.stride() == (H * W * C, 1, W * C, C):
+        return tensor
+    if tensor.device.type != "cpu" or not tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor
+    return tensor.clone(memory_format=torch.channels_last)
 
 
 def _detour(

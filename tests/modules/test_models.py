@@ -25,6 +25,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import fused_resnet
 from fused_resnet import functional
+from fused_resnet.ops import gradients
 from fused_resnet.testing import assert_error_rule, randomize_
 
 BF16_AND_FP32 = [torch.float32, torch.bfloat16]
@@ -63,6 +64,28 @@ def test_gradients(name, dtype, mode):
     eager = build(name, dtype).train(mode == "train")
     fused = fused_resnet.fuse(copy.deepcopy(eager))
     assert_gradients_by_error_rule(fused, eager, image_batch(4, 64, dtype))
+
+
+@pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
+@pytest.mark.parametrize("layer", ["layer1.0.conv2", "layer3.0.conv1", "layer4.0.downsample.0"])
+def test_the_rule_for_gradients_sees_a_fault_of_one_weight(monkeypatch, layer, dtype):
+    """One part in 64 in 16 bits, whose roundings are half as large, and in 2^18 in float32."""
+    eager = small_resnet().to(dtype)
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    x = image_batch(4, 64, dtype)
+    assert_gradients_by_error_rule(fused, eager, x)
+    planted, right = fused.get_submodule(layer).weight, gradients.conv2d_backward
+    wrong_by = 2**-6 if dtype is torch.bfloat16 else 2**-18
+
+    def conv2d_backward(grad, input, weight, *arguments):
+        grad_input, grad_weight, grad_bias = right(grad, input, weight, *arguments)
+        if weight.data_ptr() == planted.data_ptr():
+            grad_weight = grad_weight * (1 + wrong_by)
+        return grad_input, grad_weight, grad_bias
+
+    monkeypatch.setattr(gradients, "conv2d_backward", conv2d_backward)
+    with pytest.raises(AssertionError, match=rf"{layer}\.weight: relative error"):
+        assert_gradients_by_error_rule(fused, eager, x)
 
 
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)

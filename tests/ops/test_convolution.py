@@ -43,6 +43,13 @@ SAMPLED = [
     (ConvShape(12, 8, (1, 1), (3, 2), (1, 0), (1, 1), 4), (8, 9)),
 ]
 SHAPES = UNSEEN + NARROW + SAMPLED
+# One row high or one column wide, and channels_last but for the stride in that dimension.
+FLAT = [
+    (ConvShape(24, 8, (1, 2), (3, 1), (2, 2), (1, 2), 8), (14, 4)),
+    (ConvShape(64, 40, (3, 1), (1, 1), (0, 2), (1, 1), 8), (7, 9)),
+    (ConvShape(12, 4, (2, 1), (1, 2), (1, 0), (1, 1), 4), (7, 7)),
+    (ConvShape(16, 32, (2, 1), (1, 1), (0, 0), (1, 1), 1), (7, 3)),
+]
 # What the library gets right, and is to have as it is.
 SOUND = [
     (ConvShape(64, 128, (1, 1), (2, 2)), (14, 14)),
@@ -106,6 +113,46 @@ def test_gradients(shape, size, dtype, memory_format):
     convolution.conv2d(recorded_x, recorded_weight, None, *numbers).backward(grad)
     for ours, right in ((recorded_x.grad, exact[0]), (recorded_weight.grad, exact[1])):
         assert relative_error(ours, right) <= FACTOR * bound
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("stride", ["0", "1", "C", "2^20"])
+@pytest.mark.parametrize(("shape", "size"), FLAT, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=dtype_id
+)
+def test_strides_that_address_nothing(shape, size, dtype, stride):
+    case = make_conv_case(shape, size=size, dtype=dtype, batch=1)
+    numbers = geometry(shape)
+
+    def unusual(tensor):
+        tensor = tensor.contiguous(memory_format=torch.channels_last)
+        other = {"0": 0, "1": 1, "C": tensor.size(1), "2^20": 2**20}[stride]
+        strides = zip(tensor.shape, tensor.stride(), strict=True)
+        return tensor.as_strided(tensor.shape, [other if n == 1 else s for n, s in strides])
+
+    x, weight = unusual(case.input), unusual(case.weight)
+    out = convolution.conv2d(x, weight, None, *numbers)
+    exact_x, exact_weight = (
+        t.double().contiguous().requires_grad_() for t in (case.input, case.weight)
+    )
+    exact = torch.conv2d(exact_x, exact_weight, None, *numbers)
+    bound = FACTOR * torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+    assert out.dtype is dtype
+    assert relative_error(out, exact) <= bound
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rights = torch.autograd.grad(exact, (exact_x, exact_weight), grad.double())
+    found = convolution.conv2d_backward(grad, x, weight, *numbers, (True, True, False))
+    for ours, right in zip(found[:2], rights, strict=True):
+        assert relative_error(ours, right) <= bound
+    with fused_resnet.use_backend("reference"):
+        statistics = (torch.zeros(shape.out_channels), torch.ones(shape.out_channels))
+        statistics = statistics if dtype is not torch.float64 else [t.double() for t in statistics]
+        whole = functional.conv_bn_act(
+            x, weight, *statistics, eps=0.0, stride=shape.stride, padding=shape.padding,
+            dilation=shape.dilation, groups=shape.groups, activation="none",
+        )  # fmt: skip
+    assert relative_error(whole, exact) <= 2 * bound
 
 
 class _Handed(TorchDispatchMode):

@@ -489,6 +489,31 @@ def test_the_fuzzer_sees_what_goes_wrong(tmp_path, monkeypatch):
         assert f"--first {call} --calls 1" in done.stdout
 
 
+def test_the_fuzzer_knows_the_library_by_another_convolution(monkeypatch):
+    options = fuzz.parsed(["--seed", "3", "--kinds", "public"])
+
+    def is_librarys(call):
+        return (
+            call.name == "conv_bn_act"
+            and call.tensors["input"].dtype is torch.float64
+            and call.numbers["activation"] == "none"
+            and all(t is None or torch.isfinite(t).all() for t in call.tensors.values())
+        )
+
+    index = next(i for i in range(1000) if is_librarys(fuzz.draw(3, i, "public")))
+    assert fuzz.run_call(options, index)[1:] == ("ok", None)
+    convolution, call = torch.conv2d, fuzz.Public.call
+    with monkeypatch.context() as planted:
+        planted.setattr(torch, "conv2d", lambda *arguments: convolution(*arguments) + 1)
+        assert fuzz.run_call(options, index)[1] == "wrong number"
+        with fuzz.another_convolution():
+            assert fuzz.run_call(options, index)[1:] == ("ok", None)
+    assert torch.conv2d is convolution
+    monkeypatch.setattr(fuzz.Public, "call", lambda *arguments: call(*arguments) + 1)
+    with fuzz.another_convolution():
+        assert fuzz.run_call(options, index)[1] == "wrong number"
+
+
 def test_a_call_follows_from_its_index():
     for index in range(40):
         first, second = (str(fuzz.draw(3, index, "all")) for _ in range(2))

@@ -696,8 +696,12 @@ def gradient_errors(model: nn.Module, x: Tensor) -> dict[str, tuple[torch.dtype,
 def assert_gradients_by_error_rule(fused: nn.Module, eager: nn.Module, x: Tensor) -> None:
     """The error rule for the output and for the gradients of every parameter and of the input.
 
-    The norm of a vector of 64 elements is unsteady, so those under 1024 are judged together, by the
-    root mean square of their errors.
+    What comes back from an average over pixels is the same number at all of them and is rounded the
+    same way, and strides leave it at few: the error of a weight's gradient is the luck of a few
+    roundings, in 16 bits now and then half as large again as that of the next weight. So eager's is
+    what it has for this tensor or, if more, the root mean square over the nearest ones.
+    The norm of a vector of 64 elements is less steady still: those under 1024 are judged together,
+    by the root mean square of their errors.
 
     Args:
         fused: the model under test.
@@ -708,17 +712,35 @@ def assert_gradients_by_error_rule(fused: nn.Module, eager: nn.Module, x: Tensor
     assert results["fused"].keys() == results["eager"].keys()
     floor = 4 * torch.finfo(torch.float32).eps
     short: dict[str, list[float]] = {"fused": [], "eager": []}
+    long: dict[str, tuple[float, float]] = {}  # in the order of the backward pass
     for name, (dtype, elements, error) in results["fused"].items():
         eager_dtype, _, eager_error = results["eager"][name]
         assert dtype == eager_dtype, f"{name}: {dtype}, eager has {eager_dtype}"
-        if elements < 1024:
+        if name == "output":
+            assert error <= max(FACTOR * eager_error, floor), (
+                f"output: relative error {error:.3g}, eager has {eager_error:.3g}"
+            )
+        elif elements < 1024:
             short["fused"].append(error)
             short["eager"].append(eager_error)
-            continue
-        assert error <= max(FACTOR * eager_error, floor), (
-            f"{name}: relative error {error:.3g}, eager has {eager_error:.3g}"
+        else:
+            long[name] = (error, eager_error)
+    eager_errors = [eager_error for _, eager_error in long.values()]
+    for i, (name, (error, eager_error)) in enumerate(long.items()):
+        around = _root_mean_square(eager_errors[max(0, i - NEAREST) : i + NEAREST + 1])
+        assert error <= max(FACTOR * eager_error, FACTOR * around, floor), (
+            f"{name}: relative error {error:.3g}, eager has {eager_error:.3g}, "
+            f"and {around:.3g} nearby"
         )
-    error, eager_error = (float(np.sqrt(np.mean(np.square(short[n])))) for n in ("fused", "eager"))
+    error, eager_error = (_root_mean_square(short[n]) for n in ("fused", "eager"))
     assert error <= max(FACTOR * eager_error, floor), (
         f"short vectors together: relative error {error:.3g}, eager has {eager_error:.3g}"
     )
+
+
+# How many weights before and behind one have errors of the same size.
+NEAREST = 3
+
+
+def _root_mean_square(values: list[float]) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
