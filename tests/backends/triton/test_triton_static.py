@@ -141,7 +141,7 @@ def compiled(architecture: str) -> list[dict]:
         f"""
         import json, sys
         sys.path.insert(0, {str(BENCH)!r})
-        import static
+        import triton_resources as static
         from fused_resnet.tuning.estimate import best
         gpu = static.ARCHITECTURES[static.GPUS[{architecture!r}]]
         found = []
@@ -178,7 +178,7 @@ def chains_compiled(architecture: str) -> list[dict]:
         f"""
         import json, sys
         sys.path.insert(0, {str(BENCH)!r})
-        import static
+        import triton_resources as static
         gpu = static.ARCHITECTURES[static.GPUS[{architecture!r}]]
         rows = gpu.capability[0] in static.chain.OVERLAPPING
         found = []
@@ -248,7 +248,7 @@ def test_norms_compile_now(architecture):
         f"""
         import json, sys
         sys.path.insert(0, {str(BENCH)!r})
-        import static
+        import triton_resources as static
         wanted = lambda layer: layer == "norm, add"
         print(json.dumps(list(static.norm_entries({architecture!r}, "float16", wanted))))
         """,
@@ -267,7 +267,7 @@ def test_masks_compile_now(architecture):
         f"""
         import json, sys
         sys.path.insert(0, {str(BENCH)!r})
-        import static
+        import triton_resources as static
         dtypes = ("float16", "float32", "bfloat16")
         launches = [l for dtype in dtypes for l in static.masked_norm_launches(dtype)]
         print(json.dumps([
@@ -299,7 +299,7 @@ def test_norms_in_the_loads_of_convolutions(architecture):
         f"""
         import json, sys
         sys.path.insert(0, {str(BENCH)!r})
-        import static
+        import triton_resources as static
         from fused_resnet.tuning import prologue
         from fused_resnet.tuning.problem import ConvProblem
 
@@ -334,7 +334,7 @@ def test_stems_in_training_compile_now(architecture):
         f"""
         import json, sys
         sys.path.insert(0, {str(BENCH)!r})
-        import static
+        import triton_resources as static
         found = []
         for dtype in ("float16", "bfloat16", "float32"):
             for launch in static.stem_training_launches(dtype):
@@ -372,7 +372,7 @@ def test_norms_at_the_ends_of_convolutions(architecture):
         f"""
         import json, sys
         sys.path.insert(0, {str(BENCH)!r})
-        import static
+        import triton_resources as static
         found = static.training_conv_launches("float16")
         chosen = found["3x3, none"][-3:-1] + found["3x3, norm"][-1:] + found["1x1, gradient"][-1:]
         print(json.dumps([static.compiled(launch, {architecture!r}) for launch in chosen]))
@@ -409,7 +409,7 @@ def test_all_that_can_be_chosen_is_in_the_report(path):
         f"""
         import json, sys
         sys.path.insert(0, {str(BENCH)!r})
-        import static
+        import triton_resources as static
         print(json.dumps([
             (architecture, dtype, layer, tile.split_k > 1, *(getattr(tile, n) for n in {TILE}))
             for architecture, gpu in static.GPUS.items()
