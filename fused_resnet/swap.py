@@ -249,7 +249,7 @@ def _ways(module: nn.Module, form: Form) -> Iterator[tuple[str, str]]:
         if read.pads_channels(downsample):
             conv = forms.part(module, units[-1].conv)
             backend = backends.choose(conv.weight.device.type)
-            if not getattr(backend, "reads_narrow_residuals", False):
+            if not backend.reads_narrow_residuals:
                 yield "padded shortcut", ""
         elif reason := read.downsample_obstacle(downsample, name):
             yield f"eager {name}", reason

@@ -1,218 +1,50 @@
 """The backends and the choice between them.
 
-A backend is a module with these functions, named and ordered as the operators in `ops/`:
-`conv_bn_act`, `conv_bn_act_max_pool`, `batch_norm_act_training`, `batch_norm_act_inference`, plus
-`available() -> str`, `explain(operator, ...) -> str` and, if it caches anything made from
-parameters, `release(tensors)`. Their arguments are checked before they get there. A backend without
-the function `norm_conv_bn_act` runs `batch_norm_act_inference` and `conv_bn_act` in its place.
+A backend is an instance of a class derived from `Backend`, which says what it may do; `registry.py`
+chooses one by a tensor's device and by what the user asked for. A package of yours registers its
+own: `backends.register(MyBackend())`.
 """
 
-from __future__ import annotations
+from . import cpu, cuda, triton
+from .backend import Backend
+from .reference import Reference
+from .registry import (
+    as_chosen,
+    available,
+    check_environment,
+    choose,
+    chosen,
+    cpu_isa,
+    explain,
+    has_kernel,
+    hold_blocks_in_graphs,
+    in_graphs,
+    named,
+    register,
+    release,
+    use_backend,
+)
 
-import contextlib
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextvars import ContextVar
-from types import ModuleType
+__all__ = [
+    "Backend",
+    "as_chosen",
+    "available",
+    "check_environment",
+    "choose",
+    "chosen",
+    "cpu",
+    "cpu_isa",
+    "cuda",
+    "explain",
+    "has_kernel",
+    "hold_blocks_in_graphs",
+    "in_graphs",
+    "named",
+    "register",
+    "release",
+    "triton",
+    "use_backend",
+]
 
-import torch
-from torch import Tensor
-
-from . import cpu, cuda, reference, triton
-from .triton import eligible
-
-_MODULES: dict[str, ModuleType] = {
-    "reference": reference,
-    "cpu": cpu,
-    "triton": triton,
-    "cuda": cuda,
-}
-
-_chosen: ContextVar[str | None] = ContextVar("fused_resnet_backend", default=None)
-# None until the first use, so that a bad FUSED_RESNET_BACKEND does not break `import` and `doctor`.
-_from_environment: str | None = None
-
-
-def available() -> dict[str, str]:
-    """Every backend's name, mapped to "yes" or the reason why it cannot run here."""
-    return {name: module.available() for name, module in _MODULES.items()}
-
-
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Makes one backend run every operator it has a kernel for, in this thread or task.
-
-    What it cannot run (tensors of another device) runs as the reference does.
-
-    Args:
-        name: a key of `available()`.
-
-    Raises:
-        ValueError: the name is unknown, or that backend cannot run here.
-    """
-    token = _chosen.set(_checked(name, "use_backend: name"))
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
-
-
-def chosen() -> str | None:
-    """The backend that `use_backend` has chosen here, if any, for `as_chosen`."""
-    return _chosen.get()
-
-
-@contextlib.contextmanager
-def as_chosen(name: str | None) -> Iterator[None]:
-    """Chooses in backward what `chosen()` was in forward, which may have been another thread."""
-    token = _chosen.set(name)
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
-
-
-def choose(device_type: str) -> ModuleType:
-    """The backend that runs operators on tensors of a device type ("cpu", "cuda", ...)."""
-    name = _chosen.get()
-    if name is None:
-        name = _environment_choice()
-        if name == "":
-            return _default(device_type)
-    if name == "triton":
-        runs = device_type == ("cpu" if eligible.interpreted() else "cuda")
-    elif name == "cuda":
-        runs = device_type == ("cpu" if cuda.on_host() else "cuda")
-    else:
-        runs = name == device_type
-    return _MODULES[name] if runs else reference
-
-
-@torch._dynamo.assume_constant_result
-def hold_blocks_in_graphs(device_type: str) -> bool:
-    """Whether a graph of operators should hold whole blocks, not their convolutions.
-
-    A compiler takes the answer for a constant: an operator chooses anew whenever it runs.
-    """
-    return getattr(choose(device_type), "hold_blocks_in_graphs", False)
-
-
-def in_graphs(input: Tensor) -> bool:
-    """Whether a compiler's graph should hold the kernels `input` leads to, not the operator."""
-    return choose(input.device.type) is triton and triton.in_graphs(input)
-
-
-def has_kernel(
-    device_type: str, dtype: torch.dtype, weight_shape: Sequence[int], groups: int
-) -> bool:
-    """Whether a convolution without a norm of its own is better run by our operators.
-
-    That is where the backend has a kernel that does what comes before and behind it for nothing.
-    """
-    asked = getattr(choose(device_type), "has_kernel", None)
-    if asked is None:
-        return False
-    # Answers are cached, where Dynamo will not follow; in its graphs the operator is right anyway.
-    return torch.compiler.is_compiling() or asked(dtype, weight_shape, groups)
-
-
-def explain(
-    operator: str,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    weight_shape: Sequence[int] = (),
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-) -> str:
-    """Which kernels would run an operator: "cpu: library convolution + scale_shift_act".
-
-    Args:
-        operator: the operator's name.
-        device: where its tensors are.
-        dtype: of its input.
-        weight_shape: (K, C / groups, R, S) of a convolution.
-        stride: of a convolution, as are the rest.
-        padding: see `stride`.
-        dilation: see `stride`.
-        groups: see `stride`.
-    """
-    backend = choose(device.type)
-    arguments = {
-        "device": device,
-        "dtype": dtype,
-        "weight_shape": weight_shape,
-        "stride": stride,
-        "padding": padding,
-        "dilation": dilation,
-        "groups": groups,
-    }
-    if operator == "norm_conv_bn_act" and not hasattr(backend, operator):
-        before = backend.explain("batch_norm_act_inference", **arguments)
-        behind = backend.explain("conv_bn_act", **arguments)
-        return before if before == behind else f"{before} + {behind.rpartition(': ')[2]}"
-    return backend.explain(operator, **arguments)
-
-
-def cpu_isa() -> str:
-    """The instruction set the CPU's kernels use: what the processor has, or less.
-
-    FUSED_RESNET_CPU_ISA (in any case; docs/environment.md) says how much less.
-
-    Raises:
-        ValueError: FUSED_RESNET_CPU_ISA is something else.
-    """
-    try:
-        return torch.ops.fused_resnet.cpu_isa()
-    except RuntimeError as error:
-        raise ValueError(str(error).partition("\n")[0]) from None
-
-
-def release(tensors: Iterable[Tensor]) -> None:
-    """Tells the backends to drop whatever they cached for these parameters and buffers."""
-    tensors = list(tensors)
-    for module in _MODULES.values():
-        if hasattr(module, "release"):
-            module.release(tensors)
-
-
-def _checked(name: str, argument: str) -> str:
-    if name not in _MODULES:
-        raise ValueError(f"{argument} is {name!r}, must be one of {', '.join(_MODULES)}")
-    status = _MODULES[name].available()
-    if status != "yes":
-        raise ValueError(f"{argument} is {name!r}, which cannot run here: {status}")
-    return name
-
-
-def check_environment() -> None:
-    """Raises ValueError unless the environment variables read here say something possible."""
-    _environment_choice()
-
-
-def _environment_choice() -> str:
-    """FUSED_RESNET_BACKEND as it was at the first use; "" where it is not set.
-
-    Raises:
-        ValueError: it names no backend that can run here, or FUSED_RESNET_CPU_ISA no instruction
-            set.
-    """
-    global _from_environment
-    if _from_environment is None:
-        cpu_isa()
-        name = os.environ.get("FUSED_RESNET_BACKEND", "").lower()
-        _from_environment = _checked(name, "FUSED_RESNET_BACKEND") if name else ""
-    return _from_environment
-
-
-def _default(device_type: str) -> ModuleType:
-    if device_type == "cpu":
-        return cpu
-    if device_type == "cuda":
-        if triton.available() == "yes" and not eligible.interpreted():
-            return triton
-        if cuda.available() == "yes" and not cuda.on_host():
-            return cuda
-    return reference
+for _backend in (Reference(), cpu.Cpu(), triton.Triton(), cuda.Cuda()):
+    register(_backend)

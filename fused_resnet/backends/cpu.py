@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,15 @@ from torch import Tensor
 from .. import _native  # noqa: F401  (registers the operators)
 from ..layers import watch
 from ..layers.convolution import conv2d
+from ..layers.description import ConvNorm, Norm, Pool, Sums
 from ..layers.memory import contiguous_like_eager
 from ..layers.prepared import WeightCache, version_of
 from . import library
+from .backend import Backend, Gradients
 from .library import scale_shift_act
 
 __all__ = [
-    "available",
+    "Cpu",
     "batch_norm_act_backward",
     "batch_norm_act_backward_input",
     "batch_norm_act_backward_sums",
@@ -40,13 +43,6 @@ __all__ = [
     "release",
     "residual_blocks",
 ]
-
-reads_narrow_residuals = True
-"""Whether operators take a residual of fewer channels, without padding it in memory."""
-pads_shortcuts = True
-"""Whether `residual_blocks` takes shortcuts without parameters."""
-hold_blocks_in_graphs = True
-"""Whether compiled and exported graphs hold the operator `residual_blocks`."""
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The filter's taps the kernel keeps offsets for, kMaxRuns in csrc/cpu/conv.h.
@@ -72,11 +68,6 @@ _conv_input_gradient = torch.ops.fused_resnet.conv_input_gradient.default
 _max_pool_gradient = torch.ops.fused_resnet.max_pool_gradient.default
 _norm_vectors = torch.ops.fused_resnet.norm_vectors.default
 _pool_empty_like = torch.ops.fused_resnet.pool_empty_like.default
-
-
-def available() -> str:
-    """Always "yes": the package does not import without its host library."""
-    return "yes"
 
 
 def explain(
@@ -719,3 +710,149 @@ def _packed_copy(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """A copy that nobody writes to, and that packed: for a weight that is being written to."""
     copy = weight.detach().clone()
     return copy, _pack_conv_weight(copy, groups)
+
+
+class Cpu(Backend):
+    """This file's functions, for tensors on the CPU."""
+
+    name = "cpu"
+    device_type = "cpu"
+    reads_narrow_residuals = True
+    pads_shortcuts = True
+    hold_blocks_in_graphs = True
+    has_norm_kernels = True
+
+    def is_default(self, device_type: str) -> bool:
+        """See `Backend.is_default`."""
+        return device_type == "cpu"
+
+    def explain(self, operator: str, **arguments: Any) -> str:
+        """See `Backend.explain`."""
+        return explain(operator, **arguments)
+
+    def has_kernel(self, dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> bool:
+        """See `Backend.has_kernel`."""
+        return has_kernel(dtype, weight_shape, groups)
+
+    def release(self, tensors: Iterable[Tensor]) -> None:
+        """See `Backend.release`."""
+        release(tensors)
+
+    def conv_bn_act(
+        self, input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str
+    ) -> Tensor:
+        """See `Backend.conv_bn_act`."""
+        return conv_bn_act(input, *layer.flat(), residual, activation)
+
+    def norm_conv_bn_act(
+        self,
+        input: Tensor,
+        before: Norm,
+        layer: ConvNorm,
+        residual: Tensor | None,
+        activation: str,
+    ) -> Tensor:
+        """See `Backend.norm_conv_bn_act`."""
+        return norm_conv_bn_act(input, *before, *layer.flat(), residual, activation)
+
+    def conv_bn_act_max_pool(
+        self, input: Tensor, layer: ConvNorm, activation: str, pool: Pool
+    ) -> Tensor:
+        """See `Backend.conv_bn_act_max_pool`."""
+        return conv_bn_act_max_pool(input, *layer.flat(), activation, *pool)
+
+    def batch_norm_act_inference(
+        self, input: Tensor, norm: Norm, residual: Tensor | None, activation: str
+    ) -> Tensor:
+        """See `Backend.batch_norm_act_inference`."""
+        return batch_norm_act_inference(input, *norm, residual, activation)
+
+    def residual_blocks(self, input: Tensor, *described: Any) -> Tensor | None:
+        """See `Backend.residual_blocks`."""
+        return residual_blocks(input, *described)
+
+    def batch_norm_act_training(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None,
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Backend.batch_norm_act_training`."""
+        return batch_norm_act_training(input, weight, bias, eps, residual, activation)
+
+    def batch_norm_act_training_keeping_mask(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """See `Backend.batch_norm_act_training_keeping_mask`."""
+        return batch_norm_act_training_keeping_mask(input, weight, bias, eps, residual)
+
+    def batch_statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Backend.batch_statistics`."""
+        return batch_statistics(input)
+
+    def batch_norm_act_backward(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        output: Tensor | None,
+        norm: Norm,
+        activation: str,
+        training: bool,
+        need: Sequence[bool],
+        overwrite: bool = False,
+    ) -> Gradients:
+        """See `Backend.batch_norm_act_backward`."""
+        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
+        return batch_norm_act_backward(
+            grad, input, output, *vectors, activation, training, need, overwrite
+        )
+
+    def batch_norm_act_backward_sums(
+        self, grad: Tensor, input: Tensor, output: Tensor | None, norm: Norm, activation: str
+    ) -> tuple[Tensor, Tensor]:
+        """See `Backend.batch_norm_act_backward_sums`."""
+        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
+        return batch_norm_act_backward_sums(grad, input, output, *vectors, activation)
+
+    def batch_norm_act_backward_input(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        output: Tensor | None,
+        norm: Norm,
+        activation: str,
+        sums: Sums,
+        need_residual: bool,
+        overwrite: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Backend.batch_norm_act_backward_input`."""
+        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
+        return batch_norm_act_backward_input(
+            grad, input, output, *vectors, activation, *sums, need_residual, overwrite
+        )
+
+    def conv_input_gradient(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        geometry: Sequence[Any],
+        add_to: Tensor | None = None,
+    ) -> Tensor | None:
+        """See `Backend.conv_input_gradient`."""
+        return conv_input_gradient(grad, input, weight, *geometry, add_to)
+
+    def max_pool_backward(
+        self, grad: Tensor, input: Tensor, norm: Norm, pool: Sequence[Sequence[int]]
+    ) -> Tensor | None:
+        """See `Backend.max_pool_backward`."""
+        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
+        return max_pool_backward(grad, input, *vectors, pool)

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from .. import _native, tuning
-from ..layers.description import described_blocks
+from ..layers.description import ConvNorm, Norm, Pool, Sums, described_blocks
 from ..layers.memory import contiguous_like_eager
 from ..tuning import architecture, basic_block, cuda_tiles
 from ..tuning.choice import Tile
 from . import library
+from .backend import Backend, Gradients
 
 __all__ = [
+    "Cuda",
     "available",
     "batch_norm_act_backward",
     "batch_norm_act_backward_input",
@@ -41,9 +43,6 @@ __all__ = [
     "run_basic_block",
     "run_on_host",
 ]
-
-reads_narrow_residuals = True
-"""Whether operators take a residual of fewer channels, without padding it in memory."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
@@ -86,6 +85,12 @@ def run_on_host() -> None:
 
 def explain(operator: str, *, dtype: torch.dtype, **_: object) -> str:
     """How this backend runs an operator; see `backends.explain`."""
+    if operator == "norm_conv_bn_act":  # one after the other
+        before, behind = (
+            explain("batch_norm_act_inference", dtype=dtype),
+            explain("conv_bn_act", dtype=dtype),
+        )
+        return before if before == behind else f"{before} + {behind.rpartition(': ')[2]}"
     backend = "cuda (on the host)" if on_host() else "cuda"
     if operator.startswith("conv_bn_act") and dtype in _DTYPES:
         pool = " + library pooling" if operator == "conv_bn_act_max_pool" else ""
@@ -531,3 +536,124 @@ def _batch_norm(name: str) -> Any:
     """The operator `batch_norm_` and so on of csrc/cuda/batch_norm.cu or batch_norm_cluster.cu."""
     assert _native.cuda_operators is not None
     return getattr(_native.cuda_operators, f"batch_norm_{name}").default
+
+
+class Cuda(Backend):
+    """This file's functions."""
+
+    name = "cuda"
+    reads_narrow_residuals = True
+    has_norm_kernels = True
+
+    @property
+    def device_type(self) -> str:  # type: ignore[override]
+        """Where its tensors are."""
+        return "cpu" if on_host() else "cuda"
+
+    def is_default(self, device_type: str) -> bool:
+        """See `Backend.is_default`."""
+        return device_type == "cuda" and available() == "yes" and not on_host()
+
+    def available(self) -> str:
+        """See `Backend.available`."""
+        return available()
+
+    def explain(self, operator: str, **arguments: Any) -> str:
+        """See `Backend.explain`."""
+        return explain(operator, **arguments)
+
+    def conv_bn_act(
+        self, input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str
+    ) -> Tensor:
+        """See `Backend.conv_bn_act`."""
+        return conv_bn_act(input, *layer.flat(), residual, activation)
+
+    def conv_bn_act_max_pool(
+        self, input: Tensor, layer: ConvNorm, activation: str, pool: Pool
+    ) -> Tensor:
+        """See `Backend.conv_bn_act_max_pool`."""
+        return conv_bn_act_max_pool(input, *layer.flat(), activation, *pool)
+
+    def batch_norm_act_inference(
+        self, input: Tensor, norm: Norm, residual: Tensor | None, activation: str
+    ) -> Tensor:
+        """See `Backend.batch_norm_act_inference`."""
+        return batch_norm_act_inference(input, *norm, residual, activation)
+
+    def residual_blocks(self, input: Tensor, *described: Any) -> Tensor | None:
+        """See `Backend.residual_blocks`."""
+        return residual_blocks(input, *described)
+
+    def batch_norm_act_training(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None,
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Backend.batch_norm_act_training`."""
+        return batch_norm_act_training(input, weight, bias, eps, residual, activation)
+
+    def batch_norm_act_training_keeping_mask(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """See `Backend.batch_norm_act_training_keeping_mask`."""
+        return batch_norm_act_training_keeping_mask(input, weight, bias, eps, residual)
+
+    def batch_statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Backend.batch_statistics`."""
+        return batch_statistics(input)
+
+    def batch_norm_act_backward(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        output: Tensor | None,
+        norm: Norm,
+        activation: str,
+        training: bool,
+        need: Sequence[bool],
+        overwrite: bool = False,
+    ) -> Gradients:
+        """See `Backend.batch_norm_act_backward`."""
+        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
+        return batch_norm_act_backward(
+            grad, input, output, *vectors, activation, training, need, overwrite
+        )
+
+    def batch_norm_act_backward_sums(
+        self, grad: Tensor, input: Tensor, output: Tensor | None, norm: Norm, activation: str
+    ) -> tuple[Tensor, Tensor]:
+        """See `Backend.batch_norm_act_backward_sums`."""
+        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
+        return batch_norm_act_backward_sums(grad, input, output, *vectors, activation)
+
+    def batch_norm_act_backward_input(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        output: Tensor | None,
+        norm: Norm,
+        activation: str,
+        sums: Sums,
+        need_residual: bool,
+        overwrite: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Backend.batch_norm_act_backward_input`."""
+        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
+        return batch_norm_act_backward_input(
+            grad, input, output, *vectors, activation, *sums, need_residual, overwrite
+        )
+
+    def batch_norm_add_relu(
+        self, input: Tensor, norm: tuple, residual: Tensor, residual_norm: tuple | None
+    ) -> tuple[Tensor, Tensor | None, tuple, tuple | None] | None:
+        """See `Backend.batch_norm_add_relu`."""
+        return batch_norm_add_relu(input, norm, residual, residual_norm)

@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
-from ..reference import (
-    batch_norm_act_inference,
-    batch_norm_act_training,
-    conv_bn_act,
-    conv_bn_act_max_pool,
-)
+from typing import Any
 
-__all__ = [
-    "available",
-    "batch_norm_act_inference",
-    "batch_norm_act_training",
-    "conv_bn_act",
-    "conv_bn_act_max_pool",
-    "explain",
-]
+from torch import Tensor
+
+from .. import reference
+from ..layers.description import ConvNorm, Norm, Pool
+from .backend import Backend
 
 
-def available() -> str:
-    """Always "yes"."""
-    return "yes"
+class Reference(Backend):
+    """The operators as `reference.py` defines them."""
 
+    name = "reference"
 
-def explain(operator: str, **_: object) -> str:
-    """How this backend runs an operator; see `backends.explain`."""
-    return "reference"
+    def explain(self, operator: str, **arguments: Any) -> str:
+        """See `backends.explain`."""
+        return "reference"
+
+    def conv_bn_act(
+        self, input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str
+    ) -> Tensor:
+        """See `reference.conv_bn_act`."""
+        return reference.conv_bn_act(input, *layer.flat(), residual, activation)
+
+    def conv_bn_act_max_pool(
+        self, input: Tensor, layer: ConvNorm, activation: str, pool: Pool
+    ) -> Tensor:
+        """See `reference.conv_bn_act_max_pool`."""
+        return reference.conv_bn_act_max_pool(input, *layer.flat(), activation, *pool)
+
+    def batch_norm_act_inference(
+        self, input: Tensor, norm: Norm, residual: Tensor | None, activation: str
+    ) -> Tensor:
+        """See `reference.batch_norm_act_inference`."""
+        return reference.batch_norm_act_inference(input, *norm, residual, activation)
+
+    def batch_norm_act_training(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None,
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `reference.batch_norm_act_training`."""
+        return reference.batch_norm_act_training(input, weight, bias, eps, residual, activation)

@@ -4,10 +4,84 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """A batch norm of C channels, in the one order there is.
+
+    Attributes:
+        mean: (C,).
+        var: (C,), biased where it is a batch's.
+        weight: (C,) or None for ones.
+        bias: (C,) or None for zeros.
+        eps: added to `var`.
+    """
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class ConvNorm(NamedTuple):
+    """A convolution and the batch norm behind it.
+
+    Attributes:
+        weight: (K, C / groups, R, S).
+        norm: of K channels.
+        bias: (K,), the convolution's own, or None.
+        stride: two numbers, as are `padding` and `dilation`.
+        padding: see `stride`.
+        dilation: see `stride`.
+        groups: how many groups the channels are in.
+    """
+
+    weight: Tensor
+    norm: Norm
+    bias: Tensor | None
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+    def flat(self) -> tuple[Any, ...]:
+        """The arguments of the operator `conv_bn_act` from `weight` to `groups`."""
+        weight, norm, *rest = self
+        return (weight, *norm, *rest)
+
+
+def conv_norm_of(arguments: Sequence[Any]) -> ConvNorm:
+    """The layer that has these for its `flat()`."""
+    weight, mean, var, bn_weight, bn_bias, eps, *rest = arguments
+    return ConvNorm(weight, Norm(mean, var, bn_weight, bn_bias, eps), *rest)
+
+
+class Pool(NamedTuple):
+    """A max-pool: two numbers each."""
+
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+
+
+class Sums(NamedTuple):
+    """What batch norm's backward needs of a batch, g its gradient behind the activation.
+
+    Attributes:
+        total: (C,), the sum of g.
+        dot: (C,), the sum of g * (input - mean).
+        count: how many values a channel has; of shape () where it is a tensor.
+    """
+
+    total: Tensor
+    dot: Tensor
+    count: float | Tensor
+
 
 BlockLayers: TypeAlias = tuple[Sequence[tuple], int]
 """The arguments of `conv_bn_act` from `weight` to `groups`, for each convolution of a block, and

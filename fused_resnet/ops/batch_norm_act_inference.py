@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from ..layers.description import Norm
 from ..layers.memory import contiguous_like_eager
 from . import operator_checks
 from .gradients import has_norm_kernel, middle_channels, norm_act_backward
@@ -55,7 +56,8 @@ def batch_norm_act_inference(
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
     backend = backends.choose(input.device.type)
-    return backend.batch_norm_act_inference(input, *arguments)
+    *norm, residual, activation = arguments
+    return backend.batch_norm_act_inference(input, Norm(*norm), residual, activation)
 
 
 register_kernel("batch_norm_act_inference", _kernel, operator_checks.batch_norm_act_inference)

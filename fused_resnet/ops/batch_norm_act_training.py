@@ -115,9 +115,9 @@ def forward_keeping_mask(
     backend = backends.choose(input.device.type)
     mask = None
     if activation == "relu" and residual is not None:
-        keeping = getattr(backend, "batch_norm_act_training_keeping_mask", None)
-        if keeping is not None:
-            output, mean, var, mask = keeping(input, weight, bias, eps, residual)
+        found = backend.batch_norm_act_training_keeping_mask(input, weight, bias, eps, residual)
+        if found is not None:
+            output, mean, var, mask = found
             return output, mean, var, output if mask is None else mask
     output, mean, var = _kernel(*arguments)
     if activation == "relu" and not (residual is None and has_norm_kernel(input)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from ..layers.description import conv_norm_of
 from . import operator_checks
 from .gradients import act_backward, conv_norm_backward, middle_channels
 from .registration import (
@@ -77,8 +78,9 @@ def conv_bn_act(
 
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
+    *layer, residual, activation = arguments
     backend = backends.choose(input.device.type)
-    return backend.conv_bn_act(input, *arguments)
+    return backend.conv_bn_act(input, conv_norm_of(layer), residual, activation)
 
 
 register_kernel("conv_bn_act", _kernel, operator_checks.conv_bn_act)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, reference
+from ..layers.description import Pool, conv_norm_of
 from . import operator_checks
 from .conv_bn_act import conv_bn_act
 from .gradients import act_backward, aten, conv_norm_backward
@@ -85,7 +86,9 @@ def conv_bn_act_max_pool(
 
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
-    return backends.choose(input.device.type).conv_bn_act_max_pool(input, *arguments)
+    layer, activation, pool = conv_norm_of(arguments[:11]), arguments[11], Pool(*arguments[12:])
+    backend = backends.choose(input.device.type)
+    return backend.conv_bn_act_max_pool(input, layer, activation, pool)
 
 
 register_kernel("conv_bn_act_max_pool", _kernel, operator_checks.conv_bn_act_max_pool)

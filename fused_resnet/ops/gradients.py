@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from ..layers.convolution import conv2d, conv2d_backward
+from ..layers.description import Norm
 from ..layers.memory import contiguous_like_eager
 from .registration import is_plain
 
@@ -90,9 +91,7 @@ def has_norm_kernel(*tensors: Tensor | None) -> bool:
     """Whether these tensors' backend, found by the first, has gradients of `batch_norm_act`."""
     first = tensors[0]
     assert first is not None
-    return is_plain(*tensors) and hasattr(
-        backends.choose(first.device.type), "batch_norm_act_backward"
-    )
+    return is_plain(*tensors) and backends.choose(first.device.type).has_norm_kernels
 
 
 def norm_act_backward(
@@ -140,9 +139,15 @@ def norm_act_backward(
         if input is None:  # any tensor like it will do
             input = grad if output is None else output
         grads = backends.choose(grad.device.type).batch_norm_act_backward(
-            grad, input, output, weight, bias, mean, var, eps, activation, training, need,
+            grad,
+            input,
+            output,
+            Norm(mean, var, weight, bias, eps),
+            activation,
+            training,
+            need,
             overwrite,
-        )  # fmt: skip
+        )
     else:
         if activation == "relu" and output is None:
             output = torch.ops.fused_resnet.batch_norm_act_inference(

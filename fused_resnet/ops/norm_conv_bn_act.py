@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from ..layers.description import Norm, conv_norm_of
 from . import operator_checks
 from .batch_norm_act_inference import batch_norm_act_inference
 from .conv_bn_act import conv_bn_act
@@ -95,9 +96,8 @@ def norm_conv_bn_act(
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
     backend = backends.choose(input.device.type)
-    if not hasattr(backend, "norm_conv_bn_act"):
-        return _in_two(input, *arguments)
-    return backend.norm_conv_bn_act(input, *arguments)
+    layer, (residual, activation) = conv_norm_of(arguments[5:-2]), arguments[-2:]
+    return backend.norm_conv_bn_act(input, Norm(*arguments[:5]), layer, residual, activation)
 
 
 def _in_two(*arguments: Any) -> Tensor:

@@ -89,15 +89,12 @@ def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | No
 
 def pads_shortcuts(input: Tensor) -> bool:
     """Whether `residual_blocks` takes shortcuts without parameters; see `BlockLayers`."""
-    return nothing_intercepts(input) and getattr(
-        backends.choose(input.device.type), "pads_shortcuts", False
-    )
+    return nothing_intercepts(input) and backends.choose(input.device.type).pads_shortcuts
 
 
 def _in_one(input: Tensor, *arguments: Any) -> Tensor | None:
     """What the backend makes of it, or None where it does not do these blocks."""
-    run = getattr(backends.choose(input.device.type), "residual_blocks", None)
-    return None if run is None else run(input, *arguments)
+    return backends.choose(input.device.type).residual_blocks(input, *arguments)
 
 
 def _one_by_one(input: Tensor, *arguments: Any) -> Tensor:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import backends, reference
+from ..layers.description import Norm, Sums
 from ..layers.memory import contiguous_like_eager
 from .batch_norm_act_inference import batch_norm_act_inference
 from .gradients import middle_channels
@@ -60,7 +61,10 @@ def shared_statistics(input: Tensor, group: dist.ProcessGroup) -> Shared:
     """The statistics of all processes' `input` together, the same bits in each."""
     channels = input.size(1)
     with torch.no_grad():
-        mean, var = _run("batch_statistics", contiguous_like_eager(input))
+        dense = contiguous_like_eager(input)
+        backend = _backend(dense)
+        run = reference.batch_statistics if backend is None else backend.batch_statistics
+        mean, var = run(dense)
         own = input.new_empty(2 * channels + 1, dtype=torch.float64)
         own[:channels], own[channels:-1] = mean, var
         own[-1] = input.numel() // max(channels, 1)
@@ -114,11 +118,14 @@ def shared_backward(
         )
     mean, var, count = shared
     input = contiguous_like_eager(input)
-    arguments = (grad, input, output, weight, bias, mean, var, eps, activation)
+    backend, norm = _backend(grad), Norm(mean, var, weight, bias, eps)
+    vectors = (weight, bias, mean, var, eps, activation)
     if grad.numel() == 0:
         total = dot = mean.new_zeros(input.size(1))
+    elif backend is None:
+        total, dot = reference.batch_norm_act_backward_sums(grad, input, output, *vectors)
     else:
-        total, dot = _run("batch_norm_act_backward_sums", *arguments)
+        total, dot = backend.batch_norm_act_backward_sums(grad, input, output, norm, activation)
     grad_weight = (dot * (var + eps).rsqrt()).to(weight.dtype) if need[1] else None
     grad_bias = total.to(bias.dtype) if need[2] else None
     grad_input, grad_residual = None, grad
@@ -128,9 +135,14 @@ def shared_backward(
         total, dot = sums.to(total.dtype).chunk(2)
     if grad.numel() == 0:
         grad_input = torch.empty_like(input) if need[0] else None
+    elif (need[0] or need[3]) and backend is None:
+        grad_input, grad_residual = reference.batch_norm_act_backward_input(
+            grad, input, output, *vectors, total, dot, count, need[3], overwrite
+        )
     elif need[0] or need[3]:
-        grad_input, grad_residual = _run(
-            "batch_norm_act_backward_input", *arguments, total, dot, count, need[3], overwrite
+        sums = Sums(total, dot, count)
+        grad_input, grad_residual = backend.batch_norm_act_backward_input(
+            grad, input, output, norm, activation, sums, need[3], overwrite
         )
     return (
         grad_input if need[0] else None,
@@ -150,18 +162,14 @@ def needs_output(input: Tensor, residual: Tensor | None, activation: str) -> boo
 
 
 def _has_kernels(input: Tensor) -> bool:
-    return is_plain(input) and hasattr(
-        backends.choose(input.device.type), "batch_norm_act_backward_sums"
-    )
+    return is_plain(input) and backends.choose(input.device.type).has_norm_kernels
 
 
-def _run(name: str, first: Tensor, *arguments: Any) -> Any:
-    """The backend's function of this name, where it has one, or the reference's."""
+def _backend(first: Tensor) -> backends.Backend | None:
+    """The backend with kernels for the batch of `first`, or None where the reference runs."""
     if first.numel() > 0 and _has_kernels(first):
-        module: Any = backends.choose(first.device.type)
-    else:
-        module = reference
-    return getattr(module, name)(first, *arguments)
+        return backends.choose(first.device.type)
+    return None
 
 
 class _SyncBatchNormAct(torch.autograd.Function):

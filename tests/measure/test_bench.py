@@ -409,7 +409,7 @@ def test_a_backend_that_cannot_run_is_a_row(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         candidates.backends, "available", lambda: {"cpu": "yes", "triton": "no such luck"}
     )
-    monkeypatch.setattr(candidates.backends._MODULES["triton"], "available", lambda: "no such luck")
+    monkeypatch.setattr(backends.named("triton"), "available", lambda: "no such luck")
     rows = measured(candidates.for_device(CPU, ["triton"], ["torch.compile"]))
     row = rows["cases"][0]["layers"][0]["candidates"][-1]
     assert (row["name"], row["status"]) == ("fused, triton", "failed")

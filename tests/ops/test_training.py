@@ -24,6 +24,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import fused_resnet
 from fused_resnet import backends, functional
+from fused_resnet.layers.description import Norm, Sums
 from fused_resnet.measure.clock import kept_bytes
 from fused_resnet.models import cifar_resnet
 from fused_resnet.testing import assert_error_rule, relative_error
@@ -94,9 +95,7 @@ def test_gradients_of_any_strides(activation, layout):
 @pytest.mark.parametrize("activation", ["relu", "none"])
 def test_gradients_of_parts_of_a_batch(backend, activation, residual, dtype, memory_format):
     """The passes of the backward by themselves, on two parts of a batch, against all of it."""
-    module = backends.choose(backend.device)
-    if not hasattr(module, "batch_norm_act_backward_sums"):
-        module = fused_resnet.reference  # which runs where a backend has none
+    chosen = backends.choose(backend.device)
     shape, eps = (5, 21, 6, 7), 1e-5
     x, z, grad = (
         t.to(backend.device, memory_format=memory_format)
@@ -111,7 +110,8 @@ def test_gradients_of_parts_of_a_batch(backend, activation, residual, dtype, mem
     expected = torch.autograd.grad(expected, leaves, grad.double(), allow_unused=True)
 
     var, mean = torch.var_mean(x, (0, 2, 3), unbiased=False)
-    norm = (weight, bias, mean, var, eps, activation)
+    norm = Norm(mean, var, weight, bias, eps)
+    flat = (weight, bias, mean, var, eps, activation)
     parts = []
     for part in (slice(0, 2), slice(2, 5)):
         output = functional.batch_norm_act(
@@ -119,18 +119,20 @@ def test_gradients_of_parts_of_a_batch(backend, activation, residual, dtype, mem
             residual=z[part] if residual else None, activation=activation,
         )  # fmt: skip
         parts.append((grad[part], x[part], output if residual else None))
-    total, dot = map(
-        sum,
-        zip(*(module.batch_norm_act_backward_sums(*part, *norm) for part in parts), strict=True),
-    )
     count = x.numel() // 21
-    inputs, residuals = zip(
-        *(
-            module.batch_norm_act_backward_input(*part, *norm, total, dot, count, residual)
-            for part in parts
-        ),
-        strict=True,
-    )
+    if chosen.has_norm_kernels:
+        found = [chosen.batch_norm_act_backward_sums(*part, norm, activation) for part in parts]
+    else:  # the reference runs where a backend has none
+        reference = fused_resnet.reference
+        found = [reference.batch_norm_act_backward_sums(*part, *flat) for part in parts]
+    total, dot = map(sum, zip(*found, strict=True))
+    if chosen.has_norm_kernels:
+        sums = (norm, activation, Sums(total, dot, count), residual)
+        found = [chosen.batch_norm_act_backward_input(*part, *sums) for part in parts]
+    else:
+        sums = (*flat, total, dot, count, residual)
+        found = [reference.batch_norm_act_backward_input(*part, *sums) for part in parts]
+    inputs, residuals = zip(*found, strict=True)
     tolerance = 1e-4 if dtype is torch.float32 else 1e-9
     close = functools.partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
     close(torch.cat(inputs).double(), expected[0])

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...layers.description import PARAMETERS, SAVED, Block
 from ..gradients import act_backward, aten, middle_channels
 from ..registration import gradients_batched
-from .passes import Pass, backend_function, passes_of, run_block
+from .passes import Pass, backend_of, passes_of, run_block
 
 
 def block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -154,15 +154,13 @@ def stem_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     step.restore(kept)
     again = torch.is_grad_enabled()
     out = pool_grad = None
-    name = "max_pool_backward" if offsets is None else "max_pool_backward_from_offsets"
-    kernel = backend_function(name, grad)
-    if kernel is not None and offsets is not None:
-        pool_grad = kernel(grad, offsets, step.raw.shape[2:], ctx.pool)
-    elif kernel is not None and grad.numel() > 0:
-        pool_grad = kernel(
-            *(grad, step.raw, step.bn_weight, step.bn_bias, step.mean, step.var, ctx.layer.eps),
-            ctx.pool,
+    backend = backend_of(grad)
+    if backend is not None and offsets is not None:
+        pool_grad = backend.max_pool_backward_from_offsets(
+            grad, offsets, step.raw.shape[2:], ctx.pool
         )
+    elif backend is not None and grad.numel() > 0:
+        pool_grad = backend.max_pool_backward(grad, step.raw, step.norm, ctx.pool)
     if pool_grad is not None:
         grad = pool_grad
     else:

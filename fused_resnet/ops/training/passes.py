@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ... import backends
 from ...layers.convolution import conv2d, conv2d_backward
-from ...layers.description import PARAMETERS, Block, Layer
+from ...layers.description import PARAMETERS, Block, Layer, Norm, Sums
 from ..batch_norm_act_inference import batch_norm_act_inference
 from ..batch_norm_act_training import batch_norm_act_training
 from ..gradients import norm_act_backward
@@ -34,25 +33,28 @@ class Pass:
         self.count: Tensor | None = None
 
     @property
-    def norm(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]:
+    def norm(self) -> Norm:
         """The norm's statistics, weight, bias and eps, as backends take them."""
-        return self.mean, self.var, self.bn_weight, self.bn_bias, self.layer.eps
+        return Norm(self.mean, self.var, self.bn_weight, self.bn_bias, self.layer.eps)
 
-    def _own(self, name: str, tensor: Tensor) -> Any:
-        """The backend's function of this name, where it has one and the statistics are our own."""
+    def _backend(self, tensor: Tensor) -> backends.Backend | None:
+        """Whose kernels may run it: statistics are our own, and nothing looks at single steps."""
         if self.layer.group is not None or torch.is_grad_enabled() or gradients_batched():
             return None
-        return getattr(backends.choose(tensor.device.type), name, None)
+        return backends.choose(tensor.device.type)
 
     def convolve_with_statistics(self, input: Tensor, before: Pass | None) -> bool:
         """In one, where the backend does; `before` is the layer whose norm the input lacks."""
-        run = self._own("conv_batch_norm_statistics", input)
+        if (backend := self._backend(input)) is None:
+            return False
         prologue = None if before is None else before.norm
-        geometry = self.layer.geometry
-        found = run and run(input, self.weight, self.bias, *geometry, prologue)
-        if found is not None:
-            self.raw, self.mean, self.var = found
-        return found is not None
+        found = backend.conv_batch_norm_statistics(
+            input, self.weight, self.bias, self.layer.geometry, prologue
+        )
+        if found is None:
+            return False
+        self.raw, self.mean, self.var = found
+        return True
 
     def finish(self, residual: Tensor | None, activation: str) -> Tensor:
         """`normalize`, with the statistics that the convolution may have found."""
@@ -64,11 +66,11 @@ class Pass:
         self, shortcut: Tensor, projection: Pass | None
     ) -> tuple[Tensor, Tensor | None] | None:
         """The block's output and its mask, if the backend has one kernel for both norms."""
-        run = self._own("batch_norm_add_relu", self.raw)
-        norm = None
-        if projection is not None:
-            run, norm = run and projection._own("batch_norm_add_relu", shortcut), projection.norm
-        found = run and run(self.raw, self.norm, shortcut, norm)
+        backend = self._backend(self.raw)
+        if backend is None or (projection is not None and projection.layer.group is not None):
+            return None
+        norm = None if projection is None else projection.norm
+        found = backend.batch_norm_add_relu(self.raw, self.norm, shortcut, norm)
         if found is None:
             return None
         output, mask, (self.mean, self.var), statistics = found
@@ -80,9 +82,12 @@ class Pass:
         self, grad: Tensor, mask: Tensor, projection: Pass
     ) -> tuple[tuple, tuple] | None:
         """The gradients of both norms behind `add_relu`, from one kernel; or None."""
-        run = self._own("batch_norm_add_relu_backward", grad)
-        run = run and projection._own("batch_norm_add_relu_backward", grad)
-        return run and run(grad, mask, self.raw, self.norm, projection.raw, projection.norm)
+        backend = self._backend(grad)
+        if backend is None or projection.layer.group is not None:
+            return None
+        return backend.batch_norm_add_relu_backward(
+            grad, mask, self.raw, self.norm, projection.raw, projection.norm
+        )
 
     def input_backward(
         self,
@@ -93,25 +98,32 @@ class Pass:
         residual_mask: Tensor | None = None,
     ) -> tuple[Tensor, tuple | None] | None:
         """The backend's `conv_backward_input`, where it has one that runs this."""
-        run = (self if below is None else below)._own("conv_backward_input", grad)
-        behind = None if below is None else (below.raw, *below.norm)
+        backend = (self if below is None else below)._backend(grad)
+        if backend is None:
+            return None
+        behind = None if below is None else (below.raw, below.norm)
         geometry = self.layer.geometry
-        masked = () if residual_mask is None else (residual_mask,)
-        return run and run(grad, self.weight, size, *geometry, residual, behind, *masked)
+        return backend.conv_backward_input(
+            grad, self.weight, size, geometry, residual, behind, residual_mask
+        )
 
     def adds_to_input_gradient(self, grad: Tensor, size: Sequence[int], residual: Tensor) -> bool:
         """Whether `input_backward` runs a tensor like `residual` along."""
-        run = self._own("conv_backward_input_runs", grad)
-        return bool(run and run(grad, self.weight, size, *self.layer.geometry, residual, None))
+        backend = self._backend(grad)
+        return backend is not None and backend.conv_backward_input_runs(
+            grad, self.weight, size, self.layer.geometry, residual
+        )
 
     def last_backward(self, grad: Tensor, output: Tensor, below: Pass) -> tuple | None:
         """The backend's `norm_conv_backward_input`, likewise."""
-        run = self._own("norm_conv_backward_input", grad)
-        if run is None or below.layer.group is not None:
+        backend = self._backend(grad)
+        if backend is None or below.layer.group is not None:
             return None
-        behind = (below.raw, *below.norm)
         size, geometry = below.raw.shape[2:], self.layer.geometry
-        return run(grad, output, self.raw, self.norm, self.weight, size, *geometry, behind)
+        behind = (self.raw, self.norm)
+        return backend.norm_conv_backward_input(
+            grad, output, behind, self.weight, size, geometry, (below.raw, below.norm)
+        )
 
     def norm_backward_from(
         self, grad: Tensor, sums: tuple[Tensor, Tensor, Tensor], need: Sequence[bool]
@@ -120,10 +132,10 @@ class Pass:
         total, dot, grad_weight = sums
         grad_input = None
         if need[0]:
+            batch = Sums(total, dot, grad.numel() // grad.size(1))
             grad_input, _ = backends.choose(grad.device.type).batch_norm_act_backward_input(
-                grad, self.raw, None, self.bn_weight, self.bn_bias, self.mean, self.var,
-                self.layer.eps, "none", total, dot, grad.numel() // grad.size(1), False, True,
-            )  # fmt: skip
+                grad, self.raw, None, self.norm, "none", batch, False, True
+            )
         return (grad_input, *self.norm_gradients(grad_weight, total, need))
 
     def norm_gradients(
@@ -158,8 +170,11 @@ class Pass:
 
         And the maxima's places in their windows, where the backend keeps them.
         """
-        run = self._own("batch_norm_relu_max_pool", raw)
-        found = run and run(raw, self.bn_weight, self.bn_bias, self.layer.eps, pool)
+        backend, found = self._backend(raw), None
+        if backend is not None:
+            found = backend.batch_norm_relu_max_pool(
+                raw, self.bn_weight, self.bn_bias, self.layer.eps, pool
+            )
         if found is None:
             return torch.max_pool2d(self.normalize(raw, None, "relu"), *pool), None
         out, offsets, self.mean, self.var = found
@@ -217,9 +232,11 @@ class Pass:
         """Gradients of input, weight and bias; the first is added to `add_to`, maybe in place."""
         grad_input = grad_weight = grad_bias = None
         need_input, *need_parameters = need
-        kernel = backend_function("conv_input_gradient", grad)
-        if need_input and kernel is not None:
-            grad_input = kernel(grad, input, self.weight, *self.layer.geometry, add_to)
+        backend = backend_of(grad)
+        if need_input and backend is not None:
+            grad_input = backend.conv_input_gradient(
+                grad, input, self.weight, self.layer.geometry, add_to
+            )
             if grad_input is not None:
                 need_input, add_to = False, None
         if need_input or any(need_parameters):
@@ -233,11 +250,11 @@ class Pass:
         return grad_input, grad_weight, grad_bias
 
 
-def backend_function(name: str, grad: Tensor) -> Callable[..., Any] | None:
-    """What the backend has for the backward pass, unless that is to be differentiated again."""
+def backend_of(grad: Tensor) -> backends.Backend | None:
+    """Whose kernels may run a backward pass; None if that is to be differentiated again."""
     if torch.is_grad_enabled() or not is_plain(grad):
         return None
-    return getattr(backends.choose(grad.device.type), name, None)
+    return backends.choose(grad.device.type)
 
 
 def passes_of(layers: Sequence[Layer], parameters: Sequence[Tensor | None]) -> list[Pass]:

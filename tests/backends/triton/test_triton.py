@@ -294,8 +294,8 @@ def test_what_it_cannot_run_is_the_librarys(triton, monkeypatch):
 def test_the_interpreter_is_only_for_who_asks():
     """With TRITON_INTERPRET set, CPU tensors still run on the CPU backend by default."""
     if RUNNER.device == "cpu":
-        assert backends.choose("cpu") is backends.cpu
-        assert backends.choose("cuda") is not backends.triton
+        assert backends.choose("cpu").name == "cpu"
+        assert backends.choose("cuda").name != "triton"
 
 
 # Broken kernels: the case that must object, a line of a kernel, and what it becomes.

@@ -674,7 +674,7 @@ def test_weights_are_arranged_once(tile):
 MUTATIONS = {
     "last tap lost": ("range(R * S * (WIDTH", "range((R * S - 1) * (WIDTH"),
     "wraps at the border": ("(w + s * DILATION_W < W)", "(w + s * DILATION_W < W + 1)"),
-    "first norm forgotten": ("_relu(acc * scale[None, :] + offset[None, :])", "_relu(acc)"),
+    "first norm forgotten": ("relu(acc * scale[None, :] + offset[None, :])", "relu(acc)"),
     "no ReLU between": ("return device.relu(acc", "return (acc"),
     "shortcut forgotten": ("out = shortcut.to(tl.float32)", "out = 0.0 * shortcut.to(tl.float32)"),
     "projection's norm forgotten": ("out = out * factor[None, :] + term[None, :]", "out = out"),

@@ -1,0 +1,335 @@
+"""What a backend is: a class with a method for each thing that it may do in its own way.
+
+What a backend has no kernel for it does not define: the methods here do it as the library does, or
+return None ("not this one"), and the caller goes another way. Arguments have been checked before
+they get here. To add a backend, derive from `Backend` and `register` an instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layers.description import ConvNorm, Norm, Pool, Sums
+from . import library
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Backend:
+    """Kernels for one kind of device, and what they can do.
+
+    Attributes:
+        name: what `use_backend` calls it.
+        device_type: of the tensors that it runs on; None for those of any device.
+        reads_narrow_residuals: whether operators take a residual of fewer channels, without padding
+            it in memory.
+        pads_shortcuts: whether `residual_blocks` takes shortcuts without parameters.
+        hold_blocks_in_graphs: whether compiled and exported graphs hold `residual_blocks`.
+        has_norm_kernels: whether `batch_norm_act_backward` and the methods for shared statistics
+            are to be used, rather than torch's own operators.
+    """
+
+    name: str
+    device_type: str | None = None
+    reads_narrow_residuals = False
+    pads_shortcuts = False
+    hold_blocks_in_graphs = False
+    has_norm_kernels = False
+
+    def available(self) -> str:
+        """Whether it can run here: "yes" or the reason why not."""
+        return "yes"
+
+    def is_default(self, device_type: str) -> bool:
+        """Whether it runs tensors of this device where nobody chose a backend."""
+        return False
+
+    def explain(self, operator: str, **arguments: Any) -> str:
+        """How it runs an operator; see `backends.explain`."""
+        return f"{self.name}: {library.explain(operator)}"
+
+    def in_graphs(self, input: Tensor) -> bool:
+        """Whether a compiler's graph should hold its kernels instead of the operator."""
+        return False
+
+    def has_kernel(self, dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> bool:
+        """Whether it does what comes before and behind such a convolution for nothing."""
+        return False
+
+    def release(self, tensors: Iterable[Tensor]) -> None:
+        """Drops what was made of these parameters and buffers."""
+
+    # Inference.
+
+    def conv_bn_act(
+        self, input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str
+    ) -> Tensor:
+        """See `reference.conv_bn_act`."""
+        return library.conv_bn_act(input, *layer.flat(), residual, activation)
+
+    def norm_conv_bn_act(
+        self,
+        input: Tensor,
+        before: Norm,
+        layer: ConvNorm,
+        residual: Tensor | None,
+        activation: str,
+    ) -> Tensor:
+        """`conv_bn_act` of `relu(batch_norm(input))`, which need not be in memory."""
+        normalised = self.batch_norm_act_inference(input, before, None, "relu")
+        return self.conv_bn_act(normalised, layer, residual, activation)
+
+    def conv_bn_act_max_pool(
+        self, input: Tensor, layer: ConvNorm, activation: str, pool: Pool
+    ) -> Tensor:
+        """`conv_bn_act` without a residual, then a max-pool."""
+        return F.max_pool2d(self.conv_bn_act(input, layer, None, activation), *pool)
+
+    def batch_norm_act_inference(
+        self, input: Tensor, norm: Norm, residual: Tensor | None, activation: str
+    ) -> Tensor:
+        """See `reference.batch_norm_act_inference`."""
+        return library.batch_norm_act_inference(input, *norm, residual, activation)
+
+    def residual_blocks(self, input: Tensor, *described: Any) -> Tensor | None:
+        """Whole blocks in one call, or None where these are not covered: `ops.residual_blocks`."""
+        return None
+
+    # Training, forward.
+
+    def batch_norm_act_training(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None,
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `reference.batch_norm_act_training`."""
+        return library.batch_norm_act_training(input, weight, bias, eps, residual, activation)
+
+    def batch_norm_act_training_keeping_mask(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+        """`batch_norm_act_training` with ReLU, and its mask, a bit a value in memory order (uint8).
+
+        The mask is None where it has none for this input; all is where it never has one.
+        """
+        return None
+
+    def batch_norm_add_relu(
+        self, input: Tensor, norm: tuple, residual: Tensor, residual_norm: tuple | None
+    ) -> tuple[Tensor, Tensor | None, tuple, tuple | None] | None:
+        """`relu(batch_norm(input) + batch_norm(residual))` in one pass, and its mask as bits.
+
+        Args:
+            input: (N, C, *).
+            norm: as a `Norm`, but for mean and variance, which are None if still to be found.
+            residual: as the input, or with fewer channels.
+            residual_norm: likewise; or None for a residual that is added as it is.
+
+        Returns:
+            The output, its mask, mean and variance of the input, and of the residual; or None.
+        """
+        return None
+
+    def batch_statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance, (C,) each, float32 (float64 for float64)."""
+        return library.batch_statistics(input)
+
+    def conv_batch_norm_statistics(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Sequence[Any],
+        prologue: Norm | None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """A convolution, and the mean and biased variance (K,) of its output, in one pass.
+
+        `geometry` is stride, padding, dilation and groups, here as below. `prologue` is a norm that
+        the input, and then through a ReLU, goes through first.
+        """
+        return None
+
+    def batch_norm_relu_max_pool(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        pool: Sequence[Sequence[int]],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """`max_pool2d(relu(batch_norm(input)), *pool)` with batch statistics.
+
+        Returns:
+            The pooled tensor, the place of each maximum in its window (uint8), mean and biased
+            variance; or None.
+        """
+        return None
+
+    # Training, backward.
+
+    def batch_norm_act_backward(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        output: Tensor | None,
+        norm: Norm,
+        activation: str,
+        training: bool,
+        need: Sequence[bool],
+        overwrite: bool = False,
+    ) -> Gradients:
+        """Gradients of batch norm, residual add and activation.
+
+        Args:
+            grad: of the output.
+            input: the normalised tensor.
+            output: what the activation returned, or its mask as bits; None where there is no
+                residual and the sign is computed again from the input.
+            norm: its statistics those of the batch when training.
+            activation: "relu" or "none".
+            training: whether the statistics are functions of the input.
+            need: which gradients to compute: the input's, the weight's, the bias's, the residual's.
+            overwrite: whether `grad` may be overwritten, by the input's gradient.
+
+        Returns:
+            The gradients, None where not needed; of weight and bias in the accumulation dtype.
+        """
+        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
+        return library.batch_norm_act_backward(
+            grad, input, output, *vectors, activation, training, need
+        )
+
+    def batch_norm_act_backward_sums(
+        self, grad: Tensor, input: Tensor, output: Tensor | None, norm: Norm, activation: str
+    ) -> tuple[Tensor, Tensor]:
+        """With g the gradient behind the activation, the sums of g and g (input - mean), (C,)."""
+        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
+        return library.batch_norm_act_backward_sums(grad, input, output, *vectors, activation)
+
+    def batch_norm_act_backward_input(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        output: Tensor | None,
+        norm: Norm,
+        activation: str,
+        sums: Sums,
+        need_residual: bool,
+        overwrite: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of input and residual, from the sums over the joint batch."""
+        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
+        return library.batch_norm_act_backward_input(
+            grad, input, output, *vectors, activation, *sums, need_residual
+        )
+
+    def batch_norm_add_relu_backward(
+        self,
+        grad: Tensor,
+        output: Tensor,
+        input: Tensor,
+        norm: Norm,
+        residual: Tensor,
+        residual_norm: Norm,
+    ) -> tuple[tuple, tuple] | None:
+        """Behind two norms, their add and its ReLU: of each input, its gradient and its norm's."""
+        return None
+
+    def conv_input_gradient(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        geometry: Sequence[Any],
+        add_to: Tensor | None = None,
+    ) -> Tensor | None:
+        """A convolution's gradient in its input, added to `add_to` in place if there is one.
+
+        Of `input` only shape, dtype and layout matter. None, with nothing done, where not covered.
+        """
+        return None
+
+    def conv_backward_input(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        size: Sequence[int],
+        geometry: Sequence[Any],
+        residual: Tensor | None,
+        below: tuple[Tensor, Norm] | None,
+        residual_mask: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None] | None:
+        """A convolution's gradient in its input, and what would follow it.
+
+        Args:
+            grad: (N, K, P, Q), of the convolution's output.
+            weight: (K, C / groups, R, S).
+            size: (H, W) of its input.
+            geometry: see `conv_batch_norm_statistics`.
+            residual: to be added, of the input's shape; or None.
+            below: a tensor and its norm, where the convolution's input is
+                `relu(batch_norm(tensor))`; or None.
+            residual_mask: bits of `batch_norm_add_relu`, if the residual is to be masked by it.
+
+        Returns:
+            The gradient, with `below` behind that norm, and then its sum, its sum with
+            `tensor - mean` and that over `sqrt(var + eps)`; or None.
+        """
+        return None
+
+    def conv_backward_input_runs(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        size: Sequence[int],
+        geometry: Sequence[Any],
+        residual: Tensor | None,
+    ) -> bool:
+        """Whether `conv_backward_input` returns something, without `below`."""
+        return False
+
+    def norm_conv_backward_input(
+        self,
+        grad: Tensor,
+        output: Tensor,
+        behind: tuple[Tensor, Norm],
+        weight: Tensor,
+        size: Sequence[int],
+        geometry: Sequence[Any],
+        below: tuple[Tensor, Norm],
+    ) -> tuple[Tensor, tuple, Tensor, Tensor, tuple[Tensor, Tensor]] | None:
+        """`conv_backward_input` of a 1x1 convolution, with the norm behind it and its shortcut.
+
+        `grad` is of `output = relu(batch_norm(raw) + shortcut)`, `behind` is raw and that norm.
+
+        Returns:
+            What `conv_backward_input` does; the gradients of `raw` and of the shortcut; those of
+            the norm's weight and bias, in float32; or None.
+        """
+        return None
+
+    def max_pool_backward(
+        self, grad: Tensor, input: Tensor, norm: Norm, pool: Sequence[Sequence[int]]
+    ) -> Tensor | None:
+        """The gradient that `max_pool2d(relu(batch_norm(input)), *pool)` passes to the ReLU."""
+        return None
+
+    def max_pool_backward_from_offsets(
+        self, grad: Tensor, offsets: Tensor, size: Sequence[int], pool: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """The gradient of the pool's input, of (H, W) `size`, from `batch_norm_relu_max_pool`."""
+        raise NotImplementedError(f"the backend {self.name} keeps no places of maxima")
