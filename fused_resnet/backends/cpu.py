@@ -331,10 +331,12 @@ def batch_norm_act_inference(
 def _in_accumulation_dtype(input: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
     """(C,) parameters as the native operators take them."""
     dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
-    return tuple(
-        p if p is None or (p.dtype is dtype and p.is_contiguous()) else p.to(dtype).contiguous()
-        for p in parameters
-    )
+    result = []
+    for p in parameters:
+        if p is not None and not (p.dtype is dtype and p.is_contiguous()):
+            p = p.to(dtype).contiguous()
+        result.append(p)
+    return tuple(result)
 
 
 def batch_norm_act_backward(

@@ -7,17 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, reference
+from .. import backends
 from ..layers.description import Norm
 from ..layers.memory import contiguous_like_eager
 from . import operator_checks
 from .gradients import has_norm_kernel, middle_channels, norm_act_backward
 from .registration import (
+    Operator,
     autocast_residual,
-    has_foreign,
     library,
-    needs_grad,
-    nothing_intercepts,
     register_autocast,
     register_autograd,
     register_fake,
@@ -28,7 +26,6 @@ library.define(
     "batch_norm_act_inference(Tensor input, Tensor running_mean, Tensor running_var, "
     "Tensor? weight, Tensor? bias, float eps, Tensor? residual, str activation) -> Tensor"
 )
-_operator = torch.ops.fused_resnet.batch_norm_act_inference.default
 
 
 def batch_norm_act_inference(
@@ -42,16 +39,7 @@ def batch_norm_act_inference(
     activation: str,
 ) -> Tensor:
     """Calls the operator. See `reference.batch_norm_act_inference` for what it computes."""
-    arguments = (input, running_mean, running_var, weight, bias, eps, residual, activation)
-    tensors = (input, running_mean, running_var, weight, bias, residual)
-    if not nothing_intercepts(*tensors):
-        if has_foreign(*tensors):
-            return reference.batch_norm_act_inference(*arguments)
-        return _operator(*arguments)
-    if needs_grad(*tensors):
-        return _BatchNormActInference.apply(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _kernel(*arguments)
+    return _call(input, running_mean, running_var, weight, bias, eps, residual, activation)
 
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
@@ -134,6 +122,9 @@ class _BatchNormActInference(torch.autograd.Function):
         return grad_input, None, None, grad_weight, grad_bias, None, grad_residual, None
 
 
+_call = Operator(
+    "batch_norm_act_inference", (0, 1, 2, 3, 4, 6), _kernel, _BatchNormActInference.apply
+)
 register_autograd(
     "batch_norm_act_inference",
     _BatchNormActInference.apply,

@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, reference
+from .. import backends
 from ..layers.description import conv_norm_of
 from . import operator_checks
 from .gradients import act_backward, conv_norm_backward, middle_channels
 from .registration import (
+    Operator,
     autocast_tensor,
-    has_foreign,
     library,
-    needs_grad,
-    nothing_intercepts,
     register_autocast,
     register_autograd,
     register_fake,
@@ -30,7 +28,6 @@ library.define(
     "Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, int[2] stride, int[2] padding, "
     "int[2] dilation, int groups, Tensor? residual, str activation) -> Tensor"
 )
-_operator = torch.ops.fused_resnet.conv_bn_act.default
 
 
 def conv_bn_act(
@@ -50,7 +47,7 @@ def conv_bn_act(
     activation: str,
 ) -> Tensor:
     """Calls the operator. See `reference.conv_bn_act` for what it computes."""
-    arguments = (
+    return _call(
         input,
         weight,
         running_mean,
@@ -66,15 +63,6 @@ def conv_bn_act(
         residual,
         activation,
     )
-    tensors = (input, weight, running_mean, running_var, bn_weight, bn_bias, bias, residual)
-    if not nothing_intercepts(*tensors):
-        if has_foreign(*tensors):
-            return reference.conv_bn_act(*arguments)
-        return _operator(*arguments)
-    if needs_grad(*tensors):
-        return _ConvBnAct.apply(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _kernel(*arguments)
 
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
@@ -168,6 +156,7 @@ class _ConvBnAct(torch.autograd.Function):
         return *gradients, None, None, None, None, grad_residual, None
 
 
+_call = Operator("conv_bn_act", (0, 1, 2, 3, 4, 5, 7, 12), _kernel, _ConvBnAct.apply)
 register_autograd("conv_bn_act", _ConvBnAct.apply, operator_checks.conv_bn_act)
 
 

@@ -15,11 +15,10 @@ from . import operator_checks
 from .conv_bn_act import conv_bn_act
 from .gradients import act_backward, aten, conv_norm_backward
 from .registration import (
+    Operator,
     autocast_tensor,
-    has_foreign,
     library,
     needs_grad,
-    nothing_intercepts,
     register_autocast,
     register_autograd,
     register_fake,
@@ -34,7 +33,6 @@ library.define(
     "int[2] dilation, int groups, str activation, int[2] pool_kernel_size, int[2] pool_stride, "
     "int[2] pool_padding) -> Tensor"
 )
-_operator = torch.ops.fused_resnet.conv_bn_act_max_pool.default
 
 
 def conv_bn_act_max_pool(
@@ -56,7 +54,7 @@ def conv_bn_act_max_pool(
     pool_padding: Sequence[int],
 ) -> Tensor:
     """Calls the operator. See `reference.conv_bn_act_max_pool` for what it computes."""
-    arguments = (
+    return _call(
         input,
         weight,
         running_mean,
@@ -74,15 +72,6 @@ def conv_bn_act_max_pool(
         pool_stride,
         pool_padding,
     )
-    tensors = (input, weight, running_mean, running_var, bn_weight, bn_bias, bias)
-    if not nothing_intercepts(*tensors):
-        if has_foreign(*tensors):
-            return reference.conv_bn_act_max_pool(*arguments)
-        return _operator(*arguments)
-    if needs_grad(*tensors):
-        return _ConvBnActMaxPool.apply(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _kernel(*arguments)
 
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
@@ -168,6 +157,7 @@ class _ConvBnActMaxPool(torch.autograd.Function):
         return *gradients, *(None,) * 8
 
 
+_call = Operator("conv_bn_act_max_pool", (0, 1, 2, 3, 4, 5, 7), _kernel, _ConvBnActMaxPool.apply)
 register_autograd(
     "conv_bn_act_max_pool", _ConvBnActMaxPool.apply, operator_checks.conv_bn_act_max_pool
 )

@@ -12,18 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, reference
+from .. import backends
 from ..layers.description import Norm, conv_norm_of
 from . import operator_checks
 from .batch_norm_act_inference import batch_norm_act_inference
 from .conv_bn_act import conv_bn_act
 from .gradients import act_backward, conv_norm_backward, norm_act_backward
 from .registration import (
+    Operator,
     autocast_tensor,
-    has_foreign,
     library,
-    needs_grad,
-    nothing_intercepts,
     register_autocast,
     register_autograd,
     register_fake,
@@ -37,7 +35,6 @@ library.define(
     "Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, int[2] stride, int[2] padding, "
     "int[2] dilation, int groups, Tensor? residual, str activation) -> Tensor"
 )
-_operator = torch.ops.fused_resnet.norm_conv_bn_act.default
 
 
 def norm_conv_bn_act(
@@ -62,7 +59,7 @@ def norm_conv_bn_act(
     activation: str,
 ) -> Tensor:
     """Calls the operator. See `reference.norm_conv_bn_act` for what it computes."""
-    arguments = (
+    return _call(
         input,
         in_mean,
         in_var,
@@ -83,15 +80,6 @@ def norm_conv_bn_act(
         residual,
         activation,
     )
-    tensors = (*arguments[:5], *arguments[6:11], bias, residual)
-    if not nothing_intercepts(*tensors):
-        if has_foreign(*tensors):
-            return reference.norm_conv_bn_act(*arguments)
-        return _operator(*arguments)
-    if needs_grad(*tensors):
-        return _NormConvBnAct.apply(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _kernel(*arguments)
 
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
@@ -201,6 +189,9 @@ class _NormConvBnAct(torch.autograd.Function):
         return *ours, *gradients, None, None, None, None, grad_residual, None
 
 
+_call = Operator(
+    "norm_conv_bn_act", (0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 17), _kernel, _NormConvBnAct.apply
+)
 register_autograd("norm_conv_bn_act", _NormConvBnAct.apply, operator_checks.norm_conv_bn_act)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,42 @@ def needs_grad(*arguments: Any) -> bool:
             if isinstance(argument, Tensor) and argument.requires_grad:
                 return True
     return False
+
+
+class Operator:
+    """The way to an operator from Python: around the dispatcher where nothing in it has a say.
+
+    Args:
+        name: of the operator, and of the reference's function, which runs what knows only torch's
+            own operators.
+        tensors: which of its arguments are tensors, or None in a tensor's place.
+        kernel: what it runs, below autograd.
+        apply: of the autograd function that records it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: Sequence[int],
+        kernel: Callable[..., Any],
+        apply: Callable[..., Any],
+    ) -> None:
+        self._tensors = tuple(tensors)
+        self._kernel, self._apply = kernel, apply
+        self._operator = getattr(torch.ops.fused_resnet, name).default
+        self._reference = getattr(reference, name)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Its result; the arguments are those of the schema, in order and all of them."""
+        tensors = [arguments[index] for index in self._tensors]
+        if not nothing_intercepts(*tensors):
+            if has_foreign(*tensors):
+                return self._reference(*arguments)
+            return self._operator(*arguments)
+        if needs_grad(*tensors):
+            return self._apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._kernel(*arguments)
 
 
 def register_kernel(

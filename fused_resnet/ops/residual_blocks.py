@@ -76,13 +76,8 @@ def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | No
     if needs_grad(input, *tensors):
         return None
     out = _in_one(*arguments)
-    # On a CPU the modules' own way to a convolution that is the library's takes as long as a norm.
-    if (
-        out is None
-        and input.device.type == "cpu"
-        and min(projections) >= 0
-        and checks.blocks_fit(input, blocks)
-    ):
+    # The modules' own way to a convolution takes as long as a small one.
+    if out is None and min(projections) >= 0 and checks.blocks_fit(input, blocks):
         out = _one_by_one(*arguments)
     return out
 

@@ -21,6 +21,7 @@ from ...layers.prepared import WeightCache, version_of
 from ...tuning.chain import slice_stages
 from ...tuning.choice import Tile
 from . import conv, device, launch, problem
+from .problem import ceil_div
 
 
 @triton.jit
@@ -354,7 +355,7 @@ def bottleneck(
         launch.launch_kernel(
             input,
             bottleneck_kernel,
-            (triton.cdiv(M, tile.block_m), split),
+            (ceil_div(M, tile.block_m), split),
             (
                 pixels, weights[0], *_norm(convolution), weights[1], *_norm(expand), source,
                 weights[2], *_norm(project), weights[3],

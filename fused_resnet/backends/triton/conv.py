@@ -27,7 +27,7 @@ from .launch import (
     row_block,
     skew,
 )
-from .problem import chosen_tile, problem_of, problem_size, tile_for
+from .problem import ceil_div, chosen_tile, problem_of, problem_size, tile_for
 
 # What the first pass of split-K is given and leaves to the second.
 _UNTOUCHED = dict.fromkeys(
@@ -119,7 +119,7 @@ def conv_bn_act(
     }
     parameters = (running_mean, running_var, bn_weight, bn_bias, bias)
     wide = launch.is_wide(pixels, filters, output, residual)
-    rows = triton.cdiv(M, tile.block_m)
+    rows = ceil_div(M, tile.block_m)
     geometry = ((P, Q), (R, S), stride, padding, dilation)
     partly = {"input_ptr": functools.partial(launch.addressed, input.shape, *geometry)}
     run = functools.partial(launch.launch_kernel, input)
@@ -129,7 +129,7 @@ def conv_bn_act(
         block_k = max(16, triton.next_power_of_2(in_tile * group_c))
         run(
             conv_kernels.packed_conv_kernel,
-            (rows * triton.cdiv(groups, in_tile),),
+            (rows * ceil_div(groups, in_tile),),
             (
                 pixels, filters, *parameters, residual, output, eps, M, H, W, P, Q, groups,
                 pixels.stride(0), pixels.stride(2), pixels.stride(3), *residual_strides,
@@ -148,7 +148,7 @@ def conv_bn_act(
     elif kernel == "row":
         run(
             conv_kernels.row_conv_kernel,
-            (rows * triton.cdiv(K, tile.block_n),),
+            (rows * ceil_div(K, tile.block_n),),
             (
                 pixels, filters, *parameters, residual, output, eps, M, H, W, P, Q, K,
                 pixels.stride(0), pixels.stride(2), *residual_strides,
@@ -161,7 +161,7 @@ def conv_bn_act(
             **tiled,
         )  # fmt: skip
     else:
-        split_k = _shares(tile, R * S * triton.cdiv(group_c, tile.block_k))
+        split_k = _shares(tile, R * S * ceil_div(group_c, tile.block_k))
         partial = None
         if split_k > 1:
             partial = input.new_empty((split_k, M, K), dtype=torch.float32)
@@ -170,7 +170,7 @@ def conv_bn_act(
         pointwise = R * S == 1 and max(padding) == 0
         run(
             conv_kernels.conv_kernel,
-            (rows * groups * triton.cdiv(group_k, tile.block_n), split_k),
+            (rows * groups * ceil_div(group_k, tile.block_n), split_k),
             (
                 pixels, filters, *parameters, residual, output, partial, table, eps, M, H, W, P, Q,
                 group_c, group_k, groups, pixels.stride(0), pixels.stride(2), pixels.stride(3),
@@ -225,7 +225,7 @@ def sum_partials(
     launch.launch_kernel(
         input,
         conv_kernels.sum_partials_kernel,
-        (triton.cdiv(M, _SUM_BLOCK[0]), triton.cdiv(K, _SUM_BLOCK[1])),
+        (ceil_div(M, _SUM_BLOCK[0]), ceil_div(K, _SUM_BLOCK[1])),
         (partial, *norm, bias, residual, output, eps, M, P, Q, K, *residual_strides),
         RESIDUAL_CHANNELS=None if residual is None else residual_channels(residual, output),
         RELU=relu,
@@ -241,4 +241,4 @@ def _shares(tile: Tile, steps: int) -> int:
     """`split_k` without shares that would have no step of the sum."""
     if tile.split_k == 1:
         return 1
-    return triton.cdiv(steps, triton.cdiv(steps, min(tile.split_k, steps)))
+    return ceil_div(steps, ceil_div(steps, min(tile.split_k, steps)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def can_normalize(input: Tensor, *others: Tensor | None) -> bool:
         input.dtype in DTYPES
         and not is_traced(input)
         and input.numel() > 0
-        and all(t is None or t.device == input.device for t in others)
+        and _are_on(input.device, others)
     )
 
 
@@ -57,8 +58,15 @@ def can_run(input: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     return (
         input.dtype in DTYPES
         and weight.dtype is input.dtype
-        and all(t is None or t.device == input.device for t in (weight, *others))
+        and _are_on(input.device, (weight, *others))
     )
+
+
+def _are_on(device: torch.device, tensors: Sequence[Tensor | None]) -> bool:
+    for tensor in tensors:  # noqa: SIM110  (a generator is a call for each of them)
+        if tensor is not None and tensor.device != device:
+            return False
+    return True
 
 
 def is_traced(input: Tensor) -> bool:

@@ -26,7 +26,6 @@ from torch._prims_common import suggest_memory_format
 from torch.nn import Parameter
 
 from ...tuning import chain
-from . import launch as launches
 
 _PARAMETERS = ("weight", "expand", "project", "reduce", "mean", "var", "bias")
 
@@ -188,11 +187,11 @@ def launch_kernel(
         kernel: what to launch.
         grid: how many programs.
         arguments: those that are no constants, in order.
-        writes: the names of those that the kernel writes to; see `launch.report`.
-        partly: see `launch.report`.
+        writes: the names of those that the kernel writes to; see `report`.
+        partly: see `report`.
         constants: arguments that are compiled in, and the number of warps and stages.
     """
-    if not launches.report(
+    if not report(
         kernel.fn.__name__, dict(zip(kernel.arg_names, arguments, strict=False)), writes, partly
     ):
         return
@@ -216,7 +215,7 @@ def dependence(input: Tensor, kernel: Any) -> dict[str, bool]:
     The first of a row waits for all before it, as any launch does, but lets the next one begin.
     See `conv_kernels.py` for what the kernels do about it.
     """
-    place = launches.next_in_row()
+    place = next_in_row()
     if place is None or not can_depend(input) or "DEPENDENT" not in kernel.arg_names:
         return {}
     return {"DEPENDENT": True, "launch_pdl": place > 0}
@@ -281,7 +280,9 @@ def is_wide(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        last = 0
+        for n, s in zip(tensor.shape, tensor.stride(), strict=True):
+            last += (n - 1) * s
         # Rows above an image and past the last tile are counted on, though not read.
         if last + 2**24 >= 2**31:
             return True

@@ -26,6 +26,7 @@ from ... import reference
 from ...layers.memory import contiguous_like_eager
 from .device import _normalized, relu
 from .launch import is_wide, launch_kernel
+from .problem import ceil_div
 
 # Elements that a program has in hand at a time: two accesses of 16 bytes for each of 128 threads.
 _STEP = 2048
@@ -517,11 +518,11 @@ class _Layout:
 
     @property
     def tiles_c(self) -> int:
-        return triton.cdiv(self.C, self.block_c)
+        return ceil_div(self.C, self.block_c)
 
     @property
     def tiles_r(self) -> int:
-        return triton.cdiv(self.rows, self.block_r)
+        return ceil_div(self.rows, self.block_r)
 
     def constants(self) -> dict[str, Any]:
         """What all kernels that go through a tensor are compiled for."""
@@ -535,15 +536,15 @@ class _Layout:
 
     def reduction(self) -> tuple[int, int]:
         """(steps of a program, slabs): a function of shape and dtype."""
-        wanted = max(triton.cdiv(_PROGRAMS, self.tiles_c), self.tiles_r // _LEAST_STEPS)
-        steps = triton.cdiv(self.tiles_r, min(wanted, _MOST_SLABS))
-        return steps, triton.cdiv(self.tiles_r, steps)
+        wanted = max(ceil_div(_PROGRAMS, self.tiles_c), self.tiles_r // _LEAST_STEPS)
+        steps = ceil_div(self.tiles_r, min(wanted, _MOST_SLABS))
+        return steps, ceil_div(self.tiles_r, steps)
 
     def elementwise(self) -> tuple[int, int]:
         """(steps of a program, programs), where every element goes by itself."""
         many = self.tiles_r * self.tiles_c >= _ELEMENTWISE_STEPS * _PROGRAMS
         steps = _ELEMENTWISE_STEPS if many else 1
-        return steps, triton.cdiv(self.tiles_r, steps) * self.tiles_c
+        return steps, ceil_div(self.tiles_r, steps) * self.tiles_c
 
 
 def _layout_of(input: Tensor) -> _Layout:
@@ -610,7 +611,7 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     launch_kernel(
         input,
         combine_statistics_kernel,
-        (triton.cdiv(layout.C, _combined(input)),),
+        (ceil_div(layout.C, _combined(input)),),
         (partial, mean, var, layout.rows, layout.C, steps * layout.block_r, slabs),
         writes=("mean_ptr", "var_ptr"),
         BLOCK_S=_MOST_SLABS,
@@ -812,7 +813,7 @@ def _sums_pass(
     launch_kernel(
         input,
         combine_sums_kernel,
-        (triton.cdiv(layout.C, _combined(input)),),
+        (ceil_div(layout.C, _combined(input)),),
         (
             partial, var, *found[:3], norm[4], layout.C, slabs,
             residual_var, *(found[3:] or (None,) * 3), residual_norm[4],

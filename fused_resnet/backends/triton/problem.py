@@ -85,3 +85,8 @@ def hint_of(size: int | torch.SymInt) -> int:
         hint = size.node.hint
         return 1 if hint is None else int(hint)
     return size
+
+
+def ceil_div(count: int, size: int) -> int:
+    """How many of `size` hold `count`; `triton.cdiv` takes eight calls for it."""
+    return (count + size - 1) // size

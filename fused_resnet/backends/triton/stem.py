@@ -34,7 +34,7 @@ from .launch import (
     skew,
 )
 from .norm import _Layout, _layout_of, _norm, _place, _vectors, batch_statistics
-from .problem import chosen_tile, hint_of, problem_of, problem_size, tile_for
+from .problem import ceil_div, chosen_tile, hint_of, problem_of, problem_size, tile_for
 
 MOST_POSITIONS = 255
 """Pixels of the largest window: offsets have 8 bits, and backward needs one that no pixel has."""
@@ -262,7 +262,7 @@ def max_pool_backward(
     layout = _layout_of(result)
     steps, programs = layout.elementwise()
     (R, S), stride, _ = pool
-    windows = triton.cdiv(R, stride[0]) * triton.cdiv(S, stride[1])
+    windows = ceil_div(R, stride[0]) * ceil_div(S, stride[1])
     launch.launch_kernel(
         grad,
         pool_backward_kernel,
@@ -516,14 +516,14 @@ def conv_bn_act_max_pool(
     pixels, filters = channels_last(input), filter_rows(weight)
     if pixels.stride(3) != C:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-    strips = triton.cdiv(columns, tile.block_m)
-    channel_tiles = triton.cdiv(K, tile.block_n)
+    strips = ceil_div(columns, tile.block_m)
+    channel_tiles = ceil_div(K, tile.block_n)
     programs = hint_of(strips) * channel_tiles * hint_of(pooled_P)
     rows_each = pooled_rows_each(programs)
     launch.launch_kernel(
         input,
         stem_pool_kernel,
-        (strips, triton.cdiv(pooled_P, rows_each), channel_tiles),
+        (strips, ceil_div(pooled_P, rows_each), channel_tiles),
         (
             pixels, filters, running_mean, running_var, bn_weight, bn_bias, bias, output, eps, N, H,
             W, P, Q, K, pooled_P, pooled_Q, rows_each, pixels.stride(0), pixels.stride(2),

@@ -36,6 +36,7 @@ from .norm import (
     combine_statistics_kernel,
     combine_sums_kernel,
 )
+from .problem import ceil_div
 
 # For the interpreter, whose time goes by the number of operations.
 INTERPRETED_TILE = Tile(128, 128, 128, 1, 4, 1)
@@ -316,7 +317,7 @@ def table_of(norm: Norm, sums: Sums | None = None) -> Tensor:
     launch.launch_kernel(
         norm.mean,
         table_kernel,
-        (triton.cdiv(C, _TABLE_BLOCK),),
+        (ceil_div(C, _TABLE_BLOCK),),
         (*vectors, table, norm.eps, 1.0 / count, C),
         writes=("table_ptr",),
         BLOCK_C=_TABLE_BLOCK,
@@ -363,7 +364,7 @@ def forward(
     launch.launch_kernel(
         input,
         combine_statistics_kernel,
-        (triton.cdiv(output.size(1), _combined(input)),),
+        (ceil_div(output.size(1), _combined(input)),),
         (partial, mean, var, rows, output.size(1), slab_rows, partial.size(1)),
         writes=("mean_ptr", "var_ptr"),
         BLOCK_S=_MOST_SLABS,
@@ -438,7 +439,7 @@ def backward_input(
     launch.launch_kernel(
         grad,
         combine_sums_kernel,
-        (triton.cdiv(C, _combined(grad)),),
+        (ceil_div(C, _combined(grad)),),
         (
             partial, below[1].var.contiguous(), total, dot, grad_weight, below[1].eps, C,
             partial.size(1), None, None, None, None, 0.0,
@@ -479,7 +480,7 @@ def _launch(
     R, S = filters.shape[1:3]
     M = N * P * Q
     output = input.new_empty((N, P, Q, K)).permute(0, 3, 1, 2)
-    slabs = triton.cdiv(M, tile.block_m)
+    slabs = ceil_div(M, tile.block_m)
     partial = _partial(output, values, slabs) if values else None
     pointwise = R * S == 1 and max(padding) == 0 and max(stride) == 1
     prologue = "none"
@@ -488,7 +489,7 @@ def _launch(
     launch.launch_kernel(
         input,
         training_conv_kernel,
-        (slabs * triton.cdiv(K, tile.block_n),),
+        (slabs * ceil_div(K, tile.block_n),),
         (
             pixels, above, filters, table, side, bias, residual, residual_mask, below,
             below_table, output, partial, M, H, W, P, Q, C, K, pixels.stride(0), pixels.stride(2),
@@ -526,12 +527,12 @@ def _folded(output: Tensor, partial: Tensor, slab_rows: int) -> tuple[Tensor, in
     C = output.size(1)
     rows = output.numel() // C
     while partial.size(1) > _MOST_SLABS:
-        slabs = triton.cdiv(partial.size(1), _FOLDED_SLABS)
+        slabs = ceil_div(partial.size(1), _FOLDED_SLABS)
         folded = _partial(output, partial.size(0), slabs)
         launch.launch_kernel(
             output,
             fold_kernel,
-            (slabs * triton.cdiv(C, _FOLDED_CHANNELS),),
+            (slabs * ceil_div(C, _FOLDED_CHANNELS),),
             (partial, folded, rows, C, slab_rows, partial.size(1), slabs),
             writes=("folded_ptr",),
             STATISTICS=partial.size(0) == 3,

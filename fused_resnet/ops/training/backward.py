@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ...layers.description import PARAMETERS, SAVED, Block
+from ...layers.description import PARAMETERS, SAVED, Block, Layer
 from ..gradients import act_backward, aten, middle_channels
 from ..registration import gradients_batched
 from .passes import Pass, backend_of, passes_of, run_block
 
 
-def block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of `nodes._ResidualBlock.forward`'s arguments."""
-    block: Block = ctx.block
+def block_backward(
+    block: Block, kept: Sequence[Tensor | None], need: Sequence[bool], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a block's input and of its layers' parameters, None where not needed.
+
+    Args:
+        block: what forward ran.
+        kept: the input, the output or its mask as bits, the parameters, and what `Pass.saved` says
+            of each layer.
+        need: which gradients to compute, in the order in which they are returned.
+        grad: of the output.
+    """
     count = PARAMETERS * len(block.layers)
-    input, output, *saved = ctx.saved_tensors
+    input, output, *saved = kept
     passes = passes_of(block.layers, saved[:count])
     for step, index in zip(passes, range(count, len(saved), SAVED), strict=True):
         step.restore(saved[index : index + SAVED])
-    need_input, need = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+    need_input, *need = need
     needs = [need[PARAMETERS * i : PARAMETERS * (i + 1)] for i in range(len(passes))]
     hidden: list[Tensor] = []
     # To be differentiated again, what was kept is not enough: it has no history.
@@ -143,40 +152,51 @@ def block_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.clone() if again else grad
         shortcut_grad = middle_channels(shortcut_grad, input.size(1))
         block.subsampled(grad).add_(shortcut_grad)
-    return grad if need_input else None, None, None, *grads
+    return grad if need_input else None, *grads
 
 
-def stem_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of `nodes._Stem.forward`'s arguments."""
-    input, *saved = ctx.saved_tensors
-    step = Pass(ctx.layer, saved[:PARAMETERS])
-    *kept, offsets = saved[PARAMETERS:]
-    step.restore(kept)
+def stem_backward(
+    layer: Layer,
+    pool: Sequence[Sequence[int]],
+    kept: Sequence[Tensor | None],
+    need: Sequence[bool],
+    grad: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a stem's input and parameters, None where not needed.
+
+    Args:
+        layer: what forward ran.
+        pool: its max-pool's kernel size, stride and padding.
+        kept: the input, the parameters, what `Pass.saved` says, and the maxima's places or None.
+        need: see `block_backward`.
+        grad: of the output.
+    """
+    input, *saved = kept
+    step = Pass(layer, saved[:PARAMETERS])
+    *of_layer, offsets = saved[PARAMETERS:]
+    step.restore(of_layer)
     again = torch.is_grad_enabled()
     out = pool_grad = None
     backend = backend_of(grad)
     if backend is not None and offsets is not None:
-        pool_grad = backend.max_pool_backward_from_offsets(
-            grad, offsets, step.raw.shape[2:], ctx.pool
-        )
+        pool_grad = backend.max_pool_backward_from_offsets(grad, offsets, step.raw.shape[2:], pool)
     elif backend is not None and grad.numel() > 0:
-        pool_grad = backend.max_pool_backward(grad, step.raw, step.norm, ctx.pool)
+        pool_grad = backend.max_pool_backward(grad, step.raw, step.norm, pool)
     if pool_grad is not None:
         grad = pool_grad
     else:
         out = step.normalize(step.convolve(input), None, "relu") if again else step.normalized()
         with torch.no_grad():
-            _, indices = aten.max_pool2d_with_indices(out, *ctx.pool)
-        grad = aten.max_pool2d_with_indices_backward(grad, out, *ctx.pool, (1, 1), False, indices)
+            _, indices = aten.max_pool2d_with_indices(out, *pool)
+        grad = aten.max_pool2d_with_indices_backward(grad, out, *pool, (1, 1), False, indices)
         del indices
-    need = ctx.needs_input_grad
-    need_conv = (need[0], need[4], need[5])
+    need_conv = tuple(need[:3])
     mask_from = out if again else None
     del out
     grad, grad_bn_weight, grad_bn_bias, _ = step.norm_backward(
-        grad, mask_from, "relu", (any(need_conv), need[6], need[7], False), not again
+        grad, mask_from, "relu", (any(need_conv), need[3], need[4], False), not again
     )
     conv_grads: tuple = (None, None, None)
     if any(need_conv):
         conv_grads = step.conv_backward(grad, input, need_conv)
-    return conv_grads[0], None, None, None, *conv_grads[1:], grad_bn_weight, grad_bn_bias
+    return *conv_grads, grad_bn_weight, grad_bn_bias

@@ -8,7 +8,6 @@ here. See there for the formulas.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -176,14 +175,10 @@ def _backward_kernel(
     for i in range(len(passes)):
         raw = None if is_computed_again(block, passes, i) else next(raws)
         saved += (raw, statistics[2 * i], statistics[2 * i + 1], None)
-    context = SimpleNamespace(
-        block=block,
-        saved_tensors=(input, output, *parameters, *saved),
-        needs_input_grad=(need[0], False, False, *need[1:]),
-    )
+    everything = (input, output, *parameters, *saved)
     with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-        grad_input, _, _, *gradients = block_backward(context, grad)
-        return _needed((grad_input, *gradients), (input, *parameters), need)
+        gradients = block_backward(block, everything, need, grad)
+        return _needed(gradients, (input, *parameters), need)
 
 
 def _needed(
@@ -315,15 +310,11 @@ def _stem_backward_kernel(
 ) -> list[Tensor]:
     """The gradients of input and parameters that are needed, lying in memory as these do."""
     mean, var, raw = kept
-    context = SimpleNamespace(
-        layer=_layer(numbers, eps),
-        pool=_pool(pool),
-        saved_tensors=(input, *parameters, raw, mean, var, None, None),
-        needs_input_grad=(need[0], False, False, False, *need[1:]),
-    )
+    everything = (input, *parameters, raw, mean, var, None, None)
+    layer = _layer(numbers, eps)
     with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-        grad_input, _, _, _, *gradients = stem_backward(context, grad)
-        return _needed((grad_input, *gradients), (input, *parameters), need)
+        gradients = stem_backward(layer, _pool(pool), everything, need, grad)
+        return _needed(gradients, (input, *parameters), need)
 
 
 register_kernel(

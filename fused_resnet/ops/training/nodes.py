@@ -140,7 +140,9 @@ class _ResidualBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with backends.as_chosen(ctx.backend), torch.autocast(grad.device.type, enabled=False):
-            return block_backward(ctx, grad)
+            need = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
+            grad_input, *grads = block_backward(ctx.block, ctx.saved_tensors, need, grad)
+            return grad_input, None, None, *grads
 
 
 class _Stem(torch.autograd.Function):
@@ -163,4 +165,6 @@ class _Stem(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with backends.as_chosen(ctx.backend), torch.autocast(grad.device.type, enabled=False):
-            return stem_backward(ctx, grad)
+            need = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
+            grad_input, *grads = stem_backward(ctx.layer, ctx.pool, ctx.saved_tensors, need, grad)
+            return grad_input, None, None, None, *grads

@@ -31,6 +31,8 @@ class Pass:
         self.mean: Tensor | None = None
         self.var: Tensor | None = None
         self.count: Tensor | None = None
+        self._asked = False
+        self._runs_on: backends.Backend | None = None
 
     @property
     def norm(self) -> Norm:
@@ -38,10 +40,16 @@ class Pass:
         return Norm(self.mean, self.var, self.bn_weight, self.bn_bias, self.layer.eps)
 
     def _backend(self, tensor: Tensor) -> backends.Backend | None:
-        """Whose kernels may run it: statistics are our own, and nothing looks at single steps."""
-        if self.layer.group is not None or torch.is_grad_enabled() or gradients_batched():
-            return None
-        return backends.choose(tensor.device.type)
+        """Whose kernels may run it: statistics are our own, and nothing looks at single steps.
+
+        Asked once, since a pass is made for one direction of one call.
+        """
+        if not self._asked:
+            self._asked = True
+            own = self.layer.group is None and not torch.is_grad_enabled()
+            if own and not gradients_batched():
+                self._runs_on = backends.choose(tensor.device.type)
+        return self._runs_on
 
     def convolve_with_statistics(self, input: Tensor, before: Pass | None) -> bool:
         """In one, where the backend does; `before` is the layer whose norm the input lacks."""
