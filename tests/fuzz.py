@@ -536,7 +536,8 @@ class Public:
         )
         absolute = self.arguments(True, double=True)
         for n in names:
-            absolute[n] = absolute[n].detach().abs().requires_grad_()
+            # Above zero, where abs() has no slope.
+            absolute[n] = absolute[n].detach().abs().clamp(min=1e-300).requires_grad_()
         magnitude = self.expected(absolute, True)
         # What arrives before the activation, of which the magnitudes' graph knows nothing: from
         # each of the windows that overlap there.
