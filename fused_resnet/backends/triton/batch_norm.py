@@ -229,7 +229,9 @@ def statistics_kernel(
     sampled = c_exists[None, :]
     places = _offsets(first + tl.zeros((1,), tl.int32), c, C, S, CHANNELS_LAST)
     a = tl.load(input_ptr + places, mask=sampled, other=0.0).to(tl.float32)
-    places = _offsets(first + (last - first) // 2 + tl.zeros((1,), tl.int32), c, C, S, CHANNELS_LAST)
+    places = _offsets(
+        first + (last - first) // 2 + tl.zeros((1,), tl.int32), c, C, S, CHANNELS_LAST
+    )
     b = tl.load(input_ptr + places, mask=sampled, other=0.0).to(tl.float32)
     places = _offsets(last + tl.zeros((1,), tl.int32), c, C, S, CHANNELS_LAST)
     z = tl.load(input_ptr + places, mask=sampled, other=0.0).to(tl.float32)
