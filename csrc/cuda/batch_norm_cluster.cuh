@@ -27,7 +27,7 @@ static_assert(ClusterPartition::kBlocks == kCombiners && kClusterWarps == kCombi
 constexpr int kStages = 4;
 
 // Blocks for whose sake the compiler keeps registers few.
-constexpr int kResidentForward = 3, kResidentBackward = 2;
+constexpr int kResidentInCluster = 2;
 
 // Rounds of which a thread loads all there is at once, of what it keeps and of what it does not.
 constexpr int kRoundsAtOnce = 4, kRoundsOfOthers = 2;
@@ -185,7 +185,7 @@ __device__ __forceinline__ void load_vectors(float (&vectors)[kVectors][N], cons
 // Reads input and residual and writes the output once, rows * C elements each, and rows * C / 8
 // bytes of a mask.
 template <typename T, int N, bool kMasks>
-__global__ void __launch_bounds__(kClusterThreads, kResidentForward)
+__global__ void __launch_bounds__(kClusterThreads, kResidentInCluster)
     batch_norm_in_one_launch(const T* input, const T* residual, T* output, uint8_t* mask,
                              float* mean, float* var, Norm norm, float floor, ClusterPartition p) {
   if constexpr (device::kHasClusters) {
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kClusterThreads, kResidentForward)
 // Reads gradient and input, and the output or its bits where `signs` are these, and writes
 // grad_input and `masked` once, rows * C elements each.
 template <typename T, int N, Mask kMask>
-__global__ void __launch_bounds__(kClusterThreads, kResidentBackward)
+__global__ void __launch_bounds__(kClusterThreads, kResidentInCluster)
     batch_norm_backward_in_one_launch(const T* grad, const T* input, const void* signs, T* masked,
                                       T* grad_input, float* total, float* dot, float* grad_weight,
                                       Norm norm, ClusterPartition p) {
