@@ -9,13 +9,15 @@ import dataclasses
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import RUNNERS
 from support import assert_same_bits, dtype_id
 from test_batch_norm_numerics import HARD, check, fused, hard_input, results
 
 import fused_resnet
-from fused_resnet import backends
+from fused_resnet import backends, functional
 from fused_resnet.backends import cuda
+from fused_resnet.testing import relative_error
 
 RUNNER = {runner.name: runner for runner in RUNNERS}
 # Triton's in the interpreter's tiles and a GPU's; CUDA's with a launch a pass and in one launch.
@@ -114,3 +116,27 @@ def test_folded_statistics(monkeypatch, name):
     rows = x.numel() // 12
     kept = {"running_mean": 0.1 * mean, "running_var": 0.1 * (var * (rows / (rows - 1)))}
     check(kept, out, torch.zeros_like(out))
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch has no collectives")
+@pytest.mark.parametrize("backend_name", RUNNER)
+def test_shared_statistics_where_squares_overflow(backend_name):
+    """Of infinite variances: gradients of zero, also where sums over the batch are infinite."""
+    device = RUNNER[backend_name].device
+    torch.manual_seed(0)
+    x = 0.1 * hard_input("squares_overflow", SHAPES[0], torch.float32, torch.channels_last)
+    grad = 1e3 * torch.randn(SHAPES[0], device=device)
+    x, weight, bias = (t.to(device).requires_grad_() for t in (x, *torch.randn(2, 12)))
+    backend = "gloo" if device == "cpu" else "nccl"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with fused_resnet.use_backend(backend_name):
+            out = functional.sync_batch_norm_act(
+                x, None, None, weight, bias, group=dist.group.WORLD, activation="none"
+            )
+            of_x, of_weight, of_bias = torch.autograd.grad(out, (x, weight, bias), grad)
+    finally:
+        dist.destroy_process_group()
+    assert not of_x.any()
+    assert not of_weight.any()
+    assert relative_error(of_bias, grad.double().sum((0, 2, 3))) < 1e-6

@@ -119,7 +119,10 @@ def shared_backward(
         total = dot = mean.new_zeros(input.size(1))
     else:
         total, dot = _run("batch_norm_act_backward_sums", *arguments)
-    grad_weight = (dot * (var + eps).rsqrt()).to(weight.dtype) if need[1] else None
+    invstd = (var + eps).rsqrt()
+    # Of an infinite variance: nothing comes of the sum, which may be infinite too.
+    dot = dot.masked_fill(invstd == 0, 0)
+    grad_weight = (dot * invstd).to(weight.dtype) if need[1] else None
     grad_bias = total.to(bias.dtype) if need[2] else None
     grad_input, grad_residual = None, grad
     if need[0]:
