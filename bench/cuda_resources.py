@@ -140,7 +140,7 @@ def description(name: str) -> tuple[dict[str, Any], int, int]:
 
 def batch_norm(kernel: str, arguments: list[str]) -> tuple[dict[str, Any], int, int]:
     """The same for a kernel of csrc/cuda/batch_norm.cuh, by the arguments behind its dtype."""
-    of_channels = {"batch_norm_combine_statistics": 3, "batch_norm_combine_sums": 2}
+    of_channels = {"batch_norm_combine_statistics": 4, "batch_norm_combine_sums": 2}
     if kernel in of_channels:
         return {}, ELEMENTWISE_THREADS, of_channels[kernel] * ELEMENTWISE_THREADS * 4
     elements = int(arguments[0])
@@ -160,7 +160,7 @@ def batch_norm(kernel: str, arguments: list[str]) -> tuple[dict[str, Any], int, 
         fields["mask"] = MASKS[int(arguments[1].rpartition(")")[2])]
     # Values of every thread that are combined, and values of every channel of the block.
     values, vectors = {
-        "batch_norm_statistics": (2 * elements + 1, 0),
+        "batch_norm_statistics": (3 * elements + 1, 0),
         "batch_norm_normalize": (0, 2),
         "batch_norm_gradient_sums": (2 * elements, 3),
         "batch_norm_input_gradient": (0, 5),

@@ -28,12 +28,12 @@ std::tuple<Tensor, Tensor> statistics(Tensor input) {
   operands.dispatch(kBlocksOfSums, [&](auto zero, auto elements_at_once, const Partition& p) {
     using T = decltype(zero);
     constexpr int N = elements_at_once;
-    const Tensor partials = floats((int64_t{2} * p.row_blocks + 1) * p.channels, input);
+    const Tensor partials = floats((int64_t{3} * p.row_blocks + 1) * p.channels, input);
     device::launch(batch_norm_statistics<T, N>,
-                   {p.blocks(), kThreads, kBytesToCombine<2 * N + 1>, stream}, elements<T>(input),
+                   {p.blocks(), kThreads, kBytesToCombine<3 * N + 1>, stream}, elements<T>(input),
                    data(partials), p);
     device::launch(batch_norm_combine_statistics,
-                   {combining_blocks(p), kThreads, kBytesToCombine<3>, stream}, data(partials),
+                   {combining_blocks(p), kThreads, kBytesToCombine<4>, stream}, data(partials),
                    data(mean), data(var), p);
   });
   return {mean, var};

@@ -106,18 +106,19 @@ __device__ __forceinline__ void store_vector(float* target, const float* values)
   }
 }
 
-// partials[block] = (mean - origin, sum of squared deviations) of its rows, for every channel,
-// where the origin is the tensor's first row; after those of the last block comes the origin
-// itself.
+// partials[block] = (mean - origin, what rounding left out of that, variance) of its rows, for
+// every channel; after those of the last block comes the origin, see load_origin.
 //
-// Reads the input once, rows * C elements, and writes 8 bytes a channel and block of rows.
+// Reads the input once, rows * C elements, and writes 12 bytes a channel and block of rows.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads, kResident)
     batch_norm_statistics(const T* input, float* partials, Partition p) {
   const Place place(p, blockIdx.x);
   float origin[N] = {};
-  if (place.channel < p.channels) load_origin<T, N>(origin, input + place.channel);
-  float moments[2 * N + 1] = {};
+  if (place.channel < p.channels) {
+    load_origin<T, N>(origin, input, p.rows, p.channels, place.channel);
+  }
+  float moments[3 * N + 1] = {};
 
   for_each_row<kRows>(place.row, place.end, p.groups, [&](auto rows, int64_t row) {
     constexpr int kCount = rows;
@@ -132,11 +133,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
   combine_groups(moments, place.group, p.groups, p.lanes,
                  [&](const auto& others) { merge_moments<N>(moments, others); });
   if (place.group == 0 && place.channel < p.channels) {
-    const int64_t row = 2 * place.row_block;
-    store_vector<N>(partials + row * p.channels + place.channel, moments);
-    store_vector<N>(partials + (row + 1) * p.channels + place.channel, moments + N);
+    const int64_t row = 3 * place.row_block;
+#pragma unroll
+    for (int v = 0; v < 3; ++v) {
+      store_vector<N>(partials + (row + v) * p.channels + place.channel, moments + v * N);
+    }
     if (place.row_block == p.row_blocks - 1) {
-      store_vector<N>(partials + (row + 2) * p.channels + place.channel, origin);
+      store_vector<N>(partials + (row + 3) * p.channels + place.channel, origin);
     }
   }
 }
@@ -146,23 +149,23 @@ constexpr int kCombinedChannels = 8;  // 32 bytes, the least that memory hands o
 constexpr int kCombiningGroups = kThreads / kCombinedChannels;
 constexpr int kPartialsAtOnce = 8;
 
-// Calls use(row_block, first, second) for a thread's blocks of rows, with both of a channel's sums.
-template <typename Use>
+// Calls use(row_block, values) for a thread's blocks of rows, with a channel's kValues sums.
+template <int kValues, typename Use>
 __device__ __forceinline__ void for_each_partial(const float* partials, const Partition& p,
                                                  int channel, int group, const Use& use) {
   for (int first = group; first < p.row_blocks; first += kPartialsAtOnce * kCombiningGroups) {
-    float sums[2][kPartialsAtOnce];
+    float sums[kPartialsAtOnce][kValues];
     const auto row_block = [&](int i) { return first + i * kCombiningGroups; };
 #pragma unroll
     for (int i = 0; i < kPartialsAtOnce; ++i) {
       if (row_block(i) >= p.row_blocks) continue;
-      const float* partial = partials + int64_t{2} * row_block(i) * p.channels + channel;
-      sums[0][i] = __ldg(partial);
-      sums[1][i] = __ldg(partial + p.channels);
+      const float* partial = partials + int64_t{kValues} * row_block(i) * p.channels + channel;
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) sums[i][v] = __ldg(partial + v * int64_t{p.channels});
     }
 #pragma unroll
     for (int i = 0; i < kPartialsAtOnce; ++i) {
-      if (row_block(i) < p.row_blocks) use(row_block(i), sums[0][i], sums[1][i]);
+      if (row_block(i) < p.row_blocks) use(row_block(i), sums[i]);
     }
   }
 }
@@ -172,23 +175,22 @@ __global__ void __launch_bounds__(kThreads, kResident)
     batch_norm_combine_statistics(const float* partials, float* mean, float* var, Partition p) {
   const int group = threadIdx.x / kCombinedChannels;
   const int channel = blockIdx.x * kCombinedChannels + threadIdx.x % kCombinedChannels;
-  float moments[3] = {};
-  const auto add = [&](float added, float other_mean, float other_squares) {
-    Merge(moments[2], added)(moments[0], moments[1], other_mean, other_squares);
-    moments[2] += added;
-  };
+  float moments[4] = {};
   if (channel < p.channels) {
-    for_each_partial(partials, p, channel, group, [&](int row_block, float other, float squares) {
-      const int64_t rows_left = p.rows - row_block * p.rows_per_block;
-      add(static_cast<float>(min(p.rows_per_block, rows_left)), other, squares);
-    });
+    for_each_partial<3>(partials, p, channel, group,
+                        [&](int row_block, const float (&of_block)[3]) {
+                          const int64_t rows_left = p.rows - row_block * p.rows_per_block;
+                          const auto added = static_cast<float>(min(p.rows_per_block, rows_left));
+                          const float others[4] = {of_block[0], of_block[1], of_block[2], added};
+                          merge_moments<1>(moments, others);
+                        });
   }
-  combine_groups(moments, group, kCombiningGroups, kCombinedChannels, [&](const auto& others) {
-    if (others[2] > 0) add(others[2], others[0], others[1]);
-  });
+  combine_groups(moments, group, kCombiningGroups, kCombinedChannels,
+                 [&](const auto& others) { merge_moments<1>(moments, others); });
   if (group == 0 && channel < p.channels) {
-    mean[channel] = partials[int64_t{2} * p.row_blocks * p.channels + channel] + moments[0];
-    var[channel] = moments[1] / static_cast<float>(p.rows);
+    const float origin = partials[int64_t{3} * p.row_blocks * p.channels + channel];
+    mean[channel] = mean_of(origin, moments[0], moments[1]);
+    var[channel] = moments[2];
   }
 }
 
@@ -337,9 +339,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int channel = blockIdx.x * kCombinedChannels + threadIdx.x % kCombinedChannels;
   float sums[2] = {};
   if (channel < p.channels) {
-    for_each_partial(partials, p, channel, group, [&](int, float other_total, float other_dot) {
-      sums[0] += other_total;
-      sums[1] += other_dot;
+    for_each_partial<2>(partials, p, channel, group, [&](int, const float (&of_block)[2]) {
+      sums[0] += of_block[0];
+      sums[1] += of_block[1];
     });
   }
   combine_groups(sums, group, kCombiningGroups, kCombinedChannels, [&](const auto& others) {
@@ -349,7 +351,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   if (group == 0 && channel < p.channels) {
     total[channel] = sums[0];
     dot[channel] = sums[1];
-    grad_weight[channel] = sums[1] * affine_of(norm, channel).invstd;
+    grad_weight[channel] = times_invstd(sums[1], affine_of(norm, channel).invstd);
   }
 }
 
@@ -375,8 +377,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     values[kMean] = affine.mean;
     values[kScale] = affine.scale;
     values[kShift] = affine.shift;
-    values[kSlope] =
-        through_statistics ? per_value * dot[channel] * affine.invstd * affine.invstd : 0.f;
+    values[kSlope] = through_statistics ? slope_of(per_value, dot[channel], affine.invstd) : 0.f;
     values[kOffset] = through_statistics ? per_value * total[channel] : 0.f;
   });
 

@@ -17,72 +17,116 @@ using device::widen;
 
 // ---- statistics ---------------------------------------------------------------------------------
 
-// Mean and sum of squared deviations from it, of `count` values; two become one after Chan, Golub
-// and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979),
-// equation 2.1. Nothing in it is of the size of the mean squared, so nothing large cancels; and the
-// values are taken from an origin near their mean, so that a mean is rounded to digits of its own.
+// Mean, what rounding left out of it, and variance of `count` values; two become one after Chan,
+// Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
+// (1979), equation 2.1. Nothing in it is of the size of the mean squared, so nothing large cancels;
+// and a variance, unlike a sum of squares, overflows only if it has to. Values are taken less an
+// origin, so that the mean of many that lie far from zero is rounded to digits of its own.
 struct Merge {
-  float share, product;
+  float share, kept;
 
   // Of `added` values with `count` others.
   __device__ __forceinline__ Merge(float count, float added)
-      : share(added / (count + added)), product(count * share) {}
+      : share(added / (count + added)), kept(count / (count + added)) {}
 
-  __device__ __forceinline__ void operator()(float& mean, float& squares, float other_mean,
-                                             float other_squares) const {
-    const float difference = other_mean - mean;
-    squares += other_squares + difference * product * difference;
+  __device__ __forceinline__ void operator()(float& mean, float& rest, float& var, float other_mean,
+                                             float other_rest, float other_var) const {
+    const float difference = (other_mean - mean) + (other_rest - rest);
+    // First a share of it, which is nothing where there is nothing before: squares may overflow.
+    var = kept * var + share * other_var + (difference * (kept * share)) * difference;
+    const float step = difference * share, sum = mean + step;
+    // What the sum's rounding took (Knuth, The Art of Computer Programming, vol. 2, 4.2.2).
+    const float of_step = sum - mean;
+    const float lost = (mean - (sum - of_step)) + (step - of_step);
     // An infinite mean stays what it is, unless it meets its opposite.
-    mean = mean - mean == 0 ? mean + difference * share : mean + other_mean;
+    const bool is_finite = sum - sum == 0;
+    rest = is_finite ? rest + lost : 0.f;
+    mean = is_finite ? sum : mean + other_mean;
   }
 };
 
-// A thread's `values`: N means, N sums of squares, and how many values they are of.
+// A thread's `values`: N means, N rests, N variances, and how many values they are of.
 template <int N>
-__device__ __forceinline__ void merge_moments(float (&values)[2 * N + 1],
-                                              const float (&others)[2 * N + 1]) {
-  float& count = values[2 * N];
-  const float added = others[2 * N];
+__device__ __forceinline__ void merge_moments(float (&values)[3 * N + 1],
+                                              const float (&others)[3 * N + 1]) {
+  float& count = values[3 * N];
+  const float added = others[3 * N];
   if (added == 0) return;
   const Merge merge(count, added);
 #pragma unroll
-  for (int i = 0; i < N; ++i) merge(values[i], values[N + i], others[i], others[N + i]);
+  for (int i = 0; i < N; ++i) {
+    merge(values[i], values[N + i], values[2 * N + i], others[i], others[N + i], others[2 * N + i]);
+  }
   count += added;
 }
 
-// The same for values of kCount rows, less their channels' origins.
+// The sum of value(first) to value(first + kCount - 1), a power of two, in pairs: of equal values
+// it is exact.
+template <int kCount, typename Value>
+__device__ __forceinline__ float sum_of(const Value& value, int first = 0) {
+  if constexpr (kCount == 1) {
+    return value(first);
+  } else {
+    return sum_of<kCount / 2>(value, first) + sum_of<kCount / 2>(value, first + kCount / 2);
+  }
+}
+
+// merge_moments for values of kCount rows, less their channels' origins.
 template <typename T, int N, int kCount>
-__device__ __forceinline__ void add_rows(float (&moments)[2 * N + 1],
+__device__ __forceinline__ void add_rows(float (&moments)[3 * N + 1],
                                          const Vector<T, N> (&x)[kCount],
                                          const float (&origin)[N]) {
-  float& count = moments[2 * N];
+  float& count = moments[3 * N];
   const Merge merge(count, kCount);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    float sum = 0, squares = 0;
-#pragma unroll
-    for (int r = 0; r < kCount; ++r) sum += widen(x[r].values[i]) - origin[i];
-    const float mean = sum / kCount;
-#pragma unroll
-    for (int r = 0; r < kCount; ++r) {
-      const float deviation = widen(x[r].values[i]) - origin[i] - mean;
-      squares += deviation * deviation;
-    }
-    merge(moments[i], moments[N + i], mean, squares);
+    const auto value = [&](int r) { return widen(x[r].values[i]) - origin[i]; };
+    const float mean = sum_of<kCount>(value) / kCount;
+    const float var = sum_of<kCount>([&](int r) {
+                        const float deviation = value(r) - mean;
+                        return deviation * deviation;
+                      }) /
+                      kCount;
+    merge(moments[i], moments[N + i], moments[2 * N + i], mean, 0.f, var);
   }
   count += kCount;
 }
 
-// The origin of N channels: their first values, or 0 for infinite ones, since infinity less
-// infinity would be no number.
+// What to take values less of, by three of them: zero, or a number near most of them.
+//
+// The median, since one of the three may be an outlier. A small origin would cost the mean digits,
+// and so would one of more digits than the values have: both would round all values of a binade to
+// the same side.
+__device__ __forceinline__ float origin_of(float first, float second, float third) {
+  const float low = fminf(first, second), high = fmaxf(first, second);
+  const float median = fmaxf(low, fminf(high, third));
+  const float apart = fmaxf(high, third) - fminf(low, third);
+  // Rounds to a multiple of a quarter to a half of what is apart.
+  const float large = apart * 0x1p22f;
+  const float origin = fabsf(median) > 2 * apart ? (median + large) - large : 0.f;
+  // That of infinite values would make NaN of the mean, which is infinite.
+  return origin - origin == 0 ? origin : 0.f;
+}
+
+// The origin of N channels, by the tensor's first, middle and last row.
 template <typename T, int N>
-__device__ __forceinline__ void load_origin(float (&origin)[N], const T* first_row) {
-  const auto first = device::load<T, N>(first_row);
+__device__ __forceinline__ void load_origin(float (&origin)[N], const T* input, int64_t rows,
+                                            int channels, int channel) {
+  const auto load = [&](int64_t row) {
+    return device::load<T, N>(input + row * channels + channel);
+  };
+  const auto first = load(0), second = load(rows / 2), third = load(rows - 1);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const float x = widen(first.values[i]);
-    origin[i] = x - x == 0 ? x : 0.f;
+    origin[i] = origin_of(widen(first.values[i]), widen(second.values[i]), widen(third.values[i]));
   }
+}
+
+// An origin and a mean less it, as one number, rounded once.
+__device__ __forceinline__ float mean_of(float origin, float mean, float rest) {
+  const float sum = origin + mean, of_mean = sum - origin;
+  const float lost = (origin - (sum - of_mean)) + (mean - of_mean);
+  return sum - sum == 0 ? sum + (lost + rest) : sum;
 }
 
 // ---- normalise ----------------------------------------------------------------------------------
@@ -126,6 +170,16 @@ __device__ __forceinline__ void store_bits(uint8_t* mask, int64_t offset, const 
 }
 
 // ---- backward -----------------------------------------------------------------------------------
+
+// x * invstd, zero where a variance is infinite, and with it perhaps x.
+__device__ __forceinline__ float times_invstd(float x, float invstd) {
+  return invstd == 0 ? 0.f : x * invstd;
+}
+
+// What a gradient has of the input's deviation through the statistics.
+__device__ __forceinline__ float slope_of(float per_value, float dot, float invstd) {
+  return times_invstd(per_value * dot, invstd) * invstd;
+}
 
 // The largest number that T stores as zero: half of the least that it has, since ties go to even.
 template <typename T>

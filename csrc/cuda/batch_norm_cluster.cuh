@@ -27,7 +27,7 @@ static_assert(ClusterPartition::kBlocks == kCombiners && kClusterWarps == kCombi
 constexpr int kStages = 4;
 
 // Blocks for whose sake the compiler keeps registers few.
-constexpr int kResidentForward = 3, kResidentBackward = 2;
+constexpr int kResidentInCluster = 2;
 
 // Rounds of which a thread loads all there is at once, of what it keeps and of what it does not.
 constexpr int kRoundsAtOnce = 4, kRoundsOfOthers = 2;
@@ -185,7 +185,7 @@ __device__ __forceinline__ void load_vectors(float (&vectors)[kVectors][N], cons
 // Reads input and residual and writes the output once, rows * C elements each, and rows * C / 8
 // bytes of a mask.
 template <typename T, int N, bool kMasks>
-__global__ void __launch_bounds__(kClusterThreads, kResidentForward)
+__global__ void __launch_bounds__(kClusterThreads, kResidentInCluster)
     batch_norm_in_one_launch(const T* input, const T* residual, T* output, uint8_t* mask,
                              float* mean, float* var, Norm norm, float floor, ClusterPartition p) {
   if constexpr (device::kHasClusters) {
@@ -198,8 +198,10 @@ __global__ void __launch_bounds__(kClusterThreads, kResidentForward)
       device::commit_copies();
     }
     float origin[N] = {};
-    if (place.channel < p.channels) load_origin<T, N>(origin, input + place.channel);
-    float moments[2 * N + 1] = {};
+    if (place.channel < p.channels) {
+      load_origin<T, N>(origin, input, p.rows, p.channels, place.channel);
+    }
+    float moments[3 * N + 1] = {};
     for_each_stage<0>(place, [&](int begin, int end) {
       for_each_round<kRoundsAtOnce>(begin, end, [&](auto rounds, int round) {
         Vector<T, N> x[rounds];
@@ -213,18 +215,18 @@ __global__ void __launch_bounds__(kClusterThreads, kResidentForward)
     const int width = p.lanes * N;
     float* const shared =
         reinterpret_cast<float*>(device::shared_memory() + ClusterPartition::kBytesOfSums);
-    combine_cluster<2, 1, N>(
+    combine_cluster<3, 1, N>(
         moments, place, [](auto& values, const auto& others) { merge_moments<N>(values, others); },
         [](auto& values, const auto& others) { merge_moments<1>(values, others); },
         [&](int rank) {
           const int64_t rows = min(p.rows_per_block, p.rows - rank * p.rows_per_block);
           return static_cast<float>(max(rows, int64_t{0}));
         },
-        [&](int channel, int column, const float (&of_channel)[3]) {
-          float first[1];
-          load_origin<T, 1>(first, input + channel);
-          const float channel_mean = first[0] + of_channel[0];
-          const float channel_var = of_channel[1] / static_cast<float>(p.rows);
+        [&](int channel, int column, const float (&of_channel)[4]) {
+          float own_origin[1];
+          load_origin<T, 1>(own_origin, input, p.rows, p.channels, channel);
+          const float channel_mean = mean_of(own_origin[0], of_channel[0], of_channel[1]);
+          const float channel_var = of_channel[2];
           const Affine affine = affine_of(channel_mean, channel_var, norm, channel);
           shared[kScale * width + column] = affine.scale;
           shared[kShift * width + column] = affine.shift;
@@ -268,7 +270,7 @@ __global__ void __launch_bounds__(kClusterThreads, kResidentForward)
 // Reads gradient and input, and the output or its bits where `signs` are these, and writes
 // grad_input and `masked` once, rows * C elements each.
 template <typename T, int N, Mask kMask>
-__global__ void __launch_bounds__(kClusterThreads, kResidentBackward)
+__global__ void __launch_bounds__(kClusterThreads, kResidentInCluster)
     batch_norm_backward_in_one_launch(const T* grad, const T* input, const void* signs, T* masked,
                                       T* grad_input, float* total, float* dot, float* grad_weight,
                                       Norm norm, ClusterPartition p) {
@@ -331,13 +333,12 @@ __global__ void __launch_bounds__(kClusterThreads, kResidentBackward)
         [&](int channel, int column, const float (&of_channel)[2]) {
           const Affine affine = affine_of(norm, channel);
           const float per_value = -affine.scale / static_cast<float>(p.rows);
-          shared[kSlope * width + column] =
-              per_value * of_channel[1] * affine.invstd * affine.invstd;
+          shared[kSlope * width + column] = slope_of(per_value, of_channel[1], affine.invstd);
           shared[kOffset * width + column] = per_value * of_channel[0];
           if (place.rank == 0) {
             total[channel] = of_channel[0];
             dot[channel] = of_channel[1];
-            grad_weight[channel] = of_channel[1] * affine.invstd;
+            grad_weight[channel] = times_invstd(of_channel[1], affine.invstd);
           }
         });
     __syncthreads();

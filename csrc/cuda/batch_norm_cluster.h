@@ -17,9 +17,10 @@ struct ClusterPartition {
   static constexpr int kMostLanes = 4;
   static constexpr int kLeastLanes = 2;  // a sector, the least that memory hands out
 
-  // A block's shared memory begins with what its warps and blocks combine, up to 17 numbers a lane
-  // and warp and two a channel of 16 bits, and up to five numbers a channel that follow from that.
-  static constexpr int kBytesOfSums = (17 * (kThreads / 32) + 16) * kMostLanes * 4;
+  // A block's shared memory begins with what its warps and blocks combine, up to 25 numbers a lane
+  // and warp and three a channel of 16 bits, and up to five numbers a channel that follow from
+  // that.
+  static constexpr int kBytesOfSums = (25 * (kThreads / 32) + 24) * kMostLanes * 4;
   static constexpr int kBytesToCombine = kBytesOfSums + 5 * 8 * kMostLanes * 4;
 
   int64_t rows, rows_per_block;

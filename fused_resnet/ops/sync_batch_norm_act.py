@@ -126,7 +126,10 @@ def shared_backward(
         total, dot = reference.batch_norm_act_backward_sums(grad, input, output, *vectors)
     else:
         total, dot = backend.batch_norm_act_backward_sums(grad, input, output, norm, activation)
-    grad_weight = (dot * (var + eps).rsqrt()).to(weight.dtype) if need[1] else None
+    invstd = (var + eps).rsqrt()
+    # Of an infinite variance: nothing comes of the sum, which may be infinite too.
+    dot = dot.masked_fill(invstd == 0, 0)
+    grad_weight = (dot * invstd).to(weight.dtype) if need[1] else None
     grad_bias = total.to(bias.dtype) if need[2] else None
     grad_input, grad_residual = None, grad
     if need[0]:

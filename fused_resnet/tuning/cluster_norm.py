@@ -22,7 +22,7 @@ _ENOUGH_BLOCKS = 128
 _RESERVED_BYTES = KIB
 _WARPS, _CHANNELS_OF_ACCESS = THREADS // 32, 8
 # What warps and blocks combine, and vectors that follow: see ClusterPartition.
-_BYTES_TO_COMBINE = 4 * LANES[0] * ((17 * _WARPS + 16) + 5 * _CHANNELS_OF_ACCESS)
+_BYTES_TO_COMBINE = 4 * LANES[0] * ((25 * _WARPS + 24) + 5 * _CHANNELS_OF_ACCESS)
 
 # Assumed, since no GPU has run it: two barriers of a cluster, loads from other blocks between them,
 # and the way there through a block's own shared memory.

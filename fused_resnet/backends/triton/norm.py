@@ -82,6 +82,12 @@ def _norm(c, exists, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps):
 
 
 @triton.jit
+def _times_invstd(x, invstd):
+    """`x invstd`, zero where a variance is infinite, and with it perhaps `x`."""
+    return tl.where(invstd == 0.0, 0.0, x * invstd)
+
+
+@triton.jit
 def _bytes_of(row, row_exists, first_c, C, BLOCK_C: tl.constexpr):
     """Where the bits of BLOCK_C channels lie in a mask, a bit a value in memory order."""
     byte = first_c // 8 + tl.arange(0, BLOCK_C // 8)
@@ -130,20 +136,70 @@ def _behind(
 
 
 @triton.jit
-def _combine(share, base, mean, square, n):
-    """`rounded, rest, square` of all rows, from those of parts of `n` values, a `share` of all.
+def _sum_rows(x):
+    """The sum over rows, a power of two up to 1024, by fours: none of many is lost beside one."""
+    for _ in tl.static_range(4):
+        if x.shape[0] > 4:
+            x = tl.sum(tl.reshape(x, (4, x.shape[0] // 4, x.shape[1])), axis=0)
+    return tl.sum(x, axis=0)
 
-    A part's mean is `base + mean`, its `square` the sum of `(value - mean)^2` (Chan, Golub and
-    LeVeque, 1983). That of all, `rounded + rest`, is taken in two steps, so that the squares of the
-    distances to it do not suffer from its rounding.
+
+@triton.jit
+def _shift_of(first, second, third):
+    """What to take values less of, by three of them: zero, or a number near most of them.
+
+    The median, since one of the three may be an outlier. A small shift would cost the sum digits,
+    and so would one of more digits than the values have: both would round all values of a binade to
+    the same side.
     """
-    rounded = tl.sum(share * (base + mean), axis=0)
+    low, high = tl.minimum(first, second), tl.maximum(first, second)
+    median = tl.maximum(low, tl.minimum(high, third))
+    apart = tl.maximum(high, third) - tl.minimum(low, third)
+    # Rounds to a multiple of a quarter to a half of what is apart.
+    large = apart * 4194304.0
+    shift = (median + large) - large
+    shift = tl.where(tl.abs(median) > 2.0 * apart, shift, 0.0)
+    # That of infinite values would make NaN of the mean, which is infinite.
+    return tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
+
+
+@triton.jit
+def _weights(n, of_most, count):
+    """What parts of `n` values weigh, and the factor that a sum by these weights is to be taken by.
+
+    Exact where all but one have `of_most`: what all values have in common, as an outlier's square,
+    is rounded few times. A 32nd, so that neither the largest numbers nor the least are left.
+    """
+    return n / of_most * 0.03125, of_most / count * 32.0
+
+
+@triton.jit
+def _combine(weight, factor, base, mean, var):
+    """`rounded, rest, var` of all rows, from those of parts, by `_weights`.
+
+    A part's mean is `base + mean`, its `var` that of its values (Chan, Golub and LeVeque, 1983).
+    The mean of all, `rounded + rest`, is taken in two steps, so that neither it nor the distances
+    to it suffer from rounding; variances, unlike sums of squares, overflow only if they have to.
+    """
+    about = base + mean
+    least = tl.min(tl.where(weight > 0.0, about, float("inf")), axis=0)
+    most = tl.max(tl.where(weight > 0.0, about, float("-inf")), axis=0)
+    # What is next to the least numbers is taken larger, so that no part of it is rounded to these.
+    little = tl.maximum(tl.abs(least), tl.abs(most)) < 1e-30
+    of_mean = weight * tl.where(little, 16777216.0, 1.0)[None, :]
+    factor_of_mean = factor * tl.where(little, 1 / 16777216.0, 1.0)
+    rounded = _sum_rows(of_mean * about) * factor_of_mean
+    # Of parts that agree, what they agree on: distances to it are nothing.
+    rounded = tl.minimum(tl.maximum(rounded, least), most)
+    # With a thousandth of their digits no distance to it is rounded, all to the same side at worst.
+    large = (most - least) * 8192.0
+    rounded = (rounded + large) - large
     # An infinite one would make NaN of the mean, which is infinite.
     rounded = tl.where(tl.abs(rounded) < float("inf"), rounded, 0.0)
-    mean = tl.where(share > 0.0, (base - rounded[None, :]) + mean, 0.0)
-    rest = tl.sum(share * mean, axis=0)
-    apart = tl.where(share > 0.0, mean - rest[None, :], 0.0)
-    return rounded, rest, tl.sum(square + n * apart * apart, axis=0)
+    mean = tl.where(weight > 0.0, (base - rounded[None, :]) + mean, 0.0)
+    rest = _sum_rows(of_mean * mean) * factor_of_mean
+    apart = tl.where(weight > 0.0, mean - rest[None, :], 0.0)
+    return rounded, rest, _sum_rows(weight * (var + apart * apart)) * factor
 
 
 @triton.jit
@@ -160,10 +216,10 @@ def statistics_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """`partial[:, slab, c] = rounded, rest, sum((input - mean)^2)`, `mean = rounded + rest`.
+    """`partial[:, slab, c] = rounded, rest, var` of a slab, where `mean = rounded + rest`.
 
-    BLOCK_R sums of `steps` values each are taken of the values less the first of them; shifted by
-    one of their own, n values lose at most the digits of n, whatever their mean.
+    BLOCK_R sums of `steps` values each are taken of the values less `_shift_of` three of the
+    slab's: of the first, the middle and the last row.
 
     Reads the input once, writes 12 bytes a slab and channel.
     """
@@ -174,9 +230,18 @@ def statistics_kernel(
     exists = (row < rows)[:, None] & c_exists[None, :]
     offsets = _offsets(row, c, C, S, CHANNELS_LAST)
     x = tl.load(input_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
-    # An infinite shift would make NaN of the mean, which is infinite.
-    shift = tl.where(tl.abs(x) < float("inf"), x, 0.0)
-    total = x - shift
+    last = tl.minimum(first + steps * BLOCK_R, rows) - 1
+    sampled = c_exists[None, :]
+    places = _offsets(first + tl.zeros((1,), tl.int32), c, C, S, CHANNELS_LAST)
+    a = tl.load(input_ptr + places, mask=sampled, other=0.0).to(tl.float32)
+    places = _offsets(
+        first + (last - first) // 2 + tl.zeros((1,), tl.int32), c, C, S, CHANNELS_LAST
+    )
+    b = tl.load(input_ptr + places, mask=sampled, other=0.0).to(tl.float32)
+    places = _offsets(last + tl.zeros((1,), tl.int32), c, C, S, CHANNELS_LAST)
+    z = tl.load(input_ptr + places, mask=sampled, other=0.0).to(tl.float32)
+    shift = _shift_of(a, b, z)
+    total = tl.where(exists, x - shift, 0.0)
     square = total * total
     for step in tl.range(1, steps, loop_unroll_factor=2):
         row = first + step * BLOCK_R + lane
@@ -188,14 +253,18 @@ def statistics_kernel(
         square += d * d
 
     left = tl.minimum(rows - first, steps * BLOCK_R).to(tl.int32)
-    n = ((left - lane + (BLOCK_R - 1)) // BLOCK_R).to(tl.float32)[:, None]
-    mean = total / tl.maximum(n, 1.0)
-    square -= total * mean
-    rounded, rest, square = _combine(n / left.to(tl.float32), shift, mean, square, n)
+    n = tl.maximum((left - lane + (BLOCK_R - 1)) // BLOCK_R, 0).to(tl.float32)[:, None]
+    per_value = 1.0 / tl.maximum(n, 1.0)
+    mean = total * per_value
+    # Of one value, and of squares that overflow, as they are: infinite.
+    within = tl.where(square < float("inf"), square - total * mean, square)
+    var = tl.where(n > 1.0, relu(within) * per_value, 0.0)
+    weight, factor = _weights(n, 1.0, left.to(tl.float32))
+    rounded, rest, var = _combine(weight, factor, shift + tl.zeros_like(mean), mean, var)
     place = partial_ptr + slab * C + c
     tl.store(place, rounded, mask=c_exists)
     tl.store(place + slabs * C, rest, mask=c_exists)
-    tl.store(place + 2 * slabs * C, square, mask=c_exists)
+    tl.store(place + 2 * slabs * C, var, mask=c_exists)
 
 
 @triton.jit
@@ -223,12 +292,11 @@ def combine_statistics_kernel(
     places = partial_ptr + slab[:, None] * C + c[None, :]
     base = tl.load(places, mask=exists, other=0.0)
     mean = tl.load(places + slabs * C, mask=exists, other=0.0)
-    square = tl.load(places + 2 * slabs * C, mask=exists, other=0.0)
-    rounded, rest, square = _combine(n / count, base, mean, square, n)
+    var = tl.load(places + 2 * slabs * C, mask=exists, other=0.0)
+    weight, factor = _weights(n, tl.cast(slab_rows, tl.float32), count)
+    rounded, rest, var = _combine(weight, factor, base, mean, var)
     tl.store(mean_ptr + c, rounded + rest, mask=c < C)
-    # Rounding may have left less than nothing of values that are all but equal: kept from below
-    # zero as ReLU keeps values.
-    tl.store(var_ptr + c, relu(square / count), mask=c < C)
+    tl.store(var_ptr + c, var, mask=c < C)
 
 
 @triton.jit
@@ -372,10 +440,10 @@ def backward_sums_kernel(
             residual = tl.load(residual_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
             residual_dot += tl.where(exists, g * (residual - residual_mean[None, :]), 0.0)
     place = partial_ptr + slab * C + c
-    tl.store(place, tl.sum(total, axis=0), mask=c_exists)
-    tl.store(place + slabs * C, tl.sum(dot, axis=0), mask=c_exists)
+    tl.store(place, _sum_rows(total), mask=c_exists)
+    tl.store(place + slabs * C, _sum_rows(dot), mask=c_exists)
     if residual_ptr is not None:
-        tl.store(place + 2 * slabs * C, tl.sum(residual_dot, axis=0), mask=c_exists)
+        tl.store(place + 2 * slabs * C, _sum_rows(residual_dot), mask=c_exists)
 
 
 @triton.jit
@@ -407,18 +475,19 @@ def combine_sums_kernel(
     slab = tl.arange(0, BLOCK_S)
     exists = (slab < slabs)[:, None] & c_exists[None, :]
     places = partial_ptr + slab[:, None] * C + c[None, :]
-    total = tl.sum(tl.load(places, mask=exists, other=0.0), axis=0)
-    dot = tl.sum(tl.load(places + slabs * C, mask=exists, other=0.0), axis=0)
+    total = _sum_rows(tl.load(places, mask=exists, other=0.0))
+    dot = _sum_rows(tl.load(places + slabs * C, mask=exists, other=0.0))
     tl.store(total_ptr + c, total, mask=c_exists)
     tl.store(dot_ptr + c, dot, mask=c_exists)
     var = tl.load(var_ptr + c, mask=c_exists, other=1.0).to(tl.float32)
-    tl.store(grad_weight_ptr + c, dot * tl.rsqrt(var + eps), mask=c_exists)
+    tl.store(grad_weight_ptr + c, _times_invstd(dot, tl.rsqrt(var + eps)), mask=c_exists)
     if residual_var_ptr is not None:
-        dot = tl.sum(tl.load(places + 2 * slabs * C, mask=exists, other=0.0), axis=0)
+        dot = _sum_rows(tl.load(places + 2 * slabs * C, mask=exists, other=0.0))
         tl.store(residual_total_ptr + c, total, mask=c_exists)
         tl.store(residual_dot_ptr + c, dot, mask=c_exists)
         var = tl.load(residual_var_ptr + c, mask=c_exists, other=1.0).to(tl.float32)
-        tl.store(residual_grad_weight_ptr + c, dot * tl.rsqrt(var + residual_eps), mask=c_exists)
+        invstd = tl.rsqrt(var + residual_eps)
+        tl.store(residual_grad_weight_ptr + c, _times_invstd(dot, invstd), mask=c_exists)
 
 
 @triton.jit
@@ -467,14 +536,15 @@ def backward_input_kernel(
     mean, invstd, scale, bias = _norm(c, c_exists, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps)
     if total_ptr is not None:
         offset = share * tl.load(total_ptr + c, mask=c_exists, other=0.0)
-        slope = share * tl.load(dot_ptr + c, mask=c_exists, other=0.0) * invstd * invstd
+        slope = share * tl.load(dot_ptr + c, mask=c_exists, other=0.0)
+        slope = _times_invstd(slope, invstd) * invstd
     if residual_ptr is not None:
         residual_mean, invstd, residual_scale, _ = _norm(
             c, c_exists, residual_mean_ptr, residual_var_ptr, residual_weight_ptr, None,
             residual_eps,
         )  # fmt: skip
         residual_slope = tl.load(residual_dot_ptr + c, mask=c_exists, other=0.0)
-        residual_slope = share * residual_slope * invstd * invstd
+        residual_slope = _times_invstd(share * residual_slope, invstd) * invstd
     for step in range(steps):
         row = first + step * BLOCK_R + tl.arange(0, BLOCK_R)
         exists = (row < rows)[:, None] & c_exists[None, :]

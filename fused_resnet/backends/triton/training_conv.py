@@ -31,8 +31,11 @@ from .norm import (
     _norm,
     _partial,
     _results,
+    _sum_rows,
+    _times_invstd,
     _unmasked,
     _vectors,
+    _weights,
     combine_statistics_kernel,
     combine_sums_kernel,
 )
@@ -76,7 +79,8 @@ def table_kernel(
         tl.store(table_ptr + 2 * C + c, bias, mask=exists)
     else:
         total = share * tl.load(total_ptr + c, mask=exists, other=0.0)
-        slope = share * tl.load(dot_ptr + c, mask=exists, other=0.0) * invstd * invstd
+        slope = share * tl.load(dot_ptr + c, mask=exists, other=0.0)
+        slope = _times_invstd(slope, invstd) * invstd
         tl.store(table_ptr + 2 * C + c, total, mask=exists)
         tl.store(table_ptr + 3 * C + c, slope, mask=exists)
 
@@ -133,16 +137,19 @@ def _store_part(
         tl.store(place + slabs * K, dot, mask=k_exists)
     elif STATISTICS:
         place = partial_ptr + slab * K + k
-        # The mean first, then the distances to it: what it lost to rounding they find again.
+        # The mean first, then the distances to it: what it lost to rounding they find again. With
+        # half of its digits no distance is rounded, all to the same side at worst.
         rounded = tl.sum(tl.where(exists, value, 0.0), axis=0) / rows_in_tile
+        rounded = (rounded.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
         # An infinite one would make NaN of the mean, which is infinite.
         rounded = tl.where(tl.abs(rounded) < float("inf"), rounded, 0.0)
         distance = tl.where(exists, value - rounded[None, :], 0.0)
-        rest = tl.sum(distance, axis=0) / rows_in_tile
-        square = tl.sum(distance * distance, axis=0) - rows_in_tile * rest * rest
+        rest = tl.div_rn(tl.sum(distance, axis=0), rows_in_tile)
+        apart = tl.where(exists, distance - rest[None, :], 0.0)
+        var = tl.sum(apart * apart, axis=0) / rows_in_tile
         tl.store(place, rounded, mask=k_exists)
         tl.store(place + slabs * K, rest, mask=k_exists)
-        tl.store(place + 2 * slabs * K, square, mask=k_exists)
+        tl.store(place + 2 * slabs * K, var, mask=k_exists)
 
 
 @triton.jit
@@ -196,7 +203,7 @@ def training_conv_kernel(
     `device.conv_sum`). Then, each if it is there:
 
         output  = sum + bias + residual, zero where relu(batch_norm(below)) is
-        partial = of every tile of rows and channel: with STATISTICS `rounded, rest, square`, as
+        partial = of every tile of rows and channel: with STATISTICS `rounded, rest, var`, as
                   `batch_norm.statistics_kernel` has them; with `below` `sum(output)` and
                   `sum(output (below - mean))`
 
@@ -276,16 +283,17 @@ def fold_kernel(
     first = tl.load(places, mask=exists, other=0.0)
     second = tl.load(places + slabs * C, mask=exists, other=0.0)
     if STATISTICS:
-        square = tl.load(places + 2 * slabs * C, mask=exists, other=0.0)
+        var = tl.load(places + 2 * slabs * C, mask=exists, other=0.0)
         before = slab.to(tl.int64) * slab_rows
         n = tl.maximum(tl.minimum(rows - before, slab_rows), 0).to(tl.float32)[:, None]
-        rounded, rest, square = _combine(n / tl.sum(n), first, second, square, n)
+        weight, factor = _weights(n, tl.cast(slab_rows, tl.float32), tl.sum(n))
+        rounded, rest, var = _combine(weight, factor, first, second, var)
         tl.store(place, rounded, mask=c < C)
         tl.store(place + folded_slabs * C, rest, mask=c < C)
-        tl.store(place + 2 * folded_slabs * C, square, mask=c < C)
+        tl.store(place + 2 * folded_slabs * C, var, mask=c < C)
     else:
-        tl.store(place, tl.sum(first, axis=0), mask=c < C)
-        tl.store(place + folded_slabs * C, tl.sum(second, axis=0), mask=c < C)
+        tl.store(place, _sum_rows(first), mask=c < C)
+        tl.store(place + folded_slabs * C, _sum_rows(second), mask=c < C)
 
 
 @dataclass(frozen=True)

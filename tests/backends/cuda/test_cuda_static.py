@@ -320,7 +320,7 @@ def test_batch_norm_in_clusters(architecture):
         of_channel = [store for store in stores if ".128" not in store and ".U8" not in store]
         assert len(of_channel) == 2 + backward, name
         assert any(".128" in store for store in stores), name
-        # Others' sums, two numbers, and the barriers before and after.
+        # Others' sums and the barriers before and after.
         remote = [i for i in instructions if re.search(r"\bLD(\.E)?\b|LDS\.?.*cluster|MAPA", i)]
         assert remote, name
         assert len(opcodes(instructions, "UCGABAR_ARV")) == 2, name
