@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
   float moments[3 * N + 1] = {};
 
-  for_each_row<kRows>(place.row, place.end, p.groups, [&](auto rows, int64_t row) {
+  constexpr int kAtOnce = N < 8 ? kRows : kRows / 2;  // for which there are registers
+  for_each_row<kAtOnce>(place.row, place.end, p.groups, [&](auto rows, int64_t row) {
     constexpr int kCount = rows;
     Vector<T, N> x[kCount];
 #pragma unroll
@@ -153,18 +154,20 @@ constexpr int kPartialsAtOnce = 8;
 template <int kValues, typename Use>
 __device__ __forceinline__ void for_each_partial(const float* partials, const Partition& p,
                                                  int channel, int group, const Use& use) {
-  for (int first = group; first < p.row_blocks; first += kPartialsAtOnce * kCombiningGroups) {
-    float sums[kPartialsAtOnce][kValues];
+  // Of three values half as many, for which there are registers.
+  constexpr int kAtOnce = kValues > 2 ? kPartialsAtOnce / 2 : kPartialsAtOnce;
+  for (int first = group; first < p.row_blocks; first += kAtOnce * kCombiningGroups) {
+    float sums[kAtOnce][kValues];
     const auto row_block = [&](int i) { return first + i * kCombiningGroups; };
 #pragma unroll
-    for (int i = 0; i < kPartialsAtOnce; ++i) {
+    for (int i = 0; i < kAtOnce; ++i) {
       if (row_block(i) >= p.row_blocks) continue;
       const float* partial = partials + int64_t{kValues} * row_block(i) * p.channels + channel;
 #pragma unroll
       for (int v = 0; v < kValues; ++v) sums[i][v] = __ldg(partial + v * int64_t{p.channels});
     }
 #pragma unroll
-    for (int i = 0; i < kPartialsAtOnce; ++i) {
+    for (int i = 0; i < kAtOnce; ++i) {
       if (row_block(i) < p.row_blocks) use(row_block(i), sums[i]);
     }
   }
