@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from conftest import RUNNERS
 from support import assert_same_bits, dtype_id
-from test_batch_norm_numerics import HARD, check, fused, hard_input, results
+from support.hard_batch_norms import HARD, check, fused, hard_input, results
 
 import fused_resnet
 from fused_resnet import backends, functional
