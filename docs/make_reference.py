@@ -22,7 +22,7 @@ MODULES: list[tuple[ModuleType, list[str]]] = [
     ),
     (functional, ["conv_bn_act", "norm_conv_bn_act", "conv_bn_act_max_pool", "batch_norm_act"]),
     (models, models.__all__),
-    (backends, ["available", "explain", "release"]),
+    (backends, ["available", "explain", "register", "release"]),
     (backends.cpu, ["empty_cache"]),
     (testing, ["assert_error_rule", "randomize_", "relative_error"]),
 ]
