@@ -182,14 +182,10 @@ def _combine(weight, factor, base, mean, var):
     to it suffer from rounding; variances, unlike sums of squares, overflow only if they have to.
     """
     about = base + mean
+    rounded = _sum_rows(weight * about) * factor
+    # Of parts that agree, what they agree on: distances to it are nothing.
     least = tl.min(tl.where(weight > 0.0, about, float("inf")), axis=0)
     most = tl.max(tl.where(weight > 0.0, about, float("-inf")), axis=0)
-    # What is next to the least numbers is taken larger, so that no part of it is rounded to these.
-    little = tl.maximum(tl.abs(least), tl.abs(most)) < 1e-30
-    of_mean = weight * tl.where(little, 16777216.0, 1.0)[None, :]
-    factor_of_mean = factor * tl.where(little, 1 / 16777216.0, 1.0)
-    rounded = _sum_rows(of_mean * about) * factor_of_mean
-    # Of parts that agree, what they agree on: distances to it are nothing.
     rounded = tl.minimum(tl.maximum(rounded, least), most)
     # With a thousandth of their digits no distance to it is rounded, all to the same side at worst.
     large = (most - least) * 8192.0
@@ -197,7 +193,7 @@ def _combine(weight, factor, base, mean, var):
     # An infinite one would make NaN of the mean, which is infinite.
     rounded = tl.where(tl.abs(rounded) < float("inf"), rounded, 0.0)
     mean = tl.where(weight > 0.0, (base - rounded[None, :]) + mean, 0.0)
-    rest = _sum_rows(of_mean * mean) * factor_of_mean
+    rest = _sum_rows(weight * mean) * factor
     apart = tl.where(weight > 0.0, mean - rest[None, :], 0.0)
     return rounded, rest, _sum_rows(weight * (var + apart * apart)) * factor
 
