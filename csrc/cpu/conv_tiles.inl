@@ -31,11 +31,11 @@
 // A float32 is the sum of three bfloat16, its parts: x = x0 + x1 + x2, exactly, each at most 2^-7
 // of the one before. Of the nine products of parts six matter: x0 w0, and x0 w1, x1 w0, x0 w2, x1
 // w1 and x2 w0, which are small. What is left out is below 2^-22 of the first, and of any sign,
-// since weights are rounded to their parts. Small products have sums of their own: their rounding
-// does not count beside that of the large ones, which are rounded once for 32 products. A block
-// therefore goes through the reduction twice, with 4 products a step and with 20, and never waits
-// for a sum. In memory both are float32; pixels are split when they are gathered, and weights,
-// which are packed as for the vector kernels, when a task comes to them.
+// since weights are rounded to their parts. A block goes through the reduction twice, first for the
+// small products, 20 a step, then for the large, 4 a step, which go on with the same sums: so small
+// products are rounded as small sums are, and the large ones once for 32. It never waits for a sum.
+// In memory both are float32; pixels are split when they are gathered, and weights, which are
+// packed as for the vector kernels, when a task comes to them.
 //
 // Memory traffic: as conv.h says; the slab is written and read in the second-level cache.
 //
@@ -171,7 +171,7 @@ constexpr int64_t kPartBytes = kTiledPart * 2;
 constexpr int64_t kSums = kBlockPixels * kTileBlockK;
 
 // Scratch memory of a task: [tiles][positions][scale, shift and bias][offsets of taps][sums of two
-// blocks; of the parts' small products too][slab][input rows of a dense gather, and a pixel of it]
+// blocks][slab][input rows of a dense gather, and a pixel of it]
 // [weights in parts]// [convolution rows awaiting the pool].
 struct Scratch {
   Tile* tiles;
@@ -205,7 +205,7 @@ struct Scratch {
     shift = reinterpret_cast<float*>(take(channels * 4));
     bias = reinterpret_cast<float*>(take(channels * 4));
     offsets = reinterpret_cast<int64_t*>(take(layout.taps() * 8));
-    sums = reinterpret_cast<float*>(take(4 * kSums * 4));
+    sums = reinterpret_cast<float*>(take(2 * kSums * 4));
     plane = part = 0;
     chunk = kChunkBytes;
     int64_t slab_bytes = 0, input_bytes = 0;
@@ -619,7 +619,6 @@ FR_INLINE void load_sums(const Product& product, int64_t pixel, const float* sum
   constexpr int kVectors = kN * 16 / kWidth;
   FR_FOR (v, kVectors) y[v] = Value::load(sums + v * kWidth);
   if constexpr (kParts > 1) {
-    FR_FOR (v, kVectors) y[v] = Value::add(y[v], Value::load(sums + kSums + v * kWidth));
     if (__builtin_expect(is_doubtful<kVectors>(y), 0)) {
       alignas(64) float again[kTileBlockK];
       multiply_again(product, pixel, again);
@@ -785,8 +784,56 @@ FR_INLINE void multiply_step(const char* in0, int64_t stride0, const char* in1, 
   }
 }
 
+template <bool kValue>
+struct Constant {
+  static constexpr bool value = kValue;
+};
+
+// Sums of kM tiles of pixels times kN of output channels, to [pixel][32]. After every few products
+// a share of what is pending.
 template <int kM, int kN>
-FR_INLINE void store_all_sums(float* sums) {
+void multiply(const Product& product, float* sums, Pending& pending) {
+  constexpr int64_t kProducts = kParts > 1 ? 6 : 1;
+  const int64_t share = div_up(pending.pixels, product.chunks * product.taps * kProducts);
+  const char *in0 = product.tiles[0].in, *in1 = product.tiles[kM - 1].in;
+  const int64_t stride0 = product.tiles[0].stride, stride1 = product.tiles[kM - 1].stride;
+  const char *prefetch = product.prefetch, *weight = product.weight;
+  const auto step = [&](auto pixels, auto weights, int64_t offset, const char* at) {
+    multiply_step<kM, kN, pixels.value, weights.value>(in0 + offset, stride0, in1 + offset, stride1,
+                                                       at);
+    if (pending.pixels > 0) pending.take(share);
+  };
+  const Constant<true> load;
+  const Constant<false> keep;
+  // What was gathered has been stored: the compiler does not know that tiles are loaded from
+  // memory.
+  __atomic_signal_fence(__ATOMIC_SEQ_CST);
+  zero_sums();
+  for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
+    for (int64_t tap = 0; tap < product.taps; ++tap, weight += kParts * kPartBytes) {
+      const int64_t offset = product.offsets[tap] + chunk * product.chunk;
+      if constexpr (kParts == 1) {
+        step(load, load, offset, weight);
+      } else {
+        step(load, load, offset, weight + 2 * kPartBytes);
+        step(keep, load, offset, weight + kPartBytes);
+        step(load, keep, offset + product.part, nullptr);
+        step(keep, load, offset, weight);
+        step(load, keep, offset + 2 * product.part, nullptr);
+      }
+      for (int64_t i = 0; i < product.lines; ++i, prefetch += kLine) {
+        __builtin_prefetch(prefetch, 0, 2);
+      }
+    }
+  }
+  if constexpr (kParts > 1) {
+    weight = product.weight;
+    for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
+      for (int64_t tap = 0; tap < product.taps; ++tap, weight += kParts * kPartBytes) {
+        step(load, load, product.offsets[tap] + chunk * product.chunk, weight);
+      }
+    }
+  }
   constexpr int64_t kRow = kTileBlockK * 4;
   store_sums<0, 0>(sums, kRow);
   if constexpr (kN == 2) store_sums<0, 1>(sums + 16, kRow);
@@ -794,60 +841,6 @@ FR_INLINE void store_all_sums(float* sums) {
     store_sums<1, 0>(sums + kTileRows * kTileBlockK, kRow);
     if constexpr (kN == 2) store_sums<1, 1>(sums + kTileRows * kTileBlockK + 16, kRow);
   }
-}
-
-// Sums of kM tiles of pixels times kN of output channels, to [pixel][32]. With every step a share
-// of what is pending.
-template <int kM, int kN>
-void multiply(const Product& product, float* sums, Pending& pending) {
-  constexpr int64_t kSmall = kParts > 1 ? 5 : 1;  // products of a step
-  const int64_t share = div_up(pending.pixels, product.chunks * product.taps * kSmall);
-  const char *in0 = product.tiles[0].in, *in1 = product.tiles[kM - 1].in;
-  const int64_t stride0 = product.tiles[0].stride, stride1 = product.tiles[kM - 1].stride;
-  const char *prefetch = product.prefetch, *weight = product.weight;
-  // What was gathered has been stored: the compiler does not know that tiles are loaded from
-  // memory.
-  __atomic_signal_fence(__ATOMIC_SEQ_CST);
-  if constexpr (kParts > 1) {
-    zero_sums();
-    for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
-      for (int64_t tap = 0; tap < product.taps; ++tap, weight += kParts * kPartBytes) {
-        const int64_t offset = product.offsets[tap] + chunk * product.chunk;
-        multiply_step<kM, kN, true, true>(in0 + offset, stride0, in1 + offset, stride1, weight);
-      }
-    }
-    store_all_sums<kM, kN>(sums);
-    weight = product.weight;
-  }
-  zero_sums();
-  for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
-    for (int64_t tap = 0; tap < product.taps; ++tap, weight += kParts * kPartBytes) {
-      int64_t offset = product.offsets[tap] + chunk * product.chunk;
-      const auto with_pixels = [&] {
-        multiply_step<kM, kN, true, false>(in0 + offset, stride0, in1 + offset, stride1, weight);
-        if (pending.pixels > 0) pending.take(share);
-      };
-      const auto with_weights = [&](int part) {
-        multiply_step<kM, kN, false, true>(in0, stride0, in1, stride1, weight + part * kPartBytes);
-        if (pending.pixels > 0) pending.take(share);
-      };
-      multiply_step<kM, kN, true, true>(in0 + offset, stride0, in1 + offset, stride1,
-                                        weight + (kParts - 1) * kPartBytes);
-      if (pending.pixels > 0) pending.take(share);
-      if constexpr (kParts > 1) {
-        with_weights(1);
-        offset += product.part;
-        with_pixels();
-        with_weights(0);
-        offset += product.part;
-        with_pixels();
-      }
-      for (int64_t i = 0; i < product.lines; ++i, prefetch += kLine) {
-        __builtin_prefetch(prefetch, 0, 2);
-      }
-    }
-  }
-  store_all_sums<kM, kN>(kParts > 1 ? sums + kSums : sums);
 }
 
 // Lines that finish() will read and write: they come from further away than the second-level cache.
@@ -1025,7 +1018,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
           (pair ? multiply<2, 1> : multiply<1, 1>)(product, sums, pending);
         }
         pending = {finish, e, product, sums, positions, 0, pair ? 2 * kTileRows : kTileRows};
-        sums = sums == scratch.sums ? scratch.sums + 2 * kSums : scratch.sums;
+        sums = sums == scratch.sums ? scratch.sums + kSums : scratch.sums;
       }
     }
   }
