@@ -11,6 +11,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -83,6 +84,8 @@ class Form:
     overrides: tuple[str, ...] = ("forward",)
     obstacle: Callable[[nn.Module], str | None] = _no_obstacle
     plain_names: tuple[tuple[str, str, str], ...] | None = field(init=False, default=None)
+    _names: Sequence[str] = field(init=False, repr=False, compare=False, default=())
+    _methods: dict[str, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.units, tuple):
@@ -179,6 +182,7 @@ def part(module: nn.Module, name: str) -> nn.Module | None:
     children = module._modules
     if name in children:
         return children[name]
+    found: nn.Module | None = module
     for piece in name.split("."):
-        module = getattr(module, piece, None)
-    return module
+        found = getattr(found, piece, None)
+    return found

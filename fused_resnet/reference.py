@@ -148,7 +148,7 @@ def conv_bn_act_max_pool(
         None,
         activation,
     )
-    return F.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
+    return F.max_pool2d(out, tuple(pool_kernel_size), tuple(pool_stride), tuple(pool_padding))
 
 
 def batch_norm_act(

@@ -25,7 +25,7 @@ app.add_typer(bench.app, name="bench")
 
 
 # click's class, wherever this version of typer keeps it.
-_UsageError = typer.BadParameter.__base__
+_UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
 
 def main() -> None:

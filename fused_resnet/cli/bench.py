@@ -243,9 +243,8 @@ def compare_command(
         colours = {comparison.SLOWER: "red", comparison.BROKEN: "red", comparison.FASTER: "green"}
         for change in shown:
             times = ["-" if t is None else f"{t:.4g}" for t in (change.before, change.after)]
-            ratio = (
-                f"{change.after / change.before:.2f}" if all((change.before, change.after)) else ""
-            )
+            was, now = change.before, change.after
+            ratio = f"{now / was:.2f}" if was and now else ""
             colour = colours.get(change.kind, "none")
             kind = plain(change.kind, colour)
             table.add_row(plain(change.what), plain(change.name), kind, *times, ratio)

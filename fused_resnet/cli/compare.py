@@ -113,7 +113,8 @@ def _print_result(console: Console, result: Result) -> None:
     where = environment.describe_device(case.torch_device)["name"]
     plural = "s" if result.threads > 1 else ""
     threads = f", {result.threads} thread{plural}" if case.torch_device.type == "cpu" else ""
-    rounds = len(result.candidates[0].latency.samples)
+    latency = result.candidates[0].latency
+    rounds = 0 if latency is None else len(latency.samples)
 
     table = Table(
         title=f"{case.model}, batch {case.batch_size}, {case.dtype}, {mode}", header_style="bold"
@@ -157,7 +158,7 @@ def _row(result: Result, candidate: Candidate) -> list[str | Text]:
         errors = [accuracy.error, accuracy.gradient_error] if case.train else [accuracy.error]
         cells = [*blank, *map(error_text, errors), f"{100 * accuracy.top5:.0f} %"]
         return [name, plain("wrong", "red"), *cells]
-    row = [
+    row: list[str | Text] = [
         name,
         f"{latency.median:.2f}",
         f"{latency.quantile(0.1):.2f} to {latency.quantile(0.9):.2f}",

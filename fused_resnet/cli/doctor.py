@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 from rich.console import Console
@@ -22,7 +23,7 @@ def doctor() -> None:
     grid.add_column(style="bold")
     grid.add_column(overflow="fold")
 
-    def section(title: str, rows: dict[str, object]) -> None:
+    def section(title: str, rows: Mapping[str, object]) -> None:
         grid.add_row(title, "")
         for name, value in rows.items():
             grid.add_row(plain(f"  {name}"), plain("not found" if value is None else value))
@@ -71,7 +72,7 @@ def _settings() -> dict[str, object]:
     return settings
 
 
-def _compiled_parts() -> dict[str, object]:
+def _compiled_parts() -> dict[str, str]:
     info = _native.build_info()
     cuda = info["cuda"]
     parts = {"_C": f"for {info['machine']}, by {info['compiler']}, against torch {info['torch']}"}

@@ -27,12 +27,12 @@ from .inputs import InvalidArgumentError
 from .tune import cases
 
 Call = Callable[[], Any]
-Prepare = Callable[[tuple, Problem], Call]
+Prepare = Callable[[tuple[Any, ...], Problem], Call]
 
 ONE_KERNEL = "fused, one kernel"
 
 
-def eager(arguments: tuple, problem: ConvProblem) -> Call:
+def eager(arguments: tuple[Any, ...], problem: ConvProblem) -> Call:
     """Convolution, batch norm, add, ReLU and pool as torchvision's blocks run them."""
     return lambda: _operators(arguments, problem)
 
@@ -42,7 +42,7 @@ def compiled() -> Prepare:
     current: ConvProblem | None = None
     program: Any = None
 
-    def prepare(arguments: tuple, problem: ConvProblem) -> Call:
+    def prepare(arguments: tuple[Any, ...], problem: ConvProblem) -> Call:
         nonlocal current, program
         if problem != current:
             # Layers share the code, and with it the limit of recompilations, after which a
@@ -54,7 +54,7 @@ def compiled() -> Prepare:
     return prepare
 
 
-def onednn_fused(arguments: tuple, problem: ConvProblem) -> Call:
+def onednn_fused(arguments: tuple[Any, ...], problem: ConvProblem) -> Call:
     """Convolution, bias, add and ReLU as one oneDNN primitive, as Inductor's freezing calls it."""
     input, *_, stride, padding, dilation, groups, residual, activation = arguments
     weight, bias = _folded(arguments)
@@ -74,7 +74,7 @@ def onednn_fused(arguments: tuple, problem: ConvProblem) -> Call:
     )
 
 
-def cudnn_fused(arguments: tuple, problem: ConvProblem) -> Call:
+def cudnn_fused(arguments: tuple[Any, ...], problem: ConvProblem) -> Call:
     """Convolution, bias, add and ReLU by cuDNN; may lose NaN (see backends/cudnn.py)."""
     input, *_, stride, padding, dilation, groups, residual, _ = arguments
     weight, bias = _folded(arguments)
@@ -92,7 +92,7 @@ def fused(backend: str) -> Prepare:
     On "triton" that is what tuning chose for the layer, which may be another's kernel.
     """
 
-    def prepare(arguments: tuple, problem: ConvProblem) -> Call:
+    def prepare(arguments: tuple[Any, ...], problem: ConvProblem) -> Call:
         input = arguments[0]
         leading, (stride, padding, dilation, groups) = arguments[:7], arguments[8:12]
         geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -111,7 +111,7 @@ def fused(backend: str) -> Prepare:
     return prepare
 
 
-def eager_block(arguments: tuple, problem: ChainProblem) -> Call:
+def eager_block(arguments: tuple[Any, ...], problem: ChainProblem) -> Call:
     """A Bottleneck from its 3x3 to the next one's first 1x1, by operators of their own."""
     return lambda: cases.eager_chain(arguments)
 
@@ -119,14 +119,16 @@ def eager_block(arguments: tuple, problem: ChainProblem) -> Call:
 def fused_block(backend: str) -> Prepare:
     """The same, one of this package's convolutions after the other."""
 
-    def run(input: Tensor, layer: tuple, residual: Tensor | None, activation: str) -> Tensor:
+    def run(
+        input: Tensor, layer: tuple[Any, ...], residual: Tensor | None, activation: str
+    ) -> Tensor:
         *norm, bias, stride, padding, dilation, groups = layer
         return functional.conv_bn_act(
             input, *norm, bias=bias, stride=stride, padding=padding, dilation=dilation,
             groups=groups, residual=residual, activation=activation,
         )  # fmt: skip
 
-    def prepare(arguments: tuple, problem: ChainProblem) -> Call:
+    def prepare(arguments: tuple[Any, ...], problem: ChainProblem) -> Call:
         reduced, x, convolution, expand, project, reduce = arguments
 
         def call() -> tuple[Tensor, ...]:
@@ -139,7 +141,7 @@ def fused_block(backend: str) -> Prepare:
     return prepare
 
 
-def one_kernel(arguments: tuple, problem: ChainProblem) -> Call:
+def one_kernel(arguments: tuple[Any, ...], problem: ChainProblem) -> Call:
     """The same in one launch, two where the next block's convolution is better left out.
 
     With the tile that tuning chose; where it chose convolutions, with the likeliest tile.
@@ -234,7 +236,7 @@ def for_norms(found: Collection[str]) -> dict[str, norms.Prepare]:
     return ways
 
 
-def _operators(arguments: tuple, problem: ConvProblem) -> Tensor:
+def _operators(arguments: tuple[Any, ...], problem: ConvProblem) -> Tensor:
     input, weight, mean, var, bn_weight, bn_bias, eps, bias, *convolution, residual, _ = arguments
     out = F.conv2d(input, weight, bias, *convolution)
     out = F.batch_norm(out, mean, var, bn_weight, bn_bias, False, 0.0, eps)
@@ -248,7 +250,7 @@ def _pooled(out: Tensor, problem: ConvProblem) -> Tensor:
     return out if pool is None else F.max_pool2d(out, pool[0:2], pool[2:4], pool[4:6])
 
 
-def _folded(arguments: tuple) -> tuple[Tensor, Tensor]:
+def _folded(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """Weight and bias with batch norm in them, folded in float32."""
     weight, mean, var, bn_weight, bn_bias, eps = arguments[1:7]
     scale, shift = library.scale_and_shift(mean, var, bn_weight, bn_bias, eps, weight.dtype)

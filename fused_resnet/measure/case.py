@@ -176,4 +176,6 @@ class Result:
 
     def images_per_second(self, candidate: Candidate) -> float:
         """Throughput at the candidate's median latency."""
+        if candidate.latency is None:
+            raise ValueError(f"images_per_second: {candidate.name} was not timed")
         return 1e3 * self.case.batch_size / candidate.latency.median

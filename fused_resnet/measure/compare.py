@@ -178,11 +178,10 @@ def _programs(names: Collection[str]) -> Iterator[None]:
 def _prepare(case: Case) -> tuple[torch.nn.Module, torch.Tensor]:
     """The model in the case's mode, and the input; in its dtype, on its device, channels_last."""
     dtype = torch.float32 if case.is_mixed else case.torch_dtype
-    where = {"device": case.torch_device, "dtype": dtype}
-    nhwc = {"memory_format": torch.channels_last}
-    model = build_model(case.model, case.weights, case.seed).to(**where, **nhwc).train(case.train)
-    input = build_input(case.model, case.images, case.batch_size, case.seed).to(**where, **nhwc)
-    return model, input
+    device, nhwc = case.torch_device, torch.channels_last
+    model = build_model(case.model, case.weights, case.seed).to(device, dtype)
+    input = build_input(case.model, case.images, case.batch_size, case.seed).to(device, dtype)
+    return model.to(memory_format=nhwc).train(case.train), input.to(memory_format=nhwc)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,14 +221,14 @@ def _is_wrong(own: Accuracy, eager: Accuracy, factor: float) -> bool:
     """Whether an error breaks the rule of `testing.assert_error_rule` with this factor."""
     floor = 4 * torch.finfo(torch.float32).eps
     for error, base in ((own.error, eager.error), (own.gradient_error, eager.gradient_error)):
-        if error is None or not math.isfinite(base):
+        if error is None or base is None or not math.isfinite(base):
             continue
         if not error <= max(factor * base, floor):
             return True
     return False
 
 
-def _summary(report: Sequence[object]) -> tuple[str, ...]:
+def _summary(report: Sequence[swap.Record]) -> tuple[str, ...]:
     """One line for each way in which the report's modules run, most frequent first."""
     ways = Counter(
         (record.kind, record.backend if record.fused else f"left alone: {record.reason}")
@@ -300,8 +299,7 @@ def _peak_memory_here(name: str, case: Case) -> int:
         tiny = torch.nn.Sequential(
             torch.nn.Conv2d(3, 16, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
         )
-        where = {"device": input.device, "dtype": input.dtype}
-        ENGINES[name](tiny.to(**where), input[:1, :, :16, :16], case)()
+        ENGINES[name](tiny.to(input.device, input.dtype), input[:1, :, :16, :16], case)()
         synchronize(input.device)
         memory = PeakMemory(input.device)
         call = ENGINES[name](model, input, case)

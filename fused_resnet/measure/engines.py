@@ -46,11 +46,12 @@ def fused(
 ) -> Call:
     """The model after `fuse`, on the case's backend; `wrap` makes what is called of it."""
     call = step(model, wrap(swap.fuse(model, memory=memory)), input, case)
-    if case.backend is None:
+    backend = case.backend
+    if backend is None:
         return call
 
     def on_backend() -> torch.Tensor:
-        with backends.use_backend(case.backend):
+        with backends.use_backend(backend):
             return call()
 
     return on_backend

@@ -174,7 +174,8 @@ def build_input(model: str, images: Sequence[str], batch: int, seed: int) -> tor
     entries = torchvision.models.get_model_weights(model)
     preset = entries.DEFAULT.transforms()
     size = preset.crop_size[0]
-    loaded = [load_image(path) for path in images or [sample_photograph()]]
+    paths: Sequence[str | os.PathLike[str]] = images or [sample_photograph()]
+    loaded = [load_image(path) for path in paths]
     tensors = [preset(image) for image in loaded[:batch]]
     generator = torch.Generator().manual_seed(seed)
     while len(tensors) < batch:
@@ -182,7 +183,7 @@ def build_input(model: str, images: Sequence[str], batch: int, seed: int) -> tor
         scale, left, top = torch.rand(3, generator=generator).tolist()
         side = (0.4 + 0.5 * scale) * min(image.size)
         x, y = left * (image.width - side), top * (image.height - side)
-        crop = image.resize((size, size), PIL.Image.BILINEAR, (x, y, x + side, y + side))
+        crop = image.resize((size, size), PIL.Image.Resampling.BILINEAR, (x, y, x + side, y + side))
         tensors.append(preset(crop))
     return torch.stack(tensors)
 

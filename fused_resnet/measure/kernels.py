@@ -259,7 +259,7 @@ def _checked(
     Eager is the measure of error, so only what is not finite makes it wrong.
     """
 
-    def run(arguments: tuple, problem: Problem) -> Any:
+    def run(arguments: tuple[Any, ...], problem: Problem) -> Any:
         return prepare(arguments, problem)()
 
     try:
@@ -312,13 +312,13 @@ def _checked_norm(name: str, results: tuple[torch.Tensor, ...], case: norms.Norm
 
 def _argument_sets(
     case: cases.Case | cases.ChainCase | norms.NormCase, device: torch.device
-) -> list[tuple]:
+) -> list[tuple[Any, ...]]:
     """The layer's tensors, on a CPU as often as it takes to be out of a core's cache."""
     if device.type == "cuda":
         return [case.arguments]
     wanted = math.ceil(ceilings.COLD_BYTES / max(1, case.problem.bytes_once))
 
-    def copied() -> tuple:
+    def copied() -> tuple[Any, ...]:
         if isinstance(case, norms.NormCase):
             return norms.copied(case.arguments)
         return pytree.tree_map_only(torch.Tensor, torch.clone, case.arguments)
@@ -343,7 +343,9 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def document(results: Sequence[Result], command: str, root: Any = environment.ROOT) -> dict:
+def document(
+    results: Sequence[Result], command: str, root: Any = environment.ROOT
+) -> dict[str, Any]:
     """The results as JSON, schema "fused_resnet.kernels/1".
 
     Top level: what `environment.provenance` gives, and `cases`.

@@ -95,7 +95,11 @@ class _Recorder(TorchDispatchMode):
         self.found: Counter[ConvProblem] = Counter()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         operators = torch.ops.fused_resnet
         if func is operators.conv_bn_act.default:

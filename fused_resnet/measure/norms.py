@@ -23,7 +23,7 @@ from .predict_training import norms_of
 from .tune import cases
 
 Call = Callable[[], Any]
-Prepare = Callable[[tuple, "NormProblem"], Call]
+Prepare = Callable[[tuple[Any, ...], "NormProblem"], Call]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _MOMENTUM, _EPS = 0.1, 1e-5
@@ -164,7 +164,7 @@ def operators(
 
 
 def step(
-    forward: Callable[..., Tensor], arguments: tuple, problem: NormProblem
+    forward: Callable[..., Tensor], arguments: tuple[Any, ...], problem: NormProblem
 ) -> tuple[Tensor, ...]:
     """The output, and the gradients of input, weight, bias and shortcut."""
     *tensors, grad = arguments
@@ -174,7 +174,7 @@ def step(
         return out, *torch.autograd.grad(out, leaves, grad)
 
 
-def eager(arguments: tuple, problem: NormProblem) -> Call:
+def eager(arguments: tuple[Any, ...], problem: NormProblem) -> Call:
     """The three operators."""
     return lambda: step(operators, arguments, problem)
 
@@ -184,7 +184,7 @@ def compiled() -> Prepare:
     current: NormProblem | None = None
     program: Any = None
 
-    def prepare(arguments: tuple, problem: NormProblem) -> Call:
+    def prepare(arguments: tuple[Any, ...], problem: NormProblem) -> Call:
         nonlocal current, program
         if problem != current:
             torch._dynamo.reset()
@@ -206,7 +206,7 @@ def fused(on_backend: Callable[[torch.device, Call], Call]) -> Prepare:
             residual=residual, activation="relu" if relu else "none",
         )  # fmt: skip
 
-    def prepare(arguments: tuple, problem: NormProblem) -> Call:
+    def prepare(arguments: tuple[Any, ...], problem: NormProblem) -> Call:
         return on_backend(arguments[0].device, lambda: step(forward, arguments, problem))
 
     return prepare

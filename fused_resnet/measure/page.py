@@ -272,11 +272,8 @@ def _summary_table(case: Mapping[str, Any]) -> str:
         if total is None:
             rows.append(("bad", [name, "not all layers were timed", "", ""]))
             continue
-        ratio = (
-            f"{total.milliseconds / totals['eager'].milliseconds:.2f}"
-            if totals.get("eager")
-            else "-"
-        )
+        eager = totals.get("eager")
+        ratio = f"{total.milliseconds / eager.milliseconds:.2f}" if eager else "-"
         cells = [name, f"{total.milliseconds:.2f}", ratio, f"{100 * total.roofline:.0f} %"]
         rows.append(("ours" if name.startswith("fused") else "", cells))
     return _table(("all layers", "sum of medians, ms", "time / eager", "of the roofline"), rows)

@@ -72,7 +72,8 @@ def roofline(case: Mapping[str, Any], title: str, caption: str) -> Figure:
     bandwidth = scale * limits["copy_gigabytes_per_second"] / 1e3
     names = _names(layer["candidates"] for layer in case["layers"])
     style = styles(names)
-    intensities, rates = [], [rate]
+    intensities: list[float] = []
+    rates = [rate]
     for name in names:
         points = [
             (layer["flops"] / layer["bytes"], scale * one["teraflops_per_second"])

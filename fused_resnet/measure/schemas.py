@@ -73,22 +73,27 @@ _NUMBER = _Kind("a number of at least 0", lambda value: _is_number(value, 0))
 _COUNT = _Kind("a whole number of at least 1", lambda value: _is_whole(value, 1))
 _NATURAL = _Kind("a whole number of at least 0", lambda value: _is_whole(value, 0))
 
-_TIMES = {"median": _POSITIVE, "p10": _POSITIVE, "p90": _POSITIVE, "samples": _ListOf(_POSITIVE)}
-_PROVENANCE = {
+_TIMES: dict[str, _Spec] = {
+    "median": _POSITIVE,
+    "p10": _POSITIVE,
+    "p90": _POSITIVE,
+    "samples": _ListOf(_POSITIVE),
+}
+_PROVENANCE: dict[str, _Spec] = {
     "date": _DATE,
     "command": _TEXT,
     "commit": _OrNull(_NAME),
     "versions": {"torch": _OrNull(_NAME)},
     "device": {"type": _NAME, "name": _NAME, "driver": _OrMissing(_OrNull(_NAME))},
 }
-_CASE = {
+_CASE: dict[str, _Spec] = {
     "model": _NAME,
     "batch": _COUNT,
     "dtype": _NAME,
     "device": _NAME,
     "threads": _NATURAL,
 }
-_CANDIDATE = {
+_CANDIDATE: dict[str, _Spec] = {
     "name": _NAME,
     "skipped": _OrNull(_TEXT),
     "wrong": _OrNull(_FLAG),
@@ -101,11 +106,11 @@ _CANDIDATE = {
     "error": _OrNull(_NUMBER),
     "gradient_error": _OrNull(_NUMBER),
 }
-MODELS = {
+MODELS: dict[str, _Spec] = {
     **_PROVENANCE,
     "cases": _ListOf({**_CASE, "mode": _MODE, "candidates": _ListOf(_CANDIDATE)}),
 }
-_LAYER = {
+_LAYER: dict[str, _Spec] = {
     "label": _NAME,
     "count": _COUNT,
     "bytes": _POSITIVE,
@@ -126,7 +131,7 @@ _LAYER = {
         }
     ),
 }
-KERNELS = {
+KERNELS: dict[str, _Spec] = {
     **_PROVENANCE,
     "cases": _ListOf(
         {
@@ -142,8 +147,8 @@ KERNELS = {
     ),
 }
 _STEP = dict.fromkeys(("eager", "compile", "fused", "with_ends"), _POSITIVE)
-_PLACE = {"gpu": _NAME, "model": _NAME, "dtype": _NAME, "batch": _COUNT}
-PREDICTED = {
+_PLACE: dict[str, _Spec] = {"gpu": _NAME, "model": _NAME, "dtype": _NAME, "batch": _COUNT}
+PREDICTED: dict[str, _Spec] = {
     "networks": _ListOf(
         {
             **_PLACE,
@@ -165,7 +170,7 @@ PREDICTED = {
         )
     ),
 }
-RESOURCES = {
+RESOURCES: dict[str, _Spec] = {
     "entries": _ListOf(
         {
             "kernel": _NAME,

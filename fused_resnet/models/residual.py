@@ -6,6 +6,8 @@ the one in TensorFlow's model garden. Both compute relu(bn2(conv2(relu(bn1(conv1
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation, StochasticDepth
 
@@ -85,11 +87,13 @@ class ResidualBlock(nn.Module):
                 f"ResidualBlock: stochastic_depth_drop_rate is {rate}, must be in [0, 1)"
             )
         super().__init__()
-        norm = {"momentum": 1 - norm_momentum, "eps": norm_epsilon}
+        norm = functools.partial(
+            nn.BatchNorm2d, filters, eps=norm_epsilon, momentum=1 - norm_momentum
+        )
         self.conv1 = nn.Conv2d(in_channels, filters, 3, stride=strides, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(filters, **norm)
+        self.bn1 = norm()
         self.conv2 = nn.Conv2d(filters, filters, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(filters, **norm)
+        self.bn2 = norm()
         self.relu = nn.ReLU(inplace=True)
         self.squeeze_excitation = (
             None
@@ -105,7 +109,7 @@ class ResidualBlock(nn.Module):
             self.shortcut = nn.Sequential(
                 *(pool if pooled else []),
                 nn.Conv2d(in_channels, filters, 1, stride=stride, bias=False),
-                nn.BatchNorm2d(filters, **norm),
+                norm(),
             )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -130,7 +130,7 @@ def slice_stages(width: int, tile: Tile) -> int:
     return min(tile.num_stages, _SLICE_STAGES.get(width, 2))
 
 
-def has_chain(layers: Sequence[tuple], has_projection: bool) -> bool:
+def has_chain(layers: Sequence[tuple[Any, ...]], has_projection: bool) -> bool:
     """Whether the weights of a block are those of a Bottleneck that a chain can take."""
     if len(layers) - has_projection != 3:
         return False
@@ -159,7 +159,7 @@ def power_in(channels: int) -> int:
 
 
 def _problem_of(
-    reduced: Tensor, x: Tensor, main: Sequence[tuple], projection: tuple | None
+    reduced: Tensor, x: Tensor, main: Sequence[tuple[Any, ...]], projection: tuple[Any, ...] | None
 ) -> ChainProblem | None:
     layers = main if projection is None else (*main, projection)
     if x.dtype not in DTYPES or not has_chain(layers, projection is not None):
@@ -172,17 +172,17 @@ def _problem_of(
     return problem
 
 
-def _can_follow(layer: tuple) -> bool:
+def _can_follow(layer: tuple[Any, ...]) -> bool:
     """Whether a block's first convolution can be in the launch of the block before."""
     width = layer[0].size(0)
     return _is_pointwise(layer) and max(layer[7]) == 1 and _is_power(width) and width <= WIDEST_NEXT
 
 
-def _goes_with(input: Tensor, layer: tuple, residual: Tensor | None = None) -> bool:
+def _goes_with(input: Tensor, layer: tuple[Any, ...], residual: Tensor | None = None) -> bool:
     return checks.conv_error("conv_bn_act", input, *layer, residual, "relu") is None
 
 
-def _output_shape(input: Tensor, layer: tuple) -> tuple[int, ...]:
+def _output_shape(input: Tensor, layer: tuple[Any, ...]) -> tuple[int, ...]:
     K, _, *taps = layer[0].shape
     return (
         input.size(0),
@@ -196,7 +196,7 @@ def _output_shape(input: Tensor, layer: tuple) -> tuple[int, ...]:
     )
 
 
-def _is_pointwise(layer: tuple) -> bool:
+def _is_pointwise(layer: tuple[Any, ...]) -> bool:
     """Whether a convolution is a 1x1 without padding or groups."""
     *_, padding, _, groups = layer
     return layer[0].shape[2:] == (1, 1) and max(padding) == 0 and groups == 1

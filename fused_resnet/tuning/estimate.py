@@ -365,6 +365,7 @@ def _shapes(problem: ConvProblem) -> list[Tile]:
     """The tiles of the problem's kernel, on any GPU, that are not larger than they need be."""
     if special := special_tiles(problem):
         return list(special)
+    shapes: tuple[tuple[int, int, int, int, int], ...]
     if problem.dtype == "float32":
         shapes = _PLAIN
     else:

@@ -337,7 +337,10 @@ def _parsed(key: str) -> Problem:
     match = _CHAIN_KEY.fullmatch(key)
     if match is not None and match[1] in CHAIN_DTYPES:
         N, width, H, W, K, *pairs = map(int, match.groups()[1:12])
-        projection = None if match[13] is None else tuple(map(int, match.groups()[12:17]))
+        projection = None
+        if match[13] is not None:
+            a, b, c, d, e = map(int, match.groups()[12:17])
+            projection = (a, b, c, d, e)
         return ChainProblem(
             N, width, H, W, K, (pairs[0], pairs[1]), (pairs[2], pairs[3]), (pairs[4], pairs[5]),
             match[1], projection, int(match[18] or 0),

@@ -236,7 +236,8 @@ def _entry(fields: Any, problem: Problem) -> Entry:
     if isinstance(fields.get("tile"), dict):
         fields = {**fields, "tile": Tile(**fields["tile"])}
     entry = Entry(**{"tile": None, **fields})
-    kernels, tiled = KERNELS, TILED
+    kernels: tuple[str, ...] = KERNELS
+    tiled: tuple[str, ...] = TILED
     if isinstance(problem, ChainProblem):
         kernels, tiled = CHAIN_KERNELS, CHAINED
     elif isinstance(problem, BasicBlockProblem):
@@ -284,7 +285,7 @@ def _fields(entry: Entry) -> dict[str, Any]:
     return {name: value for name, value in asdict(entry).items() if value not in (None, "")}
 
 
-def _order(problem: Problem) -> tuple:
+def _order(problem: Problem) -> tuple[Any, ...]:
     if isinstance(problem, ChainProblem):
         last = problem.convolution
         return problem.dtype, problem.N, -last.H, last.C, problem.K, last.R, problem.key

@@ -31,7 +31,7 @@ class Case:
     """
 
     problem: ConvProblem
-    arguments: tuple
+    arguments: tuple[Any, ...]
     expected: Tensor
     allowed_error: float
 
@@ -56,7 +56,7 @@ class ChainCase:
     """
 
     problem: ChainProblem | BasicBlockProblem
-    arguments: tuple
+    arguments: tuple[Any, ...]
     expected: tuple[Tensor, ...]
     allowed_errors: tuple[float, ...]
 
@@ -66,7 +66,7 @@ class ChainCase:
         return 1 if isinstance(self.problem, BasicBlockProblem) else 2
 
 
-Run = Callable[[tuple, Problem], Any]
+Run = Callable[[tuple[Any, ...], Problem], Any]
 """Runs a candidate on a case's arguments. Returns a tensor, pooled where the problem has a pool; of
 a chain a tuple, as `ChainCase.expected`."""
 
@@ -105,7 +105,7 @@ def make_chain_case(problem: ChainProblem, device: torch.device, seed: int = 0) 
 
 
 def _block_case(
-    problem: ChainProblem | BasicBlockProblem, arguments: tuple, images: int
+    problem: ChainProblem | BasicBlockProblem, arguments: tuple[Any, ...], images: int
 ) -> ChainCase:
     expected = _expected_block(arguments, images)
     floor = 4 * torch.finfo(torch.float32).eps
@@ -116,18 +116,18 @@ def _block_case(
     return ChainCase(problem, arguments, expected, tuple(allowed))
 
 
-def _eager_block(arguments: tuple, images: int) -> tuple[Tensor, ...]:
+def _eager_block(arguments: tuple[Any, ...], images: int) -> tuple[Tensor, ...]:
     return eager_chain(arguments) if images == 2 else eager_basic_block(arguments)
 
 
-def eager_basic_block(arguments: tuple) -> tuple[Tensor, ...]:
+def eager_basic_block(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """A BasicBlock by operators of their own, in the dtype of its arguments."""
     x, first, second = arguments
     out = _eager_layer(_eager_layer(x, first, None, True), second, x, True)
     return (out,)
 
 
-def eager_chain(arguments: tuple) -> tuple[Tensor, ...]:
+def eager_chain(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """A chain by operators of their own, in the dtype of its arguments."""
     reduced, x, convolution, expand, project, reduce = arguments
 
@@ -136,7 +136,9 @@ def eager_chain(arguments: tuple) -> tuple[Tensor, ...]:
     return (out,) if reduce is None else (out, _eager_layer(out, reduce, None, True))
 
 
-def _eager_layer(input: Tensor, layer: tuple, residual: Tensor | None, relu: bool) -> Tensor:
+def _eager_layer(
+    input: Tensor, layer: tuple[Any, ...], residual: Tensor | None, relu: bool
+) -> Tensor:
     weight, mean, var, bn_weight, bn_bias, eps, bias, *geometry = layer
     out = F.conv2d(input, weight, bias, *geometry)
     out = F.batch_norm(out, mean, var, bn_weight, bn_bias, False, 0.0, eps)
@@ -145,7 +147,7 @@ def _eager_layer(input: Tensor, layer: tuple, residual: Tensor | None, relu: boo
     return F.relu(out) if relu else out
 
 
-def _expected_block(arguments: tuple, images: int) -> tuple[Tensor, ...]:
+def _expected_block(arguments: tuple[Any, ...], images: int) -> tuple[Tensor, ...]:
     """`_eager_block` in float64, some images at a time."""
     layers = tuple(
         None
@@ -169,7 +171,7 @@ def make_case(problem: ConvProblem, device: torch.device, seed: int = 0) -> Case
     return Case(problem, arguments, expected, max(FACTOR * eager, floor))
 
 
-def _random_arguments(problem: ConvProblem, device: torch.device, seed: int) -> tuple:
+def _random_arguments(problem: ConvProblem, device: torch.device, seed: int) -> tuple[Any, ...]:
     """Those of `conv_bn_act`."""
     dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(problem.dtype, torch.float32)
     generator = torch.Generator(device).manual_seed(seed)
@@ -234,7 +236,7 @@ def precision(dtype: str) -> Iterator[None]:
             setting.fp32_precision = value
 
 
-def _eager(arguments: tuple, problem: ConvProblem) -> Tensor:
+def _eager(arguments: tuple[Any, ...], problem: ConvProblem) -> Tensor:
     """Convolution, batch norm, add, ReLU and pooling as operators of their own."""
     input, weight, mean, var, bn_weight, bn_bias, eps, bias, *convolution, residual, _ = arguments
     out = F.conv2d(input, weight, bias, *convolution)
@@ -244,7 +246,9 @@ def _eager(arguments: tuple, problem: ConvProblem) -> Tensor:
     return pooled(F.relu(out), problem)
 
 
-def _expected(arguments: tuple, problem: ConvProblem, images: int = _IMAGES_AT_ONCE) -> Tensor:
+def _expected(
+    arguments: tuple[Any, ...], problem: ConvProblem, images: int = _IMAGES_AT_ONCE
+) -> Tensor:
     """`_eager` in float64, some images at a time, since float64 convolutions need much memory."""
     doubled = [
         value.double() if isinstance(value, Tensor) and value.dim() != 4 else value

@@ -27,6 +27,7 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -269,7 +270,7 @@ def _call(run: Run, case: Case) -> Callable[[], object]:
     return lambda: run(case.arguments, case.problem)
 
 
-def _run_triton(arguments: tuple, problem: ConvProblem, choice: Choice) -> Tensor:
+def _run_triton(arguments: tuple[Any, ...], problem: ConvProblem, choice: Choice) -> Tensor:
     from ...backends.triton import lazy
 
     conv = lazy.launchers()
@@ -279,7 +280,7 @@ def _run_triton(arguments: tuple, problem: ConvProblem, choice: Choice) -> Tenso
 
 
 def _run_chain(
-    arguments: tuple, problem: ChainProblem | BasicBlockProblem, choice: Choice
+    arguments: tuple[Any, ...], problem: ChainProblem | BasicBlockProblem, choice: Choice
 ) -> tuple[Tensor, ...]:
     from ...backends import triton
     from ...backends.triton import inference
@@ -291,7 +292,7 @@ def _run_chain(
     return triton.run_chain(arguments, problem, choice)
 
 
-def _run_library(arguments: tuple, problem: ConvProblem) -> Tensor:
+def _run_library(arguments: tuple[Any, ...], problem: ConvProblem) -> Tensor:
     return pooled(library.conv_bn_act(*arguments), problem)
 
 
