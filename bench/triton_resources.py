@@ -21,9 +21,10 @@ width in bits; those of 32 bits have no suffix.
 
 Which tiles spill nothing is known only from compiling them: with `--tiles chain`, this compiles all
 of `fused_resnet.tuning.chain.SHAPES`, with `--tiles pair` all of `PAIR_SHAPES`, with `--tiles conv`
-the largest of `fused_resnet.tuning.estimate`, and writes what came out of it to
+the largest of `fused_resnet.tuning.estimate`, with `--tiles prologue` those of
+`fused_resnet.tuning.prologue`, and writes what came out of it to
 `fused_resnet/tuning/compiled/triton-<version>.json` (see `fused_resnet/tuning/compiler.py`). To be
-run with every version of Triton that is supported; all three take a quarter of an hour.
+run with every version of Triton that is supported; all four take a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from fused_resnet.backends.triton import launch as launcher
 from fused_resnet.backends.triton import norm as batch_norm
 from fused_resnet.backends.triton import problem as problems
 from fused_resnet.backends.triton.problem import tile_for
-from fused_resnet.tuning import chain, compiler, estimate, training
+from fused_resnet.tuning import chain, compiler, estimate, prologue, training
 from fused_resnet.tuning.architecture import ARCHITECTURES, Architecture
 from fused_resnet.tuning.choice import CHAIN, PAIR, Tile
 from fused_resnet.tuning.estimate import best, candidates
@@ -70,6 +71,7 @@ _POOL = (3, 3, 2, 2, 1, 1)
 # Begins the names of what is compiled for launches in a row.
 _ROW = "row, "
 CONV = "conv"
+PROLOGUE = "prologue"
 # Of a thread in float16: with fewer, a tile does not spill in another type.
 _SAFE_REGISTERS = 200
 # Major compute capabilities whose pairs are compiled.
@@ -626,15 +628,49 @@ def write_tiles(architectures: Iterable[str], kernels: Iterable[str]) -> None:
         spilled = {key for key in spilled if key[0] not in majors}
         for name in gpus:
             spilled |= set(spilled_convolutions(name))
+    in_loads = set(kept.prologue)
+    if PROLOGUE in kernels:
+        in_loads = {key for key in in_loads if key[0] not in majors}
+        for name in gpus:
+            in_loads |= set(spilled_prologues(name))
     compiled_for = {
         kernel: known | (majors if kernel in kernels else frozenset())
         for kernel, known in kept.majors.items()
     }
     compiled_for[PAIR] &= frozenset(_PAIRS)
     record = compiler.Compiled(
-        version, compiled_for, tables[CHAIN][1], tables[PAIR][1], frozenset(spilled)
-    )
+        version, compiled_for, tables[CHAIN][1], tables[PAIR][1], frozenset(spilled),
+        frozenset(in_loads),
+    )  # fmt: skip
     path.write_text(compiler.text(record))
+
+
+def prologue_problems() -> list[ConvProblem]:
+    """Convolutions with a norm in their loads that take the most registers.
+
+    A 1x1 layer of channels that no block divides, and a padded 3x3 with a residual.
+    """
+
+    def of(C: int, K: int, taps: int, around: tuple[int, int], residual: bool) -> ConvProblem:
+        return ConvProblem(
+            64, C, 14, 14, K, taps, taps, (1, 1), around, (1, 1), 1, "float16", residual, None
+        )
+
+    return [of(352, 128, 1, (0, 0), False), of(128, 256, 3, (1, 1), True)]
+
+
+def spilled_prologues(architecture: str) -> Iterator[tuple[int, int, int, int, int]]:
+    """The tiles of convolutions with a norm in their loads that spill."""
+    major = ARCHITECTURES[GPUS[architecture]].capability[0]
+    for tile in prologue.TILES:
+        for problem in prologue_problems():
+            launch, *_ = launches(problem, tile, prologue=True)
+            registers, spilled, _ = resources(launch, architecture)
+            made = f"{registers} registers, {spilled} bytes spilled"
+            print(f"{architecture} prologue {tile}: {made}", flush=True)
+            if spilled:
+                yield major, tile.block_m, tile.block_n, tile.block_k, tile.num_warps
+                break
 
 
 def spilled_convolutions(architecture: str) -> Iterator[compiler.Spilled]:
@@ -733,7 +769,9 @@ def main() -> None:
     parser.add_argument("--architecture", choices=GPUS, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--missing", action="store_true", help="keep what the report has")
-    parser.add_argument("--tiles", choices=(CHAIN, PAIR, CONV), action="append", help="see above")
+    parser.add_argument(
+        "--tiles", choices=(CHAIN, PAIR, CONV, PROLOGUE), action="append", help="see above"
+    )
     arguments = parser.parse_args()
     if arguments.tiles:
         return write_tiles(arguments.architecture or GPUS, arguments.tiles)

@@ -7,7 +7,7 @@ makes of them is in `compiled/triton-<version>.json`, written by
     {"schema": "fused_resnet.tiles/1", "triton": "3.9",
      "compiled": {"chain": [8, 9, 10, 12], "pair": [9], "conv": [8, 9, 10, 12]},
      "chain": [[9, 64, false, 128, [128, 64, 64, 8, 4], 223, 124928], ...], "pair": [...],
-     "spilled": [[8, "16 bits", true, 128, 128, 64, 4], ...]}
+     "spilled": [[8, "16 bits", true, 128, 128, 64, 4], ...], "prologue": [[10, 128, 128, 64, 8]]}
 
 `compiled` are the major compute capabilities that a list was made for. A row of `chain` or `pair`
 is a tile that in float16 and bfloat16 spills nothing and fits: the major number of a GPU's compute
@@ -15,7 +15,8 @@ capability, the chain's width, whether its shortcut is projected, the next width
 block_k, num_warps, num_stages); the registers of a thread and the bytes of shared memory, in
 float16. `spilled` are the convolutions' tiles that spill although `estimate.registers` thinks that
 they do not: compute capability, products, whether the sum is shared, block_m, block_n, block_k and
-num_warps.
+num_warps. `prologue` are tiles of convolutions with a norm in their loads that spill: compute
+capability, block_m, block_n, block_k and num_warps.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Compiled:
         chain: registers and shared memory of the tiles of chains that spill nothing.
         pair: the same of the pair of 1x1s behind a 3x3 that is a launch of its own.
         spilled: tiles of convolutions that spill.
+        prologue: those of convolutions with a norm in their loads.
     """
 
     version: str
@@ -60,6 +62,7 @@ class Compiled:
     chain: Tiles
     pair: Tiles
     spilled: frozenset[Spilled]
+    prologue: frozenset[tuple[int, int, int, int, int]] = frozenset()
 
 
 @functools.cache
@@ -154,6 +157,7 @@ def recorded(version: str) -> Compiled:
         _tiles(content["chain"]),
         _tiles(content["pair"]),
         frozenset(tuple(row) for row in content["spilled"]),
+        frozenset(tuple(row) for row in content.get("prologue", ())),
     )
 
 
@@ -168,6 +172,7 @@ def text(record: Compiled) -> str:
         for name, tiles in (("chain", record.chain), ("pair", record.pair))
     }
     rows["spilled"] = [list(row) for row in sorted(record.spilled)]
+    rows["prologue"] = [list(row) for row in sorted(record.prologue)]
     head = {
         "schema": SCHEMA,
         "triton": record.version,

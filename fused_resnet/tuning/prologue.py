@@ -30,6 +30,17 @@ def takes(problem: ConvProblem) -> bool:
     )
 
 
+def tiles(gpu: Architecture) -> list[Tile]:
+    """Those of `TILES` that do not spill on a GPU."""
+    major = gpu.capability[0]
+    spilled = compiler.current("conv", major).prologue
+    return [
+        tile
+        for tile in TILES
+        if (major, tile.block_m, tile.block_n, tile.block_k, tile.num_warps) not in spilled
+    ]
+
+
 @compiler.cached(maxsize=4096)
 def choose(problem: ConvProblem, gpu: Architecture) -> tuple[Tile | None, float]:
     """The tile for a convolution with the norm in its loads, and the seconds that this saves.
@@ -46,7 +57,7 @@ def choose(problem: ConvProblem, gpu: Architecture) -> tuple[Tile | None, float]
     best = estimate.best(problem, gpu)
     apart = estimate.predicted(problem, gpu, best) + estimate.LAUNCH
     apart += 2 * problem.input_bytes / gpu.copy_bandwidth
-    fitting = [tile for tile in TILES if estimate.fits(problem, gpu, tile)]
+    fitting = [tile for tile in tiles(gpu) if estimate.fits(problem, gpu, tile)]
     if not fitting:
         return None, 0.0
     tile = min(fitting, key=lambda one: predicted(problem, gpu, one))

@@ -311,7 +311,7 @@ def test_the_cpu_keeps_masks_as_bits(monkeypatch, layout, dtype, narrow):
     (mask,) = (tensor for tensor in kept if tensor.dtype is torch.uint8)
     assert mask.numel() * 8 == out.numel()
     assert all(tensor.data_ptr() != out.data_ptr() for tensor in kept)
-    monkeypatch.delattr(backends.cpu, "batch_norm_act_training_keeping_mask")
+    monkeypatch.delattr(backends.cpu.Cpu, "batch_norm_act_training_keeping_mask")
     kept, out, expected = masked_gradients(shape, memory_format, dtype, channels)
     assert any(tensor.data_ptr() == out.data_ptr() for tensor in kept)
     for name, actual, gradient in zip("xwbr", gradients, expected, strict=True):

@@ -273,10 +273,10 @@ def _call(run: Run, case: Case) -> Callable[[], object]:
 def _run_triton(arguments: tuple[Any, ...], problem: ConvProblem, choice: Choice) -> Tensor:
     from ...backends.triton import lazy
 
-    conv = lazy.launchers()
     if estimate.kernel_for(problem) == "stem_pool":
-        return conv.conv_bn_act_max_pool(*arguments[:11], arguments[13], choice.tile)
-    return pooled(conv.conv_bn_act(*arguments, tile=choice.tile), problem)
+        stems = lazy.stems()
+        return stems.conv_bn_act_max_pool(*arguments[:11], arguments[13], choice.tile)
+    return pooled(lazy.launchers().conv_bn_act(*arguments, tile=choice.tile), problem)
 
 
 def _run_chain(

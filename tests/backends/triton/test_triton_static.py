@@ -294,33 +294,25 @@ def test_masks_compile_now(architecture):
 
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_norms_in_the_loads_of_convolutions(architecture):
-    """The tiles with the most registers: no spills, tensor cores, accesses of 16 bytes.
-
-    A 1x1 layer of channels that no block divides, and a padded 3x3 with a residual.
-    """
+    """The tiles that may be chosen: no spills, tensor cores, accesses of 16 bytes."""
     out = run_python(
         f"""
         import json, sys
         sys.path.insert(0, {str(BENCH)!r})
         import triton_resources as static
         from fused_resnet.tuning import prologue
-        from fused_resnet.tuning.problem import ConvProblem
 
-        of = lambda C, K, taps, around, residual: ConvProblem(
-            64, C, 14, 14, K, taps, taps, (1, 1), around, (1, 1), 1, "float16", residual, None
-        )
-        problems = [of(352, 128, 1, (0, 0), False), of(128, 256, 3, (1, 1), True)]
         made = [
             static.launches(problem, tile, prologue=True)
-            for problem in problems
-            for tile in prologue.TILES[1:]
-        ][1:]
+            for problem in static.prologue_problems()
+            for tile in prologue.tiles(static.ARCHITECTURES[static.GPUS[{architecture!r}]])[1:]
+        ]
         print(json.dumps([static.compiled(launch, {architecture!r}) for launch, in made]))
         """,
         TRITON_INTERPRET="0",
     )
     entries = json.loads(out.splitlines()[-1])
-    assert len(entries) == 3
+    assert entries
     for entry in entries:
         assert entry["spilled_bytes"] <= most_spilled(), entry
         assert entry["shared_bytes"] <= 1024 * SHARED_LIMIT[architecture], entry

@@ -278,7 +278,7 @@ def test_the_gradients_of_a_stem(stem, monkeypatch, pool, dtype):
     ours = [out, *torch.autograd.grad(out, leaves, grad)]
     assert calls == [torch.uint8]
     with monkeypatch.context() as patch:
-        patch.delattr(backends.triton, "batch_norm_relu_max_pool")
+        patch.delattr(backends.triton.Triton, "batch_norm_relu_max_pool")
         out = fused(*leaves)
         passes = [out, *torch.autograd.grad(out, leaves, grad)]
     assert calls == [torch.uint8]
