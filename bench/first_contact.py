@@ -66,6 +66,32 @@ STEPS = (
 )
 
 
+# Runs a file or a module with this process's path: -I keeps the current folder off it.
+START = """import json, runpy, sys
+sys.path[:] = json.loads(sys.argv[1])
+run, name = sys.argv[2:4]
+del sys.argv[:3]
+getattr(runpy, run)(name, run_name="__main__")"""
+
+
+def python(run: str, name: object, *arguments: object, site: Path | None = None) -> list[str]:
+    """The command of a child process.
+
+    Args:
+        run: "run_path" or "run_module".
+        name: of the file or module.
+        arguments: of the command.
+        site: a folder to look for packages in before all others.
+    """
+    here = str(Path(__file__).parent)
+    paths = [path for path in sys.path if path and path != here]
+    if site is not None:
+        paths.insert(0, str(site))
+    return [
+        sys.executable, "-I", "-c", START, json.dumps(paths), run, str(name), *map(str, arguments)
+    ]  # fmt: skip
+
+
 class Findings:
     """Lines of `findings.jsonl`, each on disk when the call that adds it returns."""
 
@@ -282,10 +308,10 @@ def under_tool(
     if shutil.which(command[0]) is None:
         found.add(f"{command[0]} is not there", "skipped")
         return None
-    python = [sys.executable, str(Path(__file__)), "--pass", str(found.path.parent)]
+    one_pass = python("run_path", __file__, "--pass", found.path.parent)
     try:
         process = subprocess.run(
-            [*command, *python], capture_output=True, text=True, timeout=seconds,
+            [*command, *one_pass], capture_output=True, text=True, timeout=seconds,
             env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )  # fmt: skip
         text = process.stdout + process.stderr
@@ -322,20 +348,11 @@ def ncu(found: Findings, where: str) -> None:
 def compile_kernels(found: Findings, where: str) -> None:
     """Fills Triton's cache from eight processes, so that later steps do not wait for compilers."""
     cases = [(name, batch) for batch in (1, 8, 32, 256) for name in ("resnet50", "resnet18")]
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import first_contact as f, torch;"
-        "import fused_resnet; name, batch = sys.argv[2], int(sys.argv[3]);"
-        "model = fused_resnet.fuse(f.make_model(name, torch.float16, 'cuda'));"
-        "x = f.make_input(batch, 224, torch.float16, 'cuda');"
-        "torch.inference_mode().__enter__(); model(x);"
-        "fused_resnet.use_backend('triton').__enter__(); model(x); torch.cuda.synchronize()"
-    )
     since = time.monotonic()
-    running = [
-        (case, subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent),
-                                 case[0], str(case[1])]))
-        for case in cases
-    ]  # fmt: skip
+    running = []
+    for case in cases:
+        command = python("run_path", __file__, found.path.parent, "--compile", *case)
+        running.append((case, subprocess.Popen(command)))
     for (name, batch), process in running:
         code = process.wait()
         if code:
@@ -343,12 +360,29 @@ def compile_kernels(found: Findings, where: str) -> None:
     found.add(f"compiled in {time.monotonic() - since:.0f} s", "note")
 
 
+def compile_network(name: str, batch: int) -> None:
+    """What a network's forward pass needs, by tuning's choice and in Triton's kernels alone."""
+    import torch
+
+    import fused_resnet
+
+    model = fused_resnet.fuse(make_model(name, torch.float16, "cuda"))
+    x = make_input(batch, 224, torch.float16, "cuda")
+    with torch.inference_mode():
+        model(x)
+        with fused_resnet.use_backend("triton"):
+            model(x)
+    torch.cuda.synchronize()
+
+
 def tests(found: Findings, where: str) -> None:
     """The suite's exact convolutions, tile by tile, and its conformance kernels."""
     files = [*ROOT.glob("tests/**/test_cuda_conv_exact.py"), *ROOT.glob("tests/**/test_triton.py")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-v", "--maxfail=20", "-p", "no:cacheprovider",
-         "-k", "cuda or triton", *map(str, files)],
+        python(
+            "run_module", "pytest", "-v", "--maxfail=20", "-p", "no:cacheprovider",
+            "-k", "cuda or triton", *files,
+        ),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     counts = {"PASSED": 0, "FAILED": 0}
@@ -477,12 +511,12 @@ def kernels(found: Findings, where: str) -> None:
     gpu = where == "cuda"
     batches = (256, 1) if gpu else (1,)
     for batch in batches:
-        command = [
-            sys.executable, "-m", "fused_resnet.cli", "bench", "kernels",
-            "--model", "resnet50" if gpu else "resnet18", "--batch", str(batch),
+        command = python(
+            "run_module", "fused_resnet.cli", "bench", "kernels",
+            "--model", "resnet50" if gpu else "resnet18", "--batch", batch,
             "--dtype", "float16" if gpu else "float32", "--device", where,
-            "--rounds", "10" if gpu else "1", "--without", "torch.compile", "--json", str(path),
-        ]  # fmt: skip
+            "--rounds", 10 if gpu else 1, "--without", "torch.compile", "--json", path,
+        )  # fmt: skip
         code = interrupted(command, 60 if gpu else 30, found.path.parent)
         if code not in (0, None):
             found.add(f"bench kernels, batch {batch}: exit code {code}", "failed", 30.0)
@@ -548,10 +582,8 @@ def installed(wheel: Path | None, folder: Path) -> Iterator[dict[str, str]]:
     }  # fmt: skip
     site = folder / "site"
     if wheel is not None:
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile"]
-        subprocess.run([*command, "--upgrade", "--target", str(site), str(wheel)], check=True)
-        paths = [str(site), os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        options = ("-q", "--no-deps", "--no-compile", "--upgrade", "--target", site, wheel)
+        subprocess.run(python("run_module", "pip", "install", *options), check=True)
     try:
         yield environment
     finally:
@@ -567,8 +599,10 @@ def run_step(step: Step, folder: Path, where: str, seconds: float, environment: 
         log.write(f"\n=== {step.name}\n")
         log.flush()
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__)), str(folder), "--device", where,
-             "--step", step.name],
+            python(
+                "run_path", __file__, folder, "--device", where, "--step", step.name,
+                site=folder / "site",
+            ),
             stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
         )  # fmt: skip
         try:
@@ -598,11 +632,16 @@ def main() -> int:
     parser.add_argument("--only", default="", help="a regular expression of steps' names")
     parser.add_argument("--again", action="store_true", help="forget what was found before")
     parser.add_argument("--step", choices=RUN, help=argparse.SUPPRESS)
+    parser.add_argument("--compile", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--pass", dest="one_pass", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder, where = arguments.folder.resolve(), arguments.device
     if arguments.one_pass:
         small_pass(where)
+        return 0
+    if arguments.compile:
+        name, batch = arguments.compile
+        compile_network(name, int(batch))
         return 0
     if arguments.step:
         RUN[arguments.step](Findings(folder, arguments.step), where)

@@ -372,7 +372,7 @@ def test_bottlenecks_are_timed_as_one_kernel_and_by_layers(monkeypatch: pytest.M
 
     if backends.triton.interpreted():
         assert [one["status"] for one in rows_of(chosen)] == ["timed"] * 9
-    monkeypatch.setattr(backends.triton, "interpreted", lambda: False)
+    monkeypatch.setattr(candidates.eligible, "interpreted", lambda: False)
     *timed, last = rows_of(dict(list(chosen.items())[:1]))
     assert [one["status"] for one in timed] == ["timed"] * 2
     assert last["reason"] == "NotImplementedError: runs on a GPU only"
