@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import subprocess
-import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from support import processes
 
 from fused_resnet.backends import library
 
@@ -84,12 +85,11 @@ def test_what_is_marked_whole_is_left_out_and_stands_for_nothing(representatives
 @pytest.mark.parametrize("whole", [False, True])
 def test_the_summary_says_how_many_did_not_run(whole: bool) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "FUSED_RESNET_WHOLE_SUITE"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     file = Path(__file__).parents[1] / "ops" / "test_scale_shift_act.py"
-    out = subprocess.run(
-        [*command, "--collect-only", str(file), *(["--whole"] if whole else [])],
-        capture_output=True, text=True, env=environment, cwd=file.parent,
-    ).stdout  # fmt: skip
+    arguments = ["-q", "-p", "no:cacheprovider", "--collect-only", str(file)]
+    arguments += ["--whole"] if whole else []
+    code = f"import pytest; pytest.main({arguments!r})"
+    _, out, _ = processes.run_code(code, 300, environment)
     assert ("not run: pytest --whole" in out) == (not whole), out
 
 
@@ -101,3 +101,26 @@ def test_float32_is_not_tf32(turn: int) -> None:
     assert library.precision(x) == "ieee"
     torch.backends.cudnn.allow_tf32 = True
     assert library.precision(x) == "tf32"
+
+
+@pytest.mark.parametrize("environment", [{}, {"OMP_NUM_THREADS": "1"}], ids=["forked", "started"])
+def test_code_in_another_process(environment: dict[str, str]) -> None:
+    """Its own `__main__`, environment, exit status and errors, and nothing of ours imported."""
+    everything = {**os.environ, **environment, "FUSED_RESNET_TEST": "yes"}
+    code = """
+        import atexit, os, sys
+        assert not [name for name in sys.modules if name.startswith("fused_resnet")]
+        assert __name__ == "__main__" and sys.stdin.read() == ""
+        atexit.register(print, "ended", os.environ["FUSED_RESNET_TEST"])
+        print(os.path.basename(os.getcwd()), flush=True)
+        sys.exit("why")
+    """
+    for _ in range(2):
+        status, out, err = processes.run_code(textwrap.dedent(code), 60, everything)
+        assert (status, out, err) == (1, "tests\nended yes\n", "why\n")
+    assert "FUSED_RESNET_TEST" not in os.environ
+    with pytest.raises(subprocess.TimeoutExpired):
+        processes.run_code("while True: pass", 1, everything)
+    crash = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    assert processes.run_code(crash, 60, everything)[0] == -11
+    assert processes.run_code("print(1)", 60, everything) == (0, "1\n", "")

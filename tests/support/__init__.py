@@ -11,8 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +30,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 import fused_resnet
 from fused_resnet import functional
 from fused_resnet.testing import FACTOR, relative_error
+
+from .processes import run_code
 
 TESTS = Path(__file__).resolve().parents[1]
 MODELS = [
@@ -543,35 +543,24 @@ def assert_same_nonfinite(actual: Tensor, *expected: Tensor) -> None:
 
 
 def run_python(code: str, timeout: float = 300, **environment: str) -> str:
-    """Runs `code` in a fresh interpreter and returns what it printed; a crash fails the test."""
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **environment},
-        cwd=TESTS,
-    )
-    assert result.returncode == 0, (
-        f"exit status {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
-    )
-    return result.stdout
+    """Runs `code` in another process and returns what it printed; a crash fails the test.
+
+    The process has imported torch, but nothing of ours: see `processes.run_code`.
+    """
+    status, out, err = run_code(textwrap.dedent(code), timeout, {**os.environ, **environment})
+    assert status == 0, f"exit status {status}\n{out[-2000:]}\n{err[-4000:]}"
+    return out
 
 
 def rerun_on_instruction_set(isa: str, file: str, selected: str) -> None:
     """Runs the tests of `file` that `-k selected` picks on the kernels for other processors."""
     if os.environ.get("FUSED_RESNET_CPU_ISA"):
         pytest.skip("already running with FUSED_RESNET_CPU_ISA")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    arguments = ["-q", "-p", "no:cacheprovider", file, "-k", selected]
     # With --whole, the environment says so: conftest.py.
-    result = subprocess.run(
-        [*command, "-k", selected],
-        env={**os.environ, "FUSED_RESNET_CPU_ISA": isa},
-        cwd=TESTS,  # -m puts it first on sys.path: not the source tree
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    code = f"import sys, pytest; sys.exit(pytest.main({arguments!r}))"
+    status, out, err = run_code(code, 600, {**os.environ, "FUSED_RESNET_CPU_ISA": isa})
+    assert status == 0, out + err
 
 
 def small_resnet(block: type[nn.Module] = Bottleneck, layers: int = 1, **arguments: Any) -> ResNet:
