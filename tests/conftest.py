@@ -14,6 +14,8 @@ everything but whole models, on tensors that end at guard pages.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import os
 import signal
 import sys
@@ -112,6 +114,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[NOT_RUN] = (len(items) - len(kept), len(items))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # What is imported and collected by now lives as long as the process: no collection of garbage
+    # has to go through it again.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    result = yield
+    if nextitem is not None and nextitem.path != item.path:
+        give_back_memory()
+    return result
+
+
+def give_back_memory() -> None:
+    """Lets go of what one file's tests have left and the next one's do not look for.
+
+    Graphs of compilers, which hold the models they were made of, packed weights and scratch memory,
+    and what the C library keeps of freed memory in the heaps of threads.
+    """
+    torch._dynamo.reset()
+    backends.cpu.empty_cache()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 NOT_RUN = pytest.StashKey[tuple[int, int]]()

@@ -334,8 +334,10 @@ void gather_row(const To& target, const Conv& conv, int64_t group, int64_t n, in
   const int64_t width = h + 1 == conv.H ? conv.last_w : conv.W;
   const int64_t end = least(count, width > first ? div_up(width - first, step) : 0);
   const bool outside = h < 0 || h >= conv.H || end <= begin;
-  const Storage* src = static_cast<const Storage*>(conv.input) + n * conv.in.n + h * conv.in.h +
-                       (first + begin * step) * conv.in.w + group * channels * conv.in.c;
+  // A row of one that is all there is may have any stride.
+  const int64_t row = outside ? 0 : h * conv.in.h + (first + begin * step) * conv.in.w;
+  const Storage* src =
+      static_cast<const Storage*>(conv.input) + n * conv.in.n + row + group * channels * conv.in.c;
   const int64_t src_step = step * conv.in.w;
   for (int64_t c = 0; c < channels; c += kTileDepth, dst += chunk, src += kTileDepth * conv.in.c) {
     if (outside) {

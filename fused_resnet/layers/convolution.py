@@ -103,7 +103,7 @@ def conv2d_backward(
         groups: see `input`.
         need: three of them.
     """
-    input, weight = _usual(input), _usual(weight)
+    grad, input, weight = _usual(grad), _usual(input), _usual(weight)
     detour = _detour(input, weight, stride, padding, dilation)
     if detour is None:
         return _backward(grad, input, weight, stride, padding, dilation, groups, need)
@@ -234,7 +234,9 @@ def _both_runs(
 
 
 def _cut(tensor: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-    return tensor[:, :, rows[0] : rows[1], columns[0] : columns[1]]
+    """A copy: the library mistakes strides of what is left of a channels_last tensor, see above."""
+    part = tensor[:, :, rows[0] : rows[1], columns[0] : columns[1]]
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _put_back(

@@ -154,7 +154,7 @@ def test_mutants_are_of_these_kernels():
 def test_some_mutants_again():
     script = Path(mutate_cuda.__file__)
     done = subprocess.run(
-        [sys.executable, script, "--check", "3"], capture_output=True, text=True, timeout=600
+        [sys.executable, script, "--check", "2"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall("^caught: ", done.stdout, re.MULTILINE)) == 3
+    assert len(re.findall("^caught: ", done.stdout, re.MULTILINE)) == 2

@@ -209,7 +209,7 @@ def test_the_mask_recomputed_is_the_one_used(norms, dtype):
 @pytest.mark.quick
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", [(2, 24, 11, 5), (1, 72, 1, 61), (3, 8, 1, 1), (2, 200, 13, 9)])
+@pytest.mark.parametrize("shape", [(2, 24, 11, 5), (1, 72, 1, 61), (3, 8, 1, 1), (2, 136, 7, 5)])
 def test_masks_and_two_norms(norms, shape, dtype):
     """Kept as bits: those of the output, and gradients to the bits of those from the output.
 
@@ -237,7 +237,9 @@ def test_masks_and_two_norms(norms, shape, dtype):
             assert torch.equal(mask, bits.sum(1).to(torch.uint8))
             assert 0 < passed.sum() < passed.numel()
             arguments = (*norm[2:4], *found, 1e-5, "relu")
-            for training, residual in itertools.product([True, False], repeat=2):
+            # Every combination on the smallest; each value of both on the others.
+            chosen = itertools.product([True, False], repeat=2)
+            for training, residual in chosen if x.numel() < 100 else ((True, True), (False, False)):
                 need = (training, (True, True, True, residual))
                 from_bits = norms.batch_norm_act_backward(grad, x, mask, *arguments, *need)
                 from_output = norms.batch_norm_act_backward(grad, x, out, *arguments, *need)
