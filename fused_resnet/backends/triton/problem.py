@@ -64,21 +64,6 @@ def problem_of(
     )  # fmt: skip
 
 
-def problem_size(
-    H: int,
-    W: int,
-    R: int,
-    S: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int]:
-    """(P, Q) of a convolution; unlike `ConvProblem`'s they may be symbolic."""
-    P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
-    Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
-    return P, Q
-
-
 def hint_of(size: int | torch.SymInt) -> int:
     """A size as a number; of a symbolic one, an example, on which nothing may depend but speed."""
     if isinstance(size, torch.SymInt):
