@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .description import BlockLayers, ConvNorm, Norm, Pool, output_size
+from .description import Block, ConvNorm, Norm, Pool, output_size
 
 ACTIVATIONS = ("relu", "none")
 _REDUCED = (torch.float16, torch.bfloat16)
@@ -131,15 +131,14 @@ def prologue_error(name: str, input: Tensor, before: Norm) -> ValueError | TypeE
     return error or _eps_error(name, before.eps, "in_eps")
 
 
-def blocks_fit(input: Tensor, blocks: Sequence[BlockLayers]) -> bool:
+def blocks_fit(input: Tensor, blocks: Sequence[Block]) -> bool:
     """Whether no convolution of these blocks has an error; see `ops.residual_blocks`."""
     shape: Sequence[int] | None = tuple(input.shape)
-    for layers, has_projection in blocks:
+    for block in blocks:
         shortcut = shape
-        if has_projection:
-            *layers, projection = layers
-            shortcut = _conv_shape(input, shape, projection)
-        for layer in layers:
+        if block.has_projection:
+            shortcut = _conv_shape(input, shape, block.layers[-1])
+        for layer in block.main:
             shape = None if shape is None else _conv_shape(input, shape, layer)
         if shape is None or shape != shortcut:
             return False
