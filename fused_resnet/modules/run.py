@@ -212,7 +212,7 @@ def _count_together(
     statistics: list[tuple[Tensor, Tensor, Tensor | None]],
     counts: list[int],
 ) -> bool:
-    """Whether it has done what `_count_batches` does, in four calls (launches) for all norms.
+    """Whether it has done what `_count_batches` does, in five calls (launches) for all norms.
 
     Where these are alike, and no compiler looks on, which would rather see single operators.
     """
@@ -237,7 +237,8 @@ def _count_together(
         running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
         batch = [mean for mean, _, _ in statistics] + list(unbiased)
         torch._foreach_mul_(running, 1 - momentum)
-        torch._foreach_add_(running, batch, alpha=momentum)
+        # Not with `alpha`, whose product is not rounded as that of `F.batch_norm` is.
+        torch._foreach_add_(running, torch._foreach_mul(batch, momentum))
     return True
 
 
