@@ -23,10 +23,12 @@ __all__ = [
     "ConvProblem",
     "Tile",
     "choose",
+    "generation",
     "reload",
 ]
 
 _lock = threading.Lock()
+_generation = 0
 _choices: dict[tuple[Problem, torch.device], Choice] = {}
 _tables: dict[str, tuple[dict[Problem, table.Entry], dict[Problem, table.Entry]]] = {}
 
@@ -46,9 +48,16 @@ def choose(problem: Problem, device: torch.device) -> Choice:
     return _decide(problem, device) if choice is None else choice
 
 
+def generation() -> int:
+    """How often `reload` was called: until the next time, choices stay as they are."""
+    return _generation
+
+
 def reload() -> None:
     """Forgets every choice, so that the next ones are read from the tables as they are then."""
+    global _generation
     with _lock:
+        _generation += 1
         _choices.clear()
         _tables.clear()
 

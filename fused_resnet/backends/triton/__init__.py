@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from ...tuning.choice import ESTIMATE, Choice
 from ...tuning.problem import ChainProblem
 from .. import cuda, library
 from ..backend import Backend, Gradients
+from ..recording import Recorder
 from .eligible import DTYPES, interpreted
 from .inference import (
     batch_norm_act_inference,
@@ -201,6 +202,26 @@ class Triton(Backend):
     def release(self, tensors: Iterable[Tensor]) -> None:
         """See `Backend.release`."""
         release(tensors)
+
+    def plan_key(self, input: Tensor) -> Hashable | None:
+        """See `Backend.plan_key`."""
+        if interpreted() or input.device.type != "cuda" or not input.numel():
+            return None
+        launchers()
+        from . import plans
+
+        if plans.is_watched():
+            return None
+        return tuning.generation(), library.precision(input), input.data_ptr() % 16 == 0
+
+    def recorder(self, input: Tensor, parameters: Sequence[Tensor]) -> Recorder | None:
+        """See `Backend.recorder`."""
+        # What is compiled, and whether it computes the same, is not to be found out in a graph.
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        from . import plans
+
+        return plans.Recorder(input, parameters)
 
     def conv_bn_act(
         self, input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str
