@@ -368,6 +368,13 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream)
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return (void)exec, cudaSuccess; }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return (void)graph, cudaSuccess; }
 
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status)
+{
+  enum cudaStreamCaptureStatus found;
+  cudaStreamIsCapturing(stream, &found);
+  return *status = (CUstreamCaptureStatus)found, CUDA_SUCCESS;
+}
+
 // ---- torch's own kernels do nothing ---------------------------------------------------------------
 
 cudaError_t cudaLaunchKernel(

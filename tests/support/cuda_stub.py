@@ -129,6 +129,10 @@ class Stub:
             for record in records[: self.library.stub_launch_count()]
         ]
 
+    def runtime_launches(self) -> int:
+        """How many of torch's own kernels were launched."""
+        return self.library.stub_runtime_launches()
+
     def graph_launches(self) -> int:
         """How many captured graphs were launched."""
         return self.library.stub_graph_launches()

@@ -30,7 +30,7 @@ from triton import knobs
 
 import fused_resnet
 from fused_resnet import tuning
-from fused_resnet.backends.triton import launch
+from fused_resnet.backends.triton import bottleneck, launch
 from fused_resnet.backends.triton import plans as triton_plans
 from fused_resnet.modules import plans, run
 
@@ -449,6 +449,20 @@ def check_capture() -> None:
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             assert planned(lambda: model(other))
         assert {one.stream for one in stub.launches()} != {0}
+
+
+def check_captured_weights_are_arranged_in_the_graph() -> None:
+    """A kept copy would stay what it was, and its memory need not stay at all."""
+    weight = torch.randn(64, 64, 3, 3).half().cuda()
+    kept = bottleneck._arranged(weight)
+    assert bottleneck._arranged(weight) is kept
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        before = stub.runtime_launches()
+        copy = bottleneck._arranged(weight)
+        assert copy is not kept
+        assert copy.data_ptr() != kept.data_ptr()
+        assert stub.runtime_launches() == before + 1, "it is not copied in the graph"
+    assert bottleneck._arranged(weight) is kept
 
 
 def check_reloaded_tables() -> None:
