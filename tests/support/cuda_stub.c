@@ -296,6 +296,10 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags)
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) { return (void)e, (void)s, cudaSuccess; }
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned f)
+{
+  return (void)e, (void)s, (void)f, cudaSuccess;
+}
 cudaError_t cudaEventQuery(cudaEvent_t e) { return (void)e, cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t e) { return (void)e, cudaSuccess; }
 cudaError_t cudaEventDestroy(cudaEvent_t e) { return (void)e, cudaSuccess; }

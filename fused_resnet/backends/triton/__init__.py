@@ -163,11 +163,12 @@ def run_chain(arguments: tuple, problem: ChainProblem, choice: Choice) -> tuple[
     from . import chains
 
     reduced, x, *layers = arguments
-    out, following = chains.run(reduced, x, layers, problem, choice)
-    if layers[-1] is None:
-        return (out,)
-    if following is None:
-        following = conv_bn_act(out, *layers[-1], None, "relu")
+    with chains.row(x):
+        out, following = chains.run(reduced, x, layers, problem, choice)
+        if layers[-1] is None:
+            return (out,)
+        if following is None:
+            following = conv_bn_act(out, *layers[-1], None, "relu")
     return out, following
 
 

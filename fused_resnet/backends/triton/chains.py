@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -44,11 +45,19 @@ def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | No
         return None
     choices = [None if one is None else choose(one, input.device) for one in problems]
     chained = any(choice is not None and choice.kernel in CHAINED for choice in choices)
-    overlapped = input.size(0) <= chain.OVERLAPPED_IMAGES
-    if not chained and not overlapped:
+    if not chained and not _overlaps(input):
         return None
-    with launch.in_a_row() if overlapped else contextlib.nullcontext():
+    with row(input):
         return _run_all(input, blocks, problems, choices)
+
+
+def row(input: Tensor) -> AbstractContextManager[None]:
+    """What launches of blocks run in: a row, where there are so few images that it pays."""
+    return launch.in_a_row() if _overlaps(input) else contextlib.nullcontext()
+
+
+def _overlaps(input: Tensor) -> bool:
+    return input.size(0) <= chain.OVERLAPPED_IMAGES
 
 
 def _run_all(

@@ -1,6 +1,6 @@
 """Plans: a forward pass of Triton's kernels, launched again by csrc/launch_plan.cpp.
 
-The checks are in tests/support/plan_checks.py. They run in a process of their own, on a device
+The checks are in tests/support/stub_checks.py. They run in a process of their own, on a device
 whose driver and runtime are a stub: tensors, streams, Triton's compiler and its launcher are real,
 no kernel runs, and what is launched is compared.
 """
@@ -19,7 +19,7 @@ import torch
 from fused_resnet.modules import plans
 from tests.support import cuda_stub
 
-_CHECKS = Path(cuda_stub.__file__).with_name("plan_checks.py")
+_CHECKS = Path(cuda_stub.__file__).with_name("stub_checks.py")
 _NAMES = [
     node.name
     for node in ast.parse(_CHECKS.read_text()).body

@@ -1,4 +1,4 @@
-"""What test_plans.py runs in a process whose CUDA device is a stub: `python plan_checks.py FILE`.
+"""What test_on_stub.py runs in a process whose CUDA device is a stub: `python stub_checks.py FILE`.
 
 Each function whose name begins with `check_` runs, and FILE becomes a JSON object of their names,
 each with the error that it raised, or null.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import json
 import sys
@@ -30,9 +31,13 @@ from triton import knobs
 
 import fused_resnet
 from fused_resnet import tuning
+from fused_resnet.backends import triton
 from fused_resnet.backends.triton import bottleneck, launch
 from fused_resnet.backends.triton import plans as triton_plans
+from fused_resnet.measure.tune import cases, race
 from fused_resnet.modules import plans, run
+from fused_resnet.tuning.choice import CONVOLUTIONS, Choice
+from fused_resnet.tuning.problem import ChainProblem
 
 stub = Stub()
 
@@ -549,6 +554,56 @@ def check_models_that_change_in_every_pass() -> None:
         assert not runs, "still recorded"
     del model.layer1[0].seen
     plans.forget(model)
+
+
+# ---- How kernels are timed ----
+
+
+def check_timer_queues_in_one_step() -> None:
+    """Graphs are replayed; what cannot be captured waits behind a kernel that spins."""
+    timer = race.EventTimer(torch.device("cuda", 0), 1 << 20)
+    graphs = stub.graph_launches()
+    seen: dict[str, list[bool]] = {"one": [], "other": [], "uncaptured": []}
+
+    def call(name: str) -> None:
+        capturing = torch.cuda.is_current_stream_capturing()
+        seen[name].append(capturing)
+        if name == "uncaptured" and capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        torch.empty(1, device="cuda").zero_()
+
+    cycles: list[int] = []
+    with _set(torch.cuda, "_sleep", cycles.append):
+        times = timer({name: functools.partial(call, name) for name in seen}, 5)
+    assert {name: len(each) for name, each in times.items()} == dict.fromkeys(seen, 5)
+    assert seen["one"] == seen["other"] == [False, True], seen
+    assert stub.graph_launches() - graphs == 10
+    assert seen["uncaptured"] == [False, True] + [False] * 6, seen
+    assert len(cycles) == 5
+    assert min(cycles) > 0
+
+
+def check_chains_are_timed_in_a_row() -> None:
+    """As they run in a network."""
+    problem = ChainProblem(
+        1, 64, 8, 8, 256, (1, 1), (1, 1), (1, 1), "float16", next_width=64
+    )  # fmt: skip
+    case = cases.make_chain_case(problem, torch.device("cpu"))
+    arguments = _moved(case.arguments)
+    choice = Choice(CONVOLUTIONS, None, "test")
+    with torch.no_grad():
+        stub.reset()
+        triton.run_chain(arguments, problem, choice)
+        few = [one.attributes for one in stub.launches()]
+        assert few[0] == ()
+        assert few[1:]
+        assert all(few[1:]), few
+
+
+def _moved(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cuda()
+    return tuple(map(_moved, value)) if isinstance(value, tuple | list) else value
 
 
 def main(results: Path) -> None:
