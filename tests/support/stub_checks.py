@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck, ResNet
 from triton import knobs
+from triton.compiler import compiler
 
 import fused_resnet
 from fused_resnet import tuning
 from fused_resnet.backends import triton
-from fused_resnet.backends.triton import bottleneck, launch
+from fused_resnet.backends.triton import bottleneck, conv_kernels, launch
 from fused_resnet.backends.triton import plans as triton_plans
 from fused_resnet.measure.tune import cases, race
 from fused_resnet.modules import plans, run
@@ -581,6 +582,50 @@ def check_timer_queues_in_one_step() -> None:
     assert seen["uncaptured"] == [False, True] + [False] * 6, seen
     assert len(cycles) == 5
     assert min(cycles) > 0
+
+
+# ---- Kernels that ask for more than there is ----
+
+
+def check_out_of_resources_runs_the_next_tile() -> None:
+    """Triton refuses to load what takes more shared memory than a program may have."""
+    most, tried = 48 << 10, []
+    before = launch.launch_kernel
+
+    def launch_kernel(*arguments: Any, **constants: Any) -> None:
+        tried.append(constants)
+        before(*arguments, **constants)
+
+    small = draw(4, 3, 64, 64)
+    fresh = make_model()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_set(compiler, "max_shared_mem", lambda device: most))
+        stack.enter_context(_set(launch, "launch_kernel", launch_kernel))
+        caught = stack.enter_context(warnings.catch_warnings(record=True))
+        stack.enter_context(torch.inference_mode())
+        warnings.simplefilter("always")
+        # Kernels that are loaded already have been found to fit.
+        for kernel in (conv_kernels.conv_kernel, bottleneck.bottleneck_kernel):
+            kernel.device_caches.clear()
+        stub.reset()
+        out = run._resnet_features(fresh, small)
+        first = len(tried)
+        launched = stub.launches()
+        assert out.shape == (4, 512, 8, 8)
+        assert first > len(launched), "everything fitted"
+        assert max(one.shared for one in launched[1:]) <= most, [one.shared for one in launched]
+        messages = [
+            str(w.message) for w in caught if "the next best runs instead" in str(w.message)
+        ]
+        assert len(messages) == 1, messages
+        assert "shared memory" in messages[0], messages
+        # The second pass knows.
+        tried.clear()
+        stub.reset()
+        run._resnet_features(fresh, small)
+        assert len(tried) == len(stub.launches()) == len(launched)
+    tuning._left_out.clear()
+    tuning.reload()
 
 
 def check_chains_are_timed_in_a_row() -> None:

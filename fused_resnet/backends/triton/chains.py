@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from ...tuning.choice import CHAIN, CHAIN_WITHOUT_NEXT, CHAINED, PAIR, Choice, T
 from ...tuning.problem import ChainProblem
 from . import bottleneck, launch
 from .inference import conv_bn_act
+from .problem import run_chosen
 
 if TYPE_CHECKING:
     from ...layers.description import BlockLayers
@@ -83,7 +85,9 @@ def _run_all(
             x, reduced = _convolutions(reduced, x, main[1:], projection), None
             continue
         following = blocks[index + 1][0][0] if problem.next_width else None
-        x, reduced = run(reduced, x, (*main[1:], projection, following), problem, choice)
+        rest = (*main[1:], projection, following)
+        block = functools.partial(run, reduced, x, rest, problem)
+        x, reduced = run_chosen(problem, input.device, block, choose)
     return x if channels_last else x.contiguous()
 
 

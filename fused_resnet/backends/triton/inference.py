@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...tuning import architecture
 from ...tuning import prologue as prologue_choice
-from ...tuning.choice import TILED, Tile
+from ...tuning.choice import TILED, Choice, Tile
 from ...tuning.estimate import kernel_for
 from .. import cuda, cudnn, library
 from . import problem as problems
@@ -54,16 +56,23 @@ def conv_bn_act(
     tensors = (input, weight, running_mean, running_var, bn_weight, bn_bias, bias, residual)
     if can_run(*tensors):
         problem = problem_of(input, weight, stride, padding, dilation, groups, residual is not None)
-        choice = problems.choose(problem, input.device)
-        if choice.kernel in TILED and is_traced(input):
-            return graph_operators().triton_conv_bn_act(*arguments)
-        if choice.kernel == "triton":
-            return launchers().conv_bn_act(*arguments, tile=choice.tile)
-        if choice.kernel == "cuda":
-            return cuda.conv_bn_act(*arguments, tile=choice.tile)
-        is_narrow = residual is not None and residual.size(1) < weight.size(0)
-        if choice.kernel.startswith("cudnn") and not is_narrow and not is_traced(input):
-            return cudnn.conv_bn_act(*arguments)
+        run = functools.partial(_run, arguments)
+        return problems.run_chosen(problem, input.device, run, problems.choose)
+    return library.conv_bn_act(*arguments)
+
+
+def _run(arguments: tuple[Any, ...], choice: Choice) -> Tensor:
+    """`conv_bn_act` as chosen."""
+    input, weight, residual = arguments[0], arguments[1], arguments[12]
+    if choice.kernel in TILED and is_traced(input):
+        return graph_operators().triton_conv_bn_act(*arguments)
+    if choice.kernel == "triton":
+        return launchers().conv_bn_act(*arguments, tile=choice.tile)
+    if choice.kernel == "cuda":
+        return cuda.conv_bn_act(*arguments, tile=choice.tile)
+    is_narrow = residual is not None and residual.size(1) < weight.size(0)
+    if choice.kernel.startswith("cudnn") and not is_narrow and not is_traced(input):
+        return cudnn.conv_bn_act(*arguments)
     return library.conv_bn_act(*arguments)
 
 
@@ -144,22 +153,25 @@ def conv_bn_act_max_pool(
     """One launch for a stem with its usual pool, else the convolution and the library's pool."""
     leading = (input, weight, running_mean, running_var, bn_weight, bn_bias, eps, bias)
     geometry = (stride, padding, dilation)
-    pool = (*pool_kernel_size, *pool_stride, *pool_padding)
+    pools = (pool_kernel_size, pool_stride, pool_padding)
+    pool = tuple(number for pair in pools for number in pair)
     if can_run(input, weight, running_mean, running_var, bn_weight, bn_bias, bias):
         problem = problem_of(input, weight, *geometry, groups, False, pool)
         if kernel_for(problem) == "stem_pool":
-            choice = problems.choose(problem, input.device)
-            if choice.kernel == "triton":
-                arguments = (*leading, *geometry, activation)
+            arguments = (*leading, *geometry, activation)
+
+            def run(choice: Choice) -> Tensor:
+                if choice.kernel != "triton":
+                    return library.conv_bn_act_max_pool(*arguments[:-1], groups, activation, *pools)
                 if is_traced(input):
                     return graph_operators().triton_conv_bn_act_max_pool(*arguments)
                 return stems().conv_bn_act_max_pool(*arguments, tile=choice.tile)
+
+            return problems.run_chosen(problem, input.device, run, problems.choose)
         else:
             out = conv_bn_act(*leading, *geometry, groups, None, activation)
-            return torch.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
-    return library.conv_bn_act_max_pool(
-        *leading, *geometry, groups, activation, pool_kernel_size, pool_stride, pool_padding
-    )
+            return torch.max_pool2d(out, *pools)
+    return library.conv_bn_act_max_pool(*leading, *geometry, groups, activation, *pools)
 
 
 def batch_norm_act_inference(
