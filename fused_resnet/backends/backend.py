@@ -84,7 +84,7 @@ class Backend:
         self, input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str
     ) -> Tensor:
         """See `reference.conv_bn_act`."""
-        return library.conv_bn_act(input, *layer.flat(), residual, activation)
+        return library.conv_bn_act(input, layer, residual, activation)
 
     def norm_conv_bn_act(
         self,
@@ -108,7 +108,7 @@ class Backend:
         self, input: Tensor, norm: Norm, residual: Tensor | None, activation: str
     ) -> Tensor:
         """See `reference.batch_norm_act_inference`."""
-        return library.batch_norm_act_inference(input, *norm, residual, activation)
+        return library.batch_norm_act_inference(input, norm, residual, activation)
 
     def residual_blocks(self, input: Tensor, *described: Any) -> Tensor | None:
         """Whole blocks in one call, or None where these are not covered: `ops.residual_blocks`."""
@@ -222,17 +222,15 @@ class Backend:
         Returns:
             The gradients, None where not needed; of weight and bias in the accumulation dtype.
         """
-        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
         return library.batch_norm_act_backward(
-            grad, input, output, *vectors, activation, training, need
+            grad, input, output, norm, activation, training, need
         )
 
     def batch_norm_act_backward_sums(
         self, grad: Tensor, input: Tensor, output: Tensor | None, norm: Norm, activation: str
     ) -> tuple[Tensor, Tensor]:
         """With g the gradient behind the activation, the sums of g and g (input - mean), (C,)."""
-        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
-        return library.batch_norm_act_backward_sums(grad, input, output, *vectors, activation)
+        return library.batch_norm_act_backward_sums(grad, input, output, norm, activation)
 
     def batch_norm_act_backward_input(
         self,
@@ -246,9 +244,8 @@ class Backend:
         overwrite: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients of input and residual, from the sums over the joint batch."""
-        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
         return library.batch_norm_act_backward_input(
-            grad, input, output, *vectors, activation, *sums, need_residual
+            grad, input, output, norm, activation, sums, need_residual
         )
 
     def batch_norm_add_relu_backward(

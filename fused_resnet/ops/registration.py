@@ -104,6 +104,11 @@ class Operator:
         self._operator = getattr(torch.ops.fused_resnet, name).default
         self._reference = getattr(reference, name)
 
+    @staticmethod
+    def is_direct(*tensors: Tensor | None) -> bool:
+        """Whether a call with these is one of the backend's method and nothing else."""
+        return nothing_intercepts(*tensors) and not needs_grad(*tensors)
+
     def __call__(self, *arguments: Any) -> Any:
         """Its result; the arguments are those of the schema, in order and all of them."""
         tensors = [arguments[index] for index in self._tensors]

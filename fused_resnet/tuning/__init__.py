@@ -25,6 +25,7 @@ __all__ = [
     "Tile",
     "choose",
     "generation",
+    "is_left_out",
     "leave_out",
     "reload",
 ]
@@ -83,6 +84,11 @@ def leave_out(problem: Problem, device: torch.device, choice: Choice, reason: st
             f"where else that should be so: {reason}",
             stacklevel=2,
         )
+
+
+def is_left_out(problem: Problem, device: torch.device, kernel: str, tile: Tile | None) -> bool:
+    """Whether `leave_out` was told of a kernel and tile for a problem."""
+    return (kernel, tile) in _left_out.get((problem, device), ())
 
 
 def _alternatives(problem: Problem, gpu: architecture.Architecture) -> list[Choice]:

@@ -111,7 +111,7 @@ def test_gradients_of_parts_of_a_batch(backend, activation, residual, dtype, mem
 
     var, mean = torch.var_mean(x, (0, 2, 3), unbiased=False)
     norm = Norm(mean, var, weight, bias, eps)
-    flat = (weight, bias, mean, var, eps, activation)
+    flat = (*norm, activation)
     parts = []
     for part in (slice(0, 2), slice(2, 5)):
         output = functional.batch_norm_act(

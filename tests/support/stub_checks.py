@@ -33,11 +33,12 @@ from triton.compiler import compiler
 import fused_resnet
 from fused_resnet import tuning
 from fused_resnet.backends import triton
-from fused_resnet.backends.triton import bottleneck, conv_kernels, launch
+from fused_resnet.backends.triton import bottleneck, conv_kernels, inference, launch
 from fused_resnet.backends.triton import plans as triton_plans
+from fused_resnet.layers.description import ConvNorm, Norm
 from fused_resnet.measure.tune import cases, race
 from fused_resnet.modules import plans, run
-from fused_resnet.tuning.choice import CONVOLUTIONS, Choice
+from fused_resnet.tuning.choice import CONVOLUTIONS, Choice, Tile
 from fused_resnet.tuning.problem import ChainProblem
 
 stub = Stub()
@@ -624,8 +625,31 @@ def check_out_of_resources_runs_the_next_tile() -> None:
         stub.reset()
         run._resnet_features(fresh, small)
         assert len(tried) == len(stub.launches()) == len(launched)
+        _check_prologue()
     tuning._left_out.clear()
     tuning.reload()
+
+
+def _check_prologue() -> None:
+    """A norm that does not fit into a convolution's loads is a pass of its own."""
+    norms = [Norm(*(torch.ones(64).cuda() for _ in range(4)), 1e-5) for _ in range(2)]
+    weight = torch.randn(64, 64, 1, 1).half().cuda()
+    layer = ConvNorm(weight, norms[1], None, (1, 1), (0, 0), (1, 1), 1)
+    asked = []
+
+    def tile_of(*_: Any) -> tuple[Tile, float]:
+        asked.append(True)
+        return Tile(128, 128, 64, 1, 8, 3), 1.0
+
+    with _set(inference.prologue_choice, "choose", tile_of):
+        for _ in range(2):
+            with launch.logged() as log:
+                inference.norm_conv_bn_act(draw(2, 64, 8, 8), norms[0], layer, None, "relu")
+            kernels = [one.kernel for one in log]
+            assert "conv_kernel" in kernels
+            assert any("norm" in kernel for kernel in kernels[:-1]), kernels
+            asked.append(False)
+    assert asked == [True, False] * 2
 
 
 def check_chains_are_timed_in_a_row() -> None:
@@ -648,6 +672,8 @@ def check_chains_are_timed_in_a_row() -> None:
 def _moved(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.cuda()
+    if hasattr(value, "_fields"):
+        return type(value)(*map(_moved, value))
     return tuple(map(_moved, value)) if isinstance(value, tuple | list) else value
 
 

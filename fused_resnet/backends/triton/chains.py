@@ -23,7 +23,7 @@ from .inference import conv_bn_act
 from .problem import run_chosen
 
 if TYPE_CHECKING:
-    from ...layers.description import BlockLayers
+    from ...layers.description import BlockLayers, ConvNorm
 
 # For the interpreter, whose time goes by the number of operations.
 _INTERPRETED_TILE = Tile(128, 256, 256, 1, 4, 1)
@@ -79,7 +79,7 @@ def _run_all(
             suggest_memory_format(layer[0]) is torch.channels_last for layer in main
         )
         if reduced is None:
-            reduced = conv_bn_act(x, *main[0], None, "relu")
+            reduced = conv_bn_act(x, main[0], None, "relu")
         problem, choice = problems[index], choices[index]
         if choice is None:
             x, reduced = _convolutions(reduced, x, main[1:], projection), None
@@ -87,14 +87,14 @@ def _run_all(
         following = blocks[index + 1][0][0] if problem.next_width else None
         rest = (*main[1:], projection, following)
         block = functools.partial(run, reduced, x, rest, problem)
-        x, reduced = run_chosen(problem, input.device, block, choose)
+        x, reduced = run_chosen(problem, input.device, choice, block)
     return x if channels_last else x.contiguous()
 
 
 def run(
     reduced: Tensor,
     x: Tensor,
-    layers: Sequence[tuple | None],
+    layers: Sequence[ConvNorm | None],
     problem: ChainProblem,
     choice: Choice,
 ) -> tuple[Tensor, Tensor | None]:
@@ -118,19 +118,19 @@ def run(
         following = None
     tile = tile_for(problem, choice.tile)
     if choice.kernel == PAIR:
-        hidden = conv_bn_act(reduced, *main[0], None, "relu")
+        hidden = conv_bn_act(reduced, main[0], None, "relu")
         return bottleneck.bottleneck(hidden, x, None, main[1], projection, following, tile)
     return bottleneck.bottleneck(reduced, x, *main, projection, following, tile)
 
 
 def _convolutions(
-    out: Tensor, x: Tensor, layers: Sequence[tuple], projection: tuple | None
+    out: Tensor, x: Tensor, layers: Sequence[ConvNorm], projection: ConvNorm | None
 ) -> Tensor:
     """A block behind its first convolution, one convolution after the other."""
-    shortcut = x if projection is None else conv_bn_act(x, *projection, None, "none")
+    shortcut = x if projection is None else conv_bn_act(x, projection, None, "none")
     for layer in layers[:-1]:
-        out = conv_bn_act(out, *layer, None, "relu")
-    return conv_bn_act(out, *layers[-1], shortcut, "relu")
+        out = conv_bn_act(out, layer, None, "relu")
+    return conv_bn_act(out, layers[-1], shortcut, "relu")
 
 
 def choose(problem: ChainProblem, device: torch.device) -> Choice:

@@ -12,10 +12,9 @@ from torch import Tensor
 from ... import tuning
 from ...tuning.choice import Choice, Tile
 from ...tuning.estimate import special_tiles
-from ...tuning.problem import ChainProblem, ConvProblem
+from ...tuning.problem import ConvProblem, Problem
 from ..library import precision
 
-AnyProblem = TypeVar("AnyProblem", ConvProblem, ChainProblem)
 Result = TypeVar("Result")
 
 # For the interpreter, whose time goes by the number of operations.
@@ -30,26 +29,24 @@ def choose(problem: ConvProblem, device: torch.device) -> Choice:
 
 
 def run_chosen(
-    problem: AnyProblem,
-    device: torch.device,
-    run: Callable[[Choice], Result],
-    choose: Callable[[AnyProblem, torch.device], Choice],
+    problem: Problem, device: torch.device, choice: Choice, run: Callable[[Choice], Result]
 ) -> Result:
-    """`run(choice)` with what `choose` says, and where that asks for more than there is, the next.
+    """`run(choice)`; where that asks for more than there is, what `tuning` says then.
 
     Triton says so when it loads a kernel, before that is launched.
     """
     while True:
-        choice = choose(problem, device)
         try:
             return run(choice)
-        except _out_of_resources() as error:
+        except out_of_resources() as error:
             if choice.tile is None:
                 raise
             tuning.leave_out(problem, device, choice, str(error))
+            choice = tuning.choose(problem, device)
 
 
-def _out_of_resources() -> type[Exception]:
+def out_of_resources() -> type[Exception]:
+    """What Triton raises then; only asked for when something was raised."""
     from triton.runtime.errors import OutOfResources
 
     return OutOfResources
@@ -92,21 +89,6 @@ def problem_of(
         N, C, H, W, K, R, S, tuple(stride), tuple(padding), tuple(dilation), groups, dtype,
         residual, None if pool is None else tuple(pool),
     )  # fmt: skip
-
-
-def problem_size(
-    H: int,
-    W: int,
-    R: int,
-    S: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int]:
-    """(P, Q) of a convolution; unlike `ConvProblem`'s they may be symbolic."""
-    P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
-    Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
-    return P, Q
 
 
 def hint_of(size: int | torch.SymInt) -> int:

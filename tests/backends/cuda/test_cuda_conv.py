@@ -34,6 +34,7 @@ from support import (
 import fused_resnet
 from fused_resnet import backends
 from fused_resnet.backends import cuda, library
+from fused_resnet.layers.description import ConvNorm, Norm
 from fused_resnet.measure.tune import cases, tuner
 from fused_resnet.testing import FACTOR, assert_error_rule, relative_error
 from fused_resnet.tuning import Choice, ConvProblem, Tile, architecture, cuda_tiles, table
@@ -121,11 +122,11 @@ def run(case: ConvCase, tile: Tile | None = None, tf32: bool = False) -> torch.T
     """The backend's function, with a tile of the test's choice."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "precision", lambda input: "tf32" if tf32 else "ieee")
-        return cuda.conv_bn_act(
-            case.input, case.weight, case.running_mean, case.running_var, case.bn_weight,
-            case.bn_bias, case.eps, case.bias, case.stride, case.padding, case.dilation,
-            case.groups, case.residual, case.activation, tile=tile,
-        )  # fmt: skip
+        norm = Norm(case.running_mean, case.running_var, case.bn_weight, case.bn_bias, case.eps)
+        layer = ConvNorm(
+            case.weight, norm, case.bias, case.stride, case.padding, case.dilation, case.groups
+        )
+        return cuda.conv_bn_act(case.input, layer, case.residual, case.activation, tile)
 
 
 def rounded_to_tf32(case: ConvCase) -> ConvCase:
