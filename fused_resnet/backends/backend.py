@@ -7,7 +7,7 @@ they get here. To add a backend, derive from `Backend` and `register` an instanc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..layers.description import ConvNorm, Norm, Pool, Sums
 from . import library
+from .recording import Recorder
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -65,6 +66,19 @@ class Backend:
         """Drops what was made of these parameters and buffers."""
 
     # Inference.
+
+    def plan_key(self, input: Tensor) -> Hashable | None:
+        """What a plan depends on besides its input and modules; None where none is to be made."""
+        return None
+
+    def recorder(self, input: Tensor, parameters: Sequence[Tensor]) -> Recorder | None:
+        """What makes a plan of a pass that it is active around; None where there can be none now.
+
+        Args:
+            input: of the pass.
+            parameters: all other tensors that the pass may read.
+        """
+        return None
 
     def conv_bn_act(
         self, input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str

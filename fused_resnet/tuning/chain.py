@@ -165,10 +165,10 @@ def _problem_of(
     if x.dtype not in DTYPES or not has_chain(layers, projection is not None):
         return None
     N, width, H, W = reduced.shape
-    geometry = (tuple(pair) for pair in main[1][7:10])
+    geometry = (tuple(pair) for pair in (main[1].stride, main[1].padding, main[1].dilation))
     problem = ChainProblem(N, width, H, W, main[2][0].size(0), *geometry, DTYPES[x.dtype])
     if projection is not None:
-        problem = replace(problem, projection=(*x.shape[1:], *projection[7]))
+        problem = replace(problem, projection=(*x.shape[1:], *projection.stride))
     return problem
 
 
