@@ -55,6 +55,9 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "conv_input_gradient(Tensor grad, Tensor weight, int stride_h, int stride_w, int pad_h, "
       "int pad_w, int dil_h, int dil_w, Tensor(a!) grad_input, bool accumulate) -> ()");
   m.def(
+      "conv_weight_gradient(Tensor grad, Tensor input, int stride_h, int stride_w, int pad_h, "
+      "int pad_w, int dil_h, int dil_w, int groups, Tensor(a!) grad_weight) -> ()");
+  m.def(
       "max_pool_gradient(Tensor grad, Tensor input, Tensor scale, Tensor shift, int[] max_pool) -> "
       "Tensor");
   m.def("pool_empty_like(Tensor like) -> Tensor");
