@@ -190,7 +190,7 @@ def _isa_flags(source: Path) -> list[str]:
 
 
 def _rounding_flags(source: Path) -> list[str]:
-    # A product and a sum that are promised to be rounded one by one must not become one instruction.
+    # A product and a sum, each promised to be rounded, must not become one instruction.
     return ["-ffp-contract=off"] if source.parent.name == "quantized" else []
 
 
