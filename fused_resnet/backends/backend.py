@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from ..layers.description import ConvNorm, Norm, Pool, Sums
+from ..layers.quantized import Quantization, QuantizedBlock
 from . import library
 from .recording import Recorder
 
@@ -113,6 +115,16 @@ class Backend:
     def residual_blocks(self, input: Tensor, *described: Any) -> Tensor | None:
         """Whole blocks in one call, or None where these are not covered: `ops.residual_blocks`."""
         return None
+
+    def quantized_residual_blocks(
+        self,
+        input: Tensor,
+        blocks: Sequence[QuantizedBlock],
+        stored: Quantization,
+        output: Quantization,
+    ) -> Tensor:
+        """See `reference.quantized_residual_blocks`: the same bits."""
+        return reference.quantized_residual_blocks(input, blocks, stored, output)
 
     # Training, forward.
 
