@@ -7,15 +7,18 @@ they get here. To add a backend, derive from `Backend` and `register` an instanc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from ..layers.description import ConvNorm, Norm, Pool, Sums
+from ..layers.quantized import Quantization, QuantizedBlock
 from . import library
+from .recording import Recorder
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -66,6 +69,19 @@ class Backend:
 
     # Inference.
 
+    def plan_key(self, input: Tensor) -> Hashable | None:
+        """What a plan depends on besides its input and modules; None where none is to be made."""
+        return None
+
+    def recorder(self, input: Tensor, parameters: Sequence[Tensor]) -> Recorder | None:
+        """What makes a plan of a pass that it is active around; None where there can be none now.
+
+        Args:
+            input: of the pass.
+            parameters: all other tensors that the pass may read.
+        """
+        return None
+
     def conv_bn_act(
         self, input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str
     ) -> Tensor:
@@ -99,6 +115,16 @@ class Backend:
     def residual_blocks(self, input: Tensor, *described: Any) -> Tensor | None:
         """Whole blocks in one call, or None where these are not covered: `ops.residual_blocks`."""
         return None
+
+    def quantized_residual_blocks(
+        self,
+        input: Tensor,
+        blocks: Sequence[QuantizedBlock],
+        stored: Quantization,
+        output: Quantization,
+    ) -> Tensor:
+        """See `reference.quantized_residual_blocks`: the same bits."""
+        return reference.quantized_residual_blocks(input, blocks, stored, output)
 
     # Training, forward.
 

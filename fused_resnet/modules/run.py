@@ -32,6 +32,7 @@ from ..ops.training.graphs import (
 )
 from ..ops.training.nodes import residual_block_training, stem_training
 from ..originals import FrozenBatchNorm2d
+from . import plans
 from .read import (
     bare_layer,
     block_layers,
@@ -299,7 +300,7 @@ def _count_together(
     statistics: list[tuple[Tensor, Tensor, Tensor | None]],
     counts: list[int],
 ) -> bool:
-    """Whether it has done what `_count_batches` does, in four calls (launches) for all norms.
+    """Whether it has done what `_count_batches` does, in five calls (launches) for all norms.
 
     Where these are alike, and no compiler looks on, which would rather see single operators.
     """
@@ -324,7 +325,8 @@ def _count_together(
         running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
         batch = [mean for mean, _, _ in statistics] + list(unbiased)
         torch._foreach_mul_(running, 1 - momentum)
-        torch._foreach_add_(running, batch, alpha=momentum)
+        # Not with `alpha`, whose product is not rounded as that of `F.batch_norm` is.
+        torch._foreach_add_(running, torch._foreach_mul(batch, momentum))
     return True
 
 
@@ -385,11 +387,27 @@ def resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
     """Torchvision's network: its stem, its stages in one call where possible, and the rest."""
     if obstacle(model) is not None or input_obstacle(x) is not None:
         return run_unfused(model, x, "_forward_impl")
-    modules = model._modules
-    x = stem(modules["conv1"], modules["bn1"], modules["relu"], modules["maxpool"], x)
-    x = stages_forward([model.layer1, model.layer2, model.layer3, model.layer4], x)
+    parts = [model._modules[name] for name in _RESNET_PARTS]
+    x = plans.planned(model, parts, x, _resnet_features)
     x = model.avgpool(x)
     return model.fc(torch.flatten(x, 1))
+
+
+_RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+
+
+def _resnet_features(model: nn.Module, x: Tensor) -> Tensor:
+    """All of it but the pool and the linear layer at the end."""
+    conv, norm, relu, maxpool, *stages = (model._modules[name] for name in _RESNET_PARTS)
+    return stages_forward(stages, stem(conv, norm, relu, maxpool, x))
+
+
+_CIFAR_PARTS = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3")
+
+
+def _cifar_features(model: nn.Module, x: Tensor) -> Tensor:
+    conv, norm, relu, *stages = (model._modules[name] for name in _CIFAR_PARTS)
+    return stages_forward(stages, conv_norm_act(conv, norm, x, None, relu))
 
 
 def plain_block_forward(block: nn.Module, x: Tensor) -> Tensor:
@@ -405,9 +423,8 @@ def cifar_resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
     """A network for small images: its first convolution, its stages and the rest."""
     if obstacle(model) is not None or input_obstacle(x) is not None:
         return run_unfused(model, x)
-    modules = model._modules
-    x = conv_norm_act(modules["conv1"], modules["bn1"], x, None, modules["relu"])
-    x = stages_forward([model.layer1, model.layer2, model.layer3], x)
+    parts = [model._modules[name] for name in _CIFAR_PARTS]
+    x = plans.planned(model, parts, x, _cifar_features)
     return model.fc(torch.flatten(model.avgpool(x), 1))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers import checks
+from ..layers import checks, quantized
 from ..layers.description import ConvNorm, Norm, Pool, conv_norm_of, output_size
 
 Error = ValueError | TypeError | None
@@ -105,6 +105,37 @@ def residual_blocks(
             return error
         first += count
     return None
+
+
+def quantized_residual_blocks(
+    input: Tensor,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
+    layer_counts: Sequence[int],
+    projections: Sequence[bool],
+    shortcut_scales: Sequence[float],
+    step: float,
+    zero_point: int,
+    output_step: float,
+) -> Error:
+    """See `ops.quantized_residual_blocks`."""
+    name = "quantized_residual_blocks"
+    count = len(tensors) // quantized.TENSORS
+    if count * quantized.TENSORS != len(tensors) or len(numbers) != count * quantized.NUMBERS:
+        return ValueError(
+            f"{name}: {len(tensors)} tensors and {len(numbers)} numbers; for each convolution "
+            f"there must be {quantized.TENSORS} and {quantized.NUMBERS}"
+        )
+    if not len(layer_counts) == len(projections) == len(shortcut_scales):
+        return ValueError(
+            f"{name}: {len(layer_counts)} layer counts, {len(projections)} projections and "
+            f"{len(shortcut_scales)} shortcut scales; there must be one of each for each block"
+        )
+    if sum(layer_counts) != count or min(layer_counts, default=1) < 1:
+        return ValueError(f"{name}: layer_counts is {list(layer_counts)}, of {count} convolutions")
+    blocks = quantized.blocks_of(tensors, numbers, layer_counts, projections, shortcut_scales)
+    stored, output = quantized.Quantization(step, zero_point), quantized.Quantization(output_step)
+    return quantized.blocks_error(name, input, blocks, stored, output)
 
 
 def block_training(

@@ -39,7 +39,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors and nothing watches what is done with them."""
     return (
         not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
+        and (not torch._C._len_torch_dispatch_stack() or backends.only_recorded())
         and not _in_batched_gradients(_VMAP_MODE)
         and not torch._C._are_functorch_transforms_active()
         and _PLAIN_TYPES.issuperset(map(type, tensors))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ...tuning.choice import ESTIMATE, Choice
 from ...tuning.problem import ChainProblem
 from .. import cuda, library
 from ..backend import Backend
+from ..recording import Recorder
 from .eligible import DTYPES, interpreted
 from .inference import (
     batch_norm_act_inference,
@@ -161,11 +162,12 @@ def run_chain(arguments: tuple, problem: ChainProblem, choice: Choice) -> tuple[
     from . import chains
 
     reduced, x, *layers = arguments
-    out, following = chains.run(reduced, x, layers, problem, choice)
-    if layers[-1] is None:
-        return (out,)
-    if following is None:
-        following = conv_bn_act(out, layers[-1], None, "relu")
+    with chains.row(x):
+        out, following = chains.run(reduced, x, layers, problem, choice)
+        if layers[-1] is None:
+            return (out,)
+        if following is None:
+            following = conv_bn_act(out, layers[-1], None, "relu")
     return out, following
 
 
@@ -184,6 +186,26 @@ class Triton(Backend):
     def is_default(self, device_type: str) -> bool:
         """See `Backend.is_default`."""
         return device_type == "cuda" and available() == "yes" and not interpreted()
+
+    def plan_key(self, input: Tensor) -> Hashable | None:
+        """See `Backend.plan_key`."""
+        if interpreted() or input.device.type != "cuda" or not input.numel():
+            return None
+        launchers()
+        from . import plans
+
+        if plans.is_watched():
+            return None
+        return tuning.generation(), library.precision(input), input.data_ptr() % 16 == 0
+
+    def recorder(self, input: Tensor, parameters: Sequence[Tensor]) -> Recorder | None:
+        """See `Backend.recorder`."""
+        # What is compiled, and whether it computes the same, is not to be found out in a graph.
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        from . import plans
+
+        return plans.Recorder(input, parameters)
 
     available = staticmethod(available)
     in_graphs = staticmethod(in_graphs)

@@ -404,11 +404,15 @@ _cache = WeightCache()
 def _arranged(weight: Tensor) -> Tensor:
     """The weight as (K, R, S, C), copied once per storage and version where it does not lie so.
 
-    A watched weight is copied in every call: to compare it would be to wait for the GPU.
+    A watched weight is copied in every call: to compare it would be to wait for the GPU. So is a
+    weight in a graph that is captured, which would go on reading a kept copy when the weight has
+    changed, or the copy has been released.
     """
     rows = weight.permute(0, 2, 3, 1)
     if rows.is_contiguous():
         return rows
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return rows.contiguous()
     layout = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
     entry = _cache.find(weight, layout)
     if entry is not None and not entry.whole:

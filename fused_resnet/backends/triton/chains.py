@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from ...tuning.choice import CHAIN, CHAIN_WITHOUT_NEXT, CHAINED, PAIR, Choice, T
 from ...tuning.problem import ChainProblem
 from . import bottleneck, launch
 from .inference import conv_bn_act
+from .problem import run_chosen
 
 if TYPE_CHECKING:
     from ...layers.description import Block, ConvNorm
@@ -44,11 +47,19 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
         return None
     choices = [None if one is None else choose(one, input.device) for one in problems]
     chained = any(choice is not None and choice.kernel in CHAINED for choice in choices)
-    overlapped = input.size(0) <= chain.OVERLAPPED_IMAGES
-    if not chained and not overlapped:
+    if not chained and not _overlaps(input):
         return None
-    with launch.in_a_row() if overlapped else contextlib.nullcontext():
+    with row(input):
         return _run_all(input, blocks, problems, choices)
+
+
+def row(input: Tensor) -> AbstractContextManager[None]:
+    """What launches of blocks run in: a row, where there are so few images that it pays."""
+    return launch.in_a_row() if _overlaps(input) else contextlib.nullcontext()
+
+
+def _overlaps(input: Tensor) -> bool:
+    return input.size(0) <= chain.OVERLAPPED_IMAGES
 
 
 def _run_all(
@@ -73,7 +84,9 @@ def _run_all(
             x, reduced = _convolutions(reduced, x, main[1:], projection), None
             continue
         following = blocks[index + 1].layers[0] if problem.next_width else None
-        x, reduced = run(reduced, x, (*main[1:], projection, following), problem, choice)
+        rest = (*main[1:], projection, following)
+        chained = functools.partial(run, reduced, x, rest, problem)
+        x, reduced = run_chosen(problem, input.device, choice, chained)
     return x if channels_last else x.contiguous()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from ...layers import checks
+from ...layers.batching import rule_of
 from ...layers.description import ConvNorm, Norm
 from ...tuning.estimate import USUAL_POOL
 from . import conv, stem
@@ -103,3 +104,7 @@ def triton_conv_bn_act_max_pool(
             f"{name}: weight has shape {tuple(weight.shape)}, which is not that of a stem"
         )
     return stem.conv_bn_act_max_pool(input, layer, activation)
+
+
+triton_conv_bn_act.register_vmap(rule_of(triton_conv_bn_act, (0, 12)))
+triton_conv_bn_act_max_pool.register_vmap(rule_of(triton_conv_bn_act_max_pool, (0,)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -9,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import tuning
 from ...layers.description import ConvNorm, Norm, Pool
 from ...tuning import architecture
 from ...tuning import prologue as prologue_choice
-from ...tuning.choice import TILED, Tile
+from ...tuning.choice import ESTIMATE, PROLOGUE, TILED, Choice, Tile
 from ...tuning.estimate import kernel_for
 from .. import cuda, cudnn, library
 from . import problem as problems
 from .eligible import can_normalize, can_run, is_traced
 from .lazy import graph_operators, launchers, norms, stems, training_convolutions
-from .problem import problem_of
+from .problem import out_of_resources, problem_of, run_chosen
 
 
 def conv_bn_act(input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str) -> Tensor:
@@ -26,17 +28,25 @@ def conv_bn_act(input: Tensor, layer: ConvNorm, residual: Tensor | None, activat
     weight, norm, bias, *geometry = layer
     if can_run(input, weight, *norm[:4], bias, residual):
         problem = problem_of(input, weight, *geometry, residual is not None)
-        choice = problems.choose(problem, input.device)
-        if choice.kernel in TILED and is_traced(input):
-            operator = graph_operators().triton_conv_bn_act
-            return operator(input, *layer.flat(), residual, activation)
-        if choice.kernel == "triton":
-            return launchers().conv_bn_act(input, layer, residual, activation, choice.tile)
-        if choice.kernel == "cuda":
-            return cuda.conv_bn_act(input, layer, residual, activation, choice.tile)
-        is_narrow = residual is not None and residual.size(1) < weight.size(0)
-        if choice.kernel.startswith("cudnn") and not is_narrow and not is_traced(input):
-            return cudnn.conv_bn_act(input, layer, residual, activation)
+        run = functools.partial(_run, input, layer, residual, activation)
+        return run_chosen(problem, input.device, problems.choose(problem, input.device), run)
+    return library.conv_bn_act(input, layer, residual, activation)
+
+
+def _run(
+    input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str, choice: Choice
+) -> Tensor:
+    """`conv_bn_act` as chosen."""
+    if choice.kernel in TILED and is_traced(input):
+        operator = graph_operators().triton_conv_bn_act
+        return operator(input, *layer.flat(), residual, activation)
+    if choice.kernel == "triton":
+        return launchers().conv_bn_act(input, layer, residual, activation, choice.tile)
+    if choice.kernel == "cuda":
+        return cuda.conv_bn_act(input, layer, residual, activation, choice.tile)
+    is_narrow = residual is not None and residual.size(1) < layer.weight.size(0)
+    if choice.kernel.startswith("cudnn") and not is_narrow and not is_traced(input):
+        return cudnn.conv_bn_act(input, layer, residual, activation)
     return library.conv_bn_act(input, layer, residual, activation)
 
 
@@ -53,11 +63,16 @@ def norm_conv_bn_act(
         and can_run(input, weight, *before[:4], *norm[:4], bias, residual)
     ):
         tile = _prologue_tile(input, weight, geometry, residual is not None)
-    if tile is None:
-        normalised = batch_norm_act_inference(input, before, None, "relu")
-        return conv_bn_act(normalised, layer, residual, activation)
-    table = training_convolutions().table_of(before)
-    return launchers().conv_bn_act(input, layer, residual, activation, tile, table)
+    if tile is not None:
+        table = training_convolutions().table_of(before)
+        try:
+            return launchers().conv_bn_act(input, layer, residual, activation, tile, table)
+        except out_of_resources() as error:
+            problem = problem_of(input, weight, *geometry, residual is not None)
+            choice = Choice(PROLOGUE, tile, ESTIMATE)
+            tuning.leave_out(problem, input.device, choice, str(error))
+    normalised = batch_norm_act_inference(input, before, None, "relu")
+    return conv_bn_act(normalised, layer, residual, activation)
 
 
 def _prologue_tile(
@@ -65,7 +80,8 @@ def _prologue_tile(
 ) -> Tile | None:
     problem = problem_of(input, weight, *geometry, residual)
     if input.device.type == "cuda":
-        return prologue_choice.choose(problem, architecture.of_device(input.device))[0]
+        tile = prologue_choice.choose(problem, architecture.of_device(input.device))[0]
+        return None if tuning.is_left_out(problem, input.device, PROLOGUE, tile) else tile
     return training_convolutions().INTERPRETED_TILE if kernel_for(problem) == "conv" else None
 
 
@@ -76,14 +92,21 @@ def conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: 
         windows = tuple(itertools.chain(*pool))
         problem = problem_of(input, weight, *geometry, False, windows)
         if kernel_for(problem) == "stem_pool":
-            choice = problems.choose(problem, input.device)
-            if choice.kernel == "triton" and is_traced(input):
-                operator = graph_operators().triton_conv_bn_act_max_pool
-                return operator(input, *layer.flat()[:-1], activation)
-            if choice.kernel == "triton":
-                return stems().conv_bn_act_max_pool(input, layer, activation, choice.tile)
-        else:
-            return torch.max_pool2d(conv_bn_act(input, layer, None, activation), *pool)
+            run = functools.partial(_run_with_pool, input, layer, activation, pool)
+            return run_chosen(problem, input.device, problems.choose(problem, input.device), run)
+        return torch.max_pool2d(conv_bn_act(input, layer, None, activation), *pool)
+    return library.conv_bn_act_max_pool(input, layer, activation, pool)
+
+
+def _run_with_pool(
+    input: Tensor, layer: ConvNorm, activation: str, pool: Pool, choice: Choice
+) -> Tensor:
+    """`conv_bn_act_max_pool` of a stem as chosen."""
+    if choice.kernel == "triton" and is_traced(input):
+        operator = graph_operators().triton_conv_bn_act_max_pool
+        return operator(input, *layer.flat()[:-1], activation)
+    if choice.kernel == "triton":
+        return stems().conv_bn_act_max_pool(input, layer, activation, choice.tile)
     return library.conv_bn_act_max_pool(input, layer, activation, pool)
 
 

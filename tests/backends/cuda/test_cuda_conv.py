@@ -332,7 +332,7 @@ def test_offsets_beyond_32_bits():
 
 @pytest.mark.parametrize("split", [1, 2])
 def test_host_path_converts_nothing(split):
-    """No operator of torch's runs (allocations are no operators), unless a layout must change."""
+    """No operator of torch's runs but to allocate, unless a layout must change."""
     instance = smallest(VECTORS, torch.float16)
     tile = dataclasses.replace(instance.tile, split_k=split)
     case = case_of(KINDS["3x3"][1], dtype=torch.float16, bias=True)
@@ -342,7 +342,9 @@ def test_host_path_converts_nothing(split):
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities) as profile:
             run(case, tile)
-        return {event.name for event in profile.events() if event.name.startswith("aten::")}
+        names = {event.name for event in profile.events() if event.name.startswith("aten::")}
+        # The stable ABI's way to memory, which some versions of torch show on a GPU.
+        return names - {"aten::empty_strided"}
 
     assert operators() == set()
     case.input = case.input.contiguous()
