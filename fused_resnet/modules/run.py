@@ -166,27 +166,12 @@ _MOST_PLANS = 2048
 
 def _plan_of(block: Block, x: Tensor) -> _Plan | None:
     """How to train a block on such an input, found once; or None where it has to run by parts."""
-    device = x.device
-    key = [x.shape, x.dtype, device, x.layout, torch.is_autocast_enabled(device.type), *block[1:]]
-    for weight, norm, bias, stride, padding, dilation, groups in block.layers:
-        mean, var, bn_weight, bn_bias, eps = norm
-        key += (stride, padding, dilation, groups, eps, mean.requires_grad, var.requires_grad)
-        for tensor in (weight, mean, var, bn_weight, bn_bias, bias):
-            if tensor is None:
-                key.append(None)
-            else:
-                key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
-    place = tuple(key)
-    try:
-        return _plans[place]
-    except KeyError:
-        pass
-    except TypeError:  # a list for a stride
-        return _trained(block, [None] * len(block.layers), x)
-    if len(_plans) >= _MOST_PLANS:
-        _plans.clear()
-    plan = _plans[place] = _trained(block, [None] * len(block.layers), x)
-    return plan
+    key = checks.block_key(x, block)
+    if key not in _plans:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[key] = _trained(block, [None] * len(block.layers), x)
+    return _plans[key]
 
 
 def _trained(block: Block, groups: list[dist.ProcessGroup | None], x: Tensor) -> _Plan | None:
@@ -307,25 +292,35 @@ def _count_together(
     momentum = norms[0].momentum
     if torch.compiler.is_compiling() or momentum is None or not all(counts):
         return False
-    for norm, (mean, _, shared) in zip(norms, statistics, strict=True):
+    batches, means, variances, batch_means, batch_variances = [], [], [], [], []
+    for norm, (mean, var, shared) in zip(norms, statistics, strict=True):
+        # Looked up where modules keep them: an attribute takes ten times as long.
+        buffers = norm._buffers
+        running_mean, running_var = buffers.get("running_mean"), buffers.get("running_var")
+        tracked = buffers.get("num_batches_tracked")
         if (
             not (norm.training and norm.track_running_stats)
             or norm.momentum != momentum
-            or norm.num_batches_tracked is None
-            or norm.running_mean is None
-            or norm.running_var is None
-            or not norm.running_mean.dtype is norm.running_var.dtype is mean.dtype
+            or tracked is None
+            or running_mean is None
+            or running_var is None
+            or not running_mean.dtype is running_var.dtype is mean.dtype
             or shared is not None
         ):
             return False
+        batches.append(tracked)
+        means.append(running_mean)
+        variances.append(running_var)
+        batch_means.append(mean)
+        batch_variances.append(var)
+    factors = [count / (count - 1) for count in counts]
     with torch.no_grad():
-        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
-        factors = [count / (count - 1) for count in counts]
-        unbiased = torch._foreach_mul([var for _, var, _ in statistics], factors)
-        running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-        batch = [mean for mean, _, _ in statistics] + list(unbiased)
+        torch._foreach_add_(batches, 1)
+        unbiased = torch._foreach_mul(batch_variances, factors)
+        running = means + variances
         torch._foreach_mul_(running, 1 - momentum)
         # Not with `alpha`, whose product is not rounded as that of `F.batch_norm` is.
+        batch = [*batch_means, *unbiased]
         torch._foreach_add_(running, torch._foreach_mul(batch, momentum))
     return True
 

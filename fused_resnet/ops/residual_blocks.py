@@ -8,7 +8,7 @@ the same. To autograd it always is these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,11 +63,21 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
         return _operator(*arguments)
     if needs_grad(input, *tensors):
         return None
-    out = _in_one(*arguments)
+    backend = backends.choose(input.device.type)
+    out = backend.residual_blocks(*arguments)
+    if out is not None or min(projections) < 0:
+        return out
     # The modules' own way to a convolution takes as long as a small one.
-    if out is None and min(projections) >= 0 and checks.blocks_fit(input, blocks):
-        out = _one_by_one(*arguments)
-    return out
+    if len(blocks) == 1:
+        fits = checks.plain_block_fits(input, blocks[0])
+    else:
+        fits = checks.blocks_fit(input, blocks)
+    if not fits:
+        return None
+    with torch._C._AutoDispatchBelowAutograd():
+        for block in blocks:
+            input = _by_convolutions(backend.conv_bn_act, input, block)
+    return input
 
 
 def pads_shortcuts(input: Tensor) -> bool:
@@ -83,14 +93,19 @@ def _in_one(input: Tensor, *arguments: Any) -> Tensor | None:
 def _one_by_one(input: Tensor, *arguments: Any) -> Tensor:
     """The blocks convolution by convolution."""
     for block in described_blocks(*arguments):
-        shortcut = input
-        if block.has_projection:
-            shortcut = conv_bn_act(input, block.layers[-1], None, "none")
-        *first, last = block.main
-        for layer in first:
-            input = conv_bn_act(input, layer, None, "relu")
-        input = conv_bn_act(input, last, shortcut, "relu")
+        input = _by_convolutions(conv_bn_act, input, block)
     return input
+
+
+def _by_convolutions(run: Callable[..., Tensor], input: Tensor, block: Block) -> Tensor:
+    """A block by calls of `conv_bn_act`, the operator's or a backend's."""
+    shortcut = input
+    if block.has_projection:
+        shortcut = run(input, block.layers[-1], None, "none")
+    *first, last = block.main
+    for layer in first:
+        input = run(input, layer, None, "relu")
+    return run(input, last, shortcut, "relu")
 
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:

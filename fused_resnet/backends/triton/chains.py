@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from ... import tuning
+from ...layers.memory import memory_format_of
 from ...tuning import chain
 from ...tuning.choice import CHAIN, CHAIN_WITHOUT_NEXT, CHAINED, PAIR, Choice, Tile
 from ...tuning.problem import ChainProblem
@@ -69,13 +69,13 @@ def _run_all(
     choices: Sequence[Choice | None],
 ) -> Tensor:
     """All blocks, each as chosen."""
-    channels_last = suggest_memory_format(input) is torch.channels_last
+    channels_last = memory_format_of(input) is torch.channels_last
     x, reduced = input, None
     for index, block in enumerate(blocks):
         main, projection = block.main, block.projection
         # The format that convolutions would hand on.
         channels_last |= any(
-            suggest_memory_format(layer.weight) is torch.channels_last for layer in main
+            memory_format_of(layer.weight) is torch.channels_last for layer in main
         )
         if reduced is None:
             reduced = conv_bn_act(x, main[0], None, "relu")

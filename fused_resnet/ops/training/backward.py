@@ -112,10 +112,6 @@ class _BlockBackward:
         adds = need_shortcut and block.shortcut_is_input(input, grad)
         return Plan(first, need_shortcut, masked, joined, adds)
 
-    def _need_below(self, index: int) -> bool:
-        """Whether the gradient of a layer's input is needed."""
-        return self.need_input or index > self.plan.first
-
     def _hidden_before(self, index: int) -> Tensor:
         if self.again:
             return self.hidden[index]
@@ -124,7 +120,8 @@ class _BlockBackward:
     def layer(self, index: int) -> None:
         """Behind its norm, then behind its convolution."""
         step, is_last = self.passes[index], index == self.block.main - 1
-        below, (need_weight, need_bias, *need_norm) = self._need_below(index), self.needs[index]
+        below = self.need_input or index > self.plan.first
+        need_weight, need_bias, *need_norm = self.needs[index]
         need_conv = below or need_weight or need_bias
         h = self._hidden_before(index) if need_conv or step.raw is None else None
         if step.raw is None:
@@ -171,7 +168,7 @@ class _BlockBackward:
             if projection.raw is None:
                 projection.convolve(self.input)
             both = step.add_relu_backward(grad, self.output, projection)
-        if self._need_below(index) and index > 0 and not plan.masked:
+        if index > 0 and (self.need_input or index > plan.first) and not plan.masked:
             found = step.last_backward(grad, self.output, self.passes[index - 1])
         if both is not None:
             (self.grad, *norm_grads), (self.shortcut, *self.joined) = both

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ... import backends
 from ...layers.description import PARAMETERS, ConvNorm, Layer, TrainedBlock
-from ..registration import autocast_tensor, is_plain, needs_grad
+from ..registration import autocast_tensor, gradients_batched, is_plain, needs_grad
 from .backward import block_backward, stem_backward
 from .passes import Pass, Statistics, is_computed_again, passes_of, run_block
 
@@ -117,7 +117,8 @@ class _ResidualBlock(torch.autograd.Function):
         *parameters: Tensor | None,
     ) -> Tensor:
         passes = passes_of(block.layers, parameters, (kernels, True))
-        output, mask = run_block(block, passes, input, [])
+        with torch._C._AutoDispatchBelowAutograd():
+            output, mask = run_block(block, passes, input, [])
         statistics, saved = [], []
         for index, step in enumerate(passes):
             kept = step.saved(not (block.low_memory and is_computed_again(block, passes, index)))
@@ -132,10 +133,12 @@ class _ResidualBlock(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_input, _, _, _, *need_parameters = ctx.needs_input_grad
         arguments = (ctx.block, ctx.saved_tensors, (need_input, *need_parameters), grad)
-        if _is_as_in_forward(ctx, grad):
-            grad_input, *grads = block_backward(*arguments)
-        else:
+        # Kernels of several cotangents at once, and of gradients with a history, are autograd's.
+        if torch.is_grad_enabled() or gradients_batched() or not _is_as_in_forward(ctx, grad):
             with backends.as_chosen(ctx.backend), torch.autocast(grad.device.type, enabled=False):
+                grad_input, *grads = block_backward(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
                 grad_input, *grads = block_backward(*arguments)
         return grad_input, None, None, None, *grads
 

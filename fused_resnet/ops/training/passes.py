@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...layers.convolution import conv2d, conv2d_backward
+from ...layers.convolution import (
+    conv2d,
+    conv2d_backward,
+    plain_conv2d,
+    plain_conv2d_backward,
+)
 from ...layers.description import PARAMETERS, SAVED, Layer, Norm, Sums, TrainedBlock
 from ..batch_norm_act_inference import batch_norm_act_inference
 from ..batch_norm_act_training import batch_norm_act_training
@@ -161,7 +166,8 @@ class Pass:
 
     def convolve(self, input: Tensor) -> Tensor:
         """The convolution's output, which it keeps."""
-        self.raw = conv2d(input, self.weight, self.bias, *self.layer.geometry)
+        run = conv2d if self._direct is None else plain_conv2d
+        self.raw = run(input, self.weight, self.bias, *self.layer.geometry)
         return self.raw
 
     def normalize(self, raw: Tensor, residual: Tensor | None, activation: str) -> Tensor:
@@ -250,7 +256,8 @@ class Pass:
             if grad_input is not None:
                 need_input, add_to = False, None
         if need_input or need_weight or need_bias:
-            by_library, grad_weight, grad_bias = conv2d_backward(
+            run = conv2d_backward if self._direct is None else plain_conv2d_backward
+            by_library, grad_weight, grad_bias = run(
                 grad, input, self.weight, *self.layer.geometry, (need_input, need_weight, need_bias)
             )
             grad_input = by_library if need_input else grad_input
@@ -302,12 +309,13 @@ def run_block(
     Appends the main convolutions' inputs to `hidden` if autograd records.
     """
     h, before = input, None
+    records = torch.is_grad_enabled()
     projection = passes[-1] if block.has_projection else None
     last = passes[block.main - 1]
     for step in passes:
         if step is projection:
             break
-        if torch.is_grad_enabled():
+        if records:
             hidden.append(h)
         found = step.convolve_with_statistics(h, before)
         if not found and before is not None:
