@@ -448,7 +448,8 @@ def test_backward_in_another_thread(norms, monkeypatch):
         ran.append(threading.current_thread())
         return backward(*arguments)
 
-    monkeypatch.setattr(backends.triton, "batch_norm_act_backward", record)
+    name = "batch_norm_act_backward"
+    monkeypatch.setattr(backends.triton.Triton, name, staticmethod(record))
     x, z = drawn((2, 4, 3, 3), torch.float32, torch.channels_last, 2)
     weight, bias = vectors(4, 2)
     outs = [fused(x.requires_grad_(), weight, bias, z)]

@@ -246,8 +246,9 @@ def test_blocks_without_the_first_convolution(convs, monkeypatch, projection):
         ran.append("last")
         return last(*arguments)
 
-    monkeypatch.setattr(backends.triton, "conv_backward_input", backward_input)
-    monkeypatch.setattr(backends.triton, "norm_conv_backward_input", last_backward)
+    triton = backends.triton.Triton
+    monkeypatch.setattr(triton, "conv_backward_input", staticmethod(backward_input))
+    monkeypatch.setattr(triton, "norm_conv_backward_input", staticmethod(last_backward))
     results = []
     with fused_resnet.use_backend("triton"):
         results.append(block_results(fused_resnet.fuse(copy.deepcopy(eager)), x))
@@ -255,7 +256,8 @@ def test_blocks_without_the_first_convolution(convs, monkeypatch, projection):
         results.append(block_results(fused_resnet.fuse(copy.deepcopy(eager)), x))
         assert ran.count(False) == (RUNNER.device != "cuda")
         assert "last" not in ran
-        monkeypatch.setattr(backends.triton, "conv_backward_input_runs", lambda *_: False)
+        never = staticmethod(lambda *_: False)
+        monkeypatch.setattr(triton, "conv_backward_input_runs", never)
         results.append(block_results(fused_resnet.fuse(copy.deepcopy(eager)), x))
     # A projection takes the mask itself; without one it is written for whoever adds.
     assert ran.count("last") == (not projection)
