@@ -23,6 +23,7 @@ SCHEMAS = {
     "ops/conv_bn_act.py": {"_fake"},
     "ops/conv_bn_act_max_pool.py": {"_fake"},
     "ops/norm_conv_bn_act.py": {"_fake"},
+    "ops/quantized.py": {"_fake", "_kernel"},
     "ops/operator_checks.py": {"block_training_backward", "quantized_residual_blocks"},
     "backends/triton/graphs.py": {"triton_conv_bn_act", "triton_conv_bn_act_max_pool"},
 }
