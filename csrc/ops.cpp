@@ -31,6 +31,8 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "residual_blocks_packed(Tensor input, Tensor[] tensors, int[] numbers, float[] eps, "
       "int[] layer_counts, int[] shortcuts) -> Tensor?");
 
+  m.def("pool_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+
   // The CPU backend's training: internal too, see csrc/cpu/batch_norm.cpp.
   m.def("batch_statistics(Tensor input) -> (Tensor mean, Tensor var)");
   m.def(

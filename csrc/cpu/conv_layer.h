@@ -60,12 +60,19 @@ torch::stable::Tensor pack_transposed_tiles(torch::stable::Tensor weight);
 bool conv_weight_is_packed(torch::stable::Tensor weight, torch::stable::Tensor packed,
                            int64_t groups);
 
+// A call that compares samples of so many weights with their packed copies: the first one's number,
+// which decides where the sample is. The others' follow.
+uint64_t number_samples(size_t weights);
+
+// The addresses of the sample with that number.
+void add_sample(const ConvLayer& layer, uint64_t sample, std::vector<const void*>& addresses);
+
 // A layer on inputs of one size: geometry checked, batch-norm tensors in float32. `conv` lacks only
 // its tensors, strides, ReLU and pooling.
 class PreparedLayer {
  public:
   PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W,
-                torch::headeronly::ScalarType dtype);
+                torch::headeronly::ScalarType dtype, uint64_t sample);
   PreparedLayer(PreparedLayer&&) = default;
   PreparedLayer(const PreparedLayer&) = delete;  // `conv` points into copies_
   Conv conv;

@@ -96,10 +96,11 @@ struct NextWeight {
 };
 
 // One block. Its shortcut is 0: the input; 1: a projection, the last of its layers; negative: the
-// input's pixels at such steps. `next_block` is what follows it. Nothing where a packed weight is
-// not current.
+// input's pixels at such steps. `next_block` is what follows it, `next_samples` the addresses it
+// begins with. `sample` is the first weight's. Nothing where a packed weight is not current.
 std::optional<Tensor> run_block(const Tensor& input, const ConvLayer* layers, int64_t count,
-                                int64_t shortcut, const NextWeight& next_block) {
+                                int64_t shortcut, uint64_t sample, const NextWeight& next_block,
+                                const std::vector<const void*>& next_samples) {
   check_number("residual_blocks", "a shortcut", shortcut, -kLargestStep, 1);
   const bool has_projection = shortcut == 1;
   FR_CHECK(count >= (has_projection ? 2 : 1), "residual_blocks: ", count,
@@ -113,14 +114,15 @@ std::optional<Tensor> run_block(const Tensor& input, const ConvLayer* layers, in
   prepared.reserve(static_cast<size_t>(count));
   int64_t C = input.size(1), H = input.size(2), W = input.size(3);
   for (int64_t i = 0; i <= last; ++i) {
-    prepared.emplace_back(layers[i], N, C, H, W, dtype);
+    prepared.emplace_back(layers[i], N, C, H, W, dtype, sample + static_cast<uint64_t>(i));
     const Conv& conv = prepared.back().conv;
     C = conv.K, H = conv.P, W = conv.Q;
     channels_last |= is_channels_last(layers[i].weight);
   }
   int64_t shortcut_c = input.size(1), shortcut_h = input.size(2), shortcut_w = input.size(3);
   if (has_projection) {
-    prepared.emplace_back(layers[last + 1], N, shortcut_c, shortcut_h, shortcut_w, dtype);
+    prepared.emplace_back(layers[last + 1], N, shortcut_c, shortcut_h, shortcut_w, dtype,
+                          sample + static_cast<uint64_t>(last + 1));
     const Conv& conv = prepared.back().conv;
     shortcut_c = conv.K, shortcut_h = conv.P, shortcut_w = conv.Q;
   }
@@ -152,6 +154,7 @@ std::optional<Tensor> run_block(const Tensor& input, const ConvLayer* layers, in
   const Buffer hidden[2] = {Buffer(hidden_bytes[0]), Buffer(hidden_bytes[1])};
   const Strides in = strides_of(input), out = strides_of(output);
 
+  size_t runs = 0;
   for (int64_t n = 0; n < N; n += at_once) {
     const char* image = static_cast<const char*>(input.const_data_ptr()) + n * in.n * item;
     char* result = static_cast<char*>(output.mutable_data_ptr()) + n * out.n * item;
@@ -166,6 +169,11 @@ std::optional<Tensor> run_block(const Tensor& input, const ConvLayer* layers, in
       conv.out = to_strides;
       conv.next_weight = next.data;
       conv.next_weight_bytes = next.bytes;
+      // In equal shares, with the first images.
+      const size_t share = next_samples.size() / static_cast<size_t>(count) + 1;
+      const size_t taken = std::min(next_samples.size(), share * runs++);
+      conv.scattered = next_samples.data() + taken;
+      conv.scattered_count = static_cast<int64_t>(std::min(next_samples.size() - taken, share));
       run_conv(conv);
     };
     for (int64_t i = 0; i < last; ++i) {
@@ -204,15 +212,22 @@ std::optional<Tensor> residual_blocks_packed(Tensor input, std::vector<Tensor> t
   FR_CHECK(layer_counts.size() == shortcuts.size(), "residual_blocks: ", layer_counts.size(),
            " layer counts, ", shortcuts.size(), " shortcuts");
   const std::vector<ConvLayer> layers = make_layers(tensors, numbers, eps);
+  const uint64_t sample = number_samples(layers.size());
+  std::vector<const void*> next_samples;
   size_t first = 0;
   for (size_t i = 0; i < layer_counts.size(); ++i) {
     FR_CHECK(layer_counts[i] > 0 && layer_counts[i] <= static_cast<int64_t>(layers.size() - first),
              "residual_blocks: block ", i, " has ", layer_counts[i], " convolutions, ",
              layers.size() - first, " are left");
     const size_t behind = first + static_cast<size_t>(layer_counts[i]);
+    next_samples.clear();
+    for (size_t next = behind; i + 1 < layer_counts.size() && next < layers.size(); ++next) {
+      if (static_cast<int64_t>(next - behind) == layer_counts[i + 1]) break;
+      add_sample(layers[next], sample + next, next_samples);
+    }
     std::optional<Tensor> output =
-        run_block(input, &layers[first], layer_counts[i], shortcuts[i],
-                  behind < layers.size() ? NextWeight(layers[behind]) : NextWeight());
+        run_block(input, &layers[first], layer_counts[i], shortcuts[i], sample + first,
+                  behind < layers.size() ? NextWeight(layers[behind]) : NextWeight(), next_samples);
     if (!output) return std::nullopt;
     input = *output;
     first = behind;

@@ -100,6 +100,10 @@ class Backend:
         """Whole blocks in one call, or None where these are not covered: `ops.residual_blocks`."""
         return None
 
+    def pool_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """A network's head in one call, or None where that is not covered: `ops.pool_linear`."""
+        return None
+
     # Training, forward.
 
     def batch_norm_act_training(

@@ -21,6 +21,7 @@ from ..ops import conv_bn_act_max_pool, running_statistics
 from ..ops.conv_bn_act import conv_bn_act
 from ..ops.gradients import has_norm_kernel
 from ..ops.norm_conv_bn_act import norm_conv_bn_act
+from ..ops.pool_linear import pool_linear
 from ..ops.registration import needs_grad
 from ..ops.residual_blocks import pads_shortcuts, residual_blocks
 from ..ops.training.graphs import (
@@ -36,6 +37,7 @@ from .read import (
     conv_arguments,
     conv_norm,
     downsample_obstacle,
+    head_obstacle,
     inference_layers,
     input_obstacle,
     keeps_dtype,
@@ -309,8 +311,7 @@ def resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
     modules = model._modules
     x = stem(modules["conv1"], modules["bn1"], modules["relu"], modules["maxpool"], x)
     x = stages_forward([model.layer1, model.layer2, model.layer3, model.layer4], x)
-    x = model.avgpool(x)
-    return model.fc(torch.flatten(x, 1))
+    return head(model.avgpool, model.fc, x)
 
 
 def plain_block_forward(block: nn.Module, x: Tensor) -> Tensor:
@@ -329,7 +330,18 @@ def cifar_resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
     modules = model._modules
     x = conv_norm_act(modules["conv1"], modules["bn1"], x, None, modules["relu"])
     x = stages_forward([model.layer1, model.layer2, model.layer3], x)
-    return model.fc(torch.flatten(model.avgpool(x), 1))
+    return head(model.avgpool, model.fc, x)
+
+
+def head(avgpool: nn.Module, fc: nn.Module, x: Tensor) -> Tensor:
+    """`fc(flatten(avgpool(x), 1))`."""
+    if (
+        not torch.compiler.is_compiling()
+        and head_obstacle(avgpool, fc) is None
+        and (out := pool_linear(x, fc.weight, fc.bias)) is not None
+    ):
+        return out
+    return fc(torch.flatten(avgpool(x), 1))
 
 
 def stem(conv: nn.Conv2d, norm: nn.Module, relu: nn.ReLU, maxpool: nn.Module, x: Tensor) -> Tensor:
