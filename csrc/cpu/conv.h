@@ -81,9 +81,6 @@ struct Conv {
   // The packed weight that is wanted after this one, to be brought into the cache; may be null.
   const void* next_weight;
   int64_t next_weight_bytes;
-  // See Task; may be null.
-  const void* const* scattered;
-  int64_t scattered_count;
   Dtype dtype;  // of input, residual and output; everything between is float32
   bool relu;
   // Whether a group's weights stay in the second-level cache when all of them are gone through.
@@ -122,9 +119,6 @@ struct Task {
   int64_t row_begin, row_end;
   int64_t block_begin, block_end;
   int64_t group;
-  // Addresses that the calling thread reads later, for kernels on tiles to bring into its cache.
-  const void* const* scattered = nullptr;
-  int64_t scattered_count = 0;
   // How much of the next layer's weight the thread brings into its cache, being at its last task.
   int64_t ahead_bytes = 0;
 };

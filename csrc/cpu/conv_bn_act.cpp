@@ -20,7 +20,7 @@ std::optional<Tensor> run(const Tensor& input, const ConvLayer& layer, const Inp
                           const std::vector<int64_t>& max_pool) {
   check_rank("conv_bn_act", "input", input, 4);
   const PreparedLayer prepared(layer, input.size(0), input.size(1), input.size(2), input.size(3),
-                               input.scalar_type(), number_samples(1));
+                               input.scalar_type());
   if (!prepared.is_current) return std::nullopt;
   Conv conv = prepared.conv;
   conv.relu = relu;

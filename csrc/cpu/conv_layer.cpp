@@ -249,14 +249,16 @@ uint32_t float32_bits(T value) {
   return bits;
 }
 
-// Where the values of a sample are, in a weight and in its packed copy.
-struct SamplePlace {
-  int64_t source, packed;
-};
-
-std::array<SamplePlace, kSamples> sample_places(const WeightShape& shape, uint64_t sample) {
-  std::array<SamplePlace, kSamples> places;
-  uint64_t state = sample * kSamples;
+// Compares a sample of the weight with its packed copy, at other positions in every call. The
+// caller keeps the two together by storage and version; this also sees updates that leave no
+// version behind, such as `weight.data.mul_(0.9)`.
+template <class T, class Packed>
+bool sample_is_packed(const T* source, const WeightShape& shape, const Packed* packed) {
+  static std::atomic<uint64_t> calls{0};
+  const uint64_t call = calls.fetch_add(1, std::memory_order_relaxed);
+  uint64_t state = call * kSamples;
+  // All places first: many reads then wait for memory, and for its translation, at once.
+  int64_t places[kSamples], packed_places[kSamples];
   for (int64_t i = 0; i < kSamples; ++i) {
     // Half a step of SplitMix64 (Steele, Lea and Flood, 2014), of which the upper bits are used:
     // 16 for a place in the i-th of kSamples parts of K, 20, 12 and 12 for those in C, R and S.
@@ -269,26 +271,14 @@ std::array<SamplePlace, kSamples> sample_places(const WeightShape& shape, uint64
     const int64_t c = (part(28, 20) * shape.C) >> 20;
     const int64_t r = (part(16, 12) * shape.R) >> 12;
     const int64_t s = (part(4, 12) * shape.S) >> 12;
-    places[static_cast<size_t>(i)] = {shape.source(k, c, r, s), shape.packed_place(k, c, r, s)};
-  }
-  return places;
-}
-
-// Compares a sample of the weight with its packed copy, at other positions in every call. The
-// caller keeps the two together by storage and version; this also sees updates that leave no
-// version behind, such as `weight.data.mul_(0.9)`.
-template <class T, class Packed>
-bool sample_is_packed(const T* source, const WeightShape& shape, const Packed* packed,
-                      uint64_t sample) {
-  const std::array<SamplePlace, kSamples> places = sample_places(shape, sample);
-  // All places first: many reads then wait for memory, and for its translation, at once.
-  for (const SamplePlace& place : places) {
-    __builtin_prefetch(source + place.source);
-    __builtin_prefetch(packed + place.packed);
+    places[i] = shape.source(k, c, r, s);
+    packed_places[i] = shape.packed_place(k, c, r, s);
+    __builtin_prefetch(source + places[i]);
+    __builtin_prefetch(packed + packed_places[i]);
   }
   uint32_t difference = 0;
-  for (const SamplePlace& place : places) {
-    difference |= float32_bits(packed[place.packed]) ^ float32_bits(source[place.source]);
+  for (int64_t i = 0; i < kSamples; ++i) {
+    difference |= float32_bits(packed[packed_places[i]]) ^ float32_bits(source[places[i]]);
   }
   return difference == 0;
 }
@@ -406,14 +396,13 @@ bool has_origin(const Tensor& packed, const Tensor& weight, const WeightShape& s
 
 // Whether `packed` has the weight's values, as far as a sample tells.
 bool seems_current(const Tensor& packed, const Tensor& weight, const WeightShape& shape,
-                   int64_t groups, uint64_t sample) {
+                   int64_t groups) {
   if (!has_origin(packed, weight, shape, groups)) return false;
   if (weight.numel() == 0) return true;
   return with_element_type(weight, "weight", [&](const auto* source) {
     const void* values = packed.const_data_ptr();
-    return shape.tiled
-               ? sample_is_packed(source, shape, static_cast<const BFloat16*>(values), sample)
-               : sample_is_packed(source, shape, static_cast<const float*>(values), sample);
+    return shape.tiled ? sample_is_packed(source, shape, static_cast<const BFloat16*>(values))
+                       : sample_is_packed(source, shape, static_cast<const float*>(values));
   });
 }
 
@@ -535,27 +524,14 @@ Tensor pack_transposed_tiles(Tensor weight) {
   return packed;
 }
 
-uint64_t number_samples(size_t weights) {
-  static std::atomic<uint64_t> numbered{0};
-  return numbered.fetch_add(weights, std::memory_order_relaxed);
-}
-
-void add_sample(const ConvLayer& layer, uint64_t sample, std::vector<const void*>& addresses) {
+bool seems_current(const ConvLayer& layer) {
   check_weight(layer.weight, layer.groups);
-  const WeightShape shape(layer.weight, layer.groups);
-  if (!has_origin(layer.packed, layer.weight, shape, layer.groups)) return;
-  const char* source = static_cast<const char*>(layer.weight.const_data_ptr());
-  const char* packed = static_cast<const char*>(layer.packed.const_data_ptr());
-  const auto item = static_cast<int64_t>(layer.weight.element_size());
-  const auto packed_item = static_cast<int64_t>(layer.packed.element_size());
-  for (const SamplePlace& place : sample_places(shape, sample)) {
-    addresses.push_back(source + place.source * item);
-    addresses.push_back(packed + place.packed * packed_item);
-  }
+  return seems_current(layer.packed, layer.weight, WeightShape(layer.weight, layer.groups),
+                       layer.groups);
 }
 
 PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W,
-                             ScalarType dtype, uint64_t sample)
+                             ScalarType dtype, bool compares)
     : conv{}, is_current(false) {
   const Tensor& weight = layer.weight;
   check_weight(weight, layer.groups);
@@ -589,7 +565,7 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
 
   check_norm_dtypes(layer);
   const WeightShape shape(weight, layer.groups);
-  is_current = seems_current(layer.packed, weight, shape, layer.groups, sample);
+  is_current = !compares || seems_current(layer.packed, weight, shape, layer.groups);
   conv.isa = shape.isa;
   conv.weight = layer.packed.const_data_ptr();
   conv.norm.mean = as_float32(layer.running_mean, "running_mean", conv.K, copies_[0]);
@@ -674,12 +650,17 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   const int64_t weight_bytes = reduction(conv) * group_k(conv) * item;
   const bool streams_weights = weight_bytes > l2_bytes() / 2;
   const bool few_pixels = rows * conv.Q < 128 * threads;
+  // bfloat16 on tiles is faster than its weights come; but pixels with more channels than there are
+  // outputs would come from the other threads' caches.
+  const bool waits_for_weights =
+      item == 2 && weight_bytes > l2_bytes() / 8 && group_k(conv) >= group_c(conv);
   // float32 on tiles: every task splits its weights into parts, which takes as long as 25 pixels.
   const bool splits = conv.dtype == Dtype::kFloat32 && item != 4;
 
   Split s;
   s.block_tasks = conv.expanded ? blocks : 1;
-  if (!conv.has_pool && !conv.expanded && ((streams_weights && few_pixels) || rows < 2 * threads)) {
+  if (!conv.has_pool && !conv.expanded &&
+      (((streams_weights || waits_for_weights) && few_pixels) || rows < 2 * threads)) {
     s.block_tasks = std::min(threads, blocks);
   }
   s.blocks = div_up(blocks, s.block_tasks);
@@ -773,7 +754,7 @@ void run_conv(Conv conv) {
     stretches[w].next = tasks * w / workers;
     stretches[w].end = tasks * (w + 1) / workers;
   }
-  auto run_task = [&](int64_t i, bool by_caller, bool is_last) {
+  auto run_task = [&](int64_t i, bool is_last) {
     // Rows vary fastest: a thread goes on with the weights it has in its cache.
     const int64_t row_task = i % s.row_tasks, rest = i / s.row_tasks;
     Task task;
@@ -783,11 +764,6 @@ void run_conv(Conv conv) {
     task.block_end = std::min(blocks, task.block_begin + s.blocks);
     task.group = rest / s.block_tasks;
     if (is_last) task.ahead_bytes = l2_bytes() / 4;
-    if (by_caller && i < stretches[0].end) {
-      const int64_t begin = conv.scattered_count * i / stretches[0].end;
-      task.scattered = conv.scattered + begin;
-      task.scattered_count = conv.scattered_count * (i + 1) / stretches[0].end - begin;
-    }
     const Scratch scratch(static_cast<size_t>(isa.scratch_bytes(conv, task)));
     isa.run(conv, task, scratch.get());
   };
@@ -795,7 +771,7 @@ void run_conv(Conv conv) {
     for (int64_t w = begin; w < begin + workers; ++w) {
       Stretch& stretch = stretches[w % workers];
       for (int64_t i; (i = stretch.next.fetch_add(1, std::memory_order_relaxed)) < stretch.end;) {
-        run_task(i, begin == 0, i + 1 == stretch.end);
+        run_task(i, i + 1 == stretch.end);
       }
     }
   });

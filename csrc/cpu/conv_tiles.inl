@@ -573,9 +573,6 @@ struct Product {
   // And of the next layer's weights.
   const char* ahead;
   int64_t ahead_lines;
-  // Likewise one line for every step until none are left.
-  const void* const* scattered;
-  int64_t scattered_count;
 };
 
 constexpr int64_t kLine = 64;
@@ -804,16 +801,10 @@ void multiply(const Product& product, float* sums, Pending& pending) {
   const char *in0 = product.tiles[0].in, *in1 = product.tiles[kM - 1].in;
   const int64_t stride0 = product.tiles[0].stride, stride1 = product.tiles[kM - 1].stride;
   const char *prefetch = product.prefetch, *ahead = product.ahead, *weight = product.weight;
-  const void* const* scattered = product.scattered;
-  int64_t scattered_count = product.scattered_count;
   const auto step = [&](auto pixels, auto weights, int64_t offset, const char* at) {
     multiply_step<kM, kN, pixels.value, weights.value>(in0 + offset, stride0, in1 + offset, stride1,
                                                        at);
     if (pending.pixels > 0) pending.take(share);
-    if (scattered_count > 0) {
-      __builtin_prefetch(*scattered++, 0, 2);
-      --scattered_count;
-    }
   };
   const Constant<true> load;
   const Constant<false> keep;
@@ -967,8 +958,6 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
   const bool pixels_first = conv.keeps_weight;
   Pending pending;
   float* sums = scratch.sums;
-  const void* const* scattered = task.scattered;
-  const void* const* const scattered_end = scattered + task.scattered_count;
   const int64_t turn = pixels_first ? 2 : list.count;
   const int64_t task_blocks = task.block_end - task.block_begin;
   // The next layer's weights come while memory would have nothing to do: when all of this one's are
@@ -1035,11 +1024,8 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
                         layout.chunks,  scratch.offsets,
                         scratch.part,   scratch.chunk,
                         nullptr,        0,
-                        nullptr,        0,
-                        scattered,      0};
+                        nullptr,        0};
         const int64_t steps = layout.weight.chunks;
-        product.scattered_count = least(scattered_end - scattered, steps);
-        scattered += product.scattered_count;
         weights.take(steps, product.prefetch, product.lines);
         if (product.lines == 0) pixels.take(steps, product.prefetch, product.lines);
         if (begin >= ahead_turn && block >= ahead_block) {

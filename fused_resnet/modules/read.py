@@ -137,6 +137,25 @@ def stage_layers(stage: nn.Module, x: Tensor, may_pad: bool = False) -> list[Blo
     return blocks
 
 
+def plain_stages(stages: list[nn.Module]) -> list[BlockLayers] | None:
+    """The blocks of all stages, or None unless all of them are plain; see `plain_layers`."""
+    if torch.compiler.is_compiling():
+        return None
+    blocks = []
+    for stage in stages:
+        if type(stage) is not Sequential or _call_obstacle(stage) is not None:
+            return None
+        for block in stage._modules.values():
+            form = forms.of_fused(type(block))
+            if form is None or not form.is_block:
+                return None
+            layers = plain_layers(block, form, False)
+            if layers is None:
+                return None
+            blocks.append(layers)
+    return blocks
+
+
 def plain_layers(block: nn.Module, form: Form, may_pad: bool) -> BlockLayers | None:
     """The layers of a block in which there is nothing out of the ordinary, in a tenth of the time.
 

@@ -45,6 +45,7 @@ from .read import (
     obstacle_of_call,
     pads_channels,
     plain_layers,
+    plain_stages,
     pool_arguments,
     pool_obstacle,
     split_downsample,
@@ -260,8 +261,12 @@ def _momentum(norm: nn.BatchNorm2d) -> float:
     return 0.0 if norm.momentum is None else norm.momentum
 
 
-def stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
+def stages_forward(
+    stages: list[nn.Module], x: Tensor, plain: list[BlockLayers] | None = None
+) -> Tensor:
     """One stage after the other: all blocks in one call between what else is to be seen.
+
+    `plain`: their blocks, if it has been found that there is nothing else.
 
     Going through a block's modules in Python between two blocks would find the caches filled with
     the last one's weights, and takes twice as long as going through all blocks before. On a GPU it
@@ -270,6 +275,8 @@ def stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
     A stage called by itself, `model.layer1(x)`, is torchvision's `nn.Sequential`, so its blocks run
     one by one.
     """
+    if plain is not None:
+        return _joined_stages(stages, plain, x)
     together: list[nn.Module] = []
     blocks: list[BlockLayers] = []
     may_pad = pads_shortcuts(x)
@@ -309,8 +316,11 @@ def resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
     if obstacle(model) is not None or input_obstacle(x) is not None:
         return run_unfused(model, x, "_forward_impl")
     modules = model._modules
+    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
+    # Before the stem, which leaves nothing of these modules in the caches, and runs no hook.
+    plain = None if pool_obstacle(modules["maxpool"]) is not None else plain_stages(stages)
     x = stem(modules["conv1"], modules["bn1"], modules["relu"], modules["maxpool"], x)
-    x = stages_forward([model.layer1, model.layer2, model.layer3, model.layer4], x)
+    x = stages_forward(stages, x, plain)
     return head(model.avgpool, model.fc, x)
 
 
