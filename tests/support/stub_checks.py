@@ -13,6 +13,7 @@ import gc
 import json
 import sys
 import threading
+import time
 import traceback
 import warnings
 import weakref
@@ -424,9 +425,9 @@ def _unfused(asked: list[Tensor]) -> Callable[..., Tensor]:
 def check_inputs() -> None:
     settled()
     with torch.inference_mode():
-        for other in (draw(1, 3, 64, 64), draw(2, 3, 32, 64)):
-            assert not planned(lambda other=other: model(other))
-            assert planned(lambda other=other: model(other))
+        other = draw(3, 3, 64, 64)
+        assert not planned(lambda: model(other))
+        assert planned(lambda: model(other))
         assert planned(lambda: model(x))
         # Not channels_last: something has to copy it, which no plan holds.
         other = x.contiguous()
@@ -637,15 +638,17 @@ def check_graphs_follow_parameters() -> None:
 @torch.no_grad()
 def check_graphs_are_bounded_and_freed() -> None:
     net, call = graphed()
-    for height in range(32, 32 + 4 * (graphs.MOST_GRAPHS + 3), 4):
-        image = draw(1, 3, height, 32)
-        assert [call(image) for _ in range(3)] == ["ordinary", "capture", "replay"]
-        assert len(graphs._of_models[net].by_key) <= graphs.MOST_GRAPHS
-    assert call(draw(1, 3, 32, 32)) == "ordinary", "the oldest went first"
-    assert call(image) == "replay"
+    # Shapes that other checks have compiled kernels for.
+    images = [x, draw(3, 3, 64, 64), draw(4, 3, 64, 64)]
+    with _set(graphs, "MOST_GRAPHS", 2):
+        for image in images:
+            assert [call(image) for _ in range(3)] == ["ordinary", "capture", "replay"]
+            assert len(graphs._of_models[net].by_key) <= 2
+        assert call(images[0]) == "ordinary", "the oldest went first"
+        assert call(image) == "replay"
     freed = stub.freed_graphs()
     net.train()
-    assert stub.freed_graphs() - freed >= graphs.MOST_GRAPHS - 1
+    assert stub.freed_graphs() - freed == 1
     net.eval()
     assert [call(image) for _ in range(3)] == ["ordinary", "capture", "replay"]
     freed, weight = stub.freed_graphs(), weakref.ref(net.layer1[0].conv1.weight)
@@ -855,11 +858,13 @@ def main(results: Path) -> None:
     for name, check in list(globals().items()):
         if name.startswith("check_"):
             plans.forget(model)
+            begun = time.perf_counter()
             try:
                 check()
                 outcome[name] = None
             except Exception:
                 outcome[name] = traceback.format_exc()
+            print(f"{time.perf_counter() - begun:.1f} s {name}", flush=True)
     results.write_text(json.dumps(outcome))
 
 
