@@ -33,7 +33,7 @@ from ..ops.training.graphs import (
 )
 from ..ops.training.nodes import residual_block_training, stem_training
 from ..originals import FrozenBatchNorm2d
-from . import plans
+from . import graphs, plans
 from .read import (
     bare_layer,
     block_layers,
@@ -391,6 +391,10 @@ def resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
     """Torchvision's network: its stem, its stages in one call where possible, and the rest."""
     if obstacle(model) is not None or input_obstacle(x) is not None:
         return run_unfused(model, x, "_forward_impl")
+    return graphs.captured(model, x, _resnet)
+
+
+def _resnet(model: nn.Module, x: Tensor) -> Tensor:
     parts = [model._modules[name] for name in _RESNET_PARTS]
     x = plans.planned(model, parts, x, _resnet_features)
     return head(model.avgpool, model.fc, x)
@@ -428,6 +432,10 @@ def cifar_resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
     """A network for small images: its first convolution, its stages and the rest."""
     if obstacle(model) is not None or input_obstacle(x) is not None:
         return run_unfused(model, x)
+    return graphs.captured(model, x, _cifar_resnet)
+
+
+def _cifar_resnet(model: nn.Module, x: Tensor) -> Tensor:
     parts = [model._modules[name] for name in _CIFAR_PARTS]
     x = plans.planned(model, parts, x, _cifar_features)
     return head(model.avgpool, model.fc, x)
