@@ -47,7 +47,7 @@ def test_compile_fullgraph(backend, block, compiler):
     """One graph, no breaks, our operators in it, in both gradient modes."""
     eager, fused = pair(block)
     eager, fused = eager.to(backend.device), fused.to(backend.device)
-    x = image_batch(2, 40).to(backend.device)
+    x = image_batch(2, 32).to(backend.device)
     compiled = torch.compile(fused, fullgraph=True, backend=compiler)
     reference = double_copy(eager)(x.double()).detach()
     with torch.no_grad():
