@@ -32,6 +32,16 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "int[] layer_counts, int[] shortcuts) -> Tensor?");
 
   m.def("pool_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  // Eight bits, internal too, see csrc/cpu/quantized/: the packed weight of a convolution with its
+  // scale and shift; and the names of the kernels that run here, the default first.
+  m.def(
+      "pack_quantized_conv(Tensor weight, Tensor scale, Tensor shift, int dilation_w, int groups) "
+      "-> Tensor");
+  m.def(
+      "quantized_residual_blocks_packed(Tensor input, Tensor[] packed, int[] numbers, "
+      "int[] layer_counts, int[] projections, float[] shortcut_scales, float step, "
+      "int zero_point, float output_step, str kernels) -> Tensor?");
+  m.def("quantized_kernels() -> str");
 
   // The CPU backend's training: internal too, see csrc/cpu/batch_norm.cpp.
   m.def("batch_statistics(Tensor input) -> (Tensor mean, Tensor var)");
@@ -57,9 +67,20 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "conv_input_gradient(Tensor grad, Tensor weight, int stride_h, int stride_w, int pad_h, "
       "int pad_w, int dil_h, int dil_w, Tensor(a!) grad_input, bool accumulate) -> ()");
   m.def(
+      "conv_weight_gradient(Tensor grad, Tensor input, int stride_h, int stride_w, int pad_h, "
+      "int pad_w, int dil_h, int dil_w, int groups, Tensor(a!) grad_weight) -> ()");
+  m.def(
       "max_pool_gradient(Tensor grad, Tensor input, Tensor scale, Tensor shift, int[] max_pool) -> "
       "Tensor");
   m.def("pool_empty_like(Tensor like) -> Tensor");
+
+  // Plans of launches: internal, see csrc/launch_plan.cpp and
+  // fused_resnet/backends/triton/plans.py.
+  m.def(
+      "make_launch_plan(Tensor input, Tensor[] parameters, int[] launches, int workspace_bytes, "
+      "int[] output_sizes, int[] output_strides) -> int");
+  m.def("run_launch_plan(int plan, Tensor input, int stream) -> Tensor?");
+  m.def("free_launch_plan(int plan) -> ()");
 
   m.def("cpu_pool_statistics() -> int[]");
   m.def("cpu_pool_trim() -> ()");
