@@ -143,7 +143,7 @@ def residual_blocks(
         choice = tuning.choose(problem, input.device)
         if choice.tile is None or choice.source == ESTIMATE:
             return None
-        return cuda.run_basic_block(input, *described[0][0], choice.tile)
+        return cuda.run_basic_block(input, *described[0].layers, choice.tile)
     launchers()
     return chains.residual_blocks(input, described)
 
@@ -197,6 +197,11 @@ class Triton(Backend):
         if plans.is_watched():
             return None
         return tuning.generation(), library.precision(input), input.data_ptr() % 16 == 0
+
+    def graph_key(self, input: Tensor) -> Hashable | None:
+        """See `Backend.graph_key`."""
+        own, key = self.plan_key(input), cuda.graph_key(input)
+        return None if own is None or key is None else (own, key)
 
     def recorder(self, input: Tensor, parameters: Sequence[Tensor]) -> Recorder | None:
         """See `Backend.recorder`."""
