@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .description import BlockLayers
+
 ACTIVATIONS = ("relu", "none")
 _REDUCED = (torch.float16, torch.bfloat16)
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -152,7 +154,7 @@ def prologue_error(
     ) or _eps_error(name, in_eps, "in_eps")
 
 
-def blocks_fit(input: Tensor, blocks: Sequence[tuple[Sequence[tuple], bool]]) -> bool:
+def blocks_fit(input: Tensor, blocks: Sequence[BlockLayers]) -> bool:
     """Whether no convolution of these blocks has an error; see `ops.residual_blocks`."""
     shape: Sequence[int] | None = tuple(input.shape)
     for layers, has_projection in blocks:

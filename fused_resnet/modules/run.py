@@ -30,9 +30,11 @@ from ..ops.training.graphs import (
 )
 from ..ops.training.nodes import residual_block_training, stem_training
 from ..originals import FrozenBatchNorm2d
+from . import quantized
 from .read import (
     bare_conv_arguments,
     block_layers,
+    calls_forward_alone,
     conv_arguments,
     conv_norm,
     downsample_obstacle,
@@ -46,6 +48,7 @@ from .read import (
     pool_arguments,
     pool_obstacle,
     split_downsample,
+    stage_blocks,
     stage_layers,
     sync_group,
     uses_batch_statistics,
@@ -60,6 +63,8 @@ def run_unfused(module: nn.Module, x: Any, method: str = "forward") -> Tensor:
 
 def block_forward(block: nn.Module, x: Tensor) -> Tensor:
     """A residual block of any form."""
+    if block.quantization is not None and (out := quantized.block_output(block, x)) is not None:
+        return out
     form = forms.of(block)
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         layers = None if obstacle_of_call(x) is not None else plain_layers(block, form, False)
@@ -81,11 +86,11 @@ def block_forward(block: nn.Module, x: Tensor) -> Tensor:
         channels = forms.part(block, last.conv).out_channels
         if pads_channels(downsample) and downsample.padded_channels(x) == channels:
             return run_unit(block, last, out, downsample.subsampled(x), narrow=True)
-        return run_unit(block, last, out, _shortcut(downsample, x))
+        return run_unit(block, last, out, shortcut_of(downsample, x))
     out = conv_norm_act(*conv_norm(block, last), out, None, None)
     for between in working_parts(block, last.between):
         out = between(out)
-    out += _shortcut(downsample, x)
+    out += shortcut_of(downsample, x)
     out = forms.part(block, last.act)(out)
     for after in working_parts(block, last.after):
         out = after(out)
@@ -268,6 +273,8 @@ def stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
     A stage called by itself, `model.layer1(x)`, is torchvision's `nn.Sequential`, so its blocks run
     one by one.
     """
+    if quantized.any_has_ranges(stages):
+        return _stages_in_parts(stages, x)
     together: list[nn.Module] = []
     blocks: list[BlockLayers] = []
     may_pad = pads_shortcuts(x)
@@ -291,7 +298,40 @@ def _joined_stages(stages: list[nn.Module], blocks: list[BlockLayers], x: Tensor
     return x
 
 
-def _shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
+def _stages_in_parts(stages: list[nn.Module], x: Tensor) -> Tensor:
+    """`stages_forward` where blocks have ranges: those in eight bits that follow each other in one.
+
+    The input of such a part is quantized once and its output read once. What the blocks compute
+    does not depend on how they are called: see docs/quantization.md.
+    """
+    together: list[nn.Module] = []
+    parts: list[quantized.Part] = []
+    for stage in stages:
+        blocks = stage_blocks(stage)
+        for block in [stage] if blocks is None else blocks:
+            part = None
+            if blocks is not None and calls_forward_alone(block):
+                part = quantized.part_of(block, x)
+            if part is None:
+                x = block(_joined_parts(together, parts, x))
+                together, parts = [], []
+            else:
+                together.append(block)
+                parts.append(part)
+    return _joined_parts(together, parts, x)
+
+
+def _joined_parts(blocks: list[nn.Module], parts: list[quantized.Part], x: Tensor) -> Tensor:
+    """Blocks that consist of `parts`, in eight bits if they fit."""
+    if parts and (out := quantized.run_parts(parts, x)) is not None:
+        return out
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def shortcut_of(downsample: nn.Module | None, x: Tensor) -> Tensor:
+    """What a block adds to its last convolution's output."""
     if downsample is None:
         return x
     if downsample_obstacle(downsample) is not None:

@@ -115,7 +115,7 @@ register_kernel("residual_blocks", _kernel, operator_checks.residual_blocks)
 
 
 @register_fake("residual_blocks", operator_checks.residual_blocks)
-def _fake(
+def blocks_output(
     input: Tensor,
     tensors: Sequence[Tensor | None],
     numbers: Sequence[int],
@@ -123,6 +123,7 @@ def _fake(
     layer_counts: Sequence[int],
     projections: Sequence[bool],
 ) -> Tensor:
+    """A tensor like the blocks' output, for fake tensors."""
     for layers, has_projection in described_blocks(
         tensors, numbers, eps, layer_counts, projections
     ):
