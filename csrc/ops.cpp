@@ -31,6 +31,17 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "residual_blocks_packed(Tensor input, Tensor[] tensors, int[] numbers, float[] eps, "
       "int[] layer_counts, int[] shortcuts) -> Tensor?");
 
+  // Eight bits, internal too, see csrc/cpu/quantized/: the packed weight of a convolution with its
+  // scale and shift; and the names of the kernels that run here, the default first.
+  m.def(
+      "pack_quantized_conv(Tensor weight, Tensor scale, Tensor shift, int dilation_w, int groups) "
+      "-> Tensor");
+  m.def(
+      "quantized_residual_blocks_packed(Tensor input, Tensor[] packed, int[] numbers, "
+      "int[] layer_counts, int[] projections, float[] shortcut_scales, float step, "
+      "int zero_point, float output_step, str kernels) -> Tensor?");
+  m.def("quantized_kernels() -> str");
+
   // The CPU backend's training: internal too, see csrc/cpu/batch_norm.cpp.
   m.def("batch_statistics(Tensor input) -> (Tensor mean, Tensor var)");
   m.def(

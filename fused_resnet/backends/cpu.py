@@ -20,6 +20,7 @@ from ..layers.convolution import conv2d
 from ..layers.description import ConvNorm, Norm, Pool, Sums
 from ..layers.memory import contiguous_like_eager
 from ..layers.prepared import WeightCache, version_of
+from ..layers.quantized import Quantization, QuantizedBlock, QuantizedConv
 from . import library
 from .backend import Backend, Gradients
 from .library import scale_shift_act
@@ -66,6 +67,8 @@ _batch_norm_act_backward_sums = torch.ops.fused_resnet.batch_norm_act_backward_s
 _batch_norm_act_backward_input = torch.ops.fused_resnet.batch_norm_act_backward_input.default
 _conv_input_gradient = torch.ops.fused_resnet.conv_input_gradient.default
 _max_pool_gradient = torch.ops.fused_resnet.max_pool_gradient.default
+_pack_quantized_conv = torch.ops.fused_resnet.pack_quantized_conv.default
+_quantized_residual_blocks_packed = torch.ops.fused_resnet.quantized_residual_blocks_packed.default
 _norm_vectors = torch.ops.fused_resnet.norm_vectors.default
 _pool_empty_like = torch.ops.fused_resnet.pool_empty_like.default
 
@@ -714,6 +717,55 @@ def _packed_copy(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return copy, _pack_conv_weight(copy, groups)
 
 
+def run_quantized_blocks(
+    input: Tensor,
+    blocks: Sequence[QuantizedBlock],
+    stored: Quantization,
+    output: Quantization,
+    kernels: str = "",
+) -> Tensor | None:
+    """`reference.quantized_residual_blocks`, or None where a projection is more than a 1x1.
+
+    Args:
+        input: see there.
+        blocks: see there.
+        stored: see there.
+        output: see there.
+        kernels: one of `torch.ops.fused_resnet.quantized_kernels()`; "" for the fastest.
+    """
+    packed: list[Tensor] = []
+    numbers: list[int] = []
+    for block in blocks:
+        for conv in block.convs:
+            packed.append(_packed_quantized(conv))
+            numbers += (*conv.weight.shape, *conv.stride, *conv.padding, *conv.dilation)
+            numbers.append(conv.groups)
+    counts = [len(block.convs) for block in blocks]
+    projections = [int(block.has_projection) for block in blocks]
+    scales = [block.shortcut_scale for block in blocks]
+    return _quantized_residual_blocks_packed(
+        input, packed, numbers, counts, projections, scales, *stored, output.step, kernels
+    )
+
+
+_quantized_cache = WeightCache()
+
+
+def _packed_quantized(conv: QuantizedConv) -> Tensor:
+    layout = (conv.scale, conv.shift, conv.dilation[1], conv.groups)
+    entry = _quantized_cache.get(id(conv.weight))
+    # Eight-bit copies are never written to, so who they are says what they hold.
+    if (
+        entry is not None
+        and entry.owner() is conv.weight
+        and all(a is b for a, b in zip(entry.layout, layout, strict=True))
+    ):
+        return entry.copy
+    packed = _pack_quantized_conv(conv.weight, *layout)
+    _quantized_cache.put(conv.weight, version_of(conv.weight), packed, layout)
+    return packed
+
+
 class Cpu(Backend):
     """This file's functions, for tensors on the CPU."""
 
@@ -768,6 +820,19 @@ class Cpu(Backend):
     ) -> Tensor:
         """See `Backend.batch_norm_act_inference`."""
         return batch_norm_act_inference(input, *norm, residual, activation)
+
+    def quantized_residual_blocks(
+        self,
+        input: Tensor,
+        blocks: Sequence[QuantizedBlock],
+        stored: Quantization,
+        output: Quantization,
+    ) -> Tensor:
+        """In one call: see csrc/cpu/quantized/."""
+        out = run_quantized_blocks(input, blocks, stored, output)
+        if out is None:
+            return super().quantized_residual_blocks(input, blocks, stored, output)
+        return out
 
     def residual_blocks(self, input: Tensor, *described: Any) -> Tensor | None:
         """See `Backend.residual_blocks`."""
