@@ -301,8 +301,8 @@ def _joined_stages(stages: list[nn.Module], blocks: list[BlockLayers], x: Tensor
 def _stages_in_parts(stages: list[nn.Module], x: Tensor) -> Tensor:
     """`stages_forward` where blocks have ranges: those in eight bits that follow each other in one.
 
-    The input of such a part is quantized once and its output read once. What the blocks compute
-    does not depend on how they are called: see docs/quantization.md.
+    The input of such a part is quantized once and its output read once. In float32 and float16 the
+    blocks give the same bits when they are called one by one: see docs/quantization.md.
     """
     together: list[nn.Module] = []
     parts: list[quantized.Part] = []

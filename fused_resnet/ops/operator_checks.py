@@ -154,9 +154,12 @@ def residual_blocks_int8(
         return TypeError(
             f"{name}: input has dtype {input.dtype}, must be one of float32, float16, bfloat16"
         )
-    error = residual_blocks(input, tensors, numbers, eps, layer_counts, projections)
-    if error is not None:
-        return error
+    # It is quantized as it is, whatever the parameters' dtype: under autocast they differ.
+    dtype = tensors[0].dtype if tensors and tensors[0] is not None else input.dtype
+    alike = input.detach().new_empty((), dtype=dtype).expand(input.shape)
+    error = residual_blocks(alike, tensors, numbers, eps, layer_counts, projections)
+    if isinstance(error, (ValueError, TypeError)):
+        return type(error)(str(error).replace("residual_blocks", name, 1))
     needed = sum(layer_counts) - sum(projections) + len(layer_counts)
     if not len(steps) == len(zero_points) == needed:
         return ValueError(

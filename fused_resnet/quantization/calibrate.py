@@ -3,7 +3,8 @@
 Each fused block is run convolution by convolution, as it runs in floating point, while its
 observers see the block's input, what each convolution and its ReLU leave, and the block's output.
 A block whose input is the very tensor that another one has returned reads in that one's steps, so
-blocks give the same bits whether they are called one by one or in one call.
+that blocks can run in one call, and give the same bits there as one by one (in bfloat16, whose
+numbers do not hold 256 steps, nearly the same).
 """
 
 from __future__ import annotations
