@@ -125,7 +125,7 @@ class Calibration:
         stored = [observer.quantization() if observer.is_finite else None for observer in observers]
         placeholder = [Quantization(1.0) if one is None else one for one in stored]
         if not is_foldable(sites.block, placeholder):
-            return left("a weight, or what its norm makes of it, is not finite")
+            return left("a weight, or what its norm and steps make of it, is not finite")
         for what, observer in zip(_names(sites.block), observers, strict=True):
             if not observer.is_finite:
                 raise ValueError(
@@ -137,8 +137,6 @@ class Calibration:
             if one is None:
                 return left(f"{what} is zero in all calibration batches")
             ranges.append(one)
-        if not is_foldable(sites.block, ranges):
-            return left("a scale of its weights over its steps is not a finite float32 number")
         return BlockRanges(sites.path, shapes, tuple(ranges), None, "")
 
 

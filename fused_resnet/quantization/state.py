@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import files, swap
+from .. import files, forms, swap
 from ..layers.quantized import LARGEST, Quantization
 from ..layers.ranges import BlockRanges, float32
 from ..modules import quantized
@@ -156,6 +156,13 @@ def _matched(model: nn.Module, blocks: Any) -> dict[str, BlockRanges]:
                 f"{name}: block {path!r}: convolution {index} has {_described(has)}, in the state "
                 f"{_described(had)}"
             )
+        form = forms.of(own[path])
+        needed = 1 + len(form.units_of(own[path])) if form else 0
+        if not kept.reason and len(kept.ranges) != needed:
+            raise ValueError(
+                f"{name}: block {path!r} of the state has {len(kept.ranges)} ranges, must have "
+                f"{needed}"
+            )
         ranges[path] = kept
     return ranges
 
@@ -186,6 +193,4 @@ def _from_data(path: str, data: Any) -> BlockRanges:
             raise ValueError(f"{what}: step {index} is {step}, must be a float32 number above zero")
         if not 0 <= zero_point <= (LARGEST if index == 0 else 0):
             raise ValueError(f"{what}: zero point {index} is {zero_point}, out of range")
-    if not reason and not 2 < len(ranges) + 1 <= len(shapes) + 2:
-        raise ValueError(f"{what} has {len(ranges)} ranges for {len(shapes)} convolutions")
     return BlockRanges(path, shapes, ranges, decibels, reason)
