@@ -66,9 +66,20 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "conv_input_gradient(Tensor grad, Tensor weight, int stride_h, int stride_w, int pad_h, "
       "int pad_w, int dil_h, int dil_w, Tensor(a!) grad_input, bool accumulate) -> ()");
   m.def(
+      "conv_weight_gradient(Tensor grad, Tensor input, int stride_h, int stride_w, int pad_h, "
+      "int pad_w, int dil_h, int dil_w, int groups, Tensor(a!) grad_weight) -> ()");
+  m.def(
       "max_pool_gradient(Tensor grad, Tensor input, Tensor scale, Tensor shift, int[] max_pool) -> "
       "Tensor");
   m.def("pool_empty_like(Tensor like) -> Tensor");
+
+  // Plans of launches: internal, see csrc/launch_plan.cpp and
+  // fused_resnet/backends/triton/plans.py.
+  m.def(
+      "make_launch_plan(Tensor input, Tensor[] parameters, int[] launches, int workspace_bytes, "
+      "int[] output_sizes, int[] output_strides) -> int");
+  m.def("run_launch_plan(int plan, Tensor input, int stream) -> Tensor?");
+  m.def("free_launch_plan(int plan) -> ()");
 
   m.def("cpu_pool_statistics() -> int[]");
   m.def("cpu_pool_trim() -> ()");

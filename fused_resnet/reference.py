@@ -256,10 +256,10 @@ def batch_norm_act_backward_sums(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
@@ -268,7 +268,7 @@ def batch_norm_act_backward_sums(
     g is the gradient before the activation. It passes where `output`, which may be None if there
     was no residual and is then computed again, is above zero or NaN.
     """
-    g = _before_act(grad, input, output, weight, bias, mean, var, eps, activation).to(mean.dtype)
+    g = _before_act(grad, input, output, mean, var, weight, bias, eps, activation).to(mean.dtype)
     dims = (0, *range(2, input.dim()))
     centred = input.to(mean.dtype) - _per_channel(mean, input)
     return g.sum(dims), (g * centred).sum(dims)
@@ -278,10 +278,10 @@ def batch_norm_act_backward_input(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     activation: str,
     total: Tensor,
@@ -295,7 +295,7 @@ def batch_norm_act_backward_input(
     `scale (g - total / count - (input - mean) dot / (count (var + eps)))` with
     `scale = weight / sqrt(var + eps)`, and g, see `batch_norm_act_backward_sums`.
     """
-    g = _before_act(grad, input, output, weight, bias, mean, var, eps, activation)
+    g = _before_act(grad, input, output, mean, var, weight, bias, eps, activation)
     invstd = (var + eps).rsqrt()
     scale = invstd if weight is None else invstd * weight.to(mean.dtype)
     slope = dot / count * invstd.square()
@@ -309,10 +309,10 @@ def _before_act(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     activation: str,
 ) -> Tensor:

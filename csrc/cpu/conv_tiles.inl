@@ -42,6 +42,8 @@
 // Reading order: slab -> gather -> operands -> epilogue -> product, which finishes the block before
 // -> task -> pool.
 
+#include "cpu/conv_axis.h"
+
 namespace fused_resnet::cpu {
 namespace {
 
@@ -81,29 +83,6 @@ FR_INLINE int64_t round_up(int64_t value, int64_t multiple) {
 
 // ---- slab --------------------------------------------------------------------------------------
 
-// One dimension of a convolution. Output p meets with tap t input p * stride + t * dil - pad.
-// Inputs that lie `stride` apart are gathered into one plane, where neighbouring outputs are
-// neighbours: there, output p meets with tap t position p + offset(t) of plane(t).
-struct Axis {
-  int64_t stride, dil, pad, taps, planes;
-
-  Axis(int64_t stride_, int64_t dil_, int64_t pad_, int64_t taps_)
-      : stride(stride_), dil(dil_), pad(pad_), taps(taps_) {
-    int64_t a = stride, b = dil;
-    while (b != 0) {
-      const int64_t rest = a % b;
-      a = b, b = rest;
-    }
-    planes = least(taps, stride / a);
-  }
-  int64_t plane(int64_t tap) const { return tap % planes; }
-  int64_t offset(int64_t tap) const { return tap * dil / stride; }
-  // How much further than the last output a plane reaches.
-  int64_t reach() const { return offset(taps - 1); }
-  // The input at position 0 of a plane; the next is `stride` further.
-  int64_t first_input(int64_t plane) const { return plane * dil % stride - pad; }
-};
-
 // How the pixels of a task are laid out for the tiles.
 //
 // kInPlace: as the input has them. kSlab: gathered into [chunks of 32 channels][planes of rows]
@@ -136,10 +115,7 @@ struct Layout {
     const bool slab = form == Form::kSlab;
     pixel = in_place ? conv.in.w * 2 : slab ? kChunkBytes : chunks * kChunkBytes;
     columns = conv.Q + (slab ? w.reach() : 0);
-    // Columns that are padding on the left in every plane, and as many that are on the right; but
-    // every output needs a position of its own.
-    shared = slab ? least(w.reach(), conv.pad_w / conv.stride_w) : 0;
-    shared = most(0, least(shared, columns - div_up(conv.W + conv.pad_w, conv.stride_w)));
+    shared = slab ? w.shared(conv.Q, conv.W) : 0;
     pitch = columns - shared;
   }
   int64_t taps() const { return weight.dense ? 1 : weight.taps; }

@@ -10,6 +10,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def output_size(
+    size: Sequence[int],
+    filter: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+) -> tuple[int, int]:
+    """(P, Q) of a convolution or a pool on (H, W) `size`, any of which may be symbolic.
+
+    Below 1 where the filter does not fit.
+    """
+    (H, W), (R, S) = size, filter
+    return (
+        (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1,
+        (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1,
+    )
+
+
 class Norm(NamedTuple):
     """A batch norm of C channels, in the one order there is.
 
@@ -54,6 +72,12 @@ class ConvNorm(NamedTuple):
         weight, norm, *rest = self
         return (weight, *norm, *rest)
 
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
+        """(N, K, P, Q) where `shape` is the input's."""
+        N, _, *size = shape
+        K, _, *filter = self.weight.shape
+        return N, K, *output_size(size, filter, self.stride, self.padding, self.dilation)
+
 
 def conv_norm_of(arguments: Sequence[Any]) -> ConvNorm:
     """The layer that has these for its `flat()`."""
@@ -83,9 +107,9 @@ class Sums(NamedTuple):
     count: float | Tensor
 
 
-BlockLayers: TypeAlias = tuple[Sequence[tuple], int]
-"""The arguments of `conv_bn_act` from `weight` to `groups`, for each convolution of a block, and
-whether the last of them makes the shortcut from the block's input. Where `pads_shortcuts`, a number
+BlockLayers: TypeAlias = tuple[Sequence[ConvNorm], int]
+"""The convolutions of a block, and whether the last of them makes the shortcut from the block's
+input. Where `pads_shortcuts`, a number
 below zero stands for a shortcut that has the input's pixels at such steps, its channels in the
 middle of zeros."""
 
@@ -108,7 +132,8 @@ def described_blocks(
             weight, mean, var, bn_weight, bn_bias, bias = tensors[TENSORS * i : TENSORS * (i + 1)]
             n = numbers[_NUMBERS * i : _NUMBERS * (i + 1)]
             geometry = (n[0:2], n[2:4], n[4:6], n[6])
-            layers.append((weight, mean, var, bn_weight, bn_bias, eps[i], bias, *geometry))
+            norm = Norm(mean, var, bn_weight, bn_bias, eps[i])
+            layers.append(ConvNorm(weight, norm, bias, *geometry))
         yield layers, has_projection
         layer += count
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import watch
-from .description import TENSORS, BlockLayers, conv_norm_of
+from .description import BlockLayers
 from .prepared import WeightCache, version_of
 from .quantized import Quantization, QuantizedBlock, quantized_block
 
@@ -79,13 +79,13 @@ def release(tensors: Iterable[Tensor]) -> None:
 
 def _layout(block: BlockLayers, ranges: Sequence[Quantization]) -> tuple[Any, ...]:
     layers, has_projection = block
-    settings = tuple((layer[5], *layer[TENSORS + 1 :]) for layer in layers)
+    settings = tuple((layer.norm.eps, *layer[3:]) for layer in layers)
     return tuple(ranges), has_projection, settings
 
 
 def _find(block: BlockLayers, ranges: Sequence[Quantization]) -> Copy | None:
     layers, _ = block
-    entry = _cache.find(layers[0][0], _layout(block, ranges))
+    entry = _cache.find(layers[0].weight, _layout(block, ranges))
     if entry is None:
         return None
     copy: Copy = entry.copy
@@ -101,15 +101,14 @@ def _find(block: BlockLayers, ranges: Sequence[Quantization]) -> Copy | None:
 def _made(block: BlockLayers, ranges: Sequence[Quantization]) -> Copy:
     layers, has_projection = block
     tensors = list(_tensors([block]))
-    weights = [layer[0] for layer in layers]
+    weights = [layer.weight for layer in layers]
     # Before the values, which another thread may change.
     versions = [None if tensor is None else version_of(tensor) for tensor in tensors]
     whole = any(watch.is_watched(w) or w.untyped_storage().is_shared() for w in weights)
     # Copies made in inference mode would have no version, by which backends know them again.
     with torch.inference_mode(False), torch.no_grad():
         sample = _sample([block], [whole])
-        described = [conv_norm_of(layer) for layer in layers]
-        made = quantized_block(described, bool(has_projection), ranges)
+        made = quantized_block(layers, bool(has_projection), ranges)
         is_finite = weights[0].is_meta or _is_finite(made)
     sources = tuple(
         None if tensor is None else (weakref.ref(tensor.untyped_storage()), version)
@@ -130,8 +129,9 @@ def _tensors(blocks: Sequence[BlockLayers]) -> Iterator[Tensor | None]:
     """Every layer's weight, mean, var, scale and shift of the norm, and bias."""
     for layers, _ in blocks:
         for layer in layers:
-            yield from layer[:5]
-            yield layer[6]
+            yield layer.weight
+            yield from layer.norm[:4]
+            yield layer.bias
 
 
 def _same_values(blocks: Sequence[BlockLayers], copies: Sequence[Copy]) -> bool:
@@ -153,11 +153,11 @@ def _sample(blocks: Sequence[BlockLayers], whole: Sequence[bool]) -> Tensor | No
     values = []
     for (layers, _), all_values in zip(blocks, whole, strict=True):
         for layer in layers:
-            weight = layer[0]
+            weight = layer.weight
             if weight.device.type != "cpu":
                 return None
             values.append(weight.reshape(-1) if all_values else _some(weight))
-            values += [v for v in (*layer[1:5], layer[6]) if v is not None]
+            values += [v for v in (*layer.norm[:4], layer.bias) if v is not None]
     # Bits, since NaN is not equal to itself.
     return torch.cat(values).float().view(torch.int32)
 

@@ -63,8 +63,8 @@ def basic_blocks_of_model(
         problem = basic_block.problem_of(x, [(layers, has_projection)])
         if problem is not None:
             found[problem] += 1
-        for weight, _, _, _, _, _, bias, *geometry in layers[: len(layers) - has_projection]:
-            x = torch.conv2d(x, weight, bias, *geometry)
+        for weight, _, *rest in layers[: len(layers) - has_projection]:
+            x = torch.conv2d(x, weight, *rest)
     return found
 
 

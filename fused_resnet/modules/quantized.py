@@ -83,10 +83,10 @@ def run_parts(parts: Sequence[Part], x: Tensor) -> Tensor | None:
     """
     for kept, (layers, _) in parts:
         for i, (layer, shape) in enumerate(zip(layers, kept.shapes, strict=False)):
-            if layer[0].shape != shape:
+            if layer.weight.shape != shape:
                 raise ValueError(
                     f"quantized block {kept.path!r}: convolution {i} has a weight of shape "
-                    f"{tuple(layer[0].shape)}, was calibrated with {shape}"
+                    f"{tuple(layer.weight.shape)}, was calibrated with {shape}"
                 )
         if len(layers) != len(kept.shapes):
             raise ValueError(
@@ -94,7 +94,7 @@ def run_parts(parts: Sequence[Part], x: Tensor) -> Tensor | None:
                 f"with {len(kept.shapes)}"
             )
     kept, (layers, _) = parts[0]
-    channels = layers[0][0].shape[1] * layers[0][-1]
+    channels = layers[0].weight.shape[1] * layers[0].groups
     if x.dim() == 4 and x.shape[1] != channels:
         raise ValueError(
             f"quantized block {kept.path!r}: input has {x.shape[1]} channels, was calibrated with "

@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import forms, originals
 from ..forms import Form, Unit
-from ..layers.description import BlockLayers
+from ..layers.description import BlockLayers, ConvNorm, Norm, Pool
 from ..models import cifar
 from ..ops.registration import transforms_active
 from ..originals import (
@@ -34,6 +34,8 @@ from ..originals import (
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_new = tuple.__new__
 
 _NORMS = (BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d)
 
@@ -97,7 +99,7 @@ def inference_layers(block: nn.Module, x: Tensor) -> BlockLayers | None:
     for conv, norm in pairs:
         if uses_batch_statistics(norm) or not keeps_dtype(norm, x) or not norm.eps >= 0:
             return None
-        layers.append(conv_arguments(conv, norm, x)[1:])
+        layers.append(layer_of(conv, norm))
     return layers, has_projection
 
 
@@ -196,9 +198,10 @@ def plain_layers(block: nn.Module, form: Form, may_pad: bool) -> BlockLayers | N
 
 
 def _with_padded_shortcut(
-    layers: list[tuple], shortcut: cifar.PaddedShortcut
+    layers: list[ConvNorm], shortcut: cifar.PaddedShortcut
 ) -> BlockLayers | None:
-    added = layers[-1][0].size(0) - layers[0][0].size(1) * layers[0][-1]
+    first, last = layers[0], layers[-1]
+    added = last.weight.size(0) - first.weight.size(1) * first.groups
     step = shortcut.stride
     if (
         _is_touched(shortcut.__dict__)
@@ -211,8 +214,8 @@ def _with_padded_shortcut(
     return layers, -step
 
 
-def _plain_layer(conv: nn.Module | None, norm: nn.Module | None) -> tuple | None:
-    """`conv_arguments` but for the input; see `plain_layers`."""
+def _plain_layer(conv: nn.Module | None, norm: nn.Module | None) -> ConvNorm | None:
+    """`layer_of`; see `plain_layers`."""
     if type(conv) is not Conv2d or type(norm) is not BatchNorm2d:
         return None
     of_conv, of_norm = conv.__dict__, norm.__dict__
@@ -241,18 +244,19 @@ def _plain_layer(conv: nn.Module | None, norm: nn.Module | None) -> tuple | None
         mean, var = buffers["running_mean"], buffers["running_var"]
         if mean is None or var is None or not eps >= 0:
             return None
-        return (
-            parameters["weight"],
-            mean,
-            var,
-            affine["weight"],
-            affine["bias"],
-            eps,
-            parameters["bias"],
-            of_conv["stride"],
-            padding,
-            of_conv["dilation"],
-            of_conv["groups"],
+        # `Norm(...)` and `ConvNorm(...)` without a call of Python's each.
+        plain_norm = _new(Norm, (mean, var, affine["weight"], affine["bias"], eps))
+        return _new(
+            ConvNorm,
+            (
+                parameters["weight"],
+                plain_norm,
+                parameters["bias"],
+                of_conv["stride"],
+                padding,
+                of_conv["dilation"],
+                of_conv["groups"],
+            ),
         )
     except KeyError:
         return None
@@ -278,15 +282,14 @@ def split_downsample(
     return before, (conv, norm)
 
 
-def bare_conv_arguments(conv: nn.Conv2d, x: Tensor) -> tuple:
-    """`conv_arguments` without a norm: one with mean 0 and var + eps = 1, which changes no bit."""
+def bare_layer(conv: nn.Conv2d, x: Tensor) -> ConvNorm:
+    """`layer_of` without a norm: one with mean 0 and var + eps = 1, which changes no bit."""
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     zeros = x.new_zeros(conv.out_channels, dtype=dtype)
-    return (
-        # Not an eps of 0, which `F.batch_norm` refuses in some versions of torch.
-        *(x, conv.weight, zeros, torch.full_like(zeros, 0.5), None, None, 0.5),
-        *(conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups),
-    )
+    # Not an eps of 0, which `F.batch_norm` refuses in some versions of torch.
+    norm = Norm(zeros, torch.full_like(zeros, 0.5), None, None, 0.5)
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return ConvNorm(conv.weight, norm, conv.bias, *geometry)
 
 
 def sync_group(norm: nn.Module) -> dist.ProcessGroup | None:
@@ -330,47 +333,32 @@ def keeps_dtype(norm: nn.Module, x: Tensor) -> bool:
     return norm.weight.dtype is (torch.get_autocast_dtype(device) if autocast else x.dtype)
 
 
-def conv_arguments(conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d, x: Tensor) -> tuple:
-    """The first twelve arguments of the operator `conv_bn_act`."""
+def layer_of(conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> ConvNorm:
+    """A convolution and the norm behind it, as operators take them."""
     # Looked up where modules keep them: `module.weight` takes ten times as long.
+    try:
+        weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+    except KeyError:  # the parameters of nn.DataParallel's replicas are plain attributes
+        weight, bias = conv.weight, conv.bias
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return ConvNorm(weight, norm_of(norm), bias, *geometry)
+
+
+def norm_of(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> Norm:
+    """A norm, as operators take it; its running statistics may be None."""
     buffers = norm._buffers
     affine = buffers if type(norm) is FrozenBatchNorm2d else norm._parameters
     try:
-        return (
-            x,
-            conv._parameters["weight"],
-            buffers["running_mean"],
-            buffers["running_var"],
-            affine["weight"],
-            affine["bias"],
-            norm.eps,
-            conv._parameters["bias"],
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-        )
-    except KeyError:  # the parameters of nn.DataParallel's replicas are plain attributes
-        return (
-            x,
-            conv.weight,
-            norm.running_mean,
-            norm.running_var,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            conv.bias,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-        )
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        return Norm(mean, var, affine["weight"], affine["bias"], norm.eps)
+    except KeyError:
+        return Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
-def pool_arguments(maxpool: nn.MaxPool2d) -> tuple[tuple[int, int], ...]:
-    """Kernel size, stride and padding as pairs."""
+def pool_of(maxpool: nn.MaxPool2d) -> Pool:
+    """A max-pool without an obstacle."""
     values = (maxpool.kernel_size, maxpool.stride, maxpool.padding)
-    return tuple(value if isinstance(value, tuple) else (value, value) for value in values)
+    return Pool(*(value if isinstance(value, tuple) else (value, value) for value in values))
 
 
 def input_obstacle(x: Tensor) -> str | None:

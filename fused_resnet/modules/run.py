@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import backends, forms, reference
 from ..forms import Unit
 from ..layers import checks
-from ..layers.description import BlockLayers
+from ..layers.description import BlockLayers, ConvNorm, Norm
 from ..ops import conv_bn_act_max_pool, running_statistics
 from ..ops.conv_bn_act import conv_bn_act
 from ..ops.gradients import has_norm_kernel
@@ -30,23 +30,24 @@ from ..ops.training.graphs import (
 )
 from ..ops.training.nodes import residual_block_training, stem_training
 from ..originals import FrozenBatchNorm2d
-from . import quantized
+from . import plans, quantized
 from .read import (
-    bare_conv_arguments,
+    bare_layer,
     block_layers,
     calls_forward_alone,
-    conv_arguments,
     conv_norm,
     downsample_obstacle,
     inference_layers,
     input_obstacle,
     keeps_dtype,
+    layer_of,
+    norm_of,
     obstacle,
     obstacle_of_call,
     pads_channels,
     plain_layers,
-    pool_arguments,
     pool_obstacle,
+    pool_of,
     split_downsample,
     stage_blocks,
     stage_layers,
@@ -146,7 +147,7 @@ def _block_training(block: nn.Module, x: Tensor) -> Tensor | None:
         return None
     if has_projection:
         shapes += projected
-    layers = [conv_arguments(conv, norm, x)[1:] for conv, norm in pairs]
+    layers = [layer_of(conv, norm) for conv, norm in pairs]
     groups = [sync_group(norm) for _, norm in pairs]
     low_memory = block.memory == "low"
     norms = [norm for _, norm in pairs]
@@ -181,21 +182,12 @@ def _trained_shapes(
     for conv, norm in pairs:
         if not uses_batch_statistics(norm) or not norm.eps > 0:
             return None
-        arguments = conv_arguments(conv, norm, x)
-        if checks.conv_error("conv_bn_act", *arguments, None, "relu") is not None:
+        layer = layer_of(conv, norm)
+        if checks.conv_error("conv_bn_act", x, layer, None, "relu") is not None:
             return None
-        N, _, *sizes = x.shape
-        (K, _, *filter), (_, _, _, _, _, _, _, _, stride, padding, dilation, _) = (
-            conv.weight.shape,
-            arguments,
-        )
-        out = [
-            (size + 2 * p - d * (r - 1) - 1) // s + 1
-            for size, r, s, p, d in zip(sizes, filter, stride, padding, dilation, strict=True)
-        ]
-        shape = torch.Size((N, K, *out))
+        shape = torch.Size(layer.output_shape(x.shape))
         # Whether processes go this way must not depend on their own share of a common batch.
-        if shape.numel() <= K and sync_group(norm) is None:
+        if shape.numel() <= shape[1] and sync_group(norm) is None:
             return None
         shapes.append(shape)
         x = x.detach().new_empty(()).expand(shape)
@@ -225,7 +217,7 @@ def _count_together(
     statistics: list[tuple[Tensor, Tensor, Tensor | None]],
     counts: list[int],
 ) -> bool:
-    """Whether it has done what `_count_batches` does, in four calls (launches) for all norms.
+    """Whether it has done what `_count_batches` does, in five calls (launches) for all norms.
 
     Where these are alike, and no compiler looks on, which would rather see single operators.
     """
@@ -250,7 +242,8 @@ def _count_together(
         running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
         batch = [mean for mean, _, _ in statistics] + list(unbiased)
         torch._foreach_mul_(running, 1 - momentum)
-        torch._foreach_add_(running, batch, alpha=momentum)
+        # Not with `alpha`, whose product is not rounded as that of `F.batch_norm` is.
+        torch._foreach_add_(running, torch._foreach_mul(batch, momentum))
     return True
 
 
@@ -346,11 +339,27 @@ def resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
     """Torchvision's network: its stem, its stages in one call where possible, and the rest."""
     if obstacle(model) is not None or input_obstacle(x) is not None:
         return run_unfused(model, x, "_forward_impl")
-    modules = model._modules
-    x = stem(modules["conv1"], modules["bn1"], modules["relu"], modules["maxpool"], x)
-    x = stages_forward([model.layer1, model.layer2, model.layer3, model.layer4], x)
+    parts = [model._modules[name] for name in _RESNET_PARTS]
+    x = plans.planned(model, parts, x, _resnet_features)
     x = model.avgpool(x)
     return model.fc(torch.flatten(x, 1))
+
+
+_RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+
+
+def _resnet_features(model: nn.Module, x: Tensor) -> Tensor:
+    """All of it but the pool and the linear layer at the end."""
+    conv, norm, relu, maxpool, *stages = (model._modules[name] for name in _RESNET_PARTS)
+    return stages_forward(stages, stem(conv, norm, relu, maxpool, x))
+
+
+_CIFAR_PARTS = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3")
+
+
+def _cifar_features(model: nn.Module, x: Tensor) -> Tensor:
+    conv, norm, relu, *stages = (model._modules[name] for name in _CIFAR_PARTS)
+    return stages_forward(stages, conv_norm_act(conv, norm, x, None, relu))
 
 
 def plain_block_forward(block: nn.Module, x: Tensor) -> Tensor:
@@ -366,24 +375,23 @@ def cifar_resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
     """A network for small images: its first convolution, its stages and the rest."""
     if obstacle(model) is not None or input_obstacle(x) is not None:
         return run_unfused(model, x)
-    modules = model._modules
-    x = conv_norm_act(modules["conv1"], modules["bn1"], x, None, modules["relu"])
-    x = stages_forward([model.layer1, model.layer2, model.layer3], x)
+    parts = [model._modules[name] for name in _CIFAR_PARTS]
+    x = plans.planned(model, parts, x, _cifar_features)
     return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
 def stem(conv: nn.Conv2d, norm: nn.Module, relu: nn.ReLU, maxpool: nn.Module, x: Tensor) -> Tensor:
     """`maxpool(relu(norm(conv(x))))`."""
     if pool_obstacle(maxpool) is None and not uses_batch_statistics(norm):
-        arguments = conv_arguments(conv, norm, x)
-        pool = pool_arguments(maxpool)
+        layer = layer_of(conv, norm)
+        pool = pool_of(maxpool)
         name = "conv_bn_act_max_pool"
         if (
-            checks.conv_error(name, *arguments, None, "relu") is None
-            and checks.pool_error(name, *arguments, *pool) is None
+            checks.conv_error(name, x, layer, None, "relu") is None
+            and checks.pool_error(name, x, layer, pool) is None
             and keeps_dtype(norm, x)
         ):
-            return conv_bn_act_max_pool.run_conv_bn_act_max_pool(*arguments, "relu", *pool)
+            return conv_bn_act_max_pool.run_conv_bn_act_max_pool(x, layer, "relu", pool)
     if (out := _stem_training(conv, norm, maxpool, x)) is not None:
         return out
     return maxpool(conv_norm_act(conv, norm, x, None, relu))
@@ -395,14 +403,14 @@ def _stem_training(
     """The stem as one node of the graph, or None where it cannot be one."""
     if pool_obstacle(maxpool) is not None or (shapes := _trained_shapes([(conv, norm)], x)) is None:
         return None
-    arguments, pool = conv_arguments(conv, norm, x), pool_arguments(maxpool)
-    if checks.pool_error("conv_bn_act_max_pool", *arguments, *pool) is not None:
+    layer, pool = layer_of(conv, norm), pool_of(maxpool)
+    if checks.pool_error("conv_bn_act_max_pool", x, layer, pool) is not None:
         return None
     group = sync_group(norm)
     if not torch.compiler.is_compiling():
         keep = functools.partial(_count_batches, [norm], shapes)
-        return stem_training(x, arguments[1:], group, pool, keep)
-    result = stem_training_in_graph(x, arguments[1:], pool) if group is None else None
+        return stem_training(x, layer, group, pool, keep)
+    result = stem_training_in_graph(x, layer, pool) if group is None else None
     if result is None:
         return None
     out, statistics = result
@@ -426,13 +434,13 @@ def conv_norm_act(
     activation = "none" if relu is None else "relu"
     if uses_batch_statistics(norm):
         return _norm_act(norm, conv(x), residual, relu, narrow)
-    arguments = conv_arguments(conv, norm, x)
+    layer = layer_of(conv, norm)
     if (
-        (narrow or residual is None or residual.shape[1:2] == arguments[1].shape[:1])
-        and checks.conv_error("conv_bn_act", *arguments, residual, activation) is None
+        (narrow or residual is None or residual.shape[1:2] == layer.weight.shape[:1])
+        and checks.conv_error("conv_bn_act", x, layer, residual, activation) is None
         and keeps_dtype(norm, x)
     ):
-        return conv_bn_act(*arguments, residual, activation)
+        return conv_bn_act(x, layer, residual, activation)
     if narrow:
         residual = reference.pad_channels(residual, conv.out_channels)
     return _unfused_norm_act(norm, conv(x), residual, relu)
@@ -443,13 +451,11 @@ def norm_act(norm: nn.BatchNorm2d | FrozenBatchNorm2d, x: Tensor, relu: nn.ReLU)
     if uses_batch_statistics(norm):
         return _norm_act(norm, x, None, relu)
     frozen = type(norm) is FrozenBatchNorm2d
-    arguments = (x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    error = checks.batch_norm_error(
-        "batch_norm_act", *arguments, False, 0.0, norm.eps, None, "relu"
-    )
+    described = norm_of(norm)
+    error = checks.batch_norm_error("batch_norm_act", x, described, False, 0.0, None, "relu")
     if error is not None or x.dim() != 4 or (frozen and norm.weight.dtype is not x.dtype):
         return _unfused_norm_act(norm, x, None, relu)
-    return running_statistics.run_batch_norm_act(*arguments, False, 0.0, norm.eps, None, "relu")
+    return running_statistics.run_batch_norm_act(x, described, False, 0.0, None, "relu")
 
 
 class NormAct:
@@ -479,21 +485,19 @@ class NormAct:
     ) -> Tensor:
         """`conv_norm_act` of it, without a residual."""
         activation = "none" if relu is None else "relu"
+        out = None
         if not uses_batch_statistics(norm) and keeps_dtype(norm, self._x):
-            _, *arguments = conv_arguments(conv, norm, self._x)
-            if (out := self._in_one(*arguments, None, activation)) is not None:
-                return out
-        return conv_norm_act(conv, norm, self.tensor(), None, relu)
+            out = self._in_one(layer_of(conv, norm), activation)
+        return out if out is not None else conv_norm_act(conv, norm, self.tensor(), None, relu)
 
     def conv(self, conv: nn.Conv2d) -> Tensor:
         """A convolution of it that no norm follows."""
+        out = None
         if has_kernel(conv, self._x):
-            _, *arguments = bare_conv_arguments(conv, self._x)
-            if (out := self._in_one(*arguments, None, "none")) is not None:
-                return out
-        return bare_conv(conv, self.tensor())
+            out = self._in_one(bare_layer(conv, self._x), "none")
+        return out if out is not None else bare_conv(conv, self.tensor())
 
-    def _in_one(self, *convolution: Any) -> Tensor | None:
+    def _in_one(self, layer: ConvNorm, activation: str) -> Tensor | None:
         norm, x = self._norm, self._x
         if (
             self._computed is not None
@@ -501,23 +505,22 @@ class NormAct:
             or (type(norm) is FrozenBatchNorm2d and norm.weight.dtype is not x.dtype)
         ):
             return None
-        before = (norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-        name = "norm_conv_bn_act"
+        before, name = norm_of(norm), "norm_conv_bn_act"
         if (
-            needs_grad(x, *before, *convolution)
-            or checks.conv_error(name, x, *convolution) is not None
-            or checks.prologue_error(name, x, *before) is not None
+            needs_grad(x, *before, *layer.flat())
+            or checks.conv_error(name, x, layer, None, activation) is not None
+            or checks.prologue_error(name, x, before) is not None
         ):
             return None
-        return norm_conv_bn_act(x, *before, *convolution)
+        return norm_conv_bn_act(x, before, layer, None, activation)
 
 
 def bare_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """`conv(x)`, without hooks, by our kernel where there is one and no gradients are recorded."""
     if has_kernel(conv, x) and not needs_grad(x, conv.weight, conv.bias):
-        arguments = bare_conv_arguments(conv, x)
-        if checks.conv_error("conv_bn_act", *arguments, None, "none") is None:
-            return conv_bn_act(*arguments, None, "none")
+        layer = bare_layer(conv, x)
+        if checks.conv_error("conv_bn_act", x, layer, None, "none") is None:
+            return conv_bn_act(x, layer, None, "none")
     return conv(x)
 
 
@@ -528,9 +531,9 @@ def has_kernel(conv: nn.Conv2d, x: Tensor) -> bool:
 
 def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
     """`conv(x) + residual` in one where the arguments allow, without hooks."""
-    arguments = bare_conv_arguments(conv, x)
-    if checks.conv_error("conv_bn_act", *arguments, residual, "none") is None:
-        return conv_bn_act(*arguments, residual, "none")
+    layer = bare_layer(conv, x)
+    if checks.conv_error("conv_bn_act", x, layer, residual, "none") is None:
+        return conv_bn_act(x, layer, residual, "none")
     return conv(x) + residual
 
 
@@ -548,9 +551,9 @@ def _norm_act(
     running_var = norm.running_var if tracks else None
     momentum = 0.0 if norm.momentum is None else norm.momentum
     group = sync_group(norm)
-    tensors = (x, running_mean, running_var, norm.weight, norm.bias, True)
+    described = Norm(running_mean, running_var, norm.weight, norm.bias, norm.eps)
     error = checks.batch_norm_error(
-        "batch_norm_act", *tensors, momentum, norm.eps, residual, activation, group is not None
+        "batch_norm_act", x, described, True, momentum, residual, activation, group is not None
     )
     if (
         error is not None
@@ -563,10 +566,10 @@ def _norm_act(
         return _unfused_norm_act(norm, x, residual, relu)
     if group is not None:
         return running_statistics.run_sync_batch_norm_act(
-            *tensors[:-1], _momentum(norm), norm.eps, group, residual, activation
+            x, described, _momentum(norm), group, residual, activation
         )
     return running_statistics.run_batch_norm_act(
-        *tensors, _momentum(norm), norm.eps, residual, activation
+        x, described, True, _momentum(norm), residual, activation
     )
 
 

@@ -56,9 +56,9 @@ def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | No
     layer_counts: list[int] = []
     projections: list[int] = []
     for layers, has_projection in blocks:
-        for weight, mean, var, bn_weight, bn_bias, bn_eps, bias, *geometry in layers:
+        for weight, norm, bias, stride, padding, dilation, groups in layers:
+            mean, var, bn_weight, bn_bias, bn_eps = norm
             tensors += (weight, mean, var, bn_weight, bn_bias, bias)
-            stride, padding, dilation, groups = geometry
             numbers += (*stride, *padding, *dilation, groups)
             eps.append(bn_eps)
         layer_counts.append(len(layers))
@@ -98,11 +98,11 @@ def _one_by_one(input: Tensor, *arguments: Any) -> Tensor:
         shortcut = input
         if has_projection:
             *layers, projection = layers
-            shortcut = conv_bn_act(input, *projection, None, "none")
+            shortcut = conv_bn_act(input, projection, None, "none")
         *first, last = layers
         for layer in first:
-            input = conv_bn_act(input, *layer, None, "relu")
-        input = conv_bn_act(input, *last, shortcut, "relu")
+            input = conv_bn_act(input, layer, None, "relu")
+        input = conv_bn_act(input, last, shortcut, "relu")
     return input
 
 
@@ -127,8 +127,8 @@ def blocks_output(
     for layers, has_projection in described_blocks(
         tensors, numbers, eps, layer_counts, projections
     ):
-        for weight, _, _, _, _, _, bias, *geometry in layers[:-1] if has_projection else layers:
-            input = torch.conv2d(input, weight, bias, *geometry)
+        for weight, _, *rest in layers[:-1] if has_projection else layers:
+            input = torch.conv2d(input, weight, *rest)
     return input
 
 

@@ -63,11 +63,11 @@ def residual_blocks_int8(
     numbers: list[int] = []
     eps: list[float] = []
     for layers, _ in blocks:
-        for weight, mean, var, bn_weight, bn_bias, bn_eps, bias, *geometry in layers:
+        for weight, norm, bias, stride, padding, dilation, groups in layers:
             if weight.shape[1:].numel() > LARGEST_REDUCTION:
                 return None
+            mean, var, bn_weight, bn_bias, bn_eps = norm
             tensors += (weight, mean, var, bn_weight, bn_bias, bias)
-            stride, padding, dilation, groups = geometry
             numbers += (*stride, *padding, *dilation, groups)
             eps.append(bn_eps)
     if not nothing_intercepts(input, *tensors):

@@ -194,8 +194,7 @@ def is_foldable(block: nn.Module, ranges: Sequence[Quantization]) -> bool:
     found = read.block_layers(block)
     assert found is not None
     pairs, has_projection = found
-    x = pairs[0][0].weight
-    layers = [read.conv_arguments(conv, norm, x)[1:] for conv, norm in pairs]
+    layers = [read.layer_of(conv, norm) for conv, norm in pairs]
     return all(copy.is_finite for copy in copies_of([(layers, has_projection)], [ranges]))
 
 

@@ -126,18 +126,18 @@ def problem_of(input: Tensor, blocks: Sequence[BlockLayers]) -> BasicBlockProble
     least = SHAPES[-1]
     if N * -(-H // least.rows) * -(-W // COLUMNS) > _MOST_BLOCKS:
         return None
-    for weight, *others, stride, padding, dilation, groups in layers:
+    for weight, norm, bias, stride, padding, dilation, groups in layers:
         if (
             weight.shape != (CHANNELS, CHANNELS, 3, 3)
             or any(tuple(pair) != (1, 1) for pair in (stride, padding, dilation))
             or groups != 1
-            or any(t.device != input.device for t in (weight, *others) if isinstance(t, Tensor))
+            or any(t is not None and t.device != input.device for t in (weight, *norm[:4], bias))
         ):
             return None
     if suggest_memory_format(input) is not torch.channels_last:
         return None
     for layer, residual in zip(layers, (None, input), strict=True):
-        if checks.conv_error("conv_bn_act", input, *layer, residual, "relu") is not None:
+        if checks.conv_error("conv_bn_act", input, layer, residual, "relu") is not None:
             return None
     return BasicBlockProblem(N, C, H, W, DTYPES[input.dtype])
 

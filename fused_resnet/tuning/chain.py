@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from .choice import CHAIN, CHAIN_WITHOUT_NEXT, CONVOLUTIONS, ESTIMATE, MEASURED,
 from .problem import ChainProblem, ConvProblem
 
 if TYPE_CHECKING:
-    from ..layers.description import BlockLayers
+    from ..layers.description import BlockLayers, ConvNorm
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # The tensor cores' least depth, and the most channels whose sums fit into registers.
@@ -103,12 +103,12 @@ def problems_of(input: Tensor, blocks: Sequence[BlockLayers]) -> list[ChainProbl
         for layer in main[:-1]:
             if not _goes_with(outs[-1], layer):
                 return None
-            outs.append(holds(_output_shape(outs[-1], layer)))
+            outs.append(holds(layer.output_shape(outs[-1].shape)))
         shortcut = x
         if has_projection:
             if not _goes_with(x, layers[-1]):
                 return None
-            shortcut = holds(_output_shape(x, layers[-1]))
+            shortcut = holds(layers[-1].output_shape(x.shape))
         if not _goes_with(outs[-1], main[-1], shortcut):
             return None
         following = blocks[index + 1][0][0] if index + 1 < len(blocks) else None
@@ -130,7 +130,7 @@ def slice_stages(width: int, tile: Tile) -> int:
     return min(tile.num_stages, _SLICE_STAGES.get(width, 2))
 
 
-def has_chain(layers: Sequence[tuple[Any, ...]], has_projection: bool) -> bool:
+def has_chain(layers: Sequence[ConvNorm], has_projection: bool) -> bool:
     """Whether the weights of a block are those of a Bottleneck that a chain can take."""
     if len(layers) - has_projection != 3:
         return False
@@ -144,7 +144,7 @@ def has_chain(layers: Sequence[tuple[Any, ...]], has_projection: bool) -> bool:
         and _is_power(width)
         and width <= WIDEST
         and _is_pointwise(layers[2])
-        and max(layers[2][7]) == 1
+        and max(layers[2].stride) == 1
         and power_in(channels) >= LEAST_CHANNELS
         and (
             not has_projection
@@ -159,47 +159,34 @@ def power_in(channels: int) -> int:
 
 
 def _problem_of(
-    reduced: Tensor, x: Tensor, main: Sequence[tuple[Any, ...]], projection: tuple[Any, ...] | None
+    reduced: Tensor, x: Tensor, main: Sequence[ConvNorm], projection: ConvNorm | None
 ) -> ChainProblem | None:
     layers = main if projection is None else (*main, projection)
     if x.dtype not in DTYPES or not has_chain(layers, projection is not None):
         return None
     N, width, H, W = reduced.shape
-    geometry = (tuple(pair) for pair in main[1][7:10])
+    geometry = (tuple(pair) for pair in (main[1].stride, main[1].padding, main[1].dilation))
     problem = ChainProblem(N, width, H, W, main[2][0].size(0), *geometry, DTYPES[x.dtype])
     if projection is not None:
-        problem = replace(problem, projection=(*x.shape[1:], *projection[7]))
+        problem = replace(problem, projection=(*x.shape[1:], *projection.stride))
     return problem
 
 
-def _can_follow(layer: tuple[Any, ...]) -> bool:
+def _can_follow(layer: ConvNorm) -> bool:
     """Whether a block's first convolution can be in the launch of the block before."""
-    width = layer[0].size(0)
-    return _is_pointwise(layer) and max(layer[7]) == 1 and _is_power(width) and width <= WIDEST_NEXT
+    width = layer.weight.size(0)
+    reducing = _is_power(width) and width <= WIDEST_NEXT
+    return reducing and _is_pointwise(layer) and max(layer.stride) == 1
 
 
-def _goes_with(input: Tensor, layer: tuple[Any, ...], residual: Tensor | None = None) -> bool:
-    return checks.conv_error("conv_bn_act", input, *layer, residual, "relu") is None
+def _goes_with(input: Tensor, layer: ConvNorm, residual: Tensor | None = None) -> bool:
+    return checks.conv_error("conv_bn_act", input, layer, residual, "relu") is None
 
 
-def _output_shape(input: Tensor, layer: tuple[Any, ...]) -> tuple[int, ...]:
-    K, _, *taps = layer[0].shape
-    return (
-        input.size(0),
-        K,
-        *(
-            (size + 2 * padding - dilation * (filter - 1) - 1) // stride + 1
-            for size, filter, stride, padding, dilation in zip(
-                input.shape[2:], taps, *layer[7:10], strict=True
-            )
-        ),
-    )
-
-
-def _is_pointwise(layer: tuple[Any, ...]) -> bool:
+def _is_pointwise(layer: ConvNorm) -> bool:
     """Whether a convolution is a 1x1 without padding or groups."""
-    *_, padding, _, groups = layer
-    return layer[0].shape[2:] == (1, 1) and max(padding) == 0 and groups == 1
+    one = layer.weight.shape[2:] == (1, 1)
+    return one and max(layer.padding) == 0 and layer.groups == 1
 
 
 def _is_power(channels: int) -> bool:

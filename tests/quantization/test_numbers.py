@@ -289,6 +289,17 @@ def test_compiled_and_exported_graphs_hold_one_operator():
         assert_same_bits(exported.module()(x), changed)
 
 
+def tensors_of(layers):
+    return [t for layer in layers for t in (layer.weight, *layer.norm[:4], layer.bias)]
+
+
+def numbers_of(layers):
+    numbers = []
+    for layer in layers:
+        numbers += [*layer.stride, *layer.padding, *layer.dilation, layer.groups]
+    return numbers
+
+
 def test_operator(backend):
     """As a dispatcher calls it: schema, fake kernel, no gradient."""
     block = make_block("basic, projection").to(backend.device)
@@ -296,11 +307,15 @@ def test_operator(backend):
     fused_resnet.quantize(block, [x])
     part = quantized.part_of(block, x)
     layers, has_projection = part[1]
-    tensors = [t for layer in layers for t in (*layer[:5], layer[6])]
-    numbers = [n for layer in layers for n in (*layer[7], *layer[8], *layer[9], layer[10])]
+    tensors = tensors_of(layers)
+    numbers = [
+        n
+        for layer in layers
+        for n in (*layer.stride, *layer.padding, *layer.dilation, layer.groups)
+    ]
     ranges = part[0].ranges
     arguments = (
-        *(x, tensors, numbers, [layer[5] for layer in layers], [3], [has_projection]),
+        *(x, tensors, numbers, [layer.norm.eps for layer in layers], [3], [has_projection]),
         *([one.step for one in ranges], [one.zero_point for one in ranges]),
     )
     operator = torch.ops.fused_resnet.residual_blocks_int8.default
@@ -326,9 +341,13 @@ def test_operator_of_blocks_that_do_not_meet():
     x = torch.randn(2, 6, 5, 5)
     fused_resnet.quantize(block, [x])
     kept, (layers, _) = quantized.part_of(block, x)
-    tensors = [t for layer in layers for t in (*layer[:5], layer[6])] * 2
-    numbers = [n for layer in layers for n in (*layer[7], *layer[8], *layer[9], layer[10])] * 2
-    eps = [layer[5] for layer in layers] * 2
+    tensors = tensors_of(layers) * 2
+    numbers = [
+        n
+        for layer in layers
+        for n in (*layer.stride, *layer.padding, *layer.dilation, layer.groups)
+    ] * 2
+    eps = [layer.norm.eps for layer in layers] * 2
     operator = torch.ops.fused_resnet.residual_blocks_int8.default
     steps, zeros = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [0] * 6
     with pytest.raises(ValueError, match=r"block 0 writes in steps of 3\.0, block 1 reads"):

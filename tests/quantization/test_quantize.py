@@ -15,6 +15,7 @@ from torchvision.models import resnet
 import fused_resnet
 from fused_resnet.layers import quantized_copies
 from fused_resnet.models import cifar_resnet
+from fused_resnet.modules import plans
 from fused_resnet.testing import randomize_
 
 pytestmark = pytest.mark.quick
@@ -525,6 +526,14 @@ def test_a_class_count_is_the_classifiers(quantized):
     """The classifier is in floating point, so it may change, as may the image size."""
     quantized.fc = nn.Linear(64, 3)
     assert run(quantized, images(size=16)).shape == (2, 3)
+
+
+def test_no_plan_is_made_of_eight_bits(quantized):
+    """A backend's plan holds what it launched for float; see modules/plans.py."""
+    parts = [quantized.layer1, quantized.layer2, quantized.layer3]
+    assert not plans._Modules(parts).are_plain()
+    fused_resnet.dequantize(quantized)
+    assert plans._Modules(parts).are_plain()
 
 
 def test_progress(capfd):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,9 +20,10 @@ from ...tuning.choice import CHAIN, CHAIN_WITHOUT_NEXT, CHAINED, PAIR, Choice, T
 from ...tuning.problem import ChainProblem
 from . import bottleneck, launch
 from .inference import conv_bn_act
+from .problem import run_chosen
 
 if TYPE_CHECKING:
-    from ...layers.description import BlockLayers
+    from ...layers.description import BlockLayers, ConvNorm
 
 # For the interpreter, whose time goes by the number of operations.
 _INTERPRETED_TILE = Tile(128, 256, 256, 1, 4, 1)
@@ -44,11 +47,19 @@ def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | No
         return None
     choices = [None if one is None else choose(one, input.device) for one in problems]
     chained = any(choice is not None and choice.kernel in CHAINED for choice in choices)
-    overlapped = input.size(0) <= chain.OVERLAPPED_IMAGES
-    if not chained and not overlapped:
+    if not chained and not _overlaps(input):
         return None
-    with launch.in_a_row() if overlapped else contextlib.nullcontext():
+    with row(input):
         return _run_all(input, blocks, problems, choices)
+
+
+def row(input: Tensor) -> AbstractContextManager[None]:
+    """What launches of blocks run in: a row, where there are so few images that it pays."""
+    return launch.in_a_row() if _overlaps(input) else contextlib.nullcontext()
+
+
+def _overlaps(input: Tensor) -> bool:
+    return input.size(0) <= chain.OVERLAPPED_IMAGES
 
 
 def _run_all(
@@ -68,20 +79,22 @@ def _run_all(
             suggest_memory_format(layer[0]) is torch.channels_last for layer in main
         )
         if reduced is None:
-            reduced = conv_bn_act(x, *main[0], None, "relu")
+            reduced = conv_bn_act(x, main[0], None, "relu")
         problem, choice = problems[index], choices[index]
         if choice is None:
             x, reduced = _convolutions(reduced, x, main[1:], projection), None
             continue
         following = blocks[index + 1][0][0] if problem.next_width else None
-        x, reduced = run(reduced, x, (*main[1:], projection, following), problem, choice)
+        rest = (*main[1:], projection, following)
+        block = functools.partial(run, reduced, x, rest, problem)
+        x, reduced = run_chosen(problem, input.device, choice, block)
     return x if channels_last else x.contiguous()
 
 
 def run(
     reduced: Tensor,
     x: Tensor,
-    layers: Sequence[tuple | None],
+    layers: Sequence[ConvNorm | None],
     problem: ChainProblem,
     choice: Choice,
 ) -> tuple[Tensor, Tensor | None]:
@@ -105,19 +118,19 @@ def run(
         following = None
     tile = tile_for(problem, choice.tile)
     if choice.kernel == PAIR:
-        hidden = conv_bn_act(reduced, *main[0], None, "relu")
+        hidden = conv_bn_act(reduced, main[0], None, "relu")
         return bottleneck.bottleneck(hidden, x, None, main[1], projection, following, tile)
     return bottleneck.bottleneck(reduced, x, *main, projection, following, tile)
 
 
 def _convolutions(
-    out: Tensor, x: Tensor, layers: Sequence[tuple], projection: tuple | None
+    out: Tensor, x: Tensor, layers: Sequence[ConvNorm], projection: ConvNorm | None
 ) -> Tensor:
     """A block behind its first convolution, one convolution after the other."""
-    shortcut = x if projection is None else conv_bn_act(x, *projection, None, "none")
+    shortcut = x if projection is None else conv_bn_act(x, projection, None, "none")
     for layer in layers[:-1]:
-        out = conv_bn_act(out, *layer, None, "relu")
-    return conv_bn_act(out, *layers[-1], shortcut, "relu")
+        out = conv_bn_act(out, layer, None, "relu")
+    return conv_bn_act(out, layers[-1], shortcut, "relu")
 
 
 def choose(problem: ChainProblem, device: torch.device) -> Choice:

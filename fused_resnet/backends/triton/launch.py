@@ -83,6 +83,15 @@ def logged(run: bool = True) -> Iterator[list[Launch]]:
         _log.reset(token)
 
 
+def is_logged() -> bool:
+    """Whether `logged` is active here."""
+    return _log.get() is not None
+
+
+recorder: ContextVar[Any] = ContextVar("fused_resnet_recorder", default=None)
+"""Who is told of each launch, right after it: see `plans.Recorder`."""
+
+
 _row: ContextVar[list[int] | None] = ContextVar("fused_resnet_row", default=None)
 
 
@@ -202,11 +211,14 @@ def launch_kernel(
             if parameter.default is not parameter.empty:
                 constants.setdefault(name, parameter.default)
         torch.library.wrap_triton(kernel)[grid](*arguments, **constants)
-    elif input.device.type == "cuda" and input.device.index != torch.cuda.current_device():
+        return
+    if input.device.type == "cuda" and input.device.index != torch.cuda.current_device():
         with torch.cuda.device(input.device):
-            kernel[grid](*arguments, **constants)
+            compiled = kernel[grid](*arguments, **constants)
     else:
-        kernel[grid](*arguments, **constants)
+        compiled = kernel[grid](*arguments, **constants)
+    if (seen_by := recorder.get()) is not None:
+        seen_by.add(kernel, compiled, grid, arguments, constants)
 
 
 def dependence(input: Tensor, kernel: Any) -> dict[str, bool]:

@@ -23,7 +23,9 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from ... import reference
+from ...layers.description import Norm, Sums
 from ...layers.memory import contiguous_like_eager
+from ..backend import Gradients
 from .device import _normalized, relu
 from .launch import is_wide, launch_kernel
 from .problem import ceil_div
@@ -567,10 +569,6 @@ def backward_input_kernel(
             tl.store(grad_input_ptr + offsets, g.to(grad_input_ptr.dtype.element_ty), mask=exists)
 
 
-Norm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
-"""Mean, biased variance, weight, bias and eps."""
-
-
 @dataclass(frozen=True)
 class _Layout:
     """A dense tensor as rows of channels, and the tile that programs go through it with."""
@@ -712,27 +710,23 @@ def batch_norm_act_training(
     """
     input = contiguous_like_eager(input)
     mean, var = batch_statistics(input)
-    output = batch_norm_act_inference(input, mean, var, weight, bias, eps, residual, activation)
-    return output, mean, var
+    norm = Norm(mean, var, weight, bias, eps)
+    return batch_norm_act_inference(input, norm, residual, activation), mean, var
 
 
 def batch_norm_act_inference(
     input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    norm: Norm,
     residual: Tensor | None,
     activation: str,
-    residual_norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None, float] | None = None,
+    residual_norm: Norm | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """One launch; the arguments are those of `batch_norm_act_training`.
 
-    With `residual_norm` (mean, var, weight, bias, eps) the residual, of the input's shape, is
-    normalized first and rounded, to the bits that a launch for it would write. `mask` is where to
-    write the activation's, see `mask_for`.
+    With `residual_norm` the residual, of the input's shape, is normalized first and rounded, to the
+    bits that a launch for it would write. `mask` is where to write the activation's, see
+    `mask_for`.
     """
     input = contiguous_like_eager(input)
     layout = _layout_of(input)
@@ -743,7 +737,7 @@ def batch_norm_act_inference(
         channels, size, strides = residual.size(1), residual.shape[2:], residual.stride()
     elif residual is not None:
         residual = _lying_like(reference.pad_channels(residual, layout.C), input)
-    vectors = _vectors(running_mean, running_var, weight, bias)
+    vectors = _vectors(*norm[:4])
     launch_kernel(
         input,
         normalize_kernel,
@@ -754,7 +748,7 @@ def batch_norm_act_inference(
             residual,
             output,
             mask,
-            eps,
+            norm.eps,
             layout.rows,
             layout.C,
             layout.S,
@@ -762,7 +756,7 @@ def batch_norm_act_inference(
             *size,
             *strides,
             *_vectors(*(residual_norm or (None,) * 5)[:4]),
-            None if residual_norm is None else residual_norm[4],
+            None if residual_norm is None else residual_norm.eps,
         ),
         writes=("output_ptr", "mask_ptr"),
         RESIDUAL_CHANNELS=channels,
@@ -797,11 +791,11 @@ def batch_norm_add_relu(
     """
     input = contiguous_like_eager(input)
     if norm[0] is None:
-        norm = (*batch_statistics(input), *norm[2:])
+        norm = Norm(*batch_statistics(input), *norm[2:])
     if residual_norm is not None and residual_norm[0] is None:
-        residual_norm = (*batch_statistics(residual), *residual_norm[2:])
+        residual_norm = Norm(*batch_statistics(residual), *residual_norm[2:])
     mask = mask_for(input)
-    output = batch_norm_act_inference(input, *norm, residual, "relu", residual_norm, mask)
+    output = batch_norm_act_inference(input, norm, residual, "relu", residual_norm, mask)
     return output, mask, norm[:2], None if residual_norm is None else residual_norm[:2]
 
 
@@ -809,11 +803,7 @@ def batch_norm_act_backward_sums(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
     masked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -824,11 +814,7 @@ def batch_norm_act_backward_sums(
         input: (N, C, *), float16, bfloat16 or float32, with at least one element.
         output: what the activation returned, or its mask, see `mask_for`; or None where there was
             no residual.
-        weight: (C,) of any floating dtype, or None.
-        bias: see `weight`.
-        mean: (C,).
-        var: (C,), biased.
-        eps: added to `var`.
+        norm: its tensors of any floating dtype.
         activation: "relu" or "none".
         masked: where to write the gradient behind the activation, lying as the input; or None.
 
@@ -837,9 +823,11 @@ def batch_norm_act_backward_sums(
     """
     input = contiguous_like_eager(input)
     grad = _lying_like(grad, input)
-    norm = (mean, var, weight, bias, eps)
     total, dot, grad_weight = _sums_pass(grad, input, output, norm, activation == "relu", masked)
     return total, dot, grad_weight
+
+
+_NO_NORM = Norm(None, None, None, None, 0.0)  # type: ignore[arg-type]
 
 
 def _sums_pass(
@@ -850,7 +838,7 @@ def _sums_pass(
     relu: bool,
     masked: Tensor | None,
     residual: Tensor | None = None,
-    residual_norm: Norm = (None, None, None, None, 0.0),
+    residual_norm: Norm = _NO_NORM,
 ) -> tuple[Tensor, ...]:
     """Launches `backward_sums_kernel` and what combines; all tensors lie as the input does.
 
@@ -869,7 +857,7 @@ def _sums_pass(
         backward_sums_kernel,
         (slabs * layout.tiles_c,),
         (
-            grad, input, output, mean, var, weight, bias, masked, partial, norm[4], layout.rows,
+            grad, input, output, mean, var, weight, bias, masked, partial, norm.eps, layout.rows,
             layout.C, layout.S, steps, slabs, residual, residual_mean,
         ),
         writes=("masked_ptr", "partial_ptr"),
@@ -881,8 +869,8 @@ def _sums_pass(
         combine_sums_kernel,
         (ceil_div(layout.C, _combined(input)),),
         (
-            partial, var, *found[:3], norm[4], layout.C, slabs,
-            residual_var, *(found[3:] or (None,) * 3), residual_norm[4],
+            partial, var, *found[:3], norm.eps, layout.C, slabs,
+            residual_var, *(found[3:] or (None,) * 3), residual_norm.eps,
         ),
         writes=(
             "total_ptr", "dot_ptr", "grad_weight_ptr",
@@ -899,37 +887,23 @@ def batch_norm_act_backward_input(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
-    total: Tensor | None,
-    dot: Tensor | None,
-    count: int | float | Tensor,
+    sums: Sums,
     need_residual: bool,
     overwrite: bool = False,
-    need_input: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """The gradients that are as large as the input: one launch.
 
     Args:
         grad: see `batch_norm_act_backward_sums`, as are the arguments up to `activation`.
         input: see `grad`.
         output: see `grad`.
-        weight: see `grad`.
-        bias: see `grad`.
-        mean: see `grad`.
-        var: see `grad`.
-        eps: see `grad`.
+        norm: see `grad`.
         activation: see `grad`.
-        total: of the whole batch; None where `mean` and `var` are constants.
-        dot: see `total`.
-        count: the whole batch's values a channel.
+        sums: of the whole batch.
         need_residual: whether the residual's gradient is wanted.
         overwrite: whether `grad` may be overwritten, by the input's gradient.
-        need_input: whether the input's gradient is wanted.
 
     Returns:
         The gradients of the input and of the residual, None where not wanted.
@@ -939,16 +913,11 @@ def batch_norm_act_backward_input(
     given, grad = grad, _lying_like(grad, input)
     overwrite = (overwrite or grad is not given) and (relu or not need_residual)
     masked = torch.empty_like(input) if need_residual and relu else None
-    grad_input = None
-    if need_input:
-        grad_input = grad if overwrite else torch.empty_like(input)
-    if isinstance(count, Tensor) and total is not None:
-        total, dot, count = (total / count).float(), (dot / count).float(), 1
-    if grad_input is not None or masked is not None:
-        _input_pass(
-            grad, input, output, weight, bias, mean, var, eps, relu, total, dot, count, grad_input,
-            masked,
-        )  # fmt: skip
+    grad_input = grad if overwrite else torch.empty_like(input)
+    total, dot, count = sums
+    if isinstance(count, Tensor):
+        sums = Sums((total / count).float(), (dot / count).float(), 1)
+    _input_pass(grad, input, output, norm, relu, sums, (grad_input, masked))
     return grad_input, (masked if relu else grad) if need_residual else None
 
 
@@ -956,34 +925,30 @@ def _input_pass(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     relu: bool,
-    total: Tensor | None,
-    dot: Tensor | None,
-    count: int | float,
-    grad_input: Tensor | None,
-    masked: Tensor | None,
+    sums: Sums | None,
+    results: tuple[Tensor | None, Tensor | None],
     second: Sequence[Any] = (None,) * 7,
 ) -> None:
     """Launches `backward_input_kernel`; `grad` and the results lie in memory as the input does.
 
+    `sums` are None where the statistics are constants. `results` are the input's gradient and the
+    residual's.
     `second` is the residual, its mean, variance, weight and dot, its gradient, and its norm's eps.
     """
     layout = _layout_of(input)
     steps, programs = layout.elementwise()
     output = _sign_source(output, input, relu)
-    vectors = _vectors(mean, var, weight, bias, total, dot)
+    total, dot, count = (None, None, 1) if sums is None else sums
+    vectors = _vectors(*norm[:4], total, dot)
     launch_kernel(
         input,
         backward_input_kernel,
         (programs,),
         (
-            grad, input, output, *vectors, grad_input, masked, eps, 1.0 / count, layout.rows,
-            layout.C, layout.S, steps, *second,
+            grad, input, output, *vectors, *results, norm.eps, 1.0 / count, layout.rows, layout.C,
+            layout.S, steps, *second,
         ),
         writes=("grad_input_ptr", "masked_ptr", "grad_residual_ptr"),
         RELU=relu,
@@ -995,20 +960,16 @@ def batch_norm_act_backward(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
     training: bool,
     need: Sequence[bool],
     overwrite: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Gradients of `batch_norm_act` in input, weight, bias and residual: three launches.
 
     Where the residual's is wanted, the pass that adds up writes it, and the last pass reads it in
-    place of `grad` and `output`. The arguments are those of `backends.cpu`'s function of this name.
+    place of `grad` and `output`. For the arguments see `Backend.batch_norm_act_backward`.
     """
     input = contiguous_like_eager(input)
     relu = activation == "relu"
@@ -1025,16 +986,13 @@ def batch_norm_act_backward(
     total = dot = grad_weight = None
     if need_weight or need_bias or (training and need_input):
         total, dot, grad_weight = batch_norm_act_backward_sums(
-            grad, input, output, weight, bias, mean, var, eps, activation, masked
+            grad, input, output, norm, activation, masked
         )
         if masked is not None:
             grad, masked, relu = masked, None, False
     if grad_input is not None or masked is not None:
-        sums = (total, dot) if training else (None, None)
-        _input_pass(
-            grad, input, output, weight, bias, mean, var, eps, relu, *sums,
-            input.numel() // input.size(1), grad_input, masked,
-        )  # fmt: skip
+        sums = Sums(total, dot, input.numel() // input.size(1)) if training else None
+        _input_pass(grad, input, output, norm, relu, sums, (grad_input, masked))
     return (
         grad_input,
         grad_weight if need_weight else None,
@@ -1073,12 +1031,11 @@ def batch_norm_add_relu_backward(
         grad, input, output, norm, True, None, residual, residual_norm
     )
     grad_input, grad_residual = torch.empty_like(input), torch.empty_like(input)
-    mean, var, weight, bias, eps = norm
     residual_vectors = _vectors(*residual_norm[:3])
     _input_pass(
-        grad, input, output, weight, bias, mean, var, eps, True, total, dot,
-        input.numel() // input.size(1), grad_input, None,
-        (residual, *residual_vectors, residual_dot, grad_residual, residual_norm[4]),
+        grad, input, output, norm, True, Sums(total, dot, input.numel() // input.size(1)),
+        (grad_input, None),
+        (residual, *residual_vectors, residual_dot, grad_residual, residual_norm.eps),
     )  # fmt: skip
     of_residual = (grad_residual, residual_grad_weight, residual_total)
     return (grad_input, grad_weight, total), of_residual

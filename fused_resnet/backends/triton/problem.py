@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,18 +12,44 @@ from torch import Tensor
 from ... import tuning
 from ...tuning.choice import Choice, Tile
 from ...tuning.estimate import special_tiles
-from ...tuning.problem import ConvProblem
+from ...tuning.problem import ConvProblem, Problem
 from ..library import precision
 
+Result = TypeVar("Result")
+
 # For the interpreter, whose time goes by the number of operations.
-_INTERPRETED_TILE = Tile(128, 256, 256, 1, 4, 1)
+_INTERPRETED = Choice("triton", Tile(128, 256, 256, 1, 4, 1), "interpreted")
 
 
 def choose(problem: ConvProblem, device: torch.device) -> Choice:
     """Which kernel and tile run a problem: what `tuning` says, on a GPU."""
     if device.type != "cuda":
-        return Choice("triton", _INTERPRETED_TILE, "interpreted")
+        return _INTERPRETED
     return tuning.choose(problem, device)
+
+
+def run_chosen(
+    problem: Problem, device: torch.device, choice: Choice, run: Callable[[Choice], Result]
+) -> Result:
+    """`run(choice)`; where that asks for more than there is, what `tuning` says then.
+
+    Triton says so when it loads a kernel, before that is launched.
+    """
+    while True:
+        try:
+            return run(choice)
+        except out_of_resources() as error:
+            if choice.tile is None:
+                raise
+            tuning.leave_out(problem, device, choice, str(error))
+            choice = tuning.choose(problem, device)
+
+
+def out_of_resources() -> type[Exception]:
+    """What Triton raises then; only asked for when something was raised."""
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources
 
 
 def chosen_tile(problem: ConvProblem, device: torch.device) -> Tile:
@@ -62,21 +89,6 @@ def problem_of(
         N, C, H, W, K, R, S, tuple(stride), tuple(padding), tuple(dilation), groups, dtype,
         residual, None if pool is None else tuple(pool),
     )  # fmt: skip
-
-
-def problem_size(
-    H: int,
-    W: int,
-    R: int,
-    S: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int]:
-    """(P, Q) of a convolution; unlike `ConvProblem`'s they may be symbolic."""
-    P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
-    Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
-    return P, Q
 
 
 def hint_of(size: int | torch.SymInt) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...layers.description import Block, Layer
+from ...layers.description import Block, ConvNorm, Layer
 from ...layers.memory import contiguous_like_eager
 from .. import operator_checks
 from ..gradients import accumulation_dtype
@@ -68,7 +68,7 @@ def holds_training_in_graphs(*tensors: Tensor | None) -> bool:
 
 
 def block_training_in_graph(
-    input: Tensor, layers: Sequence[tuple], has_projection: bool, low_memory: bool
+    input: Tensor, layers: Sequence[ConvNorm], has_projection: bool, low_memory: bool
 ) -> tuple[Tensor, list[Statistics]] | None:
     """As `training_blocks.residual_block_training`, of statistics that no processes share."""
     arguments = _prepare(input, layers)
@@ -79,7 +79,7 @@ def block_training_in_graph(
 
 
 def stem_training_in_graph(
-    input: Tensor, layer: tuple, pool: Sequence[Sequence[int]]
+    input: Tensor, layer: ConvNorm, pool: Sequence[Sequence[int]]
 ) -> tuple[Tensor, list[Statistics]] | None:
     """As `training_blocks.stem_training`, of statistics that no processes share."""
     arguments = _prepare(input, [layer])
@@ -94,17 +94,17 @@ def stem_training_in_graph(
 
 
 def _prepare(
-    input: Tensor, layers: Sequence[tuple]
+    input: Tensor, layers: Sequence[ConvNorm]
 ) -> tuple[Tensor, list[Tensor | None], list[int], list[float]] | None:
     """The operators' first arguments, or None where a graph is to hold something else."""
     parameters: list[Tensor | None] = []
     numbers: list[int] = []
-    for weight, _, _, bn_weight, bn_bias, _, bias, stride, padding, dilation, groups in layers:
-        parameters += (weight, bias, bn_weight, bn_bias)
+    for weight, norm, bias, stride, padding, dilation, groups in layers:
+        parameters += (weight, bias, norm.weight, norm.bias)
         numbers += (*stride, *padding, *dilation, groups)
     if not holds_training_in_graphs(input, *parameters) or not needs_grad(input, *parameters):
         return None
-    return *_as_autocast_casts(input, parameters), numbers, [layer[5] for layer in layers]
+    return *_as_autocast_casts(input, parameters), numbers, [layer.norm.eps for layer in layers]
 
 
 def _layer(numbers: Sequence[int], eps: float) -> Layer:

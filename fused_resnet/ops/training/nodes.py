@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ... import backends
-from ...layers.description import PARAMETERS, Block, Layer
+from ...layers.description import PARAMETERS, Block, ConvNorm, Layer
 from ..gradients import has_norm_kernel
 from ..registration import autocast_tensor, needs_grad
 from .backward import block_backward, stem_backward
@@ -43,7 +43,7 @@ Keep = Callable[[list[Statistics]], None]
 
 def residual_block_training(
     input: Tensor,
-    layers: Sequence[tuple],
+    layers: Sequence[ConvNorm],
     groups: Sequence[dist.ProcessGroup | None],
     has_projection: bool,
     low_memory: bool,
@@ -54,8 +54,7 @@ def residual_block_training(
 
     Args:
         input: (N, C, H, W).
-        layers: the arguments of `conv_bn_act` from `weight` to `groups`, for each convolution; the
-            running statistics are not used.
+        layers: the convolutions; the running statistics are not used.
         groups: for each of them the processes whose batches make the statistics, or None.
         has_projection: whether the last layer makes the shortcut.
         low_memory: whether 1x1 convolutions are computed twice rather than kept.
@@ -77,7 +76,7 @@ def residual_block_training(
 
 def stem_training(
     input: Tensor,
-    layer: tuple,
+    layer: ConvNorm,
     group: dist.ProcessGroup | None,
     pool: Sequence[Sequence[int]],
     keep: Keep,
@@ -92,15 +91,13 @@ def stem_training(
 
 
 def _prepare(
-    input: Tensor, layers: Sequence[tuple], groups: Sequence[dist.ProcessGroup | None]
+    input: Tensor, layers: Sequence[ConvNorm], groups: Sequence[dist.ProcessGroup | None]
 ) -> tuple[Tensor, tuple[Layer, ...], list[Tensor | None]] | None:
     """The input, layers and parameters, as autocast has them, or None to run them one by one."""
     described, parameters = [], []
-    for (weight, _, _, bn_weight, bn_bias, eps, bias, *geometry), group in zip(
-        layers, groups, strict=True
-    ):
-        described.append(Layer(tuple(geometry), eps, group))
-        parameters += (weight, bias, bn_weight, bn_bias)
+    for (weight, norm, bias, *geometry), group in zip(layers, groups, strict=True):
+        described.append(Layer(tuple(geometry), norm.eps, group))
+        parameters += (weight, bias, norm.weight, norm.bias)
     if not has_norm_kernel(input, *parameters) or not needs_grad(input, *parameters):
         return None
     input, parameters = _as_autocast_casts(input, parameters)

@@ -14,7 +14,7 @@ from ..batch_norm_act_inference import batch_norm_act_inference
 from ..batch_norm_act_training import batch_norm_act_training
 from ..gradients import norm_act_backward
 from ..registration import gradients_batched, is_plain
-from ..sync_batch_norm_act import normalize, shared_backward, shared_statistics
+from ..sync_batch_norm_act import Processes, normalize, shared_backward, shared_statistics
 
 Statistics = tuple[Tensor, Tensor, Tensor | None]
 """A batch's mean and biased variance, (C,) each, and how many values a channel (): None stands for
@@ -68,7 +68,7 @@ class Pass:
         """`normalize`, with the statistics that the convolution may have found."""
         if self.mean is None:
             return self.normalize(self.raw, residual, activation)
-        return batch_norm_act_inference(self.raw, *self.norm, residual, activation)
+        return batch_norm_act_inference(self.raw, self.norm, residual, activation)
 
     def add_relu(
         self, shortcut: Tensor, projection: Pass | None
@@ -190,16 +190,7 @@ class Pass:
 
     def normalized(self) -> Tensor:
         """`relu(batch_norm(raw))` once more, to the same bits."""
-        return batch_norm_act_inference(
-            self.raw,
-            self.mean,
-            self.var,
-            self.bn_weight,
-            self.bn_bias,
-            self.layer.eps,
-            None,
-            "relu",
-        )
+        return batch_norm_act_inference(self.raw, self.norm, None, "relu")
 
     def saved(self, keep_raw: bool = True) -> tuple[Tensor | None, ...]:
         """What backward needs of it; see `restore`."""
@@ -220,15 +211,13 @@ class Pass:
         """Gradients of the norm: of its input, weight, bias and residual."""
         group = self.layer.group
         if group is not None:
-            shared = self.mean, self.var, self.count
+            processes = Processes(group, self.count)
             return shared_backward(
-                grad, self.raw, output, self.bn_weight, self.bn_bias, shared,
-                self.layer.eps, activation, group, need, overwrite,
-            )  # fmt: skip
+                grad, self.raw, output, self.norm, processes, activation, need, overwrite
+            )
         return norm_act_backward(
-            grad, self.raw, output, self.bn_weight, self.bn_bias, self.mean, self.var,
-            self.layer.eps, activation, True, tuple(need), overwrite,
-        )  # fmt: skip
+            grad, self.raw, output, self.norm, activation, True, tuple(need), overwrite
+        )
 
     def conv_backward(
         self,

@@ -1,0 +1,22 @@
+// The gradient in a weight of bfloat16 on AMX tiles.
+#if defined(__x86_64__)
+
+#include "cpu/weight_gradient.h"
+
+#include "cpu/transposed_tiles_amx.h"
+
+namespace fused_resnet::cpu {
+namespace {
+using Element = Bfloat16;
+using Storage = uint16_t;  // a bfloat16's bits
+constexpr int kParts = 1;
+}  // namespace
+}  // namespace fused_resnet::cpu
+
+#include "cpu/weight_gradient_tiles.inl"
+
+namespace fused_resnet::cpu {
+const WeightGradientIsa kWeightGradientAmx = {kParts, 512, scratch_bytes, slab_bytes, run, combine};
+}
+
+#endif
