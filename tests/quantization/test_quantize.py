@@ -94,6 +94,17 @@ def test_training_mode_is_float_and_has_gradients(quantized):
     assert precisions(quantized.eval()) == ["int8"] * 3
 
 
+def test_training_with_frozen_norms_is_float_too(quantized):
+    """Whoever trains a block with its running statistics needs its gradients."""
+    quantized.train()
+    for module in quantized.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    quantized(images()).sum().backward()
+    assert quantized.conv1.weight.grad is not None
+    assert precisions(quantized) == ["float32"] * 3
+
+
 def test_no_gradient_flows_through_eight_bits(quantized):
     x = images().requires_grad_()
     h = quantized.layer1[0](torch.rand(1, 16, 4, 4, requires_grad=True))
