@@ -18,7 +18,11 @@ REFERENCE = Path(__file__).resolve().parent / "reference.md"
 MODULES: list[tuple[ModuleType, list[str]]] = [
     (
         fused_resnet,
-        ["fuse", "unfuse", "report", "BasicBlock", "Bottleneck", "ResNet", "use_backend"],
+        [
+            *("fuse", "unfuse", "report", "BasicBlock", "Bottleneck", "ResNet", "use_backend"),
+            *("quantize", "dequantize", "quantization_state", "save_quantization_state"),
+            "load_quantization_state",
+        ],
     ),
     (functional, ["conv_bn_act", "norm_conv_bn_act", "conv_bn_act_max_pool", "batch_norm_act"]),
     (models, models.__all__),

@@ -9,6 +9,13 @@ from . import (
 )
 from .backends import use_backend
 from .blocks import BasicBlock, Bottleneck, ResNet
+from .quantization import (
+    dequantize,
+    load_quantization_state,
+    quantization_state,
+    quantize,
+    save_quantization_state,
+)
 from .swap import fuse, report, unfuse
 
 __version__ = "0.1.0"
@@ -19,11 +26,16 @@ __all__ = [
     "ResNet",
     "__version__",
     "backends",
+    "dequantize",
     "functional",
     "fuse",
+    "load_quantization_state",
     "models",
+    "quantization_state",
+    "quantize",
     "reference",
     "report",
+    "save_quantization_state",
     "unfuse",
     "use_backend",
 ]

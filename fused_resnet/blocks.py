@@ -20,9 +20,11 @@ from torchvision.models import resnet
 
 from . import backends, forms
 from .forms import Form, Unit
-from .layers import watch
+from .layers import quantized_copies, watch
+from .layers.ranges import BlockRanges
 from .models import cifar
 from .modules import graphs
+from .modules.quantized import Watcher
 from .modules.run import block_forward, cifar_resnet_forward, plain_block_forward, resnet_forward
 
 
@@ -40,10 +42,12 @@ class Fused(nn.Module):
             their outputs; `fuse` sets it.
         watch: "sample", or "full" to compare all values of the weights with the backend's copies
             in every call; `fuse` sets it.
+        quantization: a block's ranges in eight bits; `quantize` sets it.
     """
 
     memory = "normal"
     watch = "sample"
+    quantization: BlockRanges | Watcher | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -188,6 +192,8 @@ forms.register(Form(cifar.CifarResNet, CifarResNet, "stem", units=(Unit("conv1",
 
 
 def release(module: nn.Module) -> None:
-    """Lets go of what backends made of a module's tensors."""
-    backends.release([*module.parameters(), *module.buffers()])
+    """Lets go of what backends made of a module's tensors, and of their eight-bit copies."""
+    tensors = [*module.parameters(), *module.buffers()]
+    quantized_copies.release(tensors)
+    backends.release(tensors)
     graphs.forget(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -13,7 +14,8 @@ from . import backends, blocks, forms
 from .forms import Form
 from .layers import checks
 from .layers import watch as watching
-from .modules import graphs, plans, read, run
+from .layers.ranges import BlockRanges
+from .modules import graphs, plans, quantized, read, run
 
 _MEMORY = ("normal", "low")
 
@@ -28,7 +30,12 @@ class Record:
         fused: whether it runs fused as it is now: class, mode, hooks and dtypes.
         backend: the kernels that run it, such as "cpu: library convolution + scale_shift_act", or
             "eager".
-        reason: why not, or which part not; "" where all of it is fused.
+        reason: why not, or which part not; "" where all of it is fused. In a quantized model also
+            why it stays in floating point.
+        precision: "int8" where it runs in eight bits, else the dtype of its first convolution's
+            weight, such as "float32".
+        sqnr_db: of a quantized block, its output's signal-to-noise ratio in decibels, as
+            calibration saw it; None where that is not known or there was no noise.
     """
 
     path: str
@@ -36,6 +43,8 @@ class Record:
     fused: bool
     backend: str
     reason: str
+    precision: str = ""
+    sqnr_db: float | None = None
 
 
 class Report(Sequence[Record]):
@@ -63,11 +72,13 @@ class Report(Sequence[Record]):
     def __str__(self) -> str:
         if not self._records:
             return "nothing to fuse: the model has no residual block of a class that is known"
+        in_int8 = sum(record.precision == "int8" for record in self._records)
         rows = [
             (
                 record.path or "(model)",
                 record.kind,
                 "fused" if record.fused else "not fused",
+                *([_precision(record)] if in_int8 else []),
                 record.backend,
                 record.reason,
             )
@@ -79,7 +90,16 @@ class Report(Sequence[Record]):
             for row in rows
         ]
         fused = sum(record.fused for record in self._records)
-        return "\n".join([f"{fused} of {len(rows)} modules run fused", *lines])
+        first = f"{fused} of {len(rows)} modules run fused"
+        if in_int8:
+            first += f", {in_int8} in eight bits; all else, the classifier too, in floating point"
+        return "\n".join([first, *lines])
+
+
+def _precision(record: Record) -> str:
+    if record.sqnr_db is None:
+        return record.precision
+    return f"{record.precision}, {record.sqnr_db:.1f} dB"
 
 
 def fuse(
@@ -126,9 +146,7 @@ def fuse(
             "a whole: torchvision's ResNet or one of models.cifar"
         )
     for module in _modules(model, "fuse"):
-        form = forms.of_original(type(module))
-        if form is not None and (read.structure_obstacle(module) is None or read.is_lazy(module)):
-            _assign_class(module, form.fused)
+        _fuse_one(module)
         if forms.of_fused(type(module)) is not None:
             vars(module).pop("memory", None)
             if memory != "normal":
@@ -149,8 +167,22 @@ def _is_network(module: nn.Module) -> bool:
     return form is not None and issubclass(form.fused, blocks.Network)
 
 
+def fuse_remaining(model: nn.Module) -> None:
+    """Fuses what is not fused yet, with the default settings; the rest keeps its own."""
+    watching.from_environment()
+    forms.load_families()
+    for module in model.modules():
+        _fuse_one(module)
+
+
+def _fuse_one(module: nn.Module) -> None:
+    form = forms.of_original(type(module))
+    if form is not None and (read.structure_obstacle(module) is None or read.is_lazy(module)):
+        _assign_class(module, form.fused)
+
+
 def unfuse(model: nn.Module) -> nn.Module:
-    """Gives a model's fused modules the classes they had, in place.
+    """Gives a model's fused modules the classes they had, in place; what was quantized is not.
 
     Args:
         model: any module, fused or not.
@@ -162,15 +194,20 @@ def unfuse(model: nn.Module) -> nn.Module:
         TypeError: it is not a module.
     """
     for module in _modules(model, "unfuse"):
-        form = forms.of_fused(type(module))
-        if form is not None:
-            blocks.release(module)
-            vars(module).pop("memory", None)
-            vars(module).pop("cuda_graphs", None)
-            plans.forget(module)
-            watching.set_watch(module, "sample")
-            _assign_class(module, form.original)
+        unfuse_one(module)
     return model
+
+
+def unfuse_one(module: nn.Module) -> None:
+    """`unfuse` of one module without its children."""
+    form = forms.of_fused(type(module))
+    if form is not None:
+        blocks.release(module)
+        for setting in ("memory", "cuda_graphs", "quantization"):
+            vars(module).pop(setting, None)
+        plans.forget(module)
+        watching.set_watch(module, "sample")
+        _assign_class(module, form.original)
 
 
 def _assign_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -195,11 +232,12 @@ def report(model: nn.Module) -> Report:
     Raises:
         TypeError: it is not a module.
     """
-    _modules(model, "report")
+    modules = _modules(model, "report")
     forms.load_families()
+    is_quantized = any(_ranges(module) is not None for module in modules)
     return Report(
         [
-            _record(path, module, form)
+            _record_of(path, module, form, is_quantized)
             for path, module in model.named_modules()
             if (form := forms.of(module)) is not None
         ]
@@ -210,6 +248,40 @@ def _modules(model: nn.Module, name: str) -> list[nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name}: model is a {type(model).__name__}, must be a torch.nn.Module")
     return list(model.modules())
+
+
+def _ranges(module: nn.Module) -> BlockRanges | None:
+    """What calibration left with a module."""
+    kept = module.quantization if quantized.is_quantizable(module) else None
+    return kept if isinstance(kept, BlockRanges) else None
+
+
+def _record_of(path: str, module: nn.Module, form: Form, is_quantized: bool) -> Record:
+    """A module's record, with its precision; `is_quantized` is whether a block of the model is."""
+    record = _record(path, module, form)
+    conv = forms.part(module, form.units_of(module)[0].conv)
+    weight = getattr(conv, "weight", None)
+    dtype = "" if weight is None else str(weight.dtype).removeprefix("torch.")
+    if not is_quantized or not record.fused:
+        return dataclasses.replace(record, precision=dtype)
+    kept = _ranges(module)
+    if kept is None:
+        kind = "it is no residual block of a form that runs in eight bits"
+        reason = "the stem" if form.kind == "stem" else kind
+        reason = f"in floating point: {reason}"
+    elif module.training:
+        reason = "in floating point: the block is in training mode"
+    else:
+        why = kept.reason or quantized.float_reason(module)
+        if why is None:
+            backend = backends.explain(
+                "quantized_residual_blocks", device=weight.device, dtype=weight.dtype
+            )
+            return Record(path, form.kind, True, backend, "", "int8", kept.sqnr_db)
+        reason = f"in floating point: {why}"
+    reason = "; ".join(filter(None, [record.reason, reason]))
+    sqnr_db = None if kept is None else kept.sqnr_db
+    return dataclasses.replace(record, reason=reason, precision=dtype, sqnr_db=sqnr_db)
 
 
 def _record(path: str, module: nn.Module, form: Form) -> Record:

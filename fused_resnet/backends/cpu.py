@@ -93,6 +93,9 @@ def explain(
             return f"cpu: native convolution ({_isa(dtype, weight_shape, groups)})"
     if operator == "norm_conv_bn_act" and _is_native(dtype, tuple(weight_shape), groups):
         return f"cpu: native norm + convolution ({_isa(dtype, weight_shape, groups)})"
+    if operator == "quantized_residual_blocks":
+        fastest, *_ = torch.ops.fused_resnet.quantized_kernels().split(",")
+        return f"cpu: whole blocks in eight bits ({fastest})"
     if operator == "batch_norm_act_training":
         return "cpu: native statistics + scale_shift_act"
     return "cpu: " + library.explain(operator)

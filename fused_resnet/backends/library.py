@@ -202,4 +202,5 @@ def explain(operator: str) -> str:
         "conv_bn_act_max_pool": "library convolution + scale_shift_act + library pooling",
         "batch_norm_act_inference": "scale_shift_act",
         "batch_norm_act_training": "library statistics + scale_shift_act",
+        "quantized_residual_blocks": "int8 by torch's operators",
     }[operator]

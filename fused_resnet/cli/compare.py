@@ -44,6 +44,13 @@ def compare(
     compile: Annotated[
         bool, typer.Option("--compile", help="Also run the model under torch.compile.")
     ] = False,
+    quantize: Annotated[
+        bool, typer.Option("--quantize", help="Also run the fused model in eight bits.")
+    ] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(help="Folder of images to find its ranges on; else crops of the input's."),
+    ] = None,
     threads: Annotated[
         int | None, whole_number("CPU threads of torch; its own choice by default.")
     ] = None,
@@ -70,7 +77,7 @@ def compare(
     case = Case(
         model=model, batch=batch, dtype=dtype, device=device, images=tuple(image or ()),
         backend=backend, train=train, compile=compile, threads=threads, rounds=rounds,
-        weights=weights, seed=seed, memory=memory,
+        weights=weights, seed=seed, memory=memory, quantize=quantize, calibrate=calibrate,
     )  # fmt: skip
 
     console, bar_console = Console(), Console(stderr=True)
@@ -138,6 +145,8 @@ def _print_result(console: Console, result: Result) -> None:
         console.print("peak memory: above the model and its input")
     for line in result.fused:
         console.print(plain(f"fused: {line}"))
+    for line in result.quantized:
+        console.print(plain(f"int8: {line}"))
     for candidate in result.candidates:
         if candidate.skipped:
             console.print(plain(f"{candidate.name}: skipped, {candidate.skipped}"))

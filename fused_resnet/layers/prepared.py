@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Entry(NamedTuple):
         owner: the weight; None for a `Parameter`, which torch.utils.swap_tensors refuses to swap
             while there are weak references to it.
         layout: what else must be as it was; see `find`.
-        copy: its values in another layout.
+        copy: its values in another layout, or something made of them.
         whole: whether all values are compared in every call; see `watch`.
     """
 
@@ -29,7 +29,7 @@ class Entry(NamedTuple):
     version: int
     owner: weakref.ref[Tensor] | None
     layout: object
-    copy: Tensor
+    copy: Any
     whole: bool
 
 
@@ -64,7 +64,7 @@ class WeightCache(dict[int, Entry]):
         self,
         weight: Tensor,
         version: int | None,
-        copy: Tensor,
+        copy: Any,
         layout: object = None,
         whole: bool = False,
     ) -> None:

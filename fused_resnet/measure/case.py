@@ -15,6 +15,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 # `FACTOR` times eager's error is what this library promises. Of somebody else's engine we only ask
 # that it computes the same thing at the precision it was told to.
 FACTOR_OF_OTHERS = 10.0
+# Of eight bits: the error relative to float64 from which on it is not the same network any more.
+LARGEST_INT8_ERROR = 0.25
 # How long a candidate runs for its energy to be read.
 ENERGY_SECONDS = 1.0
 
@@ -43,6 +45,8 @@ class Case:
         weights: see `inputs.build_model`.
         seed: of weights, labels and crops.
         memory: measure the peak memory as well.
+        quantize: also run the fused model in eight bits.
+        calibrate: folder of images to find its ranges on; None for crops of the input's.
     """
 
     model: str
@@ -58,6 +62,8 @@ class Case:
     weights: str | None = None
     seed: int = 0
     memory: bool = True
+    quantize: bool = False
+    calibrate: str | None = None
 
     def check(self) -> None:
         """Raises InvalidArgumentError for the first argument that cannot be used."""
@@ -73,6 +79,10 @@ class Case:
             raise InvalidArgumentError(
                 f"--batch is {self.batch}, must be at least the {len(self.images)} images given"
             )
+        if self.quantize and self.train:
+            raise InvalidArgumentError("--quantize is for inference, must not be with --train")
+        if self.calibrate is not None and not self.quantize:
+            raise InvalidArgumentError(f"--calibrate is {self.calibrate!r}, which needs --quantize")
         check_device(self.device)
         self._check_backend()
 
@@ -165,7 +175,10 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What `compare` found: the case, its candidates, eager first, and what was fused."""
+    """What `compare` found: the case, its candidates, eager first, and what was fused.
+
+    `quantized` is what is to be said of eight bits, a line each.
+    """
 
     case: Case
     threads: int
@@ -173,6 +186,7 @@ class Result:
     fused: tuple[str, ...]
     interrupted: bool
     telemetry: Mapping[str, Mapping[str, float | None]]
+    quantized: tuple[str, ...] = ()
 
     def images_per_second(self, candidate: Candidate) -> float:
         """Throughput at the candidate's median latency."""

@@ -22,6 +22,7 @@ from . import telemetry
 from .case import (
     ENERGY_SECONDS,
     FACTOR_OF_OTHERS,
+    LARGEST_INT8_ERROR,
     Accuracy,
     Call,
     Candidate,
@@ -31,13 +32,14 @@ from .case import (
     Result,
 )
 from .clock import PeakMemory, interleave, kept_bytes, synchronize, threads
-from .engines import ENGINES, eager
-from .inputs import build_input, build_model, first_line
+from .engines import CALIBRATION_BATCH, ENGINES, INT8, eager
+from .inputs import build_input, build_model, calibration_images, first_line
 
 
 def engines_of(case: Case) -> dict[str, Engine]:
     """The candidates a case asks for."""
     names = ("eager", "torch.compile", "fused") if case.compile else ("eager", "fused")
+    names = (*names, INT8) if case.quantize else names
     return {name: ENGINES[name] for name in names}
 
 
@@ -69,6 +71,8 @@ def compare(
         KeyboardInterrupt: interrupted before a full round was timed. Later, the result says so.
     """
     case.check()
+    if case.calibrate is not None:  # so that a bad folder is an error before anything runs
+        calibration_images(case.model, case.calibrate, case.images, case.seed)
     engines = dict(engines or engines_of(case))
     stages = 2 + len(engines) * (2 if case.memory else 1)
     total, done = stages + case.rounds, 0
@@ -90,6 +94,7 @@ def compare(
         skipped: dict[str, str] = {}
         wrong: set[str] = set()
         what_is_fused: tuple[str, ...] = ()
+        in_eight_bits: tuple[str, ...] = ()
         for name, engine in engines.items():
             stage(f"{name}: build and check")
             own = copy.deepcopy(model)
@@ -106,7 +111,11 @@ def compare(
                 calls.pop(name, None)
                 continue
             factor = FACTOR if name.startswith("fused") else FACTOR_OF_OTHERS
-            if name != "eager" and _is_wrong(accuracy[name], accuracy["eager"], factor):
+            is_wrong = _is_wrong(accuracy[name], accuracy["eager"], factor)
+            if name == INT8:
+                is_wrong = not accuracy[name].error <= LARGEST_INT8_ERROR
+                in_eight_bits = _quantized(model, own, case)
+            if name != "eager" and is_wrong:
                 wrong.add(name)
                 del calls[name]
             if name == "fused":
@@ -155,7 +164,9 @@ def compare(
             )
         )
     states = {"before": before, "after": after}
-    return Result(case, used_threads, tuple(candidates), what_is_fused, interrupted, states)
+    return Result(
+        case, used_threads, tuple(candidates), what_is_fused, interrupted, states, in_eight_bits
+    )
 
 
 _nothing = contextlib.nullcontext
@@ -226,6 +237,32 @@ def _is_wrong(own: Accuracy, eager: Accuracy, factor: float) -> bool:
         if not error <= max(factor * base, floor):
             return True
     return False
+
+
+def _quantized(model: torch.nn.Module, own: torch.nn.Module, case: Case) -> tuple[str, ...]:
+    """How a quantized model runs, and how often it agrees with the one it was made from."""
+    records = [record for record in swap.report(own) if record.kind != "stem"]
+    ratios = [r.sqnr_db for r in records if r.precision == "int8" and r.sqnr_db is not None]
+    lines = [f"{len(ratios)} of {len(records)} blocks"]
+    if ratios:
+        lines[0] += f", signal to quantization noise {min(ratios):.1f} to {max(ratios):.1f} dB"
+    left = Counter(record.reason for record in records if record.precision != "int8")
+    lines += [f"{count} x {reason}" for reason, count in left.most_common()]
+    images = calibration_images(case.model, case.calibrate, case.images, case.seed)
+    device = case.torch_device
+    equal, error = 0, []
+    with torch.inference_mode():
+        for part in images.split(CALIBRATION_BATCH):
+            part = part.to(device, case.torch_dtype, memory_format=torch.channels_last)
+            logits, expected = own(part), model(part)
+            equal += int((logits.argmax(1) == expected.argmax(1)).sum())
+            error.append(relative_error(logits, expected))
+    kind = "calibration images" if case.calibrate else "crops it was calibrated on"
+    mean = sum(error) / len(error)
+    lines.append(
+        f"top-1 as eager's on {equal} of {len(images)} {kind}, error relative to eager {mean:.2g}"
+    )
+    return tuple(lines)
 
 
 def _summary(report: Sequence[swap.Record]) -> tuple[str, ...]:

@@ -200,7 +200,8 @@ def document(
     `after` the timing, see `telemetry.snapshot`; null in older files), `candidates`.
 
     A candidate: `name`, `skipped` (null, or why it did not run; then the rest is null), `wrong`
-    (error above `testing.FACTOR` times eager's if fused, `FACTOR_OF_OTHERS` times otherwise; then
+    (error above `testing.FACTOR` times eager's if fused, `FACTOR_OF_OTHERS` times otherwise, and
+    above `LARGEST_INT8_ERROR` in eight bits; then
     only the errors and `top5_agreement` are not null, since what is wrong is not timed),
     `latency_ms` (`median`, `p10`, `p90`, `samples`), `images_per_second`, `ratio_to_eager` (of
     the median latencies), `peak_memory_bytes` (above model and input, null when not measured),

@@ -21,10 +21,14 @@ from collections.abc import Callable, Collection
 import torch
 
 from .. import backends, swap
+from ..modules import quantized
+from ..quantization import quantize
 from .case import Call, Case, Engine
+from .inputs import calibration_images
 from .step import step
 
 SETTLE = 0.05
+CALIBRATION_BATCH = 8
 
 
 def eager(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
@@ -55,6 +59,16 @@ def fused(
             return call()
 
     return on_backend
+
+
+def int8(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
+    """The model after `quantize`, calibrated as the case says; of one without blocks, `fused`."""
+    if case.train:
+        raise NotImplementedError("runs inference only")
+    if any(quantized.is_quantizable(module) for module in swap.fuse(model).modules()):
+        images = calibration_images(case.model, case.calibrate, case.images, case.seed)
+        quantize(model, (part.to(input) for part in images.split(CALIBRATION_BATCH)))
+    return fused(model, input, case)
 
 
 def openvino(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
@@ -201,8 +215,10 @@ def fused_compiled(model: torch.nn.Module, input: torch.Tensor, case: Case) -> C
     return fused(model, input, case, wrap=torch.compile)
 
 
+INT8 = "fused, int8"
 ENGINES: dict[str, Engine] = {
     "eager": eager,
+    INT8: int8,
     "torch.compile": compiled,
     "fused": fused,
     "fused, low memory": fused_low_memory,

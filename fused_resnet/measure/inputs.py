@@ -15,6 +15,10 @@ import torchvision
 
 from ..testing import randomize_
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+MOST_CALIBRATION = 128
+CALIBRATION_CROPS = 16
+
 # How many times as long as wide an image may be.
 _LONGEST = 100
 
@@ -126,8 +130,8 @@ def sample_photograph() -> Path:
     )
 
 
-def load_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
-    """Reads an RGB image.
+def load_image(path: str | os.PathLike[str], argument: str = "--image") -> PIL.Image.Image:
+    """Reads an RGB image; `argument` is what messages say it was given as.
 
     Raises:
         InvalidArgumentError: there is no such file, Pillow cannot read it as an image, or it has
@@ -135,10 +139,10 @@ def load_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
     """
     path = os.fspath(path)
     if not os.path.exists(path):
-        raise InvalidArgumentError(f"--image is {path!r}, which does not exist")
+        raise InvalidArgumentError(f"{argument} is {path!r}, which does not exist")
     if os.path.isdir(path):
         raise InvalidArgumentError(
-            f"--image is {path!r}, which is a directory, must be an image file"
+            f"{argument} is {path!r}, which is a directory, must be an image file"
         )
     try:
         # Pillow warns of images of over 89 million pixels and refuses those of twice as many.
@@ -158,7 +162,7 @@ def load_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
         reason = "not an image that Pillow can read"
     except Exception as error:  # from inside Pillow's decoders, nearly anything
         reason = f"not readable: {first_line(error)}"
-    raise InvalidArgumentError(f"--image is {path!r}, which is {reason}")
+    raise InvalidArgumentError(f"{argument} is {path!r}, which is {reason}")
 
 
 def build_input(model: str, images: Sequence[str], batch: int, seed: int) -> torch.Tensor:
@@ -186,6 +190,41 @@ def build_input(model: str, images: Sequence[str], batch: int, seed: int) -> tor
         crop = image.resize((size, size), PIL.Image.Resampling.BILINEAR, (x, y, x + side, y + side))
         tensors.append(preset(crop))
     return torch.stack(tensors)
+
+
+def calibration_images(
+    model: str, folder: str | None, images: Sequence[str], seed: int
+) -> torch.Tensor:
+    """Photographs to calibrate a quantized model on, as `build_input` makes them.
+
+    Args:
+        model: one of `known_models()`.
+        folder: where they are, folders inside included; of more than `MOST_CALIBRATION` every so
+            many-th is taken. None for `CALIBRATION_CROPS` crops of `images`.
+        images: see `build_input`.
+        seed: of these crops, which are others than the input's of the same seed.
+
+    Returns:
+        float32, (N, 3, 224, 224).
+
+    Raises:
+        InvalidArgumentError: there is no such folder, or no image in it, or one that cannot be
+            read.
+    """
+    if folder is None:
+        # The first entries are the whole images, in the input too.
+        count = max(1, len(images))
+        return build_input(model, images, count + CALIBRATION_CROPS, seed + 1)[count:]
+    if not os.path.isdir(folder):
+        raise InvalidArgumentError(f"--calibrate is {folder!r}, which is not a folder")
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise InvalidArgumentError(
+            f"--calibrate is {folder!r}, which has no image ({', '.join(IMAGE_SUFFIXES)})"
+        )
+    step = -(-len(paths) // MOST_CALIBRATION)
+    preset = torchvision.models.get_model_weights(model).DEFAULT.transforms()
+    return torch.stack([preset(load_image(path, "--calibrate")) for path in paths[::step]])
 
 
 def first_line(error: BaseException) -> str:

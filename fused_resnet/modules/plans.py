@@ -107,7 +107,7 @@ class Modules:
         """Whether calling them does nothing but compute, in a way that states and types settle."""
         return (
             all(cls in _PLAIN or _is_block(cls) for cls in self._types)
-            and not any(state["training"] for state in self._states)
+            and not any(state["training"] or "quantization" in state for state in self._states)
             and not any("forward" in state or "_conv_forward" in state for state in self._states)
             and self._have_no_hooks()
         )

@@ -50,12 +50,13 @@ def working_parts(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     children = []
     for name in names:
         child = forms.part(module, name)
-        if child is not None and not _passes_through(child):
+        if child is not None and not passes_through(child):
             children.append(child)
     return children
 
 
-def _passes_through(module: nn.Module) -> bool:
+def passes_through(module: nn.Module) -> bool:
+    """Whether a module would now return its input unchanged, and carries no hooks."""
     is_idle = forms.idle.get(type(module))
     return is_idle is not None and is_idle(module) and _call_obstacle(module) is None
 
@@ -85,7 +86,7 @@ def block_layers(block: nn.Module, may_pad: bool = False) -> tuple[Layers, bool]
         if downsample_obstacle(downsample) is not None:
             return None
         before, projection = split_downsample(downsample)
-        if any(not _passes_through(module) for module in before):
+        if any(not passes_through(module) for module in before):
             return None
         pairs.append(projection)
     return pairs, has_projection
@@ -156,6 +157,23 @@ def plain_stages(stages: list[nn.Module]) -> list[Block] | None:
                 return None
             blocks.append(described)
     return blocks
+
+
+def blocks_of_stage(stage: nn.Module) -> list[nn.Module] | None:
+    """The fused blocks that calling a stage calls one after the other, if it does nothing else."""
+    if type(stage) is not Sequential or _call_obstacle(stage) is not None:
+        return None
+    blocks = list(stage._modules.values())
+    for block in blocks:
+        form = forms.of_fused(type(block))
+        if form is None or not form.is_block:
+            return None
+    return blocks
+
+
+def calls_forward_alone(block: nn.Module) -> bool:
+    """Whether calling a block runs the forward pass of its class and no hooks."""
+    return _call_obstacle(block) is None
 
 
 def plain_block(

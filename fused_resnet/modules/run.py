@@ -33,10 +33,12 @@ from ..ops.training.graphs import (
 )
 from ..ops.training.nodes import residual_block_training, stem_training
 from ..originals import FrozenBatchNorm2d
-from . import graphs, plans
+from . import graphs, plans, quantized
 from .read import (
     bare_layer,
     block_layers,
+    blocks_of_stage,
+    calls_forward_alone,
     conv_norm,
     downsample_obstacle,
     head_obstacle,
@@ -67,6 +69,8 @@ def run_unfused(module: nn.Module, x: Any, method: str = "forward") -> Tensor:
 
 def block_forward(block: nn.Module, x: Tensor) -> Tensor:
     """A residual block of any form."""
+    if block.quantization is not None and (out := quantized.block_output(block, x)) is not None:
+        return out
     form = forms.of(block)
     if not torch.compiler.is_compiling() and obstacle_of_call(x) is None:
         records = torch.is_grad_enabled()
@@ -95,11 +99,11 @@ def block_forward(block: nn.Module, x: Tensor) -> Tensor:
         channels = forms.part(block, last.conv).out_channels
         if pads_channels(downsample) and downsample.padded_channels(x) == channels:
             return run_unit(block, last, out, downsample.subsampled(x), narrow=True)
-        return run_unit(block, last, out, _shortcut(downsample, x))
+        return run_unit(block, last, out, shortcut_of(downsample, x))
     out = conv_norm_act(*conv_norm(block, last), out, None, None)
     for between in working_parts(block, last.between):
         out = between(out)
-    out += _shortcut(downsample, x)
+    out += shortcut_of(downsample, x)
     out = forms.part(block, last.act)(out)
     for after in working_parts(block, last.after):
         out = after(out)
@@ -349,6 +353,8 @@ def stages_forward(stages: list[nn.Module], x: Tensor, plain: list[Block] | None
     A stage called by itself, `model.layer1(x)`, is torchvision's `nn.Sequential`, so its blocks run
     one by one.
     """
+    if quantized.any_has_ranges(stages):
+        return _stages_in_parts(stages, x)
     if plain is not None:
         return _joined_stages(stages, plain, x)
     together: list[nn.Module] = []
@@ -374,7 +380,40 @@ def _joined_stages(stages: list[nn.Module], blocks: list[Block], x: Tensor) -> T
     return x
 
 
-def _shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
+def _stages_in_parts(stages: list[nn.Module], x: Tensor) -> Tensor:
+    """`stages_forward` where blocks have ranges: those in eight bits that follow each other in one.
+
+    The input of such a part is quantized once and its output read once. In float32 and float16 the
+    blocks give the same bits when they are called one by one: see docs/quantization.md.
+    """
+    together: list[nn.Module] = []
+    parts: list[quantized.Part] = []
+    for stage in stages:
+        blocks = blocks_of_stage(stage)
+        for block in [stage] if blocks is None else blocks:
+            part = None
+            if blocks is not None and calls_forward_alone(block):
+                part = quantized.part_of(block, x)
+            if part is None:
+                x = block(_joined_parts(together, parts, x))
+                together, parts = [], []
+            else:
+                together.append(block)
+                parts.append(part)
+    return _joined_parts(together, parts, x)
+
+
+def _joined_parts(blocks: list[nn.Module], parts: list[quantized.Part], x: Tensor) -> Tensor:
+    """Blocks that consist of `parts`, in eight bits if they fit."""
+    if parts and (out := quantized.run_parts(parts, x)) is not None:
+        return out
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def shortcut_of(downsample: nn.Module | None, x: Tensor) -> Tensor:
+    """What a block adds to its last convolution's output."""
     if downsample is None:
         return x
     if downsample_obstacle(downsample) is not None:

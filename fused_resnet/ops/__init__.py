@@ -13,6 +13,7 @@ from . import (
     norm_conv_bn_act,
     quantized,
     residual_blocks,
+    residual_blocks_int8,
     scale_shift_act,
     sync_batch_norm_act,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "norm_conv_bn_act",
     "quantized",
     "residual_blocks",
+    "residual_blocks_int8",
     "scale_shift_act",
     "sync_batch_norm_act",
 ]

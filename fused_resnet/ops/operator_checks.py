@@ -7,6 +7,7 @@ exception, or None.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -136,6 +137,64 @@ def quantized_residual_blocks(
     blocks = quantized.blocks_of(tensors, numbers, layer_counts, projections, shortcut_scales)
     stored, output = quantized.Quantization(step, zero_point), quantized.Quantization(output_step)
     return quantized.blocks_error(name, input, blocks, stored, output)
+
+
+def residual_blocks_int8(
+    input: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    layer_counts: Sequence[int],
+    projections: Sequence[bool],
+    steps: Sequence[float],
+    zero_points: Sequence[int],
+) -> Error:
+    """See `ops.residual_blocks_int8`."""
+    name = "residual_blocks_int8"
+    if input.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return TypeError(
+            f"{name}: input has dtype {input.dtype}, must be one of float32, float16, bfloat16"
+        )
+    # It is quantized as it is, whatever the parameters' dtype: under autocast they differ.
+    dtype = tensors[0].dtype if tensors and tensors[0] is not None else input.dtype
+    alike = input.detach().new_empty((), dtype=dtype).expand(input.shape)
+    error = residual_blocks(alike, tensors, numbers, eps, layer_counts, projections)
+    if isinstance(error, (ValueError, TypeError)):
+        return type(error)(str(error).replace("residual_blocks", name, 1))
+    needed = sum(layer_counts) - sum(projections) + len(layer_counts)
+    if not len(steps) == len(zero_points) == needed:
+        return ValueError(
+            f"{name}: {len(steps)} steps and {len(zero_points)} zero points; there must be "
+            f"{needed} of each, for every block one more than convolutions on its main path"
+        )
+    for step, zero_point in zip(steps, zero_points, strict=True):
+        if not (math.isfinite(step) and step > 0):
+            return ValueError(f"{name}: a step is {step}, must be finite and above zero")
+        if not 0 <= zero_point <= quantized.LARGEST:
+            return ValueError(
+                f"{name}: a zero point is {zero_point}, must be 0 to {quantized.LARGEST}"
+            )
+    first = 0
+    for i, (count, projection) in enumerate(zip(layer_counts, projections, strict=True)):
+        last = first + count - projection
+        if any(zero_points[first + 1 : last + 1]):
+            return ValueError(f"{name}: block {i} has a zero point behind a ReLU, must be 0")
+        if i + 1 < len(layer_counts) and (
+            (steps[last], zero_points[last]) != (steps[last + 1], zero_points[last + 1])
+        ):
+            return ValueError(
+                f"{name}: block {i} writes in steps of {steps[last]}, block {i + 1} reads in "
+                f"steps of {steps[last + 1]}"
+            )
+        first = last + 1
+    for weight in tensors[::_BLOCK_TENSORS]:
+        values = 0 if weight is None else math.prod(weight.shape[1:])
+        if values > quantized.LARGEST_REDUCTION:
+            return ValueError(
+                f"{name}: weight has {values} values a filter, must have at most "
+                f"{quantized.LARGEST_REDUCTION} for sums of 32 bits"
+            )
+    return None
 
 
 def block_training(

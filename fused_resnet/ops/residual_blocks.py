@@ -117,7 +117,7 @@ register_kernel("residual_blocks", _kernel, operator_checks.residual_blocks)
 
 
 @register_fake("residual_blocks", operator_checks.residual_blocks)
-def _fake(
+def blocks_output(
     input: Tensor,
     tensors: Sequence[Tensor | None],
     numbers: Sequence[int],
@@ -125,6 +125,7 @@ def _fake(
     layer_counts: Sequence[int],
     projections: Sequence[bool],
 ) -> Tensor:
+    """A tensor like the blocks' output, for fake tensors."""
     for block in described_blocks(tensors, numbers, eps, layer_counts, projections):
         for weight, _, *rest in block.main:
             input = torch.conv2d(input, weight, *rest)

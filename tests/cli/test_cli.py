@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,6 +99,41 @@ def test_compile_adds_a_candidate(run: Run, tmp_path: Path) -> None:
         assert not candidates[1]["wrong"]
 
 
+def test_quantize_adds_a_candidate(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "class"
+    folder.mkdir(parents=True)
+    for name in ("a.png", "b.PNG"):
+        picture(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    written = tmp_path / "results.json"
+    code, out, err = run(
+        *quick("--quantize", "--calibrate", tmp_path / "images", "--json", written)
+    )
+    assert code == 0, err
+    document = json.loads(written.read_text())
+    check_document(document)
+    eager, fused, int8 = document["cases"][0]["candidates"]
+    assert (eager["name"], fused["name"], int8["name"]) == ("eager", "fused", "fused, int8")
+    assert 1e-3 < int8["error"] < 0.1
+    assert int8["latency_ms"]["median"] > 0
+    out = " ".join(out.split())
+    assert "int8: 8 of 8 blocks, signal to quantization noise" in out
+    assert re.search(r"int8: top-1 as eager's on [12] of 2 calibration images, error", out)
+
+
+def test_eight_bits_that_are_wrong_are_not_timed(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compare, "LARGEST_INT8_ERROR", 1e-4)
+    written = tmp_path / "results.json"
+    code, out, err = run(*quick("--quantize", "--json", written))
+    assert code == 0, err
+    assert "fused, int8: wrong, not timed" in " ".join(out.split())
+    *_, int8 = json.loads(written.read_text())["cases"][0]["candidates"]
+    assert int8["wrong"]
+    assert int8["latency_ms"] is None
+
+
 def test_backend_is_used(run: Run) -> None:
     code, out, _ = run(*quick("--backend", "reference"))
     assert code == 0
@@ -168,6 +204,10 @@ def bad_arguments(tmp_path: Path) -> list[tuple[tuple[object, ...], tuple[str, .
     small = tmp_path / "small.pt"
     torch.save(torchvision.models.resnet18().state_dict(), small)
     own = picture(tmp_path / "own.png")
+    empty_folder, bad_folder = tmp_path / "nothing", tmp_path / "bad"
+    for folder in (empty_folder, bad_folder):
+        folder.mkdir()
+    (bad_folder / "bad.jpg").write_text("no image")
     return [
         (("resnet19",), ("MODEL", "'resnet19'", "resnet18")),
         (("vgg16",), ("MODEL", "'vgg16'", "resnet18")),
@@ -197,6 +237,20 @@ def bad_arguments(tmp_path: Path) -> list[tuple[tuple[object, ...], tuple[str, .
         (("resnet18", "--json", tmp_path), ("--json", str(tmp_path), "file")),
         (("resnet18", "--json", tmp_path / "no" / "a.json"), ("--json", "no folder")),
         (("resnet18", "--plot", tmp_path / "a.gif"), ("--plot", "a.gif", ".png")),
+        (("resnet18", "--quantize", "--train"), ("--quantize", "--train", "inference")),
+        (("resnet18", "--calibrate", tmp_path), ("--calibrate", str(tmp_path), "--quantize")),
+        (
+            ("resnet18", "--quantize", "--calibrate", tmp_path / "no"),
+            ("--calibrate", "no", "not a folder"),
+        ),
+        (
+            ("resnet18", "--quantize", "--calibrate", empty_folder),
+            ("--calibrate", "nothing", "no image", ".jpg"),
+        ),
+        (
+            ("resnet18", "--quantize", "--calibrate", bad_folder),
+            ("--calibrate", "bad.jpg", "not an image"),
+        ),
         (("resnet18", "--bogus"), ("--bogus",)),
         ((), ("MODEL",)),
     ]

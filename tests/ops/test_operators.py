@@ -174,6 +174,27 @@ def block_samples(device, dtype):
         yield (x.requires_grad_(grad), tensors, numbers, [1e-5] * 5, [3, 2], [True, False])
 
 
+def int8_samples(device, dtype):
+    """These blocks in eight bits; the first one's input has a zero point."""
+    for arguments in block_samples(device, dtype):
+        steps = [0.03, 0.05, 0.06, 0.06, 0.07, 0.08]
+        yield (*arguments, steps, [120, 0, 0, 0, 0, 0])
+
+
+def quantized_samples(device, dtype):
+    """A block with a projection, then one without."""
+    shapes = [(12, 8, 3, 3), (12, 12, 3, 3), (12, 8, 1, 1), (16, 6, 3, 3), (12, 16, 1, 1)]
+    tensors, numbers = [], []
+    for shape, stride, groups in zip(shapes, [2, 1, 2, 1, 1], [1, 1, 1, 2, 1], strict=True):
+        weight = torch.randint(-127, 128, shape, device=device, dtype=torch.int8)
+        scale, shift = torch.rand(2, shape[0], device=device) * 1e-3
+        tensors += [weight, scale, shift]
+        padding = shape[2] // 2
+        numbers += [stride, stride, padding, padding, 1, 1, groups]
+    x = torch.randn(3, 8, 9, 7, device=device).to(dtype)
+    yield (x, tensors, numbers, [3, 2], [True, False], [1.0, 0.7], 0.03, 120, 0.05)
+
+
 def training_samples(name, device, dtype):
     """The same two blocks one by one, and the first convolution as a stem; or their backward."""
     for i, (x, tensors, numbers, eps, *_) in enumerate(block_samples(device, dtype)):
@@ -221,6 +242,10 @@ def samples(name, device, dtype):
         return training_samples(name, device, dtype)
     if name == "residual_blocks":
         return block_samples(device, dtype)
+    if name == "residual_blocks_int8":
+        return int8_samples(device, dtype)
+    if name == "quantized_residual_blocks":
+        return quantized_samples(device, dtype)
     if name == "scale_shift_act":
         return scale_shift_samples(device, dtype)
     raise KeyError(name)

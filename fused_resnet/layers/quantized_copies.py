@@ -1,0 +1,166 @@
+"""Eight-bit copies of blocks' weights, kept as long as the weights are what was copied.
+
+A copy is made when it is first needed, and anew when a tensor it was made from has another storage
+or version, or a setting differs. Of writes that torch does not see, on the CPU, each call compares
+the norms' vectors and a sample of each weight, or all values of it: see `watch.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import watch
+from .description import Block
+from .prepared import WeightCache, version_of
+from .quantized import Quantization, QuantizedBlock, quantized_block
+
+SAMPLE = 70
+"""Values of a weight that each call compares."""
+
+_serials = itertools.count()
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A block in eight bits, and what tells that it is still the one.
+
+    Attributes:
+        block: the copy.
+        is_finite: whether all its steps, scales and shifts are finite numbers.
+        sources: storage and version of each tensor it was made from, None for None.
+        sample: some of their values, as bits; None where they are not compared.
+        whole: whether these are all values of the weights.
+        serial: of this copy alone.
+    """
+
+    block: QuantizedBlock
+    is_finite: bool
+    sources: tuple[tuple[weakref.ref[torch.UntypedStorage], int | None] | None, ...]
+    sample: Tensor | None
+    whole: bool
+    serial: int = field(default_factory=lambda: next(_serials))
+
+
+_cache = WeightCache()
+
+
+def copies_of(
+    blocks: Sequence[Block], ranges: Sequence[Sequence[Quantization]]
+) -> list[Copy]:
+    """The blocks in eight bits.
+
+    Args:
+        blocks: with weights that are not None; none pads its shortcut.
+        ranges: of each, see `quantized.quantized_block`.
+    """
+    copies = []
+    for block, own in zip(blocks, ranges, strict=True):
+        copy = _find(block, own)
+        copies.append(_made(block, own) if copy is None else copy)
+    if not _same_values(blocks, copies):
+        for i, block in enumerate(blocks):
+            if not _same_values([block], [copies[i]]):
+                copies[i] = _made(block, ranges[i])
+    return copies
+
+
+def release(tensors: Iterable[Tensor]) -> None:
+    """Drops the copies of blocks whose first weight is among these."""
+    _cache.release(tensors)
+
+
+def _layout(block: Block, ranges: Sequence[Quantization]) -> tuple[Any, ...]:
+    settings = tuple((layer.norm.eps, *layer[3:]) for layer in block.layers)
+    return tuple(ranges), block.has_projection, settings
+
+
+def _find(block: Block, ranges: Sequence[Quantization]) -> Copy | None:
+    entry = _cache.find(block.layers[0].weight, _layout(block, ranges))
+    if entry is None:
+        return None
+    copy: Copy = entry.copy
+    for tensor, source in zip(_tensors([block]), copy.sources, strict=True):
+        if tensor is None or source is None:
+            if (tensor is None) != (source is None):
+                return None
+        elif source[0]() is not tensor.untyped_storage() or source[1] != version_of(tensor):
+            return None
+    return copy
+
+
+def _made(block: Block, ranges: Sequence[Quantization]) -> Copy:
+    tensors = list(_tensors([block]))
+    weights = [layer.weight for layer in block.layers]
+    # Before the values, which another thread may change.
+    versions = [None if tensor is None else version_of(tensor) for tensor in tensors]
+    whole = any(watch.is_watched(w) or w.untyped_storage().is_shared() for w in weights)
+    # Copies made in inference mode would have no version, by which backends know them again.
+    with torch.inference_mode(False), torch.no_grad():
+        sample = _sample([block], [whole])
+        made = quantized_block(block.layers, block.has_projection, ranges)
+        is_finite = weights[0].is_meta or _is_finite(made)
+    sources = tuple(
+        None if tensor is None else (weakref.ref(tensor.untyped_storage()), version)
+        for tensor, version in zip(tensors, versions, strict=True)
+    )
+    copy = Copy(made, is_finite, sources, sample, whole)
+    if all(t is None or v is not None for t, v in zip(tensors, versions, strict=True)):
+        _cache.put(weights[0], versions[0], copy, _layout(block, ranges))
+    return copy
+
+
+def _is_finite(block: QuantizedBlock) -> bool:
+    vectors = [vector for conv in block.convs for vector in (conv.scale, conv.shift)]
+    return bool(torch.cat(vectors).isfinite().all())
+
+
+def _tensors(blocks: Sequence[Block]) -> Iterator[Tensor | None]:
+    """Every layer's weight, mean, var, scale and shift of the norm, and bias."""
+    for block in blocks:
+        for layer in block.layers:
+            yield layer.weight
+            yield from layer.norm[:4]
+            yield layer.bias
+
+
+def _same_values(blocks: Sequence[Block], copies: Sequence[Copy]) -> bool:
+    samples = [copy.sample for copy in copies if copy.sample is not None]
+    if len(samples) < len(copies):
+        return not samples or all(
+            copy.sample is None or _same_values([block], [copy])
+            for block, copy in zip(blocks, copies, strict=True)
+        )
+    # What no longer lies within its memory as it did is not what was copied.
+    with contextlib.suppress(RuntimeError), torch.no_grad():
+        now = _sample(blocks, [copy.whole for copy in copies])
+        return now is not None and torch.equal(now, torch.cat(samples))
+    return False
+
+
+def _sample(blocks: Sequence[Block], whole: Sequence[bool]) -> Tensor | None:
+    """Values of the blocks' tensors, in one call; None on devices it would have to wait for."""
+    values = []
+    for block, all_values in zip(blocks, whole, strict=True):
+        for layer in block.layers:
+            weight = layer.weight
+            if weight.device.type != "cpu":
+                return None
+            values.append(weight.reshape(-1) if all_values else _some(weight))
+            values += [v for v in (*layer.norm[:4], layer.bias) if v is not None]
+    # Bits, since NaN is not equal to itself.
+    return torch.cat(values).float().view(torch.int32)
+
+
+def _some(weight: Tensor) -> Tensor:
+    step = max(1, weight.numel() // SAMPLE)
+    count = -(-weight.numel() // step)
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    return weight.as_strided((count,), (step,)) if dense else weight.reshape(-1)[::step]

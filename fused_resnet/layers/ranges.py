@@ -1,0 +1,55 @@
+"""What calibration leaves with a block: how its activations are stored in eight bits."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .quantized import LARGEST, Quantization
+
+SMALLEST_STEP = 2.0**-120
+"""The smallest step: its inverse, and a weight's step times it, are ordinary float32 numbers."""
+
+
+class BlockRanges(NamedTuple):
+    """A residual block's ranges, as plain data.
+
+    Attributes:
+        path: the block's in the model that was calibrated, for messages.
+        shapes: of the weights of its convolutions, then that of a projection.
+        ranges: of its input, of what each convolution but the last writes, of its output; empty
+            where it was not calibrated.
+        sqnr_db: signal-to-quantization-noise ratio of its output in decibels, as calibration saw
+            it; None where it was not measured or there was no noise.
+        reason: why the block stays in floating point; "" where it runs in eight bits.
+    """
+
+    path: str
+    shapes: tuple[tuple[int, ...], ...]
+    ranges: tuple[Quantization, ...]
+    sqnr_db: float | None
+    reason: str
+
+
+def quantization_of(low: float, high: float) -> Quantization | None:
+    """The bytes for numbers between two finite ones, zero among them.
+
+    With `low` and `high` moved to zero where it lies outside, the step is `(high - low) / 255`,
+    rounded to float32, and the zero point `round(-low / step)`, to nearest even: 0 of what is never
+    negative.
+
+    Returns:
+        How they are stored; None where all is zero, or nearly.
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    step = float32((high - low) / LARGEST)
+    if not SMALLEST_STEP <= step < math.inf:
+        return None
+    return Quantization(step, min(max(round(-low / step), 0), LARGEST))
+
+
+def float32(value: float) -> float:
+    """The nearest float32 number."""
+    return torch.tensor(value, dtype=torch.float64).float().item()

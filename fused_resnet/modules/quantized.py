@@ -1,0 +1,154 @@
+"""Which blocks run in eight bits now, and what keeps the others in floating point.
+
+A block carries what calibration left with it in `block.quantization`: a `BlockRanges`, or, while
+calibration is under way, a function that runs the block and looks on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .. import forms
+from ..forms import Form
+from ..layers.description import Block
+from ..layers.quantized import LARGEST_REDUCTION
+from ..layers.ranges import BlockRanges
+from ..ops.residual_blocks_int8 import DTYPES, residual_blocks_int8
+from ..originals import Sequential
+from . import read
+
+Watcher: TypeAlias = Callable[[nn.Module, Tensor], "Tensor | None"]
+"""Runs a block that is being calibrated; None where it has to run as it did."""
+
+Part: TypeAlias = tuple[BlockRanges, Block]
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Whether a module is a fused residual block, which may have ranges."""
+    form = forms.of_fused(type(module))
+    return form is not None and form.is_block
+
+
+def any_has_ranges(stages: Sequence[nn.Module]) -> bool:
+    """Whether a block of these stages runs in eight bits, or is being calibrated."""
+    return any(
+        is_quantizable(block) and block.quantization is not None
+        for stage in stages
+        if type(stage) is Sequential
+        for block in stage._modules.values()
+        if block is not None
+    )
+
+
+def block_output(block: nn.Module, x: Tensor) -> Tensor | None:
+    """What a block with ranges computes in eight bits, or None where it runs as without them."""
+    kept: Any = block.quantization
+    if not isinstance(kept, BlockRanges):
+        return kept(block, x)
+    part = part_of(block, x)
+    return None if part is None else run_parts([part], x)
+
+
+def part_of(block: nn.Module, x: Tensor) -> Part | None:
+    """A block's ranges and layers if it runs in eight bits on an input like x, else None."""
+    kept = block.quantization
+    if not isinstance(kept, BlockRanges) or kept.reason or block.training:
+        return None
+    described = _described(block, x)
+    return None if described is None else (kept, described)
+
+
+def _described(block: nn.Module, x: Tensor) -> Block | None:
+    if not torch.compiler.is_compiling() and read.obstacle_of_call(x) is None:
+        described = read.plain_block(block, _form_of(block), False)
+        if described is not None:
+            return described
+    if read.obstacle(block) is not None or read.input_obstacle(x) is not None:
+        return None
+    return read.inference_block(block, x)
+
+
+def run_parts(parts: Sequence[Part], x: Tensor) -> Tensor | None:
+    """Blocks one on the output of the other in eight bits, in one call if their ranges meet.
+
+    None where they have to be run in floating point, whatever part of them it is.
+
+    Raises:
+        ValueError: a block's convolutions, or its input's channels, are not those it was calibrated
+            with.
+    """
+    for kept, described in parts:
+        layers = described.layers
+        for i, (layer, shape) in enumerate(zip(layers, kept.shapes, strict=False)):
+            if layer.weight.shape != shape:
+                raise ValueError(
+                    f"quantized block {kept.path!r}: convolution {i} has a weight of shape "
+                    f"{tuple(layer.weight.shape)}, was calibrated with {shape}"
+                )
+        if len(layers) != len(kept.shapes):
+            raise ValueError(
+                f"quantized block {kept.path!r}: has {len(layers)} convolutions, was calibrated "
+                f"with {len(kept.shapes)}"
+            )
+    kept, described = parts[0]
+    first_layer = described.layers[0]
+    channels = first_layer.weight.shape[1] * first_layer.groups
+    if x.dim() == 4 and x.shape[1] != channels:
+        raise ValueError(
+            f"quantized block {kept.path!r}: input has {x.shape[1]} channels, was calibrated with "
+            f"{channels}"
+        )
+    first = 0
+    for i in range(1, len(parts) + 1):
+        if i < len(parts) and parts[i - 1][0].ranges[-1] == parts[i][0].ranges[0]:
+            continue
+        blocks = [block for _, block in parts[first:i]]
+        out = residual_blocks_int8(x, blocks, [kept.ranges for kept, _ in parts[first:i]])
+        if out is None:
+            return None
+        x, first = out, i
+    return x
+
+
+def _form_of(block: nn.Module) -> Form:
+    form = forms.of(block)
+    assert form is not None
+    return form
+
+
+def float_reason(block: nn.Module) -> str | None:
+    """Why a fused block cannot run in eight bits as it is now, whatever its ranges, or None."""
+    if (reason := read.obstacle(block)) is not None:
+        return reason
+    form = _form_of(block)
+    name = form.shortcut or ""
+    shortcut = getattr(block, name)
+    if read.pads_channels(shortcut):
+        return f"{name} pads channels"
+    for unit in form.units_of(block):
+        for part in (*unit.between, *unit.after):
+            if read.working_parts(block, (part,)):
+                return f"{part} is {read.described(forms.part(block, part))}"
+        if read.uses_batch_statistics(forms.part(block, unit.norm)):
+            return f"{unit.norm} uses the batch's statistics"
+    if shortcut is not None:
+        if (reason := read.downsample_obstacle(shortcut, name)) is not None:
+            return reason
+        before, (_, norm) = read.split_downsample(shortcut)
+        if read.uses_batch_statistics(norm):
+            return f"{name}'s norm uses the batch's statistics"
+        working = [child for child in before if not read.passes_through(child)]
+        if working:
+            return f"{name} begins with {read.described(working[0])}"
+    found = read.block_layers(block)
+    for conv, _ in [] if found is None else found[0]:
+        values = conv.weight.shape[1:].numel()
+        if values > LARGEST_REDUCTION:
+            return f"a filter has {values} values, at most {LARGEST_REDUCTION} fit 32-bit sums"
+        if conv.weight.dtype not in DTYPES:
+            return f"a weight has dtype {conv.weight.dtype}"
+    return None if found is not None else "it has more to it than convolutions and norms"

@@ -1,0 +1,184 @@
+"""`residual_blocks_int8`: residual blocks in eight bits, from their float32 or 16-bit parameters.
+
+Inference only: its output has no gradient. It computes `reference.quantized_residual_blocks` of
+what `layers/quantized.py` makes of the parameters, in copies that are kept and made anew when a
+parameter changes; see `layers/quantized_copies.py`. Compilers see one operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layers import checks
+from ..layers.description import Block, described_blocks
+from ..layers.quantized import LARGEST_REDUCTION, Quantization
+from ..layers.quantized_copies import Copy, copies_of
+from . import operator_checks
+from .quantized import quantized_residual_blocks
+from .registration import (
+    autocast_tensor,
+    has_foreign,
+    library,
+    nothing_intercepts,
+    register_autocast,
+    register_fake,
+    register_kernel,
+)
+from .residual_blocks import blocks_output
+
+library.define(
+    "residual_blocks_int8(Tensor input, Tensor?[] tensors, int[] numbers, float[] eps, "
+    "int[] layer_counts, bool[] projections, float[] steps, int[] zero_points) -> Tensor"
+)
+_operator = torch.ops.fused_resnet.residual_blocks_int8.default
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Copies that fit each other and inputs of a shape and dtype, by their serials.
+_fitting: set[tuple[Any, ...]] = set()
+_MOST_FITTING = 4096
+
+
+def residual_blocks_int8(
+    input: Tensor, blocks: Sequence[Block], ranges: Sequence[Sequence[Quantization]]
+) -> Tensor | None:
+    """Each block on the output of the last, in eight bits between.
+
+    Args:
+        input: (N, C, H, W), of the first block.
+        blocks: see `Block`; none pads its shortcut.
+        ranges: of each block: its input, what each convolution but the last writes, its output.
+            What one block writes the next one reads.
+
+    Returns:
+        (N, K, P, Q) in the dtype of `input` (under autocast, in autocast's), or None where the
+        blocks have to be run in floating point: dtypes or shapes do not fit, a tensor is of
+        another library, or a parameter is not finite.
+    """
+    tensors: list[Tensor | None] = []
+    numbers: list[int] = []
+    eps: list[float] = []
+    for block in blocks:
+        for weight, norm, bias, stride, padding, dilation, groups in block.layers:
+            if weight.shape[1:].numel() > LARGEST_REDUCTION:
+                return None
+            mean, var, bn_weight, bn_bias, bn_eps = norm
+            tensors += (weight, mean, var, bn_weight, bn_bias, bias)
+            numbers += (*stride, *padding, *dilation, groups)
+            eps.append(bn_eps)
+    if not nothing_intercepts(input, *tensors):
+        if has_foreign(input, *tensors):
+            return None
+        read = _as_read(input)
+        if read.dtype not in DTYPES or not checks.blocks_fit(read, blocks):
+            return None
+        counts = [len(block.layers) for block in blocks]
+        projections = [block.has_projection for block in blocks]
+        stored = [one for own in ranges for one in own]
+        steps, zero_points = [one.step for one in stored], [one.zero_point for one in stored]
+        return _operator(input, tensors, numbers, eps, counts, projections, steps, zero_points)
+    if input.dtype not in DTYPES:
+        return None
+    copies = copies_of(blocks, ranges)
+    if not all(copy.is_finite for copy in copies) or not _fit(input, blocks, copies):
+        return None
+    return _run(input.detach(), copies, ranges)
+
+
+def _as_read(input: Tensor) -> Tensor:
+    """The input as the operator gets it, under autocast or not."""
+    device = input.device.type
+    if not torch.is_autocast_enabled(device):
+        return input
+    read = autocast_tensor(input, torch.get_autocast_dtype(device), device)
+    assert read is not None
+    return read
+
+
+def _fit(input: Tensor, blocks: Sequence[Block], copies: Sequence[Copy]) -> bool:
+    key = (input.shape, input.dtype, input.device, *(copy.serial for copy in copies))
+    if key in _fitting:
+        return True
+    if not checks.blocks_fit(input, blocks):
+        return False
+    if len(_fitting) >= _MOST_FITTING:
+        _fitting.clear()
+    _fitting.add(key)
+    return True
+
+
+def _run(input: Tensor, copies: Sequence[Copy], ranges: Sequence[Sequence[Quantization]]) -> Tensor:
+    made = [copy.block for copy in copies]
+    return quantized_residual_blocks(input, made, ranges[0][0], ranges[-1][-1])
+
+
+def _ranges(
+    layer_counts: Sequence[int],
+    projections: Sequence[bool],
+    steps: Sequence[float],
+    zero_points: Sequence[int],
+) -> list[list[Quantization]]:
+    stored = [Quantization(*one) for one in zip(steps, zero_points, strict=True)]
+    ranges, first = [], 0
+    for count, projection in zip(layer_counts, projections, strict=True):
+        after = first + count - projection + 1
+        ranges.append(stored[first:after])
+        first = after
+    return ranges
+
+
+def _kernel(
+    input: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    layer_counts: Sequence[int],
+    projections: Sequence[bool],
+    steps: Sequence[float],
+    zero_points: Sequence[int],
+) -> Tensor:
+    blocks = list(described_blocks(tensors, numbers, eps, layer_counts, projections))
+    ranges = _ranges(layer_counts, projections, steps, zero_points)
+    copies = copies_of(blocks, ranges)
+    for i, copy in enumerate(copies):
+        if not copy.is_finite:
+            raise ValueError(f"residual_blocks_int8: a parameter of block {i} is not finite")
+    return _run(input.detach(), copies, ranges)
+
+
+register_kernel("residual_blocks_int8", _kernel, operator_checks.residual_blocks_int8)
+
+
+@register_fake("residual_blocks_int8", operator_checks.residual_blocks_int8)
+def _fake(
+    input: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    layer_counts: Sequence[int],
+    projections: Sequence[bool],
+    steps: Sequence[float],
+    zero_points: Sequence[int],
+) -> Tensor:
+    with torch.no_grad():
+        return blocks_output(input, tensors, numbers, eps, layer_counts, projections)
+
+
+def _autograd(*arguments: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return _operator(*arguments)
+
+
+library.impl("residual_blocks_int8", _autograd, "Autograd")
+
+
+def _cast(dtype: torch.dtype, device_type: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    input, *rest = arguments
+    return autocast_tensor(input, dtype, device_type), *rest
+
+
+register_autocast("residual_blocks_int8", _cast)

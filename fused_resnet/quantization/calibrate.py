@@ -1,0 +1,248 @@
+"""Runs a model over calibration batches and looks on inside its residual blocks.
+
+Each fused block is run convolution by convolution, as it runs in floating point, while its
+observers see the block's input, what each convolution and its ReLU leave, and the block's output.
+A block whose input is the very tensor that another one has returned reads in that one's steps, so
+that blocks can run in one call, and give the same bits there as one by one (in bfloat16, whose
+numbers do not hold 256 steps, nearly the same).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .. import forms
+from ..layers.description import Block
+from ..layers.quantized import Quantization
+from ..layers.quantized_copies import copies_of
+from ..layers.ranges import BlockRanges
+from ..modules import quantized, read, run
+from ..ops.residual_blocks_int8 import residual_blocks_int8
+from .observers import MinMaxObserver
+
+NOISE_IMAGES = 64
+"""Of the first batches, how many images the noise is measured on."""
+
+
+class _Sites:
+    """A block's observers, and the blocks around it."""
+
+    def __init__(self, path: str, block: nn.Module, make: Callable[[], MinMaxObserver]) -> None:
+        self.path = path
+        self.block = block
+        self.reason = quantized.float_reason(block)
+        units = len(forms.of(block).units_of(block))  # type: ignore[union-attr]
+        self.observers = [make() for _ in range(units + 1)]
+        self.source: _Sites | None = None
+        self.has_run = False
+
+    def observe(self, source: _Sites | None, index: int, values: Tensor) -> None:
+        """Sees the input (index 0), an inner activation or the output (the last)."""
+        if index > 0:
+            self.observers[index].update(values)
+            return
+        if not self.has_run:
+            self.has_run, self.source = True, source
+        elif source is not self.source and self.source is not None:
+            # It has read what another block wrote, and so far that is all it has read.
+            self.observers[0].merge(self.source.observers[-1])
+            self.source = None
+        if self.source is None:
+            self.observers[0].update(values)
+
+
+class Calibration:
+    """What is seen of the blocks of a model.
+
+    Args:
+        model: with fused blocks, in inference mode.
+        make: a new observer.
+
+    Attributes:
+        sites: of each fused residual block, in the order of `named_modules`.
+    """
+
+    def __init__(self, model: nn.Module, make: Callable[[], MinMaxObserver]) -> None:
+        self._model = model
+        self.sites = [
+            _Sites(path, module, make)
+            for path, module in model.named_modules()
+            if quantized.is_quantizable(module)
+        ]
+        self._of = {id(sites.block): sites for sites in self.sites}
+        self._written: list[tuple[weakref.ref[Tensor], int, _Sites]] = []
+
+    def observe(self, batch: Tensor) -> None:
+        """Runs the model in floating point and shows the activations to the observers."""
+        self._written = []
+        with _watched([sites.block for sites in self.sites], self._observed):
+            self._model(batch)
+
+    def _observed(self, block: nn.Module, x: Tensor) -> Tensor | None:
+        sites = self._of[id(block)]
+        if read.obstacle(block) is not None or read.input_obstacle(x) is not None:
+            return None
+        if read.block_layers(block) is None:
+            return None
+        sites.observe(self._writer(x), 0, x)
+        out = _in_float(block, x, lambda i, values: sites.observe(None, i + 1, values))
+        self._written.append((weakref.ref(out), out._version, sites))
+        return out
+
+    def _writer(self, x: Tensor) -> _Sites | None:
+        """The block that returned this tensor, if nothing has been written to it since."""
+        for written, version, sites in reversed(self._written):
+            if written() is x:
+                return sites if x._version == version else None
+        return None
+
+    def ranges(self) -> dict[str, BlockRanges]:
+        """The ranges of each block, or why it has none, by its path.
+
+        Raises:
+            ValueError: an activation was NaN or infinite.
+        """
+        return {sites.path: self._ranges_of(sites) for sites in self.sites}
+
+    def _ranges_of(self, sites: _Sites) -> BlockRanges:
+        shapes = shapes_of(sites.block)
+        observers = [*sites.observers]
+        if sites.source is not None:
+            observers[0] = sites.source.observers[-1]
+
+        def left(reason: str) -> BlockRanges:
+            return BlockRanges(sites.path, shapes, (), None, reason)
+
+        if sites.reason is not None:
+            return left(sites.reason)
+        if not sites.has_run:
+            return left("no calibration batch ran it")
+        stored = [observer.quantization() if observer.is_finite else None for observer in observers]
+        placeholder = [Quantization(1.0) if one is None else one for one in stored]
+        if not is_foldable(sites.block, placeholder):
+            return left("a weight, or what its norm and steps make of it, is not finite")
+        for what, observer in zip(_names(sites.block), observers, strict=True):
+            if not observer.is_finite:
+                raise ValueError(
+                    f"quantize: {what} of block {sites.path!r} has a value that is NaN or infinite "
+                    "in the calibration batches"
+                )
+        ranges: list[Quantization] = []
+        for what, one in zip(_names(sites.block), stored, strict=True):
+            if one is None:
+                return left(f"{what} is zero in all calibration batches")
+            ranges.append(one)
+        return BlockRanges(sites.path, shapes, tuple(ranges), None, "")
+
+
+@dataclass
+class _Power:
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def decibels(self) -> float | None:
+        """10 log10(signal / noise); None without noise."""
+        if self.noise == 0.0:
+            return None
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+
+def measure_noise(
+    model: nn.Module, ranges: dict[str, BlockRanges], batches: Iterable[Tensor]
+) -> dict[str, BlockRanges]:
+    """The ranges with each block's signal-to-quantization-noise ratio on these batches.
+
+    Of each block on the activations of the model in floating point, `sum y^2 / sum (y' - y)^2`, y
+    its output in floating point and y' in eight bits, its input included.
+    """
+    sites = {
+        id(module): (path, _Power())
+        for path, module in model.named_modules()
+        if quantized.is_quantizable(module)
+    }
+
+    def measured(block: nn.Module, x: Tensor) -> Tensor | None:
+        path, power = sites[id(block)]
+        kept = ranges[path]
+        described = None if kept.reason else read.inference_block(block, x)
+        if described is None:
+            return None
+        stored = residual_blocks_int8(x, [described], [kept.ranges])
+        if stored is None:
+            return None
+        out = _in_float(block, x, lambda index, values: None)
+        expected = out.double()
+        power.signal += expected.square().sum().item()
+        power.noise += (stored.double() - expected).square().sum().item()
+        return out
+
+    blocks = [module for module in model.modules() if id(module) in sites]
+    with _watched(blocks, measured):
+        for batch in batches:
+            model(batch)
+    found = {path: power.decibels() for path, power in sites.values()}
+    return {path: kept._replace(sqnr_db=found[path]) for path, kept in ranges.items()}
+
+
+def is_foldable(block: nn.Module, ranges: Sequence[Quantization]) -> bool:
+    """Whether the eight-bit copy of a block without `float_reason` has finite scales."""
+    found = read.block_layers(block)
+    assert found is not None
+    pairs, has_projection = found
+    layers = [read.layer_of(conv, norm) for conv, norm in pairs]
+    return all(copy.is_finite for copy in copies_of([Block(layers, has_projection)], [ranges]))
+
+
+def shapes_of(block: nn.Module) -> tuple[tuple[int, ...], ...]:
+    """Of a block's weights, those of a projection last, as far as it has them."""
+    form = forms.of(block)
+    assert form is not None
+    convs = [forms.part(block, unit.conv) for unit in form.units_of(block)]
+    shortcut = getattr(block, form.shortcut or "")
+    if isinstance(shortcut, nn.Module):
+        convs += [child for child in shortcut.modules() if isinstance(child, nn.Conv2d)]
+    weights = [getattr(conv, "weight", None) for conv in convs]
+    return tuple(tuple(weight.shape) for weight in weights if isinstance(weight, Tensor))
+
+
+def _names(block: nn.Module) -> list[str]:
+    """What messages call the input, each inner activation and the output."""
+    form = forms.of(block)
+    assert form is not None
+    units = form.units_of(block)
+    return ["the input", *(f"the output of {unit.conv}" for unit in units[:-1]), "the output"]
+
+
+def _in_float(block: nn.Module, x: Tensor, see: Callable[[int, Tensor], None]) -> Tensor:
+    """A block of nothing but convolutions, norms and ReLUs; `see` what each one leaves."""
+    form = forms.of(block)
+    assert form is not None
+    *units, last = form.units_of(block)
+    out = x
+    for i, unit in enumerate(units):
+        out = run.run_unit(block, unit, out)
+        see(i, out)
+    shortcut = run.shortcut_of(getattr(block, form.shortcut or ""), x)
+    out = run.run_unit(block, last, out, shortcut)
+    see(len(units), out)
+    return out
+
+
+@contextlib.contextmanager
+def _watched(blocks: Sequence[nn.Module], watcher: quantized.Watcher) -> Iterator[None]:
+    before = [vars(block).get("quantization") for block in blocks]
+    try:
+        for block in blocks:
+            vars(block)["quantization"] = watcher
+        yield
+    finally:
+        for block, kept in zip(blocks, before, strict=True):
+            vars(block).pop("quantization")
+            if kept is not None:
+                vars(block)["quantization"] = kept

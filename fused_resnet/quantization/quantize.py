@@ -1,0 +1,230 @@
+"""`quantize` and `dequantize`: eight bits for the residual blocks of a model, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import blocks, forms, swap
+from ..layers.ranges import BlockRanges
+from ..modules import quantized
+from .calibrate import NOISE_IMAGES, Calibration, measure_noise
+from .observers import OBSERVERS, MinMaxObserver, PercentileObserver
+
+DTYPES = ("int8",)
+_LATER = ("float8_e4m3fn",)
+
+
+def quantize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    dtype: str = "int8",
+    observer: str = "minmax",
+    percentile: float = 99.99,
+    min_sqnr_db: float = 10.0,
+    progress: bool = False,
+) -> nn.Module:
+    """Makes a model's residual blocks run in eight bits in inference, in place.
+
+    The model is fused, runs the calibration batches in floating point (in inference mode, whatever
+    mode it is in) while observers see each block's activations, and each block then carries the
+    ranges of its own. Parameters, buffers, hooks and `state_dict` keys stay what they are; copies
+    of weights in eight bits are made when a block first runs, and anew when a parameter changes.
+    The ranges stay with copies and pickles of the model; `quantization_state` gives them alone.
+
+    A quantized block runs in eight bits while it is in inference mode and nothing keeps it from
+    running fused; its output then has no gradient. In training mode it runs in floating point. The
+    stem, the classifier and what else is no residual block stay in floating point, as do blocks
+    with a shortcut that pads channels, attention, or hooks inside; `report` names them.
+
+    A model that is quantized already is calibrated anew.
+
+    Args:
+        model: any module with residual blocks that `fuse` knows.
+        batches: inputs (N, C, H, W), or tuples or lists of an input and a target, on the model's
+            device. They are read once.
+        dtype: "int8": unsigned activations of one step and zero point each, signed weights of one
+            step a filter; see docs/quantization.md.
+        observer: how ranges are chosen: "minmax", "percentile", "mse" or "histogram".
+        percentile: of "percentile", the share of values to cover at either end, in percent.
+        min_sqnr_db: blocks whose output in eight bits has a lower signal-to-noise ratio than this,
+            in decibels, on the first 64 images, stay in floating point. `-math.inf` for none.
+        progress: whether to show a progress bar on standard error.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `model` is not a module, or a batch is neither a tensor nor a pair.
+        ValueError: an argument is none of the above; there is no batch, or one on another device
+            than the model; an activation is NaN or infinite; or no block can run in eight bits. The
+            model is then as it was.
+    """
+    make = _observer(dtype, observer, percentile)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize: model is a {type(model).__name__}, must be a torch.nn.Module")
+    if isinstance(batches, (Tensor, str, bytes)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"quantize: batches is a {type(batches).__name__}, must be an iterable of inputs or of "
+            "(input, target) pairs"
+        )
+    with restored_on_error(model):
+        swap.fuse_remaining(model)
+        dequantize(model)
+        calibration = Calibration(model, make)
+        if not calibration.sites:
+            raise ValueError(
+                "quantize: model has no residual block to quantize: none of a class that is known"
+            )
+        ranges = _calibrated(model, calibration, batches, progress)
+        ranges = {
+            path: kept
+            if kept.reason or not _is_noisy(kept, min_sqnr_db)
+            else kept._replace(
+                reason=f"signal to noise is {kept.sqnr_db:.1f} dB, must be {min_sqnr_db:g}"
+            )
+            for path, kept in ranges.items()
+        }
+        if all(kept.reason for kept in ranges.values()):
+            path, kept = next(iter(ranges.items()))
+            raise ValueError(
+                f"quantize: no residual block of the model can run in eight bits; {path!r}: "
+                f"{kept.reason}"
+            )
+        set_ranges(model, ranges)
+    return model
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Makes a quantized model's blocks run in floating point again, fused, in place.
+
+    Args:
+        model: any module, quantized or not.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: it is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"dequantize: model is a {type(model).__name__}, must be a torch.nn.Module")
+    for module in model.modules():
+        if quantized.is_quantizable(module) and vars(module).pop("quantization", None) is not None:
+            blocks.release(module)
+    return model
+
+
+def set_ranges(model: nn.Module, ranges: dict[str, BlockRanges]) -> None:
+    """Gives each fused residual block the ranges of its path."""
+    for path, kept in ranges.items():
+        block = model.get_submodule(path)
+        vars(block)["quantization"] = kept
+        blocks.release(block)
+
+
+def _observer(dtype: str, observer: str, percentile: float) -> Callable[[], MinMaxObserver]:
+    if dtype in _LATER:
+        raise ValueError(
+            f"quantize: dtype is {dtype!r}, for which no backend has kernels yet, must be "
+            f"{', '.join(DTYPES)}"
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"quantize: dtype is {dtype!r}, must be {', '.join(DTYPES)}")
+    if observer not in OBSERVERS:
+        raise ValueError(
+            f"quantize: observer is {observer!r}, must be one of {', '.join(OBSERVERS)}"
+        )
+    if not 50 < percentile <= 100:
+        raise ValueError(f"quantize: percentile is {percentile}, must be above 50 and at most 100")
+    if OBSERVERS[observer] is PercentileObserver:
+        return functools.partial(PercentileObserver, percentile)
+    return OBSERVERS[observer]
+
+
+def _is_noisy(kept: BlockRanges, limit: float) -> bool:
+    return kept.sqnr_db is not None and not kept.sqnr_db >= limit
+
+
+def _calibrated(
+    model: nn.Module, calibration: Calibration, batches: Iterable[Any], progress: bool
+) -> dict[str, BlockRanges]:
+    """The ranges after all batches, with the noise on the first images."""
+    first: list[Tensor] = []
+    device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), None)
+    with _inference(model):
+        for index, batch in enumerate(_shown(batches, progress)):
+            input = _input(batch, index, device)
+            missing = NOISE_IMAGES - sum(len(images) for images in first)
+            if missing > 0 and input.dim() > 0:
+                first.append(input[:missing].clone())
+            calibration.observe(input)
+        if not first:
+            raise ValueError("quantize: batches has no batch")
+        return measure_noise(model, calibration.ranges(), first)
+
+
+def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    if not progress:
+        return batches
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(batches, "calibration", console=Console(stderr=True), transient=True)
+
+
+def _input(batch: Any, index: int, device: torch.device | None) -> Tensor:
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    input = batch[0] if pair else batch
+    if not isinstance(input, Tensor):
+        what = (
+            f"{type(batch).__name__} of {len(batch)}"
+            if isinstance(batch, (tuple, list))
+            else (type(batch).__name__)
+        )
+        raise TypeError(
+            f"quantize: batch {index} is a {what}, must be a tensor or an (input, target) pair"
+        )
+    if device is not None and input.device != device:
+        raise ValueError(f"quantize: batch {index} is on {input.device}, the model is on {device}")
+    return input
+
+
+@contextlib.contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    """Every module in inference mode, and back in its own; no gradients are recorded."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        # Not torch.inference_mode(), whose tensors do not count the writes to them.
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Classes and ranges as they were, if there is an exception."""
+    before = [
+        (m, forms.of_fused(type(m)) is not None, vars(m).get("quantization"))
+        for m in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, was_fused, kept in before:
+            if not was_fused and forms.of_fused(type(module)) is not None:
+                swap.unfuse_one(module)
+            elif kept is not None:
+                vars(module)["quantization"] = kept
+        raise
