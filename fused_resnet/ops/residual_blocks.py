@@ -126,8 +126,8 @@ def _fake(
     projections: Sequence[bool],
 ) -> Tensor:
     for block in described_blocks(tensors, numbers, eps, layer_counts, projections):
-        for weight, _, *rest in block.main:
-            input = torch.conv2d(input, weight, *rest)
+        for weight, _, bias, stride, padding, dilation, groups in block.main:
+            input = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return input
 
 
@@ -146,7 +146,7 @@ def _autograd(input: Tensor, tensors: Sequence[Tensor | None], *described: Any) 
 library.impl("residual_blocks", _autograd, "Autograd")
 
 
-def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:
+def _cast(dtype: torch.dtype, device_type: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     input, tensors, *described = arguments
     tensors = [
         autocast_tensor(tensor, dtype, device_type) if i % TENSORS in (0, 5) else tensor
