@@ -73,7 +73,8 @@ def conv_bn_act(
     if error is not None:
         raise error
     if transforms_active():
-        return reference.conv_bn_act(input, *layer.flat(), residual, activation)
+        arguments = (*layer.flat(), residual, activation)
+        return reference.conv_bn_act(input, *arguments)
     return ops.conv_bn_act.conv_bn_act(input, layer, residual, activation)
 
 

@@ -24,13 +24,15 @@ class Reference(Backend):
         self, input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str
     ) -> Tensor:
         """See `reference.conv_bn_act`."""
-        return reference.conv_bn_act(input, *layer.flat(), residual, activation)
+        arguments = (*layer.flat(), residual, activation)
+        return reference.conv_bn_act(input, *arguments)
 
     def conv_bn_act_max_pool(
         self, input: Tensor, layer: ConvNorm, activation: str, pool: Pool
     ) -> Tensor:
         """See `reference.conv_bn_act_max_pool`."""
-        return reference.conv_bn_act_max_pool(input, *layer.flat(), activation, *pool)
+        arguments = (*layer.flat(), activation, *pool)
+        return reference.conv_bn_act_max_pool(input, *arguments)
 
     def batch_norm_act_inference(
         self, input: Tensor, norm: Norm, residual: Tensor | None, activation: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,7 +33,7 @@ def doctor() -> None:
     versions = environment.versions()
     versions["commit"] = environment.commit() or "not a checkout"
     section("versions", {**versions, **environment.compilers()})
-    cpu = environment.describe_device(torch.device("cpu"))
+    cpu: dict[str, Any] = dict(environment.describe_device(torch.device("cpu")))
     cpu["flags"] = " ".join(cpu["flags"]) or "none of those that matter"
     cpu["threads"] = torch.get_num_threads()
     vectors, tiles = torch.ops.fused_resnet.conv_isa(), torch.ops.fused_resnet.conv_tile_isa()

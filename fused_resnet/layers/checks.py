@@ -38,7 +38,7 @@ def pair(value: int | Sequence[int], what: str) -> tuple[int, int]:
         if len(value) == 1:
             return (value[0], value[0])
         if len(value) == 2:
-            return tuple(value)
+            return (value[0], value[1])
         raise ValueError(f"{what} has {len(value)} numbers, must be one or two: {value}")
     raise TypeError(f"{what} is {value!r}, must be an int or a pair of ints")
 
@@ -259,7 +259,7 @@ def batch_norm_error(
 
 
 def _numbers_error(
-    name: str, what: str, numbers: tuple[int, int], least: int
+    name: str, what: str, numbers: Sequence[int], least: int
 ) -> ValueError | TypeError | None:
     if len(numbers) != 2:
         return ValueError(f"{name}: {what} has {len(numbers)} numbers, must have two")

@@ -31,7 +31,7 @@ class Norm(NamedTuple):
     """A batch norm of C channels, in the one order there is.
 
     Attributes:
-        mean: (C,).
+        mean: (C,); None, as `var`, of a batch whose statistics are still to be found.
         var: (C,), biased where it is a batch's.
         weight: (C,) or None for ones.
         bias: (C,) or None for zeros.
@@ -210,6 +210,7 @@ def described_blocks(
         layers = []
         for i in range(layer, layer + count):
             weight, mean, var, bn_weight, bn_bias, bias = tensors[TENSORS * i : TENSORS * (i + 1)]
+            assert weight is not None
             n = numbers[NUMBERS * i : NUMBERS * (i + 1)]
             norm = Norm(mean, var, bn_weight, bn_bias, eps[i])
             layers.append(ConvNorm(weight, norm, bias, n[0:2], n[2:4], n[4:6], n[6]))

@@ -49,10 +49,15 @@ class WeightCache(dict[int, Entry]):
                 gave the same memory another shape shows nowhere else.
         """
         entry = self.get(id(weight))
+        if entry is None:
+            return None
+        try:
+            version = weight._version
+        except RuntimeError:  # made in inference mode: see `version_of`
+            return None
         if (
-            entry is None
-            or entry.storage() is not weight.untyped_storage()
-            or entry.version != version_of(weight)
+            entry.storage() is not weight.untyped_storage()
+            or entry.version != version
             or entry.layout != layout
         ):
             return None
@@ -81,7 +86,7 @@ class WeightCache(dict[int, Entry]):
         for weight in weights:
             self.pop(id(weight), None)
 
-    def _forget(self, key: int, dead: weakref.ref) -> None:
+    def _forget(self, key: int, dead: weakref.ref[Any]) -> None:
         entry = self.get(key)
         # The address may already belong to another weight.
         if entry is not None and (entry.owner is dead or entry.storage is dead):

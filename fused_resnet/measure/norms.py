@@ -141,8 +141,8 @@ def copied(arguments: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """A case's arguments once more, leaves like the first."""
     copies = [None if t is None else t.detach().clone() for t in arguments]
     for index in (0, 3, 4, 5):
-        if copies[index] is not None:
-            copies[index].requires_grad_()
+        if (copied := copies[index]) is not None:
+            copied.requires_grad_()
     return tuple(copies)
 
 

@@ -124,6 +124,7 @@ def bytes_chosen(problem: ChainProblem, choice: Choice) -> int:
     if choice.kernel == CONVOLUTIONS:
         return sum(part.bytes_once for part in problem.parts)
     if choice.kernel == CHAIN_WITHOUT_NEXT:
+        assert problem.reduce is not None
         return problem.without_next().bytes_once + problem.reduce.bytes_once
     if choice.kernel == PAIR:
         return problem.convolution.bytes_once + problem.bytes_of_pair

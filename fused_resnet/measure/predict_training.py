@@ -222,6 +222,7 @@ def share_of_a_copy(norm: Norm, backward: bool, gpu: Architecture) -> float:
     found = batch_norm_act_seconds(norm, backward, True, gpu)
     if found is None:
         found = batch_norm_act_seconds(norm, backward, False, gpu)
+    assert found is not None
     return copy_seconds(norm, backward, gpu) / found
 
 

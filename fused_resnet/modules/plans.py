@@ -171,11 +171,13 @@ def planned(
     Returns:
         What `compute` returns.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not nothing_intercepts(x):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or model.training:
         return compute(model, x)
     backend = backends.choose(x.device.type)
+    if type(backend).plan_key is backends.Backend.plan_key or not nothing_intercepts(x):
+        return compute(model, x)
     own = backend.plan_key(x)
-    if own is None or model.training:
+    if own is None:
         return compute(model, x)
     plans = _of_models.get(model)
     if plans is None:

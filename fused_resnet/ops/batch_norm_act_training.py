@@ -128,8 +128,8 @@ def forward_keeping_mask(
 
 class _BatchNormActTraining(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *arguments, keep = arguments
+    def forward(ctx: Any, *arguments_and_keep: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *arguments, keep = arguments_and_keep
         input, weight, bias, ctx.eps, residual, ctx.activation = arguments
         with torch._C._AutoDispatchBelowAutograd():
             output, mean, var, mask = forward_keeping_mask(*arguments)

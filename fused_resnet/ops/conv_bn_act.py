@@ -118,7 +118,7 @@ _call = Operator("conv_bn_act", (0, 1, 2, 3, 4, 5, 7, 12), _kernel, _ConvBnAct.a
 register_autograd("conv_bn_act", _ConvBnAct.apply, operator_checks.conv_bn_act)
 
 
-def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:
+def _cast(dtype: torch.dtype, device_type: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(
         autocast_tensor(argument, dtype, device_type) if index in (0, 1, 7, 12) else argument
         for index, argument in enumerate(arguments)

@@ -109,7 +109,7 @@ register_autograd(
 )
 
 
-def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:
+def _cast(dtype: torch.dtype, device_type: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(
         autocast_tensor(argument, dtype, device_type) if index in (0, 1, 7) else argument
         for index, argument in enumerate(arguments)

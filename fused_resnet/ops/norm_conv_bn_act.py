@@ -125,6 +125,7 @@ class _NormConvBnAct(torch.autograd.Function):
             )
             grad_input = grad_in_weight = grad_in_bias = None
             if any(need_norm):
+                assert grad_normalised is not None
                 grad_input, grad_in_weight, grad_in_bias, _ = norm_act_backward(
                     grad_normalised, input, normalised, before, "relu", False, (*need_norm, False)
                 )
@@ -142,7 +143,9 @@ _call = Operator(
 register_autograd("norm_conv_bn_act", _NormConvBnAct.apply, operator_checks.norm_conv_bn_act)
 
 
-def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple | None:
+def _cast(
+    dtype: torch.dtype, device_type: str, arguments: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
     # The norm runs in its input's dtype and the convolution in autocast's. Where these differ, the
     # operator has no way to say so.
     if autocast_tensor(arguments[0], dtype, device_type) is not arguments[0]:

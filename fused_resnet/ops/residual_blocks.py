@@ -127,8 +127,8 @@ def blocks_output(
 ) -> Tensor:
     """A tensor like the blocks' output, for fake tensors."""
     for block in described_blocks(tensors, numbers, eps, layer_counts, projections):
-        for weight, _, *rest in block.main:
-            input = torch.conv2d(input, weight, *rest)
+        for weight, _, bias, stride, padding, dilation, groups in block.main:
+            input = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return input
 
 
@@ -147,7 +147,7 @@ def _autograd(input: Tensor, tensors: Sequence[Tensor | None], *described: Any) 
 library.impl("residual_blocks", _autograd, "Autograd")
 
 
-def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:
+def _cast(dtype: torch.dtype, device_type: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     input, tensors, *described = arguments
     tensors = [
         autocast_tensor(tensor, dtype, device_type) if i % TENSORS in (0, 5) else tensor

@@ -80,7 +80,7 @@ def update_running_statistics(
     unbiased variance, then has the biased one, zero.
     """
     if isinstance(count, Tensor):
-        factor = count / (count - 1).clamp(min=1)
+        factor: float | Tensor = count / (count - 1).clamp(min=1)
         weight: float | Tensor = momentum * (count > 0).to(mean.dtype)
     elif count == 0:
         return

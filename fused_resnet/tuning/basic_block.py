@@ -186,6 +186,7 @@ def predicted(problem: BasicBlockProblem, gpu: Architecture, choice: Choice) -> 
         return sum(
             estimate.predicted(part, gpu, estimate.best(part, gpu)) for part in problem.parts
         )
+    assert choice.tile is not None
     return predicted_launch(problem, gpu, choice.tile)
 
 

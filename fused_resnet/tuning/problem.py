@@ -350,7 +350,8 @@ def _parsed(key: str) -> Problem:
         )  # fmt: skip
     match = _BASIC_KEY.fullmatch(key)
     if match is not None and match[1] in CHAIN_DTYPES:
-        return BasicBlockProblem(*map(int, match.groups()[1:]), match[1])
+        N, C, H, W = map(int, match.groups()[1:])
+        return BasicBlockProblem(N, C, H, W, match[1])
     match = _KEY.fullmatch(key)
     if match is None or match[1] not in DTYPES:
         raise ValueError(f"key is {key!r}, must be like {_EXAMPLE.key!r}")

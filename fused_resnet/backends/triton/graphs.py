@@ -14,7 +14,7 @@ from torch.library import triton_op
 from ...layers import checks
 from ...layers.batching import rule_of
 from ...layers.description import ConvNorm, Norm
-from ...tuning.estimate import USUAL_POOL
+from ...tuning.estimate import USUAL_POOL, kernel_for
 from . import conv, stem
 from .eligible import interpreted
 from .problem import problem_of
@@ -99,7 +99,7 @@ def triton_conv_bn_act_max_pool(
     layer = ConvNorm(weight, norm, bias, stride, padding, dilation, 1)
     _check_convolution(name, input, layer, None, activation)
     problem = problem_of(input, weight, stride, padding, dilation, 1, False, USUAL_POOL)
-    if conv.kernel_for(problem) != "stem_pool":
+    if kernel_for(problem) != "stem_pool":
         raise ValueError(
             f"{name}: weight has shape {tuple(weight.shape)}, which is not that of a stem"
         )

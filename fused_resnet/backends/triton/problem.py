@@ -56,7 +56,10 @@ def out_of_resources() -> type[Exception]:
 def chosen_tile(problem: ConvProblem, device: torch.device) -> Tile:
     """The chosen tile; the estimate's where the choice is a kernel that graphs cannot hold."""
     choice = choose(problem, device)
-    return choice.tile if choice.kernel == "triton" else tuning.untuned_tile(problem, device)
+    if choice.kernel == "triton":
+        assert choice.tile is not None
+        return choice.tile
+    return tuning.untuned_tile(problem, device)
 
 
 def tile_for(problem: ConvProblem, tile: Tile) -> Tile:
@@ -112,7 +115,8 @@ def _problem(
     K, _, R, S = weight_shape
     name = str(dtype).removeprefix("torch.")
     windows = None if pool is None else tuple(pool)
-    return ConvProblem(N, C, H, W, K, R, S, *geometry, name, residual, windows)
+    rest = (*geometry, name, residual, windows)
+    return ConvProblem(N, C, H, W, K, R, S, *rest)
 
 
 def hint_of(size: int | torch.SymInt) -> int:
