@@ -17,7 +17,7 @@ def sources(*patterns: str) -> list[str]:
 
 setup(
     ext_modules=[
-        Extension("fused_resnet._C", sources("ops.cpp", "cpu/**/*.cpp"), py_limited_api=True),
+        Extension("fused_resnet._C", sources("*.cpp", "cpu/**/*.cpp"), py_limited_api=True),
         # BuildNative leaves this one out where it cannot be built.
         Extension("fused_resnet._cuda", sources("cuda/**/*.cu", "cuda/*.cpp"), py_limited_api=True),
     ],

@@ -30,6 +30,7 @@ run with every version of Triton that is supported; all four take a quarter of a
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -55,6 +56,8 @@ from fused_resnet.backends.triton import launch as launcher
 from fused_resnet.backends.triton import norm as batch_norm
 from fused_resnet.backends.triton import problem as problems
 from fused_resnet.backends.triton.problem import tile_for
+from fused_resnet.backends.triton.training_conv import Ends
+from fused_resnet.layers.description import ConvNorm, Norm, Sums
 from fused_resnet.tuning import chain, compiler, estimate, prologue, training
 from fused_resnet.tuning.architecture import ARCHITECTURES, Architecture
 from fused_resnet.tuning.choice import CHAIN, PAIR, Tile
@@ -285,18 +288,19 @@ def launches(
             x = torch.empty(problem.N, problem.H, problem.W, problem.C, dtype=dtype)
             w = torch.empty(problem.K, problem.R, problem.S, group_c, dtype=dtype)
             per_channel = [torch.empty(problem.K) for _ in range(4)]
-            leading = (x.permute(0, 3, 1, 2), w.permute(0, 3, 1, 2), *per_channel, 1e-5, None)
-            geometry = (problem.stride, problem.padding, problem.dilation)
+            geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
+            norm = Norm(*per_channel, 1e-5)
+            layer = ConvNorm(w.permute(0, 3, 1, 2), norm, None, *geometry)
+            x = x.permute(0, 3, 1, 2)
             if problem.pool is not None:
-                stem.conv_bn_act_max_pool(*leading, *geometry, "relu", tile)
+                stem.conv_bn_act_max_pool(x, layer, "relu", tile)
             else:
                 residual = None
                 if problem.residual:
                     shape = (problem.N, problem.P, problem.Q, problem.K)
                     residual = torch.empty(shape, dtype=dtype).permute(0, 3, 1, 2)
                 table = torch.empty(3, problem.C) if prologue else None
-                rest = (problem.groups, residual, "relu", tile, table)
-                conv.conv_bn_act(*leading, *geometry, *rest)
+                conv.conv_bn_act(x, layer, residual, "relu", tile, table)
     finally:
         launcher.launch_kernel, library_precision = kept
         for module in asking:
@@ -310,12 +314,12 @@ def _launch_chain(problem: ChainProblem, tile: Tile, dtype: torch.dtype, kernel:
     def pixels(N: int, C: int, H: int, W: int) -> torch.Tensor:
         return torch.empty(N, H, W, C, dtype=dtype).permute(0, 3, 1, 2)
 
-    def layer(part: ConvProblem | None) -> tuple | None:
+    def layer(part: ConvProblem | None) -> ConvNorm | None:
         if part is None:
             return None
-        per_channel = [torch.empty(part.K) for _ in range(4)]
+        norm = Norm(*(torch.empty(part.K) for _ in range(4)), 1e-5)
         weight = pixels(part.K, part.C, part.R, part.S)
-        return (weight, *per_channel, 1e-5, None, part.stride, part.padding, part.dilation, 1)
+        return ConvNorm(weight, norm, None, part.stride, part.padding, part.dilation, 1)
 
     of_input, last = problem.convolution, problem.expand
     shortcut = pixels(problem.N, problem.K, problem.P, problem.Q)
@@ -339,13 +343,14 @@ def norm_launches(dtype: str) -> dict[str, list[Launch]]:
             x, grad = torch.empty(2, 64, 56, 56, 256, dtype=getattr(torch, dtype)).unbind(0)
             x, grad = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
             vectors = [torch.empty(256) for _ in range(4)]
+            norm = Norm(*vectors, 1e-5)
             for layer, recorded in found.items():
                 batch_norm.launch_kernel = recorder(recorded)
                 add = layer == "norm, add"
                 residual = grad if add else None
                 batch_norm.batch_norm_act_training(x, *vectors[:2], 1e-5, residual, "relu")
                 batch_norm.batch_norm_act_backward(
-                    grad, x, residual, *vectors, 1e-5, "relu", True, (True, True, True, add)
+                    grad, x, residual, norm, "relu", True, (True, True, True, add)
                 )
     finally:
         batch_norm.launch_kernel = kept
@@ -361,12 +366,11 @@ def masked_norm_launches(dtype: str) -> list[Launch]:
         with FakeTensorMode(), torch.device("cuda"):
             x, grad = torch.empty(2, 64, 56, 56, 256, dtype=getattr(torch, dtype)).unbind(0)
             x, grad = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
-            vectors = [torch.empty(256) for _ in range(4)]
-            norm = (*vectors, 1e-5)
+            norm = Norm(*(torch.empty(256) for _ in range(4)), 1e-5)
             _, mask, _, _ = batch_norm.batch_norm_add_relu(x, norm, grad, norm)
             for residual in (False, True):
                 batch_norm.batch_norm_act_backward(
-                    grad, x, mask, *vectors, 1e-5, "relu", True, (True, True, True, residual)
+                    grad, x, mask, norm, "relu", True, (True, True, True, residual)
                 )
             batch_norm.batch_norm_add_relu_backward(grad, mask, x, norm, grad, norm)
     finally:
@@ -383,8 +387,8 @@ def stem_training_launches(dtype: str) -> list[Launch]:
         launcher.launch_kernel = recorder(recorded)
         with FakeTensorMode(), torch.device("cuda"):
             x = torch.empty(64, 112, 112, 64, dtype=getattr(torch, dtype)).permute(0, 3, 1, 2)
-            vectors = [torch.empty(64) for _ in range(4)]
-            out, offsets = stem.norm_relu_max_pool(x, *vectors, 1e-5, pool)
+            norm = Norm(*(torch.empty(64) for _ in range(4)), 1e-5)
+            out, offsets = stem.norm_relu_max_pool(x, norm, pool)
             stem.max_pool_backward(out, offsets, x.shape[2:], pool)
     finally:
         launcher.launch_kernel = kept
@@ -403,10 +407,8 @@ def training_conv_launches(dtype: str) -> dict[str, list[Launch]]:
     kept = launcher.launch_kernel
     try:
         with FakeTensorMode(), torch.device("cuda"):
-            low, high = (
-                training_conv.Norm(*(torch.empty(n) for _ in range(4)), 1e-5) for n in (C, K)
-            )
-            sums = training_conv.Sums(torch.empty(K), torch.empty(K), 7)
+            low, high = (Norm(*(torch.empty(n) for _ in range(4)), 1e-5) for n in (C, K))
+            sums = Sums(torch.empty(K), torch.empty(K), 7)
             x, y = pixels(32, C, 28, 28), pixels(32, K, 28, 28)
             for R in (1, 3):
                 w, around = pixels(K, C, R, R), (R // 2, R // 2)
@@ -415,20 +417,19 @@ def training_conv_launches(dtype: str) -> dict[str, list[Launch]]:
                     for tile in tiles:
                         recorded = found.setdefault(name, [])
                         launcher.launch_kernel = recorder(recorded)
-                        geometry = (x.shape[2:], around, one)
+                        geometry = (one, around, one, 1)
+                        backward = functools.partial(
+                            training_conv.backward_input, y, w, x.shape[2:], geometry, tile=tile
+                        )
                         if prologue != "gradient":
                             norm = low if prologue == "norm" else None
-                            training_conv.forward(x, w, None, one, around, one, norm, tile)
+                            training_conv.forward(x, w, None, geometry, norm, tile)
                         elif R == 1:
-                            training_conv.backward_input(
-                                y, w, *geometry, None, (y, high, sums), (x, low), tile
-                            )
+                            backward(ends=Ends(above=(y, high, sums), below=(x, low)))
                         if prologue == "none":
-                            training_conv.backward_input(
-                                y, w, *geometry, None, None, (x, low), tile
-                            )
+                            backward(ends=Ends(below=(x, low)))
                             mask = torch.empty(x.numel() // 8, dtype=torch.uint8)
-                            training_conv.backward_input(y, w, *geometry, x, None, None, tile, mask)
+                            backward(ends=Ends(x, mask))
     finally:
         launcher.launch_kernel = kept
     kernel = training_conv.training_conv_kernel

@@ -45,8 +45,16 @@ _AVX512_FLAGS = [
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": _AVX512_FLAGS,
+    "_avx512vnni": [*_AVX512_FLAGS, "-mavx512vnni"],
     # Nothing there throws, and the handler of a class with a destructor is a shared symbol.
-    "_amx": [*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-fno-exceptions"],
+    "_amx": [
+        *_AVX512_FLAGS,
+        "-mavx512bf16",
+        "-mamx-tile",
+        "-mamx-bf16",
+        "-mamx-int8",
+        "-fno-exceptions",
+    ],
 }
 
 
@@ -126,7 +134,8 @@ class BuildNative(build_ext):
         ]  # fmt: skip
 
     def _cxx_command(self, source: Path, obj: Path) -> list[str]:
-        flags = [*CXX_FLAGS, *_isa_flags(source), *self._common_flags(source, obj)]
+        flags = [*CXX_FLAGS, *_isa_flags(source), *_rounding_flags(source)]
+        flags += self._common_flags(source, obj)
         return [*self.cxx, *flags, *self.sanitizers]
 
     def _nvcc_command(self, source: Path, obj: Path) -> list[str]:
@@ -178,6 +187,11 @@ def _runs_here(source: Path) -> bool:
 
 def _isa_flags(source: Path) -> list[str]:
     return next((flags for end, flags in ISA_FLAGS.items() if source.stem.endswith(end)), [])
+
+
+def _rounding_flags(source: Path) -> list[str]:
+    # A product and a sum, each promised to be rounded, must not become one instruction.
+    return ["-ffp-contract=off"] if source.parent.name == "quantized" else []
 
 
 def _is_stale(target: Path, stamp: Path, command: list[str], inputs: list[Path]) -> bool:

@@ -31,6 +31,17 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "residual_blocks_packed(Tensor input, Tensor[] tensors, int[] numbers, float[] eps, "
       "int[] layer_counts, int[] shortcuts) -> Tensor?");
 
+  // Eight bits, internal too, see csrc/cpu/quantized/: the packed weight of a convolution with its
+  // scale and shift; and the names of the kernels that run here, the default first.
+  m.def(
+      "pack_quantized_conv(Tensor weight, Tensor scale, Tensor shift, int dilation_w, int groups) "
+      "-> Tensor");
+  m.def(
+      "quantized_residual_blocks_packed(Tensor input, Tensor[] packed, int[] numbers, "
+      "int[] layer_counts, int[] projections, float[] shortcut_scales, float step, "
+      "int zero_point, float output_step, str kernels) -> Tensor?");
+  m.def("quantized_kernels() -> str");
+
   // The CPU backend's training: internal too, see csrc/cpu/batch_norm.cpp.
   m.def("batch_statistics(Tensor input) -> (Tensor mean, Tensor var)");
   m.def(
@@ -61,6 +72,14 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "max_pool_gradient(Tensor grad, Tensor input, Tensor scale, Tensor shift, int[] max_pool) -> "
       "Tensor");
   m.def("pool_empty_like(Tensor like) -> Tensor");
+
+  // Plans of launches: internal, see csrc/launch_plan.cpp and
+  // fused_resnet/backends/triton/plans.py.
+  m.def(
+      "make_launch_plan(Tensor input, Tensor[] parameters, int[] launches, int workspace_bytes, "
+      "int[] output_sizes, int[] output_strides) -> int");
+  m.def("run_launch_plan(int plan, Tensor input, int stream) -> Tensor?");
+  m.def("free_launch_plan(int plan) -> ()");
 
   m.def("cpu_pool_statistics() -> int[]");
   m.def("cpu_pool_trim() -> ()");

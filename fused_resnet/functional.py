@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .layers import checks
+from .layers.description import ConvNorm, Norm, Pool
 from .ops.conv_bn_act_max_pool import run_conv_bn_act_max_pool
 from .ops.registration import transforms_active
 from .ops.running_statistics import run_batch_norm_act, run_sync_batch_norm_act
@@ -64,47 +65,16 @@ def conv_bn_act(
         ValueError: a shape, device or number does not fit.
     """
     name = "conv_bn_act"
-    stride = checks.pair(stride, f"{name}: stride")
-    padding = checks.pair(padding, f"{name}: padding")
-    dilation = checks.pair(dilation, f"{name}: dilation")
-    error = checks.conv_error(
-        name,
-        input,
-        weight,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        residual,
-        activation,
-    )
+    norm = Norm(running_mean, running_var, bn_weight, bn_bias, eps)
+    layer = _layer(name, weight, norm, bias, (stride, padding, dilation), groups)
+    error = checks.conv_error(name, input, layer, residual, activation)
     if error is None:
         error = _padding_error(name, residual, weight.size(0), pad_residual)
     if error is not None:
         raise error
-    function = reference.conv_bn_act if transforms_active() else ops.conv_bn_act.conv_bn_act
-    return function(
-        input,
-        weight,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        residual,
-        activation,
-    )
+    if transforms_active():
+        return reference.conv_bn_act(input, *layer.flat(), residual, activation)
+    return ops.conv_bn_act.conv_bn_act(input, layer, residual, activation)
 
 
 def norm_conv_bn_act(
@@ -173,33 +143,20 @@ def norm_conv_bn_act(
         ValueError: a shape, device or number does not fit.
     """
     name = "norm_conv_bn_act"
-    norm = (in_mean, in_var, in_weight, in_bias, in_eps)
-    convolution = (
-        weight,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        checks.pair(stride, f"{name}: stride"),
-        checks.pair(padding, f"{name}: padding"),
-        checks.pair(dilation, f"{name}: dilation"),
-        groups,
-        residual,
-        activation,
-    )
-    error = checks.conv_error(name, input, *convolution)
+    before = Norm(in_mean, in_var, in_weight, in_bias, in_eps)
+    norm = Norm(running_mean, running_var, bn_weight, bn_bias, eps)
+    layer = _layer(name, weight, norm, bias, (stride, padding, dilation), groups)
+    error = checks.conv_error(name, input, layer, residual, activation)
     if error is None:
-        error = checks.prologue_error(name, input, *norm)
+        error = checks.prologue_error(name, input, before)
     if error is None:
         error = _padding_error(name, residual, weight.size(0), pad_residual)
     if error is not None:
         raise error
-    function = (
-        reference.norm_conv_bn_act if transforms_active() else ops.norm_conv_bn_act.norm_conv_bn_act
-    )
-    return function(input, *norm, *convolution)
+    if transforms_active():
+        arguments = (*before, *layer.flat(), residual, activation)
+        return reference.norm_conv_bn_act(input, *arguments)
+    return ops.norm_conv_bn_act.norm_conv_bn_act(input, before, layer, residual, activation)
 
 
 def conv_bn_act_max_pool(
@@ -249,37 +206,20 @@ def conv_bn_act_max_pool(
         ValueError: see `conv_bn_act`.
     """
     name = "conv_bn_act_max_pool"
-    stride = checks.pair(stride, f"{name}: stride")
-    padding = checks.pair(padding, f"{name}: padding")
-    dilation = checks.pair(dilation, f"{name}: dilation")
-    pool_kernel_size = checks.pair(pool_kernel_size, f"{name}: pool_kernel_size")
-    pool_stride = (
-        pool_kernel_size
-        if pool_stride is None
-        else checks.pair(pool_stride, f"{name}: pool_stride")
+    norm = Norm(running_mean, running_var, bn_weight, bn_bias, eps)
+    layer = _layer(name, weight, norm, bias, (stride, padding, dilation), groups)
+    kernel_size = checks.pair(pool_kernel_size, f"{name}: pool_kernel_size")
+    pool = Pool(
+        kernel_size,
+        kernel_size if pool_stride is None else checks.pair(pool_stride, f"{name}: pool_stride"),
+        checks.pair(pool_padding, f"{name}: pool_padding"),
     )
-    pool_padding = checks.pair(pool_padding, f"{name}: pool_padding")
-    convolution = (
-        input,
-        weight,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-    )
-    pool = (pool_kernel_size, pool_stride, pool_padding)
-    error = checks.conv_error(name, *convolution, None, activation)
+    error = checks.conv_error(name, input, layer, None, activation)
     if error is None:
-        error = checks.pool_error(name, *convolution, *pool)
+        error = checks.pool_error(name, input, layer, pool)
     if error is not None:
         raise error
-    return run_conv_bn_act_max_pool(*convolution, activation, *pool)
+    return run_conv_bn_act_max_pool(input, layer, activation, pool)
 
 
 def batch_norm_act(
@@ -323,35 +263,13 @@ def batch_norm_act(
             has one value per channel.
     """
     name = "batch_norm_act"
-    error = checks.batch_norm_error(
-        name,
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        residual,
-        activation,
-    )
+    norm = Norm(running_mean, running_var, weight, bias, eps)
+    error = checks.batch_norm_error(name, input, norm, training, momentum, residual, activation)
     if error is None:
         error = _padding_error(name, residual, input.size(1), pad_residual)
     if error is not None:
         raise error
-    return run_batch_norm_act(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        residual,
-        activation,
-    )
+    return run_batch_norm_act(input, norm, training, momentum, residual, activation)
 
 
 def sync_batch_norm_act(
@@ -400,19 +318,9 @@ def sync_batch_norm_act(
         RuntimeError: a functorch transform or forward-mode differentiation is active.
     """
     name = "sync_batch_norm_act"
+    norm = Norm(running_mean, running_var, weight, bias, eps)
     error = checks.batch_norm_error(
-        name,
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        True,
-        momentum,
-        eps,
-        residual,
-        activation,
-        shared=True,
+        name, input, norm, True, momentum, residual, activation, shared=True
     )
     if error is None:
         error = _padding_error(name, residual, input.size(1), pad_residual)
@@ -423,17 +331,32 @@ def sync_batch_norm_act(
             "sync_batch_norm_act: has no rule for functorch transforms or forward-mode "
             "differentiation"
         )
-    return run_sync_batch_norm_act(
-        input,
-        running_mean,
-        running_var,
+    return run_sync_batch_norm_act(input, norm, momentum, group, residual, activation)
+
+
+def _layer(
+    name: str,
+    weight: Tensor,
+    norm: Norm,
+    bias: Tensor | None,
+    geometry: tuple[int | Sequence[int], int | Sequence[int], int | Sequence[int]],
+    groups: int,
+) -> ConvNorm:
+    """The layer that users' keywords describe, its stride, padding and dilation two numbers each.
+
+    Raises:
+        TypeError: one of these is neither a number nor a sequence.
+        ValueError: it is a sequence of another length.
+    """
+    stride, padding, dilation = geometry
+    return ConvNorm(
         weight,
+        norm,
         bias,
-        momentum,
-        eps,
-        group,
-        residual,
-        activation,
+        checks.pair(stride, f"{name}: stride"),
+        checks.pair(padding, f"{name}: padding"),
+        checks.pair(dilation, f"{name}: dilation"),
+        groups,
     )
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layers.convolution import conv2d
+from .layers.quantized import LARGEST, Quantization, QuantizedBlock, QuantizedConv
 
 
 def pad_channels(residual: Tensor, channels: int) -> Tensor:
@@ -255,10 +256,10 @@ def batch_norm_act_backward_sums(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
@@ -267,7 +268,7 @@ def batch_norm_act_backward_sums(
     g is the gradient before the activation. It passes where `output`, which may be None if there
     was no residual and is then computed again, is above zero or NaN.
     """
-    g = _before_act(grad, input, output, weight, bias, mean, var, eps, activation).to(mean.dtype)
+    g = _before_act(grad, input, output, mean, var, weight, bias, eps, activation).to(mean.dtype)
     dims = (0, *range(2, input.dim()))
     centred = input.to(mean.dtype) - _per_channel(mean, input)
     return g.sum(dims), (g * centred).sum(dims)
@@ -277,10 +278,10 @@ def batch_norm_act_backward_input(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     activation: str,
     total: Tensor,
@@ -294,7 +295,7 @@ def batch_norm_act_backward_input(
     `scale (g - total / count - (input - mean) dot / (count (var + eps)))` with
     `scale = weight / sqrt(var + eps)`, and g, see `batch_norm_act_backward_sums`.
     """
-    g = _before_act(grad, input, output, weight, bias, mean, var, eps, activation)
+    g = _before_act(grad, input, output, mean, var, weight, bias, eps, activation)
     invstd = (var + eps).rsqrt()
     scale = invstd if weight is None else invstd * weight.to(mean.dtype)
     slope = dot / count * invstd.square()
@@ -308,10 +309,10 @@ def _before_act(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     activation: str,
 ) -> Tensor:
@@ -327,3 +328,90 @@ def _before_act(
 
 def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
     return vector.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def quantize(input: Tensor, stored: Quantization) -> Tensor:
+    """`clamp(round(input / step) + zero_point, 0, 255)`, to nearest even, as bytes.
+
+    The quotient is the float32 product with the float32 inverse of the step. NaN becomes 0.
+
+    Args:
+        input: any floating-point tensor.
+        stored: how.
+
+    Returns:
+        As `input`, uint8.
+    """
+    inverse = torch.tensor(1 / stored.step, dtype=torch.float64).float().item()
+    steps = input.float() * inverse
+    return _bytes(torch.where(steps.isnan(), -torch.inf, steps), -stored.zero_point, stored)
+
+
+def dequantize(input: Tensor, stored: Quantization, dtype: torch.dtype) -> Tensor:
+    """`(input - zero_point) * step`, a float32 product, in `dtype`."""
+    return ((input.float() - stored.zero_point) * stored.step).to(dtype)
+
+
+def _bytes(steps: Tensor, least: float, stored: Quantization) -> Tensor:
+    steps = steps.clamp(least, LARGEST - stored.zero_point).round()
+    return (steps + stored.zero_point).to(torch.uint8)
+
+
+def quantized_sums(input: Tensor, zero_point: int, conv: QuantizedConv) -> Tensor:
+    """`conv2d(input - zero_point, weight)`, exact.
+
+    Args:
+        input: (N, C, H, W), uint8.
+        zero_point: of `input`; the padding is zeros behind the subtraction.
+        conv: the convolution. Its sums are below 2^31 in magnitude.
+
+    Returns:
+        (N, K, P, Q), the integers rounded to float32.
+    """
+    # Integers and all their partial sums are exact in float64, in any order.
+    values = input.double() - zero_point
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return F.conv2d(values, conv.weight.double(), None, *geometry).float()
+
+
+def quantized_residual_blocks(
+    input: Tensor,
+    blocks: Sequence[QuantizedBlock],
+    stored: Quantization,
+    output: Quantization,
+) -> Tensor:
+    """Residual blocks in eight bits, one on the output of the other.
+
+    Of a block, h[0] its input, each product and each sum a float32 rounded on its own:
+
+        h[i] = clamp(round(sums(h[i-1]) * scale + shift), 0, 255)  for all but the last,
+        out  = clamp(round(sums(h) * scale + shift + shortcut), 0, 255),
+        shortcut = (h[0] - zero_point) * shortcut_scale, or sums(h[0]) * scale of a projection.
+
+    Args:
+        input: (N, C, H, W), float32, float16 or bfloat16.
+        blocks: see `layers/quantized.py`.
+        stored: how `input` is quantized.
+        output: how the last block's output is to be read; its zero point is 0.
+
+    Returns:
+        (N, K, P, Q) in the dtype of `input`.
+    """
+    values, zero_point = quantize(input, stored), stored.zero_point
+    per_channel = (1, -1, 1, 1)
+
+    def scaled(values: Tensor, conv: QuantizedConv) -> Tensor:
+        return quantized_sums(values, zero_point, conv) * conv.scale.view(per_channel)
+
+    for block in blocks:
+        *convs, last = block.convs[:-1] if block.has_projection else block.convs
+        if block.has_projection:
+            shortcut = scaled(values, block.convs[-1])
+        else:
+            shortcut = (values.float() - zero_point) * block.shortcut_scale
+        for conv in convs:
+            steps = scaled(values, conv) + conv.shift.view(per_channel)
+            values, zero_point = _bytes(steps, 0, output), 0
+        steps = scaled(values, last) + last.shift.view(per_channel) + shortcut
+        values, zero_point = _bytes(steps, 0, output), 0
+    return dequantize(values, output, input.dtype)

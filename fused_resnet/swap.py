@@ -306,7 +306,7 @@ def _way(operator: str, name: str, conv: nn.Conv2d, norm: nn.Module) -> tuple[st
     # The smallest input the convolution accepts, of no memory.
     size = [d * (r - 1) + 1 for d, r in zip(conv.dilation, conv.kernel_size, strict=True)]
     x = weight.detach().new_empty(()).expand(1, conv.in_channels, *size)
-    error = checks.conv_error(name, *read.conv_arguments(conv, norm, x), None, "relu")
+    error = checks.conv_error(name, x, read.layer_of(conv, norm), None, "relu")
     if error is not None:
         return "eager", str(error)
     if not read.keeps_dtype(norm, x):

@@ -100,6 +100,22 @@ bool tiles_asked_for() {
   return asked;
 }
 
+bool has_vnni() {
+#if defined(__x86_64__)
+  return cpu_isa() == Isa::avx512 && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+bool has_int8_tiles() {
+#if defined(__x86_64__)
+  return tile_unit() == TileUnit::amx && __builtin_cpu_supports("amx-int8");
+#else
+  return false;
+#endif
+}
+
 Isa cpu_isa() {
   static const Isa isa = detect();
   return isa;

@@ -7,6 +7,7 @@ own: `backends.register(MyBackend())`.
 
 from . import cpu, cuda, triton
 from .backend import Backend
+from .recording import Plan, Recorder, only_recorded
 from .reference import Reference
 from .registry import (
     as_chosen,
@@ -27,6 +28,8 @@ from .registry import (
 
 __all__ = [
     "Backend",
+    "Plan",
+    "Recorder",
     "as_chosen",
     "available",
     "check_environment",
@@ -40,6 +43,7 @@ __all__ = [
     "hold_blocks_in_graphs",
     "in_graphs",
     "named",
+    "only_recorded",
     "register",
     "release",
     "triton",

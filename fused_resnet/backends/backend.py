@@ -7,15 +7,18 @@ they get here. To add a backend, derive from `Backend` and `register` an instanc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from ..layers.description import ConvNorm, Norm, Pool, Sums
+from ..layers.quantized import Quantization, QuantizedBlock
 from . import library
+from .recording import Recorder
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -66,11 +69,24 @@ class Backend:
 
     # Inference.
 
+    def plan_key(self, input: Tensor) -> Hashable | None:
+        """What a plan depends on besides its input and modules; None where none is to be made."""
+        return None
+
+    def recorder(self, input: Tensor, parameters: Sequence[Tensor]) -> Recorder | None:
+        """What makes a plan of a pass that it is active around; None where there can be none now.
+
+        Args:
+            input: of the pass.
+            parameters: all other tensors that the pass may read.
+        """
+        return None
+
     def conv_bn_act(
         self, input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str
     ) -> Tensor:
         """See `reference.conv_bn_act`."""
-        return library.conv_bn_act(input, *layer.flat(), residual, activation)
+        return library.conv_bn_act(input, layer, residual, activation)
 
     def norm_conv_bn_act(
         self,
@@ -94,11 +110,21 @@ class Backend:
         self, input: Tensor, norm: Norm, residual: Tensor | None, activation: str
     ) -> Tensor:
         """See `reference.batch_norm_act_inference`."""
-        return library.batch_norm_act_inference(input, *norm, residual, activation)
+        return library.batch_norm_act_inference(input, norm, residual, activation)
 
     def residual_blocks(self, input: Tensor, *described: Any) -> Tensor | None:
         """Whole blocks in one call, or None where these are not covered: `ops.residual_blocks`."""
         return None
+
+    def quantized_residual_blocks(
+        self,
+        input: Tensor,
+        blocks: Sequence[QuantizedBlock],
+        stored: Quantization,
+        output: Quantization,
+    ) -> Tensor:
+        """See `reference.quantized_residual_blocks`: the same bits."""
+        return reference.quantized_residual_blocks(input, blocks, stored, output)
 
     # Training, forward.
 
@@ -208,17 +234,15 @@ class Backend:
         Returns:
             The gradients, None where not needed; of weight and bias in the accumulation dtype.
         """
-        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
         return library.batch_norm_act_backward(
-            grad, input, output, *vectors, activation, training, need
+            grad, input, output, norm, activation, training, need
         )
 
     def batch_norm_act_backward_sums(
         self, grad: Tensor, input: Tensor, output: Tensor | None, norm: Norm, activation: str
     ) -> tuple[Tensor, Tensor]:
         """With g the gradient behind the activation, the sums of g and g (input - mean), (C,)."""
-        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
-        return library.batch_norm_act_backward_sums(grad, input, output, *vectors, activation)
+        return library.batch_norm_act_backward_sums(grad, input, output, norm, activation)
 
     def batch_norm_act_backward_input(
         self,
@@ -232,9 +256,8 @@ class Backend:
         overwrite: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients of input and residual, from the sums over the joint batch."""
-        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
         return library.batch_norm_act_backward_input(
-            grad, input, output, *vectors, activation, *sums, need_residual
+            grad, input, output, norm, activation, sums, need_residual
         )
 
     def batch_norm_add_relu_backward(

@@ -20,6 +20,7 @@ from ..layers.convolution import conv2d
 from ..layers.description import ConvNorm, Norm, Pool, Sums
 from ..layers.memory import contiguous_like_eager
 from ..layers.prepared import WeightCache, version_of
+from ..layers.quantized import Quantization, QuantizedBlock, QuantizedConv
 from . import library
 from .backend import Backend, Gradients
 from .library import scale_shift_act
@@ -54,20 +55,23 @@ _LARGEST_POOL = 1024
 _ABSENT = torch.empty(0, device="cpu")
 _ISA: str = torch.ops.fused_resnet.conv_isa()
 _TILE_ISA: str = torch.ops.fused_resnet.conv_tile_isa()
-_conv_bn_act_packed = torch.ops.fused_resnet.conv_bn_act_packed.default
+# `_op` is what the wrapper in Python calls, which these would feel.
+_conv_bn_act_packed = torch.ops.fused_resnet.conv_bn_act_packed.default._op
 _norm_conv_bn_act_packed = torch.ops.fused_resnet.norm_conv_bn_act_packed.default
-_residual_blocks_packed = torch.ops.fused_resnet.residual_blocks_packed.default
+_residual_blocks_packed = torch.ops.fused_resnet.residual_blocks_packed.default._op
 _pack_conv_weight = torch.ops.fused_resnet.pack_conv_weight.default
 _conv_weight_is_packed = torch.ops.fused_resnet.conv_weight_is_packed.default
-_batch_statistics = torch.ops.fused_resnet.batch_statistics.default
-_train_batch_norm_act = torch.ops.fused_resnet.train_batch_norm_act.default
-_batch_norm_act_backward = torch.ops.fused_resnet.batch_norm_act_backward.default
-_batch_norm_act_backward_sums = torch.ops.fused_resnet.batch_norm_act_backward_sums.default
-_batch_norm_act_backward_input = torch.ops.fused_resnet.batch_norm_act_backward_input.default
-_conv_input_gradient = torch.ops.fused_resnet.conv_input_gradient.default
+_batch_statistics = torch.ops.fused_resnet.batch_statistics.default._op
+_train_batch_norm_act = torch.ops.fused_resnet.train_batch_norm_act.default._op
+_batch_norm_act_backward = torch.ops.fused_resnet.batch_norm_act_backward.default._op
+_batch_norm_act_backward_sums = torch.ops.fused_resnet.batch_norm_act_backward_sums.default._op
+_batch_norm_act_backward_input = torch.ops.fused_resnet.batch_norm_act_backward_input.default._op
+_conv_input_gradient = torch.ops.fused_resnet.conv_input_gradient.default._op
 _max_pool_gradient = torch.ops.fused_resnet.max_pool_gradient.default
-_norm_vectors = torch.ops.fused_resnet.norm_vectors.default
-_pool_empty_like = torch.ops.fused_resnet.pool_empty_like.default
+_pack_quantized_conv = torch.ops.fused_resnet.pack_quantized_conv.default
+_quantized_residual_blocks_packed = torch.ops.fused_resnet.quantized_residual_blocks_packed.default
+_norm_vectors = torch.ops.fused_resnet.norm_vectors.default._op
+_pool_empty_like = torch.ops.fused_resnet.pool_empty_like.default._op
 
 
 def explain(
@@ -90,56 +94,20 @@ def explain(
     return "cpu: " + library.explain(operator)
 
 
-def conv_bn_act(
-    input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    residual: Tensor | None,
-    activation: str,
-) -> Tensor:
+def conv_bn_act(input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str) -> Tensor:
     """One pass: see csrc/cpu/conv.h for the formula and the memory traffic."""
-    if not _is_native(input.dtype, weight.shape, groups):
-        out = conv2d(input, weight, bias, stride, padding, dilation, groups)
-        norm = (running_mean, running_var, bn_weight, bn_bias, eps)
-        return batch_norm_act_inference(out, *norm, residual, activation)
-    return _convolve(
-        _conv_bn_act_packed,
-        (input,),
-        weight,
-        groups,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        *stride,
-        *padding,
-        *dilation,
-        groups,
-        residual,
-        activation == "relu",
-        (),
-    )
+    if not _is_native(input.dtype, layer.weight.shape, layer.groups):
+        weight, norm, *rest = layer
+        return batch_norm_act_inference(conv2d(input, weight, *rest), norm, residual, activation)
+    return _convolve(_conv_bn_act_packed, (input,), layer, residual, activation == "relu", ())
 
 
 def _convolve(
-    operator: Callable[..., Tensor | None],
-    before: tuple,
-    weight: Tensor,
-    groups: int,
-    *behind: object,
+    operator: Callable[..., Tensor | None], before: tuple[Any, ...], layer: ConvNorm, *behind: Any
 ) -> Tensor:
-    """A native operator, whose arguments come before and behind the weight."""
+    """A native operator, whose arguments come before and behind the layer."""
+    weight, norm, bias, stride, padding, dilation, groups = layer
+    behind = (*norm, bias, *stride, *padding, *dilation, groups, *behind)
     out = operator(*before, weight, _packed(weight, groups), *behind)
     if out is None:
         out = operator(*before, weight, _packed_anew(weight, groups), *behind)
@@ -155,109 +123,25 @@ def has_kernel(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> 
 
 
 def norm_conv_bn_act(
-    input: Tensor,
-    in_mean: Tensor,
-    in_var: Tensor,
-    in_weight: Tensor | None,
-    in_bias: Tensor | None,
-    in_eps: float,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    residual: Tensor | None,
-    activation: str,
+    input: Tensor, before: Norm, layer: ConvNorm, residual: Tensor | None, activation: str
 ) -> Tensor:
     """One pass: what the convolution reads is normalised on its way into the cache."""
-    norm = (in_mean, in_var, in_weight, in_bias, in_eps)
-    if not _is_native(input.dtype, weight.shape, groups):
-        return conv_bn_act(
-            batch_norm_act_inference(input, *norm, None, "relu"),
-            weight,
-            running_mean,
-            running_var,
-            bn_weight,
-            bn_bias,
-            eps,
-            bias,
-            stride,
-            padding,
-            dilation,
-            groups,
-            residual,
-            activation,
-        )
+    if not _is_native(input.dtype, layer.weight.shape, layer.groups):
+        normalised = batch_norm_act_inference(input, before, None, "relu")
+        return conv_bn_act(normalised, layer, residual, activation)
     return _convolve(
-        _norm_conv_bn_act_packed,
-        (input, *norm),
-        weight,
-        groups,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        *stride,
-        *padding,
-        *dilation,
-        groups,
-        residual,
-        activation == "relu",
+        _norm_conv_bn_act_packed, (input, *before), layer, residual, activation == "relu"
     )
 
 
-def conv_bn_act_max_pool(
-    input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-) -> Tensor:
+def conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: Pool) -> Tensor:
     """One pass: the convolution's rows are pooled while they are in the cache."""
-    native = _is_native(input.dtype, weight.shape, groups)
-    if groups > 1 or max(pool_kernel_size) > _LARGEST_POOL or not native:
-        norm = (running_mean, running_var, bn_weight, bn_bias, eps)
-        convolution = (bias, stride, padding, dilation, groups)
-        out = conv_bn_act(input, weight, *norm, *convolution, None, activation)
-        return F.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
-    return _convolve(
-        _conv_bn_act_packed,
-        (input,),
-        weight,
-        groups,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        *stride,
-        *padding,
-        *dilation,
-        groups,
-        None,
-        activation == "relu",
-        (*pool_kernel_size, *pool_stride, *pool_padding),
-    )
+    native = _is_native(input.dtype, layer.weight.shape, layer.groups)
+    if layer.groups > 1 or max(pool.kernel_size) > _LARGEST_POOL or not native:
+        return F.max_pool2d(conv_bn_act(input, layer, None, activation), *pool)
+    kernel_size, stride, padding = pool
+    numbers = (*kernel_size, *stride, *padding)
+    return _convolve(_conv_bn_act_packed, (input,), layer, None, activation == "relu", numbers)
 
 
 def batch_norm_act_training(
@@ -277,7 +161,7 @@ def batch_norm_act_training_keeping_mask(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    residual: Tensor | None,
+    residual: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`batch_norm_act_training` with ReLU, and its mask, an eighth of a byte a value.
 
@@ -313,18 +197,10 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batch_norm_act_inference(
-    input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    activation: str,
+    input: Tensor, norm: Norm, residual: Tensor | None, activation: str
 ) -> Tensor:
     """Everything in one pass."""
-    parameters = _in_accumulation_dtype(input, running_mean, running_var, weight, bias)
-    scale, shift = _norm_vectors(*parameters, eps)
+    scale, shift = _norm_vectors(*_in_accumulation_dtype(input, *norm[:4]), norm.eps)
     return scale_shift_act(contiguous_like_eager(input), scale, shift, residual, activation)
 
 
@@ -343,37 +219,13 @@ def batch_norm_act_backward(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
     training: bool,
     need: Sequence[bool],
     overwrite: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `batch_norm_act`, in one pass that reduces and one that does not.
-
-    Args:
-        grad: of the output.
-        input: the normalised tensor.
-        output: what the activation returned, or the bits that
-            `batch_norm_act_training_keeping_mask` did; may be None where there is no residual,
-            since the sign of that is then computed again from the input.
-        weight: (C,) or None.
-        bias: (C,) or None.
-        mean: (C,), of the batch when training.
-        var: (C,), biased, of the batch when training.
-        eps: added to `var`.
-        activation: "relu" or "none".
-        training: whether `mean` and `var` are functions of the input.
-        need: which gradients to compute: the input's, the weight's, the bias's, the residual's.
-        overwrite: whether `grad` may be overwritten, by the input's gradient.
-
-    Returns:
-        The gradients, None where not needed; those of weight and bias in the accumulation dtype.
-    """
+) -> Gradients:
+    """Gradients of `batch_norm_act`, in one pass that reduces and one that does not."""
     relu = activation == "relu"
     need_input, need_weight, need_bias, need_residual = need
     grad, input, output, copied = _lying_alike(grad, input, output)
@@ -383,9 +235,8 @@ def batch_norm_act_backward(
     grad_input = None
     if need_input:
         grad_input = grad if overwrite else _pool_empty_like(input)
-    parameters = _in_accumulation_dtype(input, weight, bias, mean, var)
     grad_weight, grad_bias = _batch_norm_act_backward(
-        grad, input, output, *parameters, eps, relu, training, grad_input, masked
+        grad, input, output, *_parameters(input, norm), relu, training, grad_input, masked
     )
     return (
         grad_input,
@@ -395,28 +246,22 @@ def batch_norm_act_backward(
     )
 
 
+def _parameters(input: Tensor, norm: Norm) -> tuple[Any, ...]:
+    """Weight, bias, mean, variance and eps, as the native operators of backward take them."""
+    mean, var, weight, bias, eps = norm
+    return *_in_accumulation_dtype(input, weight, bias, mean, var), eps
+
+
 def batch_norm_act_backward_sums(
-    grad: Tensor,
-    input: Tensor,
-    output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    activation: str,
+    grad: Tensor, input: Tensor, output: Tensor | None, norm: Norm, activation: str
 ) -> tuple[Tensor, Tensor]:
     """The first pass of `batch_norm_act_backward`, for statistics that processes share.
 
     Args:
-        grad: as the others, see `batch_norm_act_backward`; not empty.
+        grad: as the others, see `Backend.batch_norm_act_backward`; not empty.
         input: see `grad`.
         output: see `grad`.
-        weight: see `grad`.
-        bias: see `grad`.
-        mean: (C,), of the joint batch.
-        var: (C,), of the joint batch.
-        eps: see `grad`.
+        norm: its statistics those of the joint batch.
         activation: see `grad`.
 
     Returns:
@@ -424,9 +269,8 @@ def batch_norm_act_backward_sums(
         in the accumulation dtype.
     """
     grad, input, output, _ = _lying_alike(grad, input, output)
-    parameters = _in_accumulation_dtype(input, weight, bias, mean, var)
     return _batch_norm_act_backward_sums(
-        grad, input, output, *parameters, eps, activation == "relu"
+        grad, input, output, *_parameters(input, norm), activation == "relu"
     )
 
 
@@ -434,15 +278,9 @@ def batch_norm_act_backward_input(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
-    total: Tensor,
-    dot: Tensor,
-    count: float,
+    sums: Sums,
     need_residual: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -452,15 +290,9 @@ def batch_norm_act_backward_input(
         grad: as up to `activation`, see `batch_norm_act_backward_sums`.
         input: see `grad`.
         output: see `grad`.
-        weight: see `grad`.
-        bias: see `grad`.
-        mean: see `grad`.
-        var: see `grad`.
-        eps: see `grad`.
+        norm: see `grad`.
         activation: see `grad`.
-        total: (C,), the sum of g over the joint batch.
-        dot: (C,), the sum of g * (input - mean) over the joint batch.
-        count: how many values a channel the joint batch has.
+        sums: over the joint batch.
         need_residual: whether to return g, the gradient of a residual.
         overwrite: whether `grad` may be overwritten, by the input's gradient.
 
@@ -474,10 +306,10 @@ def batch_norm_act_backward_input(
     residual = grad if need_residual else None
     grad, input, output, copied = _lying_alike(grad, input, output)
     grad_input = grad if copied or (overwrite and not need_residual) else _pool_empty_like(input)
-    parameters = _in_accumulation_dtype(input, weight, bias, mean, var)
-    sums = _in_accumulation_dtype(input, total, dot)
+    total, dot, count = sums
+    vectors = _in_accumulation_dtype(input, total, dot)
     _batch_norm_act_backward_input(
-        grad, input, output, *parameters, eps, relu, *sums, float(count), grad_input
+        grad, input, output, *_parameters(input, norm), relu, *vectors, float(count), grad_input
     )
     return grad_input, residual
 
@@ -486,10 +318,7 @@ def conv_input_gradient(
     grad: Tensor,
     input: Tensor,
     weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Sequence[Any],
     add_to: Tensor | None = None,
 ) -> Tensor | None:
     """The gradient of a convolution in its input, by the forward's own kernel.
@@ -498,16 +327,14 @@ def conv_input_gradient(
         grad: of the output, (N, K, P, Q).
         input: (N, C, H, W), of which only the shape, dtype and layout matter.
         weight: (K, C, R, S).
-        stride: two numbers.
-        padding: two numbers.
-        dilation: two numbers.
-        groups: how many groups the channels are in.
+        geometry: stride, padding and dilation, two numbers each, and groups.
         add_to: a tensor like `input` to add the gradient to, in place; may be None.
 
     Returns:
         The gradient, `add_to` itself if there is one; None, with nothing done, where the kernel
         does not cover the convolution: with a stride it has to be 1x1 without padding.
     """
+    stride, padding, dilation, groups = geometry
     _, C, R, S = weight.shape
     pointwise = R == S == 1
     if (
@@ -520,8 +347,8 @@ def conv_input_gradient(
     ):
         return None
     if tuple(stride) == (1, 1):
-        covered = all(
-            0 <= p <= d * (r - 1) for p, d, r in zip(padding, dilation, (R, S), strict=True)
+        covered = 0 <= padding[0] <= dilation[0] * (R - 1) and 0 <= padding[1] <= dilation[1] * (
+            S - 1
         )
     else:
         covered = pointwise and not any(padding)
@@ -533,25 +360,14 @@ def conv_input_gradient(
 
 
 def max_pool_backward(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    pool: Sequence[Sequence[int]],
+    grad: Tensor, input: Tensor, norm: Norm, pool: Sequence[Sequence[int]]
 ) -> Tensor | None:
     """The gradient that `max_pool2d(relu(batch_norm(input)), *pool)` passes to the ReLU's output.
 
     Args:
         grad: of the pooled tensor, (N, C, P, Q).
         input: (N, C, H, W).
-        weight: (C,) or None.
-        bias: (C,) or None.
-        mean: (C,).
-        var: (C,), biased.
-        eps: added to `var`.
+        norm: of C channels.
         pool: kernel size, stride and padding, two numbers each.
 
     Returns:
@@ -563,10 +379,10 @@ def max_pool_backward(
         or not input.is_contiguous(memory_format=torch.channels_last)
     ):
         return None
-    parameters = _in_accumulation_dtype(input, mean, var, weight, bias)
+    vectors = _norm_vectors(*_in_accumulation_dtype(input, *norm[:4]), norm.eps)
     numbers = [number for pair in pool for number in pair]
     grad = grad.contiguous(memory_format=torch.channels_last)
-    return _max_pool_gradient(grad, input, *_norm_vectors(*parameters, eps), numbers)
+    return _max_pool_gradient(grad, input, *vectors, numbers)
 
 
 def _lying_alike(
@@ -714,6 +530,55 @@ def _packed_copy(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return copy, _pack_conv_weight(copy, groups)
 
 
+def run_quantized_blocks(
+    input: Tensor,
+    blocks: Sequence[QuantizedBlock],
+    stored: Quantization,
+    output: Quantization,
+    kernels: str = "",
+) -> Tensor | None:
+    """`reference.quantized_residual_blocks`, or None where a projection is more than a 1x1.
+
+    Args:
+        input: see there.
+        blocks: see there.
+        stored: see there.
+        output: see there.
+        kernels: one of `torch.ops.fused_resnet.quantized_kernels()`; "" for the fastest.
+    """
+    packed: list[Tensor] = []
+    numbers: list[int] = []
+    for block in blocks:
+        for conv in block.convs:
+            packed.append(_packed_quantized(conv))
+            numbers += (*conv.weight.shape, *conv.stride, *conv.padding, *conv.dilation)
+            numbers.append(conv.groups)
+    counts = [len(block.convs) for block in blocks]
+    projections = [int(block.has_projection) for block in blocks]
+    scales = [block.shortcut_scale for block in blocks]
+    return _quantized_residual_blocks_packed(
+        input, packed, numbers, counts, projections, scales, *stored, output.step, kernels
+    )
+
+
+_quantized_cache = WeightCache()
+
+
+def _packed_quantized(conv: QuantizedConv) -> Tensor:
+    layout = (conv.scale, conv.shift, conv.dilation[1], conv.groups)
+    entry = _quantized_cache.get(id(conv.weight))
+    # Eight-bit copies are never written to, so who they are says what they hold.
+    if (
+        entry is not None
+        and entry.owner() is conv.weight
+        and all(a is b for a, b in zip(entry.layout, layout, strict=True))
+    ):
+        return entry.copy
+    packed = _pack_quantized_conv(conv.weight, *layout)
+    _quantized_cache.put(conv.weight, version_of(conv.weight), packed, layout)
+    return packed
+
+
 class Cpu(Backend):
     """This file's functions, for tensors on the CPU."""
 
@@ -728,133 +593,32 @@ class Cpu(Backend):
         """See `Backend.is_default`."""
         return device_type == "cpu"
 
-    def explain(self, operator: str, **arguments: Any) -> str:
-        """See `Backend.explain`."""
-        return explain(operator, **arguments)
+    explain = staticmethod(explain)
+    has_kernel = staticmethod(has_kernel)
+    release = staticmethod(release)
+    conv_bn_act = staticmethod(conv_bn_act)
+    norm_conv_bn_act = staticmethod(norm_conv_bn_act)
+    conv_bn_act_max_pool = staticmethod(conv_bn_act_max_pool)
+    batch_norm_act_inference = staticmethod(batch_norm_act_inference)
+    residual_blocks = staticmethod(residual_blocks)
+    batch_norm_act_training = staticmethod(batch_norm_act_training)
+    batch_norm_act_training_keeping_mask = staticmethod(batch_norm_act_training_keeping_mask)
+    batch_statistics = staticmethod(batch_statistics)
+    batch_norm_act_backward = staticmethod(batch_norm_act_backward)
+    batch_norm_act_backward_sums = staticmethod(batch_norm_act_backward_sums)
+    batch_norm_act_backward_input = staticmethod(batch_norm_act_backward_input)
+    conv_input_gradient = staticmethod(conv_input_gradient)
+    max_pool_backward = staticmethod(max_pool_backward)
 
-    def has_kernel(self, dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> bool:
-        """See `Backend.has_kernel`."""
-        return has_kernel(dtype, weight_shape, groups)
-
-    def release(self, tensors: Iterable[Tensor]) -> None:
-        """See `Backend.release`."""
-        release(tensors)
-
-    def conv_bn_act(
-        self, input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str
+    def quantized_residual_blocks(
+        self,
+        input: Tensor,
+        blocks: Sequence[QuantizedBlock],
+        stored: Quantization,
+        output: Quantization,
     ) -> Tensor:
-        """See `Backend.conv_bn_act`."""
-        return conv_bn_act(input, *layer.flat(), residual, activation)
-
-    def norm_conv_bn_act(
-        self,
-        input: Tensor,
-        before: Norm,
-        layer: ConvNorm,
-        residual: Tensor | None,
-        activation: str,
-    ) -> Tensor:
-        """See `Backend.norm_conv_bn_act`."""
-        return norm_conv_bn_act(input, *before, *layer.flat(), residual, activation)
-
-    def conv_bn_act_max_pool(
-        self, input: Tensor, layer: ConvNorm, activation: str, pool: Pool
-    ) -> Tensor:
-        """See `Backend.conv_bn_act_max_pool`."""
-        return conv_bn_act_max_pool(input, *layer.flat(), activation, *pool)
-
-    def batch_norm_act_inference(
-        self, input: Tensor, norm: Norm, residual: Tensor | None, activation: str
-    ) -> Tensor:
-        """See `Backend.batch_norm_act_inference`."""
-        return batch_norm_act_inference(input, *norm, residual, activation)
-
-    def residual_blocks(self, input: Tensor, *described: Any) -> Tensor | None:
-        """See `Backend.residual_blocks`."""
-        return residual_blocks(input, *described)
-
-    def batch_norm_act_training(
-        self,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        residual: Tensor | None,
-        activation: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Backend.batch_norm_act_training`."""
-        return batch_norm_act_training(input, weight, bias, eps, residual, activation)
-
-    def batch_norm_act_training_keeping_mask(
-        self,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        residual: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """See `Backend.batch_norm_act_training_keeping_mask`."""
-        return batch_norm_act_training_keeping_mask(input, weight, bias, eps, residual)
-
-    def batch_statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Backend.batch_statistics`."""
-        return batch_statistics(input)
-
-    def batch_norm_act_backward(
-        self,
-        grad: Tensor,
-        input: Tensor,
-        output: Tensor | None,
-        norm: Norm,
-        activation: str,
-        training: bool,
-        need: Sequence[bool],
-        overwrite: bool = False,
-    ) -> Gradients:
-        """See `Backend.batch_norm_act_backward`."""
-        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
-        return batch_norm_act_backward(
-            grad, input, output, *vectors, activation, training, need, overwrite
-        )
-
-    def batch_norm_act_backward_sums(
-        self, grad: Tensor, input: Tensor, output: Tensor | None, norm: Norm, activation: str
-    ) -> tuple[Tensor, Tensor]:
-        """See `Backend.batch_norm_act_backward_sums`."""
-        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
-        return batch_norm_act_backward_sums(grad, input, output, *vectors, activation)
-
-    def batch_norm_act_backward_input(
-        self,
-        grad: Tensor,
-        input: Tensor,
-        output: Tensor | None,
-        norm: Norm,
-        activation: str,
-        sums: Sums,
-        need_residual: bool,
-        overwrite: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `Backend.batch_norm_act_backward_input`."""
-        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
-        return batch_norm_act_backward_input(
-            grad, input, output, *vectors, activation, *sums, need_residual, overwrite
-        )
-
-    def conv_input_gradient(
-        self,
-        grad: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        geometry: Sequence[Any],
-        add_to: Tensor | None = None,
-    ) -> Tensor | None:
-        """See `Backend.conv_input_gradient`."""
-        return conv_input_gradient(grad, input, weight, *geometry, add_to)
-
-    def max_pool_backward(
-        self, grad: Tensor, input: Tensor, norm: Norm, pool: Sequence[Sequence[int]]
-    ) -> Tensor | None:
-        """See `Backend.max_pool_backward`."""
-        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
-        return max_pool_backward(grad, input, *vectors, pool)
+        """In one call: see csrc/cpu/quantized/."""
+        out = run_quantized_blocks(input, blocks, stored, output)
+        if out is None:
+            return super().quantized_residual_blocks(input, blocks, stored, output)
+        return out

@@ -10,6 +10,7 @@ CPU (csrc/cuda_on_host).
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,17 +104,7 @@ def explain(operator: str, *, dtype: torch.dtype, **_: object) -> str:
 
 def conv_bn_act(
     input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    layer: ConvNorm,
     residual: Tensor | None,
     activation: str,
     tile: Tile | None = None,
@@ -123,44 +114,21 @@ def conv_bn_act(
     `tile` is one of `tuning.cuda_tiles.candidates`; None leaves the choice to
     csrc/cuda/conv_heuristics.cpp.
     """
-    tensors = (weight, running_mean, running_var, bn_weight, bn_bias, bias, residual)
+    weight, norm, bias, stride, padding, dilation, groups = layer
+    tensors = (weight, *norm[:4], bias, residual)
     if not _can_run(input, *tensors, padding=padding, groups=groups):
-        return library.conv_bn_act(
-            input, weight, running_mean, running_var, bn_weight, bn_bias, eps, bias, stride,
-            padding, dilation, groups, residual, activation, finish=_finish(),
-        )  # fmt: skip
+        return library.conv_bn_act(input, layer, residual, activation, finish=_finish())
     tf32 = library.precision(input) == "tf32"
     chosen = [] if tile is None else [cuda_tiles.index(tile, input.dtype, tf32), tile.split_k]
     return _operator()(
-        input, weight, running_mean, running_var, bn_weight, bn_bias, eps, bias, *stride, *padding,
-        *dilation, groups, residual, activation == "relu", tf32, chosen,
+        input, weight, *norm, bias, *stride, *padding, *dilation, groups, residual,
+        activation == "relu", tf32, chosen,
     )  # fmt: skip
 
 
-def conv_bn_act_max_pool(
-    input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-) -> Tensor:
+def conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: Pool) -> Tensor:
     """`conv_bn_act`, then the library's pooling."""
-    out = conv_bn_act(
-        input, weight, running_mean, running_var, bn_weight, bn_bias, eps, bias, stride, padding,
-        dilation, groups, None, activation,
-    )  # fmt: skip
-    return torch.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
+    return torch.max_pool2d(conv_bn_act(input, layer, None, activation), *pool)
 
 
 def residual_blocks(
@@ -183,44 +151,35 @@ def residual_blocks(
         return None
     if on_host():
         tile = basic_block.tiles(problem, architecture.of_device(input.device))[0]
-        return run_basic_block(input, *blocks[0][0], tile)
+        return run_basic_block(input, *blocks[0].layers, tile)
     choice = tuning.choose(problem, input.device)
-    return None if choice.tile is None else run_basic_block(input, *blocks[0][0], choice.tile)
+    return None if choice.tile is None else run_basic_block(input, *blocks[0].layers, choice.tile)
 
 
-def run_basic_block(input: Tensor, first: tuple, second: tuple, tile: Tile) -> Tensor:
+def run_basic_block(input: Tensor, first: ConvNorm, second: ConvNorm, tile: Tile) -> Tensor:
     """One launch: see csrc/cuda/basic_block.cuh for the formula and the memory traffic.
 
     Args:
         input: (N, 64, H, W), float16 or bfloat16, on this backend's device.
-        first: the arguments of `conv_bn_act` from `weight` to `groups`, of the first convolution:
-            3x3, stride 1, padding 1, dilation 1.
-        second: of the other.
+        first: 3x3, stride 1, padding 1, dilation 1.
+        second: likewise.
         tile: one of `tuning.basic_block.tiles`.
 
     Returns:
         (N, 64, H, W), channels_last.
     """
-    return _basic_block()(input, *first[:7], *second[:7], basic_block.index(tile))
+    layers = ((layer.weight, *layer.norm, layer.bias) for layer in (first, second))
+    return _basic_block()(input, *itertools.chain(*layers), basic_block.index(tile))
 
 
 def batch_norm_act_inference(
-    input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    activation: str,
+    input: Tensor, norm: Norm, residual: Tensor | None, activation: str
 ) -> Tensor:
     """One launch: see csrc/cuda/batch_norm.cuh for the formulas of this and the next."""
     input = contiguous_like_eager(input)
-    parameters = (running_mean, running_var, weight, bias)
+    *parameters, eps = norm
     if not _can_normalize(input, *parameters, residual) or not _can_add(residual, input):
-        return library.batch_norm_act_inference(
-            input, *parameters, eps, residual, activation, finish=_finish()
-        )
+        return library.batch_norm_act_inference(input, norm, residual, activation, finish=_finish())
     if residual is not None and residual.size(1) == input.size(1):
         residual = _alike(input, residual)
     return _batch_norm("normalize")(
@@ -252,7 +211,8 @@ def batch_norm_act_training(
                 input, *_vectors(weight, bias), eps, residual, activation == "relu", None
             )
     mean, var = _batch_norm("statistics")(input)
-    output = batch_norm_act_inference(input, mean, var, weight, bias, eps, residual, activation)
+    norm = Norm(mean, var, weight, bias, eps)
+    output = batch_norm_act_inference(input, norm, residual, activation)
     return output, mean, var
 
 
@@ -323,17 +283,13 @@ def batch_norm_act_backward(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
     training: bool,
     need: Sequence[bool],
     overwrite: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """One launch or three, as forward; see `backends.cpu.batch_norm_act_backward` for the rest.
+) -> Gradients:
+    """One launch or three, as forward.
 
     `output` may be the mask that `batch_norm_add_relu` returned.
 
@@ -341,11 +297,11 @@ def batch_norm_act_backward(
     once more where the gradient passes the activation.
     """
     input = contiguous_like_eager(input)
-    if not _can_normalize(input, grad, output, weight, bias, mean, var):
+    *parameters, eps = norm
+    if not _can_normalize(input, grad, output, *parameters):
         return library.batch_norm_act_backward(
-            grad, input, output, weight, bias, mean, var, eps, activation, training, need,
-            finish=_finish(),
-        )  # fmt: skip
+            grad, input, output, norm, activation, training, need, finish=_finish()
+        )
     relu = activation == "relu"
     need_input, need_weight, need_bias, need_residual = need
     if grad.stride() != input.stride():
@@ -353,7 +309,7 @@ def batch_norm_act_backward(
         overwrite = True
     overwrite = overwrite and (relu or not need_residual)  # whose gradient may be `grad` itself
     output = _alike(input, output)
-    norm = (*_vectors(mean, var, weight, bias), eps)
+    vectors = (*_vectors(*parameters), eps)
     masked = torch.empty_like(input) if need_residual and relu else None
     total = dot = grad_weight = grad_input = None
     if need_input:
@@ -362,18 +318,18 @@ def batch_norm_act_backward(
     in_one_launch = training and need_input and _fits_cluster(2, input, grad, kept)
     if in_one_launch:
         total, _, grad_weight = _batch_norm("backward_in_one_launch")(
-            grad, input, output, *norm, relu, masked, grad_input
+            grad, input, output, *vectors, relu, masked, grad_input
         )
     elif training or need_weight or need_bias or not need_input:
         total, dot, grad_weight = _batch_norm("gradient_sums")(
-            grad, input, output, *norm, relu, masked
+            grad, input, output, *vectors, relu, masked
         )
     grad_residual = (masked if relu else grad) if need_residual else None
     if need_input and not in_one_launch:
         through = (total, dot) if training else (None, None)
         done = total is not None and masked is not None
         _batch_norm("input_gradient")(
-            masked if done else grad, input, None if done else output, *norm, relu and not done,
+            masked if done else grad, input, None if done else output, *vectors, relu and not done,
             *through, input.numel() // input.size(1), None if done else masked, grad_input,
         )  # fmt: skip
     return (
@@ -385,24 +341,17 @@ def batch_norm_act_backward(
 
 
 def batch_norm_act_backward_sums(
-    grad: Tensor,
-    input: Tensor,
-    output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    activation: str,
+    grad: Tensor, input: Tensor, output: Tensor | None, norm: Norm, activation: str
 ) -> tuple[Tensor, Tensor]:
     """Two launches; see `library.batch_norm_act_backward_sums` for what it returns."""
     input = contiguous_like_eager(input)
-    if not _can_normalize(input, grad, output, weight, bias, mean, var):
+    *parameters, eps = norm
+    if not _can_normalize(input, grad, output, *parameters):
         return library.batch_norm_act_backward_sums(
-            grad, input, output, weight, bias, mean, var, eps, activation, finish=_finish()
+            grad, input, output, norm, activation, finish=_finish()
         )
     total, dot, _ = _batch_norm("gradient_sums")(
-        _alike(input, grad), input, _alike(input, output), *_vectors(mean, var, weight, bias), eps,
+        _alike(input, grad), input, _alike(input, output), *_vectors(*parameters), eps,
         activation == "relu", None,
     )  # fmt: skip
     return total, dot
@@ -412,25 +361,20 @@ def batch_norm_act_backward_input(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
-    total: Tensor,
-    dot: Tensor,
-    count: float | Tensor,
+    sums: Sums,
     need_residual: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One launch; see `library.batch_norm_act_backward_input` for what it returns."""
     input = contiguous_like_eager(input)
-    if not _can_normalize(input, grad, output, weight, bias, mean, var, total, dot):
+    *parameters, eps = norm
+    total, dot, count = sums
+    if not _can_normalize(input, grad, output, *parameters, total, dot):
         return library.batch_norm_act_backward_input(
-            grad, input, output, weight, bias, mean, var, eps, activation, total, dot, count,
-            need_residual, finish=_finish(),
-        )  # fmt: skip
+            grad, input, output, norm, activation, sums, need_residual, finish=_finish()
+        )
     relu = activation == "relu"
     if isinstance(count, Tensor):  # which may be on the GPU: nobody waits for it
         total, dot, count = total / count, dot / count, 1
@@ -441,7 +385,7 @@ def batch_norm_act_backward_input(
     masked = torch.empty_like(input) if need_residual and relu else None
     grad_input = grad if overwrite else torch.empty_like(input)
     _batch_norm("input_gradient")(
-        grad, input, _alike(input, output), *_vectors(mean, var, weight, bias), eps, relu,
+        grad, input, _alike(input, output), *_vectors(*parameters), eps, relu,
         *_vectors(total, dot), count, masked, grad_input,
     )  # fmt: skip
     return grad_input, (masked if relu else grad) if need_residual else None
@@ -554,106 +498,16 @@ class Cuda(Backend):
         """See `Backend.is_default`."""
         return device_type == "cuda" and available() == "yes" and not on_host()
 
-    def available(self) -> str:
-        """See `Backend.available`."""
-        return available()
-
-    def explain(self, operator: str, **arguments: Any) -> str:
-        """See `Backend.explain`."""
-        return explain(operator, **arguments)
-
-    def conv_bn_act(
-        self, input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str
-    ) -> Tensor:
-        """See `Backend.conv_bn_act`."""
-        return conv_bn_act(input, *layer.flat(), residual, activation)
-
-    def conv_bn_act_max_pool(
-        self, input: Tensor, layer: ConvNorm, activation: str, pool: Pool
-    ) -> Tensor:
-        """See `Backend.conv_bn_act_max_pool`."""
-        return conv_bn_act_max_pool(input, *layer.flat(), activation, *pool)
-
-    def batch_norm_act_inference(
-        self, input: Tensor, norm: Norm, residual: Tensor | None, activation: str
-    ) -> Tensor:
-        """See `Backend.batch_norm_act_inference`."""
-        return batch_norm_act_inference(input, *norm, residual, activation)
-
-    def residual_blocks(self, input: Tensor, *described: Any) -> Tensor | None:
-        """See `Backend.residual_blocks`."""
-        return residual_blocks(input, *described)
-
-    def batch_norm_act_training(
-        self,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        residual: Tensor | None,
-        activation: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Backend.batch_norm_act_training`."""
-        return batch_norm_act_training(input, weight, bias, eps, residual, activation)
-
-    def batch_norm_act_training_keeping_mask(
-        self,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        residual: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """See `Backend.batch_norm_act_training_keeping_mask`."""
-        return batch_norm_act_training_keeping_mask(input, weight, bias, eps, residual)
-
-    def batch_statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Backend.batch_statistics`."""
-        return batch_statistics(input)
-
-    def batch_norm_act_backward(
-        self,
-        grad: Tensor,
-        input: Tensor,
-        output: Tensor | None,
-        norm: Norm,
-        activation: str,
-        training: bool,
-        need: Sequence[bool],
-        overwrite: bool = False,
-    ) -> Gradients:
-        """See `Backend.batch_norm_act_backward`."""
-        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
-        return batch_norm_act_backward(
-            grad, input, output, *vectors, activation, training, need, overwrite
-        )
-
-    def batch_norm_act_backward_sums(
-        self, grad: Tensor, input: Tensor, output: Tensor | None, norm: Norm, activation: str
-    ) -> tuple[Tensor, Tensor]:
-        """See `Backend.batch_norm_act_backward_sums`."""
-        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
-        return batch_norm_act_backward_sums(grad, input, output, *vectors, activation)
-
-    def batch_norm_act_backward_input(
-        self,
-        grad: Tensor,
-        input: Tensor,
-        output: Tensor | None,
-        norm: Norm,
-        activation: str,
-        sums: Sums,
-        need_residual: bool,
-        overwrite: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `Backend.batch_norm_act_backward_input`."""
-        vectors = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps)
-        return batch_norm_act_backward_input(
-            grad, input, output, *vectors, activation, *sums, need_residual, overwrite
-        )
-
-    def batch_norm_add_relu(
-        self, input: Tensor, norm: tuple, residual: Tensor, residual_norm: tuple | None
-    ) -> tuple[Tensor, Tensor | None, tuple, tuple | None] | None:
-        """See `Backend.batch_norm_add_relu`."""
-        return batch_norm_add_relu(input, norm, residual, residual_norm)
+    available = staticmethod(available)
+    explain = staticmethod(explain)
+    conv_bn_act = staticmethod(conv_bn_act)
+    conv_bn_act_max_pool = staticmethod(conv_bn_act_max_pool)
+    batch_norm_act_inference = staticmethod(batch_norm_act_inference)
+    residual_blocks = staticmethod(residual_blocks)
+    batch_norm_act_training = staticmethod(batch_norm_act_training)
+    batch_norm_act_training_keeping_mask = staticmethod(batch_norm_act_training_keeping_mask)
+    batch_statistics = staticmethod(batch_statistics)
+    batch_norm_act_backward = staticmethod(batch_norm_act_backward)
+    batch_norm_act_backward_sums = staticmethod(batch_norm_act_backward_sums)
+    batch_norm_act_backward_input = staticmethod(batch_norm_act_backward_input)
+    batch_norm_add_relu = staticmethod(batch_norm_add_relu)

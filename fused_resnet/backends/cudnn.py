@@ -8,44 +8,24 @@ that they keep NaN and are the fastest: PyTorch asks cuDNN for a ReLU without
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from ..layers.description import ConvNorm
 from . import library
 
 
-def conv_bn_act(
-    input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    residual: Tensor | None,
-    activation: str,
-) -> Tensor:
+def conv_bn_act(input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str) -> Tensor:
     """`cudnn_convolution_relu` or `cudnn_convolution_add_relu`; without a ReLU, the library."""
     if activation != "relu":
-        return library.conv_bn_act(
-            input, weight, running_mean, running_var, bn_weight, bn_bias, eps, bias, stride,
-            padding, dilation, groups, residual, activation,
-        )  # fmt: skip
-    scale, shift = library.scale_and_shift(
-        running_mean, running_var, bn_weight, bn_bias, eps, weight.dtype
-    )
+        return library.conv_bn_act(input, layer, residual, activation)
+    weight, norm, bias, *geometry = layer
+    scale, shift = library.scale_and_shift(norm, weight.dtype)
     if bias is not None:
         shift = torch.addcmul(shift, bias, scale)
     folded = (weight * scale[:, None, None, None]).to(weight.dtype)
     shift = shift.to(weight.dtype)
-    arguments = (shift, stride, padding, dilation, groups)
+    arguments = (shift, *geometry)
     if residual is None:
         return torch.ops.aten.cudnn_convolution_relu(input, folded, *arguments)
     return torch.ops.aten.cudnn_convolution_add_relu(input, folded, residual, 1.0, *arguments)

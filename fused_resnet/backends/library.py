@@ -14,31 +14,22 @@ from torch import Tensor
 
 from .. import _native, reference  # noqa: F401  (registers the operators)
 from ..layers.convolution import conv2d
+from ..layers.description import ConvNorm, Norm, Pool, Sums
 from ..layers.memory import contiguous_like_eager
 
 scale_shift_act = torch.ops.fused_resnet.scale_shift_act.default
 
 
-def scale_and_shift(
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def scale_and_shift(norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Batch norm as one multiply-add.
 
     `scale = weight / sqrt(var + eps)`, `shift = bias - mean scale`.
 
     Args:
-        mean: (C,).
-        var: (C,).
-        weight: (C,) or None for ones.
-        bias: (C,) or None for zeros.
-        eps: added to `var`.
+        norm: of C channels.
         dtype: the dtype of the normalised tensor; the result is float64 for float64, else float32.
     """
+    mean, var, weight, bias, eps = norm
     accumulate = torch.float64 if dtype is torch.float64 else torch.float32
     scale = (var.to(accumulate) + eps).rsqrt_()
     if weight is not None:
@@ -62,80 +53,38 @@ def precision(input: Tensor) -> str:
 
 def conv_bn_act(
     input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    layer: ConvNorm,
     residual: Tensor | None,
     activation: str,
     finish: Callable[..., Tensor] = scale_shift_act,
 ) -> Tensor:
     """The library's convolution, then batch norm, residual and activation in one pass."""
-    out = conv2d(input, weight, bias, stride, padding, dilation, groups)
-    scale, shift = scale_and_shift(running_mean, running_var, bn_weight, bn_bias, eps, out.dtype)
+    weight, norm, *rest = layer
+    out = conv2d(input, weight, *rest)
+    scale, shift = scale_and_shift(norm, out.dtype)
     return finish(out, scale, shift, residual, activation)
 
 
 def conv_bn_act_max_pool(
     input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    layer: ConvNorm,
     activation: str,
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
+    pool: Pool,
     finish: Callable[..., Tensor] = scale_shift_act,
 ) -> Tensor:
     """`conv_bn_act`, then the library's pooling."""
-    out = conv_bn_act(
-        input,
-        weight,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        None,
-        activation,
-        finish,
-    )
-    return F.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
+    return F.max_pool2d(conv_bn_act(input, layer, None, activation, finish), *pool)
 
 
 def batch_norm_act_inference(
     input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    norm: Norm,
     residual: Tensor | None,
     activation: str,
     finish: Callable[..., Tensor] = scale_shift_act,
 ) -> Tensor:
     """Batch norm with the running statistics, residual and activation in one pass."""
-    scale, shift = scale_and_shift(running_mean, running_var, weight, bias, eps, input.dtype)
+    scale, shift = scale_and_shift(norm, input.dtype)
     return finish(contiguous_like_eager(input), scale, shift, residual, activation)
 
 
@@ -156,7 +105,7 @@ def batch_norm_act_training(
     """
     input = contiguous_like_eager(input)
     mean, var = batch_statistics(input)
-    scale, shift = scale_and_shift(mean, var, weight, bias, eps, input.dtype)
+    scale, shift = scale_and_shift(Norm(mean, var, weight, bias, eps), input.dtype)
     return finish(input, scale, shift, residual, activation), mean, var
 
 
@@ -179,20 +128,17 @@ def batch_norm_act_backward(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
     training: bool,
     need: Sequence[bool],
     finish: Callable[..., Tensor] = scale_shift_act,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The library's gradients; see `backends.cpu.batch_norm_act_backward` for what they are of."""
+    """The library's gradients; see `Backend.batch_norm_act_backward` for what they are of."""
     if activation == "relu":
-        norm = (weight, bias, mean, var, eps, activation)
-        grad = torch.ops.aten.threshold_backward(grad, _output(input, output, *norm, finish), 0)
+        output = _output(input, output, norm, activation, finish)
+        grad = torch.ops.aten.threshold_backward(grad, output, 0)
+    mean, var, weight, _, eps = norm
     accumulate = torch.float64 if input.dtype is torch.float64 else torch.float32
     # aten's kernel reads expanded vectors as if they were dense.
     mean, var = mean.to(accumulate).contiguous(), var.to(accumulate).contiguous()
@@ -209,59 +155,43 @@ def batch_norm_act_backward_sums(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
     finish: Callable[..., Tensor] = scale_shift_act,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.batch_norm_act_backward_sums`."""
-    norm = (weight, bias, mean, var, eps, activation)
-    output = _output(input, output, *norm, finish)
-    return reference.batch_norm_act_backward_sums(grad, input, output, *norm)
+    output = _output(input, output, norm, activation, finish)
+    return reference.batch_norm_act_backward_sums(grad, input, output, *norm, activation)
 
 
 def batch_norm_act_backward_input(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
-    total: Tensor,
-    dot: Tensor,
-    count: float | Tensor,
+    sums: Sums,
     need_residual: bool,
     finish: Callable[..., Tensor] = scale_shift_act,
 ) -> tuple[Tensor, Tensor | None]:
     """See `reference.batch_norm_act_backward_input`."""
-    norm = (weight, bias, mean, var, eps, activation)
-    output = _output(input, output, *norm, finish)
+    output = _output(input, output, norm, activation, finish)
     return reference.batch_norm_act_backward_input(
-        grad, input, output, *norm, total, dot, count, need_residual
+        grad, input, output, *norm, activation, *sums, need_residual
     )
 
 
 def _output(
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
     finish: Callable[..., Tensor],
 ) -> Tensor | None:
     """The output where the activation's mask needs it, to the bits that forward came to."""
     if activation == "none" or output is not None:
         return output
-    return batch_norm_act_inference(input, mean, var, weight, bias, eps, None, activation, finish)
+    return batch_norm_act_inference(input, norm, None, activation, finish)
 
 
 def explain(operator: str) -> str:

@@ -13,6 +13,7 @@ from .. import _native, backends
 from ..layers import watch
 from ..measure import environment
 from ..measure.text import plain
+from ..modules import plans
 from ..tuning import table as tables
 
 
@@ -60,6 +61,7 @@ def _settings() -> dict[str, object]:
         ("FUSED_RESNET_BACKEND", lambda: backends.check_environment()),
         ("FUSED_RESNET_CPU_ISA", lambda: f"the CPU's kernels use {backends.cpu_isa()}"),
         (watch.VARIABLE, watch.described),
+        (plans.VARIABLE, plans.described),
         ("FUSED_RESNET_CACHE", lambda: f"tuning tables are in {tables.cache_folder()}"),
     ):
         value = os.environ.get(name)

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .description import Block, ConvNorm, Norm, Pool, output_size
 
 ACTIVATIONS = ("relu", "none")
 _REDUCED = (torch.float16, torch.bfloat16)
@@ -43,17 +46,7 @@ def pair(value: int | Sequence[int], what: str) -> tuple[int, int]:
 def conv_error(
     name: str,
     input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
+    layer: ConvNorm,
     residual: Tensor | None,
     activation: str,
     shape: Sequence[int] | None = None,
@@ -64,6 +57,7 @@ def conv_error(
     A `shape` stands for the input's own, so that there need not be a tensor of it. Without
     `statistics`, those of the batch will do and the running ones may be None.
     """
+    weight, norm, bias, stride, padding, dilation, groups = layer
     for what, tensor in (("input", input), ("weight", weight)):
         if not isinstance(tensor, Tensor):
             return _not_a_tensor(name, what, tensor)
@@ -97,8 +91,7 @@ def conv_error(
         return ValueError(
             f"{name}: weight has shape {(K, group_channels, R, S)}, must not be empty"
         )
-    P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
-    Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
+    P, Q = output_size((H, W), (R, S), stride, padding, dilation)
     if P < 1 or Q < 1:
         return ValueError(
             f"{name}: weight of {R} x {S} with dilation {dilation} does not fit into input of "
@@ -124,84 +117,79 @@ def conv_error(
             input,
             K,
             ("running_mean", "running_var", "bn_weight", "bn_bias"),
-            (running_mean, running_var, bn_weight, bn_bias),
+            norm[:4],
             2 if statistics else 0,
         )
-        or _eps_error(name, eps)
+        or _eps_error(name, norm.eps)
         or _act_error(name, input, residual, (N, K, P, Q), activation)
     )
 
 
-def prologue_error(
-    name: str,
-    input: Tensor,
-    in_mean: Tensor,
-    in_var: Tensor,
-    in_weight: Tensor | None,
-    in_bias: Tensor | None,
-    in_eps: float,
-) -> ValueError | TypeError | None:
+def prologue_error(name: str, input: Tensor, before: Norm) -> ValueError | TypeError | None:
     """What is wrong with the norm before a convolution without errors of its own, or None."""
-    return _norm_error(
-        name,
-        input,
-        input.size(1),
-        ("in_mean", "in_var", "in_weight", "in_bias"),
-        (in_mean, in_var, in_weight, in_bias),
-        2,
-    ) or _eps_error(name, in_eps, "in_eps")
+    names = ("in_mean", "in_var", "in_weight", "in_bias")
+    error = _norm_error(name, input, input.size(1), names, before[:4], 2)
+    return error or _eps_error(name, before.eps, "in_eps")
 
 
-def blocks_fit(input: Tensor, blocks: Sequence[tuple[Sequence[tuple], bool]]) -> bool:
+def blocks_fit(input: Tensor, blocks: Sequence[Block]) -> bool:
     """Whether no convolution of these blocks has an error; see `ops.residual_blocks`."""
     shape: Sequence[int] | None = tuple(input.shape)
-    for layers, has_projection in blocks:
+    for block in blocks:
         shortcut = shape
-        if has_projection:
-            *layers, projection = layers
-            shortcut = _conv_shape(input, shape, projection)
-        for layer in layers:
+        if block.has_projection:
+            shortcut = _conv_shape(input, shape, block.layers[-1])
+        for layer in block.main:
             shape = None if shape is None else _conv_shape(input, shape, layer)
         if shape is None or shape != shortcut:
             return False
     return True
 
 
-def _conv_shape(input: Tensor, shape: Sequence[int], layer: tuple) -> Sequence[int] | None:
+def block_key(input: Tensor, block: Block) -> tuple[Any, ...]:
+    """All of a block and its input that `conv_error` looks at, of plain tensors with strides."""
+    device = input.device
+    key: list[Any] = [input.shape, input.dtype, device, input.layout, *block[1:]]
+    key += (torch.is_autocast_enabled(device.type), torch.is_grad_enabled())
+    for weight, norm, bias, stride, padding, dilation, groups in block.layers:
+        mean, var, bn_weight, bn_bias, eps = norm
+        key += (tuple(stride), tuple(padding), tuple(dilation), groups, eps)
+        for tensor in (weight, mean, var, bn_weight, bn_bias, bias):
+            if tensor is None:
+                key.append(None)
+            else:
+                key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+        key += (mean is not None and mean.requires_grad, var is not None and var.requires_grad)
+    return tuple(key)
+
+
+_fits: dict[tuple[Any, ...], bool] = {}
+_MOST_FITS = 2048
+
+
+def plain_block_fits(input: Tensor, block: Block) -> bool:
+    """`blocks_fit(input, [block])` of plain tensors, found once."""
+    key = block_key(input, block)
+    fits = _fits.get(key)
+    if fits is None:
+        if len(_fits) >= _MOST_FITS:
+            _fits.clear()
+        fits = _fits[key] = blocks_fit(input, [block])
+    return fits
+
+
+def _conv_shape(input: Tensor, shape: Sequence[int], layer: ConvNorm) -> Sequence[int] | None:
     """The output's shape where `shape` is the input's, or None if something does not fit."""
-    if conv_error("conv_bn_act", input, *layer, None, "relu", shape) is not None:
+    if conv_error("conv_bn_act", input, layer, None, "relu", shape) is not None:
         return None
-    return conv_shape(shape, layer)
-
-
-def conv_shape(shape: Sequence[int], layer: tuple) -> Sequence[int]:
-    """Of the output, where `shape` is the input's and the layer has no error."""
-    weight, stride, padding, dilation = layer[0], *layer[7:10]
-    N, _, *sizes = shape
-    K, _, *filter = weight.shape
-    numbers = zip(sizes, filter, stride, padding, dilation, strict=True)
-    return (N, K, *((size + 2 * p - d * (r - 1) - 1) // s + 1 for size, r, s, p, d in numbers))
+    return layer.output_shape(shape)
 
 
 def pool_error(
-    name: str,
-    input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    pool_kernel_size: tuple[int, int],
-    pool_stride: tuple[int, int],
-    pool_padding: tuple[int, int],
+    name: str, input: Tensor, layer: ConvNorm, pool: Pool
 ) -> ValueError | TypeError | None:
     """What is wrong with the pooling that follows a convolution without errors, or None."""
+    pool_kernel_size, pool_stride, pool_padding = pool
     error = (
         _numbers_error(name, "pool_kernel_size", pool_kernel_size, 1)
         or _numbers_error(name, "pool_stride", pool_stride, 1)
@@ -214,10 +202,7 @@ def pool_error(
             f"{name}: pool_padding is {pool_padding}, must be at most half of pool_kernel_size, "
             f"{pool_kernel_size}"
         )
-    _, _, H, W = input.shape
-    _, _, R, S = weight.shape
-    P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
-    Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
+    _, _, P, Q = layer.output_shape(input.shape)
     if (
         P + 2 * pool_padding[0] < pool_kernel_size[0]
         or Q + 2 * pool_padding[1] < pool_kernel_size[1]
@@ -232,13 +217,9 @@ def pool_error(
 def batch_norm_error(
     name: str,
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm,
     training: bool,
     momentum: float,
-    eps: float,
     residual: Tensor | None,
     activation: str,
     shared: bool = False,
@@ -261,18 +242,18 @@ def batch_norm_error(
             return ValueError(
                 f"Expected more than 1 value per channel when training, got input size {shape}"
             )
-        if eps == 0:
-            return ValueError(f"{name}: eps is {eps}, must be positive when training")
+        if norm.eps == 0:
+            return ValueError(f"{name}: eps is {norm.eps}, must be positive when training")
     return (
         _norm_error(
             name,
             input,
             shape[1],
             ("running_mean", "running_var", "weight", "bias"),
-            (running_mean, running_var, weight, bias),
+            norm[:4],
             0 if training else 2,
         )
-        or _eps_error(name, eps)
+        or _eps_error(name, norm.eps)
         or _act_error(name, input, residual, shape, activation)
     )
 

@@ -14,22 +14,27 @@ On a CPU torch leaves most convolutions to oneDNN, some versions of which fail f
   weight is refused. Of inputs this is what torch does by itself, in float64 and where oneDNN lacks
   float16 or bfloat16.
 
-Such a convolution is one of another shape as well, which these functions call instead: with the
-padding written out, in float32, of every stride-th pixel, with the usual strides. The processor and
-the version of oneDNN are not asked for, so results are the same everywhere.
+Such a convolution is one of another shape as well, which these functions call instead: of the taps
+and pixels that meet, without padding, in float32, of every stride-th pixel, with the usual strides.
+The processor and the version of oneDNN are not asked for, so results are the same everywhere.
+
+Padding is never written out as zeros, which an infinite weight would make NaN: what is outside of
+the image takes no part.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-_aten = torch.ops.aten
+# What an operator's wrapper in Python calls.
+_convolution_backward = torch.ops.aten.convolution_backward.default._op
 # Channels of float32 in the widest vector.
 _VECTOR = 16
 
@@ -37,7 +42,7 @@ _VECTOR = 16
 class _Detour(NamedTuple):
     """What has to change before the library may have a convolution."""
 
-    pad: bool  # write the padding out
+    split: bool  # into runs of outputs that see the same taps
     widen: bool  # compute in float32
     sample: bool  # take every stride-th pixel first, for the weight's gradient
 
@@ -67,11 +72,11 @@ def conv2d(
     if detour is None:
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     dtype = input.dtype
-    if detour.pad:
-        input, padding = _padded(input, padding), (0, 0)
     if detour.widen:
         input, weight = input.float(), weight.float()
         bias = None if bias is None else bias.float()
+    if detour.split:
+        return _by_runs(input, weight, bias, stride, padding, dilation, groups).to(dtype)
     if detour.sample and not any(padding):
         input, stride = _sampled(input, stride), (1, 1)
     return torch.conv2d(input, weight, bias, stride, padding, dilation, groups).to(dtype)
@@ -103,11 +108,12 @@ def conv2d_backward(
     detour = _detour(input, weight, stride, padding, dilation)
     if detour is None:
         return _backward(grad, input, weight, stride, padding, dilation, groups, need)
-    dtype, (before_h, before_w), (H, W) = input.dtype, padding, input.shape[2:]
-    if detour.pad:
-        input, padding = _padded(input, padding), (0, 0)
+    dtype = input.dtype
     if detour.widen:
         grad, input, weight = grad.float(), input.float(), weight.float()
+    if detour.split:
+        grads = _backward_by_runs(grad, input, weight, stride, padding, dilation, groups, need)
+        return _in(dtype, grads)
     need_input, need_weight, need_bias = need
     by_sample = need_weight and detour.sample and not any(padding)
     need = (need_input, need_weight and not by_sample, need_bias)
@@ -120,10 +126,64 @@ def conv2d_backward(
         sampled = _sampled(input, stride)
         once, only = (1, 1), (False, True, False)
         grad_weight = _backward(grad, sampled, weight, once, (0, 0), once, groups, only)[1]
-    if detour.pad and grad_input is not None:
-        grad_input = grad_input[:, :, before_h : before_h + H, before_w : before_w + W]
-    grads = (grad_input, grad_weight, grad_bias)
-    return tuple(g if g is None else g.to(dtype) for g in grads)
+    return _in(dtype, (grad_input, grad_weight, grad_bias))
+
+
+def plain_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`conv2d` of strided tensors of no class of their own, which is asked for once a shape.
+
+    To be called where nothing traces or records.
+    """
+    geometry = (tuple(stride), tuple(padding), tuple(dilation))
+    key = (input.shape, input.stride(), input.dtype, input.device, weight.shape, weight.stride())
+    sound = _sound.get((*key, *geometry))
+    if sound is None:
+        sound = _remembered((*key, *geometry), is_sound(input, weight, *geometry))
+    run = torch.conv2d if sound else conv2d
+    return run(input, weight, bias, stride, padding, dilation, groups)
+
+
+def plain_conv2d_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    need: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`conv2d_backward`, where `plain_conv2d` is what may be called."""
+    geometry = (tuple(stride), tuple(padding), tuple(dilation))
+    key = (input.shape, input.stride(), input.dtype, input.device, weight.shape, weight.stride())
+    sound = _sound.get((*key, *geometry))
+    if sound is None:
+        sound = _remembered((*key, *geometry), is_sound(input, weight, *geometry))
+    if not sound:
+        return conv2d_backward(grad, input, weight, *geometry, groups, need)
+    return _convolution_backward(
+        grad, input, weight, [weight.size(0)], *geometry, False, [0, 0], groups, need
+    )
+
+
+# Of shapes, strides, dtype, device and geometry: what `is_sound` said.
+_sound: dict[tuple[Any, ...], bool] = {}
+_MOST_SOUND = 4096
+
+
+def _remembered(key: tuple[Any, ...], sound: bool) -> bool:
+    if len(_sound) >= _MOST_SOUND:
+        _sound.clear()
+    _sound[key] = sound
+    return sound
 
 
 def is_sound(
@@ -173,21 +233,150 @@ def _detour(
         return None  # torch refuses it
     H, W = input.shape[2:]
     # With taps further apart than the image is large, an output can look past both sides of it.
-    pad = beyond or (R > 1 and dilation[0] > H) or (S > 1 and dilation[1] > W)
+    split = beyond or (R > 1 and dilation[0] > H) or (S > 1 and dilation[1] > W)
     pointwise = R == S == 1
-    widen = (
-        strided
-        and not pointwise
-        and input.dtype in (torch.bfloat16, torch.float16)
-        and (stride_h > R or (stride_w > 1 and (W + 2 * padding[1] - reach_w - 1) // stride_w == 0))
-    )
+    one_column = stride_w > 1 and (W + 2 * padding[1] - reach_w - 1) // stride_w == 0
+    narrow = strided and not pointwise and (stride_h > R or one_column)
+    # Runs add up to a gradient, which is rounded once.
+    widen = (split or narrow) and input.dtype in (torch.bfloat16, torch.float16)
     sample = strided and pointwise and channels < _VECTOR
-    return _Detour(pad, widen, sample) if pad or widen or sample else None
+    return _Detour(split, widen, sample) if split or widen or sample else None
 
 
-def _padded(input: Tensor, padding: Sequence[int]) -> Tensor:
-    pad_h, pad_w = padding
-    return F.pad(input, (pad_w, pad_w, pad_h, pad_h))
+class _Run(NamedTuple):
+    """Outputs next to each other in one dimension that see the same taps, or none."""
+
+    outputs: tuple[int, int]  # the first, and the first after these, as in the next two
+    taps: tuple[int, int]
+    pixels: tuple[int, int]
+    padding: int
+
+
+def _runs(size: int, taps: int, stride: int, padding: int, dilation: int) -> list[_Run]:
+    """A convolution's outputs in one dimension, in order."""
+    outputs = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+    ordinary = padding <= dilation * (taps - 1) and (taps == 1 or dilation <= size)
+    if ordinary or outputs < 1:  # torch refuses the latter
+        return [_Run((0, outputs), (0, taps), (0, size), padding)]
+    seen = []  # the outputs for which each tap is in the image
+    for tap in range(taps):
+        first = -((dilation * tap - padding) // stride)
+        last = (size - 1 + padding - dilation * tap) // stride
+        seen.append((min(max(first, 0), outputs), min(max(last + 1, 0), outputs)))
+    ends = sorted({0, outputs, *(end for pair in seen for end in pair)})
+    runs = []
+    for start, stop in itertools.pairwise(ends):
+        here = [tap for tap, (first, end) in enumerate(seen) if first <= start < end]
+        if not here:
+            runs.append(_Run((start, stop), (0, 0), (0, 0), 0))
+            continue
+        first, last = here[0], here[-1]
+        begin = start * stride - padding + dilation * first
+        end = (stop - 1) * stride - padding + dilation * last + 1
+        runs.append(_Run((start, stop), (first, last + 1), (begin, end), 0))
+    return runs
+
+
+def _both_runs(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[list[_Run], list[_Run]]:
+    rows, columns = (
+        _runs(input.size(2 + i), weight.size(2 + i), stride[i], padding[i], dilation[i])
+        for i in range(2)
+    )
+    return rows, columns
+
+
+def _cut(tensor: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    return tensor[:, :, rows[0] : rows[1], columns[0] : columns[1]]
+
+
+def _put_back(
+    part: Tensor, whole: Tensor, rows: tuple[int, int], columns: tuple[int, int]
+) -> Tensor:
+    """`part` where `_cut` took it from `whole`, among zeros."""
+    H, W = whole.shape[2:]
+    return F.pad(part, (columns[0], W - columns[1], rows[0], H - rows[1]))
+
+
+def _by_runs(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`conv2d`, each run of rows and columns by itself; its arguments."""
+    rows, columns = _both_runs(input, weight, stride, padding, dilation)
+    # What sees nothing is no function of the input and the weight, but has gradients: zero.
+    nothing = (input[:0].sum() + weight[:0].sum()).expand(1, weight.size(0), 1, 1)
+    if bias is not None:
+        nothing = nothing + bias.view(1, -1, 1, 1)
+    parts = []
+    for row in rows:
+        along = []
+        for column in columns:
+            height, width = (end - start for start, end in (row.outputs, column.outputs))
+            if row.taps[1] == 0 or column.taps[1] == 0:
+                along.append(nothing.expand(input.size(0), -1, height, width))
+                continue
+            pixels = _cut(input, row.pixels, column.pixels)
+            taps = _cut(weight, row.taps, column.taps)
+            around = (row.padding, column.padding)
+            along.append(conv2d(pixels, taps, bias, stride, around, dilation, groups))
+        parts.append(torch.cat(along, 3))
+    formats = {suggest_memory_format(tensor) for tensor in (input, weight)}
+    last = torch.channels_last in formats
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return torch.cat(parts, 2).contiguous(memory_format=memory_format)
+
+
+def _backward_by_runs(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    need: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`conv2d_backward`, each run of rows and columns by itself; its arguments."""
+    need_input, need_weight, need_bias = need
+    grad_input = torch.zeros_like(input) if need_input else None
+    grad_weight = torch.zeros_like(weight) if need_weight else None
+    rows, columns = _both_runs(input, weight, stride, padding, dilation)
+    for row, column in itertools.product(rows, columns):
+        if row.taps[1] == 0 or column.taps[1] == 0 or not (need_input or need_weight):
+            continue
+        of_pixels, of_taps, _ = conv2d_backward(
+            _cut(grad, row.outputs, column.outputs),
+            _cut(input, row.pixels, column.pixels),
+            _cut(weight, row.taps, column.taps),
+            stride,
+            (row.padding, column.padding),
+            dilation,
+            groups,
+            (need_input, need_weight, False),
+        )
+        if of_pixels is not None and grad_input is not None:
+            grad_input = grad_input + _put_back(of_pixels, input, row.pixels, column.pixels)
+        if of_taps is not None and grad_weight is not None:
+            grad_weight = grad_weight + _put_back(of_taps, weight, row.taps, column.taps)
+    return grad_input, grad_weight, grad.sum((0, 2, 3)) if need_bias else None
+
+
+def _in(
+    dtype: torch.dtype, grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    of_input, of_weight, of_bias = (grad if grad is None else grad.to(dtype) for grad in grads)
+    return of_input, of_weight, of_bias
 
 
 def _sampled(input: Tensor, stride: Sequence[int]) -> Tensor:
@@ -207,4 +396,5 @@ def _backward(
     need: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     geometry = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
-    return _aten.convolution_backward(grad, input, weight, [weight.size(0)], *geometry, list(need))
+    backward = torch.ops.aten.convolution_backward
+    return backward(grad, input, weight, [weight.size(0)], *geometry, list(need))

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import backends, functional
 from ..backends import library, triton
 from ..backends.triton import eligible
+from ..layers.description import Norm
 from ..tuning import architecture, chain, choose
 from ..tuning.choice import CHAINED
 from ..tuning.problem import ChainProblem, ConvProblem, Problem
@@ -122,7 +123,7 @@ def fused_block(backend: str) -> Prepare:
     def run(
         input: Tensor, layer: tuple[Any, ...], residual: Tensor | None, activation: str
     ) -> Tensor:
-        *norm, bias, stride, padding, dilation, groups = layer
+        *norm, bias, stride, padding, dilation, groups = layer.flat()
         return functional.conv_bn_act(
             input, *norm, bias=bias, stride=stride, padding=padding, dilation=dilation,
             groups=groups, residual=residual, activation=activation,
@@ -252,7 +253,7 @@ def _pooled(out: Tensor, problem: ConvProblem) -> Tensor:
 
 def _folded(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """Weight and bias with batch norm in them, folded in float32."""
-    weight, mean, var, bn_weight, bn_bias, eps = arguments[1:7]
-    scale, shift = library.scale_and_shift(mean, var, bn_weight, bn_bias, eps, weight.dtype)
+    weight, *norm = arguments[1:7]
+    scale, shift = library.scale_and_shift(Norm(*norm), weight.dtype)
     folded = (weight.float() * scale[:, None, None, None]).to(weight.dtype)
     return folded.contiguous(memory_format=torch.channels_last), shift.to(weight.dtype)

@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import forms, originals
 from ..forms import Form, Unit
-from ..layers.description import BlockLayers
+from ..layers.description import Block, ConvNorm, Norm, Pool
 from ..models import cifar
 from ..ops.registration import transforms_active
 from ..originals import (
@@ -34,6 +34,8 @@ from ..originals import (
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_new = tuple.__new__
 
 _NORMS = (BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d)
 
@@ -87,7 +89,7 @@ def block_layers(block: nn.Module, may_pad: bool = False) -> tuple[Layers, bool]
     return pairs, has_projection
 
 
-def inference_layers(block: nn.Module, x: Tensor) -> BlockLayers | None:
+def inference_block(block: nn.Module, x: Tensor) -> Block | None:
     """A block without an obstacle as `ops.residual_blocks` takes it, or None where it cannot."""
     if (found := block_layers(block)) is None:
         return None
@@ -96,50 +98,53 @@ def inference_layers(block: nn.Module, x: Tensor) -> BlockLayers | None:
     for conv, norm in pairs:
         if uses_batch_statistics(norm) or not keeps_dtype(norm, x) or not norm.eps >= 0:
             return None
-        layers.append(conv_arguments(conv, norm, x)[1:])
-    return layers, has_projection
+        layers.append(layer_of(conv, norm))
+    return Block(layers, has_projection)
 
 
-def stages_layers(stages: list[nn.Module], x: Tensor) -> list[BlockLayers] | None:
+def stages_blocks(stages: list[nn.Module], x: Tensor) -> list[Block] | None:
     """The blocks of all stages, or None where calling some stage is more than inference by them."""
-    blocks: list[BlockLayers] = []
+    blocks: list[Block] = []
     for stage in stages:
-        added = stage_layers(stage, x)
+        added = stage_blocks(stage, x)
         if added is None:
             return None
         blocks += added
     return blocks
 
 
-def stage_layers(stage: nn.Module, x: Tensor, may_pad: bool = False) -> list[BlockLayers] | None:
+def stage_blocks(stage: nn.Module, x: Tensor, may_pad: bool = False) -> list[Block] | None:
     """What calling a stage would run, or None where that is more than inference by its blocks.
 
     The network around it has no obstacle. `may_pad`: see `ops.pads_shortcuts`.
     """
     if type(stage) is not Sequential or _call_obstacle(stage) is not None:
         return None
-    plain = None if torch.compiler.is_compiling() else plain_layers
+    plain = None if torch.compiler.is_compiling() else plain_block
     blocks = []
     for block in stage._modules.values():
         form = forms.of_fused(type(block))
         if form is None or not form.is_block:
             return None
-        layers = plain and plain(block, form, may_pad)
-        if layers is None:
+        described = plain and plain(block, form, may_pad)
+        if described is None:
             if _call_obstacle(block) is not None or own_obstacle(block) is not None:
                 return None
-            layers = inference_layers(block, x)
-        if layers is None:
+            described = inference_block(block, x)
+        if described is None:
             return None
-        blocks.append(layers)
+        blocks.append(described)
     return blocks
 
 
-def plain_layers(block: nn.Module, form: Form, may_pad: bool) -> BlockLayers | None:
-    """The layers of a block in which there is nothing out of the ordinary, in a tenth of the time.
+def plain_block(
+    block: nn.Module, form: Form, may_pad: bool, training: bool = False
+) -> Block | None:
+    """A block in which there is nothing out of the ordinary, in a tenth of the time.
 
     Nothing but what every module of these classes has: neither obstacles, hooks nor parts that may
-    be idle. None says only that `own_obstacle` and `_inference_layers` have to find out.
+    be idle. None says only that `own_obstacle`, `inference_block` and `block_layers` have to find
+    out. Where `training`, its norms are `BatchNorm2d` that take the batch's statistics.
     """
     if form.plain_names is None or form.replaced() is not None or _has_any_global_hook():
         return None
@@ -157,30 +162,34 @@ def plain_layers(block: nn.Module, form: Form, may_pad: bool) -> BlockLayers | N
             act = unit_act
             if _is_touched(act.__dict__):
                 return None
-        layer = _plain_layer(children.get(conv_name), children.get(norm_name))
+        layer = _plain_layer(children.get(conv_name), children.get(norm_name), training)
         if layer is None:
             return None
         layers.append(layer)
     downsample = children.get(form.shortcut)
     if downsample is None:
         # Whoever assigned something else than a module has it among the other attributes.
-        return (layers, False) if getattr(block, form.shortcut) is None else None
+        if getattr(block, form.shortcut) is not None:
+            return None
+        return _new(Block, (layers, False, 0, training and block.memory == "low"))
     if may_pad and type(downsample) is cifar.PaddedShortcut:
-        return _with_padded_shortcut(layers, downsample)
+        low_memory = training and block.memory == "low"
+        return _with_padded_shortcut(layers, downsample, low_memory)
     if type(downsample) is not Sequential or _is_touched(downsample.__dict__):
         return None
     projection = [*downsample._modules.values()]
-    layer = _plain_layer(*projection) if len(projection) == 2 else None
+    layer = _plain_layer(*projection, training) if len(projection) == 2 else None
     if layer is None:
         return None
     layers.append(layer)
-    return layers, True
+    return _new(Block, (layers, True, 0, training and block.memory == "low"))
 
 
 def _with_padded_shortcut(
-    layers: list[tuple], shortcut: cifar.PaddedShortcut
-) -> BlockLayers | None:
-    added = layers[-1][0].size(0) - layers[0][0].size(1) * layers[0][-1]
+    layers: list[ConvNorm], shortcut: cifar.PaddedShortcut, low_memory: bool
+) -> Block | None:
+    first, last = layers[0], layers[-1]
+    added = last.weight.size(0) - first.weight.size(1) * first.groups
     step = shortcut.stride
     if (
         _is_touched(shortcut.__dict__)
@@ -190,11 +199,11 @@ def _with_padded_shortcut(
         or step < 1
     ):
         return None
-    return layers, -step
+    return Block(layers, False, step, low_memory)
 
 
-def _plain_layer(conv: nn.Module | None, norm: nn.Module | None) -> tuple | None:
-    """`conv_arguments` but for the input; see `plain_layers`."""
+def _plain_layer(conv: nn.Module | None, norm: nn.Module | None, training: bool) -> ConvNorm | None:
+    """`layer_of`; see `plain_block`."""
     if type(conv) is not Conv2d or type(norm) is not BatchNorm2d:
         return None
     of_conv, of_norm = conv.__dict__, norm.__dict__
@@ -212,7 +221,7 @@ def _plain_layer(conv: nn.Module | None, norm: nn.Module | None) -> tuple | None
         or of_norm["_backward_hooks"]
         or of_norm["_backward_pre_hooks"]
         or "forward" in of_norm
-        or of_norm["training"]
+        or of_norm["training"] is not training
         or of_conv["padding_mode"] != "zeros"
         or type(padding) is not tuple
     ):
@@ -223,25 +232,26 @@ def _plain_layer(conv: nn.Module | None, norm: nn.Module | None) -> tuple | None
         mean, var = buffers["running_mean"], buffers["running_var"]
         if mean is None or var is None or not eps >= 0:
             return None
-        return (
-            parameters["weight"],
-            mean,
-            var,
-            affine["weight"],
-            affine["bias"],
-            eps,
-            parameters["bias"],
-            of_conv["stride"],
-            padding,
-            of_conv["dilation"],
-            of_conv["groups"],
+        # `Norm(...)` and `ConvNorm(...)` without a call of Python's each.
+        plain_norm = _new(Norm, (mean, var, affine["weight"], affine["bias"], eps))
+        return _new(
+            ConvNorm,
+            (
+                parameters["weight"],
+                plain_norm,
+                parameters["bias"],
+                of_conv["stride"],
+                padding,
+                of_conv["dilation"],
+                of_conv["groups"],
+            ),
         )
     except KeyError:
         return None
 
 
 def _is_touched(state: dict[str, Any]) -> bool:
-    """`_call_obstacle` of the module with this `__dict__`, for `plain_layers`."""
+    """`_call_obstacle` of the module with this `__dict__`, for `plain_block`."""
     return bool(
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
@@ -260,15 +270,14 @@ def split_downsample(
     return before, (conv, norm)
 
 
-def bare_conv_arguments(conv: nn.Conv2d, x: Tensor) -> tuple:
-    """`conv_arguments` without a norm: one with mean 0 and var + eps = 1, which changes no bit."""
+def bare_layer(conv: nn.Conv2d, x: Tensor) -> ConvNorm:
+    """`layer_of` without a norm: one with mean 0 and var + eps = 1, which changes no bit."""
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     zeros = x.new_zeros(conv.out_channels, dtype=dtype)
-    return (
-        # Not an eps of 0, which `F.batch_norm` refuses in some versions of torch.
-        *(x, conv.weight, zeros, torch.full_like(zeros, 0.5), None, None, 0.5),
-        *(conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups),
-    )
+    # Not an eps of 0, which `F.batch_norm` refuses in some versions of torch.
+    norm = Norm(zeros, torch.full_like(zeros, 0.5), None, None, 0.5)
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return ConvNorm(conv.weight, norm, conv.bias, *geometry)
 
 
 def sync_group(norm: nn.Module) -> dist.ProcessGroup | None:
@@ -312,47 +321,32 @@ def keeps_dtype(norm: nn.Module, x: Tensor) -> bool:
     return norm.weight.dtype is (torch.get_autocast_dtype(device) if autocast else x.dtype)
 
 
-def conv_arguments(conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d, x: Tensor) -> tuple:
-    """The first twelve arguments of the operator `conv_bn_act`."""
+def layer_of(conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> ConvNorm:
+    """A convolution and the norm behind it, as operators take them."""
     # Looked up where modules keep them: `module.weight` takes ten times as long.
+    try:
+        weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+    except KeyError:  # the parameters of nn.DataParallel's replicas are plain attributes
+        weight, bias = conv.weight, conv.bias
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return ConvNorm(weight, norm_of(norm), bias, *geometry)
+
+
+def norm_of(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> Norm:
+    """A norm, as operators take it; its running statistics may be None."""
     buffers = norm._buffers
     affine = buffers if type(norm) is FrozenBatchNorm2d else norm._parameters
     try:
-        return (
-            x,
-            conv._parameters["weight"],
-            buffers["running_mean"],
-            buffers["running_var"],
-            affine["weight"],
-            affine["bias"],
-            norm.eps,
-            conv._parameters["bias"],
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-        )
-    except KeyError:  # the parameters of nn.DataParallel's replicas are plain attributes
-        return (
-            x,
-            conv.weight,
-            norm.running_mean,
-            norm.running_var,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            conv.bias,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-        )
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        return Norm(mean, var, affine["weight"], affine["bias"], norm.eps)
+    except KeyError:
+        return Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
-def pool_arguments(maxpool: nn.MaxPool2d) -> tuple[tuple[int, int], ...]:
-    """Kernel size, stride and padding as pairs."""
+def pool_of(maxpool: nn.MaxPool2d) -> Pool:
+    """A max-pool without an obstacle."""
     values = (maxpool.kernel_size, maxpool.stride, maxpool.padding)
-    return tuple(value if isinstance(value, tuple) else (value, value) for value in values)
+    return Pool(*(value if isinstance(value, tuple) else (value, value) for value in values))
 
 
 def input_obstacle(x: Tensor) -> str | None:

@@ -8,15 +8,17 @@ arguments do not fit runs unfused inside `conv_norm_act`.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import backends, forms, reference
-from ..forms import Unit
+from ..forms import Form, Unit
 from ..layers import checks
-from ..layers.description import BlockLayers
+from ..layers.description import Block, ConvNorm, Layer, Norm, TrainedBlock
 from ..ops import conv_bn_act_max_pool, running_statistics
 from ..ops.conv_bn_act import conv_bn_act
 from ..ops.gradients import has_norm_kernel
@@ -30,23 +32,25 @@ from ..ops.training.graphs import (
 )
 from ..ops.training.nodes import residual_block_training, stem_training
 from ..originals import FrozenBatchNorm2d
+from . import plans
 from .read import (
-    bare_conv_arguments,
+    bare_layer,
     block_layers,
-    conv_arguments,
     conv_norm,
     downsample_obstacle,
-    inference_layers,
+    inference_block,
     input_obstacle,
     keeps_dtype,
+    layer_of,
+    norm_of,
     obstacle,
     obstacle_of_call,
     pads_channels,
-    plain_layers,
-    pool_arguments,
+    plain_block,
     pool_obstacle,
+    pool_of,
     split_downsample,
-    stage_layers,
+    stage_blocks,
     sync_group,
     uses_batch_statistics,
     working_parts,
@@ -61,14 +65,21 @@ def run_unfused(module: nn.Module, x: Any, method: str = "forward") -> Tensor:
 def block_forward(block: nn.Module, x: Tensor) -> Tensor:
     """A residual block of any form."""
     form = forms.of(block)
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        layers = None if obstacle_of_call(x) is not None else plain_layers(block, form, False)
-        if layers is not None and (out := residual_blocks(x, [layers])) is not None:
-            return out
+    if not torch.compiler.is_compiling() and obstacle_of_call(x) is None:
+        records = torch.is_grad_enabled()
+        described = plain_block(block, form, records, records)
+        if described is not None:
+            out = (
+                _plain_training(block, form, described, x)
+                if records
+                else residual_blocks(x, [described])
+            )
+            if out is not None:
+                return out
     if obstacle(block) is not None or input_obstacle(x) is not None:
         return run_unfused(block, x)
-    layers = inference_layers(block, x)
-    if layers is not None and (out := residual_blocks(x, [layers])) is not None:
+    described = inference_block(block, x)
+    if described is not None and (out := residual_blocks(x, [described])) is not None:
         return out
     if (out := _block_training(block, x)) is not None:
         return out
@@ -116,45 +127,113 @@ def run_unit(
     return x
 
 
+def _plain_training(block: nn.Module, form: Form, described: Block, x: Tensor) -> Tensor | None:
+    """A block that `plain_block` has described as one node of the graph, or None; see below."""
+    plan = _plan_of(described, x)
+    if plan is None:
+        return None
+    children = block._modules
+    norms = []
+    for _, norm, _ in form.plain_names:
+        norms.append(children[norm])
+    if described.has_projection:
+        _, norm = children[form.shortcut]._modules.values()
+        norms.append(norm)
+    parameters: list[Tensor | None] = []
+    for weight, norm, bias, _, _, _, _ in described.layers:
+        parameters += (weight, bias, norm.weight, norm.bias)
+    keep = functools.partial(_count_batches, norms, plan.counts)
+    return residual_block_training(x, plan.block, parameters, keep)
+
+
+class _Plan(NamedTuple):
+    """What forward needs to know of a block in training, but for tensors.
+
+    Attributes:
+        block: what to compute.
+        counts: of each norm, how many values a channel its batch has.
+    """
+
+    block: TrainedBlock
+    counts: list[int]
+
+
+# By all that decides about a block in training. Networks have few such blocks; whoever varies the
+# size of the images has as many times more.
+_plans: dict[tuple[Any, ...], _Plan | None] = {}
+_MOST_PLANS = 2048
+
+
+def _plan_of(block: Block, x: Tensor) -> _Plan | None:
+    """How to train a block on such an input, found once; or None where it has to run by parts."""
+    key = checks.block_key(x, block)
+    if key not in _plans:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[key] = _trained(block, [None] * len(block.layers), x)
+    return _plans[key]
+
+
+def _trained(block: Block, groups: list[dist.ProcessGroup | None], x: Tensor) -> _Plan | None:
+    """A block with batch statistics on such an input; None where something does not fit.
+
+    The modules, run one by one, then say what.
+    """
+    count = len(block.main)
+    shapes = _trained_shapes(block.main, groups[:count], x)
+    if shapes is None:
+        return None
+    N, K, P, Q = shapes[-1]
+    if block.has_projection:
+        projected = _trained_shapes(block.layers[-1:], groups[-1:], x)
+        if projected is None or projected[0] != shapes[-1]:
+            return None
+        shapes += projected
+    elif block.step:
+        _, _, H, W = x.shape
+        if (-(-H // block.step), -(-W // block.step)) != (P, Q):
+            return None
+    elif tuple(x.shape) != (N, K, P, Q):
+        return None
+    layers = []
+    for (_, norm, _, *geometry), group in zip(block.layers, groups, strict=True):
+        layers.append(Layer(tuple(geometry), norm.eps, group))
+    trained = TrainedBlock(tuple(layers), *block[1:])
+    return _Plan(trained, [N * P * Q for N, _, P, Q in shapes])
+
+
 def _block_training(block: nn.Module, x: Tensor) -> Tensor | None:
     """A block without an obstacle as one node of the graph, or None where it cannot be one."""
     if not _may_train_as_one(x) or (found := block_layers(block, may_pad=True)) is None:
         return None
     pairs, has_projection = found
-    shapes = _trained_shapes(pairs[:-1] if has_projection else pairs, x)
-    if shapes is None:
+    norms = [norm for _, norm in pairs]
+    if not all(map(uses_batch_statistics, norms)):
         return None
-    shortcut_shape = x.shape
-    step = 1
-    downsample = getattr(block, forms.of(block).shortcut)
+    layers = [layer_of(conv, norm) for conv, norm in pairs]
+    groups = [sync_group(norm) for norm in norms]
+    downsample, step = getattr(block, forms.of(block).shortcut), 0
     if downsample is not None and not has_projection:
         step = downsample.stride
-        N, _, *sizes = x.shape
-        sizes = [(size + step - 1) // step for size in sizes]
-        shortcut_shape = torch.Size((N, downsample.padded_channels(x), *sizes))
-    elif has_projection:
-        projected = _trained_shapes(pairs[-1:], x)
-        if projected is None:
+        if downsample.padded_channels(x) != layers[-1].weight.size(0):
             return None
-        shortcut_shape = projected[0]
-    if shapes[-1] != shortcut_shape:
+    described = Block(layers, has_projection, step, block.memory == "low")
+    plan = _trained(described, groups, x)
+    if plan is None:
         return None
-    if has_projection:
-        shapes += projected
-    layers = [conv_arguments(conv, norm, x)[1:] for conv, norm in pairs]
-    groups = [sync_group(norm) for _, norm in pairs]
-    low_memory = block.memory == "low"
-    norms = [norm for _, norm in pairs]
     if not torch.compiler.is_compiling():
-        keep = functools.partial(_count_batches, norms, shapes)
-        return residual_block_training(x, layers, groups, has_projection, low_memory, keep, step)
-    if (downsample is not None and not has_projection) or any(g is not None for g in groups):
+        keep = functools.partial(_count_batches, norms, plan.counts)
+        parameters: list[Tensor | None] = []
+        for weight, norm, bias, *_ in layers:
+            parameters += (weight, bias, norm.weight, norm.bias)
+        return residual_block_training(x, plan.block, parameters, keep)
+    if step or any(group is not None for group in groups):
         return None
-    result = block_training_in_graph(x, layers, has_projection, low_memory)
+    result = block_training_in_graph(x, layers, has_projection, described.low_memory)
     if result is None:
         return None
     out, statistics = result
-    _count_batches(norms, shapes, statistics)
+    _count_batches(norms, plan.counts, statistics)
     return out
 
 
@@ -163,47 +242,33 @@ def _may_train_as_one(x: Tensor) -> bool:
 
 
 def _trained_shapes(
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]], x: Tensor
-) -> list[torch.Size] | None:
+    layers: Sequence[ConvNorm], groups: Sequence[dist.ProcessGroup | None], x: Tensor
+) -> list[tuple[int, int, int, int]] | None:
     """The shape of each convolution's output, on the one before, if its norm can be trained.
 
-    None where a norm has no batch statistics, or something does not fit: the modules, run one by
-    one, then say what.
+    None where something does not fit.
     """
-    if not _may_train_as_one(x):
-        return None
-    shapes = []
-    for conv, norm in pairs:
-        if not uses_batch_statistics(norm) or not norm.eps > 0:
+    shapes: list[tuple[int, int, int, int]] = []
+    shape: Sequence[int] | None = None
+    for layer, group in zip(layers, groups, strict=True):
+        if not layer.norm.eps > 0:
             return None
-        arguments = conv_arguments(conv, norm, x)
-        if checks.conv_error("conv_bn_act", *arguments, None, "relu") is not None:
+        if checks.conv_error("conv_bn_act", x, layer, None, "relu", shape) is not None:
             return None
-        N, _, *sizes = x.shape
-        (K, _, *filter), (_, _, _, _, _, _, _, _, stride, padding, dilation, _) = (
-            conv.weight.shape,
-            arguments,
-        )
-        out = [
-            (size + 2 * p - d * (r - 1) - 1) // s + 1
-            for size, r, s, p, d in zip(sizes, filter, stride, padding, dilation, strict=True)
-        ]
-        shape = torch.Size((N, K, *out))
+        shape = N, _, P, Q = layer.output_shape(x.shape if shape is None else shape)
         # Whether processes go this way must not depend on their own share of a common batch.
-        if shape.numel() <= K and sync_group(norm) is None:
+        if N * P * Q <= 1 and group is None:
             return None
         shapes.append(shape)
-        x = x.detach().new_empty(()).expand(shape)
     return shapes
 
 
 def _count_batches(
     norms: list[nn.BatchNorm2d],
-    shapes: list[torch.Size],
+    counts: list[int],
     statistics: list[tuple[Tensor, Tensor, Tensor | None]],
 ) -> None:
     """Updates the norms' buffers as their forward passes would have."""
-    counts = [N * P * Q for N, _, P, Q in shapes]
     if _count_together(norms, statistics, counts):
         return
     for norm, (mean, var, shared), own in zip(norms, statistics, counts, strict=True):
@@ -220,32 +285,43 @@ def _count_together(
     statistics: list[tuple[Tensor, Tensor, Tensor | None]],
     counts: list[int],
 ) -> bool:
-    """Whether it has done what `_count_batches` does, in four calls (launches) for all norms.
+    """Whether it has done what `_count_batches` does, in five calls (launches) for all norms.
 
     Where these are alike, and no compiler looks on, which would rather see single operators.
     """
     momentum = norms[0].momentum
     if torch.compiler.is_compiling() or momentum is None or not all(counts):
         return False
-    for norm, (mean, _, shared) in zip(norms, statistics, strict=True):
+    batches, means, variances, batch_means, batch_variances = [], [], [], [], []
+    for norm, (mean, var, shared) in zip(norms, statistics, strict=True):
+        # Looked up where modules keep them: an attribute takes ten times as long.
+        buffers = norm._buffers
+        running_mean, running_var = buffers.get("running_mean"), buffers.get("running_var")
+        tracked = buffers.get("num_batches_tracked")
         if (
             not (norm.training and norm.track_running_stats)
             or norm.momentum != momentum
-            or norm.num_batches_tracked is None
-            or norm.running_mean is None
-            or norm.running_var is None
-            or not norm.running_mean.dtype is norm.running_var.dtype is mean.dtype
+            or tracked is None
+            or running_mean is None
+            or running_var is None
+            or not running_mean.dtype is running_var.dtype is mean.dtype
             or shared is not None
         ):
             return False
+        batches.append(tracked)
+        means.append(running_mean)
+        variances.append(running_var)
+        batch_means.append(mean)
+        batch_variances.append(var)
+    factors = [count / (count - 1) for count in counts]
     with torch.no_grad():
-        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
-        factors = [count / (count - 1) for count in counts]
-        unbiased = torch._foreach_mul([var for _, var, _ in statistics], factors)
-        running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-        batch = [mean for mean, _, _ in statistics] + list(unbiased)
+        torch._foreach_add_(batches, 1)
+        unbiased = torch._foreach_mul(batch_variances, factors)
+        running = means + variances
         torch._foreach_mul_(running, 1 - momentum)
-        torch._foreach_add_(running, batch, alpha=momentum)
+        # Not with `alpha`, whose product is not rounded as that of `F.batch_norm` is.
+        batch = [*batch_means, *unbiased]
+        torch._foreach_add_(running, torch._foreach_mul(batch, momentum))
     return True
 
 
@@ -269,20 +345,20 @@ def stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
     one by one.
     """
     together: list[nn.Module] = []
-    blocks: list[BlockLayers] = []
+    blocks: list[Block] = []
     may_pad = pads_shortcuts(x)
     for stage in stages:
-        layers = stage_layers(stage, x, may_pad)
-        if layers is None:
+        described = stage_blocks(stage, x, may_pad)
+        if described is None:
             x = stage(_joined_stages(together, blocks, x))
             together, blocks = [], []
         else:
             together.append(stage)
-            blocks += layers
+            blocks += described
     return _joined_stages(together, blocks, x)
 
 
-def _joined_stages(stages: list[nn.Module], blocks: list[BlockLayers], x: Tensor) -> Tensor:
+def _joined_stages(stages: list[nn.Module], blocks: list[Block], x: Tensor) -> Tensor:
     """Stages that consist of `blocks`, in one call where the backend has one."""
     if blocks and (out := residual_blocks(x, blocks)) is not None:
         return out
@@ -306,11 +382,27 @@ def resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
     """Torchvision's network: its stem, its stages in one call where possible, and the rest."""
     if obstacle(model) is not None or input_obstacle(x) is not None:
         return run_unfused(model, x, "_forward_impl")
-    modules = model._modules
-    x = stem(modules["conv1"], modules["bn1"], modules["relu"], modules["maxpool"], x)
-    x = stages_forward([model.layer1, model.layer2, model.layer3, model.layer4], x)
+    parts = [model._modules[name] for name in _RESNET_PARTS]
+    x = plans.planned(model, parts, x, _resnet_features)
     x = model.avgpool(x)
     return model.fc(torch.flatten(x, 1))
+
+
+_RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+
+
+def _resnet_features(model: nn.Module, x: Tensor) -> Tensor:
+    """All of it but the pool and the linear layer at the end."""
+    conv, norm, relu, maxpool, *stages = (model._modules[name] for name in _RESNET_PARTS)
+    return stages_forward(stages, stem(conv, norm, relu, maxpool, x))
+
+
+_CIFAR_PARTS = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3")
+
+
+def _cifar_features(model: nn.Module, x: Tensor) -> Tensor:
+    conv, norm, relu, *stages = (model._modules[name] for name in _CIFAR_PARTS)
+    return stages_forward(stages, conv_norm_act(conv, norm, x, None, relu))
 
 
 def plain_block_forward(block: nn.Module, x: Tensor) -> Tensor:
@@ -326,24 +418,23 @@ def cifar_resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
     """A network for small images: its first convolution, its stages and the rest."""
     if obstacle(model) is not None or input_obstacle(x) is not None:
         return run_unfused(model, x)
-    modules = model._modules
-    x = conv_norm_act(modules["conv1"], modules["bn1"], x, None, modules["relu"])
-    x = stages_forward([model.layer1, model.layer2, model.layer3], x)
+    parts = [model._modules[name] for name in _CIFAR_PARTS]
+    x = plans.planned(model, parts, x, _cifar_features)
     return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
 def stem(conv: nn.Conv2d, norm: nn.Module, relu: nn.ReLU, maxpool: nn.Module, x: Tensor) -> Tensor:
     """`maxpool(relu(norm(conv(x))))`."""
     if pool_obstacle(maxpool) is None and not uses_batch_statistics(norm):
-        arguments = conv_arguments(conv, norm, x)
-        pool = pool_arguments(maxpool)
+        layer = layer_of(conv, norm)
+        pool = pool_of(maxpool)
         name = "conv_bn_act_max_pool"
         if (
-            checks.conv_error(name, *arguments, None, "relu") is None
-            and checks.pool_error(name, *arguments, *pool) is None
+            checks.conv_error(name, x, layer, None, "relu") is None
+            and checks.pool_error(name, x, layer, pool) is None
             and keeps_dtype(norm, x)
         ):
-            return conv_bn_act_max_pool.run_conv_bn_act_max_pool(*arguments, "relu", *pool)
+            return conv_bn_act_max_pool.run_conv_bn_act_max_pool(x, layer, "relu", pool)
     if (out := _stem_training(conv, norm, maxpool, x)) is not None:
         return out
     return maxpool(conv_norm_act(conv, norm, x, None, relu))
@@ -353,20 +444,25 @@ def _stem_training(
     conv: nn.Conv2d, norm: nn.Module, maxpool: nn.MaxPool2d, x: Tensor
 ) -> Tensor | None:
     """The stem as one node of the graph, or None where it cannot be one."""
-    if pool_obstacle(maxpool) is not None or (shapes := _trained_shapes([(conv, norm)], x)) is None:
+    if not _may_train_as_one(x) or pool_obstacle(maxpool) is not None:
         return None
-    arguments, pool = conv_arguments(conv, norm, x), pool_arguments(maxpool)
-    if checks.pool_error("conv_bn_act_max_pool", *arguments, *pool) is not None:
+    if not uses_batch_statistics(norm):
         return None
-    group = sync_group(norm)
+    layer, pool, group = layer_of(conv, norm), pool_of(maxpool), sync_group(norm)
+    if (shapes := _trained_shapes([layer], [group], x)) is None:
+        return None
+    if checks.pool_error("conv_bn_act_max_pool", x, layer, pool) is not None:
+        return None
+    ((N, _, P, Q),) = shapes
+    counts = [N * P * Q]
     if not torch.compiler.is_compiling():
-        keep = functools.partial(_count_batches, [norm], shapes)
-        return stem_training(x, arguments[1:], group, pool, keep)
-    result = stem_training_in_graph(x, arguments[1:], pool) if group is None else None
+        keep = functools.partial(_count_batches, [norm], counts)
+        return stem_training(x, layer, group, pool, keep)
+    result = stem_training_in_graph(x, layer, pool) if group is None else None
     if result is None:
         return None
     out, statistics = result
-    _count_batches([norm], shapes, statistics)
+    _count_batches([norm], counts, statistics)
     return out
 
 
@@ -386,13 +482,13 @@ def conv_norm_act(
     activation = "none" if relu is None else "relu"
     if uses_batch_statistics(norm):
         return _norm_act(norm, conv(x), residual, relu, narrow)
-    arguments = conv_arguments(conv, norm, x)
+    layer = layer_of(conv, norm)
     if (
-        (narrow or residual is None or residual.shape[1:2] == arguments[1].shape[:1])
-        and checks.conv_error("conv_bn_act", *arguments, residual, activation) is None
+        (narrow or residual is None or residual.shape[1:2] == layer.weight.shape[:1])
+        and checks.conv_error("conv_bn_act", x, layer, residual, activation) is None
         and keeps_dtype(norm, x)
     ):
-        return conv_bn_act(*arguments, residual, activation)
+        return conv_bn_act(x, layer, residual, activation)
     if narrow:
         residual = reference.pad_channels(residual, conv.out_channels)
     return _unfused_norm_act(norm, conv(x), residual, relu)
@@ -403,13 +499,11 @@ def norm_act(norm: nn.BatchNorm2d | FrozenBatchNorm2d, x: Tensor, relu: nn.ReLU)
     if uses_batch_statistics(norm):
         return _norm_act(norm, x, None, relu)
     frozen = type(norm) is FrozenBatchNorm2d
-    arguments = (x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    error = checks.batch_norm_error(
-        "batch_norm_act", *arguments, False, 0.0, norm.eps, None, "relu"
-    )
+    described = norm_of(norm)
+    error = checks.batch_norm_error("batch_norm_act", x, described, False, 0.0, None, "relu")
     if error is not None or x.dim() != 4 or (frozen and norm.weight.dtype is not x.dtype):
         return _unfused_norm_act(norm, x, None, relu)
-    return running_statistics.run_batch_norm_act(*arguments, False, 0.0, norm.eps, None, "relu")
+    return running_statistics.run_batch_norm_act(x, described, False, 0.0, None, "relu")
 
 
 class NormAct:
@@ -439,21 +533,19 @@ class NormAct:
     ) -> Tensor:
         """`conv_norm_act` of it, without a residual."""
         activation = "none" if relu is None else "relu"
+        out = None
         if not uses_batch_statistics(norm) and keeps_dtype(norm, self._x):
-            _, *arguments = conv_arguments(conv, norm, self._x)
-            if (out := self._in_one(*arguments, None, activation)) is not None:
-                return out
-        return conv_norm_act(conv, norm, self.tensor(), None, relu)
+            out = self._in_one(layer_of(conv, norm), activation)
+        return out if out is not None else conv_norm_act(conv, norm, self.tensor(), None, relu)
 
     def conv(self, conv: nn.Conv2d) -> Tensor:
         """A convolution of it that no norm follows."""
+        out = None
         if has_kernel(conv, self._x):
-            _, *arguments = bare_conv_arguments(conv, self._x)
-            if (out := self._in_one(*arguments, None, "none")) is not None:
-                return out
-        return bare_conv(conv, self.tensor())
+            out = self._in_one(bare_layer(conv, self._x), "none")
+        return out if out is not None else bare_conv(conv, self.tensor())
 
-    def _in_one(self, *convolution: Any) -> Tensor | None:
+    def _in_one(self, layer: ConvNorm, activation: str) -> Tensor | None:
         norm, x = self._norm, self._x
         if (
             self._computed is not None
@@ -461,23 +553,22 @@ class NormAct:
             or (type(norm) is FrozenBatchNorm2d and norm.weight.dtype is not x.dtype)
         ):
             return None
-        before = (norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-        name = "norm_conv_bn_act"
+        before, name = norm_of(norm), "norm_conv_bn_act"
         if (
-            needs_grad(x, *before, *convolution)
-            or checks.conv_error(name, x, *convolution) is not None
-            or checks.prologue_error(name, x, *before) is not None
+            needs_grad(x, *before, *layer.flat())
+            or checks.conv_error(name, x, layer, None, activation) is not None
+            or checks.prologue_error(name, x, before) is not None
         ):
             return None
-        return norm_conv_bn_act(x, *before, *convolution)
+        return norm_conv_bn_act(x, before, layer, None, activation)
 
 
 def bare_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """`conv(x)`, without hooks, by our kernel where there is one and no gradients are recorded."""
     if has_kernel(conv, x) and not needs_grad(x, conv.weight, conv.bias):
-        arguments = bare_conv_arguments(conv, x)
-        if checks.conv_error("conv_bn_act", *arguments, None, "none") is None:
-            return conv_bn_act(*arguments, None, "none")
+        layer = bare_layer(conv, x)
+        if checks.conv_error("conv_bn_act", x, layer, None, "none") is None:
+            return conv_bn_act(x, layer, None, "none")
     return conv(x)
 
 
@@ -488,9 +579,9 @@ def has_kernel(conv: nn.Conv2d, x: Tensor) -> bool:
 
 def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
     """`conv(x) + residual` in one where the arguments allow, without hooks."""
-    arguments = bare_conv_arguments(conv, x)
-    if checks.conv_error("conv_bn_act", *arguments, residual, "none") is None:
-        return conv_bn_act(*arguments, residual, "none")
+    layer = bare_layer(conv, x)
+    if checks.conv_error("conv_bn_act", x, layer, residual, "none") is None:
+        return conv_bn_act(x, layer, residual, "none")
     return conv(x) + residual
 
 
@@ -508,9 +599,9 @@ def _norm_act(
     running_var = norm.running_var if tracks else None
     momentum = 0.0 if norm.momentum is None else norm.momentum
     group = sync_group(norm)
-    tensors = (x, running_mean, running_var, norm.weight, norm.bias, True)
+    described = Norm(running_mean, running_var, norm.weight, norm.bias, norm.eps)
     error = checks.batch_norm_error(
-        "batch_norm_act", *tensors, momentum, norm.eps, residual, activation, group is not None
+        "batch_norm_act", x, described, True, momentum, residual, activation, group is not None
     )
     if (
         error is not None
@@ -523,10 +614,10 @@ def _norm_act(
         return _unfused_norm_act(norm, x, residual, relu)
     if group is not None:
         return running_statistics.run_sync_batch_norm_act(
-            *tensors[:-1], _momentum(norm), norm.eps, group, residual, activation
+            x, described, _momentum(norm), group, residual, activation
         )
     return running_statistics.run_batch_norm_act(
-        *tensors, _momentum(norm), norm.eps, residual, activation
+        x, described, True, _momentum(norm), residual, activation
     )
 
 

@@ -29,17 +29,14 @@ library.define(
 
 
 def batch_norm_act_inference(
-    input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    activation: str,
+    input: Tensor, norm: Norm, residual: Tensor | None, activation: str
 ) -> Tensor:
     """Calls the operator. See `reference.batch_norm_act_inference` for what it computes."""
-    return _call(input, running_mean, running_var, weight, bias, eps, residual, activation)
+    if _call.is_direct(input, *norm[:4], residual):
+        with torch._C._AutoDispatchBelowAutograd():
+            backend = backends.choose(input.device.type)
+            return backend.batch_norm_act_inference(input, norm, residual, activation)
+    return _call(input, *norm, residual, activation)
 
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
@@ -69,7 +66,7 @@ class _BatchNormActInference(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            output = batch_norm_act_inference(*arguments)
+            output = _call(*arguments)
         (
             input,
             running_mean,
@@ -108,11 +105,7 @@ class _BatchNormActInference(torch.autograd.Function):
                 grad,
                 input,
                 output,
-                weight,
-                bias,
-                running_mean,
-                running_var,
-                ctx.eps,
+                Norm(running_mean, running_var, weight, bias, ctx.eps),
                 ctx.activation,
                 False,
                 (need[0], need[3], need[4], need[6]),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from ..layers.description import Norm
 from ..layers.memory import contiguous_like_eager
 from . import operator_checks
 from .gradients import accumulation_dtype, has_norm_kernel, middle_channels, norm_act_backward
@@ -149,11 +150,7 @@ class _BatchNormActTraining(torch.autograd.Function):
                 grad,
                 input,
                 mask,
-                weight,
-                bias,
-                mean,
-                var,
-                ctx.eps,
+                Norm(mean, var, weight, bias, ctx.eps),
                 ctx.activation,
                 True,
                 (*need[:3], need[4]),

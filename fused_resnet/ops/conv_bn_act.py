@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..layers.description import conv_norm_of
+from ..layers.description import ConvNorm, Norm, conv_norm_of
 from . import operator_checks
 from .gradients import act_backward, conv_norm_backward, middle_channels
 from .registration import (
@@ -30,39 +30,13 @@ library.define(
 )
 
 
-def conv_bn_act(
-    input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    residual: Tensor | None,
-    activation: str,
-) -> Tensor:
+def conv_bn_act(input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str) -> Tensor:
     """Calls the operator. See `reference.conv_bn_act` for what it computes."""
-    return _call(
-        input,
-        weight,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        residual,
-        activation,
-    )
+    if _call.is_direct(input, layer.weight, *layer.norm[:4], layer.bias, residual):
+        with torch._C._AutoDispatchBelowAutograd():
+            backend = backends.choose(input.device.type)
+            return backend.conv_bn_act(input, layer, residual, activation)
+    return _call(input, *layer.flat(), residual, activation)
 
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
@@ -99,7 +73,7 @@ class _ConvBnAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            output = conv_bn_act(*arguments)
+            output = _call(*arguments)
         (
             input,
             weight,
@@ -109,10 +83,7 @@ class _ConvBnAct(torch.autograd.Function):
             bn_bias,
             ctx.eps,
             bias,
-            ctx.stride,
-            ctx.padding,
-            ctx.dilation,
-            ctx.groups,
+            *ctx.geometry,
             residual,
             ctx.activation,
         ) = arguments
@@ -134,22 +105,9 @@ class _ConvBnAct(torch.autograd.Function):
         input, weight, running_mean, running_var, bn_weight, bias, output = ctx.saved_tensors
         need = ctx.needs_input_grad
         grad = act_backward(grad, output, ctx.activation)
-        gradients = conv_norm_backward(
-            grad,
-            input,
-            weight,
-            running_mean,
-            running_var,
-            bn_weight,
-            ctx.bn_bias_dtype,
-            ctx.eps,
-            bias,
-            ctx.stride,
-            ctx.padding,
-            ctx.dilation,
-            ctx.groups,
-            need[:8],
-        )
+        norm = Norm(running_mean, running_var, bn_weight, None, ctx.eps)
+        layer = ConvNorm(weight, norm, bias, *ctx.geometry)
+        gradients = conv_norm_backward(grad, input, layer, ctx.bn_bias_dtype, need[:8])
         grad_residual = None
         if need[12]:
             grad_residual = middle_channels(grad, ctx.residual_channels)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, reference
-from ..layers.description import Pool, conv_norm_of
+from ..layers.description import ConvNorm, Norm, Pool, conv_norm_of
 from . import operator_checks
 from .conv_bn_act import conv_bn_act
 from .gradients import act_backward, aten, conv_norm_backward
@@ -35,43 +35,9 @@ library.define(
 )
 
 
-def conv_bn_act_max_pool(
-    input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-) -> Tensor:
+def conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: Pool) -> Tensor:
     """Calls the operator. See `reference.conv_bn_act_max_pool` for what it computes."""
-    return _call(
-        input,
-        weight,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation,
-        pool_kernel_size,
-        pool_stride,
-        pool_padding,
-    )
+    return _call(input, *layer.flat(), activation, *pool)
 
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
@@ -111,7 +77,7 @@ class _ConvBnActMaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            output = conv_bn_act_max_pool(*arguments)
+            output = _call(*arguments)
         *tensors, ctx.eps, bias = arguments[:8]
         ctx.convolution = arguments[8:12]
         ctx.activation = arguments[12]
@@ -123,37 +89,17 @@ class _ConvBnActMaxPool(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Neither what is pooled nor where its maxima are is kept, so both are computed again.
         input, weight, running_mean, running_var, bn_weight, bn_bias, bias = ctx.saved_tensors
+        norm = Norm(running_mean, running_var, bn_weight, bn_bias, ctx.eps)
+        layer = ConvNorm(weight, norm, bias, *ctx.convolution)
         with torch.no_grad():
-            pooled = reference.conv_bn_act(
-                input,
-                weight,
-                running_mean,
-                running_var,
-                bn_weight,
-                bn_bias,
-                ctx.eps,
-                bias,
-                *ctx.convolution,
-                activation=ctx.activation,
-            )
+            pooled = reference.conv_bn_act(input, *layer.flat(), activation=ctx.activation)
             _, indices = aten.max_pool2d_with_indices(pooled, *ctx.pool)
         grad = aten.max_pool2d_with_indices_backward(
             grad, pooled, *ctx.pool, (1, 1), False, indices
         )
         grad = act_backward(grad, pooled, ctx.activation)
-        gradients = conv_norm_backward(
-            grad,
-            input,
-            weight,
-            running_mean,
-            running_var,
-            bn_weight,
-            None if bn_bias is None else bn_bias.dtype,
-            ctx.eps,
-            bias,
-            *ctx.convolution,
-            ctx.needs_input_grad[:8],
-        )
+        bn_bias_dtype = None if bn_bias is None else bn_bias.dtype
+        gradients = conv_norm_backward(grad, input, layer, bn_bias_dtype, ctx.needs_input_grad[:8])
         return *gradients, *(None,) * 8
 
 
@@ -173,40 +119,11 @@ def _cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:
 register_autocast("conv_bn_act_max_pool", _cast)
 
 
-def run_conv_bn_act_max_pool(
-    input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    *pool: Sequence[int],
-) -> Tensor:
-    """`conv_bn_act_max_pool` with its arguments checked and in the operator's order."""
-    convolution = (
-        input,
-        weight,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-    )
+def run_conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: Pool) -> Tensor:
+    """`conv_bn_act_max_pool` with its arguments checked."""
     if transforms_active():
-        return reference.conv_bn_act_max_pool(*convolution, activation, *pool)
-    if needs_grad(input, weight, bn_weight, bn_bias, bias):
+        return reference.conv_bn_act_max_pool(input, *layer.flat(), activation, *pool)
+    if needs_grad(input, layer.weight, *layer.norm[2:4], layer.bias):
         # What the pooling's backward needs is then kept, not computed again.
-        return F.max_pool2d(conv_bn_act(*convolution, None, activation), *pool)
-    return conv_bn_act_max_pool(*convolution, activation, *pool)
+        return F.max_pool2d(conv_bn_act(input, layer, None, activation), *pool)
+    return conv_bn_act_max_pool(input, layer, activation, pool)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from ..layers.convolution import conv2d, conv2d_backward
-from ..layers.description import Norm
+from ..layers.description import ConvNorm, Norm
 from ..layers.memory import contiguous_like_eager
 from .registration import is_plain
 
@@ -41,10 +41,7 @@ def act_backward(
 def norm_backward(
     grad: Tensor,
     input: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     training: bool,
     mask: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -53,16 +50,14 @@ def norm_backward(
     Args:
         grad: of the output.
         input: the normalised tensor; may be None where neither `training` nor `mask[1]` is set.
-        weight: (C,) or None.
-        mean: (C,), of the batch when training.
-        var: (C,), biased, of the batch when training.
-        eps: added to `var`.
-        training: whether `mean` and `var` are functions of the input.
+        norm: its statistics those of the batch when training.
+        training: whether the statistics are functions of the input.
         mask: which gradients to compute.
 
     Returns:
         The gradients; those of the weight and bias in the accumulation dtype.
     """
+    mean, var, weight, _, eps = norm
     accumulate = accumulation_dtype(grad.dtype)
     # aten's kernels read expanded vectors as if they were dense.
     mean, var = mean.to(accumulate).contiguous(), var.to(accumulate).contiguous()
@@ -98,11 +93,7 @@ def norm_act_backward(
     grad: Tensor,
     input: Tensor | None,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
     training: bool,
     need: tuple[bool, bool, bool, bool],
@@ -118,13 +109,9 @@ def norm_act_backward(
             `output` is given.
         output: may be None where there was no residual, and is then computed again where needed;
             or the bits that a backend kept in its place, in the memory order of `input`.
-        weight: (C,) or None.
-        bias: (C,) or None.
-        mean: (C,), of the batch when training.
-        var: (C,), biased, of the batch when training.
-        eps: added to `var`.
+        norm: its statistics those of the batch when training.
         activation: "relu" or "none".
-        training: whether `mean` and `var` are functions of the input.
+        training: whether the statistics are functions of the input.
         need: which gradients to compute.
         overwrite: whether `grad` may be overwritten.
 
@@ -134,35 +121,28 @@ def norm_act_backward(
     if (
         not torch.is_grad_enabled()
         and grad.numel() > 0
-        and has_norm_kernel(grad, input, output, weight, bias, mean, var)
+        and has_norm_kernel(grad, input, output, *norm[:4])
     ):
         if input is None:  # any tensor like it will do
             input = grad if output is None else output
         grads = backends.choose(grad.device.type).batch_norm_act_backward(
-            grad,
-            input,
-            output,
-            Norm(mean, var, weight, bias, eps),
-            activation,
-            training,
-            need,
-            overwrite,
+            grad, input, output, norm, activation, training, need, overwrite
         )
     else:
         if activation == "relu" and output is None:
             output = torch.ops.fused_resnet.batch_norm_act_inference(
-                input.detach(), mean, var, weight, bias, eps, None, activation
+                input.detach(), *norm, None, activation
             )
         has_bits = output is not None and output.dtype is torch.uint8
         like = contiguous_like_eager(input) if has_bits else None
         grad = act_backward(grad, output, activation, like)
-        grads = norm_backward(grad, input, weight, mean, var, eps, training, need[:3])
+        grads = norm_backward(grad, input, norm, training, need[:3])
         grads = (*grads, grad)
     grad_input, grad_weight, grad_bias, grad_residual = grads
     return (
         grad_input if need[0] else None,
-        grad_weight.to(weight.dtype) if need[1] else None,
-        grad_bias.to(bias.dtype) if need[2] else None,
+        grad_weight.to(norm.weight.dtype) if need[1] else None,
+        grad_bias.to(norm.bias.dtype) if need[2] else None,
         grad_residual if need[3] else None,
     )
 
@@ -185,65 +165,42 @@ def like(grad: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
 def conv_norm_backward(
     grad: Tensor,
     input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
+    layer: ConvNorm,
     bn_bias_dtype: torch.dtype | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
     need: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `batch_norm(conv2d(input, weight, bias), ...)` with running statistics.
 
-    The convolution's output is computed again, and only where `bn_weight` needs a gradient.
+    The convolution's output is computed again, and only where the norm's weight needs a gradient.
 
     Args:
         grad: of the batch norm's output.
-        input: as the others, what `ops.conv_bn_act` was called with.
-        weight: see `input`.
-        running_mean: see `input`.
-        running_var: see `input`.
-        bn_weight: see `input`.
-        bn_bias_dtype: the dtype of its `bn_bias`.
-        eps: see `input`.
-        bias: see `input`; needed only where `bn_weight` needs a gradient.
-        stride: see `input`.
-        padding: see `input`.
-        dilation: see `input`.
-        groups: see `input`.
+        input: what `ops.conv_bn_act` was called with.
+        layer: likewise; the norm's bias is not looked at, and that of the convolution only where
+            the norm's weight needs a gradient.
+        bn_bias_dtype: the dtype of the norm's bias.
         need: whether the gradient is needed, for the operator's first eight arguments.
 
     Returns:
         The gradients of the operator's first eight arguments, None where not needed.
     """
+    weight, norm, bias, *geometry = layer
     conv_mask = (need[0], need[1], need[7])
-    conv = conv2d(input, weight, bias, stride, padding, dilation, groups) if need[4] else None
+    conv = conv2d(input, weight, bias, *geometry) if need[4] else None
     grad_conv, grad_bn_weight, grad_bn_bias = norm_backward(
-        grad,
-        conv,
-        bn_weight,
-        running_mean,
-        running_var,
-        eps,
-        False,
-        (any(conv_mask), need[4], need[5]),
+        grad, conv, norm, False, (any(conv_mask), need[4], need[5])
     )
     grad_input = grad_weight = grad_bias = None
     if any(conv_mask):
         grad_input, grad_weight, grad_bias = conv2d_backward(
-            grad_conv, input, weight, stride, padding, dilation, groups, conv_mask
+            grad_conv, input, weight, *geometry, conv_mask
         )
     return (
         grad_input,
         grad_weight,
         None,
         None,
-        like(grad_bn_weight, bn_weight.dtype) if need[4] else None,
+        like(grad_bn_weight, norm.weight.dtype) if need[4] else None,
         like(grad_bn_bias, bn_bias_dtype) if need[5] else None,
         None,
         grad_bias,

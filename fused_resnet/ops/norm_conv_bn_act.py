@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..layers.description import Norm, conv_norm_of
+from ..layers.description import ConvNorm, Norm, conv_norm_of
 from . import operator_checks
 from .batch_norm_act_inference import batch_norm_act_inference
 from .conv_bn_act import conv_bn_act
@@ -38,48 +38,10 @@ library.define(
 
 
 def norm_conv_bn_act(
-    input: Tensor,
-    in_mean: Tensor,
-    in_var: Tensor,
-    in_weight: Tensor | None,
-    in_bias: Tensor | None,
-    in_eps: float,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    residual: Tensor | None,
-    activation: str,
+    input: Tensor, before: Norm, layer: ConvNorm, residual: Tensor | None, activation: str
 ) -> Tensor:
     """Calls the operator. See `reference.norm_conv_bn_act` for what it computes."""
-    return _call(
-        input,
-        in_mean,
-        in_var,
-        in_weight,
-        in_bias,
-        in_eps,
-        weight,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        residual,
-        activation,
-    )
+    return _call(input, *before, *layer.flat(), residual, activation)
 
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
@@ -88,8 +50,10 @@ def _kernel(input: Tensor, *arguments: Any) -> Tensor:
     return backend.norm_conv_bn_act(input, Norm(*arguments[:5]), layer, residual, activation)
 
 
-def _in_two(*arguments: Any) -> Tensor:
-    return conv_bn_act(batch_norm_act_inference(*arguments[:6], None, "relu"), *arguments[6:])
+def _in_two(input: Tensor, *arguments: Any) -> Tensor:
+    layer, (residual, activation) = conv_norm_of(arguments[5:-2]), arguments[-2:]
+    normalised = batch_norm_act_inference(input, Norm(*arguments[:5]), None, "relu")
+    return conv_bn_act(normalised, layer, residual, activation)
 
 
 register_kernel("norm_conv_bn_act", _kernel, operator_checks.norm_conv_bn_act)
@@ -125,7 +89,7 @@ class _NormConvBnAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            output = norm_conv_bn_act(*arguments)
+            output = _call(*arguments)
         *norm, ctx.in_eps, weight, running_mean, running_var, bn_weight, bn_bias = arguments[:11]
         ctx.eps, bias, *ctx.geometry, residual, ctx.activation = arguments[11:]
         ctx.residual_channels = None if residual is None else residual.size(1)
@@ -149,37 +113,20 @@ class _NormConvBnAct(torch.autograd.Function):
         weight, running_mean, running_var, bn_weight, bias, output = convolved
         need = ctx.needs_input_grad
         need_norm = (need[0], need[3], need[4])
-        norm = (in_mean, in_var, in_weight, in_bias, ctx.in_eps)
+        before = Norm(in_mean, in_var, in_weight, in_bias, ctx.in_eps)
+        norm = Norm(running_mean, running_var, bn_weight, None, ctx.eps)
+        layer = ConvNorm(weight, norm, bias, *ctx.geometry)
+        need_conv = (any(need_norm), need[6], False, False, need[9], need[10], False, need[12])
         with backends.as_chosen(ctx.backend):
             grad = act_backward(grad, output, ctx.activation)
-            normalised = batch_norm_act_inference(input, *norm, None, "relu")
+            normalised = batch_norm_act_inference(input, before, None, "relu")
             grad_normalised, *gradients = conv_norm_backward(
-                grad,
-                normalised,
-                weight,
-                running_mean,
-                running_var,
-                bn_weight,
-                ctx.bn_bias_dtype,
-                ctx.eps,
-                bias,
-                *ctx.geometry,
-                (any(need_norm), need[6], False, False, need[9], need[10], False, need[12]),
+                grad, normalised, layer, ctx.bn_bias_dtype, need_conv
             )
             grad_input = grad_in_weight = grad_in_bias = None
             if any(need_norm):
                 grad_input, grad_in_weight, grad_in_bias, _ = norm_act_backward(
-                    grad_normalised,
-                    input,
-                    normalised,
-                    in_weight,
-                    in_bias,
-                    in_mean,
-                    in_var,
-                    ctx.in_eps,
-                    "relu",
-                    False,
-                    (*need_norm, False),
+                    grad_normalised, input, normalised, before, "relu", False, (*need_norm, False)
                 )
         grad_residual = None
         if need[17]:

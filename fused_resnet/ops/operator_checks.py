@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers import checks
+from ..layers import checks, quantized
+from ..layers.description import ConvNorm, Norm, Pool, conv_norm_of, output_size
 
 Error = ValueError | TypeError | None
 
@@ -22,24 +23,24 @@ _TRAINING_TENSORS = 4  # weight, bias, bn_weight, bn_bias
 _NUMBERS = 7  # stride, padding and dilation, two each, and groups
 
 
-def conv_bn_act(*arguments: Any) -> Error:
+def conv_bn_act(input: Tensor, *arguments: Any) -> Error:
     """See `ops.conv_bn_act`."""
-    return checks.conv_error("conv_bn_act", *arguments)
+    return checks.conv_error("conv_bn_act", input, conv_norm_of(arguments[:11]), *arguments[11:])
 
 
 def norm_conv_bn_act(input: Tensor, *arguments: Any) -> Error:
     """See `ops.norm_conv_bn_act`."""
     name = "norm_conv_bn_act"
-    error = checks.conv_error(name, input, *arguments[5:])
-    return error or checks.prologue_error(name, input, *arguments[:5])
+    error = checks.conv_error(name, input, conv_norm_of(arguments[5:16]), *arguments[16:])
+    return error or checks.prologue_error(name, input, Norm(*arguments[:5]))
 
 
-def conv_bn_act_max_pool(*arguments: Any) -> Error:
+def conv_bn_act_max_pool(input: Tensor, *arguments: Any) -> Error:
     """See `ops.conv_bn_act_max_pool`."""
     name = "conv_bn_act_max_pool"
-    *convolution, activation = arguments[:13]
-    error = checks.conv_error(name, *convolution, None, activation)
-    return error or checks.pool_error(name, *convolution, *arguments[13:])
+    layer, activation, pool = conv_norm_of(arguments[:11]), arguments[11], Pool(*arguments[12:])
+    error = checks.conv_error(name, input, layer, None, activation)
+    return error or checks.pool_error(name, input, layer, pool)
 
 
 def batch_norm_act_inference(
@@ -53,10 +54,10 @@ def batch_norm_act_inference(
     activation: str,
 ) -> Error:
     """See `ops.batch_norm_act_inference`."""
+    norm = Norm(running_mean, running_var, weight, bias, eps)
     return checks.batch_norm_error(
-        "batch_norm_act_inference", input, running_mean, running_var, weight, bias, False, 0.0, eps,
-        residual, activation,
-    )  # fmt: skip
+        "batch_norm_act_inference", input, norm, False, 0.0, residual, activation
+    )
 
 
 def batch_norm_act_training(
@@ -68,10 +69,10 @@ def batch_norm_act_training(
     activation: str,
 ) -> Error:
     """See `ops.batch_norm_act_training`, which takes one value a channel."""
+    norm = Norm(None, None, weight, bias, eps)
     return checks.batch_norm_error(
-        "batch_norm_act_training", input, None, None, weight, bias, True, 0.0, eps, residual,
-        activation, shared=True,
-    )  # fmt: skip
+        "batch_norm_act_training", input, norm, True, 0.0, residual, activation, shared=True
+    )
 
 
 def residual_blocks(
@@ -104,6 +105,37 @@ def residual_blocks(
             return error
         first += count
     return None
+
+
+def quantized_residual_blocks(
+    input: Tensor,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
+    layer_counts: Sequence[int],
+    projections: Sequence[bool],
+    shortcut_scales: Sequence[float],
+    step: float,
+    zero_point: int,
+    output_step: float,
+) -> Error:
+    """See `ops.quantized_residual_blocks`."""
+    name = "quantized_residual_blocks"
+    count = len(tensors) // quantized.TENSORS
+    if count * quantized.TENSORS != len(tensors) or len(numbers) != count * quantized.NUMBERS:
+        return ValueError(
+            f"{name}: {len(tensors)} tensors and {len(numbers)} numbers; for each convolution "
+            f"there must be {quantized.TENSORS} and {quantized.NUMBERS}"
+        )
+    if not len(layer_counts) == len(projections) == len(shortcut_scales):
+        return ValueError(
+            f"{name}: {len(layer_counts)} layer counts, {len(projections)} projections and "
+            f"{len(shortcut_scales)} shortcut scales; there must be one of each for each block"
+        )
+    if sum(layer_counts) != count or min(layer_counts, default=1) < 1:
+        return ValueError(f"{name}: layer_counts is {list(layer_counts)}, of {count} convolutions")
+    blocks = quantized.blocks_of(tensors, numbers, layer_counts, projections, shortcut_scales)
+    stored, output = quantized.Quantization(step, zero_point), quantized.Quantization(output_step)
+    return quantized.blocks_error(name, input, blocks, stored, output)
 
 
 def block_training(
@@ -177,9 +209,7 @@ def stem_training_backward(
     if error is not None:
         return error
     N, K, P, Q = shape
-    pooled = [
-        (size + 2 * pool[4 + i] - pool[i]) // pool[2 + i] + 1 for i, size in enumerate((P, Q))
-    ]
+    pooled = output_size((P, Q), pool[0:2], pool[2:4], pool[4:6])
     return (
         _like(name, "grad", grad, (N, K, *pooled), input)
         or _kept(name, kept, [K], [shape], input)
@@ -193,8 +223,8 @@ def _layers(
     per_layer: int,
     numbers: Sequence[int],
     eps: Sequence[float],
-) -> list[tuple] | ValueError:
-    """The arguments of `checks.conv_error` from `weight` to `groups`, for each convolution."""
+) -> list[ConvNorm] | ValueError:
+    """The convolutions; in training without running statistics."""
     count = len(eps)
     if count == 0 or len(tensors) != per_layer * count or len(numbers) != _NUMBERS * count:
         return ValueError(
@@ -210,8 +240,8 @@ def _layers(
             running_mean = running_var = None
         else:
             weight, running_mean, running_var, bn_weight, bn_bias, bias = t
-        norm = (running_mean, running_var, bn_weight, bn_bias, eps[i], bias)
-        layers.append((weight, *norm, n[0:2], n[2:4], n[4:6], n[6]))
+        norm = Norm(running_mean, running_var, bn_weight, bn_bias, eps[i])
+        layers.append(ConvNorm(weight, norm, bias, n[0:2], n[2:4], n[4:6], n[6]))
     return layers
 
 
@@ -219,7 +249,7 @@ def _block(
     name: str,
     input: Tensor,
     shape: Sequence[int] | None,
-    layers: Sequence[tuple],
+    layers: Sequence[ConvNorm],
     has_projection: bool,
     statistics: bool = True,
 ) -> tuple[Error, Sequence[int] | None]:
@@ -232,7 +262,7 @@ def _block_shapes(
     name: str,
     input: Tensor,
     shape: Sequence[int] | None,
-    layers: Sequence[tuple],
+    layers: Sequence[ConvNorm],
     has_projection: bool,
     statistics: bool = True,
 ) -> tuple[Error, list[Sequence[int]]]:
@@ -244,10 +274,10 @@ def _block_shapes(
     first = shape
     for i, layer in enumerate(layers):
         before = first if i in (0, main) else shapes[-1]
-        error = checks.conv_error(name, input, *layer, None, "relu", before, statistics)
+        error = checks.conv_error(name, input, layer, None, "relu", before, statistics)
         if error is not None:
             return error, []
-        shapes.append(checks.conv_shape(input.shape if before is None else before, layer))
+        shapes.append(layer.output_shape(input.shape if before is None else before))
     shortcut = shapes[-1] if has_projection else (input.shape if first is None else first)
     if tuple(shortcut) != tuple(shapes[main - 1]):
         error = ValueError(
@@ -289,14 +319,14 @@ def _stem(
         return layers, ()
     (layer,) = layers
     error = _eps(name, [eps]) or checks.conv_error(
-        name, input, *layer, None, "relu", None, statistics=False
+        name, input, layer, None, "relu", statistics=False
     )
     if error is None and len(pool) != 6:
         error = ValueError(f"{name}: pool has {len(pool)} numbers, must have 6")
     if error is None:
-        windows = (tuple(pool[0:2]), tuple(pool[2:4]), tuple(pool[4:6]))
-        error = checks.pool_error(name, input, *layer, *windows)
-    return error, () if error is not None else checks.conv_shape(input.shape, layer)
+        windows = Pool(tuple(pool[0:2]), tuple(pool[2:4]), tuple(pool[4:6]))
+        error = checks.pool_error(name, input, layer, windows)
+    return error, () if error is not None else layer.output_shape(input.shape)
 
 
 def _eps(name: str, eps: Sequence[float]) -> Error:

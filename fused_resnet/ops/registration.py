@@ -39,7 +39,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors and nothing watches what is done with them."""
     return (
         not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
+        and (not torch._C._len_torch_dispatch_stack() or backends.only_recorded())
         and not _in_batched_gradients(_VMAP_MODE)
         and not torch._C._are_functorch_transforms_active()
         and _PLAIN_TYPES.issuperset(map(type, tensors))
@@ -103,6 +103,11 @@ class Operator:
         self._kernel, self._apply = kernel, apply
         self._operator = getattr(torch.ops.fused_resnet, name).default
         self._reference = getattr(reference, name)
+
+    @staticmethod
+    def is_direct(*tensors: Tensor | None) -> bool:
+        """Whether a call with these is one of the backend's method and nothing else."""
+        return nothing_intercepts(*tensors) and not needs_grad(*tensors)
 
     def __call__(self, *arguments: Any) -> Any:
         """Its result; the arguments are those of the schema, in order and all of them."""

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import reference
+from ..layers.description import Norm
 from .batch_norm_act_inference import batch_norm_act_inference
 from .batch_norm_act_training import batch_norm_act_training
 from .registration import has_foreign, transforms_active
@@ -15,25 +16,18 @@ from .sync_batch_norm_act import sync_batch_norm_act
 
 def run_batch_norm_act(
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm,
     training: bool,
     momentum: float,
-    eps: float,
     residual: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """`batch_norm_act` with its arguments checked."""
-    tensors = (input, running_mean, running_var, weight, bias, residual)
-    if transforms_active() or (training and has_foreign(*tensors)):
+    """`batch_norm_act` with its arguments checked; `norm` is of the running statistics or None."""
+    running_mean, running_var, weight, bias, eps = norm
+    if transforms_active() or (training and has_foreign(input, *norm[:4], residual)):
         return reference.batch_norm_act(
             input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
+            *norm[:4],
             training,
             momentum,
             eps,
@@ -41,9 +35,7 @@ def run_batch_norm_act(
             activation=activation,
         )
     if not training:
-        return batch_norm_act_inference(
-            input, running_mean, running_var, weight, bias, eps, residual, activation
-        )
+        return batch_norm_act_inference(input, norm, residual, activation)
     count = input.numel() // max(input.size(1), 1)
 
     def keep(mean: Tensor, var: Tensor) -> None:
@@ -59,17 +51,14 @@ def run_batch_norm_act(
 
 def run_sync_batch_norm_act(
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm,
     momentum: float,
-    eps: float,
     group: dist.ProcessGroup,
     residual: Tensor | None,
     activation: str,
 ) -> Tensor:
     """`sync_batch_norm_act` with its arguments checked."""
+    running_mean, running_var, weight, bias, eps = norm
 
     def keep(mean: Tensor, var: Tensor, count: Tensor) -> None:
         update_running_statistics(running_mean, running_var, mean, var, count, momentum)

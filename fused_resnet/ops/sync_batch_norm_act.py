@@ -19,7 +19,7 @@ It is no operator: a collective cannot be traced, and compilers see the module's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -88,25 +88,35 @@ def normalize(
     mean, var, _ = shared
     # All four in the statistics' dtype: a 16-bit module's weight would else have to be theirs.
     weight, bias = (t if t is None else t.to(mean.dtype) for t in (weight, bias))
-    return batch_norm_act_inference(input, mean, var, weight, bias, eps, residual, activation)
+    norm = Norm(mean, var, weight, bias, eps)
+    return batch_norm_act_inference(input, norm, residual, activation)
+
+
+class Processes(NamedTuple):
+    """Whose batches the statistics are of.
+
+    Attributes:
+        group: the processes.
+        count: how many values a channel their batches have, (), in float64.
+    """
+
+    group: dist.ProcessGroup
+    count: Tensor
 
 
 def shared_backward(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shared: Shared,
-    eps: float,
+    norm: Norm,
+    processes: Processes,
     activation: str,
-    group: dist.ProcessGroup,
     need: Sequence[bool],
     overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients in the input, weight, bias and residual; see `gradients.norm_act_backward`.
 
-    Every process of `group` has to ask for the input's gradient, or none.
+    Every one of the `processes` has to ask for the input's gradient, or none.
 
     Raises:
         RuntimeError: the gradients are to be differentiated again.
@@ -116,14 +126,14 @@ def shared_backward(
             "batch norm with statistics of several processes can be differentiated only once: "
             "run backward without create_graph"
         )
-    mean, var, count = shared
+    mean, var, weight, bias, eps = norm
+    group, count = processes
     input = contiguous_like_eager(input)
-    backend, norm = _backend(grad), Norm(mean, var, weight, bias, eps)
-    vectors = (weight, bias, mean, var, eps, activation)
+    backend = _backend(grad)
     if grad.numel() == 0:
         total = dot = mean.new_zeros(input.size(1))
     elif backend is None:
-        total, dot = reference.batch_norm_act_backward_sums(grad, input, output, *vectors)
+        total, dot = reference.batch_norm_act_backward_sums(grad, input, output, *norm, activation)
     else:
         total, dot = backend.batch_norm_act_backward_sums(grad, input, output, norm, activation)
     invstd = (var + eps).rsqrt()
@@ -140,7 +150,7 @@ def shared_backward(
         grad_input = torch.empty_like(input) if need[0] else None
     elif (need[0] or need[3]) and backend is None:
         grad_input, grad_residual = reference.batch_norm_act_backward_input(
-            grad, input, output, *vectors, total, dot, count, need[3], overwrite
+            grad, input, output, *norm, activation, total, dot, count, need[3], overwrite
         )
     elif need[0] or need[3]:
         sums = Sums(total, dot, count)
@@ -197,12 +207,12 @@ class _SyncBatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, *shared, output = ctx.saved_tensors
+        input, weight, bias, mean, var, count, output = ctx.saved_tensors
         need = ctx.needs_input_grad
+        norm, processes = Norm(mean, var, weight, bias, ctx.eps), Processes(ctx.group, count)
         *gradients, grad_residual = shared_backward(
-            grad, input, output, weight, bias, tuple(shared), ctx.eps, ctx.activation, ctx.group,
-            (*need[:3], need[4]),
-        )  # fmt: skip
+            grad, input, output, norm, processes, ctx.activation, (*need[:3], need[4])
+        )
         if grad_residual is not None:
             grad_residual = middle_channels(grad_residual, ctx.residual_channels)
         return *gradients, None, grad_residual, None, None, None

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import threading
 import warnings
+from dataclasses import replace
 
 import torch
 
 from . import architecture, basic_block, chain, cuda_tiles, estimate, table
-from .choice import ESTIMATE, MEASURED, SHIPPED, Choice, Tile
+from .choice import CONVOLUTIONS, ESTIMATE, MEASURED, SHIPPED, Choice, Tile
 from .problem import BasicBlockProblem, ChainProblem, ConvProblem, Problem
 
 __all__ = [
@@ -23,11 +24,17 @@ __all__ = [
     "ConvProblem",
     "Tile",
     "choose",
+    "generation",
+    "is_left_out",
+    "leave_out",
     "reload",
 ]
 
 _lock = threading.Lock()
+_generation = 0
 _choices: dict[tuple[Problem, torch.device], Choice] = {}
+_left_out: dict[tuple[Problem, torch.device], set[tuple[str, Tile | None]]] = {}
+_warned = False
 _tables: dict[str, tuple[dict[Problem, table.Entry], dict[Problem, table.Entry]]] = {}
 
 
@@ -46,11 +53,57 @@ def choose(problem: Problem, device: torch.device) -> Choice:
     return _decide(problem, device) if choice is None else choice
 
 
+def generation() -> int:
+    """How often `reload` was called: until the next time, choices stay as they are."""
+    return _generation
+
+
 def reload() -> None:
     """Forgets every choice, so that the next ones are read from the tables as they are then."""
+    global _generation
     with _lock:
+        _generation += 1
         _choices.clear()
         _tables.clear()
+
+
+def leave_out(problem: Problem, device: torch.device, choice: Choice, reason: str) -> None:
+    """Takes back a choice that turned out not to run on a device: the next best takes its place.
+
+    Resources are what the compiler gave each tile when the package was made, or what an edited
+    table says; the compiler that is installed may give it more. The first time is a warning.
+    """
+    global _warned
+    with _lock:
+        _left_out.setdefault((problem, device), set()).add((choice.kernel, choice.tile))
+        _choices.pop((problem, device), None)
+        first, _warned = not _warned, True
+    if first:
+        warnings.warn(
+            f"{choice} cannot run {problem.key} on this GPU, the next best runs instead, here and "
+            f"where else that should be so: {reason}",
+            stacklevel=2,
+        )
+
+
+def is_left_out(problem: Problem, device: torch.device, kernel: str, tile: Tile | None) -> bool:
+    """Whether `leave_out` was told of a kernel and tile for a problem."""
+    return (kernel, tile) in _left_out.get((problem, device), ())
+
+
+def _alternatives(problem: Problem, gpu: architecture.Architecture) -> list[Choice]:
+    """Whatever may run a problem, the fastest first as far as the models know."""
+    if isinstance(problem, ChainProblem):
+        ways = chain.candidates(problem, gpu)
+        ways = sorted(ways, key=lambda choice: chain.predicted(problem, gpu, choice))
+        return [replace(choice, source=ESTIMATE) for choice in ways]
+    if isinstance(problem, BasicBlockProblem):
+        return [Choice(CONVOLUTIONS, None, ESTIMATE)]
+    tiles = estimate.ranked(problem, gpu)
+    return [
+        *(Choice("triton", tile, ESTIMATE) for tile in tiles),
+        Choice("library", None, ESTIMATE),
+    ]
 
 
 def untuned(problem: Problem, gpu: architecture.Architecture) -> Choice:
@@ -74,6 +127,9 @@ def _decide(problem: Problem, device: torch.device) -> Choice:
     with _lock:
         if device.type == "cuda":
             choice = _from_tables(problem, gpu) or untuned(problem, gpu)
+            if left_out := _left_out.get((problem, device)):
+                ways = [choice, *_alternatives(problem, gpu)]
+                choice = next(way for way in ways if (way.kernel, way.tile) not in left_out)
         elif isinstance(problem, ChainProblem | BasicBlockProblem):
             choice = untuned(problem, gpu)
         else:

@@ -33,7 +33,7 @@ from .choice import BASIC_BLOCK, CONVOLUTIONS, ESTIMATE, MEASURED, Choice, Tile
 from .problem import BasicBlockProblem
 
 if TYPE_CHECKING:
-    from ..layers.description import BlockLayers
+    from ..layers.description import Block
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # csrc/cuda/basic_block.h, as is `Shape`.
@@ -111,7 +111,7 @@ SHAPES = (
 _BY_TILE = {shape.tile: shape for shape in SHAPES}
 
 
-def problem_of(input: Tensor, blocks: Sequence[BlockLayers]) -> BasicBlockProblem | None:
+def problem_of(input: Tensor, blocks: Sequence[Block]) -> BasicBlockProblem | None:
     """What the kernel would do of a block, or None where it cannot: see `ops.residual_blocks`.
 
     It takes one block at a time, float16 and bfloat16, 64 channels, channels_last, two 3x3 of
@@ -119,25 +119,25 @@ def problem_of(input: Tensor, blocks: Sequence[BlockLayers]) -> BasicBlockProble
     """
     if len(blocks) != 1 or input.dtype not in DTYPES or input.dim() != 4:
         return None
-    layers, has_projection = blocks[0]
+    layers, has_projection, step, _ = blocks[0]
     N, C, H, W = input.shape
-    if has_projection or len(layers) != 2 or C != CHANNELS or input.numel() == 0:
+    if has_projection or step or len(layers) != 2 or C != CHANNELS or input.numel() == 0:
         return None
     least = SHAPES[-1]
     if N * -(-H // least.rows) * -(-W // COLUMNS) > _MOST_BLOCKS:
         return None
-    for weight, *others, stride, padding, dilation, groups in layers:
+    for weight, norm, bias, stride, padding, dilation, groups in layers:
         if (
             weight.shape != (CHANNELS, CHANNELS, 3, 3)
             or any(tuple(pair) != (1, 1) for pair in (stride, padding, dilation))
             or groups != 1
-            or any(t.device != input.device for t in (weight, *others) if isinstance(t, Tensor))
+            or any(t is not None and t.device != input.device for t in (weight, *norm[:4], bias))
         ):
             return None
     if suggest_memory_format(input) is not torch.channels_last:
         return None
     for layer, residual in zip(layers, (None, input), strict=True):
-        if checks.conv_error("conv_bn_act", input, *layer, residual, "relu") is not None:
+        if checks.conv_error("conv_bn_act", input, layer, residual, "relu") is not None:
             return None
     return BasicBlockProblem(N, C, H, W, DTYPES[input.dtype])
 

@@ -32,6 +32,8 @@ class Tile:
 
 TILED = ("triton", "cuda")
 KERNELS = (*TILED, "library", "cudnn_convolution_relu", "cudnn_convolution_add_relu")
+# A convolution with a norm and ReLU in its loads, among what cannot run.
+PROLOGUE = "prologue"
 CHAIN, CHAIN_WITHOUT_NEXT = "chain", "chain without next"
 PAIR = "pair"
 CONVOLUTIONS = "convolutions"

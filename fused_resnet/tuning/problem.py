@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from ..layers.description import output_size
+
 DTYPES = ("float16", "bfloat16", "float32", "tfloat32")
 CHAIN_DTYPES = ("float16", "bfloat16")
 
@@ -52,23 +54,24 @@ class ConvProblem:
     @property
     def P(self) -> int:  # noqa: N802
         """Output rows of the convolution."""
-        return _steps(self.H, self.dilation[0] * (self.R - 1) + 1, self.stride[0], self.padding[0])
+        return self._unpooled[0]
 
     @property
     def Q(self) -> int:  # noqa: N802
         """Output columns of the convolution."""
-        return _steps(self.W, self.dilation[1] * (self.S - 1) + 1, self.stride[1], self.padding[1])
+        return self._unpooled[1]
+
+    @property
+    def _unpooled(self) -> tuple[int, int]:
+        filter = (self.R, self.S)
+        return output_size((self.H, self.W), filter, self.stride, self.padding, self.dilation)
 
     @property
     def output_size(self) -> tuple[int, int]:
         """Rows and columns of what is written: pooled where there is a pool."""
         if self.pool is None:
             return self.P, self.Q
-        rows, columns, row_stride, column_stride, row_padding, column_padding = self.pool
-        return (
-            _steps(self.P, rows, row_stride, row_padding),
-            _steps(self.Q, columns, column_stride, column_padding),
-        )
+        return output_size(self._unpooled, self.pool[0:2], self.pool[2:4], self.pool[4:6])
 
     @property
     def element_size(self) -> int:
@@ -383,11 +386,6 @@ def _check(problem: ConvProblem, key: str) -> None:
             )
     if min(problem.P, problem.Q, *problem.output_size) < 1:
         raise ValueError(f"key is {key!r}, whose output has no pixels")
-
-
-def _steps(size: int, window: int, stride: int, padding: int) -> int:
-    """How many windows fit into `size` padded on both sides."""
-    return (size + 2 * padding - window) // stride + 1
 
 
 def _pair(pair: tuple[int, ...]) -> str:

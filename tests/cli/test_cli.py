@@ -216,7 +216,8 @@ def test_bad_arguments_get_one_line(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.cuda, "available", lambda: "torch finds no CUDA device")
+    missing = staticmethod(lambda: "torch finds no CUDA device")
+    monkeypatch.setattr(backends.cuda.Cuda, "available", missing)
     for arguments in (("--device", "cuda"), ("--backend", "cuda")):
         code, _, err = run(*quick(*arguments))
         assert code == 2

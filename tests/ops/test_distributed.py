@@ -276,7 +276,7 @@ def test_reference_backward(residual, activation):
     (expected,) = torch.autograd.grad(out, x, grad)
     with torch.no_grad():
         for output in (out,) if residual else (out, None):
-            arguments = (grad, x, output, weight, bias, mean, var, 1e-5, activation)
+            arguments = (grad, x, output, mean, var, weight, bias, 1e-5, activation)
             total, dot = reference.batch_norm_act_backward_sums(*arguments)
             for count in (60, torch.tensor(60.0)):
                 ours, masked = reference.batch_norm_act_backward_input(

@@ -119,11 +119,11 @@ class Break:
     def __init__(self, monkeypatch, wrong):
         self.calls = 0
 
-        def broken(*arguments):
+        def broken(input, layer, *others):
             self.calls += 1
-            return wrong(dict(zip(NAMES, arguments, strict=True)))
+            return wrong(dict(zip(NAMES, (input, *layer.flat(), *others), strict=True)))
 
-        monkeypatch.setattr(backends.cpu, "conv_bn_act", broken)
+        monkeypatch.setattr(backends.cpu.Cpu, "conv_bn_act", staticmethod(broken))
 
 
 def case_with_everything(dtype=torch.float32):

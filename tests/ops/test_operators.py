@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 import fused_resnet
 from fused_resnet import backends
+from fused_resnet.layers.description import Norm, Sums
 
 NAMESPACE = "fused_resnet"
 # Native operators that only a backend calls, on plain tensors, below autograd and tracing.
@@ -353,9 +354,10 @@ def train_on_shared_statistics():
     """The passes of training as processes call them that share a batch."""
     x = image_batch(2, 8)
     mean, var = backends.cpu.batch_statistics(x)
-    norm = (x, x, x, None, None, mean, var, 1e-5, "relu")
-    total, dot = backends.cpu.batch_norm_act_backward_sums(*norm)
-    backends.cpu.batch_norm_act_backward_input(*norm, total, dot, x.numel() // 3, True)
+    arguments = (x, x, x, Norm(mean, var, None, None, 1e-5), "relu")
+    total, dot = backends.cpu.batch_norm_act_backward_sums(*arguments)
+    sums = Sums(total, dot, x.numel() // 3)
+    backends.cpu.batch_norm_act_backward_input(*arguments, sums, True)
 
 
 @pytest.mark.quick

@@ -27,6 +27,7 @@ from fused_resnet import backends, functional
 from fused_resnet.layers.description import Norm, Sums
 from fused_resnet.measure.clock import kept_bytes
 from fused_resnet.models import cifar_resnet
+from fused_resnet.modules import run as module_run
 from fused_resnet.testing import assert_error_rule, relative_error
 
 MEMORY = ["normal", "low"]
@@ -111,7 +112,7 @@ def test_gradients_of_parts_of_a_batch(backend, activation, residual, dtype, mem
 
     var, mean = torch.var_mean(x, (0, 2, 3), unbiased=False)
     norm = Norm(mean, var, weight, bias, eps)
-    flat = (weight, bias, mean, var, eps, activation)
+    flat = (*norm, activation)
     parts = []
     for part in (slice(0, 2), slice(2, 5)):
         output = functional.batch_norm_act(
@@ -449,7 +450,7 @@ def test_memory_argument():
 
 @pytest.mark.quick
 def test_norms_that_are_alike_are_updated_together(monkeypatch):
-    """Four launches a block on a GPU, not four a norm."""
+    """Five launches a block on a GPU, not four a norm."""
     eager, x = make_block(BLOCKS["bottleneck"])
     fused, calls = fused_resnet.fuse(eager), []
     for name in ("_foreach_add_", "_foreach_mul", "_foreach_mul_"):
@@ -462,7 +463,33 @@ def test_norms_that_are_alike_are_updated_together(monkeypatch):
         monkeypatch.setattr(torch, name, counted)
     fused(x)
     count, factors = ("_foreach_add_", 4), ("_foreach_mul", 4)
-    assert calls == [count, factors, ("_foreach_mul_", 8), ("_foreach_add_", 8)]
+    share, old, sums = ("_foreach_mul", 8), ("_foreach_mul_", 8), ("_foreach_add_", 8)
+    assert calls == [count, factors, old, share, sums]
+
+
+@pytest.mark.quick
+def test_running_statistics_are_rounded_as_eager_rounds_them(monkeypatch):
+    """Together or one by one: the bits of `F.batch_norm`, of means that are the same."""
+    generator = torch.Generator().manual_seed(0)
+    norms = [nn.BatchNorm2d(512, momentum=0.3) for _ in range(2)]
+    for norm in norms:
+        norm.running_mean.copy_(torch.randn(512, generator=generator))
+    one_by_one, eager = copy.deepcopy(norms), copy.deepcopy(norms)
+    # Two equal values have an exact mean and variance.
+    values = torch.randn(2, 512, 1, 1, generator=generator)
+    statistics = []
+    for norm, value in zip(eager, values, strict=True):
+        norm(torch.stack([value, value]))
+        statistics.append((value.flatten(), torch.zeros(512), None))
+    counts = [2] * 2
+    module_run._count_batches(norms, counts, statistics)
+    with monkeypatch.context() as patch:
+        patch.setattr(module_run, "_count_together", lambda *_: False)
+        module_run._count_batches(one_by_one, counts, statistics)
+    for found in (norms, one_by_one):
+        for ours, theirs in zip(found, eager, strict=True):
+            assert_same_bits(ours.running_mean, theirs.running_mean)
+            assert_same_bits(ours.running_var, theirs.running_var)
 
 
 @pytest.mark.quick

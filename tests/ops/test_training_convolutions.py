@@ -10,6 +10,7 @@ import torchvision
 
 import fused_resnet.testing
 from fused_resnet.backends import cpu
+from fused_resnet.layers.description import Norm
 from fused_resnet.ops.batch_norm_act_inference import batch_norm_act_inference
 
 aten = torch.ops.aten
@@ -69,12 +70,12 @@ def test_the_gradient_in_the_input(shape, dtype, monkeypatch):
     arguments = grad, x, weight, geometry = make_convolution(shape, dtype)
     exact = library_gradient(grad.double(), x.double(), weight.double(), geometry)
     bound = 1.5 * error(library_gradient(*arguments), exact)
-    ours = cpu.conv_input_gradient(grad, x, weight, *geometry, 1)
+    ours = cpu.conv_input_gradient(grad, x, weight, (*geometry, 1))
     assert ours.stride() == x.stride()
     assert error(ours, exact) <= bound
     there = torch.randn_like(x)
     before = there.clone()
-    assert cpu.conv_input_gradient(grad, x, weight, *geometry, 1, there) is there
+    assert cpu.conv_input_gradient(grad, x, weight, (*geometry, 1), there) is there
     # One rounding: of the sum.
     eager = before + library_gradient(*arguments)
     assert error(there, before.double() + exact) <= 1.5 * error(eager, before.double() + exact)
@@ -84,12 +85,12 @@ def test_the_gradient_in_the_input(shape, dtype, monkeypatch):
 def test_gradients_of_any_layout():
     """`grad` may have any strides; a contiguous input's gradient is contiguous."""
     grad, x, weight, geometry = make_convolution(CONVOLUTIONS[0])
-    expected = cpu.conv_input_gradient(grad, x, weight, *geometry, 1)
+    expected = cpu.conv_input_gradient(grad, x, weight, (*geometry, 1))
     for other in (grad.contiguous(), grad.repeat(1, 1, 1, 2)[..., : grad.size(3)]):
         torch.testing.assert_close(
-            cpu.conv_input_gradient(other, x, weight, *geometry, 1), expected, rtol=0, atol=0
+            cpu.conv_input_gradient(other, x, weight, (*geometry, 1)), expected, rtol=0, atol=0
         )
-    ours = cpu.conv_input_gradient(grad, x.contiguous(), weight, *geometry, 1)
+    ours = cpu.conv_input_gradient(grad, x.contiguous(), weight, (*geometry, 1))
     assert ours.is_contiguous()
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-5)
 
@@ -98,23 +99,23 @@ def test_gradients_of_any_layout():
 def test_gradients_left_to_the_library():
     """Strides with more than one tap, groups, float64, weights that would be packed slowly."""
     grad, x, weight, geometry = make_convolution((2, 8, 9, 9, 8, 3, 2, 1, 1))
-    assert cpu.conv_input_gradient(grad, x, weight, *geometry, 1) is None
+    assert cpu.conv_input_gradient(grad, x, weight, (*geometry, 1)) is None
     grad, x, weight, geometry = make_convolution((2, 8, 9, 9, 8, 3, 1, 1, 1))
-    assert cpu.conv_input_gradient(grad, x, weight, *geometry, 1) is not None
-    assert cpu.conv_input_gradient(grad, x, weight.contiguous(), *geometry, 1) is None
-    assert cpu.conv_input_gradient(grad, x, weight[:, :4], *geometry, 2) is None
+    assert cpu.conv_input_gradient(grad, x, weight, (*geometry, 1)) is not None
+    assert cpu.conv_input_gradient(grad, x, weight.contiguous(), (*geometry, 1)) is None
+    assert cpu.conv_input_gradient(grad, x, weight[:, :4], (*geometry, 2)) is None
     double = (t.double() for t in (grad, x, weight))
-    assert cpu.conv_input_gradient(*double, *geometry, 1) is None
+    assert cpu.conv_input_gradient(*double, (*geometry, 1)) is None
     # More padding than the filter is wide leaves gradients for padding alone.
     grad, x, weight, geometry = make_convolution((2, 8, 9, 9, 8, 1, 1, 1, 1))
-    assert cpu.conv_input_gradient(grad, x, weight, *geometry, 1) is None
+    assert cpu.conv_input_gradient(grad, x, weight, (*geometry, 1)) is None
 
 
 @pytest.mark.quick
 def test_a_gradient_of_another_size():
     grad, x, weight, geometry = make_convolution(CONVOLUTIONS[0])
     with pytest.raises(ValueError, match="size of the convolution's output"):
-        cpu.conv_input_gradient(grad[:, :, 1:], x, weight, *geometry, 1)
+        cpu.conv_input_gradient(grad[:, :, 1:], x, weight, (*geometry, 1))
 
 
 POOLS = [((3, 3), (2, 2), (1, 1)), ((2, 2), (2, 2), (0, 0)), ((3, 2), (1, 3), (1, 0)),
@@ -135,10 +136,11 @@ def test_the_gradient_of_pooling(shape, pool, dtype):
     accumulate = torch.float64 if dtype is torch.float64 else torch.float32
     norm = (torch.rand(C) + 0.5, torch.randn(C), torch.randn(C), torch.rand(C) + 0.5)
     weight, bias, mean, var = (t.to(accumulate) for t in norm)
-    y = batch_norm_act_inference(x, mean, var, weight, bias, 1e-5, None, "relu")
+    norm = Norm(mean, var, weight, bias, 1e-5)
+    y = batch_norm_act_inference(x, norm, None, "relu")
     pooled, indices = aten.max_pool2d_with_indices(y, *pool)
     grad = torch.randn_like(pooled)
-    ours = cpu.max_pool_backward(grad, x, weight, bias, mean, var, 1e-5, pool)
+    ours = cpu.max_pool_backward(grad, x, norm, pool)
     exact = aten.max_pool2d_with_indices_backward(
         grad.double(), y.double(), *pool, (1, 1), False, indices
     )
@@ -146,7 +148,7 @@ def test_the_gradient_of_pooling(shape, pool, dtype):
         torch.testing.assert_close(ours, exact.to(dtype), rtol=1e-6, atol=1e-6)
     else:
         torch.testing.assert_close(ours, exact.float().to(dtype), rtol=0, atol=0)
-    contiguous = cpu.max_pool_backward(grad, x.contiguous(), weight, bias, mean, var, 1e-5, pool)
+    contiguous = cpu.max_pool_backward(grad, x.contiguous(), norm, pool)
     assert contiguous is None
 
 
@@ -172,8 +174,8 @@ def test_what_a_training_step_calls(monkeypatch):
         return out
 
     conv_input_gradient, max_pool_backward = cpu.conv_input_gradient, cpu.max_pool_backward
-    monkeypatch.setattr(cpu, "conv_input_gradient", gradient)
-    monkeypatch.setattr(cpu, "max_pool_backward", pool)
+    monkeypatch.setattr(cpu.Cpu, "conv_input_gradient", staticmethod(gradient))
+    monkeypatch.setattr(cpu.Cpu, "max_pool_backward", staticmethod(pool))
     gradients = []
     for model in (eager, fused):
         torch.nn.functional.cross_entropy(model(x), torch.arange(4)).backward()

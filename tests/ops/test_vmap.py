@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.models.resnet as torchvision_resnet
+from conftest import RUNNERS
 from torch import nn
 from torch.autograd.functional import hessian, jacobian
 
-from fused_resnet import functional, fuse, reference, report
+from fused_resnet import backends, functional, fuse, reference, report
 from fused_resnet.models import cifar_resnet, preact
 
 OPS = torch.ops.fused_resnet
+RUNNER = next((runner for runner in RUNNERS if runner.name == "triton"), None)
 
 
 def _projected(block, *arguments):
@@ -337,15 +339,56 @@ def test_backward_operators():
 
 
 def test_every_operator_has_a_rule():
-    """But those that write into a tensor, which only backends call, and those of Triton's kernels,
-    which only graphs hold: they are registered when such a graph is made, where no vmap is left."""
+    """But those that write into a tensor, which only backends call."""
+    if backends.available()["triton"] == "yes":
+        backends.triton.lazy.graph_operators()  # registers its own
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fused_resnet::")]
-    names = [n for n in names if not n.startswith("fused_resnet::triton_")]
     assert len(names) > len(_cases())
     for name in names:
         schema = getattr(OPS, name.removeprefix("fused_resnet::")).default._schema
         if not schema.is_mutable and any("Tensor" in str(a.type) for a in schema.arguments):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "FuncTorchBatched"), name
+
+
+@pytest.mark.skipif(RUNNER is None, reason=backends.available()["triton"])
+@pytest.mark.parametrize("pool", [False, True], ids=["convolution", "stem"])
+def test_operators_of_triton(pool):
+    """Those that compiled graphs hold, called by a graph that somebody maps over."""
+    backends.triton.lazy.graph_operators()
+    torch.manual_seed(0)
+    K, C, size = (16, 3, 7) if pool else (16, 16, 1)
+    statistics = [torch.randn(K), torch.rand(K) + 0.5, torch.randn(K), torch.randn(K), 1e-3, None]
+    numbers = ([2, 2], [3, 3], [1, 1]) if pool else ([1, 1], [0, 0], [1, 1], 1)
+    if pool:
+        operator = OPS.triton_conv_bn_act_max_pool
+
+        def run(x, weight, z):
+            return operator(x, weight, *statistics, *numbers, "relu")
+
+        def eager(x, weight, z):
+            out = F.conv2d(x.double(), weight.double(), None, *numbers[:2]).float()
+            out = F.batch_norm(out, *statistics[:4], eps=1e-3).relu()
+            return F.max_pool2d(out, 3, 2, 1)
+    else:
+        operator = OPS.triton_conv_bn_act
+
+        def run(x, weight, z):
+            return operator(x, weight, *statistics, *numbers, z, "relu")
+
+        def eager(x, weight, z):
+            out = F.conv2d(x.double(), weight.double()).float()
+            return (F.batch_norm(out, *statistics[:4], eps=1e-3) + z).relu()
+
+    statistics[:4] = (t.to(RUNNER.device) for t in statistics[:4])
+    for dims, calls in (((0, None, -1), 3), ((0, None, None), 3), ((None, 0, None), 2)):
+        x = torch.randn(3, 2, C, 9, 8) if dims[0] == 0 else torch.randn(2, C, 9, 8)
+        weight = torch.randn(2, K, C, size, size) if dims[1] == 0 else torch.randn(K, C, size, size)
+        z = torch.randn(2, K, 9, 8, 3) if dims[2] == -1 else torch.randn(2, K, 9, 8)
+        given = [t.to(RUNNER.device) for t in (x, weight, z)]
+        batched = torch.vmap(run, in_dims=dims)(*given)
+        for i in range(calls):
+            one = (t if d is None else t.select(d, i) for t, d in zip(given, dims, strict=True))
+            torch.testing.assert_close(batched[i], eager(*one), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])

@@ -17,10 +17,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...layers import watch
+from ...layers.description import ConvNorm, output_size
 from ...layers.prepared import WeightCache, version_of
 from ...tuning.chain import slice_stages
 from ...tuning.choice import Tile
-from . import conv, device, launch, problem
+from . import conv, device, launch
 from .problem import ceil_div
 
 
@@ -278,17 +279,16 @@ def bottleneck_kernel(
         )  # fmt: skip
 
 
-Layer = tuple
 """The arguments of `conv_bn_act` from `weight` to `groups`."""
 
 
 def bottleneck(
     input: Tensor,
     shortcut: Tensor,
-    convolution: Layer | None,
-    expand: Layer,
-    project: Layer | None,
-    reduce: Layer | None,
+    convolution: ConvNorm | None,
+    expand: ConvNorm,
+    project: ConvNorm | None,
+    reduce: ConvNorm | None,
     tile: Tile,
 ) -> tuple[Tensor, Tensor | None]:
     """Launches the kernel; see `bottleneck_kernel` for what it computes, `chains.py` for when.
@@ -318,9 +318,9 @@ def bottleneck(
     R = S = 0
     P, Q = H, W
     if convolution is not None:
-        weight, *_, stride, padding, dilation, _ = convolution
+        weight, _, _, stride, padding, dilation, _ = convolution
         R, S = weight.shape[2:]
-        P, Q = problem.problem_size(H, W, R, S, stride, padding, dilation)
+        P, Q = output_size((H, W), (R, S), stride, padding, dilation)
     K = expand[0].size(0)
     M = N * P * Q
     following = 0 if reduce is None else reduce[0].size(0)
@@ -337,7 +337,7 @@ def bottleneck(
             None if layer is None else _arranged(layer[0])
             for layer in (convolution, expand, project, reduce)
         ]
-        project_stride = (1, 1) if project is None else project[7]
+        project_stride = (1, 1) if project is None else project.stride
         split = tile.split_k if convolution is None and reduce is not None else 1
         partial = None
         if split > 1:
@@ -388,7 +388,7 @@ def bottleneck(
             num_stages=tile.num_stages,
         )  # fmt: skip
         if partial is not None:
-            conv.sum_partials(input, partial, reduce[1:5], reduce[6], reduce[5], next_input, wide)
+            conv.sum_partials(input, partial, reduce.norm, reduce.bias, next_input, wide)
     results = (output, next_input)
     return tuple(None if t is None else t.permute(0, 3, 1, 2) for t in results)
 
@@ -404,11 +404,15 @@ _cache = WeightCache()
 def _arranged(weight: Tensor) -> Tensor:
     """The weight as (K, R, S, C), copied once per storage and version where it does not lie so.
 
-    A watched weight is copied in every call: to compare it would be to wait for the GPU.
+    A watched weight is copied in every call: to compare it would be to wait for the GPU. So is a
+    weight in a graph that is captured, which would go on reading a kept copy when the weight has
+    changed, or the copy has been released.
     """
     rows = weight.permute(0, 2, 3, 1)
     if rows.is_contiguous():
         return rows
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return rows.contiguous()
     layout = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
     entry = _cache.find(weight, layout)
     if entry is not None and not entry.whole:
@@ -419,12 +423,11 @@ def _arranged(weight: Tensor) -> Tensor:
     return copy
 
 
-def _norm(layer: Layer | None) -> tuple[Any, ...]:
+def _norm(layer: ConvNorm | None) -> tuple[Any, ...]:
     """Mean, variance, weight, bias, the convolution's bias and eps of a layer."""
     if layer is None:
         return (None, None, None, None, None, 0.0)
-    _, mean, var, weight, bias, eps, conv_bias, *_ = layer
-    return mean, var, weight, bias, conv_bias, eps
+    return *layer.norm[:4], layer.bias, layer.norm.eps
 
 
 def _strides(pixels: Tensor) -> tuple[int, int, int]:

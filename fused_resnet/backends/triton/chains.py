@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from ... import tuning
+from ...layers.memory import memory_format_of
 from ...tuning import chain
 from ...tuning.choice import CHAIN, CHAIN_WITHOUT_NEXT, CHAINED, PAIR, Choice, Tile
 from ...tuning.problem import ChainProblem
 from . import bottleneck, launch
 from .inference import conv_bn_act
+from .problem import run_chosen
 
 if TYPE_CHECKING:
-    from ...layers.description import BlockLayers
+    from ...layers.description import Block, ConvNorm
 
 # For the interpreter, whose time goes by the number of operations.
 _INTERPRETED_TILE = Tile(128, 256, 256, 1, 4, 1)
 
 
-def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | None:
+def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
     """Residual blocks in as few launches as `tuning` finds fastest; see `ops.residual_blocks`.
 
     A chain begins at a Bottleneck's 3x3 and ends behind the next block's first 1x1, in the next
@@ -37,51 +40,60 @@ def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | No
         None where there is no chain at all, or something does not fit together: convolution by
         convolution the reason comes out.
     """
-    if not any(chain.has_chain(*block) for block in blocks):
+    if not any(chain.has_chain(block) for block in blocks):
         return None
     problems = chain.problems_of(input, blocks)
     if problems is None:
         return None
     choices = [None if one is None else choose(one, input.device) for one in problems]
     chained = any(choice is not None and choice.kernel in CHAINED for choice in choices)
-    overlapped = input.size(0) <= chain.OVERLAPPED_IMAGES
-    if not chained and not overlapped:
+    if not chained and not _overlaps(input):
         return None
-    with launch.in_a_row() if overlapped else contextlib.nullcontext():
+    with row(input):
         return _run_all(input, blocks, problems, choices)
+
+
+def row(input: Tensor) -> AbstractContextManager[None]:
+    """What launches of blocks run in: a row, where there are so few images that it pays."""
+    return launch.in_a_row() if _overlaps(input) else contextlib.nullcontext()
+
+
+def _overlaps(input: Tensor) -> bool:
+    return input.size(0) <= chain.OVERLAPPED_IMAGES
 
 
 def _run_all(
     input: Tensor,
-    blocks: Sequence[BlockLayers],
+    blocks: Sequence[Block],
     problems: Sequence[ChainProblem | None],
     choices: Sequence[Choice | None],
 ) -> Tensor:
     """All blocks, each as chosen."""
-    channels_last = suggest_memory_format(input) is torch.channels_last
+    channels_last = memory_format_of(input) is torch.channels_last
     x, reduced = input, None
-    for index, (layers, has_projection) in enumerate(blocks):
-        main = layers[:-1] if has_projection else layers
-        projection = layers[-1] if has_projection else None
+    for index, block in enumerate(blocks):
+        main, projection = block.main, block.projection
         # The format that convolutions would hand on.
         channels_last |= any(
-            suggest_memory_format(layer[0]) is torch.channels_last for layer in main
+            memory_format_of(layer.weight) is torch.channels_last for layer in main
         )
         if reduced is None:
-            reduced = conv_bn_act(x, *main[0], None, "relu")
+            reduced = conv_bn_act(x, main[0], None, "relu")
         problem, choice = problems[index], choices[index]
         if choice is None:
             x, reduced = _convolutions(reduced, x, main[1:], projection), None
             continue
-        following = blocks[index + 1][0][0] if problem.next_width else None
-        x, reduced = run(reduced, x, (*main[1:], projection, following), problem, choice)
+        following = blocks[index + 1].layers[0] if problem.next_width else None
+        rest = (*main[1:], projection, following)
+        chained = functools.partial(run, reduced, x, rest, problem)
+        x, reduced = run_chosen(problem, input.device, choice, chained)
     return x if channels_last else x.contiguous()
 
 
 def run(
     reduced: Tensor,
     x: Tensor,
-    layers: Sequence[tuple | None],
+    layers: Sequence[ConvNorm | None],
     problem: ChainProblem,
     choice: Choice,
 ) -> tuple[Tensor, Tensor | None]:
@@ -105,19 +117,19 @@ def run(
         following = None
     tile = tile_for(problem, choice.tile)
     if choice.kernel == PAIR:
-        hidden = conv_bn_act(reduced, *main[0], None, "relu")
+        hidden = conv_bn_act(reduced, main[0], None, "relu")
         return bottleneck.bottleneck(hidden, x, None, main[1], projection, following, tile)
     return bottleneck.bottleneck(reduced, x, *main, projection, following, tile)
 
 
 def _convolutions(
-    out: Tensor, x: Tensor, layers: Sequence[tuple], projection: tuple | None
+    out: Tensor, x: Tensor, layers: Sequence[ConvNorm], projection: ConvNorm | None
 ) -> Tensor:
     """A block behind its first convolution, one convolution after the other."""
-    shortcut = x if projection is None else conv_bn_act(x, *projection, None, "none")
+    shortcut = x if projection is None else conv_bn_act(x, projection, None, "none")
     for layer in layers[:-1]:
-        out = conv_bn_act(out, *layer, None, "relu")
-    return conv_bn_act(out, *layers[-1], shortcut, "relu")
+        out = conv_bn_act(out, layer, None, "relu")
+    return conv_bn_act(out, layers[-1], shortcut, "relu")
 
 
 def choose(problem: ChainProblem, device: torch.device) -> Choice:

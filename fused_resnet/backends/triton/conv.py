@@ -7,14 +7,15 @@ compiler sees kernels and not an opaque operator; every size may be symbolic the
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
+from ...layers.description import ConvNorm, Norm, output_size
 from ...tuning.choice import Tile
 from ...tuning.estimate import kernel_for
+from ...tuning.problem import ConvProblem
 from ..library import precision
 from . import conv_kernels, launch
 from .launch import (
@@ -27,7 +28,7 @@ from .launch import (
     row_block,
     skew,
 )
-from .problem import ceil_div, chosen_tile, problem_of, problem_size, tile_for
+from .problem import ceil_div, chosen_tile, problem_of, tile_for
 
 # What the first pass of split-K is given and leaves to the second.
 _UNTOUCHED = dict.fromkeys(
@@ -42,58 +43,45 @@ _SUM_WARPS = 4
 
 def conv_bn_act(
     input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    layer: ConvNorm,
     residual: Tensor | None,
     activation: str,
     tile: Tile | None = None,
     table: Tensor | None = None,
+    problem: ConvProblem | None = None,
 ) -> Tensor:
     """Launches the kernel for a convolution; see `reference.conv_bn_act` for what it computes.
 
     Args:
         input: (N, C, H, W), float16, bfloat16 or float32. Copied to channels_last if it is not.
-        weight: (K, C / groups, R, S), the input's dtype. Copied likewise.
-        running_mean: (K,), any floating dtype, as are the other parameters.
-        running_var: see `running_mean`.
-        bn_weight: see `running_mean`.
-        bn_bias: see `running_mean`.
-        eps: added to `running_var`.
-        bias: see `running_mean`.
-        stride: of the convolution, as are `padding`, `dilation` and `groups`.
-        padding: see `stride`.
-        dilation: see `stride`.
-        groups: see `stride`.
+        layer: its weight of the input's dtype, copied likewise, its other tensors of any floating
+            dtype.
         residual: (N, K, P, Q) with any strides, or with fewer channels: see
             `reference.pad_channels`.
         activation: "relu" or "none".
         tile: how to cut the problem up; None asks `tuning`.
         table: (3, C) as `training_conv.table_of` makes it, of a batch norm that the input, and
             then through a ReLU, goes through first; for the kernel "conv" of one group.
+        problem: `problem_of` all this, where the caller has it.
 
     Returns:
         (N, K, P, Q) in the memory format `conv2d` would give it.
     """
-    problem = problem_of(input, weight, stride, padding, dilation, groups, residual is not None)
-    tile = tile_for(problem, chosen_tile(problem, input.device) if tile is None else tile)
+    weight, norm, bias, stride, padding, dilation, groups = layer
+    if problem is None:
+        problem = problem_of(input, weight, stride, padding, dilation, groups, residual is not None)
+    tile = chosen_tile(problem, input.device) if tile is None else tile
+    kernel = kernel_for(problem)
+    if kernel != "conv" or groups > 1:
+        tile = tile_for(problem, tile)
     N, C, H, W = input.shape
     K, group_c, R, S = weight.shape
-    P, Q = problem_size(H, W, R, S, stride, padding, dilation)
+    P, Q = output_size((H, W), (R, S), stride, padding, dilation)
     output = input.new_empty((N, P, Q, K))
     M = N * P * Q
     if M == 0:
         return as_conv2d_would(output, input, weight)
     pixels, filters = channels_last(input), filter_rows(weight)
-    kernel = kernel_for(problem)
     if kernel == "row" and pixels.stride(3) != C:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
     residual_strides = (0, 0, 0, 0) if residual is None else residual.stride()
@@ -117,9 +105,9 @@ def conv_bn_act(
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-    parameters = (running_mean, running_var, bn_weight, bn_bias, bias)
+    parameters, eps = (*norm[:4], bias), norm.eps
     wide = launch.is_wide(pixels, filters, output, residual)
-    rows = ceil_div(M, tile.block_m)
+    rows = (M + tile.block_m - 1) // tile.block_m
     geometry = ((P, Q), (R, S), stride, padding, dilation)
     partly = {"input_ptr": functools.partial(launch.addressed, input.shape, *geometry)}
     run = functools.partial(launch.launch_kernel, input)
@@ -161,7 +149,9 @@ def conv_bn_act(
             **tiled,
         )  # fmt: skip
     else:
-        split_k = _shares(tile, R * S * ceil_div(group_c, tile.block_k))
+        split_k = 1
+        if tile.split_k > 1:
+            split_k = _shares(tile, R * S * ceil_div(group_c, tile.block_k))
         partial = None
         if split_k > 1:
             partial = input.new_empty((split_k, M, K), dtype=torch.float32)
@@ -188,19 +178,15 @@ def conv_bn_act(
             **tiled,
         )  # fmt: skip
         if partial is not None:
-            sum_partials(
-                input, partial, parameters[:4], bias, eps, output, wide, residual,
-                activation == "relu",
-            )  # fmt: skip
+            sum_partials(input, partial, norm, bias, output, wide, residual, activation == "relu")
     return as_conv2d_would(output, input, weight)
 
 
 def sum_partials(
     input: Tensor,
     partial: Tensor,
-    norm: Sequence[Tensor | None],
+    norm: Norm,
     bias: Tensor | None,
-    eps: float,
     output: Tensor,
     wide: bool,
     residual: Tensor | None = None,
@@ -211,9 +197,8 @@ def sum_partials(
     Args:
         input: any tensor of the first pass.
         partial: (shares, N P Q, K), float32.
-        norm: mean, variance, weight and bias.
+        norm: behind the convolution.
         bias: the convolution's.
-        eps: of the norm.
         output: (N, P, Q, K), which this writes.
         wide: whether some offset does not fit into 31 bits.
         residual: (N, K, P, Q) with any strides, or None.
@@ -226,7 +211,7 @@ def sum_partials(
         input,
         conv_kernels.sum_partials_kernel,
         (ceil_div(M, _SUM_BLOCK[0]), ceil_div(K, _SUM_BLOCK[1])),
-        (partial, *norm, bias, residual, output, eps, M, P, Q, K, *residual_strides),
+        (partial, *norm[:4], bias, residual, output, norm.eps, M, P, Q, K, *residual_strides),
         RESIDUAL_CHANNELS=None if residual is None else residual_channels(residual, output),
         RELU=relu,
         WIDE=wide,

@@ -6,13 +6,14 @@ Eager calls do not come here: a call through these costs more than a launch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import triton_op
 
 from ...layers import checks
+from ...layers.batching import rule_of
+from ...layers.description import ConvNorm, Norm
 from ...tuning.estimate import USUAL_POOL
 from . import conv, stem
 from .eligible import interpreted
@@ -27,12 +28,14 @@ _CONVOLUTION = (
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def _check_convolution(name: str, input: Tensor, *arguments: Any) -> None:
+def _check_convolution(
+    name: str, input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str
+) -> None:
     """Raises what is wrong with the arguments: a saved graph's, or anyone's.
 
     The kernels look at nothing, and would read and write where they are told to.
     """
-    error = checks.conv_error(name, input, *arguments)
+    error = checks.conv_error(name, input, layer, residual, activation)
     if error is not None:
         raise error
     if input.dtype not in _DTYPES:
@@ -65,24 +68,10 @@ def triton_conv_bn_act(
     activation: str,
 ) -> Tensor:
     """`conv.conv_bn_act`."""
-    arguments = (
-        input,
-        weight,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        residual,
-        activation,
-    )
-    _check_convolution("triton_conv_bn_act", *arguments)
-    return conv.conv_bn_act(*arguments)
+    norm = Norm(running_mean, running_var, bn_weight, bn_bias, eps)
+    layer = ConvNorm(weight, norm, bias, stride, padding, dilation, groups)
+    _check_convolution("triton_conv_bn_act", input, layer, residual, activation)
+    return conv.conv_bn_act(input, layer, residual, activation)
 
 
 @triton_op(
@@ -106,23 +95,16 @@ def triton_conv_bn_act_max_pool(
 ) -> Tensor:
     """`conv.conv_bn_act_max_pool`."""
     name = "triton_conv_bn_act_max_pool"
-    arguments = (
-        input,
-        weight,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        stride,
-        padding,
-        dilation,
-    )
-    _check_convolution(name, *arguments, 1, None, activation)
+    norm = Norm(running_mean, running_var, bn_weight, bn_bias, eps)
+    layer = ConvNorm(weight, norm, bias, stride, padding, dilation, 1)
+    _check_convolution(name, input, layer, None, activation)
     problem = problem_of(input, weight, stride, padding, dilation, 1, False, USUAL_POOL)
     if conv.kernel_for(problem) != "stem_pool":
         raise ValueError(
             f"{name}: weight has shape {tuple(weight.shape)}, which is not that of a stem"
         )
-    return stem.conv_bn_act_max_pool(*arguments, activation)
+    return stem.conv_bn_act_max_pool(input, layer, activation)
+
+
+triton_conv_bn_act.register_vmap(rule_of(triton_conv_bn_act, (0, 12)))
+triton_conv_bn_act_max_pool.register_vmap(rule_of(triton_conv_bn_act_max_pool, (0,)))

@@ -2,178 +2,125 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import tuning
+from ...layers.description import ConvNorm, Norm, Pool
 from ...tuning import architecture
 from ...tuning import prologue as prologue_choice
-from ...tuning.choice import TILED, Tile
+from ...tuning.choice import ESTIMATE, PROLOGUE, TILED, Choice, Tile
 from ...tuning.estimate import kernel_for
+from ...tuning.problem import ConvProblem
 from .. import cuda, cudnn, library
 from . import problem as problems
 from .eligible import can_normalize, can_run, is_traced
 from .lazy import graph_operators, launchers, norms, stems, training_convolutions
-from .problem import problem_of
+from .problem import out_of_resources, problem_of, run_chosen
 
 
-def conv_bn_act(
+def conv_bn_act(input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str) -> Tensor:
+    """One launch (two where the sum is split): see `conv_kernels.py` for formula and traffic."""
+    weight, norm, bias, *geometry = layer
+    if can_run(input, weight, *norm[:4], bias, residual):
+        problem = problem_of(input, weight, *geometry, residual is not None)
+        run = functools.partial(_run, input, layer, residual, activation, problem)
+        return run_chosen(problem, input.device, problems.choose(problem, input.device), run)
+    return library.conv_bn_act(input, layer, residual, activation)
+
+
+def _run(
     input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    layer: ConvNorm,
     residual: Tensor | None,
     activation: str,
+    problem: ConvProblem,
+    choice: Choice,
 ) -> Tensor:
-    """One launch (two where the sum is split): see `conv_kernels.py` for formula and traffic."""
-    arguments = (
-        input,
-        weight,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        eps,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        residual,
-        activation,
-    )
-    tensors = (input, weight, running_mean, running_var, bn_weight, bn_bias, bias, residual)
-    if can_run(*tensors):
-        problem = problem_of(input, weight, stride, padding, dilation, groups, residual is not None)
-        choice = problems.choose(problem, input.device)
-        if choice.kernel in TILED and is_traced(input):
-            return graph_operators().triton_conv_bn_act(*arguments)
-        if choice.kernel == "triton":
-            return launchers().conv_bn_act(*arguments, tile=choice.tile)
-        if choice.kernel == "cuda":
-            return cuda.conv_bn_act(*arguments, tile=choice.tile)
-        is_narrow = residual is not None and residual.size(1) < weight.size(0)
-        if choice.kernel.startswith("cudnn") and not is_narrow and not is_traced(input):
-            return cudnn.conv_bn_act(*arguments)
-    return library.conv_bn_act(*arguments)
+    """`conv_bn_act` as chosen."""
+    if choice.kernel in TILED and is_traced(input):
+        operator = graph_operators().triton_conv_bn_act
+        return operator(input, *layer.flat(), residual, activation)
+    if choice.kernel == "triton":
+        launch = launchers().conv_bn_act
+        return launch(input, layer, residual, activation, choice.tile, None, problem)
+    if choice.kernel == "cuda":
+        return cuda.conv_bn_act(input, layer, residual, activation, choice.tile)
+    is_narrow = residual is not None and residual.size(1) < layer.weight.size(0)
+    if choice.kernel.startswith("cudnn") and not is_narrow and not is_traced(input):
+        return cudnn.conv_bn_act(input, layer, residual, activation)
+    return library.conv_bn_act(input, layer, residual, activation)
 
 
 def norm_conv_bn_act(
-    input: Tensor,
-    in_mean: Tensor,
-    in_var: Tensor,
-    in_weight: Tensor | None,
-    in_bias: Tensor | None,
-    in_eps: float,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    residual: Tensor | None,
-    activation: str,
+    input: Tensor, before: Norm, layer: ConvNorm, residual: Tensor | None, activation: str
 ) -> Tensor:
     """The norm in the convolution's loads where that is predicted to be faster than before it."""
-    norm = (in_mean, in_var, in_weight, in_bias)
-    behind = (running_mean, running_var, bn_weight, bn_bias)
-    geometry = (stride, padding, dilation)
+    weight, norm, bias, *geometry = layer
     tile = None
     if (
-        groups == 1
+        layer.groups == 1
         and not is_traced(input)
         and input.numel() > 0
-        and can_run(input, weight, *norm, *behind, bias, residual)
+        and can_run(input, weight, *before[:4], *norm[:4], bias, residual)
     ):
-        tile = _prologue_tile(input, weight, *geometry, residual is not None)
-    rest = (*behind, eps, bias, *geometry, groups, residual, activation)
-    if tile is None:
-        normalised = batch_norm_act_inference(input, *norm, in_eps, None, "relu")
-        return conv_bn_act(normalised, weight, *rest)
-    training = training_convolutions()
-    table = training.table_of(training.Norm(*norm, in_eps))
-    return launchers().conv_bn_act(input, weight, *rest, tile=tile, table=table)
+        tile = _prologue_tile(input, weight, geometry, residual is not None)
+    if tile is not None:
+        table = training_convolutions().table_of(before)
+        try:
+            return launchers().conv_bn_act(input, layer, residual, activation, tile, table)
+        except out_of_resources() as error:
+            problem = problem_of(input, weight, *geometry, residual is not None)
+            choice = Choice(PROLOGUE, tile, ESTIMATE)
+            tuning.leave_out(problem, input.device, choice, str(error))
+    normalised = batch_norm_act_inference(input, before, None, "relu")
+    return conv_bn_act(normalised, layer, residual, activation)
 
 
 def _prologue_tile(
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    residual: bool,
+    input: Tensor, weight: Tensor, geometry: Sequence[Any], residual: bool
 ) -> Tile | None:
-    problem = problem_of(input, weight, stride, padding, dilation, 1, residual)
+    problem = problem_of(input, weight, *geometry, residual)
     if input.device.type == "cuda":
-        return prologue_choice.choose(problem, architecture.of_device(input.device))[0]
+        tile = prologue_choice.choose(problem, architecture.of_device(input.device))[0]
+        return None if tuning.is_left_out(problem, input.device, PROLOGUE, tile) else tile
     return training_convolutions().INTERPRETED_TILE if kernel_for(problem) == "conv" else None
 
 
-def conv_bn_act_max_pool(
-    input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-) -> Tensor:
+def conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: Pool) -> Tensor:
     """One launch for a stem with its usual pool, else the convolution and the library's pool."""
-    leading = (input, weight, running_mean, running_var, bn_weight, bn_bias, eps, bias)
-    geometry = (stride, padding, dilation)
-    pool = (*pool_kernel_size, *pool_stride, *pool_padding)
-    if can_run(input, weight, running_mean, running_var, bn_weight, bn_bias, bias):
-        problem = problem_of(input, weight, *geometry, groups, False, pool)
+    weight, norm, bias, *geometry = layer
+    if can_run(input, weight, *norm[:4], bias):
+        windows = tuple(itertools.chain(*pool))
+        problem = problem_of(input, weight, *geometry, False, windows)
         if kernel_for(problem) == "stem_pool":
-            choice = problems.choose(problem, input.device)
-            if choice.kernel == "triton":
-                arguments = (*leading, *geometry, activation)
-                if is_traced(input):
-                    return graph_operators().triton_conv_bn_act_max_pool(*arguments)
-                return stems().conv_bn_act_max_pool(*arguments, tile=choice.tile)
-        else:
-            out = conv_bn_act(*leading, *geometry, groups, None, activation)
-            return torch.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
-    return library.conv_bn_act_max_pool(
-        *leading, *geometry, groups, activation, pool_kernel_size, pool_stride, pool_padding
-    )
+            run = functools.partial(_run_with_pool, input, layer, activation, pool)
+            return run_chosen(problem, input.device, problems.choose(problem, input.device), run)
+        return torch.max_pool2d(conv_bn_act(input, layer, None, activation), *pool)
+    return library.conv_bn_act_max_pool(input, layer, activation, pool)
+
+
+def _run_with_pool(
+    input: Tensor, layer: ConvNorm, activation: str, pool: Pool, choice: Choice
+) -> Tensor:
+    """`conv_bn_act_max_pool` of a stem as chosen."""
+    if choice.kernel == "triton" and is_traced(input):
+        operator = graph_operators().triton_conv_bn_act_max_pool
+        return operator(input, *layer.flat()[:-1], activation)
+    if choice.kernel == "triton":
+        return stems().conv_bn_act_max_pool(input, layer, activation, choice.tile)
+    return library.conv_bn_act_max_pool(input, layer, activation, pool)
 
 
 def batch_norm_act_inference(
-    input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    activation: str,
+    input: Tensor, norm: Norm, residual: Tensor | None, activation: str
 ) -> Tensor:
     """Everything in one pass."""
-    arguments = (input, running_mean, running_var, weight, bias, eps, residual, activation)
-    if can_normalize(input, running_mean, running_var, weight, bias, residual):
-        return norms().batch_norm_act_inference(*arguments)
-    return library.batch_norm_act_inference(*arguments)
+    if can_normalize(input, *norm[:4], residual):
+        return norms().batch_norm_act_inference(input, norm, residual, activation)
+    return library.batch_norm_act_inference(input, norm, residual, activation)

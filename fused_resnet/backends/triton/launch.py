@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.nn import Parameter
 
+from ...layers.memory import memory_format_of
 from ...tuning import chain
 
 _PARAMETERS = ("weight", "expand", "project", "reduce", "mean", "var", "bias")
@@ -81,6 +81,15 @@ def logged(run: bool = True) -> Iterator[list[Launch]]:
         yield log.launches
     finally:
         _log.reset(token)
+
+
+def is_logged() -> bool:
+    """Whether `logged` is active here."""
+    return _log.get() is not None
+
+
+recorder: ContextVar[Any] = ContextVar("fused_resnet_recorder", default=None)
+"""Who is told of each launch, right after it: see `plans.Recorder`."""
 
 
 _row: ContextVar[list[int] | None] = ContextVar("fused_resnet_row", default=None)
@@ -202,11 +211,14 @@ def launch_kernel(
             if parameter.default is not parameter.empty:
                 constants.setdefault(name, parameter.default)
         torch.library.wrap_triton(kernel)[grid](*arguments, **constants)
-    elif input.device.type == "cuda" and input.device.index != torch.cuda.current_device():
+        return
+    if input.device.type == "cuda" and input.device.index != torch.cuda.current_device():
         with torch.cuda.device(input.device):
-            kernel[grid](*arguments, **constants)
+            compiled = kernel[grid](*arguments, **constants)
     else:
-        kernel[grid](*arguments, **constants)
+        compiled = kernel[grid](*arguments, **constants)
+    if (seen_by := recorder.get()) is not None:
+        seen_by.add(kernel, compiled, grid, arguments, constants)
 
 
 def dependence(input: Tensor, kernel: Any) -> dict[str, bool]:
@@ -292,6 +304,7 @@ def is_wide(*tensors: Tensor | None) -> bool:
 def as_conv2d_would(output: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """(N, P, Q, K) as (N, K, P, Q) in the memory format of `conv2d`'s output."""
     output = output.permute(0, 3, 1, 2)
-    if any(suggest_memory_format(t) is torch.channels_last for t in (input, weight)):
+    last = torch.channels_last
+    if memory_format_of(input) is last or memory_format_of(weight) is last:
         return output
     return output.contiguous()

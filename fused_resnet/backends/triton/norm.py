@@ -20,10 +20,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from ... import reference
-from ...layers.memory import contiguous_like_eager
+from ...layers.description import Norm, Sums
+from ...layers.memory import contiguous_like_eager, memory_format_of
+from ..backend import Gradients
 from .device import _normalized, relu
 from .launch import is_wide, launch_kernel
 from .problem import ceil_div
@@ -567,10 +568,6 @@ def backward_input_kernel(
             tl.store(grad_input_ptr + offsets, g.to(grad_input_ptr.dtype.element_ty), mask=exists)
 
 
-Norm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
-"""Mean, biased variance, weight, bias and eps."""
-
-
 @dataclass(frozen=True)
 class _Layout:
     """A dense tensor as rows of channels, and the tile that programs go through it with."""
@@ -602,15 +599,18 @@ class _Layout:
 
     def reduction(self) -> tuple[int, int]:
         """(steps of a program, slabs): a function of shape and dtype."""
-        wanted = max(ceil_div(_PROGRAMS, self.tiles_c), self.tiles_r // _LEAST_STEPS)
-        steps = ceil_div(self.tiles_r, min(wanted, _MOST_SLABS))
-        return steps, ceil_div(self.tiles_r, steps)
+        # Without `ceil_div`, here and below: these are asked for every launch.
+        tiles_c, tiles_r = -(-self.C // self.block_c), -(-self.rows // self.block_r)
+        wanted = max(-(-_PROGRAMS // tiles_c), tiles_r // _LEAST_STEPS)
+        steps = -(-tiles_r // min(wanted, _MOST_SLABS))
+        return steps, -(-tiles_r // steps)
 
     def elementwise(self) -> tuple[int, int]:
         """(steps of a program, programs), where every element goes by itself."""
-        many = self.tiles_r * self.tiles_c >= _ELEMENTWISE_STEPS * _PROGRAMS
+        tiles_c, tiles_r = -(-self.C // self.block_c), -(-self.rows // self.block_r)
+        many = tiles_r * tiles_c >= _ELEMENTWISE_STEPS * _PROGRAMS
         steps = _ELEMENTWISE_STEPS if many else 1
-        return steps, ceil_div(self.tiles_r, steps) * self.tiles_c
+        return steps, -(-tiles_r // steps) * tiles_c
 
 
 def _layout_of(input: Tensor) -> _Layout:
@@ -622,7 +622,8 @@ def _layout_of(input: Tensor) -> _Layout:
     step, channels = _STEP, _LINE // input.element_size() if S == 1 else 1
     if input.device.type != "cuda":
         step, channels = _INTERPRETED_STEP, _INTERPRETED_CHANNELS
-    block_c = min(triton.next_power_of_2(C), channels)
+    # `triton.next_power_of_2` takes three calls for it.
+    block_c = min(1 << (C - 1).bit_length(), channels)
     # Rows of the last step, which need not exist, are counted on.
     wide = input.numel() + _ELEMENTWISE_STEPS * step * C >= 2**31
     return _Layout(rows, C, S, wide, step // block_c, block_c)
@@ -631,7 +632,7 @@ def _layout_of(input: Tensor) -> _Layout:
 def _lying_like(tensor: Tensor, input: Tensor) -> Tensor:
     """`tensor`, copied if it does not lie in memory as `input` does."""
     channels_last = not input.is_contiguous()
-    memory_format = suggest_memory_format(input) if channels_last else torch.contiguous_format
+    memory_format = memory_format_of(input) if channels_last else torch.contiguous_format
     if tensor.is_contiguous(memory_format=memory_format):
         return tensor
     return torch.empty_like(input).copy_(tensor)
@@ -650,7 +651,10 @@ def _is_image(tensor: Tensor) -> bool:
 
 
 def _vectors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(t if t is None else t.contiguous() for t in tensors)
+    found = []
+    for tensor in tensors:
+        found.append(tensor if tensor is None else tensor.contiguous())
+    return tuple(found)
 
 
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
@@ -666,6 +670,7 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     layout = _layout_of(input)
     steps, slabs = layout.reduction()
     partial, mean, var = _partial(input, 3, slabs), *_results(input, 2)
+    block_c = _combined(input)
     launch_kernel(
         input,
         statistics_kernel,
@@ -677,11 +682,11 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     launch_kernel(
         input,
         combine_statistics_kernel,
-        (ceil_div(layout.C, _combined(input)),),
+        (-(-layout.C // block_c),),
         (partial, mean, var, layout.rows, layout.C, steps * layout.block_r, slabs),
         writes=("mean_ptr", "var_ptr"),
         BLOCK_S=_MOST_SLABS,
-        BLOCK_C=_combined(input),
+        BLOCK_C=block_c,
         num_warps=_COMBINE_WARPS,
     )
     return mean, var
@@ -712,27 +717,23 @@ def batch_norm_act_training(
     """
     input = contiguous_like_eager(input)
     mean, var = batch_statistics(input)
-    output = batch_norm_act_inference(input, mean, var, weight, bias, eps, residual, activation)
-    return output, mean, var
+    norm = Norm(mean, var, weight, bias, eps)
+    return batch_norm_act_inference(input, norm, residual, activation), mean, var
 
 
 def batch_norm_act_inference(
     input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    norm: Norm,
     residual: Tensor | None,
     activation: str,
-    residual_norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None, float] | None = None,
+    residual_norm: Norm | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """One launch; the arguments are those of `batch_norm_act_training`.
 
-    With `residual_norm` (mean, var, weight, bias, eps) the residual, of the input's shape, is
-    normalized first and rounded, to the bits that a launch for it would write. `mask` is where to
-    write the activation's, see `mask_for`.
+    With `residual_norm` the residual, of the input's shape, is normalized first and rounded, to the
+    bits that a launch for it would write. `mask` is where to write the activation's, see
+    `mask_for`.
     """
     input = contiguous_like_eager(input)
     layout = _layout_of(input)
@@ -743,7 +744,7 @@ def batch_norm_act_inference(
         channels, size, strides = residual.size(1), residual.shape[2:], residual.stride()
     elif residual is not None:
         residual = _lying_like(reference.pad_channels(residual, layout.C), input)
-    vectors = _vectors(running_mean, running_var, weight, bias)
+    vectors = _vectors(*norm[:4])
     launch_kernel(
         input,
         normalize_kernel,
@@ -754,7 +755,7 @@ def batch_norm_act_inference(
             residual,
             output,
             mask,
-            eps,
+            norm.eps,
             layout.rows,
             layout.C,
             layout.S,
@@ -762,7 +763,7 @@ def batch_norm_act_inference(
             *size,
             *strides,
             *_vectors(*(residual_norm or (None,) * 5)[:4]),
-            None if residual_norm is None else residual_norm[4],
+            None if residual_norm is None else residual_norm.eps,
         ),
         writes=("output_ptr", "mask_ptr"),
         RESIDUAL_CHANNELS=channels,
@@ -797,11 +798,11 @@ def batch_norm_add_relu(
     """
     input = contiguous_like_eager(input)
     if norm[0] is None:
-        norm = (*batch_statistics(input), *norm[2:])
+        norm = Norm(*batch_statistics(input), *norm[2:])
     if residual_norm is not None and residual_norm[0] is None:
-        residual_norm = (*batch_statistics(residual), *residual_norm[2:])
+        residual_norm = Norm(*batch_statistics(residual), *residual_norm[2:])
     mask = mask_for(input)
-    output = batch_norm_act_inference(input, *norm, residual, "relu", residual_norm, mask)
+    output = batch_norm_act_inference(input, norm, residual, "relu", residual_norm, mask)
     return output, mask, norm[:2], None if residual_norm is None else residual_norm[:2]
 
 
@@ -809,11 +810,7 @@ def batch_norm_act_backward_sums(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
     masked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -824,11 +821,7 @@ def batch_norm_act_backward_sums(
         input: (N, C, *), float16, bfloat16 or float32, with at least one element.
         output: what the activation returned, or its mask, see `mask_for`; or None where there was
             no residual.
-        weight: (C,) of any floating dtype, or None.
-        bias: see `weight`.
-        mean: (C,).
-        var: (C,), biased.
-        eps: added to `var`.
+        norm: its tensors of any floating dtype.
         activation: "relu" or "none".
         masked: where to write the gradient behind the activation, lying as the input; or None.
 
@@ -837,9 +830,11 @@ def batch_norm_act_backward_sums(
     """
     input = contiguous_like_eager(input)
     grad = _lying_like(grad, input)
-    norm = (mean, var, weight, bias, eps)
     total, dot, grad_weight = _sums_pass(grad, input, output, norm, activation == "relu", masked)
     return total, dot, grad_weight
+
+
+_NO_NORM = Norm(None, None, None, None, 0.0)  # type: ignore[arg-type]
 
 
 def _sums_pass(
@@ -850,7 +845,7 @@ def _sums_pass(
     relu: bool,
     masked: Tensor | None,
     residual: Tensor | None = None,
-    residual_norm: Norm = (None, None, None, None, 0.0),
+    residual_norm: Norm = _NO_NORM,
 ) -> tuple[Tensor, ...]:
     """Launches `backward_sums_kernel` and what combines; all tensors lie as the input does.
 
@@ -862,6 +857,7 @@ def _sums_pass(
     steps, slabs = layout.reduction()
     second = residual is not None
     partial, found = _partial(input, 2 + second, slabs), _results(input, 3 + 3 * second)
+    block_c = _combined(input)
     mean, var, weight, bias = _vectors(*norm[:4])
     residual_mean, residual_var = _vectors(*residual_norm[:2])
     launch_kernel(
@@ -869,7 +865,7 @@ def _sums_pass(
         backward_sums_kernel,
         (slabs * layout.tiles_c,),
         (
-            grad, input, output, mean, var, weight, bias, masked, partial, norm[4], layout.rows,
+            grad, input, output, mean, var, weight, bias, masked, partial, norm.eps, layout.rows,
             layout.C, layout.S, steps, slabs, residual, residual_mean,
         ),
         writes=("masked_ptr", "partial_ptr"),
@@ -879,17 +875,17 @@ def _sums_pass(
     launch_kernel(
         input,
         combine_sums_kernel,
-        (ceil_div(layout.C, _combined(input)),),
+        (-(-layout.C // block_c),),
         (
-            partial, var, *found[:3], norm[4], layout.C, slabs,
-            residual_var, *(found[3:] or (None,) * 3), residual_norm[4],
+            partial, var, *found[:3], norm.eps, layout.C, slabs,
+            residual_var, *(found[3:] or (None,) * 3), residual_norm.eps,
         ),
         writes=(
             "total_ptr", "dot_ptr", "grad_weight_ptr",
             "residual_total_ptr", "residual_dot_ptr", "residual_grad_weight_ptr",
         ),
         BLOCK_S=_MOST_SLABS,
-        BLOCK_C=_combined(input),
+        BLOCK_C=block_c,
         num_warps=_COMBINE_WARPS,
     )  # fmt: skip
     return found
@@ -899,37 +895,23 @@ def batch_norm_act_backward_input(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
-    total: Tensor | None,
-    dot: Tensor | None,
-    count: int | float | Tensor,
+    sums: Sums,
     need_residual: bool,
     overwrite: bool = False,
-    need_input: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """The gradients that are as large as the input: one launch.
 
     Args:
         grad: see `batch_norm_act_backward_sums`, as are the arguments up to `activation`.
         input: see `grad`.
         output: see `grad`.
-        weight: see `grad`.
-        bias: see `grad`.
-        mean: see `grad`.
-        var: see `grad`.
-        eps: see `grad`.
+        norm: see `grad`.
         activation: see `grad`.
-        total: of the whole batch; None where `mean` and `var` are constants.
-        dot: see `total`.
-        count: the whole batch's values a channel.
+        sums: of the whole batch.
         need_residual: whether the residual's gradient is wanted.
         overwrite: whether `grad` may be overwritten, by the input's gradient.
-        need_input: whether the input's gradient is wanted.
 
     Returns:
         The gradients of the input and of the residual, None where not wanted.
@@ -939,16 +921,11 @@ def batch_norm_act_backward_input(
     given, grad = grad, _lying_like(grad, input)
     overwrite = (overwrite or grad is not given) and (relu or not need_residual)
     masked = torch.empty_like(input) if need_residual and relu else None
-    grad_input = None
-    if need_input:
-        grad_input = grad if overwrite else torch.empty_like(input)
-    if isinstance(count, Tensor) and total is not None:
-        total, dot, count = (total / count).float(), (dot / count).float(), 1
-    if grad_input is not None or masked is not None:
-        _input_pass(
-            grad, input, output, weight, bias, mean, var, eps, relu, total, dot, count, grad_input,
-            masked,
-        )  # fmt: skip
+    grad_input = grad if overwrite else torch.empty_like(input)
+    total, dot, count = sums
+    if isinstance(count, Tensor):
+        sums = Sums((total / count).float(), (dot / count).float(), 1)
+    _input_pass(grad, input, output, norm, relu, sums, (grad_input, masked))
     return grad_input, (masked if relu else grad) if need_residual else None
 
 
@@ -956,34 +933,30 @@ def _input_pass(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     relu: bool,
-    total: Tensor | None,
-    dot: Tensor | None,
-    count: int | float,
-    grad_input: Tensor | None,
-    masked: Tensor | None,
+    sums: Sums | None,
+    results: tuple[Tensor | None, Tensor | None],
     second: Sequence[Any] = (None,) * 7,
 ) -> None:
     """Launches `backward_input_kernel`; `grad` and the results lie in memory as the input does.
 
+    `sums` are None where the statistics are constants. `results` are the input's gradient and the
+    residual's.
     `second` is the residual, its mean, variance, weight and dot, its gradient, and its norm's eps.
     """
     layout = _layout_of(input)
     steps, programs = layout.elementwise()
     output = _sign_source(output, input, relu)
-    vectors = _vectors(mean, var, weight, bias, total, dot)
+    total, dot, count = (None, None, 1) if sums is None else sums
+    vectors = _vectors(*norm[:4], total, dot)
     launch_kernel(
         input,
         backward_input_kernel,
         (programs,),
         (
-            grad, input, output, *vectors, grad_input, masked, eps, 1.0 / count, layout.rows,
-            layout.C, layout.S, steps, *second,
+            grad, input, output, *vectors, *results, norm.eps, 1.0 / count, layout.rows, layout.C,
+            layout.S, steps, *second,
         ),
         writes=("grad_input_ptr", "masked_ptr", "grad_residual_ptr"),
         RELU=relu,
@@ -995,20 +968,16 @@ def batch_norm_act_backward(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
     training: bool,
     need: Sequence[bool],
     overwrite: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Gradients of `batch_norm_act` in input, weight, bias and residual: three launches.
 
     Where the residual's is wanted, the pass that adds up writes it, and the last pass reads it in
-    place of `grad` and `output`. The arguments are those of `backends.cpu`'s function of this name.
+    place of `grad` and `output`. For the arguments see `Backend.batch_norm_act_backward`.
     """
     input = contiguous_like_eager(input)
     relu = activation == "relu"
@@ -1025,16 +994,13 @@ def batch_norm_act_backward(
     total = dot = grad_weight = None
     if need_weight or need_bias or (training and need_input):
         total, dot, grad_weight = batch_norm_act_backward_sums(
-            grad, input, output, weight, bias, mean, var, eps, activation, masked
+            grad, input, output, norm, activation, masked
         )
         if masked is not None:
             grad, masked, relu = masked, None, False
     if grad_input is not None or masked is not None:
-        sums = (total, dot) if training else (None, None)
-        _input_pass(
-            grad, input, output, weight, bias, mean, var, eps, relu, *sums,
-            input.numel() // input.size(1), grad_input, masked,
-        )  # fmt: skip
+        sums = Sums(total, dot, input.numel() // input.size(1)) if training else None
+        _input_pass(grad, input, output, norm, relu, sums, (grad_input, masked))
     return (
         grad_input,
         grad_weight if need_weight else None,
@@ -1073,12 +1039,11 @@ def batch_norm_add_relu_backward(
         grad, input, output, norm, True, None, residual, residual_norm
     )
     grad_input, grad_residual = torch.empty_like(input), torch.empty_like(input)
-    mean, var, weight, bias, eps = norm
     residual_vectors = _vectors(*residual_norm[:3])
     _input_pass(
-        grad, input, output, weight, bias, mean, var, eps, True, total, dot,
-        input.numel() // input.size(1), grad_input, None,
-        (residual, *residual_vectors, residual_dot, grad_residual, residual_norm[4]),
+        grad, input, output, norm, True, Sums(total, dot, input.numel() // input.size(1)),
+        (grad_input, None),
+        (residual, *residual_vectors, residual_dot, grad_residual, residual_norm.eps),
     )  # fmt: skip
     of_residual = (grad_residual, residual_grad_weight, residual_total)
     return (grad_input, grad_weight, total), of_residual
@@ -1090,9 +1055,10 @@ def _partial(input: Tensor, values: int, slabs: int) -> Tensor:
 
 def _results(input: Tensor, count: int) -> tuple[Tensor, ...]:
     channels = input.size(1)
-    return tuple(
-        torch.empty(channels, dtype=torch.float32, device=input.device) for _ in range(count)
-    )
+    found = []
+    for _ in range(count):
+        found.append(torch.empty(channels, dtype=torch.float32, device=input.device))
+    return tuple(found)
 
 
 def _combined(input: Tensor) -> int:

@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ... import tuning
 from ...tuning.choice import Choice, Tile
 from ...tuning.estimate import special_tiles
-from ...tuning.problem import ConvProblem
+from ...tuning.problem import ConvProblem, Problem
 from ..library import precision
 
+Result = TypeVar("Result")
+
 # For the interpreter, whose time goes by the number of operations.
-_INTERPRETED_TILE = Tile(128, 256, 256, 1, 4, 1)
+_INTERPRETED = Choice("triton", Tile(128, 256, 256, 1, 4, 1), "interpreted")
 
 
 def choose(problem: ConvProblem, device: torch.device) -> Choice:
     """Which kernel and tile run a problem: what `tuning` says, on a GPU."""
     if device.type != "cuda":
-        return Choice("triton", _INTERPRETED_TILE, "interpreted")
+        return _INTERPRETED
     return tuning.choose(problem, device)
+
+
+def run_chosen(
+    problem: Problem, device: torch.device, choice: Choice, run: Callable[[Choice], Result]
+) -> Result:
+    """`run(choice)`; where that asks for more than there is, what `tuning` says then.
+
+    Triton says so when it loads a kernel, before that is launched.
+    """
+    while True:
+        try:
+            return run(choice)
+        except out_of_resources() as error:
+            if choice.tile is None:
+                raise
+            tuning.leave_out(problem, device, choice, str(error))
+            choice = tuning.choose(problem, device)
+
+
+def out_of_resources() -> type[Exception]:
+    """What Triton raises then; only asked for when something was raised."""
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources
 
 
 def chosen_tile(problem: ConvProblem, device: torch.device) -> Tile:
@@ -53,30 +81,38 @@ def problem_of(
     pool: Sequence[int] | None = None,
 ) -> ConvProblem:
     """A call as `tuning` sees it; symbolic sizes stand for the values they were traced with."""
-    N, C, H, W = map(hint_of, input.shape)
-    K, _, R, S = weight.shape
-    dtype = str(input.dtype).removeprefix("torch.")
-    if precision(input) == "tf32":
-        dtype = "tfloat32"
-    return ConvProblem(
-        N, C, H, W, K, R, S, tuple(stride), tuple(padding), tuple(dilation), groups, dtype,
-        residual, None if pool is None else tuple(pool),
-    )  # fmt: skip
+    dtype = _TF32 if precision(input) == "tf32" else input.dtype
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    if type(input) not in (Tensor, Parameter):
+        return _problem(input.shape, weight.shape, geometry, dtype, residual, pool)
+    key = (input.shape, weight.shape, geometry, dtype, residual, pool)
+    found = _problems.get(key)
+    if found is None:
+        if len(_problems) >= _MOST_PROBLEMS:
+            _problems.clear()
+        found = _problems[key] = _problem(*key)
+    return found
 
 
-def problem_size(
-    H: int,
-    W: int,
-    R: int,
-    S: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int]:
-    """(P, Q) of a convolution; unlike `ConvProblem`'s they may be symbolic."""
-    P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
-    Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
-    return P, Q
+_TF32 = "tfloat32"
+# By what they are made of.
+_problems: dict[tuple[Any, ...], ConvProblem] = {}
+_MOST_PROBLEMS = 4096
+
+
+def _problem(
+    shape: Sequence[int],
+    weight_shape: Sequence[int],
+    geometry: tuple[Any, ...],
+    dtype: torch.dtype | str,
+    residual: bool,
+    pool: Sequence[int] | None,
+) -> ConvProblem:
+    N, C, H, W = map(hint_of, shape)
+    K, _, R, S = weight_shape
+    name = str(dtype).removeprefix("torch.")
+    windows = None if pool is None else tuple(pool)
+    return ConvProblem(N, C, H, W, K, R, S, *geometry, name, residual, windows)
 
 
 def hint_of(size: int | torch.SymInt) -> int:

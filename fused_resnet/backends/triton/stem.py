@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...layers.description import ConvNorm, Norm, output_size
 from ...tuning.choice import Tile
 from ...tuning.estimate import USUAL_POOL, pooled_rows_each
 from ..library import precision
@@ -34,7 +35,7 @@ from .launch import (
     skew,
 )
 from .norm import _Layout, _layout_of, _norm, _place, _vectors, batch_statistics
-from .problem import ceil_div, chosen_tile, hint_of, problem_of, problem_size, tile_for
+from .problem import ceil_div, chosen_tile, hint_of, problem_of, tile_for
 
 MOST_POSITIONS = 255
 """Pixels of the largest window: offsets have 8 bits, and backward needs one that no pixel has."""
@@ -202,19 +203,13 @@ def batch_norm_relu_max_pool(
         the batch's mean and biased variance (C,), float32.
     """
     mean, var = batch_statistics(input)
-    return *norm_relu_max_pool(input, mean, var, weight, bias, eps, pool), mean, var
+    return *norm_relu_max_pool(input, Norm(mean, var, weight, bias, eps), pool), mean, var
 
 
 def norm_relu_max_pool(
-    input: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    pool: Sequence[Sequence[int]],
+    input: Tensor, norm: Norm, pool: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
-    """`batch_norm_relu_max_pool` with statistics that are known, (C,) each: one launch."""
+    """`batch_norm_relu_max_pool` with statistics that are known: one launch."""
     N, C, H, W = input.shape
     P, Q = pooled_size((H, W), pool)
     output, offsets = (
@@ -231,8 +226,8 @@ def norm_relu_max_pool(
         norm_pool_kernel,
         (programs,),
         (
-            input, *_vectors(mean, var, weight, bias), output, offsets, eps, layout.rows, C, H, W,
-            P, Q, steps,
+            input, *_vectors(*norm[:4]), output, offsets, norm.eps, layout.rows, C, H, W, P, Q,
+            steps,
         ),
         writes=("output_ptr", "offset_ptr"),
         **_constants(layout, _layout_of(input), pool, R * S),
@@ -276,8 +271,7 @@ def max_pool_backward(
 
 def pooled_size(size: Sequence[int], pool: Sequence[Sequence[int]]) -> tuple[int, int]:
     """(P, Q) of a max-pool's output."""
-    (R, S), stride, padding = pool
-    return problem_size(*size, R, S, stride, padding, (1, 1))
+    return output_size(size, *pool)
 
 
 def _constants(
@@ -482,32 +476,21 @@ def stem_pool_kernel(
 
 
 def conv_bn_act_max_pool(
-    input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    eps: float,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-    tile: Tile | None = None,
+    input: Tensor, layer: ConvNorm, activation: str, tile: Tile | None = None
 ) -> Tensor:
     """A stem and its 3x3 max-pool of stride 2 and padding 1 in one launch.
 
-    `kernel_for` says "stem_pool" of what it takes; its arguments are those of `conv_bn_act`.
+    `kernel_for` says "stem_pool" of what it takes; its arguments are those of `conv.conv_bn_act`.
 
     Returns:
         (N, K, pooled P, pooled Q) in the memory format `conv2d` would give it.
     """
-    problem = problem_of(input, weight, stride, padding, dilation, 1, False, USUAL_POOL)
+    weight, norm, bias, stride, padding, dilation, groups = layer
+    problem = problem_of(input, weight, stride, padding, dilation, groups, False, USUAL_POOL)
     tile = tile_for(problem, chosen_tile(problem, input.device) if tile is None else tile)
     N, C, H, W = input.shape
     K, _, R, S = weight.shape
-    P, Q = problem_size(H, W, R, S, stride, padding, dilation)
+    P, Q = output_size((H, W), (R, S), stride, padding, dilation)
     pooled_P, pooled_Q = (P - 1) // 2 + 1, (Q - 1) // 2 + 1
     output = input.new_empty((N, pooled_P, pooled_Q, K))
     columns = N * pooled_Q
@@ -525,8 +508,8 @@ def conv_bn_act_max_pool(
         stem_pool_kernel,
         (strips, ceil_div(pooled_P, rows_each), channel_tiles),
         (
-            pixels, filters, running_mean, running_var, bn_weight, bn_bias, bias, output, eps, N, H,
-            W, P, Q, K, pooled_P, pooled_Q, rows_each, pixels.stride(0), pixels.stride(2),
+            pixels, filters, *norm[:4], bias, output, norm.eps, N, H, W, P, Q, K, pooled_P,
+            pooled_Q, rows_each, pixels.stride(0), pixels.stride(2),
         ),
         partly={
             "input_ptr": functools.partial(

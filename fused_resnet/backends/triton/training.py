@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...layers.description import Norm, Sums
 from ...layers.memory import contiguous_like_eager
 from ...tuning import architecture
 from ...tuning import training as training_choice
 from ...tuning.choice import Tile
 from .. import library
+from ..backend import Gradients
 from .eligible import can_normalize, can_train, is_channels_last
 from .lazy import norms, stems, training_convolutions
 from .problem import problem_of
@@ -65,9 +68,9 @@ def batch_norm_add_relu_backward(
     grad: Tensor,
     output: Tensor,
     input: Tensor,
-    norm: tuple,
+    norm: Norm,
     residual: Tensor,
-    residual_norm: tuple,
+    residual_norm: Norm,
 ) -> tuple[tuple, tuple] | None:
     """Behind two norms, their add and its ReLU: see `norm.py`.
 
@@ -83,19 +86,15 @@ def batch_norm_act_backward(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
     training: bool,
     need: Sequence[bool],
     overwrite: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """A pass that reduces and one that does not; the arguments are those of `cpu`'s."""
-    leading = (grad, input, output, weight, bias, mean, var, eps, activation, training, need)
-    if can_normalize(input, grad, output, weight, bias, mean, var):
+) -> Gradients:
+    """A pass that reduces and one that does not."""
+    leading = (grad, input, output, norm, activation, training, need)
+    if can_normalize(input, grad, output, *norm[:4]):
         return norms().batch_norm_act_backward(*leading, overwrite)
     return library.batch_norm_act_backward(*leading)
 
@@ -108,22 +107,14 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batch_norm_act_backward_sums(
-    grad: Tensor,
-    input: Tensor,
-    output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    activation: str,
+    grad: Tensor, input: Tensor, output: Tensor | None, norm: Norm, activation: str
 ) -> tuple[Tensor, Tensor]:
     """`sum(g)` and `sum(g (input - mean))`, g the gradient behind the activation, of this tensor.
 
     `output` may be None where there was no residual. Shapes (C,), in the accumulation dtype.
     """
-    arguments = (grad, input, output, weight, bias, mean, var, eps, activation)
-    if can_normalize(input, grad, output, weight, bias, mean, var):
+    arguments = (grad, input, output, norm, activation)
+    if can_normalize(input, grad, output, *norm[:4]):
         total, dot, _ = norms().batch_norm_act_backward_sums(*arguments)
         return total, dot
     return library.batch_norm_act_backward_sums(*arguments)
@@ -133,24 +124,17 @@ def batch_norm_act_backward_input(
     grad: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     activation: str,
-    total: Tensor,
-    dot: Tensor,
-    count: int | float | Tensor,
+    sums: Sums,
     need_residual: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of input and residual, from the sums and the count of the joint batch."""
-    leading = (grad, input, output, weight, bias, mean, var, eps, activation)
-    sums = (total, dot, count, need_residual)
-    if can_normalize(input, grad, output, weight, bias, mean, var):
-        return norms().batch_norm_act_backward_input(*leading, *sums, overwrite)
-    return library.batch_norm_act_backward_input(*leading, *sums)
+    leading = (grad, input, output, norm, activation, sums, need_residual)
+    if can_normalize(input, grad, output, *norm[:4]):
+        return norms().batch_norm_act_backward_input(*leading, overwrite)
+    return library.batch_norm_act_backward_input(*leading)
 
 
 def batch_norm_relu_max_pool(
@@ -202,11 +186,8 @@ def conv_batch_norm_statistics(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    prologue: tuple[Tensor, Tensor, Tensor | None, Tensor | None, float] | None,
+    geometry: Sequence[Any],
+    prologue: Norm | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """A convolution, and the mean and biased variance (K,) of its output, in one pass.
 
@@ -214,40 +195,32 @@ def conv_batch_norm_statistics(
         input: (N, C, H, W).
         weight: (K, C / groups, R, S).
         bias: (K,) or None.
-        stride: of the convolution, as are `padding`, `dilation` and `groups`.
-        padding: see `stride`.
-        dilation: see `stride`.
-        groups: see `stride`.
-        prologue: mean, biased variance, weight, bias and eps of a batch norm that the input, and
-            then through a ReLU, goes through first; or None.
+        geometry: stride, padding and dilation, two numbers each, and groups.
+        prologue: a norm that the input, and then through a ReLU, goes through first; or None.
 
     Returns:
         None where other means are predicted to be as fast, or cannot be had.
     """
-    if not can_train(input, weight, bias, groups):
+    if not can_train(input, weight, bias, geometry[-1]):
         return None
     training = training_convolutions()
     tile = training.INTERPRETED_TILE
     if input.device.type == "cuda":
-        problem = problem_of(input, weight, stride, padding, dilation, groups, False)
+        problem = problem_of(input, weight, *geometry, False)
         gpu = architecture.of_device(input.device)
         tile, _ = training_choice.forward(problem, prologue is not None, gpu)
     if tile is None:
         return None
-    norm = None if prologue is None else training.Norm(*prologue)
-    return training.forward(input, weight, bias, stride, padding, dilation, norm, tile)
+    return training.forward(input, weight, bias, geometry, prologue, tile)
 
 
 def conv_backward_input(
     grad: Tensor,
     weight: Tensor,
     size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Sequence[Any],
     residual: Tensor | None,
-    below: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float] | None,
+    below: tuple[Tensor, Norm] | None,
     residual_mask: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None] | None:
     """A convolution's gradient in its input, and what would follow it.
@@ -256,27 +229,22 @@ def conv_backward_input(
         grad: (N, K, P, Q), of the convolution's output.
         weight: (K, C / groups, R, S).
         size: (H, W) of its input.
-        stride: of the convolution, as are `padding`, `dilation` and `groups`.
-        padding: see `stride`.
-        dilation: see `stride`.
-        groups: see `stride`.
+        geometry: stride, padding and dilation, two numbers each, and groups.
         residual: to be added, of the input's shape; or None.
-        below: a tensor and its batch norm's mean, biased variance, weight, bias and eps, where
-            the convolution's input is `relu(batch_norm(below))`; or None.
+        below: a tensor and its batch norm, where the convolution's input is
+            `relu(batch_norm(tensor))`; or None.
         residual_mask: what `batch_norm_add_relu` returned, if the residual is to be masked by it.
 
     Returns:
-        The gradient, with `below` behind that norm, and then its sum, its sum with `below - mean`
+        The gradient, with `below` behind that norm, and then its sum, its sum with `tensor - mean`
         and that over `sqrt(var + eps)`. None as in `conv_batch_norm_statistics`.
     """
-    tile = _backward_tile(grad, weight, size, stride, padding, dilation, groups, residual, below)
+    tile = _backward_tile(grad, weight, geometry, residual, below is not None)
     if tile is None:
         return None
     training = training_convolutions()
-    behind = None if below is None else (below[0], training.Norm(*below[1:]))
-    result, _, sums = training.backward_input(
-        grad, weight, size, padding, dilation, residual, None, behind, tile, residual_mask
-    )
+    ends = training.Ends(residual, residual_mask, None, below)
+    result, _, sums = training.backward_input(grad, weight, size, geometry, ends, tile)
     return result, sums
 
 
@@ -284,46 +252,31 @@ def conv_backward_input_runs(
     grad: Tensor,
     weight: Tensor,
     size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Sequence[Any],
     residual: Tensor | None,
-    below: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float] | None,
 ) -> bool:
     """Whether `conv_backward_input` returns something; for arguments see there."""
-    return (
-        _backward_tile(grad, weight, size, stride, padding, dilation, groups, residual, below)
-        is not None
-    )
+    return _backward_tile(grad, weight, geometry, residual, False) is not None
 
 
 def norm_conv_backward_input(
     grad: Tensor,
     output: Tensor,
-    raw: Tensor,
-    norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None, float],
+    behind: tuple[Tensor, Norm],
     weight: Tensor,
     size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    below: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float],
+    geometry: Sequence[Any],
+    below: tuple[Tensor, Norm],
 ) -> tuple[Tensor, tuple, Tensor, Tensor, tuple[Tensor, Tensor]] | None:
     """`conv_backward_input` of a 1x1 convolution, with the norm that follows it and its shortcut.
 
     Args:
         grad: of `output = relu(batch_norm(raw) + shortcut)`, (N, K, P, Q).
         output: see `grad`.
-        raw: the convolution's output.
-        norm: mean, biased variance, weight, bias and eps of that norm.
+        behind: `raw`, the convolution's output, and that norm.
         weight: (K, C / groups, 1, 1).
         size: see `conv_backward_input`, as are those that follow.
-        stride: see `size`.
-        padding: see `size`.
-        dilation: see `size`.
-        groups: see `size`.
+        geometry: see `size`.
         below: see `size`.
 
     Returns:
@@ -332,44 +285,36 @@ def norm_conv_backward_input(
     """
     if weight.shape[2:].numel() != 1:
         return None
-    tile = _backward_tile(
-        raw, weight, size, stride, padding, dilation, groups, None, below, above=True
-    )
+    raw, norm = behind
+    tile = _backward_tile(raw, weight, geometry, None, True, above=True)
     if tile is None:
         return None
     training = training_convolutions()
-    mean, var, bn_weight, bn_bias, eps = norm
     raw = raw.contiguous(memory_format=torch.channels_last)
     masked = torch.empty_like(raw)
     total, dot, grad_weight = norms().batch_norm_act_backward_sums(
-        grad, raw, output, bn_weight, bn_bias, mean, var, eps, "relu", masked
+        grad, raw, output, norm, "relu", masked
     )
-    sums = training.Sums(total, dot, raw.numel() // raw.size(1))
+    sums = Sums(total, dot, raw.numel() // raw.size(1))
+    ends = training.Ends(None, None, (raw, norm, sums), below)
     result, grad_raw, below_sums = training.backward_input(
-        masked, weight, size, padding, dilation, None, (raw, training.Norm(*norm), sums),
-        (below[0], training.Norm(*below[1:])), tile,
-    )  # fmt: skip
+        masked, weight, size, geometry, ends, tile
+    )
     return result, below_sums, grad_raw, masked, (grad_weight, total)
 
 
 def _backward_tile(
     grad: Tensor,
     weight: Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Sequence[Any],
     residual: Tensor | None,
-    below: tuple | None,
+    below: bool,
     above: bool = False,
 ) -> Tile | None:
     """Of a transposed convolution, or None where the library's is to run."""
+    stride, padding, dilation, groups = geometry
     _, C, R, S = weight.shape
-    around = tuple(
-        apart * (taps - 1) - before
-        for taps, before, apart in zip((R, S), padding, dilation, strict=True)
-    )
+    around = (dilation[0] * (R - 1) - padding[0], dilation[1] * (S - 1) - padding[1])
     if max(stride) > 1 or min(around) < 0 or not can_train(grad, weight, residual, groups):
         return None
     if grad.device.type != "cuda":
@@ -377,4 +322,4 @@ def _backward_tile(
     transposed = weight.new_empty((C, grad.size(1), R, S), device="meta")
     problem = problem_of(grad, transposed, stride, around, dilation, groups, residual is not None)
     gpu = architecture.of_device(grad.device)
-    return training_choice.backward(problem, above, below is not None, gpu)[0]
+    return training_choice.backward(problem, above, below, gpu)[0]

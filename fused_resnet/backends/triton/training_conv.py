@@ -12,16 +12,17 @@ over the tiles in one order: the bits depend on the tile, not on the GPU's sched
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...layers.description import Norm, Sums, output_size
 from ...tuning.choice import Tile
 from ..library import precision
-from . import launch, problem
+from . import launch
 from .device import _normalized, conv_sum, pixels, tile_of
 from .norm import (
     _COMBINE_WARPS,
@@ -296,36 +297,47 @@ def fold_kernel(
         tl.store(place + folded_slabs * C, _sum_rows(second), mask=c < C)
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A batch norm with ReLU behind it, by its batch's statistics (C,), weight, bias and `eps`."""
+class Ends(NamedTuple):
+    """What is done to a gradient before and behind a convolution's sum, where it is there.
 
-    mean: Tensor
-    var: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
+    Attributes:
+        residual: (N, C, H, W), added to the result.
+        residual_mask: where it counts, a bit a value, see `norm.mask_for`; None for everywhere.
+        above: the convolution's output, its norm and the sums of that norm's gradient, where what
+            is given is the gradient behind it; for 1x1 filters.
+        below: the tensor that went through a norm and a ReLU to become the convolution's input, and
+            that norm.
+    """
+
+    residual: Tensor | None = None
+    residual_mask: Tensor | None = None
+    above: tuple[Tensor, Norm, Sums] | None = None
+    below: tuple[Tensor, Norm] | None = None
 
 
-@dataclass(frozen=True)
-class Sums:
-    """`sum(g)` and `sum(g (input - mean))`, (C,), of the gradient g behind a norm; and its rows."""
+class _Operands(NamedTuple):
+    """Of `training_conv_kernel`, those that need not be there."""
 
-    total: Tensor
-    dot: Tensor
-    count: int
+    table: Tensor | None = None
+    above: Tensor | None = None
+    side: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    residual_mask: Tensor | None = None
+    below: Tensor | None = None
+    below_table: Tensor | None = None
 
 
 def table_of(norm: Norm, sums: Sums | None = None) -> Tensor:
     """`table_kernel`'s result for a norm: (3, C), or (4, C) with sums, float32."""
     C = norm.mean.numel()
     table = norm.mean.new_empty((3 if sums is None else 4, C), dtype=torch.float32)
-    total, dot, count = (None, None, 1) if sums is None else (sums.total, sums.dot, sums.count)
-    vectors = _vectors(norm.mean, norm.var, norm.weight, norm.bias, total, dot)
+    total, dot, count = (None, None, 1) if sums is None else sums
+    vectors = _vectors(*norm[:4], total, dot)
     launch.launch_kernel(
         norm.mean,
         table_kernel,
-        (ceil_div(C, _TABLE_BLOCK),),
+        (-(-C // _TABLE_BLOCK),),
         (*vectors, table, norm.eps, 1.0 / count, C),
         writes=("table_ptr",),
         BLOCK_C=_TABLE_BLOCK,
@@ -338,9 +350,7 @@ def forward(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    geometry: Sequence[Any],
     prologue: Norm | None,
     tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -351,32 +361,30 @@ def forward(
             channels_last if it is not.
         weight: (K, C, R, S), the input's dtype. Copied likewise.
         bias: (K,) or None.
-        stride: of the convolution, as are `padding` and `dilation`.
-        padding: see `stride`.
-        dilation: see `stride`.
+        geometry: stride, padding and dilation, two numbers each, and groups, of which there is one.
         prologue: the norm of the input, if there is one.
         tile: how to cut the problem up; sums are not shared.
 
     Returns:
         (N, K, P, Q), channels_last, the mean (K,) and biased variance (K,) of what was stored.
     """
-    size = problem.problem_size(*input.shape[2:], *weight.shape[2:], stride, padding, dilation)
-    table = None if prologue is None else table_of(prologue)
-    output, partial = _launch(
-        input, launch.filter_rows(weight), size, weight.size(0), stride, padding, dilation, tile,
-        table=table, bias=bias, values=3,
-    )  # fmt: skip
+    stride, padding, dilation, _ = geometry
+    size = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    operands = _Operands(table=None if prologue is None else table_of(prologue), bias=bias)
+    filters = launch.filter_rows(weight)
+    output, partial = _launch(input, filters, size, geometry, tile, operands, values=3)
     mean, var = _results(output, 2)
+    block_c = _combined(input)
     rows = output.numel() // output.size(1)
     partial, slab_rows = _folded(output, partial, tile.block_m)
     launch.launch_kernel(
         input,
         combine_statistics_kernel,
-        (ceil_div(output.size(1), _combined(input)),),
+        (-(-output.size(1) // block_c),),
         (partial, mean, var, rows, output.size(1), slab_rows, partial.size(1)),
         writes=("mean_ptr", "var_ptr"),
         BLOCK_S=_MOST_SLABS,
-        BLOCK_C=_combined(input),
+        BLOCK_C=block_c,
         num_warps=_COMBINE_WARPS,
     )
     return output, mean, var
@@ -386,39 +394,30 @@ def backward_input(
     grad: Tensor,
     weight: Tensor,
     size: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    residual: Tensor | None,
-    above: tuple[Tensor, Norm, Sums] | None,
-    below: tuple[Tensor, Norm] | None,
+    geometry: Sequence[Any],
+    ends: Ends,
     tile: Tile,
-    residual_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
     """The gradient of a convolution of stride 1 in its input, on its way through the norms.
 
     Args:
-        grad: (N, K, P, Q): of the convolution's output or, with `above`, behind the norm that
+        grad: (N, K, P, Q): of the convolution's output or, with `ends.above`, behind the norm that
             follows it.
         weight: (K, C, R, S), grad's dtype.
         size: (H, W) of the convolution's input.
-        padding: of the convolution, at most `dilation (R - 1)`.
-        dilation: of the convolution.
-        residual: (N, C, H, W), added to the result; or None.
-        above: the convolution's output, its norm and the sums of that norm's gradient, where what
-            is given is the gradient behind it; for 1x1 filters.
-        below: the tensor that went through a norm and a ReLU to become the convolution's input.
+        geometry: see `forward`; the padding is at most `dilation (R - 1)`.
+        ends: what comes before and behind it.
         tile: see `forward`.
-        residual_mask: where the residual counts, a bit a value, see `batch_norm.mask_for`; or None
-            for everywhere.
 
     Returns:
         (N, C, H, W), channels_last: of the input, with `below` behind its norm; with `above`, the
-        gradient of the convolution's output; and with `below` `batch_norm`'s sums for it: of the
+        gradient of the convolution's output; and with `below` `norm.py`'s sums for it: of the
         gradient, of its product with `below - mean`, and that over `sqrt(var + eps)`.
     """
+    residual, residual_mask, above, below = ends
+    _, padding, dilation, groups = geometry
     _, C, R, S = weight.shape
-    taps = ((R, padding[0], dilation[0]), (S, padding[1], dilation[1]))
-    around = tuple(apart * (count - 1) - before for count, before, apart in taps)
+    around = (dilation[0] * (R - 1) - padding[0], dilation[1] * (S - 1) - padding[1])
     # One tap has no inside: what pads a transposed 1x1 convolution would have to be cut off.
     assert min(around) >= 0, (padding, dilation)
     table = side = raw = None
@@ -435,26 +434,27 @@ def backward_input(
         below_table = table_of(below[1])
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
+    operands = _Operands(table, raw, side, None, residual, residual_mask, below_raw, below_table)
     output, partial = _launch(
-        grad, launch.filter_rows(weight), size, C, (1, 1), around, dilation, tile, table=table,
-        above=raw, side=side, residual=residual, residual_mask=residual_mask, below=below_raw,
-        below_table=below_table, values=0 if below is None else 2, transposed=True,
+        grad, launch.filter_rows(weight), size, ((1, 1), around, dilation, groups), tile, operands,
+        values=0 if below is None else 2, transposed=True,
     )  # fmt: skip
     if below is None:
         return output, side, None
     total, dot, grad_weight = _results(output, 3)
+    block_c = _combined(grad)
     partial, _ = _folded(output, partial, tile.block_m)
     launch.launch_kernel(
         grad,
         combine_sums_kernel,
-        (ceil_div(C, _combined(grad)),),
+        (-(-C // block_c),),
         (
             partial, below[1].var.contiguous(), total, dot, grad_weight, below[1].eps, C,
             partial.size(1), None, None, None, None, 0.0,
         ),
         writes=("total_ptr", "dot_ptr", "grad_weight_ptr"),
         BLOCK_S=_MOST_SLABS,
-        BLOCK_C=_combined(grad),
+        BLOCK_C=block_c,
         num_warps=_COMBINE_WARPS,
     )  # fmt: skip
     return output, side, (total, dot, grad_weight)
@@ -464,31 +464,23 @@ def _launch(
     input: Tensor,
     filters: Tensor,
     size: Sequence[int],
-    K: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    geometry: Sequence[Any],
     tile: Tile,
-    *,
-    table: Tensor | None = None,
-    above: Tensor | None = None,
-    side: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    residual_mask: Tensor | None = None,
-    below: Tensor | None = None,
-    below_table: Tensor | None = None,
+    operands: _Operands,
     values: int,
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Launches `training_conv_kernel`; returns its output and `values` partial sums a slab."""
+    table, above, side, bias, residual, residual_mask, below, below_table = operands
+    stride, padding, dilation, _ = geometry
+    K = filters.size(3 if transposed else 0)
     pixels = launch.channels_last(input)
     N, C, H, W = pixels.shape
     P, Q = size
     R, S = filters.shape[1:3]
     M = N * P * Q
     output = input.new_empty((N, P, Q, K)).permute(0, 3, 1, 2)
-    slabs = ceil_div(M, tile.block_m)
+    slabs = -(-M // tile.block_m)
     partial = _partial(output, values, slabs) if values else None
     pointwise = R * S == 1 and max(padding) == 0 and max(stride) == 1
     prologue = "none"
@@ -497,7 +489,7 @@ def _launch(
     launch.launch_kernel(
         input,
         training_conv_kernel,
-        (slabs * ceil_div(K, tile.block_n),),
+        (slabs * -(-K // tile.block_n),),
         (
             pixels, above, filters, table, side, bias, residual, residual_mask, below,
             below_table, output, partial, M, H, W, P, Q, C, K, pixels.stride(0), pixels.stride(2),

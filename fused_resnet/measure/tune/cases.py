@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...layers.description import ConvNorm, conv_norm_of
 from ...testing import FACTOR
 from ...tuning.problem import BasicBlockProblem, ChainProblem, ConvProblem, Problem
 from ..inputs import first_line
@@ -47,10 +48,9 @@ class ChainCase:
 
     Attributes:
         problem: what they are of.
-        arguments: the output of the block's first convolution, its input, and the arguments of
-            `conv_bn_act` from `weight` to `groups` of the 3x3, the 1x1, the projection and the next
-            block's first convolution, where there are these, else None. Of a BasicBlock its input
-            and those of its two convolutions.
+        arguments: the output of the block's first convolution, its input, and as `ConvNorm` the
+            3x3, the 1x1, the projection and the next block's first convolution, where there are
+            these, else None. Of a BasicBlock its input and its two convolutions.
         expected: the block's output and the next one's 3x3 input, if it has one, in float64.
         allowed_errors: of these, relative.
     """
@@ -87,7 +87,7 @@ def make_basic_block_case(
     parts = [
         _random_arguments(part, device, seed + index) for index, part in enumerate(problem.parts)
     ]
-    return _block_case(problem, (parts[0][0], *(one[1:12] for one in parts)), 1)
+    return _block_case(problem, (parts[0][0], *(described(one)[1] for one in parts)), 1)
 
 
 def make_chain_case(problem: ChainProblem, device: torch.device, seed: int = 0) -> ChainCase:
@@ -100,7 +100,7 @@ def make_chain_case(problem: ChainProblem, device: torch.device, seed: int = 0) 
     reduced, shortcut = cases[0][0], cases[1][12]
     if cases[2] is not None:
         shortcut = cases[2][0]
-    layers = (None if one is None else one[1:12] for one in cases)
+    layers = (None if one is None else described(one)[1] for one in cases)
     return _block_case(problem, (reduced, shortcut, *layers), 2)
 
 
@@ -136,12 +136,10 @@ def eager_chain(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return (out,) if reduce is None else (out, _eager_layer(out, reduce, None, True))
 
 
-def _eager_layer(
-    input: Tensor, layer: tuple[Any, ...], residual: Tensor | None, relu: bool
-) -> Tensor:
-    weight, mean, var, bn_weight, bn_bias, eps, bias, *geometry = layer
-    out = F.conv2d(input, weight, bias, *geometry)
-    out = F.batch_norm(out, mean, var, bn_weight, bn_bias, False, 0.0, eps)
+def _eager_layer(input: Tensor, layer: ConvNorm, residual: Tensor | None, relu: bool) -> Tensor:
+    weight, (*norm, eps), *rest = layer
+    out = F.conv2d(input, weight, *rest)
+    out = F.batch_norm(out, *norm, False, 0.0, eps)
     if residual is not None:
         out += residual
     return F.relu(out) if relu else out
@@ -149,17 +147,21 @@ def _eager_layer(
 
 def _expected_block(arguments: tuple[Any, ...], images: int) -> tuple[Tensor, ...]:
     """`_eager_block` in float64, some images at a time."""
-    layers = tuple(
-        None
-        if layer is None
-        else tuple(one.double() if isinstance(one, Tensor) else one for one in layer)
-        for layer in arguments[images:]
-    )
+    layers = tuple(None if layer is None else _doubled(layer) for layer in arguments[images:])
     parts = [
         _eager_block((*(part.double() for part in group), *layers), images)
         for group in zip(*(one.split(_IMAGES_AT_ONCE) for one in arguments[:images]), strict=True)
     ]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def described(arguments: tuple[Any, ...]) -> tuple[Tensor, ConvNorm, Tensor | None, str]:
+    """A `Case`'s arguments as backends take them."""
+    return arguments[0], conv_norm_of(arguments[1:12]), arguments[12], arguments[13]
+
+
+def _doubled(layer: ConvNorm) -> ConvNorm:
+    return conv_norm_of([one.double() if isinstance(one, Tensor) else one for one in layer.flat()])
 
 
 def make_case(problem: ConvProblem, device: torch.device, seed: int = 0) -> Case:

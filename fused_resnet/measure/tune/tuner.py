@@ -38,7 +38,7 @@ from ...tuning.architecture import Architecture
 from ...tuning.choice import BASIC_BLOCK, CHAIN_KERNELS, CONVOLUTIONS, MEASURED, Choice
 from ...tuning.problem import BasicBlockProblem, ChainProblem, ConvProblem, Problem
 from ..inputs import first_line
-from .cases import Case, Run, case_of, check, pooled, precision
+from .cases import Case, Run, case_of, check, described, pooled, precision
 from .race import Timer, race
 
 MOST_TILES = 32
@@ -260,10 +260,10 @@ def run_of(choice: Choice) -> Run:
     if choice.kernel in CHAIN_KERNELS:
         return lambda arguments, problem: _run_chain(arguments, problem, choice)
     if choice.kernel == "cuda":
-        return lambda arguments, problem: cuda.conv_bn_act(*arguments, tile=choice.tile)
+        return lambda arguments, problem: cuda.conv_bn_act(*described(arguments), choice.tile)
     if choice.kernel == "library":
         return _run_library
-    return lambda arguments, problem: cudnn.conv_bn_act(*arguments)
+    return lambda arguments, problem: cudnn.conv_bn_act(*described(arguments))
 
 
 def _call(run: Run, case: Case) -> Callable[[], object]:
@@ -274,9 +274,9 @@ def _run_triton(arguments: tuple[Any, ...], problem: ConvProblem, choice: Choice
     from ...backends.triton import lazy
 
     if estimate.kernel_for(problem) == "stem_pool":
-        stems = lazy.stems()
-        return stems.conv_bn_act_max_pool(*arguments[:11], arguments[13], choice.tile)
-    return pooled(lazy.launchers().conv_bn_act(*arguments, tile=choice.tile), problem)
+        input, layer, _, activation = described(arguments)
+        return lazy.stems().conv_bn_act_max_pool(input, layer, activation, choice.tile)
+    return pooled(lazy.launchers().conv_bn_act(*described(arguments), choice.tile), problem)
 
 
 def _run_chain(
@@ -287,13 +287,13 @@ def _run_chain(
 
     if isinstance(problem, BasicBlockProblem):
         x, first, second = arguments
-        out = inference.conv_bn_act(x, *first, None, "relu")
-        return (inference.conv_bn_act(out, *second, x, "relu"),)
+        out = inference.conv_bn_act(x, first, None, "relu")
+        return (inference.conv_bn_act(out, second, x, "relu"),)
     return triton.run_chain(arguments, problem, choice)
 
 
 def _run_library(arguments: tuple[Any, ...], problem: ConvProblem) -> Tensor:
-    return pooled(library.conv_bn_act(*arguments), problem)
+    return pooled(library.conv_bn_act(*described(arguments)), problem)
 
 
 def _versions() -> str:

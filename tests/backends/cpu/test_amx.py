@@ -159,7 +159,7 @@ def test_gradient_in_the_input(add, dtype):
         before = draw(*x.shape).to(memory_format=torch.channels_last) if add else None
         expected = wide.grad + (before.double() if add else 0)
         actual = fused_resnet.backends.cpu.conv_input_gradient(
-            grad, x, weight, (stride,) * 2, padding, (dilation,) * 2, 1, before
+            grad, x, weight, ((stride,) * 2, padding, (dilation,) * 2, 1), before
         )
         # Sums in float32, rounded once.
         error = (actual.double() - expected).abs()

@@ -19,6 +19,7 @@ from torchvision.models.resnet import BasicBlock
 import fused_resnet
 from fused_resnet import backends, tuning
 from fused_resnet.backends import cuda
+from fused_resnet.layers.description import Block, ConvNorm, Norm, conv_norm_of
 from fused_resnet.measure.tune import cases as tuned
 from fused_resnet.measure.tune import tuner
 from fused_resnet.testing import assert_error_rule, randomize_
@@ -89,7 +90,7 @@ class Case:
 
     def run(self, tile: Tile) -> Tensor:
         with unchanged(**self.tensors()):
-            return cuda.run_basic_block(self.input, *self.layers, tile)
+            return cuda.run_basic_block(self.input, *map(conv_norm_of, self.layers), tile)
 
 
 def case_of(
@@ -260,9 +261,9 @@ def test_nan_in_weights_and_norms():
         tensors[layer][tensor][at] = float("nan")
         changed = Case(case.input, tuple(map(tuple, tensors)))
         out = changed.run(SMALLEST)
-        first, second = changed.layers
-        middle = cuda.conv_bn_act(case.input, *first, None, "relu")
-        assert_same_nonfinite(out, cuda.conv_bn_act(middle, *second, case.input, "relu"))
+        first, second = map(conv_norm_of, changed.layers)
+        middle = cuda.conv_bn_act(case.input, first, None, "relu")
+        assert_same_nonfinite(out, cuda.conv_bn_act(middle, second, case.input, "relu"))
         assert (out.isnan() | ~changed.eager().isnan()).all()
         assert out.isnan().any()
 
@@ -321,14 +322,14 @@ def test_weights_in_any_format():
     assert_same_bits(Case(case.input, layers).run(SMALLEST), case.run(SMALLEST))
 
 
-def block_layers(block: BasicBlock) -> tuple[list[tuple], bool]:
+def described(block: BasicBlock) -> Block:
     """A block as `ops.residual_blocks` takes it."""
     layers = []
     for conv, norm in ((block.conv1, block.bn1), (block.conv2, block.bn2)):
-        vectors = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, conv.bias
+        described = Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
         geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-        layers.append((conv.weight, *vectors, *geometry))
-    return layers, False
+        layers.append(ConvNorm(conv.weight, described, conv.bias, *geometry))
+    return Block(layers, False)
 
 
 def block(channels: int = C, dtype: torch.dtype = torch.float16, **arguments) -> BasicBlock:
@@ -414,30 +415,30 @@ def test_empty_batches_and_gradients_go_around_it(launches):
 
 def test_what_it_takes():
     """`tuning.basic_block.problem_of`, by one argument after the other."""
-    layers, _ = block_layers(block())
+    whole = described(block())
+    layers = whole.layers
     x = torch.randn(2, C, 5, 6, device=RUNNER.device).half()
     x = x.contiguous(memory_format=torch.channels_last)
     problem = BasicBlockProblem(2, C, 5, 6, "float16")
-    assert basic_block.problem_of(x, [(layers, False)]) == problem
+    assert basic_block.problem_of(x, [whole]) == problem
 
-    def without(at: int, value: object) -> list[tuple[list[tuple], bool]]:
-        second = list(layers[1])
-        second[at] = value
-        return [([layers[0], tuple(second)], False)]
+    def without(**changes: object) -> list[Block]:
+        return [Block([layers[0], layers[1]._replace(**changes)], False)]
 
-    weight = layers[1][0]
+    weight, norm, *_ = layers[1]
     refused = {
-        "two blocks": [(layers, False)] * 2,
-        "projection": [([*layers, layers[1]], True)],
-        "one convolution": [(layers[:1], False)],
-        "stride": without(7, (2, 2)),
-        "padding": without(8, (0, 0)),
-        "dilation": without(9, (2, 2)),
-        "groups": without(10, 2),
-        "filter": without(0, weight[:, :, :1, :1]),
-        "outputs": without(0, weight[:32]),
-        "dtype": without(0, weight.bfloat16()),
-        "statistics": without(1, layers[1][1][:32]),
+        "two blocks": [whole] * 2,
+        "projection": [Block([*layers, layers[1]], True)],
+        "one convolution": [Block(layers[:1], False)],
+        "a padded shortcut": [Block(layers, False, 1)],
+        "stride": without(stride=(2, 2)),
+        "padding": without(padding=(0, 0)),
+        "dilation": without(dilation=(2, 2)),
+        "groups": without(groups=2),
+        "filter": without(weight=weight[:, :, :1, :1]),
+        "outputs": without(weight=weight[:32]),
+        "dtype": without(weight=weight.bfloat16()),
+        "statistics": without(norm=norm._replace(mean=norm.mean[:32])),
     }
     for name, blocks in refused.items():
         assert basic_block.problem_of(x, blocks) is None, name
@@ -447,7 +448,7 @@ def test_what_it_takes():
         "float32": x.float(),
         "channels": x[:, :32],
     }.items():
-        assert basic_block.problem_of(other, [(layers, False)]) is None, name
+        assert basic_block.problem_of(other, [whole]) is None, name
 
 
 def test_bad_arguments():

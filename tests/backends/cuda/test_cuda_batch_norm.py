@@ -31,6 +31,7 @@ from torchvision.models import resnet
 import fused_resnet
 from fused_resnet import _native, backends, reference
 from fused_resnet.backends import cuda
+from fused_resnet.layers.description import Norm, Sums
 from fused_resnet.testing import randomize_
 from fused_resnet.tuning import architecture, cluster_norm
 
@@ -111,9 +112,13 @@ class Case:
     def backward(self, output, mean, var, training=True, need=None, overwrite=False):
         need = need or (True, True, True, self.residual is not None)
         return cuda.batch_norm_act_backward(
-            self.grad, self.input, output, self.weight, self.bias, mean, var, EPS,
-            self.activation, training, need, overwrite,
+            self.grad, self.input, output, self.norm(mean, var), self.activation, training, need,
+            overwrite,
         )  # fmt: skip
+
+    def norm(self, mean: Tensor | None = None, var: Tensor | None = None) -> Norm:
+        """With these statistics, or with those that are still to be found."""
+        return Norm(mean, var, self.weight, self.bias, EPS)
 
 
 def as_image(rows: Tensor) -> Tensor:
@@ -315,7 +320,7 @@ def test_narrow_residuals_of_other_dimensions(shape):
     z = z[:, :17]
     statistics = [torch.rand(24, device=DEVICE) + 0.5 for _ in range(4)]
     with unchanged(x=x, z=z):
-        narrow = cuda.batch_norm_act_inference(x, *statistics, EPS, z, "relu")
+        narrow = cuda.batch_norm_act_inference(x, Norm(*statistics, EPS), z, "relu")
     padded = reference.pad_channels(z, 24)
     expected = reference.batch_norm_act_inference(
         x.double(), *(t.double() for t in statistics), EPS, padded.double(), "relu"
@@ -337,7 +342,7 @@ def test_widths_of_accesses_to_a_narrow_residual(dtype):
         return Counter({b: n - before[b] for b, n in module.loads().items()})
 
     def normalize(x, z):
-        return cuda.batch_norm_act_inference(x, ones, ones, None, None, EPS, z, "relu")
+        return cuda.batch_norm_act_inference(x, Norm(ones, ones, None, None, EPS), z, "relu")
 
     def add(x, z):
         return _native.cuda_operators.scale_shift_act(x, ones, ones, z, "relu")
@@ -444,10 +449,10 @@ def test_what_runs_in_clusters(monkeypatch, in_clusters):
         case.grad = misaligned(case.grad)
         assert names(case) == apart
         case = make_case(97, 24, dtype, True)
-        norm = (None, None, case.weight, case.bias, EPS)
 
-        def keeping_mask(case=case, norm=norm):
-            _, mask, statistics, _ = cuda.batch_norm_add_relu(case.input, norm, case.residual, None)
+        def keeping_mask(case=case):
+            arguments = (case.input, case.norm(), case.residual, None)
+            _, mask, statistics, _ = cuda.batch_norm_add_relu(*arguments)
             return mask, *statistics
 
         assert names(case, keeping_mask) == once
@@ -584,9 +589,7 @@ def test_a_nan_lets_the_gradient_pass(dtype):
     case = make_case(40, 16, dtype)
     case.input[0, 3, 0, 7] = math.nan
     mean, var = torch.zeros(2, 16, device=DEVICE).add(1).unbind(0)
-    output = cuda.batch_norm_act_inference(
-        case.input, mean, var, case.weight, case.bias, EPS, None, "relu"
-    )
+    output = cuda.batch_norm_act_inference(case.input, case.norm(mean, var), None, "relu")
     assert output[0, 3, 0, 7].isnan()
     for kept in (output, None):
         grad_input = case.backward(kept, mean, var, False, (True, False, False, False))[0]
@@ -643,11 +646,10 @@ def test_masks(dtype, shape, aligned, set_seed):
     case.input[0, 1, 0, -1], case.residual[0, -1, 0, 0] = math.nan, math.inf
     if not aligned:
         case.input, case.residual = misaligned(case.input), misaligned(case.residual)
-    norm = (None, None, case.weight, case.bias, EPS)
     expected = case.forward()
     with unchanged(**case.tensors()):
         output, mask, (mean, var), _ = cuda.batch_norm_add_relu(
-            case.input, norm, case.residual, None
+            case.input, case.norm(), case.residual, None
         )
     for ours, theirs in zip((output, mean, var), expected, strict=True):
         assert_same_bits(ours, theirs)
@@ -655,8 +657,7 @@ def test_masks(dtype, shape, aligned, set_seed):
     bits = passed << torch.arange(8, device=DEVICE)
     assert torch.equal(mask, bits.sum(1).to(torch.uint8))
     assert 0 < passed.sum() < passed.numel()
-    known = (mean, var, case.weight, case.bias, EPS)
-    again = cuda.batch_norm_add_relu(case.input, known, case.residual, None)
+    again = cuda.batch_norm_add_relu(case.input, case.norm(mean, var), case.residual, None)
     assert_same_bits(again[0], output)
     assert torch.equal(again[1], mask)
     for training, *need in itertools.product((True, False), repeat=5):
@@ -673,9 +674,8 @@ def test_masks(dtype, shape, aligned, set_seed):
 def test_a_mask_beside_a_narrow_residual():
     for sizes in NARROW:
         case, narrow = narrow_case(sizes, torch.float32, "relu", "gaps")
-        norm = (None, None, case.weight, case.bias, EPS)
-        expected = cuda.batch_norm_add_relu(case.input, norm, case.residual, None)
-        found = cuda.batch_norm_add_relu(case.input, norm, narrow, None)
+        expected = cuda.batch_norm_add_relu(case.input, case.norm(), case.residual, None)
+        found = cuda.batch_norm_add_relu(case.input, case.norm(), narrow, None)
         assert (found is None) == (expected is None) == (sizes[3] % 8 > 0)
         if found is not None:
             assert_same_bits(found[0], expected[0])
@@ -689,7 +689,7 @@ def test_a_mask_is_all_that_is_read_of_the_output(dtype):
     """A byte for each access that reads the output where there is no mask."""
     case = make_case(97, 64, dtype, residual=True)
     output, mask, (mean, var), _ = cuda.batch_norm_add_relu(
-        case.input, (None, None, case.weight, case.bias, EPS), case.residual, None
+        case.input, case.norm(), case.residual, None
     )
     module, loads = cuda_on_host.load(), {}
     for kept in (output, mask):
@@ -739,7 +739,7 @@ def test_blocks_keep_masks(monkeypatch, projection):
     with fused_resnet.use_backend("cuda"):
         for keep in (True, False):
             if not keep:
-                monkeypatch.setattr(cuda, "batch_norm_add_relu", lambda *_: None)
+                monkeypatch.delattr(cuda.Cuda, "batch_norm_add_relu")
             fused = fused_resnet.fuse(copy.deepcopy(eager))
             leaf = x.clone().requires_grad_()
             kept.append(kept_by(fused, leaf))
@@ -764,7 +764,7 @@ def test_what_is_asked_for(dtype):
         if not training:
             mean, var = mean + 0.25, var * 1.5
             output = cuda.batch_norm_act_inference(
-                case.input, mean, var, case.weight, case.bias, EPS, case.residual, "relu"
+                case.input, case.norm(mean, var), case.residual, "relu"
             )
             statistics = (mean.double(), var.double())
         exact = Exact(case, output > 0, statistics)
@@ -806,7 +806,7 @@ def test_sums_of_a_batch_in_two_parts(activation, residual):
     output, mean, var = case.forward()
     exact = Exact(case, output > 0 if activation == "relu" else None)
     parts = [slice(0, 150), slice(150, 409)]
-    norm = (case.weight, case.bias, mean, var, EPS, activation)
+    norm = (case.norm(mean, var), activation)
     arguments = []
     for part in parts:
         kept = output[..., part] if residual else None
@@ -816,7 +816,8 @@ def test_sums_of_a_batch_in_two_parts(activation, residual):
     exact.check(total=total, dot=dot)
     for count in (409, torch.tensor(409.0, device=DEVICE)):
         grads = [
-            cuda.batch_norm_act_backward_input(*a, total, dot, count, residual) for a in arguments
+            cuda.batch_norm_act_backward_input(*a, Sums(total, dot, count), residual)
+            for a in arguments
         ]
         exact.check(grad_input=torch.cat([g[0] for g in grads], 3))
         if residual:
@@ -828,7 +829,7 @@ def test_sums_of_a_batch_in_two_parts(activation, residual):
     total, dot = cuda.batch_norm_act_backward_sums(*whole)
     grad = case.grad.clone(memory_format=torch.preserve_format)
     grad_input, grad_residual = cuda.batch_norm_act_backward_input(
-        grad, *whole[1:], total, dot, 409, residual, overwrite=True
+        grad, *whole[1:], Sums(total, dot, 409), residual, overwrite=True
     )
     expected = case.backward(output, mean, var)
     assert_same_bits(grad_input, expected[0])
@@ -873,13 +874,11 @@ def test_layouts(layout):
     expected = torch.autograd.grad(expected, leaves, torch.where(output > 0, grad, 0).double())
     for ours, theirs in zip(grads, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
-    total, dot = cuda.batch_norm_act_backward_sums(
-        grad, x, output, weight, bias, mean, var, EPS, "relu"
-    )
+    total, dot = cuda.batch_norm_act_backward_sums(grad, x, output, case.norm(mean, var), "relu")
     torch.testing.assert_close(total.double(), expected[2], rtol=1e-4, atol=1e-4)
     for count in (60, torch.tensor(60.0, device=DEVICE)):
         again = cuda.batch_norm_act_backward_input(
-            grad, x, output, weight, bias, mean, var, EPS, "relu", total, dot, count, True
+            grad, x, output, case.norm(mean, var), "relu", Sums(total, dot, count), True
         )
         for ours, theirs in zip(again, (expected[0], expected[3]), strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)

@@ -34,6 +34,7 @@ from support import (
 import fused_resnet
 from fused_resnet import backends
 from fused_resnet.backends import cuda, library
+from fused_resnet.layers.description import ConvNorm, Norm
 from fused_resnet.measure.tune import cases, tuner
 from fused_resnet.testing import FACTOR, assert_error_rule, relative_error
 from fused_resnet.tuning import Choice, ConvProblem, Tile, architecture, cuda_tiles, table
@@ -121,11 +122,11 @@ def run(case: ConvCase, tile: Tile | None = None, tf32: bool = False) -> torch.T
     """The backend's function, with a tile of the test's choice."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "precision", lambda input: "tf32" if tf32 else "ieee")
-        return cuda.conv_bn_act(
-            case.input, case.weight, case.running_mean, case.running_var, case.bn_weight,
-            case.bn_bias, case.eps, case.bias, case.stride, case.padding, case.dilation,
-            case.groups, case.residual, case.activation, tile=tile,
-        )  # fmt: skip
+        norm = Norm(case.running_mean, case.running_var, case.bn_weight, case.bn_bias, case.eps)
+        layer = ConvNorm(
+            case.weight, norm, case.bias, case.stride, case.padding, case.dilation, case.groups
+        )
+        return cuda.conv_bn_act(case.input, layer, case.residual, case.activation, tile)
 
 
 def rounded_to_tf32(case: ConvCase) -> ConvCase:
@@ -331,7 +332,7 @@ def test_offsets_beyond_32_bits():
 
 @pytest.mark.parametrize("split", [1, 2])
 def test_host_path_converts_nothing(split):
-    """No operator of torch's runs (allocations are no operators), unless a layout must change."""
+    """No operator of torch's runs but to allocate, unless a layout must change."""
     instance = smallest(VECTORS, torch.float16)
     tile = dataclasses.replace(instance.tile, split_k=split)
     case = case_of(KINDS["3x3"][1], dtype=torch.float16, bias=True)
@@ -341,7 +342,9 @@ def test_host_path_converts_nothing(split):
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities) as profile:
             run(case, tile)
-        return {event.name for event in profile.events() if event.name.startswith("aten::")}
+        names = {event.name for event in profile.events() if event.name.startswith("aten::")}
+        # The stable ABI's way to memory, which some versions of torch show on a GPU.
+        return names - {"aten::empty_strided"}
 
     assert operators() == set()
     case.input = case.input.contiguous()

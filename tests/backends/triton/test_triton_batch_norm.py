@@ -22,6 +22,7 @@ from support import BLOCKS, assert_same_bits, assert_same_nonfinite, dtype_id
 import fused_resnet
 from fused_resnet import backends, functional
 from fused_resnet.layers import description
+from fused_resnet.layers.description import Norm, Sums
 from fused_resnet.ops.training import passes
 from fused_resnet.testing import assert_error_rule
 
@@ -99,7 +100,8 @@ def test_slabs(norms, monkeypatch, slabs):
     results = norms.batch_statistics(x)
     for ours, expected in zip(results, (mean, var), strict=True):
         torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=1e-7)
-    sums = norms.batch_norm_act_backward_sums(grad, x, None, None, None, *results, 1e-5, "none")
+    norm = Norm(*results, None, None, 1e-5)
+    sums = norms.batch_norm_act_backward_sums(grad, x, None, norm, "none")
     g = grad.double()
     dot = (g * (x.double() - mean[:, None, None])).sum((0, 2, 3))
     expected = (g.sum((0, 2, 3)), dot, dot * (var + 1e-5).rsqrt())
@@ -194,14 +196,14 @@ def test_the_mask_recomputed_is_the_one_used(norms, dtype):
         zero = (mean - bias * (var + 1e-5).sqrt() / weight)[:, None, None]
         steps = torch.linspace(-2, 2, 55, device=x.device).view(11, 5)
         x[0] = zero * (1 + steps * torch.finfo(dtype).eps)
-        arguments = (weight, bias, mean, var, 1e-5, "relu")
-        out = norms.batch_norm_act_inference(x, mean, var, weight, bias, 1e-5, None, "relu")
+        norm = Norm(mean, var, weight, bias, 1e-5)
+        out = norms.batch_norm_act_inference(x, norm, None, "relu")
         assert (out[0] > 0).any()
         assert (out[0] == 0).any()
         for training in (True, False):
-            need = (training, (True, True, True, False))
-            recomputed = norms.batch_norm_act_backward(grad, x, None, *arguments, *need)
-            from_output = norms.batch_norm_act_backward(grad, x, out, *arguments, *need)
+            arguments = (norm, "relu", training, (True, True, True, False))
+            recomputed = norms.batch_norm_act_backward(grad, x, None, *arguments)
+            from_output = norms.batch_norm_act_backward(grad, x, out, *arguments)
             for a, b in zip(recomputed[:3], from_output[:3], strict=True):
                 assert_same_bits(a, b)
 
@@ -220,42 +222,41 @@ def test_masks_and_two_norms(norms, shape, dtype):
     z[-1, -1, -1, -1] = -math.inf
     C = shape[1]
     weight, bias, mean, var, other, offset = vectors(C, 6)
-    for residual_norm in (None, (mean - 1, var**2 + 0.1, other, None, 1e-3), (None,) * 4 + (0.1,)):
-        for norm in ((mean, var**2 + 0.1, weight, bias, 1e-5), (None, None, None, offset, 1e-5)):
+    known_norm, found_norm = (mean - 1, var**2 + 0.1, other, None, 1e-3), (None,) * 4 + (0.1,)
+    both_norms = ((mean, var**2 + 0.1, weight, bias, 1e-5), (None, None, None, offset, 1e-5))
+    for residual_norm in (None, Norm(*known_norm), Norm(*found_norm)):
+        for norm in itertools.starmap(Norm, both_norms):
             out, mask, found, found_residual = norms.batch_norm_add_relu(x, norm, z, residual_norm)
             shortcut = z
             if residual_norm is not None:
-                known = (*found_residual, *residual_norm[2:])
-                shortcut = norms.batch_norm_act_inference(z, *known, None, "none")
+                known = Norm(*found_residual, *residual_norm[2:])
+                shortcut = norms.batch_norm_act_inference(z, known, None, "none")
                 if residual_norm[0] is None:
                     for a, b in zip(found_residual, norms.batch_statistics(z), strict=True):
                         assert_same_bits(a, b)
-            known = (*found, *norm[2:])
-            assert_same_bits(out, norms.batch_norm_act_inference(x, *known, shortcut, "relu"))
+            known = Norm(*found, *norm[2:])
+            assert_same_bits(out, norms.batch_norm_act_inference(x, known, shortcut, "relu"))
             passed = ~(out <= 0).permute(0, 2, 3, 1).reshape(-1, 8)
             bits = passed << torch.arange(8, device=x.device)
             assert torch.equal(mask, bits.sum(1).to(torch.uint8))
             assert 0 < passed.sum() < passed.numel()
-            arguments = (*norm[2:4], *found, 1e-5, "relu")
             for training, residual in itertools.product([True, False], repeat=2):
-                need = (training, (True, True, True, residual))
-                from_bits = norms.batch_norm_act_backward(grad, x, mask, *arguments, *need)
-                from_output = norms.batch_norm_act_backward(grad, x, out, *arguments, *need)
+                arguments = (known, "relu", training, (True, True, True, residual))
+                from_bits = norms.batch_norm_act_backward(grad, x, mask, *arguments)
+                from_output = norms.batch_norm_act_backward(grad, x, out, *arguments)
                 for a, b in zip(from_bits, from_output, strict=True):
                     assert (a is None) == (b is None)
                     if a is not None:
                         assert_same_bits(a, b)
             if residual_norm is None:
                 continue
-            other = (*found_residual, *residual_norm[2:])
-            both = norms.batch_norm_add_relu_backward(grad, mask, x, (*known[:4], 1e-5), z, other)
+            other = Norm(*found_residual, *residual_norm[2:])
+            both = norms.batch_norm_add_relu_backward(grad, mask, x, known, z, other)
             for tensor, of_norm, ours in ((x, known, both[0]), (z, other, both[1])):
-                mean_of, var_of, *parameters, eps = of_norm
                 for kept in (mask, out):
                     expected = norms.batch_norm_act_backward(
-                        grad, tensor, kept, *parameters, mean_of, var_of, eps, "relu", True,
-                        (True, True, True, False),
-                    )  # fmt: skip
+                        grad, tensor, kept, of_norm, "relu", True, (True, True, True, False)
+                    )
                     for a, b in zip(ours, expected[:3], strict=True):
                         assert_same_bits(a, b)
             # Nothing that autograd hands on separately shares memory.
@@ -279,12 +280,12 @@ def test_two_norms_against_float64(norms):
     for memory_format in FORMATS:
         residual, given = (t.contiguous(memory_format=memory_format) for t in (z, grad))
         out, mask, found, found_residual = norms.batch_norm_add_relu(
-            x, (None, None, *norm), residual, (None, None, *other)
+            x, Norm(None, None, *norm), residual, Norm(None, None, *other)
         )
         expected = torch.relu(sides[0] + sides[1]).detach()
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
         both = norms.batch_norm_add_relu_backward(
-            given, mask, x, (*found, *norm), residual, (*found_residual, *other)
+            given, mask, x, Norm(*found, *norm), residual, Norm(*found_residual, *other)
         )
         for ours, expected in zip((*both[0], *both[1]), exact, strict=True):
             torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
@@ -297,7 +298,8 @@ def test_two_norms_of_other_processes(norms):
     steps = []
     for group, raw in itertools.product((None, object()), (x, z)):
         layer = description.Layer((), 1e-5, group)
-        steps.append(passes.Pass(layer, (None,) * 4))
+        kernels = backends.named("triton")
+        steps.append(passes.Pass(layer, (None,) * 4, kernels, True))
         steps[-1].raw = raw
     last, projection, last_of_all, projection_of_all = steps
     with torch.no_grad():
@@ -306,7 +308,7 @@ def test_two_norms_of_other_processes(norms):
         _, mask = last.add_relu(z, projection)
         assert last.add_relu_backward(grad, mask, projection) is not None
         for step in (last_of_all, projection_of_all):
-            step.mean, step.var = last.mean, last.var
+            step.norm = last.norm
         assert last_of_all.add_relu_backward(grad, mask, projection) is None
         assert last.add_relu_backward(grad, mask, projection_of_all) is None
 
@@ -316,7 +318,7 @@ def test_where_there_is_no_mask(norms):
     """Channels that are no multiple of 8, and whatever is not channels_last."""
     for shape, memory_format in (((2, 12, 3, 5), FORMATS[0]), ((2, 16, 3, 5), FORMATS[1])):
         x, z = drawn(shape, torch.float32, memory_format, 2)
-        out, mask, found, _ = norms.batch_norm_add_relu(x, (None,) * 4 + (1e-5,), z, None)
+        out, mask, found, _ = norms.batch_norm_add_relu(x, Norm(*(None,) * 4, 1e-5), z, None)
         assert mask is None
         expected, *statistics = norms.batch_norm_act_training(x, None, None, 1e-5, z, "relu")
         for a, b in zip((out, *found), (expected, *statistics), strict=True):
@@ -330,7 +332,7 @@ def test_parts_of_a_batch(norms, activation):
     whole, z, grad = drawn((5, 24, 3, 7), torch.float32, torch.channels_last, 3)
     weight, bias = vectors(24, 2)
     out, mean, var = norms.batch_norm_act_training(whole, weight, bias, 1e-5, z, activation)
-    arguments = (weight, bias, mean, var, 1e-5, activation)
+    arguments = (Norm(mean, var, weight, bias, 1e-5), activation)
     expected = norms.batch_norm_act_backward(
         grad, whole, out, *arguments, True, (True, True, True, True)
     )
@@ -343,7 +345,7 @@ def test_parts_of_a_batch(norms, activation):
     count = 5 * 3 * 7
     for number in (count, torch.tensor(count, device=whole.device)):
         results = [
-            triton.batch_norm_act_backward_input(*p, *arguments, total, dot, number, True)
+            triton.batch_norm_act_backward_input(*p, *arguments, Sums(total, dot, number), True)
             for p in parts
         ]
         for ours, exact in zip(zip(*results, strict=True), expected[::3], strict=True):
@@ -363,11 +365,11 @@ def test_each_gradient_by_itself(norms, training, dtype):
         out, mean, var = triton.batch_norm_act_training(x, weight, bias, 1e-5, z, activation)
         kept = grad.clone()
 
-        def backward(need, overwrite=False, arguments=(mean, var, 1e-5, activation), out=out):
+        arguments = (out, Norm(mean, var, weight, bias, 1e-5), activation, training)
+
+        def backward(need, overwrite=False, arguments=arguments):
             given = grad.clone() if overwrite else grad
-            return triton.batch_norm_act_backward(
-                given, x, out, weight, bias, *arguments, training, need, overwrite
-            )
+            return triton.batch_norm_act_backward(given, x, *arguments, need, overwrite)
 
         every = backward((True,) * 4)
         for need in itertools.product([True, False], repeat=4):
@@ -395,7 +397,7 @@ def test_nonfinite(norms, value):
         out, mean, var = norms.batch_norm_act_training(x, None, None, 1e-5, None, "relu")
         assert out[:, 1].isnan().all()
         results = norms.batch_norm_act_backward(
-            grad, x, None, None, None, mean, var, 1e-5, "relu", True, (True, True, True, False)
+            grad, x, None, Norm(mean, var, None, None, 1e-5), "relu", True, (True,) * 3 + (False,)
         )
         torch.testing.assert_close(results[2][1], grad[:, 1].sum(), rtol=1e-4, atol=1e-3)
         assert results[0][:, 1].isnan().all()
@@ -446,7 +448,8 @@ def test_backward_in_another_thread(norms, monkeypatch):
         ran.append(threading.current_thread())
         return backward(*arguments)
 
-    monkeypatch.setattr(backends.triton, "batch_norm_act_backward", record)
+    name = "batch_norm_act_backward"
+    monkeypatch.setattr(backends.triton.Triton, name, staticmethod(record))
     x, z = drawn((2, 4, 3, 3), torch.float32, torch.channels_last, 2)
     weight, bias = vectors(4, 2)
     outs = [fused(x.requires_grad_(), weight, bias, z)]
@@ -475,22 +478,21 @@ def test_what_the_launches_move(norms, residual):
         forward = sum(launch.bytes for launch in log) / x.nbytes
         log.clear()
         need = (True, True, True, residual)
-        norms.batch_norm_act_backward(
-            grad, x, output, None, None, mean, var, 1e-5, "relu", True, need
-        )
+        of_batch = Norm(mean, var, None, None, 1e-5)
+        norms.batch_norm_act_backward(grad, x, output, of_batch, "relu", True, need)
         backward = sum(launch.bytes for launch in log) / x.nbytes
         log.clear()
         if residual:
-            norm = (None, None, None, None, 1e-5)
+            norm = Norm(None, None, None, None, 1e-5)
             _, mask, _, _ = norms.batch_norm_add_relu(x, norm, z, norm)
             of_two = sum(launch.bytes for launch in log) / x.nbytes
             log.clear()
             norms.batch_norm_act_backward(
-                grad, x, mask, None, None, mean, var, 1e-5, "relu", True, (True, True, True, False)
+                grad, x, mask, of_batch, "relu", True, (True, True, True, False)
             )
             behind_mask = sum(launch.bytes for launch in log) / x.nbytes
             log.clear()
-            known = (*norms.batch_statistics(x), None, None, 1e-5)
+            known = Norm(*norms.batch_statistics(x), None, None, 1e-5)
             log.clear()
             norms.batch_norm_add_relu_backward(grad, mask, x, known, z, known)
             behind_both = sum(launch.bytes for launch in log) / x.nbytes

@@ -17,6 +17,7 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet import backends
+from fused_resnet.layers.description import ConvNorm, Norm
 from fused_resnet.ops.training.nodes import stem_training
 from fused_resnet.testing import FACTOR, assert_error_rule, relative_error
 
@@ -149,11 +150,11 @@ def test_nonfinite(stem, dtype):
     x[0, 4, 5, 5] = x[1, 4, 0, 0] = -math.inf
     x[1, 5] = -math.inf
     x[1, 0] = math.nan
-    vectors = [t.to(x.device) for t in (torch.zeros(6), torch.ones(6), *norm_of(6))]
+    norm = Norm(*(t.to(x.device) for t in (torch.zeros(6), torch.ones(6), *norm_of(6))), 1e-5)
     for pool in POOLS:
-        y = backends.triton.batch_norm_act_inference(x, *vectors, 1e-5, None, "relu")
+        y = backends.triton.batch_norm_act_inference(x, norm, None, "relu")
         pooled, indices = aten.max_pool2d_with_indices(y, *pool)
-        ours, offsets = stem.norm_relu_max_pool(x, *vectors, 1e-5, pool)
+        ours, offsets = stem.norm_relu_max_pool(x, norm, pool)
         assert_same_bits(ours, pooled)
         assert_same_bits(offsets, offsets_of(indices, 9, pool))
         grad = torch.randn_like(ours)
@@ -235,7 +236,7 @@ def stem_of(dtype, pool, bias=True):
     geometry = ((1, 1), (1, 1), (1, 1))
 
     def fused(x, weight, bn_weight, bn_bias, bias=None, group=None):
-        layer = (weight, None, None, bn_weight, bn_bias, 1e-5, bias, *geometry, 1)
+        layer = ConvNorm(weight, Norm(None, None, bn_weight, bn_bias, 1e-5), bias, *geometry, 1)
         return stem_training(x, layer, group, pool, lambda statistics: None)
 
     def eager(x, weight, bn_weight, bn_bias, bias=None):
@@ -272,7 +273,8 @@ def test_the_gradients_of_a_stem(stem, monkeypatch, pool, dtype):
         calls.append(arguments[1].dtype)
         return gather(*arguments)
 
-    monkeypatch.setattr(backends.triton, "max_pool_backward_from_offsets", counted)
+    name = "max_pool_backward_from_offsets"
+    monkeypatch.setattr(backends.triton.Triton, name, staticmethod(counted))
     out = fused(*leaves)
     grad = torch.randn_like(out)
     ours = [out, *torch.autograd.grad(out, leaves, grad)]

@@ -15,6 +15,7 @@ from torchvision.models import resnet
 
 import fused_resnet
 from fused_resnet import backends
+from fused_resnet.layers.description import Norm, Sums
 from fused_resnet.measure import networks
 from fused_resnet.testing import assert_error_rule, randomize_
 from fused_resnet.tuning import estimate, training
@@ -46,7 +47,7 @@ def drawn(*shape, dtype=torch.float32, scale=1.0):
 
 def norm_of(convs, channels):
     var = drawn(channels).abs() + 0.5
-    return convs.Norm(drawn(channels), var, drawn(channels), drawn(channels), 1e-5)
+    return Norm(drawn(channels), var, drawn(channels), drawn(channels), 1e-5)
 
 
 def doubles(norm):
@@ -73,12 +74,12 @@ def test_forward(convs, geometry, dtype):
         eager = F.conv2d(h, weight, None, *pairs)
         exact = F.conv2d(wide, weight.double(), None, *pairs)
         for tile in TILES:
-            raw, mean, var = convs.forward(x, weight, None, *pairs, prologue, tile)
+            raw, mean, var = convs.forward(x, weight, None, (*pairs, 1), prologue, tile)
             assert_error_rule(raw, eager, exact)
             true_var, true_mean = torch.var_mean(raw.double(), (0, 2, 3), unbiased=False)
             torch.testing.assert_close(mean.double(), true_mean, rtol=2e-7, atol=1e-6)
             torch.testing.assert_close(var.double(), true_var, rtol=4e-6, atol=0)
-            again = convs.forward(x, weight, None, *pairs, prologue, tile)
+            again = convs.forward(x, weight, None, (*pairs, 1), prologue, tile)
             for a, b in zip((raw, mean, var), again, strict=True):
                 assert_same_bits(a, b)
 
@@ -93,7 +94,7 @@ def test_statistics_far_from_zero(convs, monkeypatch, slabs):
     weight = torch.eye(16, device=x.device)[:, :, None, None].contiguous()
     bias = torch.full((16,), 1e4, device=x.device)
     one = ((1, 1), (0, 0), (1, 1))
-    raw, mean, var = convs.forward(x, weight, bias, *one, None, Tile(32, 64, 16, 1, 4, 1))
+    raw, mean, var = convs.forward(x, weight, bias, (*one, 1), None, Tile(32, 64, 16, 1, 4, 1))
     true_var, true_mean = torch.var_mean(raw.double(), (0, 2, 3), unbiased=False)
     unit = torch.finfo(torch.float32).eps
     torch.testing.assert_close(mean.double(), true_mean, rtol=unit, atol=0)
@@ -111,7 +112,7 @@ def test_backward_input(convs, geometry, dtype):
     grad, raw = drawn(*size, dtype=dtype), drawn(*size, dtype=dtype)
     residual = drawn(N, C, H, W, dtype=dtype)
     low, high = norm_of(convs, C), norm_of(convs, K)
-    sums = convs.Sums(drawn(K, scale=9.0), drawn(K, scale=9.0), grad.numel() // K)
+    sums = Sums(drawn(K, scale=9.0), drawn(K, scale=9.0), grad.numel() // K)
 
     def behind(wide):
         g, v = grad.to(wide), lambda t: t.to(wide)[:, None, None] / sums.count
@@ -131,8 +132,11 @@ def test_backward_input(convs, geometry, dtype):
                 given = [g + residual.to(g.dtype) if add else g for g in given]
                 given = [torch.where(alive, g, 0) if below else g for g in given]
                 out, side, found = convs.backward_input(
-                    grad, weight, (H, W), *pairs[1:], residual if add else None,
-                    (raw, high, sums) if above else None, (x, low) if below else None, tile,
+                    grad, weight, (H, W), (*pairs, 1), convs.Ends(
+                        residual=residual if add else None,
+                        above=(raw, high, sums) if above else None,
+                        below=(x, low) if below else None,
+                    ), tile,
                 )  # fmt: skip
                 assert_error_rule(out, *given)
                 if above:
@@ -157,7 +161,8 @@ def test_nonfinite(convs, value):
     norm.weight[3] = 1
     for prologue in (None, norm):
         h = x if prologue is None else normalized(x, norm, torch.float32)
-        raw, mean, var = convs.forward(x, weight, None, (1, 1), (1, 1), (1, 1), prologue, TILES[0])
+        geometry = ((1, 1), (1, 1), (1, 1), 1)
+        raw, mean, var = convs.forward(x, weight, None, geometry, prologue, TILES[0])
         expected = F.conv2d(h, weight, None, 1, 1).isfinite()
         assert torch.equal(raw.isfinite(), expected)
         assert expected.any()
@@ -188,11 +193,12 @@ def test_blocks_use_them(convs, monkeypatch, name, projection):
             found = run(*arguments)
             ran.append((function, found is not None))
             if function == "conv_backward_input":
-                added.append(found is not None and arguments[7] is not None)
-                masked.append(added[-1] and len(arguments) > 9)
+                residual, _, mask = arguments[4:]
+                added.append(found is not None and residual is not None)
+                masked.append(added[-1] and mask is not None)
             return found
 
-        monkeypatch.setattr(backends.triton, function, call)
+        monkeypatch.setattr(backends.triton.Triton, function, staticmethod(call))
 
     recorded("conv_batch_norm_statistics")
     recorded("conv_backward_input")
@@ -241,8 +247,9 @@ def test_blocks_without_the_first_convolution(convs, monkeypatch, projection):
         ran.append("last")
         return last(*arguments)
 
-    monkeypatch.setattr(backends.triton, "conv_backward_input", backward_input)
-    monkeypatch.setattr(backends.triton, "norm_conv_backward_input", last_backward)
+    triton = backends.triton.Triton
+    monkeypatch.setattr(triton, "conv_backward_input", staticmethod(backward_input))
+    monkeypatch.setattr(triton, "norm_conv_backward_input", staticmethod(last_backward))
     results = []
     with fused_resnet.use_backend("triton"):
         results.append(block_results(fused_resnet.fuse(copy.deepcopy(eager)), x))
@@ -250,7 +257,8 @@ def test_blocks_without_the_first_convolution(convs, monkeypatch, projection):
         results.append(block_results(fused_resnet.fuse(copy.deepcopy(eager)), x))
         assert ran.count(False) == (RUNNER.device != "cuda")
         assert "last" not in ran
-        monkeypatch.setattr(backends.triton, "conv_backward_input_runs", lambda *_: False)
+        never = staticmethod(lambda *_: False)
+        monkeypatch.setattr(triton, "conv_backward_input_runs", never)
         results.append(block_results(fused_resnet.fuse(copy.deepcopy(eager)), x))
     # A projection takes the mask itself; without one it is written for whoever adds.
     assert ran.count("last") == (not projection)
@@ -270,11 +278,11 @@ def test_a_masked_residual(convs, dtype):
     alive[0, :8, 2, 3] = False
     bits = alive.permute(0, 2, 3, 1).reshape(-1, 8) << torch.arange(8, device=alive.device)
     mask = bits.sum(1).to(torch.uint8)
-    one = ((5, 7), (0, 0), (1, 1))
+    one = ((5, 7), ((1, 1), (0, 0), (1, 1), 1))
     for tile in TILES:
         masked = torch.where(alive, residual, 0)
-        expected, _, _ = convs.backward_input(grad, weight, *one, masked, None, None, tile)
-        ours, _, _ = convs.backward_input(grad, weight, *one, residual, None, None, tile, mask)
+        expected, _, _ = convs.backward_input(grad, weight, *one, convs.Ends(masked), tile)
+        ours, _, _ = convs.backward_input(grad, weight, *one, convs.Ends(residual, mask), tile)
         assert_same_bits(ours, expected)
         assert not expected.isnan().any()
 

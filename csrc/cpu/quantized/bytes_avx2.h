@@ -1,0 +1,61 @@
+// Vectors for kernel.inl: AVX2.
+#pragma once
+
+#include "cpu/quantized/conv.h"
+#include "cpu/vectors_avx2.h"
+
+namespace fused_resnet::cpu {
+namespace {
+
+using Floats = __m256;
+using Ints = __m256i;
+using FloatValues = Float32;
+using HalfValues = Float16;
+using Bfloat16Values = Bfloat16;
+constexpr int64_t kLanes = 8;
+
+FR_BYTES_INLINE Floats broadcast(float x) {
+  return _mm256_set1_ps(x);
+}
+FR_BYTES_INLINE Ints broadcast_int(int32_t x) {
+  return _mm256_set1_epi32(x);
+}
+FR_BYTES_INLINE Floats load_floats(const float* p) {
+  return _mm256_loadu_ps(p);
+}
+FR_BYTES_INLINE Ints load_ints(const int32_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+FR_BYTES_INLINE void store_ints(int32_t* p, Ints x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
+}
+FR_BYTES_INLINE Ints load_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+FR_BYTES_INLINE Floats to_floats(Ints x) {
+  return _mm256_cvtepi32_ps(x);
+}
+FR_BYTES_INLINE Ints subtract(Ints a, Ints b) {
+  return _mm256_sub_epi32(a, b);
+}
+FR_BYTES_INLINE Ints add_ints(Ints a, Ints b) {
+  return _mm256_add_epi32(a, b);
+}
+FR_BYTES_INLINE Floats add(Floats a, Floats b) {
+  return _mm256_add_ps(a, b);
+}
+FR_BYTES_INLINE Floats multiply(Floats a, Floats b) {
+  return _mm256_mul_ps(a, b);
+}
+// max returns its second operand when the first is NaN.
+FR_BYTES_INLINE Ints round_between(Floats x, Floats least, Floats most) {
+  return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(x, least), most));
+}
+FR_BYTES_INLINE void store_bytes(uint8_t* p, Ints x) {
+  const __m128i low = _mm256_castsi256_si128(x), high = _mm256_extracti128_si256(x, 1);
+  const __m128i words = _mm_packus_epi32(low, high);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+
+}  // namespace
+}  // namespace fused_resnet::cpu

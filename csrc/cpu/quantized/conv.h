@@ -1,0 +1,183 @@
+// What the convolutions of bytes (kernel.inl) and those who call them share.
+//
+// With q the input's bytes, z its zero point, w the weight, all sums exact in 32 bits,
+//
+//   sum[n, p, q, k] = sum over r, s, c of (q[n, p', q', c] - z) * w[k, c, r, s],
+//   t   = float(sum) * scale[k] + shift[k] + shortcut,
+//   out = clamp(round to nearest even(t), 0, 255),
+//
+// each float32 operation rounded on its own, so that every instruction set gives the same bytes;
+// shortcut is (x - zero point) * shortcut_scale of a byte x, or float(sum') * scale'[k] of a second
+// convolution, a 1x1, whose sums are never in memory beyond a block's.
+//
+// Memory traffic, once each: the input's bytes, the weight's, the shortcut's or the second
+// convolution's input and weight, the output's.
+//
+// No header but <stdint.h> is included, see cpu/isa.h.
+#pragma once
+
+#include <stdint.h>
+
+// The linker would keep one copy of an inline function, compiled for any instruction set
+// (cpu/isa.h).
+#define FR_BYTES_INLINE inline __attribute__((always_inline))
+
+namespace fused_resnet::cpu {
+
+constexpr int64_t kByteRows = 16;    // pixels of a tile
+constexpr int64_t kByteChunk = 64;   // bytes of the reduction that a tile's row has
+constexpr int64_t kByteTile = 1024;  // bytes of a tile
+constexpr int64_t kByteBlockK = 32;  // output channels of a block: two tiles
+constexpr int64_t kBytePixel = 16;   // what a pixel's bytes are a multiple of
+
+static FR_BYTES_INLINE int64_t bytes_div_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+static FR_BYTES_INLINE int64_t bytes_round_up(int64_t a, int64_t b) {
+  return bytes_div_up(a, b) * b;
+}
+
+// Images in bytes, channels innermost, with as many pixels of zero point around them as the filter
+// that reads them looks beyond their edges. A line ends where the next begins, an image too: what
+// is right of a line is left of the next, what is below an image above the next. So the pixels
+// under any one tap of a filter of stride 1 are one evenly spaced sequence through all images.
+// Channels beyond C hold anything; the weight is zero there.
+struct ByteImages {
+  uint8_t* data;
+  int64_t N, C, H, W;
+  int64_t halo_h, halo_w;
+
+  FR_BYTES_INLINE int64_t pixel() const { return bytes_round_up(C, kBytePixel); }
+  FR_BYTES_INLINE int64_t pitch() const { return W + halo_w; }
+  FR_BYTES_INLINE int64_t lines() const { return H + halo_h; }
+  FR_BYTES_INLINE int64_t pixels() const { return (N * lines() + halo_h) * pitch() + halo_w; }
+  // Of line h and column w of image n, from -halo_h and -halo_w on.
+  FR_BYTES_INLINE int64_t position(int64_t n, int64_t h, int64_t w) const {
+    return (n * lines() + halo_h + h) * pitch() + halo_w + w;
+  }
+};
+
+// A filter as the products run through it: `runs` stretches of consecutive bytes of the input. With
+// one group and no dilation across, the taps of a filter row are one run.
+struct ByteFilter {
+  int64_t K, C, R, S, groups;  // C channels a group
+  bool joined;
+
+  FR_BYTES_INLINE int64_t pixel() const { return bytes_round_up(C * groups, kBytePixel); }
+  FR_BYTES_INLINE int64_t runs() const { return joined ? R : R * S; }
+  FR_BYTES_INLINE int64_t blocks() const { return bytes_div_up(K, kByteBlockK); }
+  // The input channels that a block of output channels reads: its groups' from `base` on.
+  FR_BYTES_INLINE int64_t base(int64_t block) const {
+    return block * kByteBlockK / (K / groups) * C;
+  }
+  FR_BYTES_INLINE int64_t span() const {
+    if (groups == 1) return C;
+    int64_t most = 0;
+    for (int64_t b = 0; b < blocks(); ++b) {
+      const int64_t end = (b + 1) * kByteBlockK < K ? (b + 1) * kByteBlockK : K;
+      const int64_t channels = ((end - 1) / (K / groups) + 1) * C - base(b);
+      most = channels > most ? channels : most;
+    }
+    return most;
+  }
+  // Steps of four bytes, the last of which may go beyond the channels, and chunks of a run.
+  FR_BYTES_INLINE int64_t steps() const {
+    return bytes_div_up(joined ? (S - 1) * pixel() + C : span(), 4);
+  }
+  FR_BYTES_INLINE int64_t chunks() const { return bytes_div_up(steps() * 4, kByteChunk); }
+  FR_BYTES_INLINE int64_t block_bytes() const { return runs() * chunks() * 2 * kByteTile; }
+
+  // The packed weight is [blocks of K][runs][chunks][2][16][16][4] bytes: the last three are fours
+  // of the reduction, output channels, and the four. Zero where K, a run or a group ends.
+  FR_BYTES_INLINE int64_t place(int64_t k, int64_t c, int64_t r, int64_t s) const {
+    const int64_t block = k / kByteBlockK, column = k % kByteBlockK;
+    const int64_t channel = k / (K / groups) * C + c - (groups == 1 ? 0 : base(block));
+    const int64_t run = joined ? r : r * S + s, byte = (joined ? s * pixel() : 0) + channel;
+    const int64_t chunk = run * chunks() + byte / kByteChunk, in_chunk = byte % kByteChunk;
+    return block * block_bytes() + (chunk * 2 + column / 16) * kByteTile + in_chunk / 4 * 64 +
+           column % 16 * 4 + in_chunk % 4;
+  }
+  // Behind it, padded to whole blocks: scale and shift, float32, and each filter's sum, int32.
+  FR_BYTES_INLINE int64_t vectors() const { return blocks() * block_bytes(); }
+  FR_BYTES_INLINE int64_t padded_k() const { return blocks() * kByteBlockK; }
+  FR_BYTES_INLINE int64_t packed_bytes() const { return vectors() + 3 * 4 * padded_k(); }
+};
+
+// A packed weight to be multiplied with.
+struct ByteWeight {
+  const int8_t* tiles;
+  const float* scale;
+  const float* shift;
+  const int32_t* filter_sums;
+  int32_t zero_point;  // of what it is multiplied with
+};
+
+static FR_BYTES_INLINE ByteWeight byte_weight(const void* packed, const ByteFilter& filter,
+                                              int64_t zero_point) {
+  const int8_t* tiles = static_cast<const int8_t*>(packed);
+  const float* scale = reinterpret_cast<const float*>(tiles + filter.vectors());
+  const float* shift = scale + filter.padded_k();
+  const int32_t* sums = reinterpret_cast<const int32_t*>(shift + filter.padded_k());
+  return {tiles, scale, shift, sums, static_cast<int32_t>(zero_point)};
+}
+
+enum class ByteShortcut { none, bytes, projection };
+
+struct ByteConv {
+  ByteImages in, out;
+  ByteFilter filter;
+  ByteWeight weight;
+  int64_t P, Q, stride_h, stride_w, dil_h, dil_w;
+  int64_t origin;  // the pixel of `in` under the first tap of the first output
+
+  ByteShortcut shortcut;
+  ByteImages added;  // of `bytes`, with the output's pixels, and their zero point
+  int32_t added_zero_point;
+  float shortcut_scale;
+  // Of a projection: pixels that lie as those of `in` from `origin` on do, so many bytes apart.
+  const uint8_t* projected;
+  ByteFilter projection;
+  ByteWeight projection_weight;
+
+  bool keeps_weight;  // whether a task's weights stay in its second-level cache
+
+  // Output pixels lie under an evenly spaced sequence of the input's; or else each line does.
+  FR_BYTES_INLINE bool even() const { return stride_h == 1 && stride_w == 1; }
+  FR_BYTES_INLINE int64_t tiles_per_line() const { return bytes_div_up(Q, kByteRows); }
+  FR_BYTES_INLINE int64_t tiles() const {
+    if (!even()) return in.N * P * tiles_per_line();
+    // Up to the last output.
+    return bytes_div_up(((in.N - 1) * in.lines() + P - 1) * in.pitch() + Q, kByteRows);
+  }
+};
+
+// Some tiles of pixels times some blocks of output channels.
+struct ByteTask {
+  int64_t tile_begin, tile_end;
+  int64_t block_begin, block_end;
+};
+
+// Elements of the floating-point tensors at both ends.
+enum class ByteFloats { float32, float16, bfloat16 };
+
+struct ByteKernels {
+  const char* name;
+  void (*run)(const ByteConv&, const ByteTask&);
+  // clamp(round(source * inverse), -zero_point, 255 - zero_point) + zero_point; NaN becomes 0.
+  void (*quantize)(ByteFloats type, const void* source, int64_t count, float inverse,
+                   int32_t zero_point, uint8_t* target);
+  // source * step
+  void (*dequantize)(ByteFloats type, const uint8_t* source, int64_t count, float step,
+                     void* target);
+};
+
+#if defined(__x86_64__)
+extern const ByteKernels kBytesAmx;
+extern const ByteKernels kBytesAvx512Vnni;
+extern const ByteKernels kBytesAvx512;
+extern const ByteKernels kBytesAvx2;
+#endif
+extern const ByteKernels kBytesAmxEmulated;
+extern const ByteKernels kBytesBaseline;
+
+}  // namespace fused_resnet::cpu

@@ -1,0 +1,32 @@
+// The convolution of bytes on AVX-512 without VNNI.
+#if defined(__x86_64__)
+
+#include "cpu/quantized/bytes_avx512.h"
+
+namespace fused_resnet::cpu {
+namespace {
+
+constexpr int kDotPixels = 8, kDotVectors = 2;
+
+// Two products of a byte below 128, or of 128, and a weight fit 16 bits together; of two larger
+// bytes they may not.
+FR_BYTES_INLINE Ints dot(Ints sums, Ints pixels, Ints weights) {
+  const Ints ones = _mm512_set1_epi16(1), upper = _mm512_set1_epi8(static_cast<char>(0x80));
+  const Ints high = _mm512_maddubs_epi16(_mm512_and_si512(pixels, upper), weights);
+  const Ints low = _mm512_maddubs_epi16(_mm512_andnot_si512(upper, pixels), weights);
+  sums = _mm512_add_epi32(sums, _mm512_madd_epi16(high, ones));
+  return _mm512_add_epi32(sums, _mm512_madd_epi16(low, ones));
+}
+
+}  // namespace
+}  // namespace fused_resnet::cpu
+
+#include "cpu/quantized/dot.inl"
+//
+#include "cpu/quantized/kernel.inl"
+
+namespace fused_resnet::cpu {
+const ByteKernels kBytesAvx512 = {"avx512", run, quantize, dequantize};
+}
+
+#endif

@@ -1,0 +1,244 @@
+"""Forward passes that a backend has written down, run again without going through the modules.
+
+The first pass for a shape runs as ever and is recorded; if the backend can make a plan of it, later
+ones are one call, as long as nothing has changed that the modules' own way would see: their
+classes, attributes, hooks and children, which tensors are their parameters, what of torch's or this
+package's is replaced, chosen or active. A parameter's values and address are read in every run, so
+training steps, `load_state_dict` and `param.data = ...` need no new plan.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from operator import getitem, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends, forms
+from ..backends import Plan
+from ..models.cifar import PaddedShortcut
+from ..ops.registration import nothing_intercepts
+from ..originals import BatchNorm2d, Conv2d, FrozenBatchNorm2d, MaxPool2d, ReLU, Sequential
+from .read import _HOOKS
+
+VARIABLE = "FUSED_RESNET_PLANS"
+
+_PLAIN = frozenset(
+    {Conv2d, BatchNorm2d, FrozenBatchNorm2d, MaxPool2d, ReLU, Sequential, nn.Identity,
+     PaddedShortcut}
+)  # fmt: skip
+# Shapes of a model that have a plan at a time; the oldest goes first.
+_MOST_PLANS = 16
+# Passes in a row that find modules changed, after which a model is taken to change in every pass.
+_MOST_CHANGES = 8
+
+_of_models: weakref.WeakKeyDictionary[nn.Module, _Plans] = weakref.WeakKeyDictionary()
+
+
+# None until the first use, as in `layers/watch.py`.
+_from_environment: bool | None = None
+
+
+def enabled() -> bool:
+    """Whether FUSED_RESNET_PLANS, as it was at the first use, allows plans.
+
+    Raises:
+        ValueError: it is neither 0 nor 1.
+    """
+    global _from_environment
+    if _from_environment is None:
+        value = os.environ.get(VARIABLE) or "1"
+        if value not in ("0", "1"):
+            raise ValueError(f"{VARIABLE} is {value!r}, must be one of 0, 1")
+        _from_environment = value == "1"
+    return _from_environment
+
+
+def described() -> str:
+    """What FUSED_RESNET_PLANS comes to.
+
+    Raises:
+        ValueError: see `enabled`.
+    """
+    return "passes on a GPU become plans" if enabled() else "every pass goes through its modules"
+
+
+class _Modules:
+    """Modules as they were when a pass was recorded.
+
+    Args:
+        parts: of which they are the descendants, in the order in which the pass is given them.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        self.parts = tuple(parts)
+        modules = list(dict.fromkeys(m for part in parts for m in part.modules()))
+        self._modules = modules
+        self._types = [*map(type, modules)]
+        states = [*map(vars, modules)]
+        self._states = [dict(state) for state in states]
+        self._hook_states = [state for state in states for _ in _HOOKS]
+        self._hook_names = [*_HOOKS] * len(states)
+        # Which dictionary, under which name, of which module.
+        self._tensor_states: list[dict[str, Any]] = []
+        self._kinds: list[str] = []
+        self._names: list[str] = []
+        for state in states:
+            for kind in ("_parameters", "_buffers"):
+                for name in state[kind]:
+                    self._tensor_states.append(state)
+                    self._kinds.append(kind)
+                    self._names.append(name)
+        self._slots = self._now()
+        parents = [state for state in states if state["_modules"]]
+        self._parents = parents
+        self._children = [dict(state["_modules"]) for state in parents]
+        self._forms = [form for cls in set(self._types) if (form := forms.of_fused(cls))]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Their parameters and buffers, each once."""
+        return list({id(t): t for t in self._slots if t is not None}.values())
+
+    def are_plain(self) -> bool:
+        """Whether calling them does nothing but compute, in a way that states and types settle."""
+        return (
+            all(cls in _PLAIN or _is_block(cls) for cls in self._types)
+            and not any(state["training"] for state in self._states)
+            and not any("forward" in state or "_conv_forward" in state for state in self._states)
+            and self._have_no_hooks()
+        )
+
+    def are_same(self, parts: Sequence[nn.Module]) -> bool:
+        """Whether nothing about them has changed, in some tens of microseconds for a ResNet-50."""
+        try:
+            return (
+                all(map(is_, parts, self.parts))
+                and [*map(type, self._modules)] == self._types
+                and self._have_no_hooks()
+                and [state["_modules"] for state in self._parents] == self._children
+                and all(map(is_, self._now(), self._slots))
+                and [*map(vars, self._modules)] == self._states
+                and not any(form.replaced() for form in self._forms)
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            # A name is gone, or a new value, such as a tensor, cannot be compared.
+            return False
+
+    def _have_no_hooks(self) -> bool:
+        return not any(map(getitem, self._hook_states, self._hook_names))
+
+    def _now(self) -> list[Tensor | None]:
+        return [*map(getitem, map(getitem, self._tensor_states, self._kinds), self._names)]
+
+
+def _is_block(cls: type) -> bool:
+    form = forms.of_fused(cls)
+    return form is not None and form.is_block
+
+
+class _Plans:
+    """The plans of a model, by what they depend on; or why a pass cannot become one."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        self.modules = _Modules(parts)
+        self.by_key: dict[Hashable, Plan | str] = {}
+        self.changes = 0
+
+    def put(self, key: Hashable, plan: Plan | str) -> None:
+        while len(self.by_key) >= _MOST_PLANS:
+            self.by_key.pop(next(iter(self.by_key)), None)
+        self.by_key[key] = plan
+
+
+def planned(
+    model: nn.Module,
+    parts: Sequence[nn.Module],
+    x: Tensor,
+    compute: Callable[[nn.Module, Tensor], Tensor],
+) -> Tensor:
+    """`compute(model, x)`, in one call from the second time on where the backend can plan it.
+
+    Args:
+        model: whose plans these are. It has no obstacle, nor has `x`.
+        parts: all modules, with their descendants, that `compute` runs, but for the model.
+        x: (N, C, H, W).
+        compute: what to run.
+
+    Returns:
+        What `compute` returns.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not nothing_intercepts(x):
+        return compute(model, x)
+    backend = backends.choose(x.device.type)
+    own = backend.plan_key(x)
+    if own is None or model.training:
+        return compute(model, x)
+    plans = _of_models.get(model)
+    if plans is None:
+        if not enabled() or not all(isinstance(part, nn.Module) for part in parts):
+            return compute(model, x)
+        plans = _of_models[model] = _Plans(parts)
+    elif not plans.modules.are_same(parts):
+        changes = plans.changes + 1
+        if changes > _MOST_CHANGES:
+            return compute(model, x)
+        plans = _of_models[model] = _Plans(parts)
+        plans.changes = changes
+    else:
+        plans.changes = 0
+    key = (x.shape, x.stride(), x.dtype, x.device, backend.name, own)
+    plan = plans.by_key.get(key)
+    if isinstance(plan, str):
+        return compute(model, x)
+    if plan is not None and (out := plan.run(x)) is not None:
+        return out
+    return _recorded(model, plans, key, x, compute)
+
+
+def _recorded(
+    model: nn.Module,
+    plans: _Plans,
+    key: Hashable,
+    x: Tensor,
+    compute: Callable[[nn.Module, Tensor], Tensor],
+) -> Tensor:
+    """An ordinary pass, of which a plan is made if that is possible."""
+    tensors = plans.modules.tensors
+    if not plans.modules.are_plain() or not nothing_intercepts(*tensors):
+        plans.put(key, "it is more than inference by torch's own modules")
+        return compute(model, x)
+    recorder = backends.choose(x.device.type).recorder(x, tensors)
+    if recorder is None:
+        return compute(model, x)
+    with recorder:
+        out = compute(model, x)
+    plan = recorder.plan(out)
+    if not isinstance(plan, str) and not _gives(plan, x, out):
+        warnings.warn(
+            "fused_resnet: a forward pass launched from its plan differs from the pass it was made "
+            "of, so it is not used; please report this, and set FUSED_RESNET_PLANS=0",
+            stacklevel=2,
+        )
+        plan = "its first run differed from the pass it was made of"
+    plans.put(key, plan)
+    return out
+
+
+def _gives(plan: Plan, x: Tensor, out: Tensor) -> bool:
+    """Whether a plan's first run has the bits of the pass that it was made of."""
+    again = plan.run(x)
+    if again is None or again.shape != out.shape or again.stride() != out.stride():
+        return False
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[out.element_size()]
+    return torch.equal(again.view(bits), out.view(bits))
+
+
+def forget(model: nn.Module) -> None:
+    """Drops a model's plans, and with them what they hold of its parameters."""
+    _of_models.pop(model, None)

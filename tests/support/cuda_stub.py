@@ -1,0 +1,138 @@
+"""A process whose CUDA device is `cuda_stub.c`: builds it, and reads what was launched there.
+
+    environment = cuda_stub.environment(folder)  # in the parent
+    cuda_stub.Stub().launches()                  # in the child
+
+Tensors of the device "cuda", streams, the caching allocator, Triton's compiler and launcher are the
+real ones there; only no kernel runs, so that values mean nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+_SOURCE = Path(__file__).with_name("cuda_stub.c")
+_NAME = "libcuda.so.1"
+
+
+def missing() -> str | None:
+    """Why there can be no such process here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if (torch.version.cuda or "0").partition(".")[0] != "13":
+        return (
+            f"torch is built for CUDA {torch.version.cuda}; the stub's runtime is that of CUDA 13"
+        )
+    if shutil.which("gcc") is None:
+        return "no gcc, which Triton builds its launcher with"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "no Python.h, which Triton builds its launcher with"
+    return None
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Builds the library in a folder; the variables of a process that takes it for a device.
+
+    Raises:
+        RuntimeError: it does not compile.
+    """
+    headers = [Path(spec) / "cu13/include" for spec in _locations("nvidia")]
+    headers += [Path(spec) / "backends/nvidia/include" for spec in _locations("triton")]
+    library = folder / _NAME
+    command = ["gcc", "-O1", "-shared", "-fPIC", "-Wall", f"-Wl,-soname,{_NAME}"]
+    command += [f"-I{path}" for path in headers if path.is_dir()]
+    run = subprocess.run(
+        [*command, "-o", library, _SOURCE], capture_output=True, text=True, check=False
+    )
+    if run.returncode != 0:
+        raise RuntimeError(run.stderr)
+    cleared = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "FUSED_RESNET_BACKEND")
+    kept = {name: value for name, value in os.environ.items() if name not in cleared}
+    return kept | {
+        "LD_PRELOAD": str(library),
+        "TRITON_LIBCUDA_PATH": str(folder),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "FUSED_RESNET_CACHE": str(folder / "cache"),
+    }
+
+
+def _locations(package: str) -> list[str]:
+    spec = importlib.util.find_spec(package)
+    return [] if spec is None else list(spec.submodule_search_locations or ())
+
+
+class Launch(NamedTuple):
+    """One launch through the driver; parameters as the bits that the kernel takes of each."""
+
+    function: int
+    stream: int
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared: int
+    attributes: tuple[tuple[int, ...], ...]
+    parameters: tuple[int, ...]
+
+
+class _Record(ctypes.Structure):
+    _fields_ = (
+        ("function", ctypes.c_uint64),
+        ("stream", ctypes.c_uint64),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared", ctypes.c_uint32),
+        ("attribute_count", ctypes.c_uint32),
+        ("parameter_count", ctypes.c_uint32),
+        ("attributes", ctypes.c_int32 * 4 * 8),
+        ("parameters", ctypes.c_uint64 * 96),
+    )
+
+
+class Stub:
+    """The library, in a process that it was preloaded into."""
+
+    def __init__(self) -> None:
+        self.library = ctypes.CDLL(_NAME)
+        self.library.stub_launches.restype = ctypes.POINTER(_Record)
+        for name in ("launch_count", "runtime_launches", "graph_launches"):
+            getattr(self.library, f"stub_{name}").restype = ctypes.c_uint64
+
+    def reset(self, record: bool = True) -> None:
+        """Forgets all launches."""
+        self.library.stub_reset(int(record))
+
+    def fail(self, status: int) -> None:
+        """Makes launches through the driver return an error, or 0 for none."""
+        self.library.stub_fail(status)
+
+    def launches(self) -> list[Launch]:
+        """All since `reset`, in order."""
+        records = self.library.stub_launches()
+        return [
+            Launch(
+                record.function,
+                record.stream,
+                tuple(record.grid),
+                tuple(record.block),
+                record.shared,
+                tuple(tuple(a) for a in record.attributes[: record.attribute_count]),
+                tuple(record.parameters[: record.parameter_count]),
+            )
+            for record in records[: self.library.stub_launch_count()]
+        ]
+
+    def runtime_launches(self) -> int:
+        """How many of torch's own kernels were launched."""
+        return self.library.stub_runtime_launches()
+
+    def graph_launches(self) -> int:
+        """How many captured graphs were launched."""
+        return self.library.stub_graph_launches()

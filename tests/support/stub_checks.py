@@ -1,0 +1,694 @@
+"""What test_on_stub.py runs in a process whose CUDA device is a stub: `python stub_checks.py FILE`.
+
+Each function whose name begins with `check_` runs, and FILE becomes a JSON object of their names,
+each with the error that it raised, or null.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import gc
+import json
+import sys
+import threading
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cuda_stub import Launch, Stub
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.resnet import Bottleneck, ResNet
+from triton import knobs
+from triton.compiler import compiler
+
+import fused_resnet
+from fused_resnet import tuning
+from fused_resnet.backends import triton
+from fused_resnet.backends.triton import bottleneck, conv_kernels, inference, launch
+from fused_resnet.backends.triton import plans as triton_plans
+from fused_resnet.layers.description import ConvNorm, Norm
+from fused_resnet.measure.tune import cases, race
+from fused_resnet.modules import plans, run
+from fused_resnet.tuning.choice import CONVOLUTIONS, Choice, Tile
+from fused_resnet.tuning.problem import ChainProblem
+
+stub = Stub()
+
+
+def make_model() -> ResNet:
+    """Two stages of three Bottlenecks, one of them in one launch; no library kernel at the end."""
+    torch.manual_seed(0)
+    model = ResNet(Bottleneck, [2, 1, 1, 1]).half().to(memory_format=torch.channels_last)
+    model.layer3, model.layer4 = nn.Sequential(), nn.Sequential()
+    model.avgpool, model.fc = nn.Identity(), nn.Identity()
+    return fused_resnet.fuse(model.eval()).cuda()
+
+
+def draw(*shape: int) -> Tensor:
+    x = torch.randn(shape or (2, 3, 64, 64)).half()
+    return x.to(memory_format=torch.channels_last).cuda()
+
+
+model, x = make_model(), draw()
+runs: list[Any] = []  # every plan that ran, in order
+_run = triton_plans.Plan.run
+
+
+def _counted(plan: Any, input: Tensor) -> Tensor | None:
+    out = _run(plan, input)
+    runs.append((plan, out is not None))
+    return out
+
+
+triton_plans.Plan.run = _counted
+_gives = plans._gives
+
+
+def _gives_on_stub(plan: Any, x: Tensor, out: Tensor) -> bool:
+    """Nothing was computed, so no bits can be compared; the rest of `_gives` runs."""
+    again = plan.run(x)
+    return again.shape == out.shape and again.stride() == out.stride()
+
+
+plans._gives = _gives_on_stub
+
+
+def planned(call: Callable[[], Any]) -> bool:
+    """Whether a call was a plan's run and nothing else."""
+    runs.clear()
+    stub.reset()
+    call()
+    return [done for _, done in runs] == [True] and len(stub.launches()) == runs[0][0].launch_count
+
+
+def settled() -> None:
+    """Makes a plan for `x`, which then runs."""
+    plans.forget(model)
+    with torch.no_grad():
+        model(x)
+        assert planned(lambda: model(x)), [*plans._of_models[model].by_key.values()]
+
+
+# ---- The launches ----
+
+
+class Names:
+    """The names of a pass's pointer arguments, seen as `launch.recorder`."""
+
+    def __init__(self) -> None:
+        self.of_launches: list[list[str | None]] = []
+
+    def add(self, kernel: Any, compiled: Any, grid: Any, arguments: Any, constants: Any) -> None:
+        """One launch: None for what is no pointer."""
+        kinds = [(n, compiled.src.signature[n]) for n in kernel.arg_names]
+        names = [n if k.startswith("*") else None for n, k in kinds if k != "constexpr"]
+        self.of_launches.append([*names, None, None])  # Triton's scratch
+
+
+def followed(
+    launches: list[Launch],
+    names: list[list[str | None]],
+    moved: list[launch.Launch],
+    tensors: dict[int, str],
+    output: int,
+) -> list[tuple]:
+    """Launches with an origin for each address: a tensor, or the launch that wrote what is there.
+
+    Raises:
+        AssertionError: something reads what was overwritten in part, or never written.
+    """
+    memory: list[tuple[int, int, str]] = []  # first byte, end, and who wrote it
+    described = []
+    for index, (one, of_one, sizes) in enumerate(zip(launches, names, moved, strict=True)):
+        assert len(one.parameters) == len(of_one), (len(one.parameters), of_one)
+        parameters: list[Any] = []
+        for name, value in zip(of_one, one.parameters, strict=True):
+            if name is None or sizes.reads.get(name) == 0:  # given, but left to a later launch
+                parameters.append(name or value)
+            elif name in sizes.writes:
+                parameters.append(f"{name}{' -> result' if value == output else ''}")
+            elif value in tensors:
+                parameters.append(tensors[value])
+            else:
+                there = [part for part in memory if part[0] <= value < part[1]]
+                assert there, f"{name} of launch {index} reads what nothing wrote"
+                parameters.append(there[0][2])
+        for name, value in zip(of_one, one.parameters, strict=True):
+            if name in sizes.writes:
+                end = value + sizes.writes[name]
+                read = [
+                    address
+                    for other, address in zip(of_one, one.parameters, strict=True)
+                    if other is not None and sizes.reads.get(other) and value <= address < end
+                ]
+                assert not read, f"launch {index} writes {name} where it reads"
+                memory = [part for part in memory if part[1] <= value or end <= part[0]]
+                memory.append((value, end, f"{index}.{name}"))
+        described.append((one.function, *one[2:6], tuple(parameters)))
+    return described
+
+
+def origins(pass_: Callable[[], Tensor], names: Names, moved: list[launch.Launch]) -> list[tuple]:
+    """`followed` of what a pass launches."""
+    tensors = {t.data_ptr(): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    tensors[x.data_ptr()] = "input"
+    stub.reset()
+    output = pass_().data_ptr()
+    return followed(stub.launches(), names.of_launches, moved, tensors, output)
+
+
+@torch.inference_mode()
+def triton_s_own() -> tuple[list[tuple], Names, list[launch.Launch]]:
+    """Of an ordinary pass, and what it calls its arguments."""
+    names = Names()
+    token = launch.recorder.set(names)
+    with launch.logged() as moved:
+        run._resnet_features(model, x)
+    launch.recorder.reset(token)
+    return origins(lambda: run._resnet_features(model, x), names, moved), names, moved
+
+
+def check_launches_are_triton_s_own() -> None:
+    """Kernel, grid, block, shared memory, attributes, numbers, and where each address leads."""
+    settled()
+    its, *called = triton_s_own()
+    assert len(its) >= 10, len(its)
+    assert any(attributes for *_, attributes, _ in its), "no launch overlaps another"
+    with torch.inference_mode():
+        ours = origins(lambda: plans.planned(model, parts(), x, run._resnet_features), *called)
+        assert runs[-1][1]
+        assert len(stub.launches()) == runs[-1][0].launch_count
+        own, again = run._resnet_features(model, x), runs[-1][0].run(x)
+    for one, other in zip(ours, its, strict=True):
+        assert one == other, (one, other)
+    assert "output_ptr -> result" in ours[-1][-1], ours[-1]
+    assert (again.shape, again.stride(), again.dtype) == (own.shape, own.stride(), own.dtype)
+
+
+def check_a_wrong_plan_would_be_seen() -> None:
+    """Parts of the workspace that lie upon each other do not pass for Triton's own launches."""
+    lay_out = triton_plans._lay_out
+
+    def together(parts: Any) -> int:
+        lay_out(parts)
+        for part in parts:
+            part.at = 0
+        return max(part.size for part in parts)
+
+    its, *called = triton_s_own()
+    with _set(triton_plans, "_lay_out", together):
+        settled()
+
+    def compared() -> None:
+        ours = origins(lambda: plans.planned(model, parts(), x, run._resnet_features), *called)
+        assert ours == its, "differs"
+
+    seen = r"where it reads|nothing wrote|differs"
+    with torch.inference_mode(), pytest.raises(AssertionError, match=seen):
+        compared()
+    plans.forget(model)
+
+
+def check_stream_and_memory() -> None:
+    settled()
+    stream = torch.cuda.Stream()
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        first = plans.planned(model, parts(), x, None)
+        count = runs[-1][0].launch_count
+        assert {one.stream for one in stub.launches()[-count:]} == {stream.cuda_stream}
+        second = plans.planned(model, parts(), x, None)
+    assert first.data_ptr() != second.data_ptr(), "results share memory"
+
+
+def parts() -> list[nn.Module]:
+    return [model._modules[name] for name in run._RESNET_PARTS]
+
+
+def check_threads() -> None:
+    """Each gets the launches of its own call, in order."""
+    settled()
+    stub.reset()
+    with torch.inference_mode():
+        model(x)
+    expected = [one.function for one in stub.launches()]
+    stub.reset()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    failed: list[BaseException] = []
+
+    def work(stream: torch.cuda.Stream) -> None:
+        try:
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                for _ in range(20):
+                    model(x)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(stream,)) for stream in streams]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed
+    for stream in streams:
+        own = [one for one in stub.launches() if one.stream == stream.cuda_stream]
+        assert [one.function for one in own] == expected * 20
+
+
+def check_error_names_the_launch() -> None:
+    settled()
+    stub.fail(700)
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=r"launch 1 of \d+: CUDA error 700"),
+    ):
+        model(x)
+    stub.fail(0)
+
+
+# ---- When there is a plan, and when a plan is used ----
+
+
+def check_parameters_are_read_in_every_run() -> None:
+    settled()
+    weight = model.layer1[0].conv2.weight
+    with torch.inference_mode(False), torch.no_grad():
+        weight.mul_(2)
+        assert planned(lambda: model(x)), "values changed in place"
+        old = weight.data_ptr()
+        weight.data = weight.data.clone()
+        assert weight.data_ptr() != old
+        assert planned(lambda: model(x)), "other memory"
+        addresses = {value for one in stub.launches() for value in one.parameters}
+        assert weight.data_ptr() in addresses
+        assert old not in addresses
+        weight.data = weight.data.contiguous()
+        assert not planned(lambda: model(x)), "other strides"
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    settled()
+
+
+def check_replaced_parameter() -> None:
+    settled()
+    conv = model.layer1[0].conv2
+    conv.weight = nn.Parameter(conv.weight.detach().clone())
+    with torch.no_grad():
+        assert not planned(lambda: model(x))
+        assert planned(lambda: model(x))
+    assert conv.weight.data_ptr() in {v for one in stub.launches() for v in one.parameters}
+
+
+@contextlib.contextmanager
+def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def _hook(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _own_forward(module: nn.Module) -> Iterator[None]:
+    module.forward = type(module).forward.__get__(module)
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _changes() -> dict[str, Callable[[], Any]]:
+    """What a plan does not know of, each as a context that ends as it began."""
+    block = model.layer1[1]
+    register = nn.modules.module.register_module_forward_hook
+    return {
+        "a norm's hook": lambda: _hook(block.bn2.register_forward_hook(_nothing)),
+        "a ReLU's hook": lambda: _hook(block.relu.register_forward_pre_hook(_nothing)),
+        "a block's hook": lambda: _hook(block.register_forward_hook(_nothing)),
+        "a stage's hook": lambda: _hook(model.layer1.register_forward_hook(_nothing)),
+        "a projection's hook": lambda: _hook(
+            model.layer1[0].downsample.register_forward_hook(_nothing)
+        ),
+        "a global hook": lambda: _hook(register(_nothing)),
+        "a backward hook": lambda: _hook(block.conv1.register_full_backward_hook(_nothing)),
+        "a forward of its own": lambda: _own_forward(block.conv3),
+        "training": lambda: _mode(model),
+        "a norm in training": lambda: _mode(block.bn1),
+        "another stride": lambda: _set(model.layer2[0].conv2, "stride", (1, 1)),
+        "another eps": lambda: _set(block.bn1, "eps", 1e-3),
+        "another module": lambda: _set(block, "bn3", copy.deepcopy(block.bn3)),
+        "another class": lambda: _set(block.bn3, "__class__", _OtherNorm),
+        "a function replaced": lambda: _set(F, "conv2d", _conv2d),
+        "autocast": lambda: torch.autocast("cuda"),
+        "gradients": torch.enable_grad,
+        "a mode": lambda: FlopCounterMode(display=False),
+        "another backend": lambda: fused_resnet.use_backend("reference"),
+        "a log": launch.logged,
+        "a hook of Triton's": _triton_hook,
+    }
+
+
+class _OtherNorm(nn.BatchNorm2d):
+    pass
+
+
+def _conv2d(*arguments: Any, **keywords: Any) -> Tensor:
+    return torch.conv2d(*arguments, **keywords)
+
+
+@contextlib.contextmanager
+def _mode(module: nn.Module) -> Iterator[None]:
+    module.train()
+    try:
+        yield
+    finally:
+        module.eval()
+
+
+@contextlib.contextmanager
+def _triton_hook() -> Iterator[None]:
+    hooks = knobs.runtime.launch_enter_hook
+    hooks.add(_nothing)
+    try:
+        yield
+    finally:
+        hooks.remove(_nothing)
+
+
+def check_changes() -> None:
+    """Where something is not as it was, the modules decide what runs."""
+    for what, context in _changes().items():
+        settled()
+        with torch.no_grad(), context():
+            asked: list[Tensor] = []
+
+            def ordinary(_: nn.Module, input: Tensor, asked: list[Tensor] = asked) -> Tensor:
+                asked.append(input)
+                return input
+
+            runs.clear()
+            with _set(run, "_resnet_features", ordinary), _set(run, "run_unfused", _unfused(asked)):
+                model(x)
+            assert (len(asked), runs) == (1, []), what
+    settled()
+
+
+def _unfused(asked: list[Tensor]) -> Callable[..., Tensor]:
+    def run_unfused(_: nn.Module, input: Tensor, method: str = "forward") -> Tensor:
+        asked.append(input)
+        return input
+
+    return run_unfused
+
+
+def check_inputs() -> None:
+    settled()
+    with torch.inference_mode():
+        for other in (draw(1, 3, 64, 64), draw(2, 3, 32, 64)):
+            assert not planned(lambda other=other: model(other))
+            assert planned(lambda other=other: model(other))
+        assert planned(lambda: model(x))
+        # Not channels_last: something has to copy it, which no plan holds.
+        other = x.contiguous()
+        for _ in range(3):
+            assert not planned(lambda: model(other))
+        # At an odd address, for which other kernels were compiled.
+        memory = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")
+        odd = memory[1:].as_strided(x.shape, x.stride())
+        assert odd.data_ptr() % 16 != 0
+        assert not planned(lambda: model(odd))
+        assert planned(lambda: model(odd))
+        assert planned(lambda: model(x))
+
+
+def check_capture() -> None:
+    """What is captured may be a plan's launches, but no plan is made there."""
+    settled()
+    other = draw(3, 3, 64, 64)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode():
+        model(draw(3, 3, 64, 64)), plans.forget(model)
+        with torch.cuda.graph(graph):
+            assert not planned(lambda: model(other))
+            assert not planned(lambda: model(other))
+        assert not planned(lambda: model(other))
+        assert planned(lambda: model(other))
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            assert planned(lambda: model(other))
+        assert {one.stream for one in stub.launches()} != {0}
+
+
+def check_captured_weights_are_arranged_in_the_graph() -> None:
+    """A kept copy would stay what it was, and its memory need not stay at all."""
+    weight = torch.randn(64, 64, 3, 3).half().cuda()
+    kept = bottleneck._arranged(weight)
+    assert bottleneck._arranged(weight) is kept
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        before = stub.runtime_launches()
+        copy = bottleneck._arranged(weight)
+        assert copy is not kept
+        assert copy.data_ptr() != kept.data_ptr()
+        assert stub.runtime_launches() == before + 1, "it is not copied in the graph"
+    assert bottleneck._arranged(weight) is kept
+
+
+def check_reloaded_tables() -> None:
+    settled()
+    tuning.reload()
+    with torch.inference_mode():
+        assert not planned(lambda: model(x))
+        assert planned(lambda: model(x))
+
+
+def check_functional_call() -> None:
+    settled()
+    others = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        stub.reset()
+        torch.func.functional_call(model, others, (x,))
+        addresses = {value for one in stub.launches() for value in one.parameters}
+        assert others["layer1.0.conv1.weight"].data_ptr() in addresses
+        assert model.layer1[0].conv1.weight.data_ptr() not in addresses
+        model(x)
+        assert planned(lambda: model(x))
+
+
+def check_models_are_freed() -> None:
+    short = make_model()
+    with torch.inference_mode():
+        short(x), short(x)
+    plan = weakref.ref(next(iter(plans._of_models[short].by_key.values())))
+    weight = weakref.ref(short.layer1[0].conv1.weight)
+    assert plan() is not None
+    runs.clear()
+    del short
+    gc.collect()
+    assert plan() is None
+    assert weight() is None
+
+
+def check_copies_have_their_own() -> None:
+    settled()
+    twin = copy.deepcopy(model)
+    with torch.inference_mode():
+        assert not planned(lambda: twin(x))
+        assert planned(lambda: twin(x))
+    addresses = {value for one in stub.launches() for value in one.parameters}
+    assert twin.conv1.weight.data_ptr() in addresses
+    assert model.conv1.weight.data_ptr() not in addresses
+
+
+def check_a_plan_that_differs_is_not_used() -> None:
+    plans.forget(model)
+    plans._gives = lambda *_: False
+    try:
+        with warnings.catch_warnings(record=True) as caught, torch.inference_mode():
+            warnings.simplefilter("always")
+            model(x)
+            for _ in range(2):
+                assert not planned(lambda: model(x))
+        assert len([w for w in caught if "launched from its plan" in str(w.message)]) == 1
+    finally:
+        plans._gives = _gives_on_stub
+        plans.forget(model)
+
+
+def check_not_where_switched_off() -> None:
+    plans.forget(model)
+    enabled, plans.enabled = plans.enabled, lambda: False
+    try:
+        with torch.inference_mode():
+            for _ in range(3):
+                assert not planned(lambda: model(x))
+    finally:
+        plans.enabled = enabled
+
+
+def check_models_that_change_in_every_pass() -> None:
+    plans.forget(model)
+    with torch.inference_mode():
+        for count in range(20):
+            model.layer1[0].seen = count
+            model(x)
+        runs.clear()
+        model.layer1[0].seen = -1
+        model(x)
+        assert not runs, "still recorded"
+    del model.layer1[0].seen
+    plans.forget(model)
+
+
+# ---- How kernels are timed ----
+
+
+def check_timer_queues_in_one_step() -> None:
+    """Graphs are replayed; what cannot be captured waits behind a kernel that spins."""
+    timer = race.EventTimer(torch.device("cuda", 0), 1 << 20)
+    graphs = stub.graph_launches()
+    seen: dict[str, list[bool]] = {"one": [], "other": [], "uncaptured": []}
+
+    def call(name: str) -> None:
+        capturing = torch.cuda.is_current_stream_capturing()
+        seen[name].append(capturing)
+        if name == "uncaptured" and capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        torch.empty(1, device="cuda").zero_()
+
+    cycles: list[int] = []
+    with _set(torch.cuda, "_sleep", cycles.append):
+        times = timer({name: functools.partial(call, name) for name in seen}, 5)
+    assert {name: len(each) for name, each in times.items()} == dict.fromkeys(seen, 5)
+    assert seen["one"] == seen["other"] == [False, True], seen
+    assert stub.graph_launches() - graphs == 10
+    assert seen["uncaptured"] == [False, True] + [False] * 6, seen
+    assert len(cycles) == 5
+    assert min(cycles) > 0
+
+
+# ---- Kernels that ask for more than there is ----
+
+
+def check_out_of_resources_runs_the_next_tile() -> None:
+    """Triton refuses to load what takes more shared memory than a program may have."""
+    most, tried = 48 << 10, []
+    before = launch.launch_kernel
+
+    def launch_kernel(*arguments: Any, **constants: Any) -> None:
+        tried.append(constants)
+        before(*arguments, **constants)
+
+    small = draw(4, 3, 64, 64)
+    fresh = make_model()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_set(compiler, "max_shared_mem", lambda device: most))
+        stack.enter_context(_set(launch, "launch_kernel", launch_kernel))
+        caught = stack.enter_context(warnings.catch_warnings(record=True))
+        stack.enter_context(torch.inference_mode())
+        warnings.simplefilter("always")
+        # Kernels that are loaded already have been found to fit.
+        for kernel in (conv_kernels.conv_kernel, bottleneck.bottleneck_kernel):
+            kernel.device_caches.clear()
+        stub.reset()
+        out = run._resnet_features(fresh, small)
+        first = len(tried)
+        launched = stub.launches()
+        assert out.shape == (4, 512, 8, 8)
+        assert first > len(launched), "everything fitted"
+        assert max(one.shared for one in launched[1:]) <= most, [one.shared for one in launched]
+        messages = [
+            str(w.message) for w in caught if "the next best runs instead" in str(w.message)
+        ]
+        assert len(messages) == 1, messages
+        assert "shared memory" in messages[0], messages
+        # The second pass knows.
+        tried.clear()
+        stub.reset()
+        run._resnet_features(fresh, small)
+        assert len(tried) == len(stub.launches()) == len(launched)
+        _check_prologue()
+    tuning._left_out.clear()
+    tuning.reload()
+
+
+def _check_prologue() -> None:
+    """A norm that does not fit into a convolution's loads is a pass of its own."""
+    norms = [Norm(*(torch.ones(64).cuda() for _ in range(4)), 1e-5) for _ in range(2)]
+    weight = torch.randn(64, 64, 1, 1).half().cuda()
+    layer = ConvNorm(weight, norms[1], None, (1, 1), (0, 0), (1, 1), 1)
+    asked = []
+
+    def tile_of(*_: Any) -> tuple[Tile, float]:
+        asked.append(True)
+        return Tile(128, 128, 64, 1, 8, 3), 1.0
+
+    with _set(inference.prologue_choice, "choose", tile_of):
+        for _ in range(2):
+            with launch.logged() as log:
+                inference.norm_conv_bn_act(draw(2, 64, 8, 8), norms[0], layer, None, "relu")
+            kernels = [one.kernel for one in log]
+            assert "conv_kernel" in kernels
+            assert any("norm" in kernel for kernel in kernels[:-1]), kernels
+            asked.append(False)
+    assert asked == [True, False] * 2
+
+
+def check_chains_are_timed_in_a_row() -> None:
+    """As they run in a network."""
+    problem = ChainProblem(
+        1, 64, 8, 8, 256, (1, 1), (1, 1), (1, 1), "float16", next_width=64
+    )  # fmt: skip
+    case = cases.make_chain_case(problem, torch.device("cpu"))
+    arguments = _moved(case.arguments)
+    choice = Choice(CONVOLUTIONS, None, "test")
+    with torch.no_grad():
+        stub.reset()
+        triton.run_chain(arguments, problem, choice)
+        few = [one.attributes for one in stub.launches()]
+        assert few[0] == ()
+        assert few[1:]
+        assert all(few[1:]), few
+
+
+def _moved(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cuda()
+    if hasattr(value, "_fields"):
+        return type(value)(*map(_moved, value))
+    return tuple(map(_moved, value)) if isinstance(value, tuple | list) else value
+
+
+def main(results: Path) -> None:
+    outcome: dict[str, str | None] = {}
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            plans.forget(model)
+            try:
+                check()
+                outcome[name] = None
+            except Exception:
+                outcome[name] = traceback.format_exc()
+    results.write_text(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
