@@ -22,6 +22,7 @@ from . import backends, forms
 from .forms import Form, Unit
 from .layers import watch
 from .models import cifar
+from .modules import graphs
 from .modules.run import block_forward, cifar_resnet_forward, plain_block_forward, resnet_forward
 
 
@@ -61,6 +62,16 @@ class Fused(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
+class Network(Fused):
+    """A fused network that knows how to run all of itself.
+
+    Attributes:
+        cuda_graphs: whether its inference passes on a GPU become CUDA graphs; `fuse` sets it.
+    """
+
+    cuda_graphs = False
+
+
 class BasicBlock(Fused, resnet.BasicBlock):
     """torchvision's `BasicBlock`, each convolution running with its norm, add and ReLU in one.
 
@@ -91,7 +102,7 @@ class Bottleneck(Fused, resnet.Bottleneck):
             return block_forward(self, x)
 
 
-class ResNet(Fused, resnet.ResNet):
+class ResNet(Network, resnet.ResNet):
     """torchvision's `ResNet`, the convolution, norm, ReLU and max-pool of its stem running in one.
 
     Whether its blocks are fused is up to them: `ResNet(fused_resnet.Bottleneck, [3, 4, 6, 3])`.
@@ -118,7 +129,7 @@ class PlainBlock(Fused, cifar.PlainBlock):
             return plain_block_forward(self, x)
 
 
-class CifarResNet(Fused, cifar.CifarResNet):
+class CifarResNet(Network, cifar.CifarResNet):
     """`models.cifar`'s `CifarResNet`, its first convolution, norm and ReLU running in one.
 
     Whether its blocks are fused is up to them: `fuse` fuses both.
@@ -179,3 +190,4 @@ forms.register(Form(cifar.CifarResNet, CifarResNet, "stem", units=(Unit("conv1",
 def release(module: nn.Module) -> None:
     """Lets go of what backends made of a module's tensors."""
     backends.release([*module.parameters(), *module.buffers()])
+    graphs.forget(module)

@@ -13,7 +13,7 @@ from . import backends, blocks, forms
 from .forms import Form
 from .layers import checks
 from .layers import watch as watching
-from .modules import read, run
+from .modules import graphs, plans, read, run
 
 _MEMORY = ("normal", "low")
 
@@ -82,7 +82,9 @@ class Report(Sequence[Record]):
         return "\n".join([f"{fused} of {len(rows)} modules run fused", *lines])
 
 
-def fuse(model: nn.Module, memory: str = "normal", watch: str = "sample") -> nn.Module:
+def fuse(
+    model: nn.Module, memory: str = "normal", watch: str = "sample", cuda_graphs: bool = False
+) -> nn.Module:
     """Makes a model's residual blocks and stem run fused, in place.
 
     Only modules of exactly the known classes change, and only their class: parameters, buffers,
@@ -100,6 +102,10 @@ def fuse(model: nn.Module, memory: str = "normal", watch: str = "sample") -> nn.
             another process): "sample" compares some values of each weight in every call, "full"
             all of them, as `FUSED_RESNET_WATCH=full` does for every model. It stays with copies
             and pickles of the model. Of a module fused before, it changes the setting.
+        cuda_graphs: whether inference passes of the model's networks, torchvision's `ResNet` and
+            `models.cifar`'s, become CUDA graphs on a GPU: the second pass for a shape is captured,
+            later ones are replays on copies of input and output. Eight shapes a network at a time,
+            each with memory of its own. Likewise it stays, and changes the setting.
 
     Returns:
         `model`.
@@ -107,13 +113,18 @@ def fuse(model: nn.Module, memory: str = "normal", watch: str = "sample") -> nn.
     Raises:
         TypeError: it is not a module.
         ValueError: `memory` is neither "normal" nor "low", `watch` or FUSED_RESNET_WATCH neither
-            "sample" nor "full".
+            "sample" nor "full", or there is no network for `cuda_graphs`.
     """
     if memory not in _MEMORY:
         raise ValueError(f"fuse: memory is {memory!r}, must be one of {', '.join(_MEMORY)}")
     watch = watching.checked(watch, "fuse: watch")
     watching.from_environment()
     forms.load_families()
+    if cuda_graphs and not any(map(_is_network, _modules(model, "fuse"))):
+        raise ValueError(
+            "fuse: cuda_graphs is True, must be False for a model without a network that is run as "
+            "a whole: torchvision's ResNet or one of models.cifar"
+        )
     for module in _modules(model, "fuse"):
         form = forms.of_original(type(module))
         if form is not None and (read.structure_obstacle(module) is None or read.is_lazy(module)):
@@ -124,7 +135,18 @@ def fuse(model: nn.Module, memory: str = "normal", watch: str = "sample") -> nn.
                 module.memory = memory
             if watching.set_watch(module, watch):
                 blocks.release(module)
+        if isinstance(module, blocks.Network):
+            vars(module).pop("cuda_graphs", None)
+            if cuda_graphs:
+                module.cuda_graphs = True
+            else:
+                graphs.forget(module)
     return model
+
+
+def _is_network(module: nn.Module) -> bool:
+    form = forms.of_original(type(module)) or forms.of_fused(type(module))
+    return form is not None and issubclass(form.fused, blocks.Network)
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -144,6 +166,8 @@ def unfuse(model: nn.Module) -> nn.Module:
         if form is not None:
             blocks.release(module)
             vars(module).pop("memory", None)
+            vars(module).pop("cuda_graphs", None)
+            plans.forget(module)
             watching.set_watch(module, "sample")
             _assign_class(module, form.original)
     return model

@@ -73,6 +73,10 @@ class Backend:
         """What a plan depends on besides its input and modules; None where none is to be made."""
         return None
 
+    def graph_key(self, input: Tensor) -> Hashable | None:
+        """What a CUDA graph of a pass depends on, likewise, the current stream included."""
+        return None
+
     def recorder(self, input: Tensor, parameters: Sequence[Tensor]) -> Recorder | None:
         """What makes a plan of a pass that it is active around; None where there can be none now.
 
@@ -125,6 +129,10 @@ class Backend:
     ) -> Tensor:
         """See `reference.quantized_residual_blocks`: the same bits."""
         return reference.quantized_residual_blocks(input, blocks, stored, output)
+
+    def pool_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """A network's head in one call, or None where that is not covered: `ops.pool_linear`."""
+        return None
 
     # Training, forward.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -482,6 +482,20 @@ def _batch_norm(name: str) -> Any:
     return getattr(_native.cuda_operators, f"batch_norm_{name}").default
 
 
+def graph_key(input: Tensor) -> Hashable | None:
+    """What a CUDA graph of a pass depends on; None where there can be none. See `Backend`."""
+    if input.device.type != "cuda" or not input.numel():
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return (
+        torch.cuda.current_stream(input.device).cuda_stream,
+        library.precision(input),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
 class Cuda(Backend):
     """This file's functions."""
 
@@ -499,6 +513,7 @@ class Cuda(Backend):
         return device_type == "cuda" and available() == "yes" and not on_host()
 
     available = staticmethod(available)
+    graph_key = staticmethod(graph_key)
     explain = staticmethod(explain)
     conv_bn_act = staticmethod(conv_bn_act)
     conv_bn_act_max_pool = staticmethod(conv_bn_act_max_pool)

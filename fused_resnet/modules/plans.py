@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import linear, pooling
 
 from .. import backends, forms
 from ..backends import Plan
@@ -30,7 +31,7 @@ VARIABLE = "FUSED_RESNET_PLANS"
 
 _PLAIN = frozenset(
     {Conv2d, BatchNorm2d, FrozenBatchNorm2d, MaxPool2d, ReLU, Sequential, nn.Identity,
-     PaddedShortcut}
+     PaddedShortcut, pooling.AdaptiveAvgPool2d, linear.Linear}
 )  # fmt: skip
 # Shapes of a model that have a plan at a time; the oldest goes first.
 _MOST_PLANS = 16
@@ -68,7 +69,7 @@ def described() -> str:
     return "passes on a GPU become plans" if enabled() else "every pass goes through its modules"
 
 
-class _Modules:
+class Modules:
     """Modules as they were when a pass was recorded.
 
     Args:
@@ -95,15 +96,12 @@ class _Modules:
                     self._kinds.append(kind)
                     self._names.append(name)
         self._slots = self._now()
+        # Their parameters and buffers, each once.
+        self.tensors = list({id(t): t for t in self._slots if t is not None}.values())
         parents = [state for state in states if state["_modules"]]
         self._parents = parents
         self._children = [dict(state["_modules"]) for state in parents]
         self._forms = [form for cls in set(self._types) if (form := forms.of_fused(cls))]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Their parameters and buffers, each once."""
-        return list({id(t): t for t in self._slots if t is not None}.values())
 
     def are_plain(self) -> bool:
         """Whether calling them does nothing but compute, in a way that states and types settle."""
@@ -146,7 +144,7 @@ class _Plans:
     """The plans of a model, by what they depend on; or why a pass cannot become one."""
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
-        self.modules = _Modules(parts)
+        self.modules = Modules(parts)
         self.by_key: dict[Hashable, Plan | str] = {}
         self.changes = 0
 

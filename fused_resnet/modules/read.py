@@ -23,9 +23,11 @@ from ..layers.description import Block, ConvNorm, Norm, Pool
 from ..models import cifar
 from ..ops.registration import transforms_active
 from ..originals import (
+    AdaptiveAvgPool2d,
     BatchNorm2d,
     Conv2d,
     FrozenBatchNorm2d,
+    Linear,
     MaxPool2d,
     ReLU,
     Sequential,
@@ -134,6 +136,25 @@ def stage_blocks(stage: nn.Module, x: Tensor, may_pad: bool = False) -> list[Blo
         if described is None:
             return None
         blocks.append(described)
+    return blocks
+
+
+def plain_stages(stages: list[nn.Module]) -> list[Block] | None:
+    """The blocks of all stages, or None unless all of them are plain; see `plain_block`."""
+    if torch.compiler.is_compiling():
+        return None
+    blocks = []
+    for stage in stages:
+        if type(stage) is not Sequential or _call_obstacle(stage) is not None:
+            return None
+        for block in stage._modules.values():
+            form = forms.of_fused(type(block))
+            if form is None or not form.is_block:
+                return None
+            described = plain_block(block, form, False)
+            if described is None:
+                return None
+            blocks.append(described)
     return blocks
 
 
@@ -452,6 +473,19 @@ def pool_obstacle(maxpool: nn.Module) -> str | None:
     if reason := _call_obstacle(maxpool):
         return f"maxpool {reason}"
     return None
+
+
+def head_obstacle(avgpool: nn.Module, fc: nn.Module) -> str | None:
+    """What keeps a network's last two modules from running as one, or None."""
+    if type(avgpool) is not AdaptiveAvgPool2d or avgpool.output_size not in (1, (1, 1), [1, 1]):
+        return f"avgpool is {described(avgpool)}"
+    if type(fc) is not Linear:
+        return f"fc is {described(fc)}"
+    if _has_any_global_hook():
+        return "global module hooks are registered"
+    if name := originals.replaced_in_heads():
+        return f"{name} has been replaced"
+    return _call_obstacle(avgpool) or _call_obstacle(fc)
 
 
 def bare_conv_obstacle(conv: nn.Module | None) -> str | None:

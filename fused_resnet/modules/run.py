@@ -23,6 +23,7 @@ from ..ops import conv_bn_act_max_pool, running_statistics
 from ..ops.conv_bn_act import conv_bn_act
 from ..ops.gradients import has_norm_kernel
 from ..ops.norm_conv_bn_act import norm_conv_bn_act
+from ..ops.pool_linear import pool_linear
 from ..ops.registration import needs_grad
 from ..ops.residual_blocks import pads_shortcuts, residual_blocks
 from ..ops.training.graphs import (
@@ -32,12 +33,13 @@ from ..ops.training.graphs import (
 )
 from ..ops.training.nodes import residual_block_training, stem_training
 from ..originals import FrozenBatchNorm2d
-from . import plans
+from . import graphs, plans
 from .read import (
     bare_layer,
     block_layers,
     conv_norm,
     downsample_obstacle,
+    head_obstacle,
     inference_block,
     input_obstacle,
     keeps_dtype,
@@ -47,6 +49,7 @@ from .read import (
     obstacle_of_call,
     pads_channels,
     plain_block,
+    plain_stages,
     pool_obstacle,
     pool_of,
     split_downsample,
@@ -334,8 +337,12 @@ def _momentum(norm: nn.BatchNorm2d) -> float:
     return 0.0 if norm.momentum is None else norm.momentum
 
 
-def stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
+def stages_forward(
+    stages: list[nn.Module], x: Tensor, plain: list[Block] | None = None
+) -> Tensor:
     """One stage after the other: all blocks in one call between what else is to be seen.
+
+    `plain`: their blocks, if it has been found that there is nothing else.
 
     Going through a block's modules in Python between two blocks would find the caches filled with
     the last one's weights, and takes twice as long as going through all blocks before. On a GPU it
@@ -344,6 +351,8 @@ def stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
     A stage called by itself, `model.layer1(x)`, is torchvision's `nn.Sequential`, so its blocks run
     one by one.
     """
+    if plain is not None:
+        return _joined_stages(stages, plain, x)
     together: list[nn.Module] = []
     blocks: list[Block] = []
     may_pad = pads_shortcuts(x)
@@ -382,10 +391,13 @@ def resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
     """Torchvision's network: its stem, its stages in one call where possible, and the rest."""
     if obstacle(model) is not None or input_obstacle(x) is not None:
         return run_unfused(model, x, "_forward_impl")
+    return graphs.captured(model, x, _resnet)
+
+
+def _resnet(model: nn.Module, x: Tensor) -> Tensor:
     parts = [model._modules[name] for name in _RESNET_PARTS]
     x = plans.planned(model, parts, x, _resnet_features)
-    x = model.avgpool(x)
-    return model.fc(torch.flatten(x, 1))
+    return head(model.avgpool, model.fc, x)
 
 
 _RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
@@ -394,7 +406,9 @@ _RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"
 def _resnet_features(model: nn.Module, x: Tensor) -> Tensor:
     """All of it but the pool and the linear layer at the end."""
     conv, norm, relu, maxpool, *stages = (model._modules[name] for name in _RESNET_PARTS)
-    return stages_forward(stages, stem(conv, norm, relu, maxpool, x))
+    # Before the stem, which leaves nothing of these modules in the caches, and runs no hook.
+    plain = None if pool_obstacle(maxpool) is not None else plain_stages(stages)
+    return stages_forward(stages, stem(conv, norm, relu, maxpool, x), plain)
 
 
 _CIFAR_PARTS = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3")
@@ -418,9 +432,24 @@ def cifar_resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
     """A network for small images: its first convolution, its stages and the rest."""
     if obstacle(model) is not None or input_obstacle(x) is not None:
         return run_unfused(model, x)
+    return graphs.captured(model, x, _cifar_resnet)
+
+
+def _cifar_resnet(model: nn.Module, x: Tensor) -> Tensor:
     parts = [model._modules[name] for name in _CIFAR_PARTS]
     x = plans.planned(model, parts, x, _cifar_features)
-    return model.fc(torch.flatten(model.avgpool(x), 1))
+    return head(model.avgpool, model.fc, x)
+
+
+def head(avgpool: nn.Module, fc: nn.Module, x: Tensor) -> Tensor:
+    """`fc(flatten(avgpool(x), 1))`."""
+    if (
+        not torch.compiler.is_compiling()
+        and head_obstacle(avgpool, fc) is None
+        and (out := pool_linear(x, fc.weight, fc.bias)) is not None
+    ):
+        return out
+    return fc(torch.flatten(avgpool(x), 1))
 
 
 def stem(conv: nn.Conv2d, norm: nn.Module, relu: nn.ReLU, maxpool: nn.Module, x: Tensor) -> Tensor:

@@ -346,6 +346,9 @@ cudaError_t cudaStreamGetCaptureInfo(
 }
 static uint64_t graph_launches;
 uint64_t stub_graph_launches(void) { return graph_launches; }
+uint64_t stub_captures(void) { return capture_id; }
+static uint64_t freed_graphs;
+uint64_t stub_freed_graphs(void) { return freed_graphs; }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph)
 {
   (void)stream;
@@ -369,7 +372,10 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream)
   ++graph_launches;
   return cudaSuccess;
 }
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return (void)exec, cudaSuccess; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec)
+{
+  return (void)exec, ++freed_graphs, cudaSuccess;
+}
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return (void)graph, cudaSuccess; }
 
 CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status)

@@ -22,6 +22,7 @@ import torch
 
 _SOURCE = Path(__file__).with_name("cuda_stub.c")
 _NAME = "libcuda.so.1"
+_COUNTERS = ("launch_count", "runtime_launches", "graph_launches", "captures", "freed_graphs")
 
 
 def missing() -> str | None:
@@ -102,7 +103,13 @@ class Stub:
     def __init__(self) -> None:
         self.library = ctypes.CDLL(_NAME)
         self.library.stub_launches.restype = ctypes.POINTER(_Record)
-        for name in ("launch_count", "runtime_launches", "graph_launches"):
+        for name in (
+            "launch_count",
+            "runtime_launches",
+            "graph_launches",
+            "captures",
+            "freed_graphs",
+        ):
             getattr(self.library, f"stub_{name}").restype = ctypes.c_uint64
 
     def reset(self, record: bool = True) -> None:
@@ -136,3 +143,11 @@ class Stub:
     def graph_launches(self) -> int:
         """How many captured graphs were launched."""
         return self.library.stub_graph_launches()
+
+    def captures(self) -> int:
+        """How many captures began."""
+        return self.library.stub_captures()
+
+    def freed_graphs(self) -> int:
+        """How many graphs that could be launched are gone."""
+        return self.library.stub_freed_graphs()

@@ -198,6 +198,11 @@ class Triton(Backend):
             return None
         return tuning.generation(), library.precision(input), input.data_ptr() % 16 == 0
 
+    def graph_key(self, input: Tensor) -> Hashable | None:
+        """See `Backend.graph_key`."""
+        own, key = self.plan_key(input), cuda.graph_key(input)
+        return None if own is None or key is None else (own, key)
+
     def recorder(self, input: Tensor, parameters: Sequence[Tensor]) -> Recorder | None:
         """See `Backend.recorder`."""
         # What is compiled, and whether it computes the same, is not to be found out in a graph.
