@@ -337,9 +337,7 @@ def _momentum(norm: nn.BatchNorm2d) -> float:
     return 0.0 if norm.momentum is None else norm.momentum
 
 
-def stages_forward(
-    stages: list[nn.Module], x: Tensor, plain: list[Block] | None = None
-) -> Tensor:
+def stages_forward(stages: list[nn.Module], x: Tensor, plain: list[Block] | None = None) -> Tensor:
     """One stage after the other: all blocks in one call between what else is to be seen.
 
     `plain`: their blocks, if it has been found that there is nothing else.
