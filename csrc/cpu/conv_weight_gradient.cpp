@@ -93,9 +93,8 @@ Partition partition(const WeightGradient& g, const WeightGradientIsa& isa, int64
   p.column_tasks = div_up(columns, p.columns);
   // Sums that every chunk adds to should stay in the cache, and threads want something to do.
   const int64_t row_bytes = p.columns * g.R * g.S * kGradientBlock * 4;
-  const int64_t kept = g.chunks > g.splits
-                           ? std::max<int64_t>(1, l2_bytes() * 2 / 5 / row_bytes)
-                           : rows;
+  const int64_t kept =
+      g.chunks > g.splits ? std::max<int64_t>(1, l2_bytes() * 2 / 5 / row_bytes) : rows;
   const int64_t others = g.groups * g.splits * p.column_tasks;
   p.row_tasks = std::max(div_up(rows, kept), std::min(rows, div_up(2 * threads, others)));
   p.rows = div_up(rows, p.row_tasks);
@@ -181,8 +180,9 @@ void conv_weight_gradient(Tensor grad, Tensor input, int64_t stride_h, int64_t s
   if (grad_weight.numel() == 0) return;
   g.output = grad_weight.mutable_data_ptr();
   if (grad.numel() == 0 || input.numel() == 0) {
-    std::memset(g.output, 0,
-                static_cast<size_t>(grad_weight.numel()) * static_cast<size_t>(grad.element_size()));
+    std::memset(
+        g.output, 0,
+        static_cast<size_t>(grad_weight.numel()) * static_cast<size_t>(grad.element_size()));
     return;
   }
   Conv memory{};

@@ -41,9 +41,8 @@ inline __attribute__((always_inline)) void transpose(__m512i* r) {
 
 // The words of 16 channels of two pixels, pixel by pixel for each channel, first the lower half of
 // the channels, then the upper.
-inline __attribute__((always_inline)) void interleave(const uint16_t* first,
-                                                      const uint16_t* second, __m512i& low,
-                                                      __m512i& high) {
+inline __attribute__((always_inline)) void interleave(const uint16_t* first, const uint16_t* second,
+                                                      __m512i& low, __m512i& high) {
   const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
   const __m512i even = _mm512_unpacklo_epi16(a, b), odd = _mm512_unpackhi_epi16(a, b);
   const __m512i lower = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);

@@ -1,6 +1,7 @@
 // A convolution's gradient in its weight, as a product over pixels:
 //
-//   grad_weight[k,c,r,s] = sum_{n,p,q} grad[n,k,p,q] in[n, c, p*stride+r*dil-pad, q*stride+s*dil-pad]
+//   grad_weight[k,c,r,s] = sum_{n,p,q} grad[n,k,p,q] in[n, c, p*stride+r*dil-pad,
+//   q*stride+s*dil-pad]
 //
 // The files, in the order a call runs through them:
 //   conv_weight_gradient.cpp    the operator: checks, the split into tasks, threads
@@ -66,8 +67,8 @@ struct GradientTask {
 };
 
 struct WeightGradientIsa {
-  int64_t parts;          // of a value, in tiles
-  int64_t chunk_pixels;   // how many a chunk should have
+  int64_t parts;         // of a value, in tiles
+  int64_t chunk_pixels;  // how many a chunk should have
   int64_t (*scratch_bytes)(const WeightGradient&, const GradientTask&);
   // Bytes of the slab that a task keeps for one block of columns.
   int64_t (*slab_bytes)(const WeightGradient&);

@@ -15,6 +15,6 @@ constexpr int kParts = 1;
 #include "cpu/weight_gradient_tiles.inl"
 
 namespace fused_resnet::cpu {
-const WeightGradientIsa kWeightGradientAmxEmulated = {kParts, 512, scratch_bytes, slab_bytes, run, combine};
+const WeightGradientIsa kWeightGradientAmxEmulated = {kParts,     512, scratch_bytes,
+                                                      slab_bytes, run, combine};
 }
-

@@ -15,6 +15,6 @@ constexpr int kParts = 3;
 #include "cpu/weight_gradient_tiles.inl"
 
 namespace fused_resnet::cpu {
-const WeightGradientIsa kWeightGradientFloat32AmxEmulated = {kParts, 256, scratch_bytes, slab_bytes, run, combine};
+const WeightGradientIsa kWeightGradientFloat32AmxEmulated = {kParts,     256, scratch_bytes,
+                                                             slab_bytes, run, combine};
 }
-

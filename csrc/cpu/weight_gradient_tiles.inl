@@ -85,11 +85,11 @@ Factor input_of(const WeightGradient& g) {
 struct Layout {
   Axis h, w;
   int64_t pitch, planes;
-  bool overlap;         // whether columns' tiles may begin with any pixel
-  int64_t rows;         // of an image in a chunk
-  int64_t steps;        // of an image
-  int64_t plane;        // columns' rows of tiles in a plane
-  int64_t image;        // and of an image
+  bool overlap;   // whether columns' tiles may begin with any pixel
+  int64_t rows;   // of an image in a chunk
+  int64_t steps;  // of an image
+  int64_t plane;  // columns' rows of tiles in a plane
+  int64_t image;  // and of an image
 
   Layout(const WeightGradient& g)
       : h(g.stride_h, g.dil_h, g.pad_h, g.R), w(g.stride_w, g.dil_w, g.pad_w, g.S) {
@@ -143,7 +143,8 @@ struct Scratch {
     few = reinterpret_cast<Storage*>(take(kStep * kBlock * item));
     plane = reinterpret_cast<Storage*>(take(layout.positions() * kBlock * item));
     rows = take(count * kStepBytes);
-    part = images * layout.image * kRowBytes;
+    // An odd number of lines: streams a power of two apart would share few sets of the cache.
+    part = (images * layout.image | 1) * kRowBytes;
     half = kParts * part;
     block = 2 * half;
     columns = take((task.column_end - task.column_begin) * block);
@@ -247,27 +248,49 @@ void make_rows(const Channels& channels, const int64_t* pixels, int64_t steps,
   }
 }
 
-void make_columns(const Channels& channels, const Layout& layout, int64_t images,
-                  const Scratch& scratch, char* memory) {
-  const bool in_place = channels.in_place();
+// Blocks [begin, end), each `scratch.block` bytes after the one before.
+void make_columns(const Factor& factor, int64_t group, int64_t begin, int64_t end,
+                  const Layout& layout, int64_t images, const Scratch& scratch) {
   const int64_t half = scratch.half / 2, part = scratch.part / 2, row = kRowBytes / 2;
-  Part* to = reinterpret_cast<Part*>(memory);
+  const auto pair = [&](int64_t i) { return layout.overlap ? i : i / kLag * kStep + i % kLag; };
+  const auto first_row = [&](int64_t block) {
+    return reinterpret_cast<Part*>(scratch.columns + (block - begin) * scratch.block);
+  };
+  // All blocks of a pixel in turn, as they lie in memory,
+  int64_t whole = begin;
+  while (whole < end && Channels(factor, group, whole).in_place()) ++whole;
+  const Storage* data = Channels(factor, group, begin).data;
   const int64_t* pixels = scratch.column_pixels;
-  for (int64_t plane = 0; plane < images * layout.planes; ++plane) {
-    if (!in_place) {
+  int64_t to = 0;
+  for (int64_t plane = 0; plane < images * layout.planes && whole > begin; ++plane) {
+    for (int64_t i = 0; i < layout.plane; ++i, to += row) {
+      const int64_t first = pixels[pair(i)], second = pixels[pair(i) + kLag];
+      const Storage* a = first < 0 ? scratch.zeros : data + first;
+      const Storage* b = second < 0 ? scratch.zeros : data + second;
+      const int64_t next_a = first < 0 ? 0 : kBlock, next_b = second < 0 ? 0 : kBlock;
+      Part* at = first_row(begin) + to;
+      for (int64_t block = begin; block < whole; ++block, a += next_a, b += next_b) {
+        pair_rows(at, half, part, a, b);
+        at += scratch.block / 2;
+      }
+    }
+    pixels += layout.positions();
+  }
+  // but channels that lie apart, or are fewer, by way of a copy.
+  for (int64_t block = whole; block < end; ++block) {
+    const Channels channels(factor, group, block);
+    Part* at = first_row(block);
+    pixels = scratch.column_pixels;
+    for (int64_t plane = 0; plane < images * layout.planes; ++plane) {
       for (int64_t i = 0; i < layout.positions(); ++i) {
         channels.copy_to(scratch.plane + i * kBlock, pixels[i]);
       }
+      for (int64_t i = 0; i < layout.plane; ++i, at += row) {
+        const Storage* a = scratch.plane + pair(i) * kBlock;
+        pair_rows(at, half, part, a, a + kLag * kBlock);
+      }
+      pixels += layout.positions();
     }
-    const auto at = [&](int64_t i) -> const Storage* {
-      if (!in_place) return scratch.plane + i * kBlock;
-      return pixels[i] < 0 ? scratch.zeros : channels.data + pixels[i];
-    };
-    for (int64_t i = 0; i < layout.plane; ++i, to += row) {
-      const int64_t position = layout.overlap ? i : i / kLag * kStep + i % kLag;
-      pair_rows(to, half, part, at(position), at(position + kLag));
-    }
-    pixels += layout.positions();
   }
 }
 
@@ -352,9 +375,9 @@ void multiply(const Product& product, float* sums, Pending& pending) {
 // ---- result ------------------------------------------------------------------------------------
 
 // Of one channel of the rows' tensor, the sums with 32 of the columns', in float32.
-__attribute__((noinline)) void sum_again(const WeightGradient& g, const Channels& rows,
-                                         int64_t row, const Channels& columns, int64_t r,
-                                         int64_t s, float* sums) {
+__attribute__((noinline)) void sum_again(const WeightGradient& g, const Channels& rows, int64_t row,
+                                         const Channels& columns, int64_t r, int64_t s,
+                                         float* sums) {
   constexpr int kVectors = kBlock / kWidth;
   alignas(64) Storage few[kBlock];
   Value::Register sum[kVectors];
@@ -400,10 +423,10 @@ void finish_block(const WeightGradient& g, int64_t group, int64_t row_block, int
       FR_FOR (v, kVectors) y[v] = Value::add(y[v], Value::load(more + v * kWidth));
     }
     // Half of a block has no sums, which are anything, where it has no channels.
-    const bool again = columns.valid > 16 ? (kParts > 1 ? is_doubtful<kVectors>(y)
-                                                        : has_nonfinite<kVectors>(y))
-                                          : (kParts > 1 ? is_doubtful<kVectors / 2>(y)
-                                                        : has_nonfinite<kVectors / 2>(y));
+    const bool again =
+        columns.valid > 16
+            ? (kParts > 1 ? is_doubtful<kVectors>(y) : has_nonfinite<kVectors>(y))
+            : (kParts > 1 ? is_doubtful<kVectors / 2>(y) : has_nonfinite<kVectors / 2>(y));
     if (__builtin_expect(again, 0)) {
       sum_again(g, rows, row, columns, r, s, block + row * kBlock);
     } else {
@@ -474,10 +497,8 @@ void run(const WeightGradient& g, const GradientTask& task, void* memory) {
     } else {
       find_inputs(g, layout, chunk, g.in_strides, scratch.column_pixels);
     }
-    for (int64_t column = task.column_begin; column < task.column_end; ++column) {
-      make_columns(Channels(g.swapped ? grad : input, task.group, column), layout, images, scratch,
-                   scratch.columns + (column - task.column_begin) * scratch.block);
-    }
+    make_columns(g.swapped ? grad : input, task.group, task.column_begin, task.column_end, layout,
+                 images, scratch);
     for (int64_t row = task.row_begin; row < task.row_end; ++row) {
       const Channels channels(g.swapped ? input : grad, task.group, row);
       make_rows(channels, scratch.row_pixels, steps, scratch);
@@ -490,8 +511,9 @@ void run(const WeightGradient& g, const GradientTask& task, void* memory) {
         const char* slab = scratch.columns + (column - task.column_begin) * scratch.block;
         const bool wide = column_channels(g) - column * kBlock > 16, tall = channels.valid > 16;
         for (int64_t tap = 0; tap < taps; ++tap, to += kGradientBlock) {
-          const Product product{scratch.rows, slab + scratch.taps[tap], scratch.steps, steps,
-                                scratch.part, scratch.half};
+          const Product product{scratch.rows,  slab + scratch.taps[tap],
+                                scratch.steps, steps,
+                                scratch.part,  scratch.half};
           if (tall) {
             (wide ? multiply<2, 2> : multiply<2, 1>)(product, sums, pending);
           } else {

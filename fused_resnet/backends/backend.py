@@ -294,6 +294,15 @@ class Backend:
         """
         return None
 
+    def conv_weight_gradient(
+        self, grad: Tensor, input: Tensor, weight: Tensor, geometry: Sequence[Any]
+    ) -> Tensor | None:
+        """A convolution's gradient in its weight, in the layout of that.
+
+        Of `weight` only shape, dtype and layout matter. None where not covered.
+        """
+        return None
+
     def conv_backward_input(
         self,
         grad: Tensor,

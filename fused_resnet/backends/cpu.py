@@ -36,6 +36,7 @@ __all__ = [
     "conv_bn_act",
     "conv_bn_act_max_pool",
     "conv_input_gradient",
+    "conv_weight_gradient",
     "empty_cache",
     "explain",
     "has_kernel",
@@ -49,6 +50,10 @@ __all__ = [
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The filter's taps the kernel keeps offsets for, kMaxRuns in csrc/cpu/conv.h.
 _MOST_TAPS = 1024
+# Of the gradient in a weight on tiles.
+_GRADIENTS_ON_TILES = (torch.bfloat16, torch.float32)
+# Channels of a group with which tiles are half full, `fills_tiles()` in csrc/cpu/conv_layer.cpp.
+_LEAST_ON_TILES = 16
 # The images for which `pool_linear` is faster than torch's operators.
 _MOST_IMAGES = 16
 # The largest window it pools, kLargestPool there.
@@ -71,6 +76,7 @@ _batch_norm_act_backward = torch.ops.fused_resnet.batch_norm_act_backward.defaul
 _batch_norm_act_backward_sums = torch.ops.fused_resnet.batch_norm_act_backward_sums.default._op
 _batch_norm_act_backward_input = torch.ops.fused_resnet.batch_norm_act_backward_input.default._op
 _conv_input_gradient = torch.ops.fused_resnet.conv_input_gradient.default._op
+_conv_weight_gradient = torch.ops.fused_resnet.conv_weight_gradient.default._op
 _max_pool_gradient = torch.ops.fused_resnet.max_pool_gradient.default
 _pack_quantized_conv = torch.ops.fused_resnet.pack_quantized_conv.default
 _quantized_residual_blocks_packed = torch.ops.fused_resnet.quantized_residual_blocks_packed.default
@@ -366,6 +372,44 @@ def conv_input_gradient(
     return out
 
 
+def conv_weight_gradient(
+    grad: Tensor, input: Tensor, weight: Tensor, geometry: Sequence[Any]
+) -> Tensor | None:
+    """The gradient of a convolution in its weight, on tiles (csrc/cpu/weight_gradient.h).
+
+    Sums are float32, in an order that the shapes alone decide.
+
+    Args:
+        grad: of the output, (N, K, P, Q).
+        input: (N, C, H, W).
+        weight: (K, C / groups, R, S), of which only the shape, dtype and layout matter.
+        geometry: stride, padding and dilation, two numbers each, and groups.
+
+    Returns:
+        The gradient, in the weight's layout; None where there are no tiles, groups have so few
+        channels that the library is faster, or the dtype is neither bfloat16 nor float32.
+    """
+    stride, padding, dilation, groups = geometry
+    K, C, R, S = weight.shape
+    if (
+        not _TILE_ISA
+        or input.dtype not in _GRADIENTS_ON_TILES
+        or not grad.dtype is weight.dtype is input.dtype
+        or C < _LEAST_ON_TILES
+        or K // groups < _LEAST_ON_TILES
+        or R * S > _MOST_TAPS
+        or not _is_dense(weight)
+    ):
+        return None
+    out = _pool_empty_like(weight)
+    _conv_weight_gradient(grad, input, *stride, *padding, *dilation, groups, out)
+    return out
+
+
+def _is_dense(weight: Tensor) -> bool:
+    return weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def max_pool_backward(
     grad: Tensor, input: Tensor, norm: Norm, pool: Sequence[Sequence[int]]
 ) -> Tensor | None:
@@ -629,6 +673,7 @@ class Cpu(Backend):
     batch_norm_act_backward_sums = staticmethod(batch_norm_act_backward_sums)
     batch_norm_act_backward_input = staticmethod(batch_norm_act_backward_input)
     conv_input_gradient = staticmethod(conv_input_gradient)
+    conv_weight_gradient = staticmethod(conv_weight_gradient)
     max_pool_backward = staticmethod(max_pool_backward)
 
     def quantized_residual_blocks(

@@ -33,6 +33,7 @@ INTERNAL = {
     "batch_statistics",
     "conv_bn_act_packed",
     "conv_input_gradient",
+    "conv_weight_gradient",
     "conv_weight_is_packed",
     "max_pool_gradient",
     "norm_conv_bn_act_packed",

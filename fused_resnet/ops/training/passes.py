@@ -255,12 +255,18 @@ class Pass:
             )
             if grad_input is not None:
                 need_input, add_to = False, None
+        if need_weight and self._direct is not None:
+            grad_weight = self._direct.conv_weight_gradient(
+                grad, input, self.weight, self.layer.geometry
+            )
+            need_weight = grad_weight is None
         if need_input or need_weight or need_bias:
             run = conv2d_backward if self._direct is None else plain_conv2d_backward
-            by_library, grad_weight, grad_bias = run(
+            by_library, weight_by_library, grad_bias = run(
                 grad, input, self.weight, *self.layer.geometry, (need_input, need_weight, need_bias)
             )
             grad_input = by_library if need_input else grad_input
+            grad_weight = weight_by_library if need_weight else grad_weight
         if add_to is not None and grad_input is not None:
             again = torch.is_grad_enabled()
             grad_input = grad_input + add_to if again else grad_input.add_(add_to)
