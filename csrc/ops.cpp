@@ -42,6 +42,8 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "int zero_point, float output_step, str kernels) -> Tensor?");
   m.def("quantized_kernels() -> str");
 
+  m.def("pool_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+
   // The CPU backend's training: internal too, see csrc/cpu/batch_norm.cpp.
   m.def("batch_statistics(Tensor input) -> (Tensor mean, Tensor var)");
   m.def(

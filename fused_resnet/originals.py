@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules import activation, batchnorm, container, conv, pooling
+from torch.nn.modules import activation, batchnorm, container, conv, linear, pooling
 from torchvision.ops import misc
 
 
@@ -34,6 +34,8 @@ FrozenBatchNorm2d = _defined(misc.FrozenBatchNorm2d, misc, "FrozenBatchNorm2d")
 ReLU = _defined(activation.ReLU, activation, "ReLU")
 MaxPool2d = _defined(pooling.MaxPool2d, pooling, "MaxPool2d")
 Sequential = _defined(container.Sequential, container, "Sequential")
+AdaptiveAvgPool2d = _defined(pooling.AdaptiveAvgPool2d, pooling, "AdaptiveAvgPool2d")
+Linear = _defined(linear.Linear, linear, "Linear")
 
 _WHERE: tuple[tuple[Any, str], ...] = (
     (Conv2d, "forward"),
@@ -67,27 +69,54 @@ def _now() -> tuple[Any, ...]:
     )
 
 
+_WHERE_IN_HEADS: tuple[tuple[Any, str], ...] = (
+    (AdaptiveAvgPool2d, "forward"),
+    (Linear, "forward"),
+    (F, "adaptive_avg_pool2d"),
+    (F, "linear"),
+)
+
+
+def _now_in_heads() -> tuple[Any, ...]:
+    return (AdaptiveAvgPool2d.forward, Linear.forward, F.adaptive_avg_pool2d, F.linear)
+
+
 _known: tuple[Any, ...] = ()
+_known_in_heads: tuple[Any, ...] = ()
 
 
 def replaced() -> str | None:
     """Which method or function is not torch's own at the moment, or None."""
-    if _now() == _known:
+    global _known
+    now = _now()
+    if now == _known:
         return None
-    return _which()
+    which = _which(_WHERE, now)
+    if which is None:
+        _known = now
+    return which
+
+
+def replaced_in_heads() -> str | None:
+    """`replaced`, of what a network's head runs."""
+    global _known_in_heads
+    now = _now_in_heads()
+    if now == _known_in_heads:
+        return None
+    which = _which(_WHERE_IN_HEADS, now)
+    if which is None:
+        _known_in_heads = now
+    return which
 
 
 # Compilers take the answer as it is when they trace, as they take the functions themselves.
 replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _which() -> str | None:
-    global _known
-    now = _now()
-    for (owner, name), function in zip(_WHERE, now, strict=True):
+def _which(where: tuple[tuple[Any, str], ...], now: tuple[Any, ...]) -> str | None:
+    for (owner, name), function in zip(where, now, strict=True):
         if not is_own(owner, name, function):
             return f"{owner.__name__}.{name}"
-    _known = now
     return None
 
 

@@ -1170,6 +1170,14 @@ def _max_pool_gradient(rng: random.Random) -> list[Any]:
     return [grad, x, *_vectors(2, 8), [3, 3, 2, 2, 1, 1]]
 
 
+def _pool_linear(rng: random.Random) -> list[Any]:
+    import torch
+
+    dtype = _dtype(rng)
+    x = _image(rng, 2, 24, 5, 5, dtype=dtype)
+    return [x, torch.randn(10, 24).to(dtype), torch.randn(10).to(dtype)]
+
+
 OPERATORS: dict[str, Callable[[random.Random], list[Any]]] = {
     "batch_norm_act_backward": _batch_norm_act_backward,
     "batch_norm_act_backward_input": _batch_norm_act_backward_input,
@@ -1189,6 +1197,7 @@ OPERATORS: dict[str, Callable[[random.Random], list[Any]]] = {
     "norm_vectors": _norm_vectors,
     "pack_conv_weight": lambda rng: [_convolution(rng)["weight"], 1],
     "pool_empty_like": lambda rng: [_norm_input(rng)[0]],
+    "pool_linear": _pool_linear,
     "residual_blocks": _residual_blocks,
     "residual_blocks_packed": _residual_blocks_packed,
     "scale_shift_act": _scale_shift_act,

@@ -119,6 +119,8 @@ struct Task {
   int64_t row_begin, row_end;
   int64_t block_begin, block_end;
   int64_t group;
+  // How much of the next layer's weight the thread brings into its cache, being at its last task.
+  int64_t ahead_bytes = 0;
 };
 
 // One instruction set's kernels.

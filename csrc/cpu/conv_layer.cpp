@@ -524,8 +524,14 @@ Tensor pack_transposed_tiles(Tensor weight) {
   return packed;
 }
 
+bool seems_current(const ConvLayer& layer) {
+  check_weight(layer.weight, layer.groups);
+  return seems_current(layer.packed, layer.weight, WeightShape(layer.weight, layer.groups),
+                       layer.groups);
+}
+
 PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W,
-                             ScalarType dtype)
+                             ScalarType dtype, bool compares)
     : conv{}, is_current(false) {
   const Tensor& weight = layer.weight;
   check_weight(weight, layer.groups);
@@ -559,7 +565,7 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
 
   check_norm_dtypes(layer);
   const WeightShape shape(weight, layer.groups);
-  is_current = seems_current(layer.packed, weight, shape, layer.groups);
+  is_current = !compares || seems_current(layer.packed, weight, shape, layer.groups);
   conv.isa = shape.isa;
   conv.weight = layer.packed.const_data_ptr();
   conv.norm.mean = as_float32(layer.running_mean, "running_mean", conv.K, copies_[0]);
@@ -644,12 +650,17 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   const int64_t weight_bytes = reduction(conv) * group_k(conv) * item;
   const bool streams_weights = weight_bytes > l2_bytes() / 2;
   const bool few_pixels = rows * conv.Q < 128 * threads;
+  // bfloat16 on tiles is faster than its weights come; but pixels with more channels than there are
+  // outputs would come from the other threads' caches.
+  const bool waits_for_weights =
+      item == 2 && weight_bytes > l2_bytes() / 8 && group_k(conv) >= group_c(conv);
   // float32 on tiles: every task splits its weights into parts, which takes as long as 25 pixels.
   const bool splits = conv.dtype == Dtype::kFloat32 && item != 4;
 
   Split s;
   s.block_tasks = conv.expanded ? blocks : 1;
-  if (!conv.has_pool && !conv.expanded && ((streams_weights && few_pixels) || rows < 2 * threads)) {
+  if (!conv.has_pool && !conv.expanded &&
+      (((streams_weights || waits_for_weights) && few_pixels) || rows < 2 * threads)) {
     s.block_tasks = std::min(threads, blocks);
   }
   s.blocks = div_up(blocks, s.block_tasks);
@@ -743,7 +754,7 @@ void run_conv(Conv conv) {
     stretches[w].next = tasks * w / workers;
     stretches[w].end = tasks * (w + 1) / workers;
   }
-  auto run_task = [&](int64_t i) {
+  auto run_task = [&](int64_t i, bool is_last) {
     // Rows vary fastest: a thread goes on with the weights it has in its cache.
     const int64_t row_task = i % s.row_tasks, rest = i / s.row_tasks;
     Task task;
@@ -752,6 +763,7 @@ void run_conv(Conv conv) {
     task.block_begin = rest % s.block_tasks * s.blocks;
     task.block_end = std::min(blocks, task.block_begin + s.blocks);
     task.group = rest / s.block_tasks;
+    if (is_last) task.ahead_bytes = l2_bytes() / 4;
     const Scratch scratch(static_cast<size_t>(isa.scratch_bytes(conv, task)));
     isa.run(conv, task, scratch.get());
   };
@@ -759,7 +771,7 @@ void run_conv(Conv conv) {
     for (int64_t w = begin; w < begin + workers; ++w) {
       Stretch& stretch = stretches[w % workers];
       for (int64_t i; (i = stretch.next.fetch_add(1, std::memory_order_relaxed)) < stretch.end;) {
-        run_task(i);
+        run_task(i, i + 1 == stretch.end);
       }
     }
   });

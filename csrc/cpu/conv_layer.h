@@ -60,17 +60,20 @@ torch::stable::Tensor pack_transposed_tiles(torch::stable::Tensor weight);
 bool conv_weight_is_packed(torch::stable::Tensor weight, torch::stable::Tensor packed,
                            int64_t groups);
 
+// Whether the layer's packed weight has the weight's values, as far as a sample tells.
+bool seems_current(const ConvLayer& layer);
+
 // A layer on inputs of one size: geometry checked, batch-norm tensors in float32. `conv` lacks only
 // its tensors, strides, ReLU and pooling.
 class PreparedLayer {
  public:
   PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W,
-                torch::headeronly::ScalarType dtype);
+                torch::headeronly::ScalarType dtype, bool compares = true);
   PreparedLayer(PreparedLayer&&) = default;
   PreparedLayer(const PreparedLayer&) = delete;  // `conv` points into copies_
   Conv conv;
-  // Whether the packed weight seems to be made of the weight's present values. It is not written
-  // to, since another thread may be reading it.
+  // Whether the packed weight seems to be made of the weight's present values, unless it is left to
+  // the caller to compare them. It is not written to, since another thread may be reading it.
   bool is_current;
 
  private:

@@ -546,6 +546,9 @@ struct Product {
   // What to bring into the second-level cache meanwhile: `lines` for every chunk.
   const char* prefetch;
   int64_t lines;
+  // And of the next layer's weights.
+  const char* ahead;
+  int64_t ahead_lines;
 };
 
 constexpr int64_t kLine = 64;
@@ -773,7 +776,7 @@ void multiply(const Product& product, float* sums, Pending& pending) {
   const int64_t share = div_up(pending.pixels, product.chunks * product.taps * kProducts);
   const char *in0 = product.tiles[0].in, *in1 = product.tiles[kM - 1].in;
   const int64_t stride0 = product.tiles[0].stride, stride1 = product.tiles[kM - 1].stride;
-  const char *prefetch = product.prefetch, *weight = product.weight;
+  const char *prefetch = product.prefetch, *ahead = product.ahead, *weight = product.weight;
   const auto step = [&](auto pixels, auto weights, int64_t offset, const char* at) {
     multiply_step<kM, kN, pixels.value, weights.value>(in0 + offset, stride0, in1 + offset, stride1,
                                                        at);
@@ -799,6 +802,9 @@ void multiply(const Product& product, float* sums, Pending& pending) {
       }
       for (int64_t i = 0; i < product.lines; ++i, prefetch += kLine) {
         __builtin_prefetch(prefetch, 0, 2);
+      }
+      for (int64_t i = 0; i < product.ahead_lines; ++i, ahead += kLine) {
+        __builtin_prefetch(ahead, 0, 2);
       }
     }
   }
@@ -846,14 +852,15 @@ class Coming {
   // From here on each of so many products takes a share.
   void divide(int64_t products) { share_ = div_up(lines_, most(products, 1)); }
 
-  // One share, as far as it is in one piece, for a product of so many steps.
-  void take(Product& product, int64_t steps) {
+  // One share, as far as it is in one piece, for a product of so many steps: where it begins, and
+  // the lines for each of these.
+  void take(int64_t steps, const char*& begin, int64_t& lines) {
     for (; current_ < count_; ++current_) {
       Range& range = ranges_[current_];
       if (range.next >= range.end) continue;
-      product.prefetch = range.next;
-      product.lines = div_up(least(share_, div_up(range.end - range.next, kLine)), steps);
-      range.next += product.lines * steps * kLine;
+      begin = range.next;
+      lines = div_up(least(share_, div_up(range.end - range.next, kLine)), steps);
+      range.next += lines * steps * kLine;
       return;
     }
   }
@@ -880,13 +887,14 @@ FR_INLINE void add_pixels(Coming& coming, const Storage* tensor, int64_t Positio
   coming.add(tensor + begin, tensor + end);
 }
 
-// What a task prefetches when its own weights are through: its share of the next layer's. Threads
-// that divide the output channels among them do so in the next layer too.
+// The beginning of a thread's share of the next layer's weights. Threads that divide the output
+// channels among them do so in the next layer too.
 void add_next_layer(Coming& coming, const Conv& conv, const Task& task, int64_t blocks) {
   if (conv.next_weight == nullptr) return;
   const int64_t begin = conv.next_weight_bytes * task.block_begin / blocks / kLine * kLine;
   const int64_t end = conv.next_weight_bytes * task.block_end / blocks;
-  coming.add(static_cast<const char*>(conv.next_weight) + begin, end - begin);
+  coming.add(static_cast<const char*>(conv.next_weight) + begin,
+             least(end - begin, task.ahead_bytes));
 }
 
 // All tiles against all blocks of output channels of the task.
@@ -928,6 +936,14 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
   float* sums = scratch.sums;
   const int64_t turn = pixels_first ? 2 : list.count;
   const int64_t task_blocks = task.block_end - task.block_begin;
+  // The next layer's weights come while memory would have nothing to do: when all of this one's are
+  // here, and where these are streamed to the end with the last of them.
+  Coming ahead;
+  add_next_layer(ahead, conv, task, blocks);
+  const int64_t ahead_turn = pixels_first && list.count > turn ? turn : 0;
+  const int64_t ahead_block = pixels_first ? task.block_begin : task.block_end - 2;
+  ahead.divide(div_up(list.count - ahead_turn, 2) *
+               (task.block_end - most(ahead_block, task.block_begin)));
   for (int64_t begin = 0; begin < list.count; begin += turn) {
     const int64_t end = least(begin + turn, list.count), products = (end - begin + 1) / 2;
     Coming pixels;
@@ -965,9 +981,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
           static_cast<const char*>(conv.weight) + task.group * group_bytes + block * block_bytes;
       // While the first pixels of a block are multiplied the next block's weights are asked for.
       Coming weights;
-      if (block + 1 == task.block_end) {
-        if (end == list.count) add_next_layer(weights, conv, task, blocks);
-      } else if (begin == 0) {
+      if (begin == 0 && block + 1 < task.block_end) {
         weights.add(weight + block_bytes, block_bytes);
       }
       weights.divide(products);
@@ -981,10 +995,18 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
       }
       const Finish finish = e.channels > 16 ? finish_for<2>(e) : finish_for<1>(e);
       for (int64_t t = begin; t < end; t += 2) {
-        Product product{list.tiles + t,  weight,       rows,          layout.taps(), layout.chunks,
-                        scratch.offsets, scratch.part, scratch.chunk, weight,        0};
-        weights.take(product, layout.weight.chunks);
-        if (product.lines == 0) pixels.take(product, layout.weight.chunks);
+        Product product{list.tiles + t, weight,
+                        rows,           layout.taps(),
+                        layout.chunks,  scratch.offsets,
+                        scratch.part,   scratch.chunk,
+                        nullptr,        0,
+                        nullptr,        0};
+        const int64_t steps = layout.weight.chunks;
+        weights.take(steps, product.prefetch, product.lines);
+        if (product.lines == 0) pixels.take(steps, product.prefetch, product.lines);
+        if (begin >= ahead_turn && block >= ahead_block) {
+          ahead.take(steps, product.ahead, product.ahead_lines);
+        }
         const Position* positions = list.positions + t * kTileRows;
         const bool pair = t + 1 < end;
         if (!pixels_first) prefetch_results(e, positions, pair ? 2 * kTileRows : kTileRows);

@@ -17,6 +17,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -95,51 +96,58 @@ struct NextWeight {
         bytes(layer.packed.numel() * static_cast<int64_t>(layer.packed.element_size())) {}
 };
 
-// One block. Its shortcut is 0: the input; 1: a projection, the last of its layers; negative: the
-// input's pixels at such steps. `next_block` is what follows it. Nothing where a packed weight is
-// not current.
-std::optional<Tensor> run_block(const Tensor& input, const ConvLayer* layers, int64_t count,
-                                int64_t shortcut, const NextWeight& next_block) {
+// A block on inputs of one size.
+struct PreparedBlock {
+  std::vector<PreparedLayer> layers;
+  bool has_projection, channels_last;
+  int64_t step_h, step_w;  // from a pixel of the shortcut to the next
+  int64_t N, C, H, W;      // of its output
+
+  // Its convolution on the input of the last one and the shortcut.
+  int64_t last() const { return static_cast<int64_t>(layers.size()) - (has_projection ? 2 : 1); }
+};
+
+// Its shortcut is 0: the input; 1: a projection, the last of its layers; negative: the input's
+// pixels at such steps.
+PreparedBlock prepare_block(const ConvLayer* layers, int64_t count, int64_t shortcut, int64_t N,
+                            int64_t C, int64_t H, int64_t W, bool channels_last, ScalarType dtype) {
   check_number("residual_blocks", "a shortcut", shortcut, -kLargestStep, 1);
-  const bool has_projection = shortcut == 1;
-  FR_CHECK(count >= (has_projection ? 2 : 1), "residual_blocks: ", count,
+  PreparedBlock block{{}, shortcut == 1, channels_last, 1, 1, N, C, H, W};
+  FR_CHECK(count >= (block.has_projection ? 2 : 1), "residual_blocks: ", count,
            " convolutions are too few for a block");
-  const auto dtype = input.scalar_type();
-  const int64_t last = count - (has_projection ? 2 : 1);
-  const int64_t N = input.size(0), item = static_cast<int64_t>(input.element_size());
-
-  bool channels_last = is_channels_last(input);
-  std::vector<PreparedLayer> prepared;
-  prepared.reserve(static_cast<size_t>(count));
-  int64_t C = input.size(1), H = input.size(2), W = input.size(3);
+  block.layers.reserve(static_cast<size_t>(count));
+  const int64_t last = count - (block.has_projection ? 2 : 1);
   for (int64_t i = 0; i <= last; ++i) {
-    prepared.emplace_back(layers[i], N, C, H, W, dtype);
-    const Conv& conv = prepared.back().conv;
+    block.layers.emplace_back(layers[i], N, block.C, block.H, block.W, dtype, false);
+    const Conv& conv = block.layers.back().conv;
+    block.C = conv.K, block.H = conv.P, block.W = conv.Q;
+    block.channels_last |= is_channels_last(layers[i].weight);
+  }
+  if (block.has_projection) {
+    block.layers.emplace_back(layers[last + 1], N, C, H, W, dtype, false);
+    const Conv& conv = block.layers.back().conv;
     C = conv.K, H = conv.P, W = conv.Q;
-    channels_last |= is_channels_last(layers[i].weight);
   }
-  int64_t shortcut_c = input.size(1), shortcut_h = input.size(2), shortcut_w = input.size(3);
-  if (has_projection) {
-    prepared.emplace_back(layers[last + 1], N, shortcut_c, shortcut_h, shortcut_w, dtype);
-    const Conv& conv = prepared.back().conv;
-    shortcut_c = conv.K, shortcut_h = conv.P, shortcut_w = conv.Q;
-  }
-  const bool is_padded = shortcut < 0;
   // No step is larger than the image.
-  const int64_t step_h = std::clamp<int64_t>(-shortcut, 1, std::max<int64_t>(shortcut_h, 1));
-  const int64_t step_w = std::clamp<int64_t>(-shortcut, 1, std::max<int64_t>(shortcut_w, 1));
-  if (is_padded) {
-    shortcut_c = std::max(shortcut_c, C);
-    shortcut_h = div_up(shortcut_h, step_h);
-    shortcut_w = div_up(shortcut_w, step_w);
+  block.step_h = std::clamp<int64_t>(-shortcut, 1, std::max<int64_t>(H, 1));
+  block.step_w = std::clamp<int64_t>(-shortcut, 1, std::max<int64_t>(W, 1));
+  if (shortcut < 0) {
+    C = std::max(C, block.C);
+    H = div_up(H, block.step_h);
+    W = div_up(W, block.step_w);
   }
-  FR_CHECK(shortcut_c == C && shortcut_h == H && shortcut_w == W,
-           "residual_blocks: the shortcut is ", shortcut_c, " x ", shortcut_h, " x ", shortcut_w,
-           ", the last convolution's output is ", C, " x ", H, " x ", W);
-  for (const PreparedLayer& layer : prepared) {
-    if (!layer.is_current) return std::nullopt;
-  }
+  FR_CHECK(C == block.C && H == block.H && W == block.W, "residual_blocks: the shortcut is ", C,
+           " x ", H, " x ", W, ", the last convolution's output is ", block.C, " x ", block.H,
+           " x ", block.W);
+  return block;
+}
 
+// `next_block` is the weight of what follows it.
+Tensor run_block(const Tensor& input, const PreparedBlock& block, const ConvLayer* layers,
+                 const NextWeight& next_block) {
+  const auto dtype = input.scalar_type();
+  const auto& [prepared, has_projection, channels_last, step_h, step_w, N, C, H, W] = block;
+  const int64_t last = block.last(), item = static_cast<int64_t>(input.element_size());
   Tensor output = empty_activation(N, C, H, W, dtype, channels_last);
   if (N == 0) return output;
   const int64_t at_once = images_at_once(prepared[0].conv, prepared, last, item);
@@ -204,21 +212,42 @@ std::optional<Tensor> residual_blocks_packed(Tensor input, std::vector<Tensor> t
   FR_CHECK(layer_counts.size() == shortcuts.size(), "residual_blocks: ", layer_counts.size(),
            " layer counts, ", shortcuts.size(), " shortcuts");
   const std::vector<ConvLayer> layers = make_layers(tensors, numbers, eps);
+  // All of them before the first one runs: the code for it, and the tensors' own fields, would be
+  // out of the caches again after each block.
+  std::vector<PreparedBlock> blocks;
+  blocks.reserve(layer_counts.size());
+  bool channels_last = is_channels_last(input);
+  int64_t C = input.size(1), H = input.size(2), W = input.size(3);
   size_t first = 0;
   for (size_t i = 0; i < layer_counts.size(); ++i) {
     FR_CHECK(layer_counts[i] > 0 && layer_counts[i] <= static_cast<int64_t>(layers.size() - first),
              "residual_blocks: block ", i, " has ", layer_counts[i], " convolutions, ",
              layers.size() - first, " are left");
-    const size_t behind = first + static_cast<size_t>(layer_counts[i]);
-    std::optional<Tensor> output =
-        run_block(input, &layers[first], layer_counts[i], shortcuts[i],
-                  behind < layers.size() ? NextWeight(layers[behind]) : NextWeight());
-    if (!output) return std::nullopt;
-    input = *output;
-    first = behind;
+    blocks.push_back(prepare_block(&layers[first], layer_counts[i], shortcuts[i], input.size(0), C,
+                                   H, W, channels_last, input.scalar_type()));
+    const PreparedBlock& block = blocks.back();
+    channels_last = block.channels_last, C = block.C, H = block.H, W = block.W;
+    first += static_cast<size_t>(layer_counts[i]);
   }
   FR_CHECK(first == layers.size(), "residual_blocks: ", layers.size(), " convolutions, ", first,
            " of them in blocks");
+  std::atomic<bool> current{true};
+  torch::stable::parallel_for(0, static_cast<int64_t>(layers.size()), 4,
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  if (!seems_current(layers[static_cast<size_t>(i)]))
+                                    current = false;
+                                }
+                              });
+  if (!current) return std::nullopt;
+
+  first = 0;
+  for (const PreparedBlock& block : blocks) {
+    const size_t behind = first + block.layers.size();
+    input = run_block(input, block, &layers[first],
+                      behind < layers.size() ? NextWeight(layers[behind]) : NextWeight());
+    first = behind;
+  }
   return input;
 }
 

@@ -130,6 +130,10 @@ class Backend:
         """See `reference.quantized_residual_blocks`: the same bits."""
         return reference.quantized_residual_blocks(input, blocks, stored, output)
 
+    def pool_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """A network's head in one call, or None where that is not covered: `ops.pool_linear`."""
+        return None
+
     # Training, forward.
 
     def batch_norm_act_training(

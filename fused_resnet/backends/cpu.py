@@ -41,6 +41,7 @@ __all__ = [
     "has_kernel",
     "max_pool_backward",
     "norm_conv_bn_act",
+    "pool_linear",
     "release",
     "residual_blocks",
 ]
@@ -48,6 +49,8 @@ __all__ = [
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The filter's taps the kernel keeps offsets for, kMaxRuns in csrc/cpu/conv.h.
 _MOST_TAPS = 1024
+# The images for which `pool_linear` is faster than torch's operators.
+_MOST_IMAGES = 16
 # The largest window it pools, kLargestPool there.
 _LARGEST_POOL = 1024
 
@@ -55,22 +58,24 @@ _LARGEST_POOL = 1024
 _ABSENT = torch.empty(0, device="cpu")
 _ISA: str = torch.ops.fused_resnet.conv_isa()
 _TILE_ISA: str = torch.ops.fused_resnet.conv_tile_isa()
-_conv_bn_act_packed = torch.ops.fused_resnet.conv_bn_act_packed.default
+# `_op` is what the wrapper in Python calls, which these would feel.
+_conv_bn_act_packed = torch.ops.fused_resnet.conv_bn_act_packed.default._op
 _norm_conv_bn_act_packed = torch.ops.fused_resnet.norm_conv_bn_act_packed.default
-_residual_blocks_packed = torch.ops.fused_resnet.residual_blocks_packed.default
+_residual_blocks_packed = torch.ops.fused_resnet.residual_blocks_packed.default._op
+_pool_linear = torch.ops.fused_resnet.pool_linear.default
 _pack_conv_weight = torch.ops.fused_resnet.pack_conv_weight.default
 _conv_weight_is_packed = torch.ops.fused_resnet.conv_weight_is_packed.default
-_batch_statistics = torch.ops.fused_resnet.batch_statistics.default
-_train_batch_norm_act = torch.ops.fused_resnet.train_batch_norm_act.default
-_batch_norm_act_backward = torch.ops.fused_resnet.batch_norm_act_backward.default
-_batch_norm_act_backward_sums = torch.ops.fused_resnet.batch_norm_act_backward_sums.default
-_batch_norm_act_backward_input = torch.ops.fused_resnet.batch_norm_act_backward_input.default
-_conv_input_gradient = torch.ops.fused_resnet.conv_input_gradient.default
+_batch_statistics = torch.ops.fused_resnet.batch_statistics.default._op
+_train_batch_norm_act = torch.ops.fused_resnet.train_batch_norm_act.default._op
+_batch_norm_act_backward = torch.ops.fused_resnet.batch_norm_act_backward.default._op
+_batch_norm_act_backward_sums = torch.ops.fused_resnet.batch_norm_act_backward_sums.default._op
+_batch_norm_act_backward_input = torch.ops.fused_resnet.batch_norm_act_backward_input.default._op
+_conv_input_gradient = torch.ops.fused_resnet.conv_input_gradient.default._op
 _max_pool_gradient = torch.ops.fused_resnet.max_pool_gradient.default
 _pack_quantized_conv = torch.ops.fused_resnet.pack_quantized_conv.default
 _quantized_residual_blocks_packed = torch.ops.fused_resnet.quantized_residual_blocks_packed.default
-_norm_vectors = torch.ops.fused_resnet.norm_vectors.default
-_pool_empty_like = torch.ops.fused_resnet.pool_empty_like.default
+_norm_vectors = torch.ops.fused_resnet.norm_vectors.default._op
+_pool_empty_like = torch.ops.fused_resnet.pool_empty_like.default._op
 
 
 def explain(
@@ -346,8 +351,8 @@ def conv_input_gradient(
     ):
         return None
     if tuple(stride) == (1, 1):
-        covered = all(
-            0 <= p <= d * (r - 1) for p, d, r in zip(padding, dilation, (R, S), strict=True)
+        covered = 0 <= padding[0] <= dilation[0] * (R - 1) and 0 <= padding[1] <= dilation[1] * (
+            S - 1
         )
     else:
         covered = pointwise and not any(padding)
@@ -444,6 +449,19 @@ def residual_blocks(
         return out
     except ValueError:
         # Shapes, dtypes or devices that do not go together: step by step the reason comes out.
+        return None
+
+
+def pool_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """A network's head: see csrc/cpu/pool_linear.cpp, and `ops.pool_linear`."""
+    if not _ISA or input.dtype not in _NATIVE_DTYPES:
+        return None
+    if not 0 < input.size(0) <= _MOST_IMAGES:
+        return None
+    try:
+        return _pool_linear(input, weight, bias)
+    except ValueError:
+        # Strides it does not take, or what does not go together: torch's operators say what.
         return None
 
 
@@ -600,6 +618,7 @@ class Cpu(Backend):
     conv_bn_act_max_pool = staticmethod(conv_bn_act_max_pool)
     batch_norm_act_inference = staticmethod(batch_norm_act_inference)
     residual_blocks = staticmethod(residual_blocks)
+    pool_linear = staticmethod(pool_linear)
     batch_norm_act_training = staticmethod(batch_norm_act_training)
     batch_norm_act_training_keeping_mask = staticmethod(batch_norm_act_training_keeping_mask)
     batch_statistics = staticmethod(batch_statistics)

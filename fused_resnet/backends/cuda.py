@@ -151,9 +151,9 @@ def residual_blocks(
         return None
     if on_host():
         tile = basic_block.tiles(problem, architecture.of_device(input.device))[0]
-        return run_basic_block(input, *blocks[0][0], tile)
+        return run_basic_block(input, *blocks[0].layers, tile)
     choice = tuning.choose(problem, input.device)
-    return None if choice.tile is None else run_basic_block(input, *blocks[0][0], choice.tile)
+    return None if choice.tile is None else run_basic_block(input, *blocks[0].layers, choice.tile)
 
 
 def run_basic_block(input: Tensor, first: ConvNorm, second: ConvNorm, tile: Tile) -> Tensor:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .description import BlockLayers, ConvNorm, Norm, Pool, output_size
+from .description import Block, ConvNorm, Norm, Pool, output_size
 
 ACTIVATIONS = ("relu", "none")
 _REDUCED = (torch.float16, torch.bfloat16)
@@ -131,19 +132,50 @@ def prologue_error(name: str, input: Tensor, before: Norm) -> ValueError | TypeE
     return error or _eps_error(name, before.eps, "in_eps")
 
 
-def blocks_fit(input: Tensor, blocks: Sequence[BlockLayers]) -> bool:
+def blocks_fit(input: Tensor, blocks: Sequence[Block]) -> bool:
     """Whether no convolution of these blocks has an error; see `ops.residual_blocks`."""
     shape: Sequence[int] | None = tuple(input.shape)
-    for layers, has_projection in blocks:
+    for block in blocks:
         shortcut = shape
-        if has_projection:
-            *layers, projection = layers
-            shortcut = _conv_shape(input, shape, projection)
-        for layer in layers:
+        if block.has_projection:
+            shortcut = _conv_shape(input, shape, block.layers[-1])
+        for layer in block.main:
             shape = None if shape is None else _conv_shape(input, shape, layer)
         if shape is None or shape != shortcut:
             return False
     return True
+
+
+def block_key(input: Tensor, block: Block) -> tuple[Any, ...]:
+    """All of a block and its input that `conv_error` looks at, of plain tensors with strides."""
+    device = input.device
+    key: list[Any] = [input.shape, input.dtype, device, input.layout, *block[1:]]
+    key += (torch.is_autocast_enabled(device.type), torch.is_grad_enabled())
+    for weight, norm, bias, stride, padding, dilation, groups in block.layers:
+        mean, var, bn_weight, bn_bias, eps = norm
+        key += (tuple(stride), tuple(padding), tuple(dilation), groups, eps)
+        for tensor in (weight, mean, var, bn_weight, bn_bias, bias):
+            if tensor is None:
+                key.append(None)
+            else:
+                key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+        key += (mean is not None and mean.requires_grad, var is not None and var.requires_grad)
+    return tuple(key)
+
+
+_fits: dict[tuple[Any, ...], bool] = {}
+_MOST_FITS = 2048
+
+
+def plain_block_fits(input: Tensor, block: Block) -> bool:
+    """`blocks_fit(input, [block])` of plain tensors, found once."""
+    key = block_key(input, block)
+    fits = _fits.get(key)
+    if fits is None:
+        if len(_fits) >= _MOST_FITS:
+            _fits.clear()
+        fits = _fits[key] = blocks_fit(input, [block])
+    return fits
 
 
 def _conv_shape(input: Tensor, shape: Sequence[int], layer: ConvNorm) -> Sequence[int] | None:

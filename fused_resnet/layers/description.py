@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -107,62 +106,62 @@ class Sums(NamedTuple):
     count: float | Tensor
 
 
-BlockLayers: TypeAlias = tuple[Sequence[ConvNorm], int]
-"""The convolutions of a block, and whether the last of them makes the shortcut from the block's
-input. Where `pads_shortcuts`, a number
-below zero stands for a shortcut that has the input's pixels at such steps, its channels in the
-middle of zeros."""
-
 TENSORS = 6  # a layer's: weight, running_mean, running_var, bn_weight, bn_bias, bias
-_NUMBERS = 7  # stride, padding and dilation, two each, and groups
+NUMBERS = 7  # stride, padding and dilation, two each, and groups
 
 
-def described_blocks(
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[int],
-    eps: Sequence[float],
-    layer_counts: Sequence[int],
-    projections: Sequence[bool],
-) -> Iterator[BlockLayers]:
-    """The blocks that the operator's arguments describe."""
-    layer = 0
-    for count, has_projection in zip(layer_counts, projections, strict=True):
-        layers = []
-        for i in range(layer, layer + count):
-            weight, mean, var, bn_weight, bn_bias, bias = tensors[TENSORS * i : TENSORS * (i + 1)]
-            n = numbers[_NUMBERS * i : _NUMBERS * (i + 1)]
-            geometry = (n[0:2], n[2:4], n[4:6], n[6])
-            norm = Norm(mean, var, bn_weight, bn_bias, eps[i])
-            layers.append(ConvNorm(weight, norm, bias, *geometry))
-        yield layers, has_projection
-        layer += count
+class Layer(NamedTuple):
+    """What is not a tensor of a convolution and its norm in training.
 
+    Attributes:
+        geometry: stride, padding and dilation, two numbers each, and groups.
+        eps: of the norm.
+        group: the processes whose batches make the statistics; None for this process's own.
+    """
 
-PARAMETERS = 4  # a layer's: the weight and bias of the convolution, and those of the norm
-SAVED = 4  # of a layer: raw, mean, var and count
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What is not a tensor of a convolution and its norm."""
-
-    geometry: tuple
+    geometry: tuple[Any, ...]
     eps: float
     group: dist.ProcessGroup | None
 
 
-@dataclass(frozen=True)
-class Block:
-    """A residual block without its tensors: its convolutions, then that of a projection."""
+class Block(NamedTuple):
+    """A residual block: `relu(... relu(layer(input)) ... + shortcut)`.
+
+    Attributes:
+        layers: its convolutions, then that of a projection.
+        has_projection: whether the last layer makes the shortcut from the block's input.
+        step: 0 where the shortcut is the input or its projection; else it has the input's pixels at
+            such steps, its channels in the middle of zeros.
+        low_memory: whether training computes 1x1 convolutions twice rather than keep their outputs.
+    """
+
+    layers: Sequence[ConvNorm]
+    has_projection: bool
+    step: int = 0
+    low_memory: bool = False
+
+    @property
+    def main(self) -> Sequence[ConvNorm]:
+        """The layers that are not the projection."""
+        return self.layers[:-1] if self.has_projection else self.layers
+
+    @property
+    def projection(self) -> ConvNorm | None:
+        """The layer that makes the shortcut, if one does."""
+        return self.layers[-1] if self.has_projection else None
+
+
+class TrainedBlock(NamedTuple):
+    """A `Block` in training, where tensors go by themselves: see there."""
 
     layers: tuple[Layer, ...]
     has_projection: bool
+    step: int
     low_memory: bool
-    step: int = 1  # between the pixels of the input that are the shortcut
 
     def subsampled(self, tensor: Tensor) -> Tensor:
         """Of the input or its gradient, a view of what is the shortcut."""
-        return tensor if self.step == 1 else tensor[:, :, :: self.step, :: self.step]
+        return tensor if self.step <= 1 else tensor[:, :, :: self.step, :: self.step]
 
     def shortcut_is_input(self, input: Tensor, shortcut: Tensor | None) -> bool:
         """Whether the shortcut, or its gradient, is like the block's input; false for None."""
@@ -172,3 +171,51 @@ class Block:
     def main(self) -> int:
         """How many convolutions are not the projection."""
         return len(self.layers) - self.has_projection
+
+
+def flattened_blocks(
+    blocks: Sequence[Block],
+) -> tuple[list[Tensor | None], list[int], list[float], list[int], list[int]]:
+    """Blocks as the operator `residual_blocks` takes them, behind its input.
+
+    Of each convolution six tensors, seven numbers and eps; of each block how many convolutions it
+    has, and `has_projection`, or below zero its `step`.
+    """
+    tensors: list[Tensor | None] = []
+    numbers: list[int] = []
+    eps: list[float] = []
+    layer_counts: list[int] = []
+    projections: list[int] = []
+    for layers, has_projection, step, _ in blocks:
+        for weight, norm, bias, stride, padding, dilation, groups in layers:
+            mean, var, bn_weight, bn_bias, bn_eps = norm
+            tensors += (weight, mean, var, bn_weight, bn_bias, bias)
+            numbers += (*stride, *padding, *dilation, groups)
+            eps.append(bn_eps)
+        layer_counts.append(len(layers))
+        projections.append(-step if step else has_projection)
+    return tensors, numbers, eps, layer_counts, projections
+
+
+def described_blocks(
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    layer_counts: Sequence[int],
+    projections: Sequence[int],
+) -> Iterator[Block]:
+    """The blocks that have these for their `flattened_blocks`."""
+    layer = 0
+    for count, projection in zip(layer_counts, projections, strict=True):
+        layers = []
+        for i in range(layer, layer + count):
+            weight, mean, var, bn_weight, bn_bias, bias = tensors[TENSORS * i : TENSORS * (i + 1)]
+            n = numbers[NUMBERS * i : NUMBERS * (i + 1)]
+            norm = Norm(mean, var, bn_weight, bn_bias, eps[i])
+            layers.append(ConvNorm(weight, norm, bias, n[0:2], n[2:4], n[4:6], n[6]))
+        yield Block(layers, projection > 0, max(-projection, 0))
+        layer += count
+
+
+PARAMETERS = 4  # a trained layer's: the weight and bias of the convolution, and those of the norm
+SAVED = 4  # of a trained layer: raw, mean, var and count

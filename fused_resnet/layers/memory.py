@@ -5,6 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.nn import Parameter
+
+# What `suggest_memory_format` said, by shape and strides; it calls fifty functions.
+_formats: dict[tuple[torch.Size, tuple[int, ...]], torch.memory_format] = {}
+_MOST_FORMATS = 4096
+
+
+def memory_format_of(tensor: Tensor) -> torch.memory_format:
+    """`suggest_memory_format(tensor)`; not for what a compiler traces."""
+    if type(tensor) not in (Tensor, Parameter):
+        return suggest_memory_format(tensor)
+    key = (tensor.shape, tensor.stride())
+    found = _formats.get(key)
+    if found is None:
+        if len(_formats) >= _MOST_FORMATS:
+            _formats.clear()
+        found = _formats[key] = suggest_memory_format(tensor)
+    return found
 
 
 def contiguous_like_eager(input: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import swap
-from ..layers.description import BlockLayers
+from ..layers.description import Block
 from ..modules import read, run
 from ..tuning import basic_block, chain
 from ..tuning.problem import CHAIN_DTYPES, BasicBlockProblem, ChainProblem, ConvProblem
@@ -58,19 +58,19 @@ def basic_blocks_of_model(
     """
     x, blocks = _first_input_and_blocks(name, batch, dtype, size)
     found: Counter[BasicBlockProblem] = Counter()
-    for layers, has_projection in blocks:
+    for block in blocks:
         x = x.to(memory_format=torch.channels_last)
-        problem = basic_block.problem_of(x, [(layers, has_projection)])
+        problem = basic_block.problem_of(x, [block])
         if problem is not None:
             found[problem] += 1
-        for weight, _, *rest in layers[: len(layers) - has_projection]:
+        for weight, _, *rest in block.main:
             x = torch.conv2d(x, weight, *rest)
     return found
 
 
 def _first_input_and_blocks(
     name: str, batch: int, dtype: str, size: int
-) -> tuple[Tensor, list[BlockLayers]]:
+) -> tuple[Tensor, list[Block]]:
     """What a model's stem hands on, and the blocks behind it, on tensors without data."""
     with torch.device("meta"):
         model = swap.fuse(torchvision.models.get_model(name).eval())
@@ -81,7 +81,7 @@ def _first_input_and_blocks(
     with torch.no_grad():
         x = run.stem(model.conv1, model.bn1, model.relu, model.maxpool, images)
     stages = [model.layer1, model.layer2, model.layer3, model.layer4]
-    blocks = read.stages_layers(stages, x)
+    blocks = read.stages_blocks(stages, x)
     assert blocks is not None, "a fused model in eval mode"
     return x, blocks
 

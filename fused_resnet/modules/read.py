@@ -19,13 +19,15 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import forms, originals
 from ..forms import Form, Unit
-from ..layers.description import BlockLayers, ConvNorm, Norm, Pool
+from ..layers.description import Block, ConvNorm, Norm, Pool
 from ..models import cifar
 from ..ops.registration import transforms_active
 from ..originals import (
+    AdaptiveAvgPool2d,
     BatchNorm2d,
     Conv2d,
     FrozenBatchNorm2d,
+    Linear,
     MaxPool2d,
     ReLU,
     Sequential,
@@ -89,7 +91,7 @@ def block_layers(block: nn.Module, may_pad: bool = False) -> tuple[Layers, bool]
     return pairs, has_projection
 
 
-def inference_layers(block: nn.Module, x: Tensor) -> BlockLayers | None:
+def inference_block(block: nn.Module, x: Tensor) -> Block | None:
     """A block without an obstacle as `ops.residual_blocks` takes it, or None where it cannot."""
     if (found := block_layers(block)) is None:
         return None
@@ -99,49 +101,71 @@ def inference_layers(block: nn.Module, x: Tensor) -> BlockLayers | None:
         if uses_batch_statistics(norm) or not keeps_dtype(norm, x) or not norm.eps >= 0:
             return None
         layers.append(layer_of(conv, norm))
-    return layers, has_projection
+    return Block(layers, has_projection)
 
 
-def stages_layers(stages: list[nn.Module], x: Tensor) -> list[BlockLayers] | None:
+def stages_blocks(stages: list[nn.Module], x: Tensor) -> list[Block] | None:
     """The blocks of all stages, or None where calling some stage is more than inference by them."""
-    blocks: list[BlockLayers] = []
+    blocks: list[Block] = []
     for stage in stages:
-        added = stage_layers(stage, x)
+        added = stage_blocks(stage, x)
         if added is None:
             return None
         blocks += added
     return blocks
 
 
-def stage_layers(stage: nn.Module, x: Tensor, may_pad: bool = False) -> list[BlockLayers] | None:
+def stage_blocks(stage: nn.Module, x: Tensor, may_pad: bool = False) -> list[Block] | None:
     """What calling a stage would run, or None where that is more than inference by its blocks.
 
     The network around it has no obstacle. `may_pad`: see `ops.pads_shortcuts`.
     """
     if type(stage) is not Sequential or _call_obstacle(stage) is not None:
         return None
-    plain = None if torch.compiler.is_compiling() else plain_layers
+    plain = None if torch.compiler.is_compiling() else plain_block
     blocks = []
     for block in stage._modules.values():
         form = forms.of_fused(type(block))
         if form is None or not form.is_block:
             return None
-        layers = plain and plain(block, form, may_pad)
-        if layers is None:
+        described = plain and plain(block, form, may_pad)
+        if described is None:
             if _call_obstacle(block) is not None or own_obstacle(block) is not None:
                 return None
-            layers = inference_layers(block, x)
-        if layers is None:
+            described = inference_block(block, x)
+        if described is None:
             return None
-        blocks.append(layers)
+        blocks.append(described)
     return blocks
 
 
-def plain_layers(block: nn.Module, form: Form, may_pad: bool) -> BlockLayers | None:
-    """The layers of a block in which there is nothing out of the ordinary, in a tenth of the time.
+def plain_stages(stages: list[nn.Module]) -> list[Block] | None:
+    """The blocks of all stages, or None unless all of them are plain; see `plain_block`."""
+    if torch.compiler.is_compiling():
+        return None
+    blocks = []
+    for stage in stages:
+        if type(stage) is not Sequential or _call_obstacle(stage) is not None:
+            return None
+        for block in stage._modules.values():
+            form = forms.of_fused(type(block))
+            if form is None or not form.is_block:
+                return None
+            described = plain_block(block, form, False)
+            if described is None:
+                return None
+            blocks.append(described)
+    return blocks
+
+
+def plain_block(
+    block: nn.Module, form: Form, may_pad: bool, training: bool = False
+) -> Block | None:
+    """A block in which there is nothing out of the ordinary, in a tenth of the time.
 
     Nothing but what every module of these classes has: neither obstacles, hooks nor parts that may
-    be idle. None says only that `own_obstacle` and `_inference_layers` have to find out.
+    be idle. None says only that `own_obstacle`, `inference_block` and `block_layers` have to find
+    out. Where `training`, its norms are `BatchNorm2d` that take the batch's statistics.
     """
     if form.plain_names is None or form.replaced() is not None or _has_any_global_hook():
         return None
@@ -159,29 +183,32 @@ def plain_layers(block: nn.Module, form: Form, may_pad: bool) -> BlockLayers | N
             act = unit_act
             if _is_touched(act.__dict__):
                 return None
-        layer = _plain_layer(children.get(conv_name), children.get(norm_name))
+        layer = _plain_layer(children.get(conv_name), children.get(norm_name), training)
         if layer is None:
             return None
         layers.append(layer)
     downsample = children.get(form.shortcut)
     if downsample is None:
         # Whoever assigned something else than a module has it among the other attributes.
-        return (layers, False) if getattr(block, form.shortcut) is None else None
+        if getattr(block, form.shortcut) is not None:
+            return None
+        return _new(Block, (layers, False, 0, training and block.memory == "low"))
     if may_pad and type(downsample) is cifar.PaddedShortcut:
-        return _with_padded_shortcut(layers, downsample)
+        low_memory = training and block.memory == "low"
+        return _with_padded_shortcut(layers, downsample, low_memory)
     if type(downsample) is not Sequential or _is_touched(downsample.__dict__):
         return None
     projection = [*downsample._modules.values()]
-    layer = _plain_layer(*projection) if len(projection) == 2 else None
+    layer = _plain_layer(*projection, training) if len(projection) == 2 else None
     if layer is None:
         return None
     layers.append(layer)
-    return layers, True
+    return _new(Block, (layers, True, 0, training and block.memory == "low"))
 
 
 def _with_padded_shortcut(
-    layers: list[ConvNorm], shortcut: cifar.PaddedShortcut
-) -> BlockLayers | None:
+    layers: list[ConvNorm], shortcut: cifar.PaddedShortcut, low_memory: bool
+) -> Block | None:
     first, last = layers[0], layers[-1]
     added = last.weight.size(0) - first.weight.size(1) * first.groups
     step = shortcut.stride
@@ -193,11 +220,11 @@ def _with_padded_shortcut(
         or step < 1
     ):
         return None
-    return layers, -step
+    return Block(layers, False, step, low_memory)
 
 
-def _plain_layer(conv: nn.Module | None, norm: nn.Module | None) -> ConvNorm | None:
-    """`layer_of`; see `plain_layers`."""
+def _plain_layer(conv: nn.Module | None, norm: nn.Module | None, training: bool) -> ConvNorm | None:
+    """`layer_of`; see `plain_block`."""
     if type(conv) is not Conv2d or type(norm) is not BatchNorm2d:
         return None
     of_conv, of_norm = conv.__dict__, norm.__dict__
@@ -215,7 +242,7 @@ def _plain_layer(conv: nn.Module | None, norm: nn.Module | None) -> ConvNorm | N
         or of_norm["_backward_hooks"]
         or of_norm["_backward_pre_hooks"]
         or "forward" in of_norm
-        or of_norm["training"]
+        or of_norm["training"] is not training
         or of_conv["padding_mode"] != "zeros"
         or type(padding) is not tuple
     ):
@@ -245,7 +272,7 @@ def _plain_layer(conv: nn.Module | None, norm: nn.Module | None) -> ConvNorm | N
 
 
 def _is_touched(state: dict[str, Any]) -> bool:
-    """`_call_obstacle` of the module with this `__dict__`, for `plain_layers`."""
+    """`_call_obstacle` of the module with this `__dict__`, for `plain_block`."""
     return bool(
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
@@ -446,6 +473,19 @@ def pool_obstacle(maxpool: nn.Module) -> str | None:
     if reason := _call_obstacle(maxpool):
         return f"maxpool {reason}"
     return None
+
+
+def head_obstacle(avgpool: nn.Module, fc: nn.Module) -> str | None:
+    """What keeps a network's last two modules from running as one, or None."""
+    if type(avgpool) is not AdaptiveAvgPool2d or avgpool.output_size not in (1, (1, 1), [1, 1]):
+        return f"avgpool is {described(avgpool)}"
+    if type(fc) is not Linear:
+        return f"fc is {described(fc)}"
+    if _has_any_global_hook():
+        return "global module hooks are registered"
+    if name := originals.replaced_in_heads():
+        return f"{name} has been replaced"
+    return _call_obstacle(avgpool) or _call_obstacle(fc)
 
 
 def bare_conv_obstacle(conv: nn.Module | None) -> str | None:

@@ -8,19 +8,22 @@ arguments do not fit runs unfused inside `conv_norm_act`.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import backends, forms, reference
-from ..forms import Unit
+from ..forms import Form, Unit
 from ..layers import checks
-from ..layers.description import BlockLayers, ConvNorm, Norm
+from ..layers.description import Block, ConvNorm, Layer, Norm, TrainedBlock
 from ..ops import conv_bn_act_max_pool, running_statistics
 from ..ops.conv_bn_act import conv_bn_act
 from ..ops.gradients import has_norm_kernel
 from ..ops.norm_conv_bn_act import norm_conv_bn_act
+from ..ops.pool_linear import pool_linear
 from ..ops.registration import needs_grad
 from ..ops.residual_blocks import pads_shortcuts, residual_blocks
 from ..ops.training.graphs import (
@@ -36,7 +39,8 @@ from .read import (
     block_layers,
     conv_norm,
     downsample_obstacle,
-    inference_layers,
+    head_obstacle,
+    inference_block,
     input_obstacle,
     keeps_dtype,
     layer_of,
@@ -44,11 +48,12 @@ from .read import (
     obstacle,
     obstacle_of_call,
     pads_channels,
-    plain_layers,
+    plain_block,
+    plain_stages,
     pool_obstacle,
     pool_of,
     split_downsample,
-    stage_layers,
+    stage_blocks,
     sync_group,
     uses_batch_statistics,
     working_parts,
@@ -63,14 +68,21 @@ def run_unfused(module: nn.Module, x: Any, method: str = "forward") -> Tensor:
 def block_forward(block: nn.Module, x: Tensor) -> Tensor:
     """A residual block of any form."""
     form = forms.of(block)
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        layers = None if obstacle_of_call(x) is not None else plain_layers(block, form, False)
-        if layers is not None and (out := residual_blocks(x, [layers])) is not None:
-            return out
+    if not torch.compiler.is_compiling() and obstacle_of_call(x) is None:
+        records = torch.is_grad_enabled()
+        described = plain_block(block, form, records, records)
+        if described is not None:
+            out = (
+                _plain_training(block, form, described, x)
+                if records
+                else residual_blocks(x, [described])
+            )
+            if out is not None:
+                return out
     if obstacle(block) is not None or input_obstacle(x) is not None:
         return run_unfused(block, x)
-    layers = inference_layers(block, x)
-    if layers is not None and (out := residual_blocks(x, [layers])) is not None:
+    described = inference_block(block, x)
+    if described is not None and (out := residual_blocks(x, [described])) is not None:
         return out
     if (out := _block_training(block, x)) is not None:
         return out
@@ -118,45 +130,113 @@ def run_unit(
     return x
 
 
+def _plain_training(block: nn.Module, form: Form, described: Block, x: Tensor) -> Tensor | None:
+    """A block that `plain_block` has described as one node of the graph, or None; see below."""
+    plan = _plan_of(described, x)
+    if plan is None:
+        return None
+    children = block._modules
+    norms = []
+    for _, norm, _ in form.plain_names:
+        norms.append(children[norm])
+    if described.has_projection:
+        _, norm = children[form.shortcut]._modules.values()
+        norms.append(norm)
+    parameters: list[Tensor | None] = []
+    for weight, norm, bias, _, _, _, _ in described.layers:
+        parameters += (weight, bias, norm.weight, norm.bias)
+    keep = functools.partial(_count_batches, norms, plan.counts)
+    return residual_block_training(x, plan.block, parameters, keep)
+
+
+class _Plan(NamedTuple):
+    """What forward needs to know of a block in training, but for tensors.
+
+    Attributes:
+        block: what to compute.
+        counts: of each norm, how many values a channel its batch has.
+    """
+
+    block: TrainedBlock
+    counts: list[int]
+
+
+# By all that decides about a block in training. Networks have few such blocks; whoever varies the
+# size of the images has as many times more.
+_plans: dict[tuple[Any, ...], _Plan | None] = {}
+_MOST_PLANS = 2048
+
+
+def _plan_of(block: Block, x: Tensor) -> _Plan | None:
+    """How to train a block on such an input, found once; or None where it has to run by parts."""
+    key = checks.block_key(x, block)
+    if key not in _plans:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[key] = _trained(block, [None] * len(block.layers), x)
+    return _plans[key]
+
+
+def _trained(block: Block, groups: list[dist.ProcessGroup | None], x: Tensor) -> _Plan | None:
+    """A block with batch statistics on such an input; None where something does not fit.
+
+    The modules, run one by one, then say what.
+    """
+    count = len(block.main)
+    shapes = _trained_shapes(block.main, groups[:count], x)
+    if shapes is None:
+        return None
+    N, K, P, Q = shapes[-1]
+    if block.has_projection:
+        projected = _trained_shapes(block.layers[-1:], groups[-1:], x)
+        if projected is None or projected[0] != shapes[-1]:
+            return None
+        shapes += projected
+    elif block.step:
+        _, _, H, W = x.shape
+        if (-(-H // block.step), -(-W // block.step)) != (P, Q):
+            return None
+    elif tuple(x.shape) != (N, K, P, Q):
+        return None
+    layers = []
+    for (_, norm, _, *geometry), group in zip(block.layers, groups, strict=True):
+        layers.append(Layer(tuple(geometry), norm.eps, group))
+    trained = TrainedBlock(tuple(layers), *block[1:])
+    return _Plan(trained, [N * P * Q for N, _, P, Q in shapes])
+
+
 def _block_training(block: nn.Module, x: Tensor) -> Tensor | None:
     """A block without an obstacle as one node of the graph, or None where it cannot be one."""
     if not _may_train_as_one(x) or (found := block_layers(block, may_pad=True)) is None:
         return None
     pairs, has_projection = found
-    shapes = _trained_shapes(pairs[:-1] if has_projection else pairs, x)
-    if shapes is None:
+    norms = [norm for _, norm in pairs]
+    if not all(map(uses_batch_statistics, norms)):
         return None
-    shortcut_shape = x.shape
-    step = 1
-    downsample = getattr(block, forms.of(block).shortcut)
+    layers = [layer_of(conv, norm) for conv, norm in pairs]
+    groups = [sync_group(norm) for norm in norms]
+    downsample, step = getattr(block, forms.of(block).shortcut), 0
     if downsample is not None and not has_projection:
         step = downsample.stride
-        N, _, *sizes = x.shape
-        sizes = [(size + step - 1) // step for size in sizes]
-        shortcut_shape = torch.Size((N, downsample.padded_channels(x), *sizes))
-    elif has_projection:
-        projected = _trained_shapes(pairs[-1:], x)
-        if projected is None:
+        if downsample.padded_channels(x) != layers[-1].weight.size(0):
             return None
-        shortcut_shape = projected[0]
-    if shapes[-1] != shortcut_shape:
+    described = Block(layers, has_projection, step, block.memory == "low")
+    plan = _trained(described, groups, x)
+    if plan is None:
         return None
-    if has_projection:
-        shapes += projected
-    layers = [layer_of(conv, norm) for conv, norm in pairs]
-    groups = [sync_group(norm) for _, norm in pairs]
-    low_memory = block.memory == "low"
-    norms = [norm for _, norm in pairs]
     if not torch.compiler.is_compiling():
-        keep = functools.partial(_count_batches, norms, shapes)
-        return residual_block_training(x, layers, groups, has_projection, low_memory, keep, step)
-    if (downsample is not None and not has_projection) or any(g is not None for g in groups):
+        keep = functools.partial(_count_batches, norms, plan.counts)
+        parameters: list[Tensor | None] = []
+        for weight, norm, bias, *_ in layers:
+            parameters += (weight, bias, norm.weight, norm.bias)
+        return residual_block_training(x, plan.block, parameters, keep)
+    if step or any(group is not None for group in groups):
         return None
-    result = block_training_in_graph(x, layers, has_projection, low_memory)
+    result = block_training_in_graph(x, layers, has_projection, described.low_memory)
     if result is None:
         return None
     out, statistics = result
-    _count_batches(norms, shapes, statistics)
+    _count_batches(norms, plan.counts, statistics)
     return out
 
 
@@ -165,38 +245,33 @@ def _may_train_as_one(x: Tensor) -> bool:
 
 
 def _trained_shapes(
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]], x: Tensor
-) -> list[torch.Size] | None:
+    layers: Sequence[ConvNorm], groups: Sequence[dist.ProcessGroup | None], x: Tensor
+) -> list[tuple[int, int, int, int]] | None:
     """The shape of each convolution's output, on the one before, if its norm can be trained.
 
-    None where a norm has no batch statistics, or something does not fit: the modules, run one by
-    one, then say what.
+    None where something does not fit.
     """
-    if not _may_train_as_one(x):
-        return None
-    shapes = []
-    for conv, norm in pairs:
-        if not uses_batch_statistics(norm) or not norm.eps > 0:
+    shapes: list[tuple[int, int, int, int]] = []
+    shape: Sequence[int] | None = None
+    for layer, group in zip(layers, groups, strict=True):
+        if not layer.norm.eps > 0:
             return None
-        layer = layer_of(conv, norm)
-        if checks.conv_error("conv_bn_act", x, layer, None, "relu") is not None:
+        if checks.conv_error("conv_bn_act", x, layer, None, "relu", shape) is not None:
             return None
-        shape = torch.Size(layer.output_shape(x.shape))
+        shape = N, _, P, Q = layer.output_shape(x.shape if shape is None else shape)
         # Whether processes go this way must not depend on their own share of a common batch.
-        if shape.numel() <= shape[1] and sync_group(norm) is None:
+        if N * P * Q <= 1 and group is None:
             return None
         shapes.append(shape)
-        x = x.detach().new_empty(()).expand(shape)
     return shapes
 
 
 def _count_batches(
     norms: list[nn.BatchNorm2d],
-    shapes: list[torch.Size],
+    counts: list[int],
     statistics: list[tuple[Tensor, Tensor, Tensor | None]],
 ) -> None:
     """Updates the norms' buffers as their forward passes would have."""
-    counts = [N * P * Q for N, _, P, Q in shapes]
     if _count_together(norms, statistics, counts):
         return
     for norm, (mean, var, shared), own in zip(norms, statistics, counts, strict=True):
@@ -220,25 +295,35 @@ def _count_together(
     momentum = norms[0].momentum
     if torch.compiler.is_compiling() or momentum is None or not all(counts):
         return False
-    for norm, (mean, _, shared) in zip(norms, statistics, strict=True):
+    batches, means, variances, batch_means, batch_variances = [], [], [], [], []
+    for norm, (mean, var, shared) in zip(norms, statistics, strict=True):
+        # Looked up where modules keep them: an attribute takes ten times as long.
+        buffers = norm._buffers
+        running_mean, running_var = buffers.get("running_mean"), buffers.get("running_var")
+        tracked = buffers.get("num_batches_tracked")
         if (
             not (norm.training and norm.track_running_stats)
             or norm.momentum != momentum
-            or norm.num_batches_tracked is None
-            or norm.running_mean is None
-            or norm.running_var is None
-            or not norm.running_mean.dtype is norm.running_var.dtype is mean.dtype
+            or tracked is None
+            or running_mean is None
+            or running_var is None
+            or not running_mean.dtype is running_var.dtype is mean.dtype
             or shared is not None
         ):
             return False
+        batches.append(tracked)
+        means.append(running_mean)
+        variances.append(running_var)
+        batch_means.append(mean)
+        batch_variances.append(var)
+    factors = [count / (count - 1) for count in counts]
     with torch.no_grad():
-        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
-        factors = [count / (count - 1) for count in counts]
-        unbiased = torch._foreach_mul([var for _, var, _ in statistics], factors)
-        running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-        batch = [mean for mean, _, _ in statistics] + list(unbiased)
+        torch._foreach_add_(batches, 1)
+        unbiased = torch._foreach_mul(batch_variances, factors)
+        running = means + variances
         torch._foreach_mul_(running, 1 - momentum)
         # Not with `alpha`, whose product is not rounded as that of `F.batch_norm` is.
+        batch = [*batch_means, *unbiased]
         torch._foreach_add_(running, torch._foreach_mul(batch, momentum))
     return True
 
@@ -252,8 +337,10 @@ def _momentum(norm: nn.BatchNorm2d) -> float:
     return 0.0 if norm.momentum is None else norm.momentum
 
 
-def stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
+def stages_forward(stages: list[nn.Module], x: Tensor, plain: list[Block] | None = None) -> Tensor:
     """One stage after the other: all blocks in one call between what else is to be seen.
+
+    `plain`: their blocks, if it has been found that there is nothing else.
 
     Going through a block's modules in Python between two blocks would find the caches filled with
     the last one's weights, and takes twice as long as going through all blocks before. On a GPU it
@@ -262,21 +349,23 @@ def stages_forward(stages: list[nn.Module], x: Tensor) -> Tensor:
     A stage called by itself, `model.layer1(x)`, is torchvision's `nn.Sequential`, so its blocks run
     one by one.
     """
+    if plain is not None:
+        return _joined_stages(stages, plain, x)
     together: list[nn.Module] = []
-    blocks: list[BlockLayers] = []
+    blocks: list[Block] = []
     may_pad = pads_shortcuts(x)
     for stage in stages:
-        layers = stage_layers(stage, x, may_pad)
-        if layers is None:
+        described = stage_blocks(stage, x, may_pad)
+        if described is None:
             x = stage(_joined_stages(together, blocks, x))
             together, blocks = [], []
         else:
             together.append(stage)
-            blocks += layers
+            blocks += described
     return _joined_stages(together, blocks, x)
 
 
-def _joined_stages(stages: list[nn.Module], blocks: list[BlockLayers], x: Tensor) -> Tensor:
+def _joined_stages(stages: list[nn.Module], blocks: list[Block], x: Tensor) -> Tensor:
     """Stages that consist of `blocks`, in one call where the backend has one."""
     if blocks and (out := residual_blocks(x, blocks)) is not None:
         return out
@@ -306,8 +395,7 @@ def resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
 def _resnet(model: nn.Module, x: Tensor) -> Tensor:
     parts = [model._modules[name] for name in _RESNET_PARTS]
     x = plans.planned(model, parts, x, _resnet_features)
-    x = model.avgpool(x)
-    return model.fc(torch.flatten(x, 1))
+    return head(model.avgpool, model.fc, x)
 
 
 _RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
@@ -316,7 +404,9 @@ _RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"
 def _resnet_features(model: nn.Module, x: Tensor) -> Tensor:
     """All of it but the pool and the linear layer at the end."""
     conv, norm, relu, maxpool, *stages = (model._modules[name] for name in _RESNET_PARTS)
-    return stages_forward(stages, stem(conv, norm, relu, maxpool, x))
+    # Before the stem, which leaves nothing of these modules in the caches, and runs no hook.
+    plain = None if pool_obstacle(maxpool) is not None else plain_stages(stages)
+    return stages_forward(stages, stem(conv, norm, relu, maxpool, x), plain)
 
 
 _CIFAR_PARTS = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3")
@@ -346,7 +436,18 @@ def cifar_resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
 def _cifar_resnet(model: nn.Module, x: Tensor) -> Tensor:
     parts = [model._modules[name] for name in _CIFAR_PARTS]
     x = plans.planned(model, parts, x, _cifar_features)
-    return model.fc(torch.flatten(model.avgpool(x), 1))
+    return head(model.avgpool, model.fc, x)
+
+
+def head(avgpool: nn.Module, fc: nn.Module, x: Tensor) -> Tensor:
+    """`fc(flatten(avgpool(x), 1))`."""
+    if (
+        not torch.compiler.is_compiling()
+        and head_obstacle(avgpool, fc) is None
+        and (out := pool_linear(x, fc.weight, fc.bias)) is not None
+    ):
+        return out
+    return fc(torch.flatten(avgpool(x), 1))
 
 
 def stem(conv: nn.Conv2d, norm: nn.Module, relu: nn.ReLU, maxpool: nn.Module, x: Tensor) -> Tensor:
@@ -370,20 +471,25 @@ def _stem_training(
     conv: nn.Conv2d, norm: nn.Module, maxpool: nn.MaxPool2d, x: Tensor
 ) -> Tensor | None:
     """The stem as one node of the graph, or None where it cannot be one."""
-    if pool_obstacle(maxpool) is not None or (shapes := _trained_shapes([(conv, norm)], x)) is None:
+    if not _may_train_as_one(x) or pool_obstacle(maxpool) is not None:
         return None
-    layer, pool = layer_of(conv, norm), pool_of(maxpool)
+    if not uses_batch_statistics(norm):
+        return None
+    layer, pool, group = layer_of(conv, norm), pool_of(maxpool), sync_group(norm)
+    if (shapes := _trained_shapes([layer], [group], x)) is None:
+        return None
     if checks.pool_error("conv_bn_act_max_pool", x, layer, pool) is not None:
         return None
-    group = sync_group(norm)
+    ((N, _, P, Q),) = shapes
+    counts = [N * P * Q]
     if not torch.compiler.is_compiling():
-        keep = functools.partial(_count_batches, [norm], shapes)
+        keep = functools.partial(_count_batches, [norm], counts)
         return stem_training(x, layer, group, pool, keep)
     result = stem_training_in_graph(x, layer, pool) if group is None else None
     if result is None:
         return None
     out, statistics = result
-    _count_batches([norm], shapes, statistics)
+    _count_batches([norm], counts, statistics)
     return out
 
 

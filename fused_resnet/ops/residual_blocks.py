@@ -8,7 +8,7 @@ the same. To autograd it always is these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backends
 from ..layers import checks
-from ..layers.description import TENSORS, BlockLayers, described_blocks
+from ..layers.description import TENSORS, Block, described_blocks, flattened_blocks
 from . import operator_checks
 from .conv_bn_act import conv_bn_act
 from .registration import (
@@ -39,31 +39,19 @@ library.define(
 _operator = torch.ops.fused_resnet.residual_blocks.default
 
 
-def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | None:
+def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
     """Each block on the output of the last, `relu(conv_bn(... relu(conv_bn(x))) + shortcut)`.
 
     Args:
         input: (N, C, H, W), of the first block.
-        blocks: see `BlockLayers`.
+        blocks: in inference; those with a `step` only where `pads_shortcuts`.
 
     Returns:
         (N, K, P, Q), or None where the blocks have to be run convolution by convolution: the
         backend does not do these, or something besides the kernel has to see each of them.
     """
-    tensors: list[Tensor | None] = []
-    numbers: list[int] = []
-    eps: list[float] = []
-    layer_counts: list[int] = []
-    projections: list[int] = []
-    for layers, has_projection in blocks:
-        for weight, norm, bias, stride, padding, dilation, groups in layers:
-            mean, var, bn_weight, bn_bias, bn_eps = norm
-            tensors += (weight, mean, var, bn_weight, bn_bias, bias)
-            numbers += (*stride, *padding, *dilation, groups)
-            eps.append(bn_eps)
-        layer_counts.append(len(layers))
-        projections.append(has_projection)
-    arguments = (input, tensors, numbers, eps, layer_counts, projections)
+    arguments = (input, *flattened_blocks(blocks))
+    tensors, projections = arguments[1], arguments[-1]
     if not nothing_intercepts(input, *tensors):
         if (
             min(projections) < 0
@@ -75,15 +63,25 @@ def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | No
         return _operator(*arguments)
     if needs_grad(input, *tensors):
         return None
-    out = _in_one(*arguments)
+    backend = backends.choose(input.device.type)
+    out = backend.residual_blocks(*arguments)
+    if out is not None or min(projections) < 0:
+        return out
     # The modules' own way to a convolution takes as long as a small one.
-    if out is None and min(projections) >= 0 and checks.blocks_fit(input, blocks):
-        out = _one_by_one(*arguments)
-    return out
+    if len(blocks) == 1:
+        fits = checks.plain_block_fits(input, blocks[0])
+    else:
+        fits = checks.blocks_fit(input, blocks)
+    if not fits:
+        return None
+    with torch._C._AutoDispatchBelowAutograd():
+        for block in blocks:
+            input = _by_convolutions(backend.conv_bn_act, input, block)
+    return input
 
 
 def pads_shortcuts(input: Tensor) -> bool:
-    """Whether `residual_blocks` takes shortcuts without parameters; see `BlockLayers`."""
+    """Whether `residual_blocks` takes shortcuts without parameters: `Block.step`."""
     return nothing_intercepts(input) and backends.choose(input.device.type).pads_shortcuts
 
 
@@ -94,16 +92,20 @@ def _in_one(input: Tensor, *arguments: Any) -> Tensor | None:
 
 def _one_by_one(input: Tensor, *arguments: Any) -> Tensor:
     """The blocks convolution by convolution."""
-    for layers, has_projection in described_blocks(*arguments):
-        shortcut = input
-        if has_projection:
-            *layers, projection = layers
-            shortcut = conv_bn_act(input, projection, None, "none")
-        *first, last = layers
-        for layer in first:
-            input = conv_bn_act(input, layer, None, "relu")
-        input = conv_bn_act(input, last, shortcut, "relu")
+    for block in described_blocks(*arguments):
+        input = _by_convolutions(conv_bn_act, input, block)
     return input
+
+
+def _by_convolutions(run: Callable[..., Tensor], input: Tensor, block: Block) -> Tensor:
+    """A block by calls of `conv_bn_act`, the operator's or a backend's."""
+    shortcut = input
+    if block.has_projection:
+        shortcut = run(input, block.layers[-1], None, "none")
+    *first, last = block.main
+    for layer in first:
+        input = run(input, layer, None, "relu")
+    return run(input, last, shortcut, "relu")
 
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
@@ -123,10 +125,8 @@ def _fake(
     layer_counts: Sequence[int],
     projections: Sequence[bool],
 ) -> Tensor:
-    for layers, has_projection in described_blocks(
-        tensors, numbers, eps, layer_counts, projections
-    ):
-        for weight, _, *rest in layers[:-1] if has_projection else layers:
+    for block in described_blocks(tensors, numbers, eps, layer_counts, projections):
+        for weight, _, *rest in block.main:
             input = torch.conv2d(input, weight, *rest)
     return input
 

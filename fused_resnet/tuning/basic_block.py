@@ -33,7 +33,7 @@ from .choice import BASIC_BLOCK, CONVOLUTIONS, ESTIMATE, MEASURED, Choice, Tile
 from .problem import BasicBlockProblem
 
 if TYPE_CHECKING:
-    from ..layers.description import BlockLayers
+    from ..layers.description import Block
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # csrc/cuda/basic_block.h, as is `Shape`.
@@ -111,7 +111,7 @@ SHAPES = (
 _BY_TILE = {shape.tile: shape for shape in SHAPES}
 
 
-def problem_of(input: Tensor, blocks: Sequence[BlockLayers]) -> BasicBlockProblem | None:
+def problem_of(input: Tensor, blocks: Sequence[Block]) -> BasicBlockProblem | None:
     """What the kernel would do of a block, or None where it cannot: see `ops.residual_blocks`.
 
     It takes one block at a time, float16 and bfloat16, 64 channels, channels_last, two 3x3 of
@@ -119,9 +119,9 @@ def problem_of(input: Tensor, blocks: Sequence[BlockLayers]) -> BasicBlockProble
     """
     if len(blocks) != 1 or input.dtype not in DTYPES or input.dim() != 4:
         return None
-    layers, has_projection = blocks[0]
+    layers, has_projection, step, _ = blocks[0]
     N, C, H, W = input.shape
-    if has_projection or len(layers) != 2 or C != CHANNELS or input.numel() == 0:
+    if has_projection or step or len(layers) != 2 or C != CHANNELS or input.numel() == 0:
         return None
     least = SHAPES[-1]
     if N * -(-H // least.rows) * -(-W // COLUMNS) > _MOST_BLOCKS:

@@ -33,7 +33,7 @@ from .choice import CHAIN, CHAIN_WITHOUT_NEXT, CONVOLUTIONS, ESTIMATE, MEASURED,
 from .problem import ChainProblem, ConvProblem
 
 if TYPE_CHECKING:
-    from ..layers.description import BlockLayers, ConvNorm
+    from ..layers.description import Block, ConvNorm
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # The tensor cores' least depth, and the most channels whose sums fit into registers.
@@ -75,7 +75,7 @@ OVERLAPPED_IMAGES = 8
 OVERLAPPING = (9, 10)
 
 
-def problems_of(input: Tensor, blocks: Sequence[BlockLayers]) -> list[ChainProblem | None] | None:
+def problems_of(input: Tensor, blocks: Sequence[Block]) -> list[ChainProblem | None] | None:
     """What a chain would do of each of a network's blocks.
 
     A chain takes float16 and bfloat16, Bottlenecks with dense 3x3 convolutions of a power of two of
@@ -97,29 +97,29 @@ def problems_of(input: Tensor, blocks: Sequence[BlockLayers]) -> list[ChainProbl
 
     found: list[ChainProblem | None] = []
     x = input
-    for index, (layers, has_projection) in enumerate(blocks):
-        main = layers[:-1] if has_projection else layers
+    for index, block in enumerate(blocks):
+        main, projection = block.main, block.projection
         outs = [x]
         for layer in main[:-1]:
             if not _goes_with(outs[-1], layer):
                 return None
             outs.append(holds(layer.output_shape(outs[-1].shape)))
         shortcut = x
-        if has_projection:
-            if not _goes_with(x, layers[-1]):
+        if projection is not None:
+            if not _goes_with(x, projection):
                 return None
-            shortcut = holds(layers[-1].output_shape(x.shape))
+            shortcut = holds(projection.output_shape(x.shape))
         if not _goes_with(outs[-1], main[-1], shortcut):
             return None
-        following = blocks[index + 1][0][0] if index + 1 < len(blocks) else None
-        problem = _problem_of(outs[1], x, main, layers[-1] if has_projection else None)
+        following = blocks[index + 1].layers[0] if index + 1 < len(blocks) else None
+        problem = _problem_of(outs[1], x, block)
         if (
             problem is not None
             and following is not None
             and _can_follow(following)
             and _goes_with(shortcut, following)
         ):
-            problem = replace(problem, next_width=following[0].size(0))
+            problem = replace(problem, next_width=following.weight.size(0))
         found.append(problem)
         x = shortcut
     return found
@@ -130,16 +130,16 @@ def slice_stages(width: int, tile: Tile) -> int:
     return min(tile.num_stages, _SLICE_STAGES.get(width, 2))
 
 
-def has_chain(layers: Sequence[ConvNorm], has_projection: bool) -> bool:
+def has_chain(block: Block) -> bool:
     """Whether the weights of a block are those of a Bottleneck that a chain can take."""
-    if len(layers) - has_projection != 3:
+    layers = block.layers
+    if len(block.main) != 3:
         return False
-    weight, *_, groups = layers[1]
-    K, width, *taps = weight.shape
-    channels = layers[2][0].size(0)
+    K, width, *taps = layers[1].weight.shape
+    channels = layers[2].weight.size(0)
     return (
         taps == [3, 3]
-        and groups == 1
+        and layers[1].groups == 1
         and width == K
         and _is_power(width)
         and width <= WIDEST
@@ -147,8 +147,8 @@ def has_chain(layers: Sequence[ConvNorm], has_projection: bool) -> bool:
         and max(layers[2].stride) == 1
         and power_in(channels) >= LEAST_CHANNELS
         and (
-            not has_projection
-            or (_is_pointwise(layers[3]) and power_in(layers[3][0].size(1)) >= LEAST_CHANNELS)
+            not block.has_projection
+            or (_is_pointwise(layers[3]) and power_in(layers[3].weight.size(1)) >= LEAST_CHANNELS)
         )
     )
 
@@ -158,15 +158,14 @@ def power_in(channels: int) -> int:
     return channels & -channels
 
 
-def _problem_of(
-    reduced: Tensor, x: Tensor, main: Sequence[ConvNorm], projection: ConvNorm | None
-) -> ChainProblem | None:
-    layers = main if projection is None else (*main, projection)
-    if x.dtype not in DTYPES or not has_chain(layers, projection is not None):
+def _problem_of(reduced: Tensor, x: Tensor, block: Block) -> ChainProblem | None:
+    if x.dtype not in DTYPES or not has_chain(block):
         return None
+    main, projection = block.main, block.projection
     N, width, H, W = reduced.shape
-    geometry = (tuple(pair) for pair in (main[1].stride, main[1].padding, main[1].dilation))
-    problem = ChainProblem(N, width, H, W, main[2][0].size(0), *geometry, DTYPES[x.dtype])
+    _, middle, last = main
+    geometry = (tuple(pair) for pair in (middle.stride, middle.padding, middle.dilation))
+    problem = ChainProblem(N, width, H, W, last.weight.size(0), *geometry, DTYPES[x.dtype])
     if projection is not None:
         problem = replace(problem, projection=(*x.shape[1:], *projection.stride))
     return problem

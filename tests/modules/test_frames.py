@@ -24,10 +24,10 @@ PACKAGE = str(Path(fused_resnet.__file__).parent)
 
 # Of the package's own functions, and of all together.
 MOST = {
-    ("cpu", "inference"): (32, 45),
-    ("cpu", "training"): (410, 620),
-    ("triton", "inference"): (210, 340),
-    ("triton", "training"): (770, 1350),
+    ("cpu", "inference"): (30, 45),
+    ("cpu", "training"): (150, 200),
+    ("triton", "inference"): (90, 120),
+    ("triton", "training"): (306, 400),
 }
 
 

@@ -821,16 +821,16 @@ def test_the_quick_look_at_a_block_sees_what_the_long_one_sees(change):
         x = image_batch(2, 8)
         for block in (b for i in range(1, 5) for b in getattr(model.eval(), f"layer{i}")):
             form = forms.of_fused(type(block))
-            quick = form and read.plain_layers(block, form, False)
+            quick = form and read.plain_block(block, form, False)
             if not quick:
                 continue
             found += 1
             assert read._call_obstacle(block) is None
             assert read.own_obstacle(block) is None
-            layers, has_projection = read.inference_layers(block, x)
-            assert quick[1] == has_projection
-            assert len(quick[0]) == len(layers)
-            for ours, theirs in zip(quick[0], layers, strict=True):
+            long = read.inference_block(block, x)
+            assert quick[1:] == long[1:]
+            assert type(quick) is type(long)
+            for ours, theirs in zip(quick.layers, long.layers, strict=True):
                 assert all(a is b for a, b in zip(ours.flat(), theirs.flat(), strict=True))
                 assert type(ours) is type(theirs)
                 assert type(ours.norm) is type(theirs.norm)

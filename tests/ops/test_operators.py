@@ -39,6 +39,7 @@ INTERNAL = {
     "norm_vectors",
     "pack_conv_weight",
     "pool_empty_like",
+    "pool_linear",
     "residual_blocks_packed",
     "train_batch_norm_act",
 }

@@ -481,11 +481,11 @@ def test_running_statistics_are_rounded_as_eager_rounds_them(monkeypatch):
     for norm, value in zip(eager, values, strict=True):
         norm(torch.stack([value, value]))
         statistics.append((value.flatten(), torch.zeros(512), None))
-    shapes = [torch.Size((2, 512, 1, 1))] * 2
-    module_run._count_batches(norms, shapes, statistics)
+    counts = [2] * 2
+    module_run._count_batches(norms, counts, statistics)
     with monkeypatch.context() as patch:
         patch.setattr(module_run, "_count_together", lambda *_: False)
-        module_run._count_batches(one_by_one, shapes, statistics)
+        module_run._count_batches(one_by_one, counts, statistics)
     for found in (norms, one_by_one):
         for ours, theirs in zip(found, eager, strict=True):
             assert_same_bits(ours.running_mean, theirs.running_mean)

@@ -23,7 +23,8 @@ SCHEMAS = {
     "ops/conv_bn_act.py": {"_fake"},
     "ops/conv_bn_act_max_pool.py": {"_fake"},
     "ops/norm_conv_bn_act.py": {"_fake"},
-    "ops/operator_checks.py": {"block_training_backward"},
+    "ops/quantized.py": {"_fake", "_kernel"},
+    "ops/operator_checks.py": {"block_training_backward", "quantized_residual_blocks"},
     "backends/triton/graphs.py": {"triton_conv_bn_act", "triton_conv_bn_act_max_pool"},
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_resnet import _native, backends, tuning
 from fused_resnet.backends import cuda, triton
+from fused_resnet.layers.description import Block
 from fused_resnet.measure import networks
 from fused_resnet.measure.tune import cases, tuner
 from fused_resnet.tuning import (
@@ -159,7 +160,7 @@ def test_who_runs_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     tile = basic_block.SHAPES[0].tile
     chosen = []
     x = SimpleNamespace(dtype=torch.float16, device=CUDA)
-    blocks = [([("first",), ("second",)], False)]
+    blocks = [Block([("first",), ("second",)], False)]
     backend = getattr(backends, name)
     monkeypatch.setattr(backend, "described_blocks", lambda *flat: iter(blocks))
     monkeypatch.setattr(basic_block, "problem_of", lambda input, blocks: PROBLEM)

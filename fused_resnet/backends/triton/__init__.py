@@ -143,7 +143,7 @@ def residual_blocks(
         choice = tuning.choose(problem, input.device)
         if choice.tile is None or choice.source == ESTIMATE:
             return None
-        return cuda.run_basic_block(input, *described[0][0], choice.tile)
+        return cuda.run_basic_block(input, *described[0].layers, choice.tile)
     launchers()
     return chains.residual_blocks(input, described)
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from ... import tuning
+from ...layers.memory import memory_format_of
 from ...tuning import chain
 from ...tuning.choice import CHAIN, CHAIN_WITHOUT_NEXT, CHAINED, PAIR, Choice, Tile
 from ...tuning.problem import ChainProblem
@@ -23,13 +23,13 @@ from .inference import conv_bn_act
 from .problem import run_chosen
 
 if TYPE_CHECKING:
-    from ...layers.description import BlockLayers, ConvNorm
+    from ...layers.description import Block, ConvNorm
 
 # For the interpreter, whose time goes by the number of operations.
 _INTERPRETED_TILE = Tile(128, 256, 256, 1, 4, 1)
 
 
-def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | None:
+def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
     """Residual blocks in as few launches as `tuning` finds fastest; see `ops.residual_blocks`.
 
     A chain begins at a Bottleneck's 3x3 and ends behind the next block's first 1x1, in the next
@@ -40,7 +40,7 @@ def residual_blocks(input: Tensor, blocks: Sequence[BlockLayers]) -> Tensor | No
         None where there is no chain at all, or something does not fit together: convolution by
         convolution the reason comes out.
     """
-    if not any(chain.has_chain(*block) for block in blocks):
+    if not any(chain.has_chain(block) for block in blocks):
         return None
     problems = chain.problems_of(input, blocks)
     if problems is None:
@@ -64,19 +64,18 @@ def _overlaps(input: Tensor) -> bool:
 
 def _run_all(
     input: Tensor,
-    blocks: Sequence[BlockLayers],
+    blocks: Sequence[Block],
     problems: Sequence[ChainProblem | None],
     choices: Sequence[Choice | None],
 ) -> Tensor:
     """All blocks, each as chosen."""
-    channels_last = suggest_memory_format(input) is torch.channels_last
+    channels_last = memory_format_of(input) is torch.channels_last
     x, reduced = input, None
-    for index, (layers, has_projection) in enumerate(blocks):
-        main = layers[:-1] if has_projection else layers
-        projection = layers[-1] if has_projection else None
+    for index, block in enumerate(blocks):
+        main, projection = block.main, block.projection
         # The format that convolutions would hand on.
         channels_last |= any(
-            suggest_memory_format(layer[0]) is torch.channels_last for layer in main
+            memory_format_of(layer.weight) is torch.channels_last for layer in main
         )
         if reduced is None:
             reduced = conv_bn_act(x, main[0], None, "relu")
@@ -84,10 +83,10 @@ def _run_all(
         if choice is None:
             x, reduced = _convolutions(reduced, x, main[1:], projection), None
             continue
-        following = blocks[index + 1][0][0] if problem.next_width else None
+        following = blocks[index + 1].layers[0] if problem.next_width else None
         rest = (*main[1:], projection, following)
-        block = functools.partial(run, reduced, x, rest, problem)
-        x, reduced = run_chosen(problem, input.device, choice, block)
+        chained = functools.partial(run, reduced, x, rest, problem)
+        x, reduced = run_chosen(problem, input.device, choice, chained)
     return x if channels_last else x.contiguous()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...layers.description import ConvNorm, Norm, output_size
 from ...tuning.choice import Tile
 from ...tuning.estimate import kernel_for
+from ...tuning.problem import ConvProblem
 from ..library import precision
 from . import conv_kernels, launch
 from .launch import (
@@ -47,6 +48,7 @@ def conv_bn_act(
     activation: str,
     tile: Tile | None = None,
     table: Tensor | None = None,
+    problem: ConvProblem | None = None,
 ) -> Tensor:
     """Launches the kernel for a convolution; see `reference.conv_bn_act` for what it computes.
 
@@ -60,13 +62,18 @@ def conv_bn_act(
         tile: how to cut the problem up; None asks `tuning`.
         table: (3, C) as `training_conv.table_of` makes it, of a batch norm that the input, and
             then through a ReLU, goes through first; for the kernel "conv" of one group.
+        problem: `problem_of` all this, where the caller has it.
 
     Returns:
         (N, K, P, Q) in the memory format `conv2d` would give it.
     """
     weight, norm, bias, stride, padding, dilation, groups = layer
-    problem = problem_of(input, weight, stride, padding, dilation, groups, residual is not None)
-    tile = tile_for(problem, chosen_tile(problem, input.device) if tile is None else tile)
+    if problem is None:
+        problem = problem_of(input, weight, stride, padding, dilation, groups, residual is not None)
+    tile = chosen_tile(problem, input.device) if tile is None else tile
+    kernel = kernel_for(problem)
+    if kernel != "conv" or groups > 1:
+        tile = tile_for(problem, tile)
     N, C, H, W = input.shape
     K, group_c, R, S = weight.shape
     P, Q = output_size((H, W), (R, S), stride, padding, dilation)
@@ -75,7 +82,6 @@ def conv_bn_act(
     if M == 0:
         return as_conv2d_would(output, input, weight)
     pixels, filters = channels_last(input), filter_rows(weight)
-    kernel = kernel_for(problem)
     if kernel == "row" and pixels.stride(3) != C:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
     residual_strides = (0, 0, 0, 0) if residual is None else residual.stride()
@@ -101,7 +107,7 @@ def conv_bn_act(
     }
     parameters, eps = (*norm[:4], bias), norm.eps
     wide = launch.is_wide(pixels, filters, output, residual)
-    rows = ceil_div(M, tile.block_m)
+    rows = (M + tile.block_m - 1) // tile.block_m
     geometry = ((P, Q), (R, S), stride, padding, dilation)
     partly = {"input_ptr": functools.partial(launch.addressed, input.shape, *geometry)}
     run = functools.partial(launch.launch_kernel, input)
@@ -143,7 +149,9 @@ def conv_bn_act(
             **tiled,
         )  # fmt: skip
     else:
-        split_k = _shares(tile, R * S * ceil_div(group_c, tile.block_k))
+        split_k = 1
+        if tile.split_k > 1:
+            split_k = _shares(tile, R * S * ceil_div(group_c, tile.block_k))
         partial = None
         if split_k > 1:
             partial = input.new_empty((split_k, M, K), dtype=torch.float32)

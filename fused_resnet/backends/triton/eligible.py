@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.nn import Parameter
 
+from ...layers.memory import memory_format_of
+
+_PLAIN = (Tensor, Parameter)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -27,10 +29,10 @@ def can_train(input: Tensor, weight: Tensor, other: Tensor | None, groups: int) 
         groups == 1
         and input.dtype in dtypes
         and can_run(input, weight, other)
-        and not is_traced(input)
+        and type(input) in _PLAIN
         and input.numel() > 0
         and weight.numel() > 0
-        and suggest_memory_format(input) is torch.channels_last
+        and memory_format_of(input) is torch.channels_last
     )
 
 
@@ -38,7 +40,7 @@ def can_normalize(input: Tensor, *others: Tensor | None) -> bool:
     """Whether dtype, size and devices are those the kernels of `norm.py` take."""
     return (
         input.dtype in DTYPES
-        and not is_traced(input)
+        and type(input) in _PLAIN
         and input.numel() > 0
         and _are_on(input.device, others)
     )
@@ -48,7 +50,7 @@ def is_channels_last(input: Tensor) -> bool:
     """Whether it is dense, and what follows it would lie likewise."""
     return (
         input.dim() == 4
-        and suggest_memory_format(input) is torch.channels_last
+        and memory_format_of(input) is torch.channels_last
         and input.is_contiguous(memory_format=torch.channels_last)
     )
 
@@ -71,4 +73,4 @@ def _are_on(device: torch.device, tensors: Sequence[Tensor | None]) -> bool:
 
 def is_traced(input: Tensor) -> bool:
     """Whether a tensor stands for one that a kernel cannot read."""
-    return type(input) not in (Tensor, Parameter)
+    return type(input) not in _PLAIN

@@ -16,6 +16,7 @@ from ...tuning import architecture
 from ...tuning import prologue as prologue_choice
 from ...tuning.choice import ESTIMATE, PROLOGUE, TILED, Choice, Tile
 from ...tuning.estimate import kernel_for
+from ...tuning.problem import ConvProblem
 from .. import cuda, cudnn, library
 from . import problem as problems
 from .eligible import can_normalize, can_run, is_traced
@@ -28,20 +29,26 @@ def conv_bn_act(input: Tensor, layer: ConvNorm, residual: Tensor | None, activat
     weight, norm, bias, *geometry = layer
     if can_run(input, weight, *norm[:4], bias, residual):
         problem = problem_of(input, weight, *geometry, residual is not None)
-        run = functools.partial(_run, input, layer, residual, activation)
+        run = functools.partial(_run, input, layer, residual, activation, problem)
         return run_chosen(problem, input.device, problems.choose(problem, input.device), run)
     return library.conv_bn_act(input, layer, residual, activation)
 
 
 def _run(
-    input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str, choice: Choice
+    input: Tensor,
+    layer: ConvNorm,
+    residual: Tensor | None,
+    activation: str,
+    problem: ConvProblem,
+    choice: Choice,
 ) -> Tensor:
     """`conv_bn_act` as chosen."""
     if choice.kernel in TILED and is_traced(input):
         operator = graph_operators().triton_conv_bn_act
         return operator(input, *layer.flat(), residual, activation)
     if choice.kernel == "triton":
-        return launchers().conv_bn_act(input, layer, residual, activation, choice.tile)
+        launch = launchers().conv_bn_act
+        return launch(input, layer, residual, activation, choice.tile, None, problem)
     if choice.kernel == "cuda":
         return cuda.conv_bn_act(input, layer, residual, activation, choice.tile)
     is_narrow = residual is not None and residual.size(1) < layer.weight.size(0)

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.nn import Parameter
 
+from ...layers.memory import memory_format_of
 from ...tuning import chain
 
 _PARAMETERS = ("weight", "expand", "project", "reduce", "mean", "var", "bias")
@@ -304,6 +304,7 @@ def is_wide(*tensors: Tensor | None) -> bool:
 def as_conv2d_would(output: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """(N, P, Q, K) as (N, K, P, Q) in the memory format of `conv2d`'s output."""
     output = output.permute(0, 3, 1, 2)
-    if any(suggest_memory_format(t) is torch.channels_last for t in (input, weight)):
+    last = torch.channels_last
+    if memory_format_of(input) is last or memory_format_of(weight) is last:
         return output
     return output.contiguous()

@@ -20,11 +20,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from ... import reference
 from ...layers.description import Norm, Sums
-from ...layers.memory import contiguous_like_eager
+from ...layers.memory import contiguous_like_eager, memory_format_of
 from ..backend import Gradients
 from .device import _normalized, relu
 from .launch import is_wide, launch_kernel
@@ -600,15 +599,18 @@ class _Layout:
 
     def reduction(self) -> tuple[int, int]:
         """(steps of a program, slabs): a function of shape and dtype."""
-        wanted = max(ceil_div(_PROGRAMS, self.tiles_c), self.tiles_r // _LEAST_STEPS)
-        steps = ceil_div(self.tiles_r, min(wanted, _MOST_SLABS))
-        return steps, ceil_div(self.tiles_r, steps)
+        # Without `ceil_div`, here and below: these are asked for every launch.
+        tiles_c, tiles_r = -(-self.C // self.block_c), -(-self.rows // self.block_r)
+        wanted = max(-(-_PROGRAMS // tiles_c), tiles_r // _LEAST_STEPS)
+        steps = -(-tiles_r // min(wanted, _MOST_SLABS))
+        return steps, -(-tiles_r // steps)
 
     def elementwise(self) -> tuple[int, int]:
         """(steps of a program, programs), where every element goes by itself."""
-        many = self.tiles_r * self.tiles_c >= _ELEMENTWISE_STEPS * _PROGRAMS
+        tiles_c, tiles_r = -(-self.C // self.block_c), -(-self.rows // self.block_r)
+        many = tiles_r * tiles_c >= _ELEMENTWISE_STEPS * _PROGRAMS
         steps = _ELEMENTWISE_STEPS if many else 1
-        return steps, ceil_div(self.tiles_r, steps) * self.tiles_c
+        return steps, -(-tiles_r // steps) * tiles_c
 
 
 def _layout_of(input: Tensor) -> _Layout:
@@ -620,7 +622,8 @@ def _layout_of(input: Tensor) -> _Layout:
     step, channels = _STEP, _LINE // input.element_size() if S == 1 else 1
     if input.device.type != "cuda":
         step, channels = _INTERPRETED_STEP, _INTERPRETED_CHANNELS
-    block_c = min(triton.next_power_of_2(C), channels)
+    # `triton.next_power_of_2` takes three calls for it.
+    block_c = min(1 << (C - 1).bit_length(), channels)
     # Rows of the last step, which need not exist, are counted on.
     wide = input.numel() + _ELEMENTWISE_STEPS * step * C >= 2**31
     return _Layout(rows, C, S, wide, step // block_c, block_c)
@@ -629,7 +632,7 @@ def _layout_of(input: Tensor) -> _Layout:
 def _lying_like(tensor: Tensor, input: Tensor) -> Tensor:
     """`tensor`, copied if it does not lie in memory as `input` does."""
     channels_last = not input.is_contiguous()
-    memory_format = suggest_memory_format(input) if channels_last else torch.contiguous_format
+    memory_format = memory_format_of(input) if channels_last else torch.contiguous_format
     if tensor.is_contiguous(memory_format=memory_format):
         return tensor
     return torch.empty_like(input).copy_(tensor)
@@ -648,7 +651,10 @@ def _is_image(tensor: Tensor) -> bool:
 
 
 def _vectors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(t if t is None else t.contiguous() for t in tensors)
+    found = []
+    for tensor in tensors:
+        found.append(tensor if tensor is None else tensor.contiguous())
+    return tuple(found)
 
 
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
@@ -664,6 +670,7 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     layout = _layout_of(input)
     steps, slabs = layout.reduction()
     partial, mean, var = _partial(input, 3, slabs), *_results(input, 2)
+    block_c = _combined(input)
     launch_kernel(
         input,
         statistics_kernel,
@@ -675,11 +682,11 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     launch_kernel(
         input,
         combine_statistics_kernel,
-        (ceil_div(layout.C, _combined(input)),),
+        (-(-layout.C // block_c),),
         (partial, mean, var, layout.rows, layout.C, steps * layout.block_r, slabs),
         writes=("mean_ptr", "var_ptr"),
         BLOCK_S=_MOST_SLABS,
-        BLOCK_C=_combined(input),
+        BLOCK_C=block_c,
         num_warps=_COMBINE_WARPS,
     )
     return mean, var
@@ -850,6 +857,7 @@ def _sums_pass(
     steps, slabs = layout.reduction()
     second = residual is not None
     partial, found = _partial(input, 2 + second, slabs), _results(input, 3 + 3 * second)
+    block_c = _combined(input)
     mean, var, weight, bias = _vectors(*norm[:4])
     residual_mean, residual_var = _vectors(*residual_norm[:2])
     launch_kernel(
@@ -867,7 +875,7 @@ def _sums_pass(
     launch_kernel(
         input,
         combine_sums_kernel,
-        (ceil_div(layout.C, _combined(input)),),
+        (-(-layout.C // block_c),),
         (
             partial, var, *found[:3], norm.eps, layout.C, slabs,
             residual_var, *(found[3:] or (None,) * 3), residual_norm.eps,
@@ -877,7 +885,7 @@ def _sums_pass(
             "residual_total_ptr", "residual_dot_ptr", "residual_grad_weight_ptr",
         ),
         BLOCK_S=_MOST_SLABS,
-        BLOCK_C=_combined(input),
+        BLOCK_C=block_c,
         num_warps=_COMBINE_WARPS,
     )  # fmt: skip
     return found
@@ -1047,9 +1055,10 @@ def _partial(input: Tensor, values: int, slabs: int) -> Tensor:
 
 def _results(input: Tensor, count: int) -> tuple[Tensor, ...]:
     channels = input.size(1)
-    return tuple(
-        torch.empty(channels, dtype=torch.float32, device=input.device) for _ in range(count)
-    )
+    found = []
+    for _ in range(count):
+        found.append(torch.empty(channels, dtype=torch.float32, device=input.device))
+    return tuple(found)
 
 
 def _combined(input: Tensor) -> int:

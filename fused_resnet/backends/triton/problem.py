@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ... import tuning
 from ...tuning.choice import Choice, Tile
@@ -80,15 +81,38 @@ def problem_of(
     pool: Sequence[int] | None = None,
 ) -> ConvProblem:
     """A call as `tuning` sees it; symbolic sizes stand for the values they were traced with."""
-    N, C, H, W = map(hint_of, input.shape)
-    K, _, R, S = weight.shape
-    dtype = str(input.dtype).removeprefix("torch.")
-    if precision(input) == "tf32":
-        dtype = "tfloat32"
-    return ConvProblem(
-        N, C, H, W, K, R, S, tuple(stride), tuple(padding), tuple(dilation), groups, dtype,
-        residual, None if pool is None else tuple(pool),
-    )  # fmt: skip
+    dtype = _TF32 if precision(input) == "tf32" else input.dtype
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    if type(input) not in (Tensor, Parameter):
+        return _problem(input.shape, weight.shape, geometry, dtype, residual, pool)
+    key = (input.shape, weight.shape, geometry, dtype, residual, pool)
+    found = _problems.get(key)
+    if found is None:
+        if len(_problems) >= _MOST_PROBLEMS:
+            _problems.clear()
+        found = _problems[key] = _problem(*key)
+    return found
+
+
+_TF32 = "tfloat32"
+# By what they are made of.
+_problems: dict[tuple[Any, ...], ConvProblem] = {}
+_MOST_PROBLEMS = 4096
+
+
+def _problem(
+    shape: Sequence[int],
+    weight_shape: Sequence[int],
+    geometry: tuple[Any, ...],
+    dtype: torch.dtype | str,
+    residual: bool,
+    pool: Sequence[int] | None,
+) -> ConvProblem:
+    N, C, H, W = map(hint_of, shape)
+    K, _, R, S = weight_shape
+    name = str(dtype).removeprefix("torch.")
+    windows = None if pool is None else tuple(pool)
+    return ConvProblem(N, C, H, W, K, R, S, *geometry, name, residual, windows)
 
 
 def hint_of(size: int | torch.SymInt) -> int:

@@ -314,10 +314,7 @@ def _backward_tile(
     """Of a transposed convolution, or None where the library's is to run."""
     stride, padding, dilation, groups = geometry
     _, C, R, S = weight.shape
-    around = tuple(
-        apart * (taps - 1) - before
-        for taps, before, apart in zip((R, S), padding, dilation, strict=True)
-    )
+    around = (dilation[0] * (R - 1) - padding[0], dilation[1] * (S - 1) - padding[1])
     if max(stride) > 1 or min(around) < 0 or not can_train(grad, weight, residual, groups):
         return None
     if grad.device.type != "cuda":

@@ -337,7 +337,7 @@ def table_of(norm: Norm, sums: Sums | None = None) -> Tensor:
     launch.launch_kernel(
         norm.mean,
         table_kernel,
-        (ceil_div(C, _TABLE_BLOCK),),
+        (-(-C // _TABLE_BLOCK),),
         (*vectors, table, norm.eps, 1.0 / count, C),
         writes=("table_ptr",),
         BLOCK_C=_TABLE_BLOCK,
@@ -374,16 +374,17 @@ def forward(
     filters = launch.filter_rows(weight)
     output, partial = _launch(input, filters, size, geometry, tile, operands, values=3)
     mean, var = _results(output, 2)
+    block_c = _combined(input)
     rows = output.numel() // output.size(1)
     partial, slab_rows = _folded(output, partial, tile.block_m)
     launch.launch_kernel(
         input,
         combine_statistics_kernel,
-        (ceil_div(output.size(1), _combined(input)),),
+        (-(-output.size(1) // block_c),),
         (partial, mean, var, rows, output.size(1), slab_rows, partial.size(1)),
         writes=("mean_ptr", "var_ptr"),
         BLOCK_S=_MOST_SLABS,
-        BLOCK_C=_combined(input),
+        BLOCK_C=block_c,
         num_warps=_COMBINE_WARPS,
     )
     return output, mean, var
@@ -416,8 +417,7 @@ def backward_input(
     residual, residual_mask, above, below = ends
     _, padding, dilation, groups = geometry
     _, C, R, S = weight.shape
-    taps = ((R, padding[0], dilation[0]), (S, padding[1], dilation[1]))
-    around = tuple(apart * (count - 1) - before for count, before, apart in taps)
+    around = (dilation[0] * (R - 1) - padding[0], dilation[1] * (S - 1) - padding[1])
     # One tap has no inside: what pads a transposed 1x1 convolution would have to be cut off.
     assert min(around) >= 0, (padding, dilation)
     table = side = raw = None
@@ -442,18 +442,19 @@ def backward_input(
     if below is None:
         return output, side, None
     total, dot, grad_weight = _results(output, 3)
+    block_c = _combined(grad)
     partial, _ = _folded(output, partial, tile.block_m)
     launch.launch_kernel(
         grad,
         combine_sums_kernel,
-        (ceil_div(C, _combined(grad)),),
+        (-(-C // block_c),),
         (
             partial, below[1].var.contiguous(), total, dot, grad_weight, below[1].eps, C,
             partial.size(1), None, None, None, None, 0.0,
         ),
         writes=("total_ptr", "dot_ptr", "grad_weight_ptr"),
         BLOCK_S=_MOST_SLABS,
-        BLOCK_C=_combined(grad),
+        BLOCK_C=block_c,
         num_warps=_COMBINE_WARPS,
     )  # fmt: skip
     return output, side, (total, dot, grad_weight)
@@ -479,7 +480,7 @@ def _launch(
     R, S = filters.shape[1:3]
     M = N * P * Q
     output = input.new_empty((N, P, Q, K)).permute(0, 3, 1, 2)
-    slabs = ceil_div(M, tile.block_m)
+    slabs = -(-M // tile.block_m)
     partial = _partial(output, values, slabs) if values else None
     pointwise = R * S == 1 and max(padding) == 0 and max(stride) == 1
     prologue = "none"
@@ -488,7 +489,7 @@ def _launch(
     launch.launch_kernel(
         input,
         training_conv_kernel,
-        (slabs * ceil_div(K, tile.block_n),),
+        (slabs * -(-K // tile.block_n),),
         (
             pixels, above, filters, table, side, bias, residual, residual_mask, below,
             below_table, output, partial, M, H, W, P, Q, C, K, pixels.stride(0), pixels.stride(2),

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...layers.description import PARAMETERS, SAVED, Block, Layer
+from ...layers.description import PARAMETERS, Layer, TrainedBlock
 from ..gradients import act_backward, aten, middle_channels
 from ..registration import gradients_batched
-from .passes import Pass, backend_of, passes_of, run_block
+from .passes import Pass, kernels_for, passes_of, run_block
 
 
 def block_backward(
-    block: Block, kept: Sequence[Tensor | None], need: Sequence[bool], grad: Tensor
+    block: TrainedBlock, kept: Sequence[Tensor | None], need: Sequence[bool], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a block's input and of its layers' parameters, None where not needed.
 
@@ -25,134 +26,215 @@ def block_backward(
         need: which gradients to compute, in the order in which they are returned.
         grad: of the output.
     """
-    count = PARAMETERS * len(block.layers)
-    input, output, *saved = kept
-    passes = passes_of(block.layers, saved[:count])
-    for step, index in zip(passes, range(count, len(saved), SAVED), strict=True):
-        step.restore(saved[index : index + SAVED])
-    need_input, *need = need
-    needs = [need[PARAMETERS * i : PARAMETERS * (i + 1)] for i in range(len(passes))]
-    hidden: list[Tensor] = []
-    # To be differentiated again, what was kept is not enough: it has no history.
-    again = torch.is_grad_enabled()
-    if again:
-        output, _ = run_block(block, passes, input, hidden)
+    backward = _BlockBackward(block, kept, need, grad)
+    for index in range(block.main - 1, backward.plan.first - 1, -1):
+        backward.layer(index)
+    return backward.results()
 
-    def hidden_before(index: int) -> Tensor:
-        if again:
-            return hidden[index]
-        return passes[index - 1].normalized() if index > 0 else input
 
-    grads: list[Tensor | None] = [None] * count
-    shortcut_grad: Tensor | None = None
-    sums: tuple | None = None  # of grad, where the convolution behind found them
-    joined: tuple | None = None  # the projection's norm's weight's and bias's, if already known
-    need_shortcut = need_input or (block.has_projection and any(needs[-1]))
-    projected = not (block.has_projection and need_shortcut)
-    # Whoever takes the shortcut's gradient applies the mask, so that none is written.
-    mask = None
-    if need_shortcut and output.dtype is torch.uint8 and not (again or gradients_batched()):
-        first, size = passes[0], input.shape[2:]
-        takes_mask = block.shortcut_is_input(input, grad) and block.main > 1
-        takes_mask = takes_mask and first.adds_to_input_gradient(first.raw, size, input)
-        if block.has_projection or takes_mask:
-            mask, grad = output, grad.contiguous(memory_format=torch.channels_last)
+class Plan(NamedTuple):
+    """What is settled before the first step.
 
-    def join_backward(last: Pass) -> tuple | None:
-        """Gradients behind the norms of both sides at once, if convolutions need them."""
-        step, need_conv = passes[-1], (need_input, *needs[-1][:2])
-        if mask is None or not block.has_projection or not any(need_conv):
-            return None
+    Attributes:
+        first: the first main convolution, in forward's order, behind which a gradient is needed.
+        need_shortcut: whether the gradient of the shortcut is.
+        masked: whether whoever takes the shortcut's gradient applies the output's mask to it, so
+            that no masked one is written; else it is the last norm's to mask.
+        joined: whether one kernel may go behind both norms, the last one's and the projection's.
+        adds: whether the shortcut's gradient is part of the first convolution's.
+    """
+
+    first: int
+    need_shortcut: bool
+    masked: bool
+    joined: bool
+    adds: bool
+
+
+class _BlockBackward:
+    """The steps of `block_backward`, from the last layer to the first, and what they hand on.
+
+    `grad` is that behind the layer at hand, `shortcut` that of the shortcut as soon as it is known.
+    """
+
+    def __init__(
+        self,
+        block: TrainedBlock,
+        kept: Sequence[Tensor | None],
+        need: Sequence[bool],
+        grad: Tensor,
+    ) -> None:
+        count = PARAMETERS * len(block.layers)
+        self.block, self.grad = block, grad
+        self.input, self.output, *saved = kept
+        kernels = kernels_for(grad)
+        self.passes = passes_of(block.layers, saved[:count], kernels, saved[count:])
+        self.need_input = need[0]
+        # Of each layer the weight and bias of the convolution, then of the norm.
+        self.needs = [need[i + 1 : i + 1 + PARAMETERS] for i in range(0, count, PARAMETERS)]
+        self.hidden: list[Tensor] = []
+        # To be differentiated again, what was kept is not enough: it has no history.
+        self.again = torch.is_grad_enabled()
+        if self.again:
+            self.output, _ = run_block(block, self.passes, self.input, self.hidden)
+        self.plan = self._planned()
+        if self.plan.masked:
+            self.grad = grad.contiguous(memory_format=torch.channels_last)
+        self.grads: list[Tensor | None] = [None] * count
+        self.shortcut: Tensor | None = None
+        # Of `grad`, where the convolution behind found them.
+        self.sums: tuple[Tensor, Tensor, Tensor] | None = None
+        # The gradients of the projection's norm's weight and bias, if already known.
+        self.joined: list[Tensor] | None = None
+        self.is_projected = not (block.has_projection and self.plan.need_shortcut)
+
+    def _planned(self) -> Plan:
+        block, input, grad = self.block, self.input, self.grad
+        first = 0
+        if not self.need_input:
+            while first < block.main - 1 and not any(self.needs[first]):
+                first += 1
+        projection = self.needs[-1] if block.has_projection else None
+        need_shortcut = self.need_input or (projection is not None and any(projection))
+        masked = False
+        if need_shortcut and self.output.dtype is torch.uint8 and not self.again:
+            takes_mask = block.shortcut_is_input(input, grad) and block.main > 1
+            if not gradients_batched():
+                masked = projection is not None or (
+                    takes_mask
+                    and self.passes[0].adds_to_input_gradient(
+                        self.passes[0].raw, input.shape[2:], input
+                    )
+                )
+        joined = False
+        if masked and projection is not None:
+            joined = self.need_input or projection[0] or projection[1]
+        adds = need_shortcut and block.shortcut_is_input(input, grad)
+        return Plan(first, need_shortcut, masked, joined, adds)
+
+    def _hidden_before(self, index: int) -> Tensor:
+        if self.again:
+            return self.hidden[index]
+        return self.passes[index - 1].normalized() if index > 0 else self.input
+
+    def layer(self, index: int) -> None:
+        """Behind its norm, then behind its convolution."""
+        step, is_last = self.passes[index], index == self.block.main - 1
+        below = self.need_input or index > self.plan.first
+        need_weight, need_bias, *need_norm = self.needs[index]
+        need_conv = below or need_weight or need_bias
+        h = self._hidden_before(index) if need_conv or step.raw is None else None
         if step.raw is None:
-            step.convolve(input)
-        return last.add_relu_backward(grad, mask, step)
+            step.convolve(h)
+        found = None  # the gradient of its input and the sums below, if a kernel has both
+        if is_last:
+            found, norm_grads = self._last_norm(index, need_conv, need_norm)
+        elif self.sums is not None:
+            need = (need_conv, *need_norm)
+            self.grad, *norm_grads = step.norm_backward_from(self.grad, self.sums, need)
+        else:
+            need = (need_conv, *need_norm, False)
+            self.grad, *norm_grads, _ = step.norm_backward(
+                self.grad, None, "relu", need, overwrite=not self.again
+            )
+        self.sums = step.raw = None
+        add_to = self.shortcut if index == 0 and self.plan.adds else None
+        if below and found is None:
+            found, add_to = self._input_gradient(index, h, add_to)
+        conv_grads: tuple[Tensor | None, ...] = (None, None, None)
+        if need_weight or need_bias or (below and found is None):
+            need = (below and found is None, need_weight, need_bias)
+            conv_grads = step.conv_backward(self.grad, h, need, add_to)
+        self.grad = conv_grads[0]
+        if found is not None:
+            self.grad, self.sums = found
+        self.grads[PARAMETERS * index : PARAMETERS * (index + 1)] = (*conv_grads[1:], *norm_grads)
 
-    def projection_backward(add_to: Tensor | None) -> Tensor | None:
+    def _last_norm(
+        self, index: int, need_conv: bool, need_norm: Sequence[bool]
+    ) -> tuple[tuple | None, Sequence[Tensor | None]]:
+        """Behind the norm before the add, its shortcut; the convolution in front may go along.
+
+        Returns:
+            The gradient of the convolution's input and the sums below, or None; the gradients of
+            the norm's weight and bias.
+        """
+        step, grad, plan = self.passes[index], self.grad, self.plan
+        masks = plan.need_shortcut and not plan.masked
+        need = (need_conv, *need_norm, masks)
+        both = found = None
+        if plan.joined and need_conv:
+            projection = self.passes[-1]
+            if projection.raw is None:
+                projection.convolve(self.input)
+            both = step.add_relu_backward(grad, self.output, projection)
+        if index > 0 and (self.need_input or index > plan.first) and not plan.masked:
+            found = step.last_backward(grad, self.output, self.passes[index - 1])
+        if both is not None:
+            (self.grad, *norm_grads), (self.shortcut, *self.joined) = both
+            self.passes[-1].raw = None
+            return None, step.norm_gradients(*norm_grads, need)
+        if found is not None:
+            *input_grads, self.grad, self.shortcut, norm_grads = found
+            return tuple(input_grads), step.norm_gradients(*norm_grads, need)
+        self.grad, *norm_grads, residual_grad = step.norm_backward(grad, self.output, "relu", need)
+        self.shortcut = grad if plan.masked else residual_grad
+        return None, norm_grads
+
+    def _input_gradient(
+        self, index: int, h: Tensor, add_to: Tensor | None
+    ) -> tuple[tuple | None, Tensor | None]:
+        """The gradient of a convolution's input by a kernel that does more than that, or None.
+
+        And what is still to be added to it otherwise.
+        """
+        step, size = self.passes[index], h.shape[2:]
+        if index > 0:
+            return step.input_backward(self.grad, size, None, self.passes[index - 1]), add_to
+        if self.plan.adds:
+            mask = self.output if self.plan.masked else None
+            found = step.input_backward(self.grad, size, add_to, None, mask)
+            if found is None and mask is not None:
+                add_to = act_backward(add_to, mask, "relu")
+            return found, add_to
+        if not self.is_projected and step.adds_to_input_gradient(self.grad, size, self.input):
+            # The projection's goes first: the sum of both is part of this convolution then.
+            add_to, self.is_projected = self._behind_projection(None), True
+            return step.input_backward(self.grad, size, add_to, None), add_to
+        return None, add_to
+
+    def _behind_projection(self, add_to: Tensor | None) -> Tensor | None:
         """The gradient in the input, plus `add_to`; keeps those of the parameters."""
-        step, behind = passes[-1], shortcut_grad
-        need_conv = (need_input, *needs[-1][:2])
-        need_norm = (any(need_conv), *needs[-1][2:], False)
-        if joined is not None:
-            norm_grads = step.norm_gradients(*joined, need_norm)
+        step, behind = self.passes[-1], self.shortcut
+        need_conv = (self.need_input, *self.needs[-1][:2])
+        need_norm = (any(need_conv), *self.needs[-1][2:], False)
+        if self.joined is not None:
+            norm_grads = step.norm_gradients(*self.joined, need_norm)
         else:
             if step.raw is None:
-                step.convolve(input)
-            masked = (
-                (None, "none", need_norm, not again) if mask is None else (mask, "relu", need_norm)
-            )
+                step.convolve(self.input)
+            if self.plan.masked:
+                masked = (self.output, "relu", need_norm)
+            else:
+                masked = (None, "none", need_norm, not self.again)
             behind, *norm_grads, _ = step.norm_backward(behind, *masked)
         conv_grads = (None, None, None)
         if any(need_conv):
-            conv_grads = step.conv_backward(behind, input, need_conv, add_to)
-        grads[-PARAMETERS:] = (*conv_grads[1:], *norm_grads)
+            conv_grads = step.conv_backward(behind, self.input, need_conv, add_to)
+        self.grads[-PARAMETERS:] = (*conv_grads[1:], *norm_grads)
         return conv_grads[0]
 
-    for index in reversed(range(block.main)):
-        step, last = passes[index], index == block.main - 1
-        before = need_input or any(map(any, needs[:index]))
-        need_conv = (before, needs[index][0], needs[index][1])
-        h = hidden_before(index) if any(need_conv) or step.raw is None else None
-        if step.raw is None:
-            step.convolve(h)
-        masks = last and need_shortcut and mask is None
-        need_norm = (any(need_conv), *needs[index][2:], masks)
-        input_grads, behind = None, grad
-        both = join_backward(step) if last and any(need_conv) else None
-        if last and before and index > 0 and mask is None:
-            input_grads = step.last_backward(grad, output, passes[index - 1])
-        if both is not None:
-            (grad, *norm_grads), (behind, *joined) = both
-            norm_grads = step.norm_gradients(*norm_grads, need_norm)
-            both = passes[-1].raw = None
-        elif input_grads is not None:
-            *input_grads, grad, residual_grad, norm_grads = input_grads
-            norm_grads = step.norm_gradients(*norm_grads, need_norm)
-        elif sums is not None:
-            grad, *norm_grads = step.norm_backward_from(grad, sums, need_norm)
-        else:
-            grad, *norm_grads, residual_grad = step.norm_backward(
-                grad, output if last else None, "relu", need_norm, overwrite=not last and not again
-            )
-        step.raw = None
-        if last:
-            shortcut_grad = residual_grad if mask is None else behind
-        # The shortcut's gradient, once masked, is the block's own, to be overwritten.
-        adds = index == 0 and block.shortcut_is_input(input, shortcut_grad)
-        add_to = shortcut_grad if adds else None
-        if before and input_grads is None:
-            if index > 0:
-                below = passes[index - 1]
-                input_grads = step.input_backward(grad, h.shape[2:], None, below)
-            elif adds:
-                input_grads = step.input_backward(grad, h.shape[2:], add_to, None, mask)
-                if input_grads is None and mask is not None:
-                    add_to = act_backward(add_to, mask, "relu")
-            elif not projected and step.adds_to_input_gradient(grad, h.shape[2:], input):
-                # The projection's goes first: the sum of both is part of this convolution then.
-                add_to, projected = projection_backward(None), True
-                input_grads = step.input_backward(grad, h.shape[2:], add_to, None)
-        sums = None
-        conv_grads = (None, None, None)
-        if input_grads is not None:
-            need_conv = (False, *need_conv[1:])
-        if any(need_conv):
-            conv_grads = step.conv_backward(grad, h, need_conv, add_to)
-        if input_grads is not None:
-            conv_grads = (input_grads[0], *conv_grads[1:])
-            sums = input_grads[1]
-        del h
-        grad = conv_grads[0]
-        grads[PARAMETERS * index : PARAMETERS * (index + 1)] = (*conv_grads[1:], *norm_grads)
-        if not before:
-            break
-    if block.has_projection:
-        if not projected:
-            grad = projection_backward(grad if need_input else None)
-    elif need_input and not block.shortcut_is_input(input, shortcut_grad):
-        grad = grad.clone() if again else grad
-        shortcut_grad = middle_channels(shortcut_grad, input.size(1))
-        block.subsampled(grad).add_(shortcut_grad)
-    return grad if need_input else None, *grads
+    def results(self) -> tuple[Tensor | None, ...]:
+        """The gradients, once those behind the shortcut are among them."""
+        block, grad = self.block, self.grad
+        if block.has_projection:
+            if not self.is_projected:
+                grad = self._behind_projection(grad if self.need_input else None)
+        elif self.need_input and not self.plan.adds:
+            grad = grad.clone() if self.again else grad
+            shortcut = middle_channels(self.shortcut, self.input.size(1))
+            block.subsampled(grad).add_(shortcut)
+        return grad if self.need_input else None, *self.grads
 
 
 def stem_backward(
@@ -172,12 +254,14 @@ def stem_backward(
         grad: of the output.
     """
     input, *saved = kept
-    step = Pass(layer, saved[:PARAMETERS])
+    kernels = kernels_for(grad)
     *of_layer, offsets = saved[PARAMETERS:]
-    step.restore(of_layer)
+    step = Pass(layer, saved[:PARAMETERS], *kernels, of_layer)
     again = torch.is_grad_enabled()
     out = pool_grad = None
-    backend = backend_of(grad)
+    backend, is_direct = kernels
+    if not is_direct:
+        backend = None
     if backend is not None and offsets is not None:
         pool_grad = backend.max_pool_backward_from_offsets(grad, offsets, step.raw.shape[2:], pool)
     elif backend is not None and grad.numel() > 0:

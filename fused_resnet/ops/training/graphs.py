@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...layers.description import Block, ConvNorm, Layer
+from ...layers.description import NUMBERS, ConvNorm, Layer, TrainedBlock
 from ...layers.memory import contiguous_like_eager
 from .. import operator_checks
 from ..gradients import accumulation_dtype
@@ -28,10 +28,9 @@ from ..registration import (
 )
 from .backward import block_backward, stem_backward
 from .nodes import _as_autocast_casts
-from .passes import Statistics, is_computed_again, passes_of, run_block
+from .passes import Statistics, is_computed_again, kernels_for, passes_of, run_block
 
 _BLOCK = "int[] numbers, float[] eps, bool has_projection, bool low_memory"
-_NUMBERS = 7  # stride, padding and dilation, two each, and groups
 
 library.define(f"block_training(Tensor input, Tensor?[] parameters, {_BLOCK}) -> Tensor[]")
 library.define(
@@ -113,12 +112,12 @@ def _layer(numbers: Sequence[int], eps: float) -> Layer:
 
 def _described(
     numbers: Sequence[int], eps: Sequence[float], has_projection: bool, low_memory: bool
-) -> Block:
+) -> TrainedBlock:
     layers = [
-        _layer(numbers[_NUMBERS * i : _NUMBERS * (i + 1)], layer_eps)
+        _layer(numbers[NUMBERS * i : NUMBERS * (i + 1)], layer_eps)
         for i, layer_eps in enumerate(eps)
     ]
-    return Block(tuple(layers), has_projection, low_memory)
+    return TrainedBlock(tuple(layers), has_projection, 0, low_memory)
 
 
 def _kernel(input: Tensor, parameters: Sequence[Tensor | None], *description: Any) -> list[Tensor]:
@@ -131,10 +130,10 @@ def _composite(
 ) -> list[Tensor]:
     """The output, each norm's mean and variance, and the convolutions' outputs that are kept."""
     block = _described(*description)
-    passes = passes_of(block.layers, parameters)
+    passes = passes_of(block.layers, parameters, kernels_for(input))
     with torch.autocast(input.device.type, enabled=False):
         output, _ = run_block(block, passes, input, [])
-    statistics = [vector.detach() for step in passes for vector in (step.mean, step.var)]
+    statistics = [vector.detach() for step in passes for vector in step.norm[:2]]
     raws = [step.raw for i, step in enumerate(passes) if not is_computed_again(block, passes, i)]
     return [output, *statistics, *raws]
 
@@ -145,7 +144,7 @@ register_kernel("block_training", _kernel, operator_checks.block_training)
 @register_fake("block_training", operator_checks.block_training)
 def _fake(input: Tensor, parameters: Sequence[Tensor | None], *description: Any) -> list[Tensor]:
     block = _described(*description)
-    passes = passes_of(block.layers, parameters)
+    passes = passes_of(block.layers, parameters, (None, False))
     output, statistics, h = input, [], input
     for i, step in enumerate(passes):
         raw = step.convolve(input if i == block.main else h)
@@ -169,7 +168,7 @@ def _backward_kernel(
 ) -> list[Tensor]:
     """The gradients of input and parameters that are needed, lying in memory as these do."""
     block = _described(*description)
-    passes = passes_of(block.layers, parameters)
+    passes = passes_of(block.layers, parameters, (None, False))
     statistics, raws = kept[: 2 * len(passes)], iter(kept[2 * len(passes) :])
     saved: list[Tensor | None] = []
     for i in range(len(passes)):
@@ -268,12 +267,11 @@ def _stem_composite(
     pool: Sequence[int],
 ) -> list[Tensor]:
     """The output, the norm's mean and variance, and the convolution's output."""
-    (step,) = passes_of([_layer(numbers, eps)], parameters)
+    (step,) = passes_of([_layer(numbers, eps)], parameters, kernels_for(input))
     with torch.autocast(input.device.type, enabled=False):
         out = step.normalize(step.convolve(input), None, "relu")
-        return [
-            *(torch.max_pool2d(out, *_pool(pool)), step.mean.detach(), step.var.detach(), step.raw)
-        ]
+        mean, var = step.norm[:2]
+        return [torch.max_pool2d(out, *_pool(pool)), mean.detach(), var.detach(), step.raw]
 
 
 def _pool(numbers: Sequence[int]) -> tuple[Sequence[int], ...]:
@@ -291,7 +289,7 @@ def _stem_fake(
     eps: float,
     pool: Sequence[int],
 ) -> list[Tensor]:
-    (step,) = passes_of([_layer(numbers, eps)], parameters)
+    (step,) = passes_of([_layer(numbers, eps)], parameters, (None, False))
     raw = step.convolve(input)
     mean = input.new_empty(raw.size(1), dtype=accumulation_dtype(input.dtype))
     out = torch.max_pool2d(torch.empty_like(contiguous_like_eager(raw)), *_pool(pool))

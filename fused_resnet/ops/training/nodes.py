@@ -31,9 +31,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ... import backends
-from ...layers.description import PARAMETERS, Block, ConvNorm, Layer
-from ..gradients import has_norm_kernel
-from ..registration import autocast_tensor, needs_grad
+from ...layers.description import PARAMETERS, ConvNorm, Layer, TrainedBlock
+from ..registration import autocast_tensor, gradients_batched, is_plain, needs_grad
 from .backward import block_backward, stem_backward
 from .passes import Pass, Statistics, is_computed_again, passes_of, run_block
 
@@ -42,36 +41,27 @@ Keep = Callable[[list[Statistics]], None]
 
 
 def residual_block_training(
-    input: Tensor,
-    layers: Sequence[ConvNorm],
-    groups: Sequence[dist.ProcessGroup | None],
-    has_projection: bool,
-    low_memory: bool,
-    keep: Keep,
-    step: int = 1,
+    input: Tensor, block: TrainedBlock, parameters: list[Tensor | None], keep: Keep
 ) -> Tensor | None:
     """`relu(... + shortcut)` as above.
 
     Args:
         input: (N, C, H, W).
-        layers: the convolutions; the running statistics are not used.
-        groups: for each of them the processes whose batches make the statistics, or None.
-        has_projection: whether the last layer makes the shortcut.
-        low_memory: whether 1x1 convolutions are computed twice rather than kept.
+        block: what to compute.
+        parameters: of each layer weight and bias of the convolution, then of the norm.
         keep: takes the layers' statistics.
-        step: without a projection, between the pixels of the input that make the shortcut, which
-            may have fewer channels than the output: see `reference.pad_channels`.
 
     Returns:
         The output, or None where the block has to run operator by operator.
     """
-    arguments = _prepare(input, layers, groups)
-    if arguments is None:
+    kernels = _kernels(input, parameters)
+    if kernels is None:
         return None
-    input, described, parameters = arguments
-    block = Block(described, has_projection, low_memory, step)
+    if not torch.is_autocast_enabled(input.device.type):
+        return _ResidualBlock.apply(input, block, keep, kernels, *parameters)
+    input, parameters = _as_autocast_casts(input, parameters)
     with torch.autocast(input.device.type, enabled=False):
-        return _ResidualBlock.apply(input, block, keep, *parameters)
+        return _ResidualBlock.apply(input, block, keep, kernels, *parameters)
 
 
 def stem_training(
@@ -82,26 +72,23 @@ def stem_training(
     keep: Keep,
 ) -> Tensor | None:
     """`max_pool2d(relu(batch_norm(conv(input))), *pool)`; see `residual_block_training`."""
-    arguments = _prepare(input, [layer], [group])
-    if arguments is None:
+    weight, norm, bias, *geometry = layer
+    parameters = [weight, bias, norm.weight, norm.bias]
+    kernels = _kernels(input, parameters)
+    if kernels is None:
         return None
-    input, (described,), parameters = arguments
-    with torch.autocast(input.device.type, enabled=False):
-        return _Stem.apply(input, described, tuple(pool), keep, *parameters)
-
-
-def _prepare(
-    input: Tensor, layers: Sequence[ConvNorm], groups: Sequence[dist.ProcessGroup | None]
-) -> tuple[Tensor, tuple[Layer, ...], list[Tensor | None]] | None:
-    """The input, layers and parameters, as autocast has them, or None to run them one by one."""
-    described, parameters = [], []
-    for (weight, norm, bias, *geometry), group in zip(layers, groups, strict=True):
-        described.append(Layer(tuple(geometry), norm.eps, group))
-        parameters += (weight, bias, norm.weight, norm.bias)
-    if not has_norm_kernel(input, *parameters) or not needs_grad(input, *parameters):
-        return None
+    described = Layer(tuple(geometry), norm.eps, group)
     input, parameters = _as_autocast_casts(input, parameters)
-    return input, tuple(described), parameters
+    with torch.autocast(input.device.type, enabled=False):
+        return _Stem.apply(input, described, tuple(pool), keep, kernels, *parameters)
+
+
+def _kernels(input: Tensor, parameters: Sequence[Tensor | None]) -> backends.Backend | None:
+    """The backend whose kernels train it, or None where operators or nobody records it."""
+    if not is_plain(input, *parameters) or not needs_grad(input, *parameters):
+        return None
+    backend = backends.choose(input.device.type)
+    return backend if backend.has_norm_kernels else None
 
 
 def _as_autocast_casts(
@@ -122,24 +109,43 @@ def _as_autocast_casts(
 class _ResidualBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, block: Block, keep: Keep, *parameters: Tensor | None
+        ctx: Any,
+        input: Tensor,
+        block: TrainedBlock,
+        keep: Keep,
+        kernels: backends.Backend,
+        *parameters: Tensor | None,
     ) -> Tensor:
-        passes = passes_of(block.layers, parameters)
-        output, mask = run_block(block, passes, input, [])
-        keep([(step.mean, step.var, step.count) for step in passes])
-        ctx.block, ctx.backend = block, backends.chosen()
-        saved = []
+        passes = passes_of(block.layers, parameters, (kernels, True))
+        with torch._C._AutoDispatchBelowAutograd():
+            output, mask = run_block(block, passes, input, [])
+        statistics, saved = [], []
         for index, step in enumerate(passes):
-            saved += step.saved(not is_computed_again(block, passes, index))
+            kept = step.saved(not (block.low_memory and is_computed_again(block, passes, index)))
+            statistics.append(kept[1:])
+            saved += kept
+        keep(statistics)
+        ctx.block, ctx.backend = block, backends.chosen()
         ctx.save_for_backward(input, output if mask is None else mask, *parameters, *saved)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with backends.as_chosen(ctx.backend), torch.autocast(grad.device.type, enabled=False):
-            need = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
-            grad_input, *grads = block_backward(ctx.block, ctx.saved_tensors, need, grad)
-            return grad_input, None, None, *grads
+        need_input, _, _, _, *need_parameters = ctx.needs_input_grad
+        arguments = (ctx.block, ctx.saved_tensors, (need_input, *need_parameters), grad)
+        # Kernels of several cotangents at once, and of gradients with a history, are autograd's.
+        if torch.is_grad_enabled() or gradients_batched() or not _is_as_in_forward(ctx, grad):
+            with backends.as_chosen(ctx.backend), torch.autocast(grad.device.type, enabled=False):
+                grad_input, *grads = block_backward(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                grad_input, *grads = block_backward(*arguments)
+        return grad_input, None, None, None, *grads
+
+
+def _is_as_in_forward(ctx: Any, grad: Tensor) -> bool:
+    """Whether backward runs under forward's choice of a backend, and without autocast."""
+    return backends.chosen() == ctx.backend and not torch.is_autocast_enabled(grad.device.type)
 
 
 class _Stem(torch.autograd.Function):
@@ -150,11 +156,12 @@ class _Stem(torch.autograd.Function):
         layer: Layer,
         pool: tuple,
         keep: Keep,
+        kernels: backends.Backend,
         *parameters: Tensor | None,
     ) -> Tensor:
-        step = Pass(layer, parameters)
+        step = Pass(layer, parameters, kernels, True)
         out, offsets = step.pool(step.convolve(input), pool)
-        keep([(step.mean, step.var, step.count)])
+        keep([step.saved()[1:]])
         ctx.layer, ctx.pool, ctx.backend = layer, pool, backends.chosen()
         ctx.save_for_backward(input, *parameters, *step.saved(), offsets)
         return out
@@ -162,6 +169,6 @@ class _Stem(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with backends.as_chosen(ctx.backend), torch.autocast(grad.device.type, enabled=False):
-            need = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
+            need = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
             grad_input, *grads = stem_backward(ctx.layer, ctx.pool, ctx.saved_tensors, need, grad)
-            return grad_input, None, None, None, *grads
+            return grad_input, None, None, None, None, *grads

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import backends
-from ...layers.convolution import conv2d, conv2d_backward
-from ...layers.description import PARAMETERS, Block, Layer, Norm, Sums
+from ...layers.convolution import (
+    conv2d,
+    conv2d_backward,
+    plain_conv2d,
+    plain_conv2d_backward,
+)
+from ...layers.description import PARAMETERS, SAVED, Layer, Norm, Sums, TrainedBlock
 from ..batch_norm_act_inference import batch_norm_act_inference
 from ..batch_norm_act_training import batch_norm_act_training
 from ..gradients import norm_act_backward
@@ -20,80 +26,82 @@ Statistics = tuple[Tensor, Tensor, Tensor | None]
 """A batch's mean and biased variance, (C,) each, and how many values a channel (): None stands for
 this process's own."""
 
+# `Norm(...)` without a call of Python's.
+_new = tuple.__new__
+
 
 class Pass:
-    """One layer's tensors, and its steps in both directions."""
+    """One layer's tensors, and its steps in both directions.
 
-    def __init__(self, layer: Layer, parameters: Sequence[Tensor | None]) -> None:
+    Args:
+        layer: what it computes.
+        parameters: weight and bias of the convolution, then of the norm.
+        kernels: the backend that may run several steps in one; None where single steps are looked
+            at. See `kernels_for`.
+        is_direct: whether it also runs single steps, without the operators' way to it.
+        saved: what `saved` returned, in backward.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        parameters: Sequence[Tensor | None],
+        kernels: backends.Backend | None,
+        is_direct: bool,
+        saved: Sequence[Tensor | None] = (None,) * SAVED,
+    ) -> None:
         self.layer = layer
-        self.weight, self.bias, self.bn_weight, self.bn_bias = parameters
-        self.raw: Tensor | None = None
-        self.mean: Tensor | None = None
-        self.var: Tensor | None = None
-        self.count: Tensor | None = None
-        self._asked = False
-        self._runs_on: backends.Backend | None = None
-
-    @property
-    def norm(self) -> Norm:
-        """The norm's statistics, weight, bias and eps, as backends take them."""
-        return Norm(self.mean, self.var, self.bn_weight, self.bn_bias, self.layer.eps)
-
-    def _backend(self, tensor: Tensor) -> backends.Backend | None:
-        """Whose kernels may run it: statistics are our own, and nothing looks at single steps.
-
-        Asked once, since a pass is made for one direction of one call.
-        """
-        if not self._asked:
-            self._asked = True
-            own = self.layer.group is None and not torch.is_grad_enabled()
-            if own and not gradients_batched():
-                self._runs_on = backends.choose(tensor.device.type)
-        return self._runs_on
+        self.weight, self.bias, bn_weight, bn_bias = parameters
+        self.raw, mean, var, self.count = saved
+        self.norm = _new(Norm, (mean, var, bn_weight, bn_bias, layer.eps))
+        # Statistics that processes share are no kernel's to find.
+        self._kernels = kernels if layer.group is None else None
+        self._direct = kernels if is_direct else None
+        self._norms = self._kernels if is_direct else None
 
     def convolve_with_statistics(self, input: Tensor, before: Pass | None) -> bool:
         """In one, where the backend does; `before` is the layer whose norm the input lacks."""
-        if (backend := self._backend(input)) is None:
+        if self._kernels is None:
             return False
         prologue = None if before is None else before.norm
-        found = backend.conv_batch_norm_statistics(
+        found = self._kernels.conv_batch_norm_statistics(
             input, self.weight, self.bias, self.layer.geometry, prologue
         )
         if found is None:
             return False
-        self.raw, self.mean, self.var = found
+        self.raw, mean, var = found
+        self.norm = _new(Norm, (mean, var, *self.norm[2:]))
         return True
 
     def finish(self, residual: Tensor | None, activation: str) -> Tensor:
         """`normalize`, with the statistics that the convolution may have found."""
-        if self.mean is None:
+        if self.norm.mean is None:
             return self.normalize(self.raw, residual, activation)
-        return batch_norm_act_inference(self.raw, self.norm, residual, activation)
+        return self._normalized(residual, activation)
 
     def add_relu(
         self, shortcut: Tensor, projection: Pass | None
     ) -> tuple[Tensor, Tensor | None] | None:
         """The block's output and its mask, if the backend has one kernel for both norms."""
-        backend = self._backend(self.raw)
-        if backend is None or (projection is not None and projection.layer.group is not None):
+        if self._kernels is None or (projection is not None and projection._kernels is None):
             return None
         norm = None if projection is None else projection.norm
-        found = backend.batch_norm_add_relu(self.raw, self.norm, shortcut, norm)
+        found = self._kernels.batch_norm_add_relu(self.raw, self.norm, shortcut, norm)
         if found is None:
             return None
-        output, mask, (self.mean, self.var), statistics = found
+        output, mask, statistics, of_shortcut = found
+        self.norm = _new(Norm, (*statistics, *self.norm[2:]))
         if projection is not None:
-            projection.mean, projection.var = statistics
+            projection.norm = _new(Norm, (*of_shortcut, *norm[2:]))
         return output, mask
 
     def add_relu_backward(
         self, grad: Tensor, mask: Tensor, projection: Pass
     ) -> tuple[tuple, tuple] | None:
         """The gradients of both norms behind `add_relu`, from one kernel; or None."""
-        backend = self._backend(grad)
-        if backend is None or projection.layer.group is not None:
+        if self._kernels is None or projection._kernels is None:
             return None
-        return backend.batch_norm_add_relu_backward(
+        return self._kernels.batch_norm_add_relu_backward(
             grad, mask, self.raw, self.norm, projection.raw, projection.norm
         )
 
@@ -106,31 +114,32 @@ class Pass:
         residual_mask: Tensor | None = None,
     ) -> tuple[Tensor, tuple | None] | None:
         """The backend's `conv_backward_input`, where it has one that runs this."""
-        backend = (self if below is None else below)._backend(grad)
-        if backend is None:
+        kernels = self._kernels if below is None else below._kernels
+        if kernels is None:
             return None
         behind = None if below is None else (below.raw, below.norm)
-        geometry = self.layer.geometry
-        return backend.conv_backward_input(
-            grad, self.weight, size, geometry, residual, behind, residual_mask
+        return kernels.conv_backward_input(
+            grad, self.weight, size, self.layer.geometry, residual, behind, residual_mask
         )
 
     def adds_to_input_gradient(self, grad: Tensor, size: Sequence[int], residual: Tensor) -> bool:
         """Whether `input_backward` runs a tensor like `residual` along."""
-        backend = self._backend(grad)
-        return backend is not None and backend.conv_backward_input_runs(
+        return self._kernels is not None and self._kernels.conv_backward_input_runs(
             grad, self.weight, size, self.layer.geometry, residual
         )
 
     def last_backward(self, grad: Tensor, output: Tensor, below: Pass) -> tuple | None:
         """The backend's `norm_conv_backward_input`, likewise."""
-        backend = self._backend(grad)
-        if backend is None or below.layer.group is not None:
+        if self._kernels is None or below._kernels is None:
             return None
-        size, geometry = below.raw.shape[2:], self.layer.geometry
-        behind = (self.raw, self.norm)
-        return backend.norm_conv_backward_input(
-            grad, output, behind, self.weight, size, geometry, (below.raw, below.norm)
+        return self._kernels.norm_conv_backward_input(
+            grad,
+            output,
+            (self.raw, self.norm),
+            self.weight,
+            below.raw.shape[2:],
+            self.layer.geometry,
+            (below.raw, below.norm),
         )
 
     def norm_backward_from(
@@ -141,7 +150,7 @@ class Pass:
         grad_input = None
         if need[0]:
             batch = Sums(total, dot, grad.numel() // grad.size(1))
-            grad_input, _ = backends.choose(grad.device.type).batch_norm_act_backward_input(
+            grad_input, _ = self._kernels.batch_norm_act_backward_input(
                 grad, self.raw, None, self.norm, "none", batch, False, True
             )
         return (grad_input, *self.norm_gradients(grad_weight, total, need))
@@ -151,26 +160,29 @@ class Pass:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Those of the weight and the bias, in their dtypes, where `need[1:]` asks for them."""
         return (
-            grad_weight.to(self.bn_weight.dtype) if need[1] else None,
-            grad_bias.to(self.bn_bias.dtype) if need[2] else None,
+            grad_weight.to(self.norm.weight.dtype) if need[1] else None,
+            grad_bias.to(self.norm.bias.dtype) if need[2] else None,
         )
 
     def convolve(self, input: Tensor) -> Tensor:
         """The convolution's output, which it keeps."""
-        self.raw = conv2d(input, self.weight, self.bias, *self.layer.geometry)
+        run = conv2d if self._direct is None else plain_conv2d
+        self.raw = run(input, self.weight, self.bias, *self.layer.geometry)
         return self.raw
 
     def normalize(self, raw: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """With the batch's statistics, which it keeps."""
+        _, _, weight, bias, eps = self.norm
         group = self.layer.group
         if group is not None:
-            shared = self.mean, self.var, self.count = shared_statistics(raw, group)
-            return normalize(
-                raw, shared, self.bn_weight, self.bn_bias, self.layer.eps, residual, activation
-            )
-        out, self.mean, self.var = batch_norm_act_training(
-            raw, self.bn_weight, self.bn_bias, self.layer.eps, residual, activation
-        )
+            shared = mean, var, self.count = shared_statistics(raw, group)
+            out = normalize(raw, shared, weight, bias, eps, residual, activation)
+        else:
+            run = batch_norm_act_training
+            if self._norms is not None:
+                run = self._norms.batch_norm_act_training
+            out, mean, var = run(raw, weight, bias, eps, residual, activation)
+        self.norm = _new(Norm, (mean, var, weight, bias, eps))
         return out
 
     def pool(self, raw: Tensor, pool: tuple) -> tuple[Tensor, Tensor | None]:
@@ -178,27 +190,30 @@ class Pass:
 
         And the maxima's places in their windows, where the backend keeps them.
         """
-        backend, found = self._backend(raw), None
-        if backend is not None:
-            found = backend.batch_norm_relu_max_pool(
-                raw, self.bn_weight, self.bn_bias, self.layer.eps, pool
-            )
+        found = None
+        if self._kernels is not None:
+            _, _, weight, bias, eps = self.norm
+            found = self._kernels.batch_norm_relu_max_pool(raw, weight, bias, eps, pool)
         if found is None:
             return torch.max_pool2d(self.normalize(raw, None, "relu"), *pool), None
-        out, offsets, self.mean, self.var = found
+        out, offsets, mean, var = found
+        self.norm = _new(Norm, (mean, var, *self.norm[2:]))
         return out, offsets
 
     def normalized(self) -> Tensor:
         """`relu(batch_norm(raw))` once more, to the same bits."""
-        return batch_norm_act_inference(self.raw, self.norm, None, "relu")
+        return self._normalized(None, "relu")
+
+    def _normalized(self, residual: Tensor | None, activation: str) -> Tensor:
+        run = batch_norm_act_inference
+        if self._direct is not None:
+            run = self._direct.batch_norm_act_inference
+        return run(self.raw, self.norm, residual, activation)
 
     def saved(self, keep_raw: bool = True) -> tuple[Tensor | None, ...]:
-        """What backward needs of it; see `restore`."""
-        return (self.raw if keep_raw else None, self.mean, self.var, self.count)
-
-    def restore(self, saved: Sequence[Tensor | None]) -> None:
-        """Takes back what `saved` returned."""
-        self.raw, self.mean, self.var, self.count = saved
+        """What backward needs of it."""
+        mean, var, _, _, _ = self.norm
+        return (self.raw if keep_raw else None, mean, var, self.count)
 
     def norm_backward(
         self,
@@ -215,9 +230,14 @@ class Pass:
             return shared_backward(
                 grad, self.raw, output, self.norm, processes, activation, need, overwrite
             )
-        return norm_act_backward(
-            grad, self.raw, output, self.norm, activation, True, tuple(need), overwrite
+        if self._norms is None or grad.numel() == 0:
+            return norm_act_backward(
+                grad, self.raw, output, self.norm, activation, True, tuple(need), overwrite
+            )
+        grad_input, grad_weight, grad_bias, grad_residual = self._norms.batch_norm_act_backward(
+            grad, self.raw, output, self.norm, activation, True, need, overwrite
         )
+        return grad_input, *self.norm_gradients(grad_weight, grad_bias, need), grad_residual
 
     def conv_backward(
         self,
@@ -228,17 +248,17 @@ class Pass:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of input, weight and bias; the first is added to `add_to`, maybe in place."""
         grad_input = grad_weight = grad_bias = None
-        need_input, *need_parameters = need
-        backend = backend_of(grad)
-        if need_input and backend is not None:
-            grad_input = backend.conv_input_gradient(
+        need_input, need_weight, need_bias = need
+        if need_input and self._direct is not None:
+            grad_input = self._direct.conv_input_gradient(
                 grad, input, self.weight, self.layer.geometry, add_to
             )
             if grad_input is not None:
                 need_input, add_to = False, None
-        if need_input or any(need_parameters):
-            by_library, grad_weight, grad_bias = conv2d_backward(
-                grad, input, self.weight, *self.layer.geometry, (need_input, *need_parameters)
+        if need_input or need_weight or need_bias:
+            run = conv2d_backward if self._direct is None else plain_conv2d_backward
+            by_library, grad_weight, grad_bias = run(
+                grad, input, self.weight, *self.layer.geometry, (need_input, need_weight, need_bias)
             )
             grad_input = by_library if need_input else grad_input
         if add_to is not None and grad_input is not None:
@@ -247,22 +267,34 @@ class Pass:
         return grad_input, grad_weight, grad_bias
 
 
-def backend_of(grad: Tensor) -> backends.Backend | None:
-    """Whose kernels may run a backward pass; None if that is to be differentiated again."""
-    if torch.is_grad_enabled() or not is_plain(grad):
-        return None
-    return backends.choose(grad.device.type)
+def kernels_for(tensor: Tensor) -> tuple[backends.Backend | None, bool]:
+    """A `Pass`'s `kernels` and `is_direct`, where tensors are of this one's kind.
+
+    Nothing that is to be differentiated again is a kernel's, nor are gradients of several
+    cotangents at once.
+    """
+    if torch.is_grad_enabled() or gradients_batched():
+        return None, False
+    backend = backends.choose(tensor.device.type)
+    return backend, backend.has_norm_kernels and is_plain(tensor)
 
 
-def passes_of(layers: Sequence[Layer], parameters: Sequence[Tensor | None]) -> list[Pass]:
-    """A `Pass` for each layer, with its share of the parameters."""
-    return [
-        Pass(layer, parameters[PARAMETERS * i : PARAMETERS * (i + 1)])
-        for i, layer in enumerate(layers)
-    ]
+def passes_of(
+    layers: Sequence[Layer],
+    parameters: Sequence[Tensor | None],
+    kernels: tuple[backends.Backend | None, bool],
+    saved: Sequence[Tensor | None] = (),
+) -> list[Pass]:
+    """A `Pass` for each layer, with its share of the parameters and of what was saved."""
+    passes = []
+    for i, layer in enumerate(layers):
+        own = parameters[PARAMETERS * i : PARAMETERS * (i + 1)]
+        kept: Any = (saved[SAVED * i : SAVED * (i + 1)],) if saved else ()
+        passes.append(Pass(layer, own, *kernels, *kept))
+    return passes
 
 
-def is_computed_again(block: Block, passes: Sequence[Pass], index: int) -> bool:
+def is_computed_again(block: TrainedBlock, passes: Sequence[Pass], index: int) -> bool:
     """Whether backward computes the output of a convolution again that forward dropped."""
     return (
         block.low_memory and index >= block.main - 1 and passes[index].weight.shape[2:].numel() == 1
@@ -270,36 +302,40 @@ def is_computed_again(block: Block, passes: Sequence[Pass], index: int) -> bool:
 
 
 def run_block(
-    block: Block, passes: Sequence[Pass], input: Tensor, hidden: list[Tensor]
+    block: TrainedBlock, passes: Sequence[Pass], input: Tensor, hidden: list[Tensor]
 ) -> tuple[Tensor, Tensor | None]:
     """The block's output, and its mask as bits if the backend kept that.
 
     Appends the main convolutions' inputs to `hidden` if autograd records.
     """
     h, before = input, None
-    for step in passes[: block.main]:
-        if torch.is_grad_enabled():
+    records = torch.is_grad_enabled()
+    projection = passes[-1] if block.has_projection else None
+    last = passes[block.main - 1]
+    for step in passes:
+        if step is projection:
+            break
+        if records:
             hidden.append(h)
-        if not step.convolve_with_statistics(h, before):
-            if before is not None:
-                h, before = before.normalized(), None
-            if not step.convolve_with_statistics(h, None):
-                step.convolve(h)
-                if step is not passes[block.main - 1]:
-                    h = step.normalize(step.raw, None, "relu")
-                continue
-        h, before = step.raw, step
+        found = step.convolve_with_statistics(h, before)
+        if not found and before is not None:
+            h, before = before.normalized(), None
+            found = step.convolve_with_statistics(h, None)
+        if found:
+            h, before = step.raw, step
+            continue
+        step.convolve(h)
+        if step is not last:
+            h = step.normalize(step.raw, None, "relu")
     del h
-    if block.has_projection:
-        projection = passes[-1]
+    if projection is not None:
         if not projection.convolve_with_statistics(input, None):
             projection.convolve(input)
         shortcut = projection.raw
     else:
-        projection, shortcut = None, block.subsampled(input)
-    last = passes[block.main - 1]
-    found = last.add_relu(shortcut, projection)
-    if found is None and projection is not None:
+        shortcut = block.subsampled(input)
+    both = last.add_relu(shortcut, projection)
+    if both is None and projection is not None:
         shortcut = projection.finish(None, "none")
-        found = last.add_relu(shortcut, None)
-    return found or (last.finish(shortcut, "relu"), None)
+        both = last.add_relu(shortcut, None)
+    return both or (last.finish(shortcut, "relu"), None)

@@ -19,7 +19,7 @@ from torchvision.models.resnet import BasicBlock
 import fused_resnet
 from fused_resnet import backends, tuning
 from fused_resnet.backends import cuda
-from fused_resnet.layers.description import BlockLayers, ConvNorm, Norm, conv_norm_of
+from fused_resnet.layers.description import Block, ConvNorm, Norm, conv_norm_of
 from fused_resnet.measure.tune import cases as tuned
 from fused_resnet.measure.tune import tuner
 from fused_resnet.testing import assert_error_rule, randomize_
@@ -322,14 +322,14 @@ def test_weights_in_any_format():
     assert_same_bits(Case(case.input, layers).run(SMALLEST), case.run(SMALLEST))
 
 
-def block_layers(block: BasicBlock) -> tuple[list[ConvNorm], bool]:
+def described(block: BasicBlock) -> Block:
     """A block as `ops.residual_blocks` takes it."""
     layers = []
     for conv, norm in ((block.conv1, block.bn1), (block.conv2, block.bn2)):
         described = Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
         geometry = conv.stride, conv.padding, conv.dilation, conv.groups
         layers.append(ConvNorm(conv.weight, described, conv.bias, *geometry))
-    return layers, False
+    return Block(layers, False)
 
 
 def block(channels: int = C, dtype: torch.dtype = torch.float16, **arguments) -> BasicBlock:
@@ -415,20 +415,22 @@ def test_empty_batches_and_gradients_go_around_it(launches):
 
 def test_what_it_takes():
     """`tuning.basic_block.problem_of`, by one argument after the other."""
-    layers, _ = block_layers(block())
+    whole = described(block())
+    layers = whole.layers
     x = torch.randn(2, C, 5, 6, device=RUNNER.device).half()
     x = x.contiguous(memory_format=torch.channels_last)
     problem = BasicBlockProblem(2, C, 5, 6, "float16")
-    assert basic_block.problem_of(x, [(layers, False)]) == problem
+    assert basic_block.problem_of(x, [whole]) == problem
 
-    def without(**changes: object) -> list[BlockLayers]:
-        return [([layers[0], layers[1]._replace(**changes)], False)]
+    def without(**changes: object) -> list[Block]:
+        return [Block([layers[0], layers[1]._replace(**changes)], False)]
 
     weight, norm, *_ = layers[1]
     refused = {
-        "two blocks": [(layers, False)] * 2,
-        "projection": [([*layers, layers[1]], True)],
-        "one convolution": [(layers[:1], False)],
+        "two blocks": [whole] * 2,
+        "projection": [Block([*layers, layers[1]], True)],
+        "one convolution": [Block(layers[:1], False)],
+        "a padded shortcut": [Block(layers, False, 1)],
         "stride": without(stride=(2, 2)),
         "padding": without(padding=(0, 0)),
         "dilation": without(dilation=(2, 2)),
@@ -446,7 +448,7 @@ def test_what_it_takes():
         "float32": x.float(),
         "channels": x[:, :32],
     }.items():
-        assert basic_block.problem_of(other, [(layers, False)]) is None, name
+        assert basic_block.problem_of(other, [whole]) is None, name
 
 
 def test_bad_arguments():
