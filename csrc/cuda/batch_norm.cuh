@@ -407,11 +407,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
         if (!y[r].passes(i, value, vectors[kScale][i], vectors[kShift][i])) {
           g[r].values[i] = narrow<T>(0.f);
         }
-        float gradient = widen(g[r].values[i]) * vectors[kScale][i];
-        if (through_statistics) {
-          gradient += (value - vectors[kMean][i]) * vectors[kSlope][i] + vectors[kOffset][i];
-        }
-        result.values[i] = narrow<T>(gradient);
+        result.values[i] = narrow<T>(input_gradient_of(through_statistics, widen(g[r].values[i]),
+                                                       value, vectors[kScale][i], vectors[kMean][i],
+                                                       vectors[kSlope][i], vectors[kOffset][i]));
       }
       device::store(grad_input + offset, result);
       if (masked != nullptr) device::store(masked + offset, g[r]);

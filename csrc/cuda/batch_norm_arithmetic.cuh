@@ -1,6 +1,8 @@
 // What a thread does with the values of batch norm that it has: the arithmetic of statistics, of
 // the norm, and of what is behind it, the same for all kernels, so that they agree to the bit where
-// they are given the same statistics.
+// they are given the same statistics. The compiler joins a product and a sum to one multiply-add as
+// it sees fit, differently in different instances of a kernel, so here each is written out: a
+// product that is added to something is a `__fmul_rn` or part of a `__fmaf_rn`.
 #pragma once
 
 #include <type_traits>
@@ -33,8 +35,9 @@ struct Merge {
                                              float other_rest, float other_var) const {
     const float difference = (other_mean - mean) + (other_rest - rest);
     // First a share of it, which is nothing where there is nothing before: squares may overflow.
-    var = kept * var + share * other_var + (difference * (kept * share)) * difference;
-    const float step = difference * share, sum = mean + step;
+    const float within = __fmaf_rn(kept, var, __fmul_rn(share, other_var));
+    var = __fmaf_rn(difference * (kept * share), difference, within);
+    const float step = __fmul_rn(difference, share), sum = mean + step;
     // What the sum's rounding took (Knuth, The Art of Computer Programming, vol. 2, 4.2.2).
     const float of_step = sum - mean;
     const float lost = (mean - (sum - of_step)) + (step - of_step);
@@ -76,17 +79,18 @@ template <typename T, int N, int kCount>
 __device__ __forceinline__ void add_rows(float (&moments)[3 * N + 1],
                                          const Vector<T, N> (&x)[kCount],
                                          const float (&origin)[N]) {
+  constexpr float kShare = 1.f / kCount;  // exact
   float& count = moments[3 * N];
   const Merge merge(count, kCount);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const auto value = [&](int r) { return widen(x[r].values[i]) - origin[i]; };
-    const float mean = sum_of<kCount>(value) / kCount;
-    const float var = sum_of<kCount>([&](int r) {
-                        const float deviation = value(r) - mean;
-                        return deviation * deviation;
-                      }) /
-                      kCount;
+    const float mean = __fmul_rn(sum_of<kCount>(value), kShare);
+    const float squares = sum_of<kCount>([&](int r) {
+      const float deviation = value(r) - mean;
+      return __fmul_rn(deviation, deviation);
+    });
+    const float var = __fmul_rn(squares, kShare);
     merge(moments[i], moments[N + i], moments[2 * N + i], mean, 0.f, var);
   }
   count += kCount;
@@ -102,7 +106,7 @@ __device__ __forceinline__ float origin_of(float first, float second, float thir
   const float median = fmaxf(low, fminf(high, third));
   const float apart = fmaxf(high, third) - fminf(low, third);
   // Rounds to a multiple of a quarter to a half of what is apart.
-  const float large = apart * 0x1p22f;
+  const float large = __fmul_rn(apart, 0x1p22f);
   const float origin = fabsf(median) > 2 * apart ? (median + large) - large : 0.f;
   // That of infinite values would make NaN of the mean, which is infinite.
   return origin - origin == 0 ? origin : 0.f;
@@ -171,6 +175,14 @@ __device__ __forceinline__ void store_bits(uint8_t* mask, int64_t offset, const 
 
 // ---- backward -----------------------------------------------------------------------------------
 
+// The gradient of an input, from that of its output, `through` the statistics or without.
+__device__ __forceinline__ float input_gradient_of(bool through, float grad, float value,
+                                                   float scale, float mean, float slope,
+                                                   float offset) {
+  const float direct = __fmul_rn(grad, scale);
+  return through ? direct + __fmaf_rn(value - mean, slope, offset) : direct;
+}
+
 // x * invstd, zero where a variance is infinite, and with it perhaps x.
 __device__ __forceinline__ float times_invstd(float x, float invstd) {
   return invstd == 0 ? 0.f : x * invstd;
@@ -232,7 +244,7 @@ __device__ __forceinline__ void mask_and_add(float (&sums)[2 * N], Vector<T, N>&
     if (!y.passes(i, value, scale[i], shift[i])) g.values[i] = narrow<T>(0.f);
     const float gradient = widen(g.values[i]);
     sums[i] += gradient;
-    sums[N + i] += gradient * (value - mean[i]);
+    sums[N + i] = __fmaf_rn(gradient, value - mean[i], sums[N + i]);
   }
 }
 

@@ -352,10 +352,9 @@ __global__ void __launch_bounds__(kClusterThreads, kResidentInCluster)
       if (masked != nullptr) device::store(masked + place.offset_of(round), g);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        float gradient = widen(g.values[i]) * vectors[kScale][i];
-        gradient +=
-            (widen(x.values[i]) - vectors[kMean][i]) * vectors[kSlope][i] + vectors[kOffset][i];
-        x.values[i] = narrow<T>(gradient);
+        x.values[i] = narrow<T>(input_gradient_of(true, widen(g.values[i]), widen(x.values[i]),
+                                                  vectors[kScale][i], vectors[kMean][i],
+                                                  vectors[kSlope][i], vectors[kOffset][i]));
       }
       device::store(grad_input + place.offset_of(round), x);
     }

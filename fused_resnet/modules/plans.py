@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import linear, pooling
+from torch.nn.modules import dropout, flatten, linear, pooling
 
 from .. import backends, forms
 from ..backends import Plan
@@ -31,7 +31,7 @@ VARIABLE = "FUSED_RESNET_PLANS"
 
 _PLAIN = frozenset(
     {Conv2d, BatchNorm2d, FrozenBatchNorm2d, MaxPool2d, ReLU, Sequential, nn.Identity,
-     PaddedShortcut, pooling.AdaptiveAvgPool2d, linear.Linear}
+     PaddedShortcut, pooling.AdaptiveAvgPool2d, linear.Linear, dropout.Dropout, flatten.Flatten}
 )  # fmt: skip
 # Shapes of a model that have a plan at a time; the oldest goes first.
 _MOST_PLANS = 16

@@ -687,6 +687,17 @@ def check_graphs_are_left_alone_where_something_is_seen() -> None:
 
 
 @torch.no_grad()
+def check_graphs_of_usual_heads() -> None:
+    """Dropout is idle in inference; a module that nobody knows may do anything."""
+    net, call = graphed()
+    net.fc = nn.Sequential(nn.Dropout(), nn.Identity()).eval()
+    assert [call(x) for _ in range(3)] == ["ordinary", "capture", "replay"]
+    net.fc = nn.Sequential(_OtherNorm(1), nn.Identity()).eval()
+    net.fc[0].forward = lambda input: input
+    assert [call(x) for _ in range(3)] == ["ordinary"] * 3
+
+
+@torch.no_grad()
 def check_graphs_in_a_graph() -> None:
     """Whoever captures a pass gets its launches, not a replay."""
     net, call = graphed()
