@@ -52,9 +52,7 @@ class Copy:
 _cache = WeightCache()
 
 
-def copies_of(
-    blocks: Sequence[Block], ranges: Sequence[Sequence[Quantization]]
-) -> list[Copy]:
+def copies_of(blocks: Sequence[Block], ranges: Sequence[Sequence[Quantization]]) -> list[Copy]:
     """The blocks in eight bits.
 
     Args:
