@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..layers import checks
-from ..layers.description import Block, described_blocks
+from ..layers.description import Block, described_blocks, flattened_blocks
 from ..layers.quantized import LARGEST_REDUCTION, Quantization
 from ..layers.quantized_copies import Copy, copies_of
 from . import operator_checks
@@ -59,28 +59,21 @@ def residual_blocks_int8(
         blocks have to be run in floating point: dtypes or shapes do not fit, a tensor is of
         another library, or a parameter is not finite.
     """
-    tensors: list[Tensor | None] = []
-    numbers: list[int] = []
-    eps: list[float] = []
     for block in blocks:
-        for weight, norm, bias, stride, padding, dilation, groups in block.layers:
-            if weight.shape[1:].numel() > LARGEST_REDUCTION:
+        for layer in block.layers:
+            if layer.weight.shape[1:].numel() > LARGEST_REDUCTION:
                 return None
-            mean, var, bn_weight, bn_bias, bn_eps = norm
-            tensors += (weight, mean, var, bn_weight, bn_bias, bias)
-            numbers += (*stride, *padding, *dilation, groups)
-            eps.append(bn_eps)
+    described = flattened_blocks(blocks)
+    tensors = described[0]
     if not nothing_intercepts(input, *tensors):
         if has_foreign(input, *tensors):
             return None
         read = _as_read(input)
         if read.dtype not in DTYPES or not checks.blocks_fit(read, blocks):
             return None
-        counts = [len(block.layers) for block in blocks]
-        projections = [block.has_projection for block in blocks]
         stored = [one for own in ranges for one in own]
         steps, zero_points = [one.step for one in stored], [one.zero_point for one in stored]
-        return _operator(input, tensors, numbers, eps, counts, projections, steps, zero_points)
+        return _operator(input, *described, steps, zero_points)
     if input.dtype not in DTYPES:
         return None
     copies = copies_of(blocks, ranges)

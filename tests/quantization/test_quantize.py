@@ -542,9 +542,9 @@ def test_a_class_count_is_the_classifiers(quantized):
 def test_no_plan_is_made_of_eight_bits(quantized):
     """A backend's plan holds what it launched for float; see modules/plans.py."""
     parts = [quantized.layer1, quantized.layer2, quantized.layer3]
-    assert not plans._Modules(parts).are_plain()
+    assert not plans.Modules(parts).are_plain()
     fused_resnet.dequantize(quantized)
-    assert plans._Modules(parts).are_plain()
+    assert plans.Modules(parts).are_plain()
 
 
 def test_progress(capfd):
