@@ -1,0 +1,256 @@
+"""The kernels of eight bits: every instruction set gives the reference's bits."""
+
+import math
+
+import pytest
+import torch
+from support import assert_same_bits
+
+from fused_resnet import reference
+from fused_resnet.backends import cpu
+from fused_resnet.layers.quantized import (
+    LARGEST_REDUCTION,
+    Quantization,
+    QuantizedBlock,
+    QuantizedConv,
+)
+
+KERNELS = torch.ops.fused_resnet.quantized_kernels().split(",")
+OUTPUT = Quantization(torch.tensor(0.1).item())
+
+
+def conv(K, C, R, S, stride=1, padding=0, dilation=1, groups=1):
+    """A convolution whose outputs fill the range of a byte, for inputs that do."""
+    reduction = C // groups * R * S
+    pair = lambda n: (n, n) if isinstance(n, int) else n  # noqa: E731
+    return QuantizedConv(
+        torch.randint(-127, 128, (K, C // groups, R, S), dtype=torch.int8),
+        torch.rand(K) * 2 / (math.sqrt(reduction) * 73 * 2),
+        torch.randn(K) * 30,
+        pair(stride),
+        pair(padding),
+        pair(dilation),
+        groups,
+    )
+
+
+def bottleneck(C, mid, K, stride=1, groups=1, dilation=1):
+    convs = [
+        conv(mid, C, 1, 1),
+        conv(mid, mid, 3, 3, stride, dilation, dilation, groups),
+        conv(K, mid, 1, 1),
+    ]
+    return with_shortcut(convs, C, K, stride)
+
+
+def basic(C, K, stride=1):
+    return with_shortcut([conv(K, C, 3, 3, stride, 1), conv(K, K, 3, 3, 1, 1)], C, K, stride)
+
+
+def with_shortcut(convs, C, K, stride):
+    projects = C != K or stride != 1
+    if projects:
+        convs.append(conv(K, C, 1, 1, stride))
+    return QuantizedBlock(tuple(convs), projects, 0.37)
+
+
+def batch(C, H, W, zero_point=0, N=2, dtype=torch.float32, memory_format=torch.channels_last):
+    x = torch.randn(N, C, H, W) * 3
+    x = x if zero_point else x.abs()
+    return x.to(dtype).contiguous(memory_format=memory_format)
+
+
+def stored(zero_point=0):
+    return Quantization(torch.tensor(0.04).item(), zero_point)
+
+
+def assert_right(x, blocks, zero_point, kernels):
+    expected = reference.quantized_residual_blocks(x, blocks, stored(zero_point), OUTPUT)
+    out = cpu.run_quantized_blocks(x, blocks, stored(zero_point), OUTPUT, kernels)
+    assert out is not None
+    assert_same_bits(out, expected)
+    assert out.stride() == expected.stride()
+    return out
+
+
+def test_there_are_kernels_for_any_processor():
+    assert {"baseline", "amx_emulated"} <= set(KERNELS)
+
+
+SHAPES = {
+    "64 channels": (lambda: [bottleneck(64, 64, 64)], (64, 8, 8), 0),
+    "a projection": (lambda: [bottleneck(64, 64, 256)], (64, 9, 7), 0),
+    "a signed input": (lambda: [bottleneck(256, 64, 256)], (256, 7, 7), 128),
+    "a strided projection": (lambda: [bottleneck(64, 32, 128, 2)], (64, 9, 8), 7),
+    "tails": (lambda: [bottleneck(20, 12, 20), basic(20, 35)], (20, 6, 7), 3),
+    "lines longer than a tile": (lambda: [bottleneck(16, 8, 32, 2)], (16, 5, 39), 0),
+    "groups of 4": (lambda: [bottleneck(64, 64, 64, groups=16)], (64, 7, 7), 5),
+    "groups across blocks": (lambda: [bottleneck(48, 60, 48, groups=5)], (48, 7, 9), 0),
+    "groups of 3, strided": (lambda: [bottleneck(96, 96, 160, 2, groups=32)], (96, 5, 6), 9),
+    "dilation": (lambda: [bottleneck(32, 32, 32, dilation=2)], (32, 11, 9), 0),
+    "one pixel": (lambda: [basic(16, 16), basic(16, 24, 2)], (16, 1, 1), 200),
+    "512 channels": (lambda: [bottleneck(512, 512, 512)], (512, 7, 7), 0),
+    "a stage": (lambda: [basic(16, 32, 2), basic(32, 32), basic(32, 32)], (16, 12, 10), 255),
+}
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bits(shape, kernels):
+    make, size, zero_point = SHAPES[shape]
+    torch.manual_seed(0)
+    out = assert_right(batch(*size, zero_point), make(), zero_point, kernels)
+    assert out.unique().numel() > min(90, out.numel() // 4)  # a byte's range is in use
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_ends(memory_format, dtype, kernels):
+    torch.manual_seed(1)
+    x = batch(20, 5, 6, 11, dtype=dtype, memory_format=memory_format)
+    x[0, :4, 0, 0] = torch.tensor([math.nan, math.inf, -math.inf, -0.0], dtype=dtype)
+    assert_right(x, [basic(20, 20)], 11, kernels)
+    sliced = torch.cat([x, x], dim=1)[:, ::2]
+    assert_right(sliced, [basic(20, 20)], 11, kernels)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_unlike_padding_and_filters(kernels):
+    torch.manual_seed(2)
+    convs = (conv(32, 32, 5, 3, padding=(3, 0)), conv(32, 32, 1, 3, padding=(0, 2)))
+    convs = (convs[0], convs[1], conv(32, 32, 3, 1, dilation=(1, 3)))
+    assert_right(batch(32, 6, 7, 3), [QuantizedBlock(convs, False, 0.4)], 3, kernels)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_largest_sums(kernels):
+    """255 * 127 in all products: what saturates in 16 bits does so here."""
+    C = 2048
+    one = QuantizedConv(
+        torch.full((32, C, 1, 1), 127, dtype=torch.int8),
+        torch.full((32,), 254 / (255 * 127 * C)),
+        torch.zeros(32),
+        *((1, 1), (0, 0), (1, 1)),
+        1,
+    )
+    other = one._replace(weight=torch.full((C, 32, 1, 1), -127, dtype=torch.int8))
+    other = other._replace(scale=torch.full((C,), -1e-4), shift=torch.zeros(C))
+    x = torch.full((1, C, 3, 3), 255 * stored().step)
+    out = assert_right(x, [QuantizedBlock((one, other), False, 0.1)], 0, kernels)
+    # 254 * 32 * -127 * -1e-4 + 255 * 0.1 = 128.7
+    assert out.unique().tolist() == [pytest.approx(OUTPUT.step * 129)]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_values_beyond_integers(kernels):
+    """Sums far outside of what 32 bits hold as steps of the output."""
+    torch.manual_seed(3)
+    block = basic(16, 16)
+    convs = tuple(c._replace(scale=c.scale * 1e12) for c in block.convs)
+    out = assert_right(batch(16, 4, 4), [block._replace(convs=convs)], 0, kernels)
+    assert out.unique().tolist() == pytest.approx([0, OUTPUT.step * 255])
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_no_images(kernels):
+    x = batch(16, 4, 4, N=0)
+    out = cpu.run_quantized_blocks(x, [basic(16, 24, 2)], stored(), OUTPUT, kernels)
+    assert out.shape == (0, 24, 2, 2)
+
+
+def test_threads():
+    torch.manual_seed(4)
+    x, blocks = batch(64, 9, 9, N=5), [bottleneck(64, 64, 256), bottleneck(256, 64, 256)]
+    outputs = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            outputs.append(cpu.run_quantized_blocks(x, blocks, stored(), OUTPUT))
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(outputs[1], outputs[0])
+    assert_same_bits(outputs[2], outputs[0])
+
+
+def test_images_by_themselves():
+    """A batch is cut into groups of images where its activations exceed the cache."""
+    torch.manual_seed(5)
+    x, blocks = batch(64, 40, 40, N=9), [bottleneck(64, 64, 256)]
+    out = cpu.run_quantized_blocks(x, blocks, stored(), OUTPUT)
+    for n in range(9):
+        one = cpu.run_quantized_blocks(x[n : n + 1], blocks, stored(), OUTPUT)
+        assert_same_bits(one, out[n : n + 1])
+
+
+def test_what_the_kernels_leave_to_the_reference():
+    """A projection with a larger filter."""
+    torch.manual_seed(6)
+    convs = (conv(16, 16, 3, 3, 2, 1), conv(16, 16, 3, 3, 1, 1), conv(16, 16, 3, 3, 2, 1))
+    x, blocks = batch(16, 6, 6), [QuantizedBlock(convs, True, 0.0)]
+    assert cpu.run_quantized_blocks(x, blocks, stored(), OUTPUT) is None
+    expected = reference.quantized_residual_blocks(x, blocks, stored(), OUTPUT)
+    out = cpu.Cpu().quantized_residual_blocks(x, blocks, stored(), OUTPUT)
+    assert_same_bits(out, expected)
+
+
+def packed_call(**changes):
+    one = conv(16, 16, 3, 3, 1, 1)
+    packed = torch.ops.fused_resnet.pack_quantized_conv(one.weight, one.scale, one.shift, 1, 1)
+    arguments = {
+        "input": batch(16, 4, 4),
+        "packed": [packed],
+        "numbers": [16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1],
+        "layer_counts": [1],
+        "projections": [0],
+        "shortcut_scales": [1.0],
+        "step": 0.1,
+        "zero_point": 0,
+        "output_step": 0.1,
+        "kernels": "",
+    } | changes
+    return torch.ops.fused_resnet.quantized_residual_blocks_packed(*arguments.values())
+
+
+BAD = {
+    "input has": {"input": torch.zeros(2, 16, 4)},
+    "float32, float16 or bfloat16": {"input": torch.zeros(2, 16, 4, 4, dtype=torch.float64)},
+    "input channels": {"input": torch.zeros(2, 8, 4, 4)},
+    "packed has": {"packed": [torch.zeros(16, dtype=torch.int8)]},
+    "1 weights and 10 numbers": {"numbers": [16, 16, 3, 3, 1, 1, 1, 1, 1, 1]},
+    "stride": {"numbers": [16, 16, 3, 3, 0, 1, 1, 1, 1, 1, 1]},
+    "groups": {"numbers": [16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 0]},
+    "padding": {"numbers": [16, 16, 3, 3, 1, 1, 2**62, 1, 1, 1, 1]},
+    "weight's size": {"numbers": [2**60, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1]},
+    "32 bits": {"numbers": [16, 2**20, 3, 3, 1, 1, 1, 1, 1, 1, 1]},
+    "block 0 has 2 convolutions": {"layer_counts": [2]},
+    "0 layer counts": {"layer_counts": [], "projections": [0]},
+    "the shortcut is": {"numbers": [16, 16, 3, 3, 2, 2, 1, 1, 1, 1, 1]},
+    "zero_point": {"zero_point": 256},
+    "a step is": {"step": math.nan},
+    "no kernels 'sse9'": {"kernels": "sse9"},
+}
+
+
+@pytest.mark.parametrize("match", BAD)
+def test_bad_calls(match):
+    assert packed_call() is not None
+    with pytest.raises((RuntimeError, ValueError), match=match):
+        packed_call(**BAD[match])
+
+
+def test_bad_weights():
+    pack = torch.ops.fused_resnet.pack_quantized_conv
+    weight, vector = torch.zeros(4, 4, 1, 1, dtype=torch.int8), torch.zeros(4)
+    with pytest.raises((RuntimeError, ValueError), match="int8"):
+        pack(weight.float(), vector, vector, 1, 1)
+    with pytest.raises((RuntimeError, ValueError), match="scale must be float32"):
+        pack(weight, vector.double(), vector, 1, 1)
+    with pytest.raises((RuntimeError, ValueError), match="shift must be float32"):
+        pack(weight, vector, vector[:3], 1, 1)
+    with pytest.raises((RuntimeError, ValueError), match="groups"):
+        pack(weight, vector, vector, 1, 3)
+    large = torch.zeros(1, LARGEST_REDUCTION + 1, 1, 1, dtype=torch.int8)
+    with pytest.raises((RuntimeError, ValueError), match="too many for sums of 32 bits"):
+        pack(large, vector[:1], vector[:1], 1, 1)
