@@ -53,7 +53,8 @@ void finish(const Pending& e, int64_t begin, int64_t end) {
       if constexpr (kOffset) sum = subtract(sum, load_ints(e.offset + k));
       Floats t = add(multiply(to_floats(sum), load_floats(e.scale + k)), load_floats(e.shift + k));
       if constexpr (kShortcut == ByteShortcut::bytes) {
-        const Ints x = subtract(load_bytes(e.added + at.added + k), zero_point);
+        Ints x = load_bytes(e.added + at.added + k);
+        if constexpr (kOffset) x = subtract(x, zero_point);
         t = add(t, multiply(to_floats(x), shortcut_scale));
       }
       if constexpr (kShortcut == ByteShortcut::projection) {
@@ -115,18 +116,27 @@ int64_t next_pixels(const ByteConv& conv, int64_t tile, int64_t tile_end, Pixels
       index = (n * lines + p * conv.stride_h) * pitch + q * conv.stride_w;
     }
     bool any = false;
-    for (int64_t i = 0; i < kByteRows; ++i, ++q) {
+    for (int64_t i = 0; i < kByteRows;) {
+      const bool valid = n < conv.in.N && p < conv.P && q < conv.Q;
+      // Up to the end of the outputs' line, or of the input's.
+      const int64_t left = kByteRows - i, end = valid ? conv.Q : conv.even() ? pitch : q + left;
+      const int64_t count = end - q < left ? end - q : left;
+      if (valid) {
+        any = true;
+        int64_t out = conv.out.position(n, p, q) * out_pixel;
+        int64_t added = added_pixel ? conv.added.position(n, p, q) * added_pixel : 0;
+        for (int64_t j = i; j < i + count; ++j, out += out_pixel, added += added_pixel) {
+          positions[j] = {out, added};
+        }
+      } else {
+        for (int64_t j = i; j < i + count; ++j) positions[j].out = -1;
+      }
+      i += count;
+      q += count;
       if (conv.even() && q == pitch) {
         q = 0;
         if (++p == lines) p = 0, ++n;
       }
-      if (n >= conv.in.N || p >= conv.P || q >= conv.Q) {
-        positions[i].out = -1;
-        continue;
-      }
-      any = true;
-      positions[i] = {conv.out.position(n, p, q) * out_pixel,
-                      added_pixel ? conv.added.position(n, p, q) * added_pixel : 0};
     }
     if (!any) continue;
     pixels.in[pixels.tiles] = first + index * pixel;
@@ -187,8 +197,8 @@ void run(const ByteConv& conv, const ByteTask& task) {
   Pixels pixels[2];
   const ByteFilter &filter = conv.filter, &projection = conv.projection;
   const bool projects = conv.shortcut == ByteShortcut::projection;
-  const bool offset =
-      conv.weight.zero_point != 0 || (projects && conv.projection_weight.zero_point != 0);
+  const bool offset = conv.weight.zero_point != 0 || conv.added_zero_point != 0 ||
+                      (projects && conv.projection_weight.zero_point != 0);
   const int64_t pixel = conv.in.pixel();
   const int64_t block_bytes = filter.block_bytes();
   const int64_t runs = filter.runs(), chunks = filter.chunks(), steps = filter.steps();

@@ -174,10 +174,11 @@ def test_threads():
     assert_same_bits(outputs[2], outputs[0])
 
 
-def test_images_by_themselves():
+@pytest.mark.parametrize("make", [lambda: bottleneck(64, 64, 256), lambda: basic(64, 64)])
+def test_images_by_themselves(make):
     """A batch is cut into groups of images where its activations exceed the cache."""
     torch.manual_seed(5)
-    x, blocks = batch(64, 40, 40, N=9), [bottleneck(64, 64, 256)]
+    x, blocks = batch(64, 60, 60, N=9), [make()]
     out = cpu.run_quantized_blocks(x, blocks, stored(), OUTPUT)
     for n in range(9):
         one = cpu.run_quantized_blocks(x[n : n + 1], blocks, stored(), OUTPUT)
