@@ -58,7 +58,8 @@ const ByteKernels& kernels_named(const std::string& name) {
 std::string quantized_kernels() {
   std::string names;
   for (const ByteKernels* kernels : available_kernels()) {
-    names += (names.empty() ? "" : ",") + std::string(kernels->name);
+    if (!names.empty()) names += ',';
+    names += kernels->name;
   }
   return names;
 }
