@@ -144,6 +144,10 @@ int64_t next_pixels(const ByteConv& conv, int64_t tile, int64_t tile_end, Pixels
         conv.projected == nullptr ? nullptr : conv.projected + index * conv.projection.pixel();
     ++pixels.tiles;
   }
+  if (pixels.tiles == 1) {  // so that the second is somewhere
+    pixels.in[1] = pixels.in[0];
+    pixels.projected[1] = pixels.projected[0];
+  }
   return tile;
 }
 
