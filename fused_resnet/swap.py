@@ -259,8 +259,8 @@ def _ranges(module: nn.Module) -> BlockRanges | None:
 def _record_of(path: str, module: nn.Module, form: Form, is_quantized: bool) -> Record:
     """A module's record, with its precision; `is_quantized` is whether a block of the model is."""
     record = _record(path, module, form)
-    conv = forms.part(module, form.units_of(module)[0].conv)
-    weight = getattr(conv, "weight", None)
+    units = form.units_of(module)
+    weight = getattr(forms.part(module, units[0].conv), "weight", None) if units else None
     dtype = "" if weight is None else str(weight.dtype).removeprefix("torch.")
     if not is_quantized or not record.fused:
         return dataclasses.replace(record, precision=dtype)

@@ -78,6 +78,7 @@ _batch_norm_act_backward_input = torch.ops.fused_resnet.batch_norm_act_backward_
 _conv_input_gradient = torch.ops.fused_resnet.conv_input_gradient.default._op
 _conv_weight_gradient = torch.ops.fused_resnet.conv_weight_gradient.default._op
 _max_pool_gradient = torch.ops.fused_resnet.max_pool_gradient.default
+_quantized_kernels = torch.ops.fused_resnet.quantized_kernels.default
 _pack_quantized_conv = torch.ops.fused_resnet.pack_quantized_conv.default
 _quantized_residual_blocks_packed = torch.ops.fused_resnet.quantized_residual_blocks_packed.default
 _norm_vectors = torch.ops.fused_resnet.norm_vectors.default._op
@@ -100,7 +101,7 @@ def explain(
     if operator == "norm_conv_bn_act" and _is_native(dtype, tuple(weight_shape), groups):
         return f"cpu: native norm + convolution ({_isa(dtype, weight_shape, groups)})"
     if operator == "quantized_residual_blocks":
-        fastest, *_ = torch.ops.fused_resnet.quantized_kernels().split(",")
+        fastest, *_ = _quantized_kernels().split(",")
         return f"cpu: whole blocks in eight bits ({fastest})"
     if operator == "batch_norm_act_training":
         return "cpu: native statistics + scale_shift_act"

@@ -102,7 +102,7 @@ def test_statistics_of_a_convolution(dtype, name):
     x = x.to(RUNNER["triton"].device)
     same = torch.eye(12, dtype=dtype, device=x.device).view(12, 12, 1, 1)
     geometry = ((1, 1), (0, 0), (1, 1))
-    out, mean, var = convs.forward(x, same, None, *geometry, None, convs.INTERPRETED_TILE)
+    out, mean, var = convs.forward(x, same, None, (*geometry, 1), None, convs.INTERPRETED_TILE)
     rows = x.numel() // 12
     kept = {"running_mean": 0.1 * mean, "running_var": 0.1 * (var * (rows / (rows - 1)))}
     check(kept, out, torch.zeros_like(out))
@@ -122,7 +122,7 @@ def test_folded_statistics(monkeypatch, name):
     x = x.to(RUNNER["triton"].device)
     same = torch.eye(12, device=x.device).view(12, 12, 1, 1)
     geometry = ((1, 1), (0, 0), (1, 1))
-    out, mean, var = convs.forward(x, same, None, *geometry, None, convs.INTERPRETED_TILE)
+    out, mean, var = convs.forward(x, same, None, (*geometry, 1), None, convs.INTERPRETED_TILE)
     rows = x.numel() // 12
     kept = {"running_mean": 0.1 * mean, "running_var": 0.1 * (var * (rows / (rows - 1)))}
     check(kept, out, torch.zeros_like(out))
