@@ -41,6 +41,9 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "int[] layer_counts, int[] projections, float[] shortcut_scales, float step, "
       "int zero_point, float output_step, str kernels) -> Tensor?");
   m.def("quantized_kernels() -> str");
+  m.def(
+      "quantized_copies_match(Tensor[] weights, Tensor[] quantized, Tensor[] steps, "
+      "Tensor[] vectors, Tensor[] copies) -> bool");
 
   m.def("pool_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
 

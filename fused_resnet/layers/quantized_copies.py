@@ -2,12 +2,12 @@
 
 A copy is made when it is first needed, and anew when a tensor it was made from has another storage
 or version, or a setting differs. Of writes that torch does not see, on the CPU, each call compares
-the norms' vectors and a sample of each weight, or all values of it: see `watch.py`.
+the norms' vectors and 70 values of each weight, at other places every time, with what the copy says
+of them, or all values of the weights: see `watch.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,10 +20,7 @@ from torch import Tensor
 from . import watch
 from .description import Block
 from .prepared import WeightCache, version_of
-from .quantized import Quantization, QuantizedBlock, quantized_block
-
-SAMPLE = 70
-"""Values of a weight that each call compares."""
+from .quantized import Quantization, QuantizedBlock, quantized_block, quantized_weight
 
 _serials = itertools.count()
 
@@ -36,16 +33,18 @@ class Copy:
         block: the copy.
         is_finite: whether all its steps, scales and shifts are finite numbers.
         sources: storage and version of each tensor it was made from, None for None.
-        sample: some of their values, as bits; None where they are not compared.
-        whole: whether these are all values of the weights.
+        steps: of each weight's filters, float64.
+        vectors: copies of the norms' vectors and of the biases; None where nothing is compared.
+        values: copies of the weights, where all of their values are compared.
         serial: of this copy alone.
     """
 
     block: QuantizedBlock
     is_finite: bool
     sources: tuple[tuple[weakref.ref[torch.UntypedStorage], int | None] | None, ...]
-    sample: Tensor | None
-    whole: bool
+    steps: tuple[Tensor, ...]
+    vectors: tuple[Tensor, ...] | None
+    values: tuple[Tensor, ...]
     serial: int = field(default_factory=lambda: next(_serials))
 
 
@@ -76,7 +75,7 @@ def release(tensors: Iterable[Tensor]) -> None:
 
 
 def _layout(block: Block, ranges: Sequence[Quantization]) -> tuple[Any, ...]:
-    settings = tuple((layer.norm.eps, *layer[3:]) for layer in block.layers)
+    settings = tuple((layer.norm.eps, layer.weight.shape, *layer[3:]) for layer in block.layers)
     return tuple(ranges), block.has_projection, settings
 
 
@@ -102,14 +101,17 @@ def _made(block: Block, ranges: Sequence[Quantization]) -> Copy:
     whole = any(watch.is_watched(w) or w.untyped_storage().is_shared() for w in weights)
     # Copies made in inference mode would have no version, by which backends know them again.
     with torch.inference_mode(False), torch.no_grad():
-        sample = _sample([block], [whole])
+        compared = all(weight.device.type == "cpu" for weight in weights)
+        vectors = tuple(v.detach().clone() for v in _vectors(block)) if compared else None
+        values = tuple(w.detach().clone() for w in weights) if whole and compared else ()
+        steps = tuple(quantized_weight(weight)[1] for weight in weights)
         made = quantized_block(block.layers, block.has_projection, ranges)
         is_finite = weights[0].is_meta or _is_finite(made)
     sources = tuple(
         None if tensor is None else (weakref.ref(tensor.untyped_storage()), version)
         for tensor, version in zip(tensors, versions, strict=True)
     )
-    copy = Copy(made, is_finite, sources, sample, whole)
+    copy = Copy(made, is_finite, sources, steps, vectors, values)
     if all(t is None or v is not None for t, v in zip(tensors, versions, strict=True)):
         _cache.put(weights[0], versions[0], copy, _layout(block, ranges))
     return copy
@@ -129,36 +131,32 @@ def _tensors(blocks: Sequence[Block]) -> Iterator[Tensor | None]:
             yield layer.bias
 
 
+def _vectors(block: Block) -> list[Tensor]:
+    """Every layer's norm and bias, as far as they are there."""
+    return [v for layer in block.layers for v in (*layer.norm[:4], layer.bias) if v is not None]
+
+
 def _same_values(blocks: Sequence[Block], copies: Sequence[Copy]) -> bool:
-    samples = [copy.sample for copy in copies if copy.sample is not None]
-    if len(samples) < len(copies):
-        return not samples or all(
-            copy.sample is None or _same_values([block], [copy])
-            for block, copy in zip(blocks, copies, strict=True)
+    weights: list[Tensor] = []
+    quantized: list[Tensor] = []
+    steps: list[Tensor] = []
+    vectors: list[Tensor] = []
+    kept: list[Tensor] = []
+    for block, copy in zip(blocks, copies, strict=True):
+        if copy.vectors is None:
+            continue
+        vectors += _vectors(block)
+        kept += copy.vectors
+        if copy.values:
+            vectors += [layer.weight.detach().reshape(-1) for layer in block.layers]
+            kept += [weight.reshape(-1) for weight in copy.values]
+        else:
+            weights += [layer.weight for layer in block.layers]
+            quantized += [conv.weight for conv in copy.block.convs]
+            steps += copy.steps
+    if not vectors:
+        return True
+    with torch.no_grad():
+        return torch.ops.fused_resnet.quantized_copies_match(
+            weights, quantized, steps, vectors, kept
         )
-    # What no longer lies within its memory as it did is not what was copied.
-    with contextlib.suppress(RuntimeError), torch.no_grad():
-        now = _sample(blocks, [copy.whole for copy in copies])
-        return now is not None and torch.equal(now, torch.cat(samples))
-    return False
-
-
-def _sample(blocks: Sequence[Block], whole: Sequence[bool]) -> Tensor | None:
-    """Values of the blocks' tensors, in one call; None on devices it would have to wait for."""
-    values = []
-    for block, all_values in zip(blocks, whole, strict=True):
-        for layer in block.layers:
-            weight = layer.weight
-            if weight.device.type != "cpu":
-                return None
-            values.append(weight.reshape(-1) if all_values else _some(weight))
-            values += [v for v in (*layer.norm[:4], layer.bias) if v is not None]
-    # Bits, since NaN is not equal to itself.
-    return torch.cat(values).float().view(torch.int32)
-
-
-def _some(weight: Tensor) -> Tensor:
-    step = max(1, weight.numel() // SAMPLE)
-    count = -(-weight.numel() // step)
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    return weight.as_strided((count,), (step,)) if dense else weight.reshape(-1)[::step]

@@ -44,14 +44,20 @@ INTERNAL = {
     "pack_quantized_conv",
     "pool_empty_like",
     "pool_linear",
+    "quantized_copies_match",
     "quantized_kernels",
     "quantized_residual_blocks_packed",
     "residual_blocks_packed",
     "run_launch_plan",
     "train_batch_norm_act",
 }
-# Those of them for launches, on addresses: tested in test_on_stub.py.
-PLANS = {"free_launch_plan", "make_launch_plan", "run_launch_plan"}
+# Those of them that no backend's function calls: tested in test_on_stub.py and test_copies.py.
+ELSEWHERE = {
+    "free_launch_plan",
+    "make_launch_plan",
+    "quantized_copies_match",
+    "run_launch_plan",
+}
 # Those that stand for a backend's kernels in a compiler's graph: tested in test_triton.py.
 IN_GRAPHS = {"triton_conv_bn_act", "triton_conv_bn_act_max_pool"}
 # The CUDA backend's own: tested in test_cuda_conv.py, test_cuda_batch_norm.py and
@@ -357,7 +363,7 @@ def test_the_operator_and_the_function_agree(backend, pool):
     assert_same_bits(case.fused(), operator(*conv_arguments(case, pool)))
 
 
-@pytest.mark.parametrize("name", sorted(INTERNAL - PLANS))
+@pytest.mark.parametrize("name", sorted(INTERNAL - ELSEWHERE))
 def test_internal_operators_keep_to_their_schemas(monkeypatch, name):
     """What the CPU backend calls while a model runs writes to and aliases nothing it should not."""
     calls = []

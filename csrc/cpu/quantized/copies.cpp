@@ -1,0 +1,130 @@
+// The operator quantized_copies_match: whether eight-bit weights, and copies of vectors, still are
+// what was made of tensors that may have been written to unseen; see layers/quantized_copies.py.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/conv_layer.h"
+
+namespace fused_resnet::cpu {
+namespace {
+
+constexpr const char* kOp = "quantized_copies_match";
+
+// How many values of a weight a call looks at, at other places each time. If one in a hundred has
+// changed, 20 calls miss all of them with a probability of at most 0.99^1400 < 1e-6.
+constexpr int64_t kSamples = 70;
+
+double value_at(const void* data, ScalarType dtype, int64_t place) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return static_cast<const float*>(data)[place];
+    case ScalarType::BFloat16:
+      return static_cast<float>(static_cast<const torch::headeronly::BFloat16*>(data)[place]);
+    case ScalarType::Half:
+      return static_cast<float>(static_cast<const torch::headeronly::Half*>(data)[place]);
+    default:
+      FR_CHECK(false, kOp, ": weights must be float32, float16 or bfloat16");
+  }
+}
+
+// As layers/quantized.py rounds it, from the same float64 operations. Never for NaN.
+bool rounds_to(double value, double step, int8_t byte) {
+  return std::nearbyint(value / step) == static_cast<double>(byte);
+}
+
+bool sample_matches(const Tensor& weight, const Tensor& bytes, const Tensor& step, uint64_t call) {
+  check_rank(kOp, "a weight", weight, 4);
+  check_rank(kOp, "an eight-bit weight", bytes, 4);
+  const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
+  FR_CHECK(bytes.scalar_type() == ScalarType::Char && bytes.size(0) == K && bytes.size(1) == C &&
+               bytes.size(2) == R && bytes.size(3) == S,
+           kOp, ": an eight-bit weight must be int8 ", shape_string(weight));
+  FR_CHECK(step.scalar_type() == ScalarType::Double && step.dim() == 1 && step.size(0) == K &&
+               step.stride(0) == 1,
+           kOp, ": steps must be float64 (", K, ",)");
+  if (weight.numel() == 0) return true;
+  const Strides from = strides_of(weight), to = strides_of(bytes);
+  const int64_t item = static_cast<int64_t>(weight.element_size());
+  const char* source = static_cast<const char*>(weight.const_data_ptr());
+  const int8_t* target = static_cast<const int8_t*>(bytes.const_data_ptr());
+  int64_t places[kSamples], bytes_places[kSamples], filters[kSamples];
+  // All places first: many reads then wait for memory at once.
+  uint64_t state = call * kSamples;
+  for (int64_t i = 0; i < kSamples; ++i) {
+    // Half a step of SplitMix64 (Steele, Lea and Flood, 2014), of which the upper bits are used.
+    uint64_t random = ++state * 0x9e3779b97f4a7c15;
+    random = (random ^ (random >> 30)) * 0xbf58476d1ce4e5b9;
+    const auto part = [&](int low, int bits, int64_t size) {
+      const uint64_t value = random >> low & ((uint64_t{1} << bits) - 1);
+      return static_cast<int64_t>(value * static_cast<uint64_t>(size) >> bits);
+    };
+    const int64_t k = part(44, 20, K), c = part(24, 20, C), r = part(14, 10, R), s = part(4, 10, S);
+    filters[i] = k;
+    places[i] = k * from.n + c * from.c + r * from.h + s * from.w;
+    bytes_places[i] = k * to.n + c * to.c + r * to.h + s * to.w;
+    __builtin_prefetch(source + places[i] * item);
+    __builtin_prefetch(target + bytes_places[i]);
+  }
+  const double* steps = static_cast<const double*>(step.const_data_ptr());
+  bool same = true;
+  for (int64_t i = 0; i < kSamples; ++i) {
+    same &= rounds_to(value_at(source, weight.scalar_type(), places[i]), steps[filters[i]],
+                      target[bytes_places[i]]);
+  }
+  return same;
+}
+
+bool vector_matches(const Tensor& vector, const Tensor& copy) {
+  FR_CHECK(vector.dim() == 1 && copy.dim() == 1 && copy.size(0) == vector.size(0) &&
+               copy.scalar_type() == vector.scalar_type(),
+           kOp, ": a copy must have its vector's shape and dtype");
+  const size_t item = static_cast<size_t>(vector.element_size());
+  const char* a = static_cast<const char*>(vector.const_data_ptr());
+  const char* b = static_cast<const char*>(copy.const_data_ptr());
+  if (vector.stride(0) == 1 && copy.stride(0) == 1) {
+    return std::memcmp(a, b, item * static_cast<size_t>(vector.size(0))) == 0;
+  }
+  const int64_t step_a = vector.stride(0) * static_cast<int64_t>(item);
+  const int64_t step_b = copy.stride(0) * static_cast<int64_t>(item);
+  for (int64_t i = 0; i < vector.size(0); ++i) {
+    if (std::memcmp(a + i * step_a, b + i * step_b, item) != 0) return false;
+  }
+  return true;
+}
+
+bool quantized_copies_match(std::vector<Tensor> weights, std::vector<Tensor> bytes,
+                            std::vector<Tensor> steps, std::vector<Tensor> vectors,
+                            std::vector<Tensor> copies) {
+  FR_CHECK(weights.size() == bytes.size() && weights.size() == steps.size() &&
+               vectors.size() == copies.size(),
+           kOp, ": ", weights.size(), " weights, ", bytes.size(), " eight-bit ones, ", steps.size(),
+           " steps; ", vectors.size(), " vectors, ", copies.size(), " copies");
+  static std::atomic<uint64_t> calls{0};
+  const uint64_t call = calls.fetch_add(1, std::memory_order_relaxed);
+  bool same = true;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    same &= sample_matches(weights[i], bytes[i], steps[i], call);
+  }
+  for (size_t i = 0; i < vectors.size() && same; ++i) {
+    same &= vector_matches(vectors[i], copies[i]);
+  }
+  return same;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m)
+{
+  m.impl("quantized_copies_match", TORCH_BOX(&quantized_copies_match));
+}
+
+}  // namespace fused_resnet::cpu
