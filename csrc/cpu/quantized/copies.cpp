@@ -2,6 +2,7 @@
 // what was made of tensors that may have been written to unseen; see layers/quantized_copies.py.
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -32,7 +33,7 @@ double value_at(const void* data, ScalarType dtype, int64_t place) {
     case ScalarType::Half:
       return static_cast<float>(static_cast<const torch::headeronly::Half*>(data)[place]);
     default:
-      FR_CHECK(false, kOp, ": weights must be float32, float16 or bfloat16");
+      return NAN;
   }
 }
 
@@ -41,9 +42,10 @@ bool rounds_to(double value, double step, int8_t byte) {
   return std::nearbyint(value / step) == static_cast<double>(byte);
 }
 
-bool sample_matches(const Tensor& weight, const Tensor& bytes, const Tensor& step, uint64_t call) {
+void check_weight(const Tensor& weight, const Tensor& bytes, const Tensor& step) {
   check_rank(kOp, "a weight", weight, 4);
   check_rank(kOp, "an eight-bit weight", bytes, 4);
+  check_floating(kOp, "a weight", weight, false);
   const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
   FR_CHECK(bytes.scalar_type() == ScalarType::Char && bytes.size(0) == K && bytes.size(1) == C &&
                bytes.size(2) == R && bytes.size(3) == S,
@@ -51,6 +53,10 @@ bool sample_matches(const Tensor& weight, const Tensor& bytes, const Tensor& ste
   FR_CHECK(step.scalar_type() == ScalarType::Double && step.dim() == 1 && step.size(0) == K &&
                step.stride(0) == 1,
            kOp, ": steps must be float64 (", K, ",)");
+}
+
+bool sample_matches(const Tensor& weight, const Tensor& bytes, const Tensor& step, uint64_t call) {
+  const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
   if (weight.numel() == 0) return true;
   const Strides from = strides_of(weight), to = strides_of(bytes);
   const int64_t item = static_cast<int64_t>(weight.element_size());
@@ -83,10 +89,13 @@ bool sample_matches(const Tensor& weight, const Tensor& bytes, const Tensor& ste
   return same;
 }
 
-bool vector_matches(const Tensor& vector, const Tensor& copy) {
+void check_vector(const Tensor& vector, const Tensor& copy) {
   FR_CHECK(vector.dim() == 1 && copy.dim() == 1 && copy.size(0) == vector.size(0) &&
                copy.scalar_type() == vector.scalar_type(),
            kOp, ": a copy must have its vector's shape and dtype");
+}
+
+bool vector_matches(const Tensor& vector, const Tensor& copy) {
   const size_t item = static_cast<size_t>(vector.element_size());
   const char* a = static_cast<const char*>(vector.const_data_ptr());
   const char* b = static_cast<const char*>(copy.const_data_ptr());
@@ -110,14 +119,21 @@ bool quantized_copies_match(std::vector<Tensor> weights, std::vector<Tensor> byt
            " steps; ", vectors.size(), " vectors, ", copies.size(), " copies");
   static std::atomic<uint64_t> calls{0};
   const uint64_t call = calls.fetch_add(1, std::memory_order_relaxed);
-  bool same = true;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    same &= sample_matches(weights[i], bytes[i], steps[i], call);
-  }
-  for (size_t i = 0; i < vectors.size() && same; ++i) {
-    same &= vector_matches(vectors[i], copies[i]);
-  }
-  return same;
+  for (size_t i = 0; i < weights.size(); ++i) check_weight(weights[i], bytes[i], steps[i]);
+  for (size_t i = 0; i < vectors.size(); ++i) check_vector(vectors[i], copies[i]);
+  // They wait for memory, so all threads do.
+  std::atomic<bool> same{true};
+  const auto both = static_cast<int64_t>(weights.size() + vectors.size());
+  torch::stable::parallel_for(0, both, 32, [&](int64_t begin, int64_t end) {
+    bool own = true;
+    for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
+      const size_t v = i - weights.size();
+      own &= i < weights.size() ? sample_matches(weights[i], bytes[i], steps[i], call)
+                                : vector_matches(vectors[v], copies[v]);
+    }
+    if (!own) same.store(false, std::memory_order_relaxed);
+  });
+  return same.load();
 }
 
 }  // namespace
