@@ -502,15 +502,19 @@ def residual_blocks(
 
 def pool_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """A network's head: see csrc/cpu/pool_linear.cpp, and `ops.pool_linear`."""
-    if not _ISA or input.dtype not in _NATIVE_DTYPES:
+    if not _ISA or input.dtype not in _NATIVE_DTYPES or not 0 < input.size(0) <= _MOST_IMAGES:
         return None
-    if not 0 < input.size(0) <= _MOST_IMAGES:
+    _, C, H, W = input.shape
+    # What does not go together is left to torch's operators, which say what.
+    if weight.dtype is not input.dtype or weight.device != input.device or H * W == 0:
         return None
-    try:
-        return _pool_linear(input, weight, bias)
-    except ValueError:
-        # Strides it does not take, or what does not go together: torch's operators say what.
+    if weight.dim() != 2 or weight.size(1) != C:
         return None
+    if bias is not None and (bias.dtype is not input.dtype or bias.shape != weight.shape[:1]):
+        return None
+    side_by_side = input.stride(1) == 1 or input.stride(3) == 1
+    dense = weight.stride(1) == 1 and (bias is None or bias.stride(0) == 1)
+    return _pool_linear(input, weight, bias) if side_by_side and dense else None
 
 
 def release(tensors: Iterable[Tensor]) -> None:

@@ -149,3 +149,22 @@ def test_replaced(network, owner, name, monkeypatch):
             assert not torch.equal(model(x), before)
         assert torch.equal(model(x), before)
     assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_what_is_left_to_torch():
+    """Strides the kernel does not take, and what does not go together: an answer, not an error."""
+    head = cpu.pool_linear
+    x = torch.randn(2, 8, 4, 6)
+    weight, bias = torch.randn(5, 8), torch.randn(5)
+    assert head(x, weight, bias) is not None
+    assert head(x, torch.randn(8, 5).t(), bias) is None
+    assert head(x, weight, torch.randn(10)[::2]) is None
+    assert head(torch.randn(2, 16, 4, 12)[:, ::2, :, ::2], weight, bias) is None
+    assert head(x, torch.randn(5, 9), bias) is None
+    assert head(x, weight.flatten(), bias) is None
+    assert head(x, weight, torch.randn(6)) is None
+    assert head(x, weight.double(), bias.double()) is None
+    assert head(x, weight, bias.bfloat16()) is None
+    assert head(x[:, :, :0], weight, bias) is None
+    assert head(x[:0], weight, bias) is None
