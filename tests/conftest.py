@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
+import inspect
 import os
 import signal
 import sys
@@ -23,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -43,7 +46,7 @@ from fused_resnet import backends
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("support")
 
-from support import cuda_on_host  # noqa: E402  (found through the lines above)
+from support import cuda_on_host, processes  # noqa: E402  (found through the lines above)
 
 if cuda_on_host.is_needed():
     cuda_on_host.load()
@@ -121,6 +124,36 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     # has to go through it again.
     gc.collect()
     gc.freeze()
+    if not session.config.option.collectonly and "PYTEST_XDIST_WORKER" not in os.environ:
+        tasks = {item.nodeid: task_of(item) for item in session.items}
+        processes.start_ahead({key: task for key, task in tasks.items() if task is not None})
+
+
+def pytest_sessionfinish() -> None:
+    processes.stop()
+
+
+def task_of(item: pytest.Item) -> Callable[[], Any] | None:
+    """What the marker `ahead` of a test calls, unless the test is skipped."""
+    marker = item.get_closest_marker("ahead")
+    if marker is None or any(True in skip.args for skip in item.iter_markers("skipif")):
+        return None
+    (function,) = marker.args
+    callspec = getattr(item, "callspec", None)
+    names = inspect.signature(function).parameters
+    return functools.partial(function, **{name: callspec.params[name] for name in names})
+
+
+@pytest.fixture
+def ahead(request: pytest.FixtureRequest) -> Callable[[], Any]:
+    """Returns what the function of the marker `ahead` does, which was called before or is now.
+
+    That takes parameters of the test by their names, and only waits for processes: it runs while
+    other tests do, in another thread.
+    """
+    task = task_of(request.node)
+    assert task is not None
+    return functools.partial(processes.result_of, request.node.nodeid, task)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -599,17 +599,28 @@ def test_more_than_2_31_elements(channels_last):
     assert_same_bits(nothing, nothing[:, :, :1, :1].expand_as(nothing))
 
 
+MAIN_CASES = "sample_shapes or drawn_cases_quick or nan_and_infinity or max_pool"
+
+
 @pytest.mark.slow
-def test_avx2():
+@pytest.mark.ahead(
+    lambda: rerun_on_instruction_set(
+        "avx2", __file__, f"cpu and ({MAIN_CASES} or residual_layouts)"
+    )
+)
+def test_avx2(ahead):
     """This file's main cases again, on the kernels for processors without AVX-512."""
-    cases = "sample_shapes or drawn_cases_quick or nan_and_infinity or residual_layouts or max_pool"
-    rerun_on_instruction_set("avx2", __file__, f"cpu and ({cases})")
+    ahead()
 
 
-def test_amx_emulated():
+@pytest.mark.ahead(
+    lambda: rerun_on_instruction_set(
+        "amx_emulated", __file__, f"cpu and bfloat16 and ({MAIN_CASES})"
+    )
+)
+def test_amx_emulated(ahead):
     """The main cases again, on the kernel for AMX over emulated tiles."""
-    cases = "sample_shapes or drawn_cases_quick or nan_and_infinity or max_pool"
-    rerun_on_instruction_set("amx_emulated", __file__, f"cpu and bfloat16 and ({cases})")
+    ahead()
 
 
 def test_functional_has_the_designs_signature():

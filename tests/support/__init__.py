@@ -31,7 +31,7 @@ import fused_resnet
 from fused_resnet import functional
 from fused_resnet.testing import FACTOR, relative_error
 
-from .processes import run_code
+from .processes import current_environment, run_code
 
 TESTS = Path(__file__).resolve().parents[1]
 MODELS = [
@@ -547,7 +547,9 @@ def run_python(code: str, timeout: float = 300, **environment: str) -> str:
 
     The process has imported torch, but nothing of ours: see `processes.run_code`.
     """
-    status, out, err = run_code(textwrap.dedent(code), timeout, {**os.environ, **environment})
+    status, out, err = run_code(
+        textwrap.dedent(code), timeout, {**current_environment(), **environment}
+    )
     assert status == 0, f"exit status {status}\n{out[-2000:]}\n{err[-4000:]}"
     return out
 
@@ -559,7 +561,7 @@ def rerun_on_instruction_set(isa: str, file: str, selected: str) -> None:
     arguments = ["-q", "-p", "no:cacheprovider", file, "-k", selected]
     # With --whole, the environment says so: conftest.py.
     code = f"import sys, pytest; sys.exit(pytest.main({arguments!r}))"
-    status, out, err = run_code(code, 600, {**os.environ, "FUSED_RESNET_CPU_ISA": isa})
+    status, out, err = run_code(code, 600, {**current_environment(), "FUSED_RESNET_CPU_ISA": isa})
     assert status == 0, out + err
 
 

@@ -263,26 +263,37 @@ print(digest.hexdigest())
 """
 
 
+def bits(dtype: str) -> list[str]:
+    """What each instruction set computes, as a digest."""
+    code = BITS.replace("sys.argv[1]", repr(dtype))
+    sets = ("amx", "amx_emulated", "avx512")
+    return [run_python(code, FUSED_RESNET_CPU_ISA=isa) for isa in sets]
+
+
 @needs_amx
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_emulated_tiles_have_the_units_bits(dtype):
+@pytest.mark.ahead(lambda dtype: bits(dtype))
+def test_emulated_tiles_have_the_units_bits(dtype, ahead):
     """Rounding, subnormals and the order of sums: what the emulation says is what the unit does."""
-    code = BITS.replace("sys.argv[1]", repr(dtype))
-    unit = run_python(code, FUSED_RESNET_CPU_ISA="amx")
-    assert unit == run_python(code, FUSED_RESNET_CPU_ISA="amx_emulated")
+    unit, emulated, vectors = ahead()
+    assert unit == emulated
     # And the comparison can fail: vectors add in another order.
-    assert unit != run_python(code, FUSED_RESNET_CPU_ISA="avx512")
+    assert unit != vectors
 
 
-def test_over_emulated_tiles():
+@pytest.mark.ahead(
+    lambda: rerun_on_instruction_set("amx_emulated", __file__, "not threads and not bits")
+)
+def test_over_emulated_tiles(ahead):
     """This file's cases again, on any processor."""
-    rerun_on_instruction_set("amx_emulated", __file__, "not threads and not bits")
+    ahead()
 
 
 @needs_amx
-def test_all_on_tiles():
+@pytest.mark.ahead(lambda: rerun_on_instruction_set("amx", __file__, "float32"))
+def test_all_on_tiles(ahead):
     """And where there is the unit, float32 on it even where vectors are faster."""
-    rerun_on_instruction_set("amx", __file__, "float32")
+    ahead()
 
 
 def machine_code(code: bytes):
