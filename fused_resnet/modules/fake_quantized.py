@@ -53,7 +53,7 @@ class MovingRange:
         self.has_seen = True
         return is_finite
 
-    def rounded(self, values: Tensor, is_signed: bool, is_finite: Tensor | None = None) -> Tensor:
+    def rounded(self, values: Tensor, is_finite: Tensor | None = None) -> Tensor:
         """The values as they would be read from bytes; all NaN unless `is_finite`, if it is given.
 
         As they are before there was a batch.
@@ -61,17 +61,17 @@ class MovingRange:
         if not self.has_seen:
             return values
         low, high, _ = self.ends.to(values.device)
-        low = low.clamp(max=0) if is_signed else torch.zeros_like(low)
+        low = low.clamp(max=0)
         step = ((high.clamp(min=0) - low) / LARGEST).clamp(min=SMALLEST_STEP).float()
         zero_point = (-low / step.double()).round().clamp(0, LARGEST).int()
         if is_finite is not None:
             step = torch.where(is_finite, step, torch.nan)
         return torch.fake_quantize_per_tensor_affine(values, step, zero_point, 0, LARGEST)
 
-    def quantization(self, is_signed: bool) -> Quantization | None:
+    def quantization(self) -> Quantization | None:
         """How the activation is to be stored; None without a batch, or where all of it was zero."""
         low, high, _ = self.ends.tolist()
-        return quantization_of(low if is_signed else 0.0, high)
+        return quantization_of(low, high)
 
 
 class FakeQuantization:
@@ -157,7 +157,7 @@ class FakeQuantization:
         own, is_finite = self.ranges[index], None
         if block.training and self.averaging_constant > 0 and values.numel() > 0:
             is_finite = own.update(values, self.averaging_constant)
-        return own.rounded(values, index == 0, is_finite)
+        return own.rounded(values, is_finite)
 
     def ranges_read(self) -> list[MovingRange]:
         """The ranges, that of the input being the one it is read with."""
@@ -171,8 +171,8 @@ class FakeQuantization:
         if not all(one.has_seen for one in self.ranges[1:]):
             reason = reason or "no batch was trained with it"
         ranges: list[Quantization] = []
-        for index, (what, one) in enumerate(zip(names, self.ranges_read(), strict=True)):
-            stored = one.quantization(index == 0 and self.source is None)
+        for what, one in zip(names, self.ranges_read(), strict=True):
+            stored = one.quantization()
             if stored is None:
                 reason = reason or f"{what} is zero in all batches"
             else:
