@@ -175,6 +175,7 @@ struct ByteKernels {
 extern const ByteKernels kBytesAmx;
 extern const ByteKernels kBytesAvx512Vnni;
 extern const ByteKernels kBytesAvx512;
+extern const ByteKernels kBytesAvxVnni;
 extern const ByteKernels kBytesAvx2;
 #endif
 extern const ByteKernels kBytesAmxEmulated;
