@@ -161,20 +161,41 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     result = yield
     if nextitem is not None and nextitem.path != item.path:
         give_back_memory()
+    elif resident_bytes() > _resident_after[0] + KEPT_BYTES:
+        give_back_heap()
     return result
+
+
+KEPT_BYTES = 2**27  # more than that between tests of one file is worth the time of giving it back
+_resident_after = [0]
 
 
 def give_back_memory() -> None:
     """Lets go of what one file's tests have left and the next one's do not look for.
 
-    Graphs of compilers, which hold the models they were made of, packed weights and scratch memory,
-    and what the C library keeps of freed memory in the heaps of threads.
+    Graphs of compilers, which hold the models they were made of, packed weights and scratch memory.
     """
     torch._dynamo.reset()
     backends.cpu.empty_cache()
+    give_back_heap()
+
+
+def give_back_heap() -> None:
+    """What nothing refers to, and what the C library keeps of freed memory, of large tensors too.
+
+    It stays the process's own where something later in the heap is in use.
+    """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
+    _resident_after[0] = resident_bytes()
+
+
+def resident_bytes() -> int:
+    """The process's memory now, or 0 where that is not told so."""
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 NOT_RUN = pytest.StashKey[tuple[int, int]]()
