@@ -565,6 +565,11 @@ def rerun_on_instruction_set(isa: str, file: str, selected: str) -> None:
     assert status == 0, out + err
 
 
+def unwritten_zeros(elements: int, dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory as long as nobody writes there."""
+    return torch.from_numpy(np.zeros(elements * dtype.itemsize, np.uint8)).view(dtype)
+
+
 def small_resnet(
     block: type[nn.Module] = Bottleneck, layers: int = 1, stages: int = 4, **arguments: Any
 ) -> ResNet:
