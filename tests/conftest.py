@@ -109,7 +109,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what `representatives` does, unless a test is named: `file.py::test`."""
+    """Leaves out what `representatives` does, unless a test is named: `file.py::test`.
+
+    What is done ahead of tests has the time of all others.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("ahead") is not None)
     named = any("::" in argument for argument in config.args)
     if config.option.whole or os.environ.get("FUSED_RESNET_WHOLE_SUITE") or named:
         return
