@@ -126,6 +126,50 @@ def _byte_sum(
 
 
 @triton.jit
+def _finish_part(
+    acc,
+    shortcut,
+    m,
+    row_exists,
+    columns,
+    k,
+    k_exists,
+    weight_sum_ptr,
+    scale_ptr,
+    shift_ptr,
+    block_ptr,
+    projection_sum_ptr,
+    projection_scale_ptr,
+    output_ptr,
+    zero_point,
+    block_zero_point,
+    shortcut_scale,
+    output_step,
+    channels,
+    PROJECTED: tl.constexpr,
+):
+    """Scale, shift, shortcut, ReLU and rounding of sums of `k`; `columns` are `k` that exist."""
+    acc += (tl.load(weight_sum_ptr + columns) * (128 - zero_point))[None, :]
+    steps = acc.to(tl.float32) * tl.load(scale_ptr + columns)[None, :]
+    steps = steps + tl.load(shift_ptr + columns)[None, :]
+    exists = row_exists[:, None] & k_exists[None, :]
+    offsets = m[:, None] * channels + k[None, :]
+    if PROJECTED:
+        shortcut += (tl.load(projection_sum_ptr + columns) * (128 - block_zero_point))[None, :]
+        scale = tl.load(projection_scale_ptr + columns)
+        steps = steps + shortcut.to(tl.float32) * scale[None, :]
+    elif block_ptr is not None:
+        block = tl.load(block_ptr + offsets, mask=exists, other=0).to(tl.int32)
+        steps = steps + (block + (128 - block_zero_point)).to(tl.float32) * shortcut_scale
+    values = _rounded(steps, 0.0, 255.0)
+    if output_ptr.dtype.element_ty == tl.int8:
+        tl.store(output_ptr + offsets, (values - 128.0).to(tl.int8), mask=exists)
+    else:
+        read = (values * output_step).to(output_ptr.dtype.element_ty)
+        tl.store(output_ptr + offsets, read, mask=exists)
+
+
+@triton.jit
 def byte_conv_kernel(
     input_ptr,
     weight_ptr,
@@ -196,7 +240,8 @@ def byte_conv_kernel(
     tiles_in_group = tl.cdiv(K, BLOCK_N)
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_in_group * groups, BAND)
     group = tile_n // tiles_in_group
-    local_k = (tile_n - group * tiles_in_group) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_local_k = (tile_n - group * tiles_in_group) * BLOCK_N
+    local_k = first_local_k + tl.arange(0, BLOCK_N)
     if WIDE:
         tile_m = tile_m.to(tl.int64)
         group = group.to(tl.int64)
@@ -219,31 +264,34 @@ def byte_conv_kernel(
         tl.cast(zero_point - 128, tl.int8), H, W, C, W * pixel, pixel, R, S, DILATION_H, DILATION_W,
         PADDING_H + PADDING_W > 0, EVEN_C, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    acc += (tl.load(weight_sum_ptr + column) * (128 - zero_point))[None, :]
-    steps = acc.to(tl.float32) * tl.load(scale_ptr + column)[None, :]
-    steps = steps + tl.load(shift_ptr + column)[None, :]
-
-    exists = (m < M)[:, None] & (local_k < K)[None, :]
-    offsets = m[:, None] * (K * groups) + k[None, :]
+    shortcut = acc
     if projection_ptr is not None:
         rows, h, w = pixels(
             row, P, Q, block_h * block_w * block_c, block_w * block_c, block_c,
             PROJECTION_STRIDE_H, PROJECTION_STRIDE_W, 0, 0,
             PROJECTION_STRIDE_H * PROJECTION_STRIDE_W == 1,
         )  # fmt: skip
-        acc = _byte_sum(
+        shortcut = _byte_sum(
             block_ptr, projection_ptr, rows, h, w, column * block_c, tl.cast(0, tl.int8),
             block_h, block_w, block_c, block_w * block_c, block_c, 1, 1, 1, 1, False, EVEN_BLOCK_C,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        acc += (tl.load(projection_sum_ptr + column) * (128 - block_zero_point))[None, :]
-        steps = steps + acc.to(tl.float32) * tl.load(projection_scale_ptr + column)[None, :]
-    elif block_ptr is not None:
-        block = tl.load(block_ptr + offsets, mask=exists, other=0).to(tl.int32)
-        steps = steps + (block + (128 - block_zero_point)).to(tl.float32) * shortcut_scale
-    values = _rounded(steps, 0.0, 255.0)
-    if output_ptr.dtype.element_ty == tl.int8:
-        tl.store(output_ptr + offsets, (values - 128.0).to(tl.int8), mask=exists)
+    # At most 64 channels at a time: all of a wide tile's vectors are more than the registers hold.
+    if BLOCK_N <= 64:
+        _finish_part(
+            acc, shortcut, m, m < M, column, k, local_k < K, weight_sum_ptr, scale_ptr, shift_ptr,
+            block_ptr, projection_sum_ptr, projection_scale_ptr, output_ptr, zero_point,
+            block_zero_point, shortcut_scale, output_step, K * groups, projection_ptr is not None,
+        )  # fmt: skip
     else:
-        read = (values * output_step).to(output_ptr.dtype.element_ty)
-        tl.store(output_ptr + offsets, read, mask=exists)
+        tl.static_assert(BLOCK_N == 128 and projection_ptr is None)
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, 64)), (0, 2, 1)))
+        for j in tl.static_range(2):
+            local_k = first_local_k + 64 * j + tl.arange(0, 64)
+            column = group * K + tl.minimum(local_k, K - 1)
+            part = left if j == 0 else right
+            _finish_part(
+                part, part, m, m < M, column, group * K + local_k, local_k < K, weight_sum_ptr,
+                scale_ptr, shift_ptr, block_ptr, None, None, output_ptr, zero_point,
+                block_zero_point, shortcut_scale, output_step, K * groups, False,
+            )  # fmt: skip
