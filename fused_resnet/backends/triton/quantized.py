@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -113,9 +113,10 @@ def store(input: Tensor, stored: Quantization) -> Stored:
     return Stored(values, stored.zero_point)
 
 
-@functools.lru_cache(maxsize=4096)
 def _inverse(step: float) -> float:
-    return torch.tensor(1 / step, dtype=torch.float64).float().item()
+    """The float32 number nearest to a step's inverse."""
+    inverse: float = struct.unpack("f", struct.pack("f", 1 / step))[0]
+    return inverse
 
 
 def tile_for(M: int, C: int, K: int, groups: int, has_projection: bool) -> Tile:
@@ -138,7 +139,7 @@ def tile_for(M: int, C: int, K: int, groups: int, has_projection: bool) -> Tile:
             block_n //= 2
         elif block_m > 32:
             block_m //= 2
-    num_warps = 8 if block_m * block_n >= 128 * 128 else 4
+    num_warps = 8 if block_m * block_n * (1 + has_projection) >= 128 * 128 else 4
     return Tile(block_m, block_n, block_k, num_warps, 3)
 
 
