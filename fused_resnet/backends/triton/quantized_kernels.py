@@ -22,7 +22,8 @@ from .device import pixels, tile_of
 
 @triton.jit
 def _rounded(steps, least, largest):
-    """To the nearest integer, to even, of values clamped to no more than 2^22."""
+    """To the nearest integer, to even, of values clamped to no more than 2^22; NaN to `least`."""
+    # Without `propagate_nan` a maximum is the operand that is a number.
     steps = tl.minimum(tl.maximum(steps, least), largest)
     # From 2^23 on float32 numbers are integers, and the addition rounds to them.
     return (steps + 12582912.0) - 12582912.0
@@ -61,7 +62,6 @@ def store_bytes_kernel(
     ptrs = input_ptr + offsets[:, None] + c[None, :] * input_stride_c
     steps = tl.load(ptrs, mask=exists, other=0.0).to(tl.float32) * inverse
     least = -tl.cast(zero_point, tl.float32)
-    steps = tl.where(steps == steps, steps, least)
     values = _rounded(steps, least, 255.0 + least).to(tl.int32) + (zero_point - 128)
     tl.store(output_ptr + m[:, None] * C + c[None, :], values.to(tl.int8), mask=exists)
 
