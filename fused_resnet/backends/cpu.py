@@ -46,6 +46,7 @@ __all__ = [
     "pool_linear",
     "release",
     "residual_blocks",
+    "tile_products",
 ]
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -155,8 +156,15 @@ _float32_precision = functools.partial(torch._C._get_fp32_precision_getter, "mkl
 
 def _follow_precision() -> None:
     """Has the native kernels compute float32 as exactly as torch's setting says now."""
-    if _PRODUCTS.get(_float32_precision(), 6) != _products:
+    if tile_products(torch.float32) != _products:
         _set_products()
+
+
+def tile_products(dtype: torch.dtype) -> int | None:
+    """How many products of bfloat16 tiles stand for one of such values; None where none do."""
+    if dtype is not torch.float32:
+        return 1 if dtype is torch.bfloat16 else None
+    return _PRODUCTS.get(_float32_precision(), 6)
 
 
 def _set_products() -> None:

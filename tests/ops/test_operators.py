@@ -84,6 +84,7 @@ QUERIES = {
     "cpu_pool_statistics",
     "cpu_pool_trim",
     "float32_pixels_for_tiles",
+    "multiply_tiles",
     "set_float32_products",
 }
 
