@@ -44,17 +44,20 @@ bool pack_transposed(const T* source, const Tensor& weight, int64_t block_k, flo
       const int64_t tap = R * S - 1 - piece % (R * S);
       const T* from = source + c0 * stride.c + tap / S * stride.h + tap % S * stride.w;
       float* to = packed + piece * K * block_k;
+      uint32_t carries = 0;
       for (int64_t k = 0; k < K; ++k, from += stride.n, to += block_k) {
+        const auto put = [&](int64_t c, T value) {
+          to[c] = static_cast<float>(value);
+          carries |= carry_of_infinity(to[c]);
+        };
         if (stride.c == 1) {
-          for (int64_t c = 0; c < valid; ++c) to[c] = static_cast<float>(from[c]);
+          for (int64_t c = 0; c < valid; ++c) put(c, from[c]);
         } else {
-          for (int64_t c = 0; c < valid; ++c) to[c] = static_cast<float>(from[c * stride.c]);
+          for (int64_t c = 0; c < valid; ++c) put(c, from[c * stride.c]);
         }
         std::fill(to + valid, to + block_k, 0.0f);
       }
-      if (!all_finite(packed + piece * K * block_k, K * block_k)) {
-        finite.store(false, std::memory_order_relaxed);
-      }
+      if (is_infinity_among(carries)) finite.store(false, std::memory_order_relaxed);
     }
   });
   return finite.load();
