@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <string>
 #include <utility>
@@ -70,34 +71,86 @@ const ConvIsa* conv_isa(ScalarType dtype, int64_t groups, int64_t c, int64_t k) 
 
 namespace {
 
-// Whether tiles are faster than AVX-512 for a float32 convolution that both can run, as measured in
-// ResNets' layers with 1 to 8 images on a two-core Xeon with 2 MiB of second-level cache a core.
-// What tiles take more is to split every pixel, which many output channels or taps make up for, and
-// every weight, which many pixels do.
-bool tiles_pay(const Conv& conv) {
-  if (tiles_asked_for()) return true;
+constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+
+// From how many output pixels on, of all images, tiles are faster than AVX-512 for a float32
+// convolution that both can run, as measured in ResNets' layers with 1 to 8 images on a two-core
+// Xeon with 2 MiB of second-level cache a core. What tiles take more is to split every pixel, which
+// many output channels or taps make up for, and every weight, which many pixels do.
+int64_t pixels_that_pay(const Conv& conv) {
   const int64_t c = group_c(conv), k = group_k(conv);
-  if (conv.has_pool || std::min(c, k) < 64) return false;
-  const int64_t pixels = conv.N * conv.P * conv.Q;
-  const bool strided = conv.stride_h > 1 || conv.stride_w > 1;
+  if (conv.has_pool || std::min(c, k) < 64) return kNever;
   // Of strided pixels four planes are gathered: too much for the cache beside the weights.
-  if (!is_pointwise(conv)) return strided ? c <= 256 && pixels >= 128 : pixels >= 32;
-  return std::max(c, k) >= 128 && pixels * k >= (k >= 2 * c ? 150000 : 250000);
+  const bool strided = conv.stride_h > 1 || conv.stride_w > 1;
+  if (!is_pointwise(conv)) return !strided ? 32 : c <= 256 ? 128 : kNever;
+  return std::max(c, k) >= 128 ? div_up(k >= 2 * c ? 150000 : 250000, k) : kNever;
 }
 
-// A float32 convolution's kernel. Both kinds take the same packed weight.
-const ConvIsa& float32_isa(const Conv& conv) {
-  const ConvIsa* tiles = nullptr;
+// From how many output pixels on a float32 convolution runs on tiles.
+int64_t least_pixels_on_tiles(const Conv& conv) {
+  if (tile_unit() == TileUnit::none || conv.expanded ||
+      !fills_tiles(conv.groups, group_c(conv), group_k(conv))) {
+    return kNever;
+  }
+  return tiles_asked_for() ? 0 : pixels_that_pay(conv);
+}
+
+// How many products of bfloat16 stand for one of float32, and their kernels.
+struct Float32Kernels {
+  int64_t products;
+  const ConvIsa *amx, *emulated;
+};
+
+constexpr Float32Kernels kFloat32Kernels[] = {
 #if defined(__x86_64__)
-  if (tile_unit() == TileUnit::amx) tiles = &kConvFloat32Amx;
+    {6, &kConvFloat32Amx, &kConvFloat32AmxEmulated},
+    {3, &kConvFloat32HighAmx, &kConvFloat32HighAmxEmulated},
+    {1, &kConvFloat32MediumAmx, &kConvFloat32MediumAmxEmulated},
+#else
+    {6, nullptr, &kConvFloat32AmxEmulated},
+    {3, nullptr, &kConvFloat32HighAmxEmulated},
+    {1, nullptr, &kConvFloat32MediumAmxEmulated},
 #endif
-  if (tile_unit() == TileUnit::emulated) tiles = &kConvFloat32AmxEmulated;
-  const bool can_run =
-      tiles != nullptr && !conv.expanded && fills_tiles(conv.groups, group_c(conv), group_k(conv));
-  return can_run && tiles_pay(conv) ? *tiles : *conv.isa;
+};
+
+// Those in use: of the process, as is torch's setting that they follow.
+std::atomic<const Float32Kernels*> float32_kernels{&kFloat32Kernels[0]};
+
+// A float32 convolution's kernel. All kinds take the same packed weight.
+const ConvIsa& float32_isa(const Conv& conv) {
+  const int64_t images = std::max(conv.batch, conv.N);
+  if (images * conv.P * conv.Q < least_pixels_on_tiles(conv)) return *conv.isa;
+  const Float32Kernels& kernels = *float32_kernels.load(std::memory_order_relaxed);
+  return tile_unit() == TileUnit::amx ? *kernels.amx : *kernels.emulated;
 }
 
 }  // namespace
+
+void set_float32_products(int64_t products) {
+  for (const Float32Kernels& kernels : kFloat32Kernels) {
+    if (kernels.products != products) continue;
+    float32_kernels.store(&kernels, std::memory_order_relaxed);
+    return;
+  }
+  FR_CHECK(false, "set_float32_products: products is ", products, ", must be 6, 3 or 1");
+}
+
+int64_t float32_pixels_for_tiles(std::vector<int64_t> weight_shape, std::vector<int64_t> stride,
+                                 int64_t groups, bool has_pool) {
+  FR_CHECK(weight_shape.size() == 4 && stride.size() == 2 && groups > 0,
+           "float32_pixels_for_tiles: weight_shape must have 4 numbers, stride 2, groups be "
+           "positive");
+  if (vector_isa() == nullptr) return -1;
+  Conv conv{};
+  conv.K = weight_shape[0], conv.C = weight_shape[1] * groups;
+  conv.R = weight_shape[2], conv.S = weight_shape[3];
+  conv.stride_h = stride[0], conv.stride_w = stride[1];
+  conv.groups = groups;
+  conv.has_pool = has_pool;
+  conv.expanded = is_expanded(groups, weight_shape[1], conv.K / groups, vector_isa()->lanes);
+  const int64_t pixels = least_pixels_on_tiles(conv);
+  return pixels == kNever ? -1 : pixels;
+}
 
 int64_t l2_bytes() {
   static const int64_t bytes = [] {
@@ -545,7 +598,7 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
   const FilterAxis rows("conv_bn_act", H, weight.size(2), layer.stride_h, layer.pad_h, layer.dil_h);
   const FilterAxis columns("conv_bn_act", W, weight.size(3), layer.stride_w, layer.pad_w,
                            layer.dil_w);
-  conv.N = N;
+  conv.N = conv.batch = N;
   conv.C = C;
   conv.H = H;
   conv.W = conv.last_w = W;
