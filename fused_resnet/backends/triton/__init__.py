@@ -143,6 +143,8 @@ def residual_blocks(
         choice = tuning.choose(problem, input.device)
         if choice.tile is None or choice.source == ESTIMATE:
             return None
+        if not cuda.trusts_basic_block(problem, choice.tile, input.device):
+            return None
         return cuda.run_basic_block(input, *described[0].layers, choice.tile)
     launchers()
     return chains.residual_blocks(input, described)
