@@ -138,6 +138,8 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
         choice = tuning.choose(problem, input.device)
         if choice.tile is None or choice.source == ESTIMATE:
             return None
+        if not cuda.trusts_basic_block(problem, choice.tile, input.device):
+            return None
         return cuda.run_basic_block(input, *blocks[0].layers, choice.tile)
     launchers()
     return chains.residual_blocks(input, blocks)
