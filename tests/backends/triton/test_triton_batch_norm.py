@@ -211,7 +211,7 @@ def test_the_mask_recomputed_is_the_one_used(norms, dtype):
 @pytest.mark.quick
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", [(2, 24, 11, 5), (1, 72, 1, 61), (3, 8, 1, 1), (2, 136, 7, 5)])
+@pytest.mark.parametrize("shape", [(2, 24, 11, 5), (1, 72, 1, 61), (3, 8, 1, 1), (1, 136, 4, 5)])
 def test_masks_and_two_norms(norms, shape, dtype):
     """Kept as bits: those of the output, and gradients to the bits of those from the output.
 
