@@ -24,6 +24,7 @@ from ...tuning.problem import ChainProblem
 from .. import cuda, library
 from ..backend import Backend
 from ..recording import Recorder
+from . import checks
 from .eligible import DTYPES, interpreted, is_traced
 from .inference import (
     batch_norm_act_inference,
@@ -191,8 +192,14 @@ class Triton(Backend):
         launchers()
         from . import quantized
 
-        if input.dtype in DTYPES and not is_traced(input) and quantized.covers(blocks):
-            return quantized.residual_blocks(input, blocks, stored, output)
+        run = quantized.residual_blocks
+        if (
+            input.dtype in DTYPES
+            and not is_traced(input)
+            and quantized.covers(blocks)
+            and checks.trusts_quantized(input, blocks, stored, output, run)
+        ):
+            return run(input, blocks, stored, output)
         return super().quantized_residual_blocks(input, blocks, stored, output)
 
     def is_default(self, device_type: str) -> bool:
