@@ -415,29 +415,40 @@ print(digest.hexdigest())
 """
 
 
+def digests(dtype: str, allowed: str) -> list[str]:
+    """What each instruction set computes, as a digest."""
+    code = BITS.replace("sys.argv[1:]", repr((dtype, allowed)))
+    sets = ("amx", "amx_emulated", "avx512")
+    return [run_python(code, FUSED_RESNET_CPU_ISA=isa) for isa in sets]
+
+
 @needs_amx
 @pytest.mark.parametrize(
     ("dtype", "allowed"),
     [("bfloat16", "none"), ("float32", "none"), ("float32", "tf32"), ("float32", "bf16")],
 )
-def test_emulated_tiles_have_the_units_bits(dtype, allowed):
+@pytest.mark.ahead(lambda dtype, allowed: digests(dtype, allowed))
+def test_emulated_tiles_have_the_units_bits(dtype, allowed, ahead):
     """Rounding, subnormals and the order of sums: what the emulation says is what the unit does."""
-    code = BITS.replace("sys.argv[1:]", repr((dtype, allowed)))
-    unit = run_python(code, FUSED_RESNET_CPU_ISA="amx")
-    assert unit == run_python(code, FUSED_RESNET_CPU_ISA="amx_emulated")
+    unit, emulated, vectors = ahead()
+    assert unit == emulated
     # And the comparison can fail: vectors add in another order.
-    assert unit != run_python(code, FUSED_RESNET_CPU_ISA="avx512")
+    assert unit != vectors
 
 
-def test_over_emulated_tiles():
+@pytest.mark.ahead(
+    lambda: rerun_on_instruction_set("amx_emulated", __file__, "not threads and not bits")
+)
+def test_over_emulated_tiles(ahead):
     """This file's cases again, on any processor."""
-    rerun_on_instruction_set("amx_emulated", __file__, "not threads and not bits")
+    ahead()
 
 
 @needs_amx
-def test_all_on_tiles():
+@pytest.mark.ahead(lambda: rerun_on_instruction_set("amx", __file__, "float32"))
+def test_all_on_tiles(ahead):
     """And where there is the unit, float32 on it even where vectors are faster."""
-    rerun_on_instruction_set("amx", __file__, "float32")
+    ahead()
 
 
 def machine_code(code: bytes):
