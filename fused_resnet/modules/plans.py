@@ -9,6 +9,7 @@ training steps, `load_state_dict` and `param.data = ...` need no new plan.
 
 from __future__ import annotations
 
+import collections
 import os
 import warnings
 import weakref
@@ -22,6 +23,7 @@ from torch.nn.modules import dropout, flatten, linear, pooling
 
 from .. import backends, forms
 from ..backends import Plan
+from ..layers.ranges import BlockRanges
 from ..models.cifar import PaddedShortcut
 from ..ops.registration import nothing_intercepts
 from ..originals import BatchNorm2d, Conv2d, FrozenBatchNorm2d, MaxPool2d, ReLU, Sequential
@@ -66,7 +68,7 @@ def described() -> str:
     Raises:
         ValueError: see `enabled`.
     """
-    return "passes on a GPU become plans" if enabled() else "every pass goes through its modules"
+    return "inference passes become plans" if enabled() else "every pass goes through its modules"
 
 
 class Modules:
@@ -103,11 +105,20 @@ class Modules:
         self._children = [dict(state["_modules"]) for state in parents]
         self._forms = [form for cls in set(self._types) if (form := forms.of_fused(cls))]
 
-    def are_plain(self) -> bool:
-        """Whether calling them does nothing but compute, in a way that states and types settle."""
+    def are_plain(self, eight_bits: bool = False) -> bool:
+        """Whether calling them does nothing but compute, in a way that states and types settle.
+
+        Args:
+            eight_bits: whether that includes blocks that have been calibrated.
+        """
         return (
             all(cls in _PLAIN or _is_block(cls) for cls in self._types)
-            and not any(state["training"] or "quantization" in state for state in self._states)
+            and not any(state["training"] for state in self._states)
+            and all(
+                eight_bits and isinstance(state["quantization"], BlockRanges)
+                for state in self._states
+                if "quantization" in state
+            )
             and not any("forward" in state or "_conv_forward" in state for state in self._states)
             and self._have_no_hooks()
         )
@@ -116,7 +127,8 @@ class Modules:
         """Whether nothing about them has changed, in some tens of microseconds for a ResNet-50."""
         try:
             return (
-                all(map(is_, parts, self.parts))
+                len(parts) == len(self.parts)
+                and all(map(is_, parts, self.parts))
                 and [*map(type, self._modules)] == self._types
                 and self._have_no_hooks()
                 and [state["_modules"] for state in self._parents] == self._children
@@ -146,12 +158,17 @@ class _Plans:
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         self.modules = Modules(parts)
         self.by_key: dict[Hashable, Plan | str] = {}
+        # Passes through the modules since there was last a plan, and plans in a row that were out
+        # of date when they were to run.
+        self.passes: collections.Counter[Hashable] = collections.Counter()
+        self.lost = 0
         self.changes = 0
 
     def put(self, key: Hashable, plan: Plan | str) -> None:
         while len(self.by_key) >= _MOST_PLANS:
             self.by_key.pop(next(iter(self.by_key)), None)
         self.by_key[key] = plan
+        self.passes.clear()
 
 
 def planned(
@@ -196,9 +213,27 @@ def planned(
     plan = plans.by_key.get(key)
     if isinstance(plan, str):
         return compute(model, x)
-    if plan is not None and (out := plan.run(x)) is not None:
-        return out
+    if plan is not None:
+        out = plan.run(x)
+        if out is not None:
+            plans.lost = 0
+            return out
+        plans.by_key.pop(key, None)
+        plans.lost += 1
+        if plans.lost > _MOST_CHANGES:
+            plans.put(key, "what it reads changes in every pass")
+            return compute(model, x)
+    plans.passes[key] += 1
+    if plans.passes[key] < backend.recorded_pass:
+        return compute(model, x)
     return _recorded(model, plans, key, x, compute)
+
+
+def include_heads(x: Tensor) -> bool:
+    """Whether a plan for such an input may include what comes behind the blocks."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return backends.choose(x.device.type).plans_head(x)
 
 
 def _recorded(
@@ -210,10 +245,11 @@ def _recorded(
 ) -> Tensor:
     """An ordinary pass, of which a plan is made if that is possible."""
     tensors = plans.modules.tensors
-    if not plans.modules.are_plain() or not nothing_intercepts(*tensors):
+    backend = backends.choose(x.device.type)
+    if not plans.modules.are_plain(backend.plans_eight_bits) or not nothing_intercepts(*tensors):
         plans.put(key, "it is more than inference by torch's own modules")
         return compute(model, x)
-    recorder = backends.choose(x.device.type).recorder(x, tensors)
+    recorder = backend.recorder(x, tensors)
     if recorder is None:
         return compute(model, x)
     with recorder:
@@ -221,7 +257,7 @@ def _recorded(
     plan = recorder.plan(out)
     if not isinstance(plan, str) and not _gives(plan, x, out):
         warnings.warn(
-            "fused_resnet: a forward pass launched from its plan differs from the pass it was made "
+            "fused_resnet: a forward pass run from its plan differs from the pass it was made "
             "of, so it is not used; please report this, and set FUSED_RESNET_PLANS=0",
             stacklevel=2,
         )

@@ -8,7 +8,7 @@ arguments do not fit runs unfused inside `conv_norm_act`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -432,9 +432,27 @@ def resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _resnet(model: nn.Module, x: Tensor) -> Tensor:
-    parts = [model._modules[name] for name in _RESNET_PARTS]
-    x = plans.planned(model, parts, x, _resnet_features)
-    return head(model.avgpool, model.fc, x)
+    return _planned(model, x, _RESNET_PARTS, _resnet_features)
+
+
+def _planned(
+    model: nn.Module,
+    x: Tensor,
+    names: tuple[str, ...],
+    features: Callable[[nn.Module, Tensor], Tensor],
+) -> Tensor:
+    """`features` of a network, by its children of these names, and its head, from plans."""
+    children = model._modules
+    parts = [children[name] for name in names]
+    avgpool, fc = children["avgpool"], children["fc"]
+    if plans.include_heads(x) and head_obstacle(avgpool, fc) is None:
+        return plans.planned(
+            model,
+            [*parts, avgpool, fc],
+            x,
+            lambda model, x: head(model.avgpool, model.fc, features(model, x)),
+        )
+    return head(avgpool, fc, plans.planned(model, parts, x, features))
 
 
 _RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
@@ -473,9 +491,7 @@ def cifar_resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _cifar_resnet(model: nn.Module, x: Tensor) -> Tensor:
-    parts = [model._modules[name] for name in _CIFAR_PARTS]
-    x = plans.planned(model, parts, x, _cifar_features)
-    return head(model.avgpool, model.fc, x)
+    return _planned(model, x, _CIFAR_PARTS, _cifar_features)
 
 
 def head(avgpool: nn.Module, fc: nn.Module, x: Tensor) -> Tensor:
