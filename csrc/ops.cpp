@@ -90,7 +90,9 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   // fused_resnet/backends/cpu_plans.py.
   m.def("begin_cpu_plan() -> ()");
   m.def("discard_cpu_plan() -> ()");
-  m.def("end_cpu_plan(Tensor input, Tensor output, Tensor[] parameters, int[] cdatas) -> int[]");
+  m.def(
+      "end_cpu_plan(Tensor input, Tensor output, Tensor[] parameters, int[] objects, int[] types, "
+      "int[] cdatas) -> int[]");
   m.def("run_cpu_plan(int plan, Tensor input) -> Tensor?");
   m.def("free_cpu_plan(int plan) -> ()");
 

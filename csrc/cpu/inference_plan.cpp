@@ -2,7 +2,8 @@
 //
 // A plan has no share in the model's parameters: neither in their memory, which goes when they do,
 // nor in torch's tensors, which `torch.utils.swap_tensors` exchanges only where nobody else has
-// them. It knows where these are, and whoever runs it has found that the parameters still have them.
+// them. It knows where these are, and whoever runs it has found that the parameters still have
+// them.
 
 #include "cpu/inference_plan.h"
 
@@ -81,15 +82,30 @@ namespace {
 
 constexpr size_t kMostDims = 4;
 
-// A parameter, as torch keeps it, and what it was like.
+// Where Python's object of a tensor has its type, and what an at::Tensor holds, in words from its
+// beginning. Found anew for each plan, since neither is anything that Python or torch promise.
+struct ObjectLayout {
+  static constexpr size_t kWords = 5;  // which every such object has
+
+  size_t type = 0, tensor = 0;
+};
+
+// A parameter, as Python and torch keep it, and what it was like.
 struct Parameter {
+  const intptr_t* object;  // alive as long as whoever runs the plan sees to it
+  intptr_t type;
   void* tensor;  // what an at::Tensor holds, and nothing else: see `is_handle_of`
   const void* data;
   int32_t dtype;
   size_t dims;
   int64_t sizes[kMostDims], strides[kMostDims];
 
-  bool is_as_it_was() const {
+  bool is_as_it_was(const ObjectLayout& layout) const {
+    // `torch.utils.swap_tensors` gives an object another tensor, and this one may be gone.
+    if (object[layout.type] != type ||
+        object[layout.tensor] != reinterpret_cast<intptr_t>(tensor)) {
+      return false;
+    }
     const AtenTensorHandle handle = reinterpret_cast<AtenTensorHandle>(const_cast<void**>(&tensor));
     void* now;
     int32_t dtype_now;
@@ -129,18 +145,25 @@ class InferencePlan {
     }
   }
 
-  // Nothing where the recording is no pass from `input` to `output` by the parameters alone. `copied`
-  // are those whose values are in copies.
+  // Tensors as Python has them: addresses of each object, of its type, and of what it holds.
+  struct Objects {
+    std::vector<int64_t> objects, types, cdatas;
+  };
+
+  // Nothing where the recording is no pass from `input` to `output` by the parameters alone.
+  // `copied` are those whose values are in copies.
   static std::shared_ptr<const InferencePlan> made_of(std::unique_ptr<PlanRecording> recording,
                                                       const Tensor& input, const Tensor& output,
                                                       const std::vector<Tensor>& parameters,
-                                                      const std::vector<int64_t>& cdatas,
+                                                      const Objects& objects,
                                                       std::vector<int64_t>& copied) {
     if (!recording->obstacle_.empty() || !recording->input_ || !recording->output_ ||
         *recording->input_ != TensorForm(input) ||
         TensorForm(*recording->output_) != TensorForm(output)) {
       return nullptr;
     }
+    const std::optional<ObjectLayout> layout = layout_of(objects);
+    if (!layout) return nullptr;
     std::vector<Parameter> known;
     std::vector<TensorForm> forms;
     for (const Tensor& parameter : parameters) forms.emplace_back(parameter);
@@ -149,10 +172,12 @@ class InferencePlan {
       const auto found = std::find(forms.begin(), forms.end(), form);
       const auto index = static_cast<size_t>(found - forms.begin());
       if (found == forms.end() || form.sizes.size() > kMostDims ||
-          !is_handle_of(parameters[index], cdatas[index])) {
+          !is_handle_of(parameters[index], objects.cdatas[index])) {
         return nullptr;
       }
-      Parameter parameter{reinterpret_cast<void*>(static_cast<intptr_t>(cdatas[index])),
+      Parameter parameter{reinterpret_cast<const intptr_t*>(objects.objects[index]),
+                          objects.types[index],
+                          reinterpret_cast<void*>(objects.cdatas[index]),
                           form.data,
                           form.dtype,
                           form.sizes.size(),
@@ -165,6 +190,7 @@ class InferencePlan {
     }
     auto plan = std::make_shared<InferencePlan>(std::move(recording));
     plan->parameters_ = std::move(known);
+    plan->layout_ = *layout;
     return plan;
   }
 
@@ -181,6 +207,22 @@ class InferencePlan {
   }
 
  private:
+  static std::optional<ObjectLayout> layout_of(const Objects& objects) {
+    const auto found = [&](const std::vector<int64_t>& words) -> std::optional<size_t> {
+      for (size_t at = 0; at < ObjectLayout::kWords; ++at) {
+        bool all = true;
+        for (size_t i = 0; i < words.size(); ++i) {
+          all &= reinterpret_cast<const intptr_t*>(objects.objects[i])[at] == words[i];
+        }
+        if (all) return at;
+      }
+      return std::nullopt;
+    };
+    const auto type = found(objects.types), tensor = found(objects.cdatas);
+    if (!type || !tensor) return std::nullopt;
+    return ObjectLayout{*type, *tensor};
+  }
+
   bool fits(const Tensor& input) const {
     TensorForm form(input);
     form.data = input_.data;
@@ -194,7 +236,9 @@ class InferencePlan {
     }
     for (size_t i = 0; i < parameters_.size(); ++i) {
       if (i + kAhead < parameters_.size()) prefetch(parameters_[i + kAhead].tensor);
-      if (!parameters_[i].is_as_it_was()) return false;
+      if (i + 2 * kAhead < parameters_.size())
+        __builtin_prefetch(parameters_[i + 2 * kAhead].object);
+      if (!parameters_[i].is_as_it_was(layout_)) return false;
     }
     return true;
   }
@@ -220,6 +264,7 @@ class InferencePlan {
   std::vector<std::unique_ptr<PlanStep>> steps_;
   std::vector<Check> checks_;
   std::vector<Parameter> parameters_;
+  ObjectLayout layout_;
   TensorForm input_;
 };
 
@@ -236,15 +281,20 @@ void begin_cpu_plan() {
 }
 
 // Its number, and the indices of the parameters whose values it has in copies; nothing where there
-// can be no plan. `cdatas` are the parameters' `_cdata`.
+// can be no plan. `objects` and `types` are the parameters' and their classes' addresses, `cdatas`
+// their `_cdata`.
 std::vector<int64_t> end_cpu_plan(Tensor input, Tensor output, std::vector<Tensor> parameters,
+                                  std::vector<int64_t> objects, std::vector<int64_t> types,
                                   std::vector<int64_t> cdatas) {
   std::unique_ptr<PlanRecording> recording = std::move(recording_of_thread);
   FR_CHECK(recording != nullptr, "end_cpu_plan: this thread records no plan");
-  FR_CHECK(parameters.size() == cdatas.size(), "end_cpu_plan: ", parameters.size(),
-           " parameters, ", cdatas.size(), " cdatas");
+  for (const auto* addresses : {&objects, &types, &cdatas}) {
+    FR_CHECK(parameters.size() == addresses->size(), "end_cpu_plan: ", parameters.size(),
+             " parameters, ", addresses->size(), " addresses");
+  }
   std::vector<int64_t> result{0};
-  auto plan = InferencePlan::made_of(std::move(recording), input, output, parameters, cdatas, result);
+  auto plan = InferencePlan::made_of(std::move(recording), input, output, parameters,
+                                     {objects, types, cdatas}, result);
   if (plan == nullptr) return {};
   const std::lock_guard lock(plans_mutex);
   plans[++last_plan] = std::move(plan);

@@ -34,7 +34,6 @@ _run = _operators.run_cpu_plan.default._op
 _identity = torch._C.TensorBase._cdata.__get__
 _storage = torch._C.TensorBase.untyped_storage
 _version = torch._C.TensorBase._version.__get__
-_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 # The plans that have copies of a weight, by the weight's identity.
 _of_weights: dict[int, weakref.WeakSet[Plan]] = {}
@@ -82,7 +81,12 @@ class Recorder(recording.Recorder):
         parameters = self._parameters
         with torch.no_grad():
             found = _operators.end_cpu_plan(
-                self._input, output, parameters, [*map(_identity, parameters)]
+                self._input,
+                output,
+                parameters,
+                [*map(id, parameters)],
+                [*map(id, map(type, parameters))],
+                [*map(_identity, parameters)],
             )
         if not found:
             return "it reads more than its input and parameters, or its calls are no chain"
@@ -114,8 +118,7 @@ class Plan(recording.Plan):
     ) -> None:
         self._free = weakref.finalize(self, _free, number, [*map(id, weights)])
         self._number = number
-        self._parameters = list(parameters)
-        self._identities = [*map(_identity, parameters)]
+        self._parameters = list(parameters)  # whose addresses the native plan has
         self._weights = list(weights)
         self._versions = list(versions)
         # Their Python objects live as long as the memory does.
@@ -125,11 +128,8 @@ class Plan(recording.Plan):
 
     def run(self, input: Tensor) -> Tensor | None:
         """See `recording.Plan.run`."""
-        if (
-            [*map(_identity, self._parameters)] != self._identities
-            or not _TYPES.issuperset(map(type, self._parameters))
-            or [*map(_version, self._weights)] != self._versions
-            or not all(map(is_, [ref() for ref in self._storages], map(_storage, self._weights)))
+        if [*map(_version, self._weights)] != self._versions or not all(
+            map(is_, [ref() for ref in self._storages], map(_storage, self._weights))
         ):
             return None
         return _run(self._number, input)

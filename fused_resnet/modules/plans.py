@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import dropout, flatten, linear, pooling
+from torch.nn.modules.module import _has_any_global_hook
 
-from .. import backends, forms
+from .. import backends, forms, originals
 from ..backends import Plan
 from ..layers.ranges import BlockRanges
 from ..models.cifar import PaddedShortcut
 from ..ops.registration import nothing_intercepts
 from ..originals import BatchNorm2d, Conv2d, FrozenBatchNorm2d, MaxPool2d, ReLU, Sequential
-from .read import _HOOKS
+from .read import _HOOKS, input_obstacle
 
 VARIABLE = "FUSED_RESNET_PLANS"
 
@@ -155,14 +156,29 @@ def _is_block(cls: type) -> bool:
 class _Plans:
     """The plans of a model, by what they depend on; or why a pass cannot become one."""
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, parts: Sequence[nn.Module]) -> None:
         self.modules = Modules(parts)
+        # What `again` looks at, for which these must be plans of the whole model.
+        self.type = type(model)
+        self.state = dict(vars(model))
+        self.children = dict(model._modules)
+        self.is_whole = False
         self.by_key: dict[Hashable, Plan | str] = {}
         # Passes through the modules since there was last a plan, and plans in a row that were out
         # of date when they were to run.
         self.passes: collections.Counter[Hashable] = collections.Counter()
         self.lost = 0
         self.changes = 0
+
+    def are_of(self, model: nn.Module) -> bool:
+        """Whether nothing about a model has changed, itself included."""
+        try:
+            if model._modules != self.children or vars(model) != self.state:
+                return False
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        form = forms.of(model)
+        return form.replaced() is None and self.modules.are_same(self.modules.parts)
 
     def put(self, key: Hashable, plan: Plan | str) -> None:
         while len(self.by_key) >= _MOST_PLANS:
@@ -171,11 +187,48 @@ class _Plans:
         self.passes.clear()
 
 
+def again(model: nn.Module, x: Tensor) -> Tensor | None:
+    """The output of a model of which there is a plan, if nothing has changed; else None.
+
+    Args:
+        model: not yet looked at. It has been when the plan was made.
+        x: likewise.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    plans = _of_models.get(model)
+    if (
+        plans is None
+        or not plans.is_whole
+        or plans.type is not type(model)
+        or not nothing_intercepts(x)
+        or input_obstacle(x) is not None
+        or originals.replaced() is not None
+        or originals.replaced_in_heads() is not None
+        or _has_any_global_hook()
+    ):
+        return None
+    backend = backends.choose(x.device.type)
+    plan = plans.by_key.get(_key(backend, x))
+    if plan is None or isinstance(plan, str) or not plans.are_of(model):
+        return None
+    out = plan.run(x)
+    if out is not None:
+        plans.changes = plans.lost = 0
+    return out
+
+
+def _key(backend: backends.Backend, x: Tensor) -> Hashable:
+    own = backend.plan_key(x)
+    return None if own is None else (x.shape, x.stride(), x.dtype, x.device, backend.name, own)
+
+
 def planned(
     model: nn.Module,
     parts: Sequence[nn.Module],
     x: Tensor,
     compute: Callable[[nn.Module, Tensor], Tensor],
+    whole: bool = False,
 ) -> Tensor:
     """`compute(model, x)`, in one call from the second time on where the backend can plan it.
 
@@ -184,6 +237,7 @@ def planned(
         parts: all modules, with their descendants, that `compute` runs, but for the model.
         x: (N, C, H, W).
         compute: what to run.
+        whole: whether that is all of the model, so that later passes may begin with `again`.
 
     Returns:
         What `compute` returns.
@@ -193,23 +247,23 @@ def planned(
     backend = backends.choose(x.device.type)
     if type(backend).plan_key is backends.Backend.plan_key or not nothing_intercepts(x):
         return compute(model, x)
-    own = backend.plan_key(x)
-    if own is None:
+    key = _key(backend, x)
+    if key is None:
         return compute(model, x)
     plans = _of_models.get(model)
     if plans is None:
         if not enabled() or not all(isinstance(part, nn.Module) for part in parts):
             return compute(model, x)
-        plans = _of_models[model] = _Plans(parts)
+        plans = _of_models[model] = _Plans(model, parts)
     elif not plans.modules.are_same(parts):
         changes = plans.changes + 1
         if changes > _MOST_CHANGES:
             return compute(model, x)
-        plans = _of_models[model] = _Plans(parts)
+        plans = _of_models[model] = _Plans(model, parts)
         plans.changes = changes
     else:
         plans.changes = 0
-    key = (x.shape, x.stride(), x.dtype, x.device, backend.name, own)
+    plans.is_whole = whole
     plan = plans.by_key.get(key)
     if isinstance(plan, str):
         return compute(model, x)

@@ -497,8 +497,7 @@ class ByteBlocks : public PlanStep {
              double output_step, const std::string& kernels_name)
       : packed_(std::move(packed)),
         kernels_(kernels_named(kernels_name)),
-        blocks_(
-            make_blocks(input, packed_, numbers, layer_counts, projections, shortcut_scales)),
+        blocks_(make_blocks(input, packed_, numbers, layer_counts, projections, shortcut_scales)),
         step_(step),
         zero_point_(zero_point),
         output_step_(output_step) {}
@@ -534,10 +533,10 @@ class ByteBlocks : public PlanStep {
     quantize_input(kernels_, input, static_cast<float>(1 / step_), zero_point_, current->view);
     for (size_t i = 0; i < blocks_.size(); ++i) {
       const Layer& last = blocks_[i].last();
-      std::unique_ptr<Images> next = i + 1 < blocks_.size()
-                                         ? images_for(blocks_[i + 1])
-                                         : std::make_unique<Images>(N, last.filter.K, last.P,
-                                                                    last.Q, 0, 0, 0);
+      std::unique_ptr<Images> next =
+          i + 1 < blocks_.size()
+              ? images_for(blocks_[i + 1])
+              : std::make_unique<Images>(N, last.filter.K, last.P, last.Q, 0, 0, 0);
       next->fill_halo(0);
       run_block(kernels_, blocks_[i], current->view, i == 0 ? zero_point_ : 0, next->view);
       current = std::move(next);
@@ -569,9 +568,9 @@ std::optional<Tensor> quantized_residual_blocks_packed(
              ", must be finite and above zero");
   }
   float_type(input.scalar_type());
-  auto blocks = std::make_unique<ByteBlocks>(input, std::move(packed), numbers, layer_counts,
-                                             projections, shortcut_scales, step, zero_point,
-                                             output_step, kernels_name);
+  auto blocks =
+      std::make_unique<ByteBlocks>(input, std::move(packed), numbers, layer_counts, projections,
+                                   shortcut_scales, step, zero_point, output_step, kernels_name);
   if (!blocks->are_covered()) return std::nullopt;
   Tensor output = blocks->run(input);
   if (PlanRecording* recording = plan_recording()) {
