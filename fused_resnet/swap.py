@@ -15,7 +15,7 @@ from .forms import Form
 from .layers import checks
 from .layers import watch as watching
 from .layers.ranges import BlockRanges
-from .modules import graphs, plans, quantized, read, run
+from .modules import fake_quantized, graphs, plans, quantized, read, run
 
 _MEMORY = ("normal", "low")
 
@@ -33,7 +33,7 @@ class Record:
         reason: why not, or which part not; "" where all of it is fused. In a quantized model also
             why it stays in floating point.
         precision: "int8" where it runs in eight bits, else the dtype of its first convolution's
-            weight, such as "float32".
+            weight, such as "float32"; "float32, rounded to int8" after `prepare_qat`.
         sqnr_db: of a quantized block, its output's signal-to-noise ratio in decibels, as
             calibration saw it; None where that is not known or there was no noise.
     """
@@ -262,6 +262,12 @@ def _record_of(path: str, module: nn.Module, form: Form, is_quantized: bool) -> 
     units = form.units_of(module)
     weight = getattr(forms.part(module, units[0].conv), "weight", None) if units else None
     dtype = "" if weight is None else str(weight.dtype).removeprefix("torch.")
+    if record.fused and (trained := fake_quantized.of(module)) is not None:
+        if not trained.reason:
+            return dataclasses.replace(record, precision=f"{dtype}, rounded to int8")
+        reason = f"not rounded to int8: {trained.reason}"
+        reason = "; ".join(filter(None, [record.reason, reason]))
+        return dataclasses.replace(record, precision=dtype, reason=reason)
     if not is_quantized or not record.fused:
         return dataclasses.replace(record, precision=dtype)
     kept = _ranges(module)

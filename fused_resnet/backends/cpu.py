@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import _native  # noqa: F401  (registers the operators)
 from ..layers import watch
 from ..layers.convolution import conv2d
-from ..layers.description import ConvNorm, Norm, Pool, Sums
+from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
 from ..layers.memory import contiguous_like_eager
 from ..layers.prepared import WeightCache, version_of
 from ..layers.quantized import Quantization, QuantizedBlock, QuantizedConv
@@ -452,38 +452,39 @@ def _lying_alike(
     return grad, input, output, copied
 
 
-def residual_blocks(
-    input: Tensor,
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[int],
-    eps: Sequence[float],
-    layer_counts: Sequence[int],
-    projections: Sequence[bool],
-) -> Tensor | None:
+def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
     """Whole blocks in one call: see csrc/cpu/residual_blocks.cpp, and `ops.residual_blocks`."""
     native: list[Tensor] = []
+    numbers: list[int] = []
+    eps: list[float] = []
+    layer_counts: list[int] = []
+    projections: list[int] = []
     dtype = input.dtype
     is_float32 = dtype is torch.float32
-    # For each convolution six tensors, and seven numbers of which the last is groups.
-    for first, groups in zip(range(0, len(tensors), 6), numbers[6::7], strict=True):
-        weight, running_mean, running_var, bn_weight, bn_bias, bias = tensors[first : first + 6]
-        entry = _cache.find(weight) if is_float32 else None
-        if entry is not None and not entry.whole:
-            # Of this dtype all that is packed is native, if it lies as it did: the kernel will say.
-            packed = entry.copy
-        elif _is_native(dtype, weight.shape, groups):
-            packed = _packed(weight, groups)
-        else:
-            return None
-        native += (
-            weight,
-            packed,
-            running_mean,
-            running_var,
-            _ABSENT if bn_weight is None else bn_weight,
-            _ABSENT if bn_bias is None else bn_bias,
-            _ABSENT if bias is None else bias,
-        )
+    for layers, has_projection, step, _ in blocks:
+        for weight, norm, bias, stride, padding, dilation, groups in layers:
+            entry = _cache.find(weight) if is_float32 else None
+            if entry is not None and not entry.whole:
+                # Of this dtype all that is packed is native, if it lies as it did: the kernel says.
+                packed = entry.copy
+            elif _is_native(dtype, weight.shape, groups):
+                packed = _packed(weight, groups)
+            else:
+                return None
+            mean, var, bn_weight, bn_bias, bn_eps = norm
+            native += (
+                weight,
+                packed,
+                mean,
+                var,
+                _ABSENT if bn_weight is None else bn_weight,
+                _ABSENT if bn_bias is None else bn_bias,
+                _ABSENT if bias is None else bias,
+            )
+            numbers += (*stride, *padding, *dilation, groups)
+            eps.append(bn_eps)
+        layer_counts.append(len(layers))
+        projections.append(-step if step else has_projection)
     described = (numbers, eps, layer_counts, projections)
     try:
         out = _residual_blocks_packed(input, native, *described)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import tuning
-from ...layers.description import described_blocks
+from ...layers.description import Block
 from ...tuning import basic_block
 from ...tuning.choice import ESTIMATE, Choice
 from ...tuning.problem import ChainProblem
@@ -120,15 +120,8 @@ def explain(
     return "triton: " + library.explain(operator)
 
 
-def residual_blocks(
-    input: Tensor,
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[int],
-    eps: Sequence[float],
-    layer_counts: Sequence[int],
-    projections: Sequence[bool],
-) -> Tensor | None:
-    """Whole Bottlenecks in a launch each: see `blocks.residual_blocks`, `ops.residual_blocks`.
+def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
+    """Whole Bottlenecks in a launch each: see `chains.residual_blocks`, `ops.residual_blocks`.
 
     A BasicBlock runs on the CUDA backend's kernel where that was measured to be the fastest.
     """
@@ -136,16 +129,15 @@ def residual_blocks(
         return None
     from . import chains
 
-    described = list(described_blocks(tensors, numbers, eps, layer_counts, projections))
-    if (problem := basic_block.problem_of(input, described)) is not None:
+    if (problem := basic_block.problem_of(input, blocks)) is not None:
         if input.device.type != "cuda":
             return None
         choice = tuning.choose(problem, input.device)
         if choice.tile is None or choice.source == ESTIMATE:
             return None
-        return cuda.run_basic_block(input, *described[0].layers, choice.tile)
+        return cuda.run_basic_block(input, *blocks[0].layers, choice.tile)
     launchers()
-    return chains.residual_blocks(input, described)
+    return chains.residual_blocks(input, blocks)
 
 
 def release(tensors: Iterable[Tensor]) -> None:
