@@ -311,7 +311,7 @@ def _recorded(
     plan = recorder.plan(out)
     if not isinstance(plan, str) and not _gives(plan, x, out):
         warnings.warn(
-            "fused_resnet: a forward pass run from its plan differs from the pass it was made "
+            "fused_resnet: a forward pass launched from its plan differs from the pass it was made "
             "of, so it is not used; please report this, and set FUSED_RESNET_PLANS=0",
             stacklevel=2,
         )
