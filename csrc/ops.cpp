@@ -96,6 +96,13 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   m.def("run_cpu_plan(int plan, Tensor input) -> Tensor?");
   m.def("free_cpu_plan(int plan) -> ()");
 
+  // Whether modules have changed: internal, see csrc/state_guard.cpp and
+  // fused_resnet/modules/guard.py.
+  m.def(
+      "make_module_guard(int[] functions, int[] modules, int[] dicts, int[] entries, int[] empty) "
+      "-> int");
+  m.def("free_module_guard(int guard) -> ()");
+
   m.def("cpu_pool_statistics() -> int[]");
   m.def("cpu_pool_trim() -> ()");
 }

@@ -31,9 +31,10 @@ _RECORDED = frozenset(
 )
 _VIEWS = frozenset({torch.ops.aten.alias.default, torch.ops.aten.detach.default})
 _run = _operators.run_cpu_plan.default._op
-_identity = torch._C.TensorBase._cdata.__get__
-_storage = torch._C.TensorBase.untyped_storage
-_version = torch._C.TensorBase._version.__get__
+_base: Any = torch._C.TensorBase
+_identity = _base._cdata.__get__
+_storage = _base.untyped_storage
+_version = _base._version.__get__
 
 # The plans that have copies of a weight, by the weight's identity.
 _of_weights: dict[int, weakref.WeakSet[Plan]] = {}
