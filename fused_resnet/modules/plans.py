@@ -1,10 +1,10 @@
 """Forward passes that a backend has written down, run again without going through the modules.
 
 The first pass for a shape, or the second, runs as ever and is recorded; if the backend can make a
-plan of it, later ones are one call, as long as nothing has changed that the modules' own way would see: their
-classes, attributes, hooks and children, which tensors are their parameters, what of torch's or this
-package's is replaced, chosen or active. A parameter's values and address are read in every run, so
-training steps, `load_state_dict` and `param.data = ...` need no new plan.
+plan of it, later ones are one call, as long as nothing has changed that the modules' own way would
+see: their classes, attributes, hooks and children, which tensors are their parameters, what of
+torch's or this package's is replaced, chosen or active. What has become of a parameter's values and
+address is for the plan to see: it reads them in every run, or says that it is out of date.
 """
 
 from __future__ import annotations
