@@ -7,6 +7,7 @@ Batch norm's training has native statistics and a native backward.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ __all__ = [
     "pool_linear",
     "release",
     "residual_blocks",
+    "tile_products",
 ]
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,22 +93,86 @@ def explain(
     *,
     dtype: torch.dtype,
     weight_shape: Sequence[int] = (),
+    input_shape: Sequence[int] = (),
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     **_: object,
 ) -> str:
     """How this backend runs an operator; see `backends.explain`."""
-    if operator.startswith("conv_bn_act"):
+    if "conv_bn_act" in operator and _is_native(dtype, tuple(weight_shape), groups):
         pooled = operator == "conv_bn_act_max_pool"
-        if _is_native(dtype, tuple(weight_shape), groups) and not (pooled and groups > 1):
-            return f"cpu: native convolution ({_isa(dtype, weight_shape, groups)})"
-    if operator == "norm_conv_bn_act" and _is_native(dtype, tuple(weight_shape), groups):
-        return f"cpu: native norm + convolution ({_isa(dtype, weight_shape, groups)})"
+        before = "norm + " if operator == "norm_conv_bn_act" else ""
+        isa = _TILE_ISA if _on_tiles(dtype, weight_shape, groups) else _ISA
+        if dtype is torch.float32:
+            outputs = None
+            if input_shape:
+                outputs = input_shape[0]
+                for size, r, *geometry in zip(
+                    input_shape[2:], weight_shape[2:], stride, padding, dilation, strict=True
+                ):
+                    outputs *= _outputs(size, r, *geometry)
+            isa = _float32_isa(weight_shape, tuple(stride), groups, pooled, outputs)
+        if not (pooled and groups > 1):
+            return f"cpu: native {before}convolution ({isa})"
     if operator == "quantized_residual_blocks":
         fastest, *_ = _quantized_kernels().split(",")
         return f"cpu: whole blocks in eight bits ({fastest})"
     if operator == "batch_norm_act_training":
         return "cpu: native statistics + scale_shift_act"
     return "cpu: " + library.explain(operator)
+
+
+def _outputs(size: int, taps: int, stride: int, padding: int, dilation: int) -> int:
+    """How many outputs a convolution has along an axis."""
+    return (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+
+
+def _float32_isa(
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    groups: int,
+    pooled: bool,
+    outputs: int | None,
+) -> str:
+    """What runs a float32 convolution of so many output pixels, or of any number."""
+    least = torch.ops.fused_resnet.float32_pixels_for_tiles(weight_shape, stride, groups, pooled)
+    if least < 0 or (outputs is not None and outputs < least):
+        return _ISA
+    _follow_precision()
+    tiles = f"{_TILE_ISA}, {_products} product{'s' if _products > 1 else ''}"
+    if outputs is not None or least <= 1:
+        return tiles
+    return f"{tiles}, from {least} output pixels on, else {_ISA}"
+
+
+# Which of torch's settings for float32 convolutions lets them be less exact, and how many products
+# of bfloat16 then stand for one of float32, instead of six.
+_PRODUCTS = {"tf32": 3, "bf16": 1}
+_products = 6
+_products_lock = threading.Lock()
+_float32_precision = functools.partial(torch._C._get_fp32_precision_getter, "mkldnn", "conv")
+
+
+def _follow_precision() -> None:
+    """Has the native kernels compute float32 as exactly as torch's setting says now."""
+    if tile_products(torch.float32) != _products:
+        _set_products()
+
+
+def tile_products(dtype: torch.dtype) -> int | None:
+    """How many products of bfloat16 tiles stand for one of such values; None where none do."""
+    if dtype is not torch.float32:
+        return 1 if dtype is torch.bfloat16 else None
+    return _PRODUCTS.get(_float32_precision(), 6)
+
+
+def _set_products() -> None:
+    global _products
+    with _products_lock:
+        _products = _PRODUCTS.get(_float32_precision(), 6)
+        torch.ops.fused_resnet.set_float32_products(_products)
 
 
 def conv_bn_act(input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str) -> Tensor:
@@ -122,6 +188,8 @@ def _convolve(
 ) -> Tensor:
     """A native operator, whose arguments come before and behind the layer."""
     weight, norm, bias, stride, padding, dilation, groups = layer
+    if _TILE_ISA and weight.dtype is torch.float32:
+        _follow_precision()
     behind = (*norm, bias, *stride, *padding, *dilation, groups, *behind)
     out = operator(*before, weight, _packed(weight, groups), *behind)
     if out is None:
@@ -370,6 +438,8 @@ def conv_input_gradient(
     if not covered or (add_to is not None and add_to.shape != input.shape):
         return None
     out = _pool_empty_like(input) if add_to is None else add_to
+    if _TILE_ISA:
+        _follow_precision()
     _conv_input_gradient(grad, weight, *stride, *padding, *dilation, out, add_to is not None)
     return out
 
@@ -461,6 +531,8 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
     projections: list[int] = []
     dtype = input.dtype
     is_float32 = dtype is torch.float32
+    if _TILE_ISA and is_float32:
+        _follow_precision()
     for layers, has_projection, step, _ in blocks:
         for weight, norm, bias, stride, padding, dilation, groups in layers:
             entry = _cache.find(weight) if is_float32 else None
@@ -538,10 +610,6 @@ def _on_tiles(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> b
     if not _TILE_ISA or dtype is not torch.bfloat16:
         return False
     return groups == 1 or (weight_shape[1] >= 16 and weight_shape[0] // groups >= 16)
-
-
-def _isa(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> str:
-    return _TILE_ISA if _on_tiles(dtype, weight_shape, groups) else _ISA
 
 
 @functools.lru_cache(maxsize=1024)
@@ -673,6 +741,9 @@ class Cpu(Backend):
         """See `Backend.plan_key`."""
         if input.dtype not in _NATIVE_DTYPES or input.layout is not torch.strided:
             return None
+        if _TILE_ISA and input.dtype is torch.float32:
+            _follow_precision()  # before a plan runs, too
+            return _products
         return ()
 
     def plans_head(self, input: Tensor) -> bool:

@@ -176,8 +176,9 @@ class TrainedBlock(NamedTuple):
 def tensors_of(blocks: Sequence[Block]) -> list[Tensor | None]:
     """All tensors of these blocks, `TENSORS` a convolution, as `residual_blocks` takes them."""
     tensors: list[Tensor | None] = []
-    for block in blocks:
-        for weight, (mean, var, bn_weight, bn_bias, _), bias, *_ in block.layers:
+    for layers, _, _, _ in blocks:
+        for weight, norm, bias, _, _, _, _ in layers:
+            mean, var, bn_weight, bn_bias, _ = norm
             tensors += (weight, mean, var, bn_weight, bn_bias, bias)
     return tensors
 

@@ -8,7 +8,7 @@ the same. To autograd it always is these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ from .registration import (
     nothing_intercepts,
     register_autocast,
     register_fake,
-    register_kernel,
     transforms_active,
 )
 
@@ -91,7 +90,7 @@ def _pads_a_shortcut(blocks: Sequence[Block]) -> bool:
     return False
 
 
-def _one_by_one(input: Tensor, blocks: Iterable[Block]) -> Tensor:
+def _one_by_one(input: Tensor, blocks: Sequence[Block]) -> Tensor:
     """The blocks convolution by convolution."""
     for block in blocks:
         input = _by_convolutions(conv_bn_act, input, block)
@@ -109,13 +108,24 @@ def _by_convolutions(run: Callable[..., Tensor], input: Tensor, block: Block) ->
     return run(input, last, shortcut, "relu")
 
 
-def _kernel(input: Tensor, *described: Any) -> Tensor:
-    blocks = list(described_blocks(*described))
+def _described(input: Tensor, *flat: Any) -> list[Block]:
+    """The blocks, once nothing was found to be wrong with them."""
+    blocks = operator_checks.described(input, *flat)
+    if isinstance(blocks, Exception):
+        raise blocks
+    return blocks
+
+
+def _run(input: Tensor, blocks: Sequence[Block]) -> Tensor:
     out = backends.choose(input.device.type).residual_blocks(input, blocks)
     return _one_by_one(input, blocks) if out is None else out
 
 
-register_kernel("residual_blocks", _kernel, operator_checks.residual_blocks)
+def _kernel(input: Tensor, *flat: Any) -> Tensor:
+    return _run(input, _described(input, *flat))
+
+
+library.impl("residual_blocks", _kernel, "CompositeExplicitAutograd")
 
 
 @register_fake("residual_blocks", operator_checks.residual_blocks)
@@ -134,16 +144,15 @@ def blocks_output(
     return input
 
 
-def _autograd(input: Tensor, tensors: Sequence[Tensor | None], *described: Any) -> Tensor:
-    error = operator_checks.residual_blocks(input, tensors, *described)
-    if error is not None:
-        raise error
+def _autograd(input: Tensor, tensors: Sequence[Tensor | None], *numbers: Any) -> Tensor:
+    blocks = _described(input, tensors, *numbers)
     if transforms_active() or needs_grad(input, *tensors):
-        return _one_by_one(input, described_blocks(tensors, *described))
+        return _one_by_one(input, blocks)
     # Another way through the dispatcher, with all these tensors, takes as long as the kernel's own.
-    run = _kernel if is_plain(input, *tensors) else _operator
     with torch._C._AutoDispatchBelowAutograd():
-        return run(input, tensors, *described)
+        if is_plain(input, *tensors):
+            return _run(input, blocks)
+        return _operator(input, tensors, *numbers)
 
 
 library.impl("residual_blocks", _autograd, "Autograd")

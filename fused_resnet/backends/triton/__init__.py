@@ -17,13 +17,15 @@ from torch import Tensor
 
 from ... import tuning
 from ...layers.description import Block
+from ...layers.quantized import Quantization, QuantizedBlock
 from ...tuning import basic_block
 from ...tuning.choice import ESTIMATE, Choice
 from ...tuning.problem import ChainProblem
 from .. import cuda, library
 from ..backend import Backend
 from ..recording import Recorder
-from .eligible import DTYPES, interpreted
+from . import checks
+from .eligible import DTYPES, interpreted, is_traced
 from .inference import (
     batch_norm_act_inference,
     conv_bn_act,
@@ -114,6 +116,8 @@ def explain(
         return f"triton: implicit GEMM{how}"
     if operator == "norm_conv_bn_act" and dtype in DTYPES:
         return f"triton: normalize + implicit GEMM, in one launch where that should pay{how}"
+    if operator == "quantized_residual_blocks" and dtype in DTYPES:
+        return f"triton: implicit GEMM in eight bits{how}"
     if operator.startswith("batch_norm_act") and dtype in DTYPES:
         statistics = "statistics + " if operator == "batch_norm_act_training" else ""
         return f"triton: {statistics}normalize{how}"
@@ -134,6 +138,8 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
             return None
         choice = tuning.choose(problem, input.device)
         if choice.tile is None or choice.source == ESTIMATE:
+            return None
+        if not cuda.trusts_basic_block(problem, choice.tile, input.device):
             return None
         return cuda.run_basic_block(input, *blocks[0].layers, choice.tile)
     launchers()
@@ -174,6 +180,27 @@ class Triton(Backend):
     def device_type(self) -> str:  # type: ignore[override]
         """Where its tensors are."""
         return "cpu" if interpreted() else "cuda"
+
+    def quantized_residual_blocks(
+        self,
+        input: Tensor,
+        blocks: Sequence[QuantizedBlock],
+        stored: Quantization,
+        output: Quantization,
+    ) -> Tensor:
+        """A launch for each convolution: see `quantized.py`."""
+        launchers()
+        from . import quantized
+
+        run = quantized.residual_blocks
+        if (
+            input.dtype in DTYPES
+            and not is_traced(input)
+            and quantized.covers(blocks)
+            and checks.trusts_quantized(input, blocks, stored, output, run)
+        ):
+            return run(input, blocks, stored, output)
+        return super().quantized_residual_blocks(input, blocks, stored, output)
 
     def is_default(self, device_type: str) -> bool:
         """See `Backend.is_default`."""

@@ -424,6 +424,23 @@ def test_another_number_of_threads_gives_the_same_bits(ran):
         torch.set_num_threads(threads)
 
 
+def test_the_precision_that_torch_is_set_to_is_followed(ran):
+    """On AMX tiles the bits differ; elsewhere they are the same."""
+    model, x = make_model(), image_batch(2, 64)
+    settle(model, x, ran)
+    conv = torch.backends.mkldnn.conv
+    before = conv.fp32_precision
+    try:
+        for precision in ("bf16", "ieee", "tf32"):
+            conv.fp32_precision = precision
+            with torch.inference_mode():
+                expected = copy.deepcopy(model)(x)
+                for _ in range(4):
+                    assert_same_bits(model(x), expected, precision)
+    finally:
+        conv.fp32_precision = before
+
+
 def test_threads_call_at_once(ran):
     model, inputs = make_model(), [image_batch(seed=seed) for seed in range(4)]
     expected = [settle(model, x, ran) for x in inputs]
