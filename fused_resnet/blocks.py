@@ -23,7 +23,7 @@ from .forms import Form, Unit
 from .layers import quantized_copies, watch
 from .layers.ranges import BlockRanges
 from .models import cifar
-from .modules import graphs
+from .modules import graphs, plans
 from .modules.quantized import Watcher
 from .modules.run import block_forward, cifar_resnet_forward, plain_block_forward, resnet_forward
 
@@ -59,6 +59,7 @@ class Fused(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         release(self)
+        plans.forget(self)  # which hold the parameters that others will take the place of
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -579,6 +579,18 @@ TransposedWeight pack_transposed_tiles(Tensor weight) {
   return {packed, finite};
 }
 
+ConvLayer lent(PlanRecording& recording, const ConvLayer& layer) {
+  ConvLayer result = layer;
+  result.weight = recording.lent_and_copied(layer.weight);
+  for (Tensor* tensor : {&result.running_mean, &result.running_var}) {
+    *tensor = recording.lent(*tensor);
+  }
+  for (std::optional<Tensor>* tensor : {&result.bn_weight, &result.bn_bias, &result.bias}) {
+    *tensor = recording.lent(*tensor);
+  }
+  return result;
+}
+
 bool seems_current(const ConvLayer& layer) {
   check_weight(layer.weight, layer.groups);
   return seems_current(layer.packed, layer.weight, WeightShape(layer.weight, layer.groups),
@@ -633,6 +645,18 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
   if (layer.bias) conv.bias = as_float32(*layer.bias, "bias", conv.K, copies_[4]);
   conv.norm.eps = static_cast<float>(layer.eps);
   conv.expanded = shape.expanded;
+}
+
+bool PreparedLayer::has_norm_of(const ConvLayer& layer) const {
+  const std::optional<Tensor> sources[5] = {layer.running_mean, layer.running_var, layer.bn_weight,
+                                            layer.bn_bias, layer.bias};
+  for (int i = 0; i < 5; ++i) {
+    if (copies_[i].empty()) continue;
+    std::vector<float> now;
+    as_float32(*sources[i], "a batch-norm tensor", conv.K, now);
+    if (std::memcmp(now.data(), copies_[i].data(), now.size() * sizeof(float)) != 0) return false;
+  }
+  return true;
 }
 
 Prologue::Prologue(const InputNorm& norm, int64_t C, ScalarType dtype)

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/conv.h"
+#include "cpu/inference_plan.h"
 #include "memory_format.h"
 
 namespace fused_resnet::cpu {
@@ -20,6 +21,9 @@ struct ConvLayer {
   double eps;
   int64_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
 };
+
+// A layer for a step of a plan to keep.
+ConvLayer lent(PlanRecording& recording, const ConvLayer& layer);
 
 // Batch norm with running statistics and ReLU on a convolution's input: the prologue.
 struct InputNorm {
@@ -83,6 +87,8 @@ class PreparedLayer {
                 torch::headeronly::ScalarType dtype, bool compares = true);
   PreparedLayer(PreparedLayer&&) = default;
   PreparedLayer(const PreparedLayer&) = delete;  // `conv` points into copies_
+  // Whether batch-norm tensors that had to be copied still have the values they had.
+  bool has_norm_of(const ConvLayer& layer) const;
   Conv conv;
   // Whether the packed weight seems to be made of the weight's present values, unless it is left to
   // the caller to compare them. It is not written to, since another thread may be reading it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
 from ..layers.memory import contiguous_like_eager
 from ..layers.prepared import WeightCache, version_of
 from ..layers.quantized import Quantization, QuantizedBlock, QuantizedConv
-from . import library
+from . import cpu_plans, library
 from .backend import Backend, Gradients
 from .library import scale_shift_act
+from .recording import Recorder
 
 __all__ = [
     "Cpu",
@@ -591,13 +592,16 @@ def pool_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | 
 
 
 def release(tensors: Iterable[Tensor]) -> None:
-    """Drops the packed copies of these weights."""
+    """Drops the packed copies of these weights, and the plans that have some."""
+    tensors = list(tensors)
     _cache.release(tensors)
+    cpu_plans.release(tensors)
 
 
 def empty_cache() -> None:
     """Returns to the system the memory kept for coming outputs, and drops every packed weight."""
     _cache.clear()
+    cpu_plans.clear()
     torch.ops.fused_resnet.cpu_pool_trim()
 
 
@@ -726,10 +730,29 @@ class Cpu(Backend):
     pads_shortcuts = True
     hold_blocks_in_graphs = True
     has_norm_kernels = True
+    plans_eight_bits = True
+    recorded_pass = 2
 
     def is_default(self, device_type: str) -> bool:
         """See `Backend.is_default`."""
         return device_type == "cpu"
+
+    def plan_key(self, input: Tensor) -> Hashable | None:
+        """See `Backend.plan_key`."""
+        if input.dtype not in _NATIVE_DTYPES or input.layout is not torch.strided:
+            return None
+        if _TILE_ISA and input.dtype is torch.float32:
+            _follow_precision()  # before a plan runs, too
+            return _products
+        return ()
+
+    def plans_head(self, input: Tensor) -> bool:
+        """See `Backend.plans_head`."""
+        return bool(_ISA) and input.size(0) <= _MOST_IMAGES
+
+    def recorder(self, input: Tensor, parameters: Sequence[Tensor]) -> Recorder:
+        """See `Backend.recorder`."""
+        return cpu_plans.Recorder(input, parameters)
 
     explain = staticmethod(explain)
     has_kernel = staticmethod(has_kernel)

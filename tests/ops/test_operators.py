@@ -31,12 +31,18 @@ INTERNAL = {
     "batch_norm_act_backward_input",
     "batch_norm_act_backward_sums",
     "batch_statistics",
+    "begin_cpu_plan",
     "conv_bn_act_packed",
     "conv_input_gradient",
     "conv_weight_gradient",
     "conv_weight_is_packed",
+    "discard_cpu_plan",
+    "end_cpu_plan",
+    "free_cpu_plan",
     "free_launch_plan",
+    "free_module_guard",
     "make_launch_plan",
+    "make_module_guard",
     "max_pool_gradient",
     "norm_conv_bn_act_packed",
     "norm_vectors",
@@ -48,14 +54,23 @@ INTERNAL = {
     "quantized_kernels",
     "quantized_residual_blocks_packed",
     "residual_blocks_packed",
+    "run_cpu_plan",
     "run_launch_plan",
     "train_batch_norm_act",
 }
-# Those of them that no backend's function calls: tested in test_on_stub.py and test_copies.py.
+# Those of them that no backend's function calls: tested in test_on_stub.py, test_copies.py and
+# test_plans.py.
 ELSEWHERE = {
+    "begin_cpu_plan",
+    "discard_cpu_plan",
+    "end_cpu_plan",
+    "free_cpu_plan",
     "free_launch_plan",
+    "free_module_guard",
     "make_launch_plan",
+    "make_module_guard",
     "quantized_copies_match",
+    "run_cpu_plan",
     "run_launch_plan",
 }
 # Those that stand for a backend's kernels in a compiler's graph: tested in test_triton.py.
