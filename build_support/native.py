@@ -44,6 +44,7 @@ _AVX512_FLAGS = [
 ]  # fmt: skip
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "_avxvnni": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
     "_avx512": _AVX512_FLAGS,
     "_avx512vnni": [*_AVX512_FLAGS, "-mavx512vnni"],
     # Nothing there throws, and the handler of a class with a destructor is a shared symbol.

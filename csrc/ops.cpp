@@ -14,6 +14,11 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   // values.
   m.def("conv_isa() -> str");
   m.def("conv_tile_isa() -> str");
+  m.def(
+      "float32_pixels_for_tiles(int[] weight_shape, int[] stride, int groups, bool has_pool) -> "
+      "int");
+  m.def("set_float32_products(int products) -> ()");
+  m.def("multiply_tiles(str dtype, int steps) -> int");
   m.def("pack_conv_weight(Tensor weight, int groups) -> Tensor");
   m.def("conv_weight_is_packed(Tensor weight, Tensor packed, int groups) -> bool");
   m.def(
@@ -34,8 +39,8 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   // Eight bits, internal too, see csrc/cpu/quantized/: the packed weight of a convolution with its
   // scale and shift; and the names of the kernels that run here, the default first.
   m.def(
-      "pack_quantized_conv(Tensor weight, Tensor scale, Tensor shift, int dilation_w, int groups) "
-      "-> Tensor");
+      "pack_quantized_conv(Tensor weight, Tensor scale, Tensor shift, int dilation_w, int groups, "
+      "int unit=16) -> Tensor");
   m.def(
       "quantized_residual_blocks_packed(Tensor input, Tensor[] packed, int[] numbers, "
       "int[] layer_counts, int[] projections, float[] shortcut_scales, float step, "

@@ -57,7 +57,8 @@ std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>> conv_training(
     prologue.emplace(InputNorm{*in_mean, *in_var, in_weight, in_bias, in_eps}, conv.C, dtype);
     prologue->add_to(conv);
   }
-  const Tensor packed = pack_for_one_call(weight, groups);
+  const auto [packed, finite] = pack_for_one_call(weight, groups);
+  conv.weight_is_finite = finite;
   conv.weight = packed.const_data_ptr();
   if (!statistics) {
     run_conv(conv);

@@ -8,6 +8,7 @@
 #include <string>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <xmmintrin.h>
 #endif
 #if defined(__x86_64__) && defined(__linux__)
@@ -103,6 +104,18 @@ bool tiles_asked_for() {
 bool has_vnni() {
 #if defined(__x86_64__)
   return cpu_isa() == Isa::avx512 && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+bool has_avx_vnni() {
+#if defined(__x86_64__)
+  // Compilers came to know its name later than the instruction. Subleaf 1 of leaf 7, EAX, bit 4:
+  // Intel's Software Developer's Manual, volume 2, CPUID. All zero where there is no such subleaf.
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return cpu_isa() >= Isa::avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 &&
+         (a >> 4 & 1) != 0;
 #else
   return false;
 #endif

@@ -21,8 +21,9 @@ enum class TileUnit { none, amx, emulated };
 TileUnit tile_unit();
 
 // Whether the processor, as far as FUSED_RESNET_CPU_ISA lets it be used, sums products of bytes:
-// AVX512_VNNI, and AMX-INT8 where the unit is AMX.
+// AVX512_VNNI, AVX-VNNI, and AMX-INT8 where the unit is AMX.
 bool has_vnni();
+bool has_avx_vnni();
 bool has_int8_tiles();
 
 // Whether FUSED_RESNET_CPU_ISA names the unit: then float32 runs on it wherever it can, not only

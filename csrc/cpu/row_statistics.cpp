@@ -37,6 +37,7 @@ void RowStatistics::add(const Conv& conv, int64_t row_begin, int64_t row_end, in
 }
 
 bool RowStatistics::finish(float* mean, float* variance) const {
+  if (rows_ == 0) return false;
   std::atomic<bool> good{true};
   constexpr int64_t kLeastPerTask = 32768;
   torch::stable::parallel_for(

@@ -25,7 +25,7 @@ class RowStatistics {
   // Of rows [row_begin, row_end) and output channels [begin, end), which have just been written.
   void add(const Conv& conv, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end);
   // Mean and biased variance (K,), float32. False where float32 was not enough for a row's sums:
-  // squares that overflow or underflow, or outputs that are not finite.
+  // squares that overflow or underflow, or outputs that are not finite; and where it never began.
   bool finish(float* mean, float* variance) const;
 
  private:

@@ -78,7 +78,16 @@ CUDA = {
     "conv_tiles_for",
 }
 # Those without tensors.
-QUERIES = {"cpu_isa", "conv_isa", "conv_tile_isa", "cpu_pool_statistics", "cpu_pool_trim"}
+QUERIES = {
+    "conv_isa",
+    "conv_tile_isa",
+    "cpu_isa",
+    "cpu_pool_statistics",
+    "cpu_pool_trim",
+    "float32_pixels_for_tiles",
+    "multiply_tiles",
+    "set_float32_products",
+}
 
 
 def operators():

@@ -28,7 +28,7 @@ constexpr int64_t kByteRows = 16;    // pixels of a tile
 constexpr int64_t kByteChunk = 64;   // bytes of the reduction that a tile's row has
 constexpr int64_t kByteTile = 1024;  // bytes of a tile
 constexpr int64_t kByteBlockK = 32;  // output channels of a block: two tiles
-constexpr int64_t kBytePixel = 16;   // what a pixel's bytes are a multiple of
+constexpr int64_t kBytePixel = 16;   // what the bytes of a written pixel are a multiple of
 
 static FR_BYTES_INLINE int64_t bytes_div_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -46,8 +46,9 @@ struct ByteImages {
   uint8_t* data;
   int64_t N, C, H, W;
   int64_t halo_h, halo_w;
+  int64_t unit = kBytePixel;  // what a pixel's bytes are a multiple of
 
-  FR_BYTES_INLINE int64_t pixel() const { return bytes_round_up(C, kBytePixel); }
+  FR_BYTES_INLINE int64_t pixel() const { return bytes_round_up(C, unit); }
   FR_BYTES_INLINE int64_t pitch() const { return W + halo_w; }
   FR_BYTES_INLINE int64_t lines() const { return H + halo_h; }
   FR_BYTES_INLINE int64_t pixels() const { return (N * lines() + halo_h) * pitch() + halo_w; }
@@ -62,8 +63,9 @@ struct ByteImages {
 struct ByteFilter {
   int64_t K, C, R, S, groups;  // C channels a group
   bool joined;
+  int64_t unit = kBytePixel;  // its input's
 
-  FR_BYTES_INLINE int64_t pixel() const { return bytes_round_up(C * groups, kBytePixel); }
+  FR_BYTES_INLINE int64_t pixel() const { return bytes_round_up(C * groups, unit); }
   FR_BYTES_INLINE int64_t runs() const { return joined ? R : R * S; }
   FR_BYTES_INLINE int64_t blocks() const { return bytes_div_up(K, kByteBlockK); }
   // The input channels that a block of output channels reads: its groups' from `base` on.
@@ -175,6 +177,7 @@ struct ByteKernels {
 extern const ByteKernels kBytesAmx;
 extern const ByteKernels kBytesAvx512Vnni;
 extern const ByteKernels kBytesAvx512;
+extern const ByteKernels kBytesAvxVnni;
 extern const ByteKernels kBytesAvx2;
 #endif
 extern const ByteKernels kBytesAmxEmulated;

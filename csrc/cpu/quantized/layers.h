@@ -1,0 +1,79 @@
+// Convolutions of bytes on tensors: their packed weights, the images between them, and how one is
+// run on torch's threads. Shared by the operators of blocks.cpp and stem.cpp.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "checks.h"
+#include "cpu/buffer_pool.h"
+#include "cpu/quantized/conv.h"
+
+namespace fused_resnet::cpu {
+
+// Of an operator's `numbers` for a convolution: K, C, R, S, stride, padding and dilation, two each,
+// groups.
+constexpr int64_t kByteNumbers = 11;
+
+// The kernels of this name; of "", the fastest that run here.
+const ByteKernels& byte_kernels(const char* op, const std::string& name);
+
+// Images with memory of the pool.
+class Images {
+ public:
+  // `beyond`: bytes that tiles may read behind the last pixel.
+  Images(const char* op, ByteImages images, int64_t beyond);
+  ~Images() { pool_release(memory_); }
+  Images(const Images&) = delete;
+  Images& operator=(const Images&) = delete;
+
+  void fill_halo(int value);
+
+  ByteImages view;
+
+ private:
+  void* memory_;
+};
+
+// Some images of a batch.
+ByteImages slice_images(ByteImages images, int64_t begin, int64_t count);
+
+// A convolution on inputs of one size.
+struct ByteLayer {
+  ByteFilter filter;
+  const torch::stable::Tensor* packed;
+  int64_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+  int64_t H, W, P, Q;
+
+  // What tiles of 16 pixels may read behind the last.
+  int64_t beyond() const {
+    return (kByteRows + 1) * stride_w * filter.pixel() + filter.chunks() * kByteChunk;
+  }
+  bool is_pointwise() const {
+    return filter.R == 1 && filter.S == 1 && pad_h == 0 && pad_w == 0 && filter.groups == 1;
+  }
+};
+
+// `numbers`: see kByteNumbers. `unit`: of the input's pixels, see ByteImages.
+ByteLayer make_byte_layer(const char* op, const torch::stable::Tensor& packed,
+                          const int64_t* numbers, int64_t channels, int64_t H, int64_t W,
+                          int64_t unit = kBytePixel);
+
+ByteConv make_byte_conv(const ByteLayer& layer, const ByteImages& in, const ByteImages& out,
+                        int64_t zero_point);
+
+// Runs it on torch's threads.
+void run_byte_conv(const ByteKernels& kernels, ByteConv conv);
+
+ByteFloats byte_float_type(const char* op, torch::headeronly::ScalarType dtype);
+
+// The elements of a line of a floating-point tensor, channels innermost.
+void gather_elements(const char* source, int64_t stride, int64_t count, int64_t item, void* target);
+
+void dequantize_output(const ByteKernels& kernels, const ByteImages& from, float step,
+                       torch::stable::Tensor& output);
+
+}  // namespace fused_resnet::cpu
