@@ -73,6 +73,11 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "norm_vectors(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps) -> "
       "(Tensor scale, Tensor shift)");
   m.def(
+      "conv_training(Tensor input, Tensor weight, Tensor? bias, int stride_h, int stride_w, "
+      "int pad_h, int pad_w, int dil_h, int dil_w, int groups, Tensor? in_mean, Tensor? in_var, "
+      "Tensor? in_weight, Tensor? in_bias, float in_eps, bool statistics) -> "
+      "(Tensor output, Tensor? mean, Tensor? var)");
+  m.def(
       "conv_input_gradient(Tensor grad, Tensor weight, int stride_h, int stride_w, int pad_h, "
       "int pad_w, int dil_h, int dil_w, Tensor(a!) grad_input, bool accumulate) -> ()");
   m.def(

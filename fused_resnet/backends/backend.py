@@ -212,6 +212,12 @@ class Backend:
         """
         return None
 
+    def convolution(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any]
+    ) -> Tensor | None:
+        """The output of `conv_batch_norm_statistics` alone, to the same bits."""
+        return None
+
     def batch_norm_relu_max_pool(
         self,
         input: Tensor,

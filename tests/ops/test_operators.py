@@ -34,6 +34,7 @@ INTERNAL = {
     "begin_cpu_plan",
     "conv_bn_act_packed",
     "conv_input_gradient",
+    "conv_training",
     "conv_weight_gradient",
     "conv_weight_is_packed",
     "discard_cpu_plan",
@@ -413,6 +414,7 @@ def test_internal_operators_keep_to_their_schemas(monkeypatch, name):
         make_norm_conv_case(ConvShape(16, 24, (3, 3))).fused()
     model.train()(image_batch(4, 40)).sum().backward()
     train_on_shared_statistics()
+    train_a_convolution()
     assert calls
     for arguments in calls[:8]:
         torch.library.opcheck(operator, arguments, test_utils=["test_schema"])
@@ -426,6 +428,16 @@ def train_on_shared_statistics():
     total, dot = backends.cpu.batch_norm_act_backward_sums(*arguments)
     sums = Sums(total, dot, x.numel() // 3)
     backends.cpu.batch_norm_act_backward_input(*arguments, sums, True)
+
+
+def train_a_convolution():
+    """As the CPU backend does where there are tiles."""
+    x, weight = image_batch(2, 8), torch.randn(16, 3, 3, 3)
+    norm = Norm(torch.zeros(3), torch.ones(3), None, None, 1e-5)
+    one = (1, 1)
+    geometry = (*one, *one, *one, 1)
+    for before in ((None, None, None, None, 0.0), norm):
+        backends.cpu._conv_training(x, weight, None, *geometry, *before, True)
 
 
 @pytest.mark.quick
