@@ -30,6 +30,9 @@ import pytest
 # Read when torch is imported: threads that wait give up the core, which others may need.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# What is wrong is to be seen, not left out.
+os.environ.setdefault("FUSED_RESNET_SELF_CHECK", "0")
+
 import torch
 
 # Read when Triton is first imported, which is later than this.

@@ -19,6 +19,7 @@
 //   conv_tiles.inl    one task on a unit that multiplies tiles of bfloat16, compiled by
 //                     conv_amx.cpp for bfloat16 and conv_float32_*amx.cpp for float32 in parts, and
 //                     over emulated tiles by the files whose names end in _amx_emulated.cpp
+//   conv_border.cpp   outputs at the image's border, of weights that are not finite
 //   conv.h            what those share
 #pragma once
 
@@ -71,7 +72,8 @@ struct Conv {
   const void* input;
   const void* weight;    // packed, see weight_offset() and conv_tiles.h
   int64_t weight_block;  // float32's block_k, be the kernel one on tiles
-  const float* bias;     // the convolution's own; may be null
+  bool weight_is_finite;
+  const float* bias;  // the convolution's own; may be null
   Norm norm;
   const void* residual;  // null: none
   // The prologue's, by input channel; null: none. Then comes kPrologueSlack times zero.

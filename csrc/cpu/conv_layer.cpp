@@ -13,12 +13,17 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <string>
+#include <utility>
 
 #include "checks.h"
 #include "cpu/buffer_pool.h"
+#include "cpu/conv_border.h"
 #include "cpu/conv_tiles.h"
+#include "cpu/finite.h"
 #include "cpu/isa.h"
+#include "cpu/packed_layout.h"
 
 namespace fused_resnet::cpu {
 
@@ -161,8 +166,14 @@ bool exceeds_caches(const Tensor& tensor) {
 
 namespace {
 
-Tensor tensor_in_memory(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                        ScalarType dtype, void* (*allocate)(size_t), void (*release)(void*));
+// Of memory until it is a tensor's.
+using Memory = std::unique_ptr<void, void (*)(void*)>;
+
+// For a dense tensor.
+Memory allocated(const std::vector<int64_t>& sizes, ScalarType dtype, void* (*allocate)(size_t),
+                 void (*release)(void*));
+Tensor tensor_in(Memory memory, const std::vector<int64_t>& sizes,
+                 const std::vector<int64_t>& strides, ScalarType dtype);
 
 template <class F>
 auto with_element_type(const Tensor& tensor, const char* name, F&& f) {
@@ -182,54 +193,38 @@ auto with_element_type(const Tensor& tensor, const char* name, F&& f) {
 
 // ---- weight packing ----------------------------------------------------------------------------
 
-struct WeightShape {
-  int64_t K, C, R, S;  // C counts the channels of one group
+struct WeightShape : PackedLayout {
+  int64_t R, S;
   Strides stride;
   const ConvIsa* isa;
-  bool tiled, expanded;
-  int64_t groups, block_k;  // of the packed weight: expanded groups count as one
-  TiledWeight tiles;
 
   WeightShape(const Tensor& weight, int64_t group_count)
-      : K(weight.size(0)),
-        C(weight.size(1)),
-        R(weight.size(2)),
-        S(weight.size(3)),
-        stride(strides_of(weight)),
-        isa(conv_isa(weight.scalar_type(), group_count, C, K / group_count)),
-        tiled(isa == tile_isa()),
-        expanded(!tiled && K > 0 && is_expanded(group_count, C, K / group_count, isa->lanes)),
-        groups(expanded ? 1 : group_count),
-        block_k(expanded ? isa->lanes : isa->block_k),
-        tiles(tiled_weight(K / group_count, C, R * S)) {}
+      : WeightShape(weight, group_count,
+                    *conv_isa(weight.scalar_type(), group_count, weight.size(1),
+                              weight.size(0) / group_count)) {}
 
   // The same, transposed: see pack_transposed_tiles(). The source is then the last tap.
   WeightShape transposed() const {
     WeightShape t = *this;
     t.K = C, t.C = K;
     t.stride = {stride.c, stride.n, -stride.h, -stride.w};
-    t.tiles = tiled_weight(t.K, t.C, R * S);
+    t.tiles = tiled_weight(t.K, t.C, taps);
     return t;
   }
 
-  int64_t blocks() const { return div_up(K / groups, block_k); }
-  // Values of a block, and of all.
-  int64_t block_size() const { return tiled ? tiled_block_size(tiles) : R * S * C * block_k; }
-  int64_t packed_size() const { return groups * blocks() * block_size(); }
   ScalarType packed_dtype() const { return tiled ? ScalarType::BFloat16 : ScalarType::Float; }
   int64_t source(int64_t k, int64_t c, int64_t r, int64_t s) const {
     return k * stride.n + c * stride.c + r * stride.h + s * stride.w;
   }
 
-  // The place in the packed weight of output channel k, channel c of its group and tap (r, s).
-  int64_t packed_place(int64_t k, int64_t c, int64_t r, int64_t s) const {
-    const int64_t group_k = K / groups, group = groups == 1 ? 0 : k / group_k;
-    const int64_t in_group = k - group * group_k, tap = r * S + s;
-    if (tiled) return tiled_weight_offset(tiles, group, in_group, c, tap);
-    const int shift = __builtin_ctzll(static_cast<uint64_t>(block_k));  // a power of two
-    const int64_t block = (group == 0 ? 0 : group * blocks()) + (in_group >> shift);
-    return block * block_size() + (((tap * C + c) << shift) + (in_group & (block_k - 1)));
-  }
+ private:
+  WeightShape(const Tensor& weight, int64_t group_count, const ConvIsa& its_isa)
+      : PackedLayout(weight.size(0), weight.size(1), weight.size(2) * weight.size(3), group_count,
+                     its_isa, &its_isa == tile_isa()),
+        R(weight.size(2)),
+        S(weight.size(3)),
+        stride(strides_of(weight)),
+        isa(&its_isa) {}
 };
 
 // One block of output channels, from `channel` on, `valid` of them.
@@ -268,26 +263,27 @@ void pack_block(const T* source, const WeightShape& shape, int64_t channel, int6
   }
 }
 
+// What packs a weight returns whether all of its values are finite.
 template <class T, class Packed>
-void pack_as(const T* source, const WeightShape& shape, Packed* packed) {
+bool pack_as(const T* source, const WeightShape& shape, Packed* packed) {
   const int64_t block_k = shape.block_k, blocks = shape.blocks();
   const int64_t group_k = shape.K / shape.groups;
+  std::atomic<bool> finite{true};
   torch::stable::parallel_for(0, shape.groups * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k0 = i % blocks * block_k;
-      pack_block(source, shape, i / blocks * group_k + k0, std::min(block_k, group_k - k0),
-                 packed + i * shape.block_size());
+      Packed* block = packed + i * shape.block_size();
+      pack_block(source, shape, i / blocks * group_k + k0, std::min(block_k, group_k - k0), block);
+      if (!all_finite(block, shape.block_size())) finite.store(false, std::memory_order_relaxed);
     }
   });
+  return finite.load();
 }
 
 template <class T>
-void pack(const T* source, const WeightShape& shape, void* packed) {
-  if (shape.tiled) {
-    pack_as(source, shape, static_cast<BFloat16*>(packed));
-  } else {
-    pack_as(source, shape, static_cast<float*>(packed));
-  }
+bool pack(const T* source, const WeightShape& shape, void* packed) {
+  return shape.tiled ? pack_as(source, shape, static_cast<BFloat16*>(packed))
+                     : pack_as(source, shape, static_cast<float*>(packed));
 }
 
 // How many values of a weight each call compares with the packed copy. If one in a hundred has
@@ -325,7 +321,7 @@ bool sample_is_packed(const T* source, const WeightShape& shape, const Packed* p
     const int64_t r = (part(16, 12) * shape.R) >> 12;
     const int64_t s = (part(4, 12) * shape.S) >> 12;
     places[i] = shape.source(k, c, r, s);
-    packed_places[i] = shape.packed_place(k, c, r, s);
+    packed_places[i] = shape.place(k, c, r * shape.S + s);
     __builtin_prefetch(source + places[i]);
     __builtin_prefetch(packed + packed_places[i]);
   }
@@ -416,7 +412,8 @@ void check_weight(const Tensor& weight, int64_t groups) {
 }
 
 // What a packed weight was made of. It is kept in the packed tensor's strides, as those of
-// dimensions of size one, which address nothing: so no packed weight is without it.
+// dimensions of size one, which address nothing: so no packed weight is without it. Behind it is
+// another one, 1 where all values are finite, else 0.
 using Origin = std::array<int64_t, 11>;
 
 Origin origin_of(const Tensor& weight, const WeightShape& shape, int64_t groups) {
@@ -441,10 +438,16 @@ bool has_origin(const Tensor& packed, const Tensor& weight, const WeightShape& s
   const auto strides = packed.strides();
   const ScalarType dtype = packed.scalar_type();
   FR_CHECK((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) &&
-               packed.is_contiguous() && strides.size() == origin.size() + 1,
+               packed.is_contiguous() && strides.size() == origin.size() + 2,
            "conv_bn_act: packed must be a result of pack_conv_weight");
   return dtype == shape.packed_dtype() && packed.numel() == shape.packed_size() &&
          std::equal(origin.begin(), origin.end(), strides.begin());
+}
+
+bool is_finite(const Tensor& packed) {
+  constexpr size_t place = std::tuple_size_v<Origin>;
+  const auto strides = packed.strides();
+  return strides.size() <= place || strides[place] != 0;
 }
 
 // Whether `packed` has the weight's values, as far as a sample tells.
@@ -547,14 +550,13 @@ Tensor pack_conv_weight(Tensor weight, int64_t groups) {
   check_weight(weight, groups);
   const WeightShape shape(weight, groups);
   const Origin origin = origin_of(weight, shape, groups);
-  std::vector<int64_t> sizes(origin.size(), 1), strides(origin.begin(), origin.end());
+  std::vector<int64_t> sizes(origin.size() + 1, 1), strides(origin.begin(), origin.end());
   sizes.push_back(shape.packed_size());
-  strides.push_back(1);
-  Tensor packed =
-      tensor_in_memory(sizes, strides, shape.packed_dtype(), weight_allocate, weight_release);
-  with_element_type(weight, "weight",
-                    [&](const auto* source) { pack(source, shape, packed.mutable_data_ptr()); });
-  return packed;
+  Memory memory = allocated(sizes, shape.packed_dtype(), weight_allocate, weight_release);
+  const bool finite = with_element_type(
+      weight, "weight", [&](const auto* source) { return pack(source, shape, memory.get()); });
+  strides.insert(strides.end(), {finite ? 1 : 0, 1});
+  return tensor_in(std::move(memory), sizes, strides, shape.packed_dtype());
 }
 
 bool conv_weight_is_packed(Tensor weight, Tensor packed, int64_t groups) {
@@ -567,14 +569,14 @@ bool conv_weight_is_packed(Tensor weight, Tensor packed, int64_t groups) {
   });
 }
 
-Tensor pack_transposed_tiles(Tensor weight) {
+TransposedWeight pack_transposed_tiles(Tensor weight) {
   const WeightShape shape(weight, 1), transposed = shape.transposed();
   Tensor packed = pool_tensor({transposed.packed_size()}, {1}, transposed.packed_dtype());
-  with_element_type(weight, "weight", [&](const auto* source) {
-    pack(source + shape.source(0, 0, shape.R - 1, shape.S - 1), transposed,
-         packed.mutable_data_ptr());
+  const bool finite = with_element_type(weight, "weight", [&](const auto* source) {
+    return pack(source + shape.source(0, 0, shape.R - 1, shape.S - 1), transposed,
+                packed.mutable_data_ptr());
   });
-  return packed;
+  return {packed, finite};
 }
 
 bool seems_current(const ConvLayer& layer) {
@@ -621,6 +623,7 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
   is_current = !compares || seems_current(layer.packed, weight, shape, layer.groups);
   conv.isa = shape.isa;
   conv.weight = layer.packed.const_data_ptr();
+  conv.weight_is_finite = is_finite(layer.packed);
   conv.norm.mean = as_float32(layer.running_mean, "running_mean", conv.K, copies_[0]);
   conv.norm.var = as_float32(layer.running_var, "running_var", conv.K, copies_[1]);
   if (layer.bn_weight) {
@@ -778,9 +781,35 @@ void check_scratch_size(const Conv& conv) {
 
 }  // namespace
 
+namespace {
+
+// An image at a time, for what is kept of its border.
+void run_with_border(const Conv& conv) {
+  const int64_t item = conv.dtype == Dtype::kFloat32 ? 4 : 2;
+  const auto image_of = [&](const void* tensor, int64_t stride, int64_t n) {
+    return tensor == nullptr ? nullptr : static_cast<const char*>(tensor) + n * stride * item;
+  };
+  const PackedLayout layout(conv.K, group_c(conv), conv.R * conv.S, conv.groups, *conv.isa,
+                            conv.isa == tile_isa());
+  for (int64_t n = 0; n < conv.N; ++n) {
+    Conv image = conv;
+    image.N = 1;
+    image.weight_is_finite = true;
+    image.input = image_of(conv.input, conv.in.n, n);
+    image.residual = image_of(conv.residual, conv.res.n, n);
+    image.output = static_cast<char*>(conv.output) + n * conv.out.n * item;
+    const BorderOutputs border(image, layout);
+    run_conv(image);
+    border.store(image);
+  }
+}
+
+}  // namespace
+
 void run_conv(Conv conv) {
   if (conv.N == 0) return;
   check_scratch_size(conv);
+  if (!conv.weight_is_finite && (conv.pad_h > 0 || conv.pad_w > 0)) return run_with_border(conv);
   if (conv.dtype == Dtype::kFloat32) {
     conv.weight_block = conv.isa->block_k;
     conv.isa = &float32_isa(conv);
@@ -856,10 +885,15 @@ int64_t dense_bytes(const std::vector<int64_t>& sizes, ScalarType dtype) {
 
 namespace {
 
-Tensor tensor_in_memory(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                        ScalarType dtype, void* (*allocate)(size_t), void (*release)(void*)) {
-  void* memory = allocate(static_cast<size_t>(dense_bytes(sizes, dtype)));
-  return torch::stable::from_blob(memory, sizes, strides,
+Memory allocated(const std::vector<int64_t>& sizes, ScalarType dtype, void* (*allocate)(size_t),
+                 void (*release)(void*)) {
+  return {allocate(static_cast<size_t>(dense_bytes(sizes, dtype))), release};
+}
+
+Tensor tensor_in(Memory memory, const std::vector<int64_t>& sizes,
+                 const std::vector<int64_t>& strides, ScalarType dtype) {
+  const auto release = memory.get_deleter();
+  return torch::stable::from_blob(memory.release(), sizes, strides,
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
                                   release);
 }
@@ -888,7 +922,7 @@ Tensor pool_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>
         aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
   }
-  return tensor_in_memory(sizes, strides, dtype, pool_allocate, pool_release);
+  return tensor_in(allocated(sizes, dtype, pool_allocate, pool_release), sizes, strides, dtype);
 }
 
 Tensor empty_activation(int64_t N, int64_t C, int64_t H, int64_t W, ScalarType dtype,

@@ -62,7 +62,11 @@ torch::stable::Tensor pack_conv_weight(torch::stable::Tensor weight, int64_t gro
 
 // The weight of the convolution that passes a gradient back, for kernels on tiles: input and output
 // channels have changed places and the taps run backwards.
-torch::stable::Tensor pack_transposed_tiles(torch::stable::Tensor weight);
+struct TransposedWeight {
+  torch::stable::Tensor packed;
+  bool is_finite;
+};
+TransposedWeight pack_transposed_tiles(torch::stable::Tensor weight);
 
 // Whether `packed` is `weight` in the kernel's layout, value by value.
 bool conv_weight_is_packed(torch::stable::Tensor weight, torch::stable::Tensor packed,

@@ -579,12 +579,14 @@ FR_INLINE float whole_value(const char* p, int64_t part) {
 __attribute__((noinline)) void multiply_again(const Product& product, int64_t pixel, float* sums) {
   constexpr int kHalf = 16 / kWidth, kVectors = 2 * kHalf;
   const Tile& tile = product.tiles[pixel / kTileRows];
-  Value::Register sum[kVectors], weights[kVectors];
-  FR_FOR (v, kVectors) sum[v] = Value::broadcast(0);
+  Value::Register total[kVectors], sum[kVectors], weights[kVectors];
+  FR_FOR (v, kVectors) total[v] = Value::broadcast(0);
   for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
     for (int64_t tap = 0; tap < product.taps; ++tap) {
       const char* in =
           tile.in + pixel % kTileRows * tile.stride + product.offsets[tap] + chunk * product.chunk;
+      // A sum of sums: the error of one long chain would grow with its length.
+      FR_FOR (v, kVectors) sum[v] = Value::broadcast(0);
       // In the order of a tile's row.
       for (int64_t j = 0; j < kTileDepth; ++j, in += sizeof(Part)) {
         const int64_t i = j / 2 + (j % 2 == 0 ? kTileDepth / 2 : 0);
@@ -593,9 +595,10 @@ __attribute__((noinline)) void multiply_again(const Product& product, int64_t pi
         const Value::Register x = Value::broadcast(whole_value(in, product.part));
         FR_FOR (v, kVectors) sum[v] = Value::multiply_add(x, weights[v], sum[v]);
       }
+      FR_FOR (v, kVectors) total[v] = Value::add(total[v], sum[v]);
     }
   }
-  FR_FOR (v, kVectors) Value::store(sums + v * kWidth, sum[v]);
+  FR_FOR (v, kVectors) Value::store(sums + v * kWidth, total[v]);
 }
 
 // A pixel's sums, kN times 16.

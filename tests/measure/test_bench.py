@@ -839,7 +839,8 @@ def test_what_is_written_of_small_batches_is_computed() -> None:
     one = predict.predicted_network("resnet50", 1, gpu)["microseconds"]
     assert one["chain"] < 0.7 * one["fused"]
     many = predict.predicted_network("resnet50", 256, gpu)["microseconds"]
-    assert many["fused"] / many["chain"] >= 1.25
+    # The chains' weights come through L2, and its bandwidth bounds what they gain.
+    assert many["fused"] / many["chain"] >= 1.15
 
 
 def test_what_is_written_of_basic_blocks_is_computed() -> None:
@@ -849,7 +850,8 @@ def test_what_is_written_of_basic_blocks_is_computed() -> None:
     assert predict.basic_block_table(blocks) in text
     assert predict.first_stage_table(list(ARCHITECTURES)) in text
     for one in blocks:
-        assert (one.chained < one.apart) == (one.width == 64), one
+        pays = one.width == 64 or (one.width == 128 and one.batch > 1)
+        assert (one.chained < one.apart) == pays, one
         if one.rows:
             assert one.recomputed == (one.rows + 2) * 16 / (one.rows * 14)
             assert one.fewer_bytes == 0.6 * 5 * one.map_bytes
@@ -857,7 +859,7 @@ def test_what_is_written_of_basic_blocks_is_computed() -> None:
     for name, gpu in ARCHITECTURES.items():
         ratios = [one.chained / one.apart for one in predict.basic_blocks(gpu, (256,))]
         # What the text says of Hopper, of the A100 and of desktops, with many images.
-        assert (ratios[0] < 0.75) == (gpu.capability == (9, 0)), name
+        assert (ratios[0] < 0.6) == (gpu.capability == (9, 0)), name
         assert (ratios[0] > 1) == (gpu.capability in ((8, 0), (8, 9), (12, 0))), name
 
 
