@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ def named_copy(function: Callable[..., Tensor], name: str) -> Callable[..., Tens
     return functools.update_wrapper(copy, function, ("__module__", "__annotations__"), ())
 
 
+_Self = TypeVar("_Self", bound="Fused")
+
+
 class Fused(nn.Module):
     """What the fused classes have in common: they let go of what backends made of their tensors.
 
@@ -53,11 +56,11 @@ class Fused(nn.Module):
         super().__setstate__(state)
         watch.remember(self)
 
-    def train(self, mode: bool = True) -> nn.Module:  # noqa: D102
+    def train(self: _Self, mode: bool = True) -> _Self:  # noqa: D102
         release(self)
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         release(self)
         plans.forget(self)  # which hold the parameters that others will take the place of
         return super()._apply(fn, recurse)
