@@ -462,5 +462,6 @@ def quantized_stem(
     if stem.low is not None:
         sums = quantized_sums(values, zero_point, stem.low)
         steps = steps + sums * stem.low.scale.view(per_channel)
-    pooled = F.max_pool2d(_bytes(steps, 0, output).float(), *stem.pool)
+    kernel_size, stride, padding = map(list, stem.pool)
+    pooled = F.max_pool2d(_bytes(steps, 0, output).float(), kernel_size, stride, padding)
     return dequantize(pooled, output, input.dtype)

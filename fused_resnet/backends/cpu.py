@@ -104,6 +104,9 @@ def explain(
     if operator == "quantized_residual_blocks":
         fastest, *_ = _quantized_kernels().split(",")
         return f"cpu: whole blocks in eight bits ({fastest})"
+    if operator == "quantized_stem":
+        fastest, *_ = _quantized_kernels().split(",")
+        return f"cpu: convolution in integers + pooling ({fastest})"
     if operator == "batch_norm_act_training":
         return "cpu: native statistics + scale_shift_act"
     return "cpu: " + library.explain(operator)

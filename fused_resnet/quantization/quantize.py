@@ -6,19 +6,22 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import blocks, forms, swap
-from ..layers.ranges import BlockRanges
+from ..layers.ranges import BlockRanges, StemRanges
 from ..modules import quantized
 from .calibrate import NOISE_IMAGES, Calibration, measure_noise
 from .observers import OBSERVERS, MinMaxObserver, PercentileObserver
 
 DTYPES = ("int8",)
 _LATER = ("float8_e4m3fn",)
+STEMS = {"int16": 16, "int8": 8, "float": 0}
+
+_Ranges = TypeVar("_Ranges", BlockRanges, StemRanges)
 
 
 def quantize(
@@ -26,6 +29,7 @@ def quantize(
     batches: Iterable[Any],
     *,
     dtype: str = "int8",
+    stem: str = "int16",
     observer: str = "minmax",
     percentile: float = 99.99,
     min_sqnr_db: float = 10.0,
@@ -41,8 +45,9 @@ def quantize(
 
     A quantized block runs in eight bits while it is in inference mode and nothing keeps it from
     running fused; its output then has no gradient. In training mode it runs in floating point. The
-    stem, the classifier and what else is no residual block stay in floating point, as do blocks
-    with a shortcut that pads channels, attention, or hooks inside; `report` names them.
+    classifier and what else is no residual block stay in floating point, as do blocks with a
+    shortcut that pads channels, attention, or hooks inside; `report` names them. So do the first
+    convolutions of networks other than torchvision's ResNets and this package's for small images.
 
     A model that is quantized already is calibrated anew.
 
@@ -52,6 +57,8 @@ def quantize(
             device. They are read once.
         dtype: "int8": unsigned activations of one step and zero point each, signed weights of one
             step a filter; see docs/quantization.md.
+        stem: what a network's first convolution runs in, with the norm, ReLU and max-pool behind
+            it: "int16", in integers as the blocks; "int8"; or "float", as it is.
         observer: how ranges are chosen: "minmax", "percentile", "mse" or "histogram".
         percentile: of "percentile", the share of values to cover at either end, in percent.
         min_sqnr_db: blocks whose output in eight bits has a lower signal-to-noise ratio than this,
@@ -68,6 +75,8 @@ def quantize(
             model is then as it was.
     """
     make = _observer(dtype, observer, percentile)
+    if stem not in STEMS:
+        raise ValueError(f"quantize: stem is {stem!r}, must be one of {', '.join(STEMS)}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize: model is a {type(model).__name__}, must be a torch.nn.Module")
     if isinstance(batches, (Tensor, str, bytes)) or not isinstance(batches, Iterable):
@@ -78,27 +87,21 @@ def quantize(
     with restored_on_error(model):
         swap.fuse_remaining(model)
         dequantize(model)
-        calibration = Calibration(model, make)
+        calibration = Calibration(model, make, STEMS[stem])
         if not calibration.sites:
             raise ValueError(
                 "quantize: model has no residual block to quantize: none of a class that is known"
             )
-        ranges = _calibrated(model, calibration, batches, progress)
-        ranges = {
-            path: kept
-            if kept.reason or not _is_noisy(kept, min_sqnr_db)
-            else kept._replace(
-                reason=f"signal to noise is {kept.sqnr_db:.1f} dB, must be {min_sqnr_db:g}"
-            )
-            for path, kept in ranges.items()
-        }
+        ranges, stems = _calibrated(model, calibration, batches, progress)
+        ranges = {path: _unless_noisy(kept, min_sqnr_db) for path, kept in ranges.items()}
+        stems = {path: _unless_noisy(kept, min_sqnr_db) for path, kept in stems.items()}
         if all(kept.reason for kept in ranges.values()):
             path, kept = next(iter(ranges.items()))
             raise ValueError(
                 f"quantize: no residual block of the model can run in eight bits; {path!r}: "
                 f"{kept.reason}"
             )
-        set_ranges(model, ranges)
+        set_ranges(model, ranges, stems)
     return model
 
 
@@ -117,14 +120,18 @@ def dequantize(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"dequantize: model is a {type(model).__name__}, must be a torch.nn.Module")
     for module in model.modules():
-        if quantized.is_quantizable(module) and vars(module).pop("quantization", None) is not None:
+        if not (quantized.is_quantizable(module) or quantized.has_stem(module)):
+            continue
+        if vars(module).pop("quantization", None) is not None:
             blocks.release(module)
     return model
 
 
-def set_ranges(model: nn.Module, ranges: dict[str, BlockRanges]) -> None:
-    """Gives each fused residual block the ranges of its path."""
-    for path, kept in ranges.items():
+def set_ranges(
+    model: nn.Module, ranges: dict[str, BlockRanges], stems: dict[str, StemRanges]
+) -> None:
+    """Gives each fused residual block, and each network's stem, the ranges of its path."""
+    for path, kept in (*stems.items(), *ranges.items()):
         block = model.get_submodule(path)
         vars(block)["quantization"] = kept
         blocks.release(block)
@@ -149,13 +156,15 @@ def _observer(dtype: str, observer: str, percentile: float) -> Callable[[], MinM
     return OBSERVERS[observer]
 
 
-def _is_noisy(kept: BlockRanges, limit: float) -> bool:
-    return kept.sqnr_db is not None and not kept.sqnr_db >= limit
+def _unless_noisy(kept: _Ranges, limit: float) -> _Ranges:
+    if kept.reason or kept.sqnr_db is None or kept.sqnr_db >= limit:
+        return kept
+    return kept._replace(reason=f"signal to noise is {kept.sqnr_db:.1f} dB, must be {limit:g}")
 
 
 def _calibrated(
     model: nn.Module, calibration: Calibration, batches: Iterable[Any], progress: bool
-) -> dict[str, BlockRanges]:
+) -> tuple[dict[str, BlockRanges], dict[str, StemRanges]]:
     """The ranges after all batches, with the noise on the first images."""
     first: list[Tensor] = []
     device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), None)
@@ -168,7 +177,8 @@ def _calibrated(
             calibration.observe(input)
         if not first:
             raise ValueError("quantize: batches has no batch")
-        return measure_noise(model, calibration.ranges(), first)
+        ranges = calibration.ranges()
+        return measure_noise(model, ranges, calibration.stem_ranges(ranges), first)
 
 
 def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
