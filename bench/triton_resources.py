@@ -51,13 +51,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.errors import OutOfResources
 
-from fused_resnet.backends.triton import bottleneck, chains, conv, stem, training_conv
+from fused_resnet.backends.triton import bottleneck, chains, conv, quantized, stem, training_conv
 from fused_resnet.backends.triton import launch as launcher
 from fused_resnet.backends.triton import norm as batch_norm
 from fused_resnet.backends.triton import problem as problems
 from fused_resnet.backends.triton.problem import tile_for
 from fused_resnet.backends.triton.training_conv import Ends
 from fused_resnet.layers.description import ConvNorm, Norm, Sums
+from fused_resnet.layers.quantized import Quantization, QuantizedBlock, QuantizedConv
 from fused_resnet.tuning import chain, compiler, estimate, prologue, training
 from fused_resnet.tuning.architecture import ARCHITECTURES, Architecture
 from fused_resnet.tuning.choice import CHAIN, PAIR, Tile
@@ -69,6 +70,7 @@ DTYPES = ("float16", "tfloat32", "float32", "bfloat16")
 RESULTS = Path(__file__).parent / "results" / "static"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8"}
+_TYPES |= {torch.int8: "i8", torch.int32: "i32"}
 _BATCHES = (1, 32, 256)
 _POOL = (3, 3, 2, 2, 1, 1)
 # Begins the names of what is compiled for launches in a row.
@@ -163,6 +165,7 @@ class Launch:
     divisible: tuple[str, ...]
     num_warps: int
     num_stages: int
+    enable_fp_fusion: bool = True
 
 
 def configurations(dtype: str, gpu: Architecture) -> dict[tuple[str, Tile], Problem]:
@@ -227,7 +230,7 @@ def recorder(recorded: list[Launch], dependent: bool = False) -> Any:
 
     def record(
         _: Any, kernel: Any, grid: Any, arguments: tuple, num_warps: int, num_stages: int = 3,
-        writes: Any = None, partly: Any = None, **constants: Any,
+        writes: Any = None, partly: Any = None, enable_fp_fusion: bool = True, **constants: Any,
     ) -> None:  # fmt: skip
         if "DEPENDENT" in kernel.arg_names:
             constants["DEPENDENT"] = dependent
@@ -248,7 +251,7 @@ def recorder(recorded: list[Launch], dependent: bool = False) -> Any:
         recorded.append(
             Launch(
                 kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible),
-                num_warps, num_stages,
+                num_warps, num_stages, enable_fp_fusion,
             )
         )  # fmt: skip
 
@@ -439,6 +442,40 @@ def training_conv_launches(dtype: str) -> dict[str, list[Launch]]:
     }
 
 
+def byte_launches(batch: int) -> list[Launch]:
+    """What residual blocks in eight bits launch: ResNet-50's first two of each stage, alike once.
+
+    The last block's output is float16, as is the first one's input.
+    """
+    recorded: list[Launch] = []
+
+    def conv(channels: int, filters: int, size: int, stride: int = 1) -> QuantizedConv:
+        weight = torch.empty(filters, channels, size, size, dtype=torch.int8)
+        vectors = torch.empty(2, filters).unbind()
+        return QuantizedConv(weight, *vectors, (stride,) * 2, (size // 2,) * 2, (1, 1), 1)
+
+    kept = launcher.launch_kernel
+    try:
+        launcher.launch_kernel = recorder(recorded)
+        with FakeTensorMode(), torch.device("cuda"):
+            x = torch.empty(batch, 64, 56, 56, dtype=torch.float16)
+            x, blocks, channels = x.to(memory_format=torch.channels_last), [], 64
+            for width in (64, 128, 256, 512):
+                for stride in (1 if width == 64 else 2, 1):
+                    has_projection = channels != 4 * width
+                    convs = [conv(channels, width, 1), conv(width, width, 3, stride)]
+                    convs.append(conv(width, 4 * width, 1))
+                    if has_projection:
+                        convs.append(conv(channels, 4 * width, 1, stride))
+                    channels = 4 * width
+                    blocks.append(QuantizedBlock(tuple(convs), has_projection, 0.5))
+            stored = Quantization(0.125, 3)
+            quantized.residual_blocks(x, blocks, stored, Quantization(0.125))
+    finally:
+        launcher.launch_kernel = kept
+    return list(dict.fromkeys(recorded))
+
+
 def compiled(launch: Launch, architecture: str, order: bool = False) -> dict[str, Any]:
     """What a launch's kernel becomes on an architecture: see this module's docstring.
 
@@ -459,6 +496,7 @@ def compiled(launch: Launch, architecture: str, order: bool = False) -> dict[str
         * threads
         / ARCHITECTURES[GPUS[architecture]].threads_per_multiprocessor,
         **instructions(listing),
+        **({} if launch.enable_fp_fusion else {"multiply_adds": listing.count(" FFMA")}),
         **({"order": order_of(listing)} if order else {}),
     }
 
@@ -482,6 +520,7 @@ def _built(launch: Launch, architecture: str) -> tuple[Any, int, int]:
     )
     capability = int(architecture.removeprefix("sm_"))
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options["enable_fp_fusion"] = launch.enable_fp_fusion
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = _cuobjdump(kernel, "-res-usage")
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
@@ -536,7 +575,7 @@ def instructions(listing: str) -> dict[str, Any]:
         base = name.split(".")[0]
         width = re.search(r"\.(U?8|U?16|64|128)\b", name)
         wide = base + (f".{width[1]}" if width else "")
-        if re.fullmatch(r"HGMMA|HMMA|UTC\w*MMA", base):
+        if re.fullmatch(r"[HI]G?MMA|UTC\w*MMA", base):
             counts["tensor_core"][base] += 1
         elif base in ("LDG", "LDGSTS"):
             counts["global_loads"][wide] += 1

@@ -129,6 +129,8 @@ def kernels_section(path: Path, root: Path = ROOT) -> str:
             text = f"{limits['copy_gigabytes_per_second']:.1f} GB/s"
             if mode == "inference":
                 text += f" and {scale * limits['teraflops_per_second']:.0f} {unit}"
+                if (rate := kernels.unit_rate(case)) is not None:
+                    text += f", matrix unit {scale * rate:.0f} {unit}"
             ceilings.append(f"{text} ({label})")
         names = list(dict.fromkeys(name for totals in rows.values() for name in totals))
         parts += [

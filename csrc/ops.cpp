@@ -14,6 +14,11 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   // values.
   m.def("conv_isa() -> str");
   m.def("conv_tile_isa() -> str");
+  m.def(
+      "float32_pixels_for_tiles(int[] weight_shape, int[] stride, int groups, bool has_pool) -> "
+      "int");
+  m.def("set_float32_products(int products) -> ()");
+  m.def("multiply_tiles(str dtype, int steps) -> int");
   m.def("pack_conv_weight(Tensor weight, int groups) -> Tensor");
   m.def("conv_weight_is_packed(Tensor weight, Tensor packed, int groups) -> bool");
   m.def(

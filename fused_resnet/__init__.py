@@ -12,6 +12,7 @@ from .blocks import BasicBlock, Bottleneck, ResNet
 from .quantization import (
     dequantize,
     load_quantization_state,
+    prepare_qat,
     quantization_state,
     quantize,
     save_quantization_state,
@@ -31,6 +32,7 @@ __all__ = [
     "fuse",
     "load_quantization_state",
     "models",
+    "prepare_qat",
     "quantization_state",
     "quantize",
     "reference",

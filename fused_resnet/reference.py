@@ -457,6 +457,8 @@ def quantized_stem(
         words = torch.where(words.isnan(), -torch.inf, words).clamp(-LARGEST_WORD, LARGEST_WORD)
         upper, lower = word_parts(words.round())
         values, zero_point = interleaved(lower, upper), 0
+        if input.is_contiguous(memory_format=torch.channels_last):  # the output lies as the input
+            values = values.contiguous(memory_format=torch.channels_last)
     sums = quantized_sums(values, zero_point, stem.conv)
     steps = sums * stem.conv.scale.view(per_channel) + stem.conv.shift.view(per_channel)
     if stem.low is not None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, TypeAlias, overload
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from . import backends, blocks, forms
 from .forms import Form
 from .layers import checks
 from .layers import watch as watching
 from .layers.ranges import BlockRanges, StemRanges
-from .modules import graphs, plans, quantized, read, run
+from .modules import fake_quantized, graphs, plans, quantized, read, run
 
 _MEMORY = ("normal", "low")
+# Of convolutions' inputs.
+_Sizes: TypeAlias = Mapping[nn.Module, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Record:
         reason: why not, or which part not; "" where all of it is fused. In a quantized model also
             why it stays in floating point.
         precision: "int8" where it runs in eight bits, else the dtype of its first convolution's
-            weight, such as "float32".
+            weight, such as "float32"; "float32, rounded to int8" after `prepare_qat`.
         sqnr_db: of a quantized block, its output's signal-to-noise ratio in decibels, as
             calibration saw it; None where that is not known or there was no noise.
     """
@@ -217,7 +220,7 @@ def _assign_class(module: nn.Module, cls: type[nn.Module]) -> None:
     del vars(module)["_changed"]
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, input: Tensor | None = None) -> Report:
     """How each residual block and stem of a model would run now, and why.
 
     "Now" is the parameters' dtype and device, each norm's mode, the hooks, and the chosen backend;
@@ -225,19 +228,24 @@ def report(model: nn.Module) -> Report:
 
     Args:
         model: any module.
+        input: what the model will run on. Which kernel runs a convolution may depend on its input's
+            size; with an input the model runs once, unfused, and the report says which it is,
+            without one how many pixels make a difference.
 
     Returns:
         A record for each module of a class that `fuse` knows, or of a subclass of one.
 
     Raises:
         TypeError: it is not a module.
+        ValueError: there is an input, and a module in training mode.
     """
     modules = _modules(model, "report")
     forms.load_families()
+    sizes = _input_sizes(model, input)
     is_quantized = any(_ranges(module) is not None for module in modules)
     return Report(
         [
-            _record_of(path, module, form, is_quantized)
+            _record_of(path, module, form, is_quantized, sizes)
             for path, module in model.named_modules()
             if (form := forms.of(module)) is not None
         ]
@@ -257,12 +265,44 @@ def _ranges(module: nn.Module) -> BlockRanges | StemRanges | None:
     return kept if isinstance(kept, (BlockRanges, StemRanges)) else None
 
 
-def _record_of(path: str, module: nn.Module, form: Form, is_quantized: bool) -> Record:
+def _input_sizes(model: nn.Module, input: Tensor | None) -> _Sizes:
+    """Of the convolutions, by a pass: not of those that saw several sizes."""
+    if input is None:
+        return {}
+    if any(module.training for module in model.modules()):
+        raise ValueError("report: model is in training mode, must be in eval mode beside an input")
+    seen: dict[nn.Module, set[torch.Size]] = {}
+
+    def look(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if arguments:
+            seen.setdefault(module, set()).add(arguments[0].shape)
+
+    # Blocks whose convolutions carry hooks call them.
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    handles = [conv.register_forward_pre_hook(look) for conv in convs]
+    try:
+        with torch.no_grad():
+            model(input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {conv: sizes.pop() for conv, sizes in seen.items() if len(sizes) == 1}
+
+
+def _record_of(
+    path: str, module: nn.Module, form: Form, is_quantized: bool, sizes: _Sizes
+) -> Record:
     """A module's record, with its precision; `is_quantized` is whether a block of the model is."""
-    record = _record(path, module, form)
+    record = _record(path, module, form, sizes)
     units = form.units_of(module)
     weight = getattr(forms.part(module, units[0].conv), "weight", None) if units else None
     dtype = "" if weight is None else str(weight.dtype).removeprefix("torch.")
+    if record.fused and (trained := fake_quantized.of(module)) is not None:
+        if not trained.reason:
+            return dataclasses.replace(record, precision=f"{dtype}, rounded to int8")
+        reason = f"not rounded to int8: {trained.reason}"
+        reason = "; ".join(filter(None, [record.reason, reason]))
+        return dataclasses.replace(record, precision=dtype, reason=reason)
     if not is_quantized or not record.fused:
         return dataclasses.replace(record, precision=dtype)
     kept = _ranges(module)
@@ -289,12 +329,12 @@ def _record_of(path: str, module: nn.Module, form: Form, is_quantized: bool) -> 
     return dataclasses.replace(record, reason=reason, precision=dtype, sqnr_db=sqnr_db)
 
 
-def _record(path: str, module: nn.Module, form: Form) -> Record:
+def _record(path: str, module: nn.Module, form: Form, sizes: _Sizes) -> Record:
     reason = _class_obstacle(module, form) or read.obstacle(module)
     if reason is not None:
         return Record(path, form.kind, False, "eager", reason)
     ways, reasons = [], []
-    for way, reason in _ways(module, form):
+    for way, reason in _ways(module, form, sizes):
         if way not in ways:
             ways.append(way)
         if reason:
@@ -317,7 +357,7 @@ def _class_obstacle(module: nn.Module, form: Form) -> str | None:
     return None
 
 
-def _ways(module: nn.Module, form: Form) -> Iterator[tuple[str, str]]:
+def _ways(module: nn.Module, form: Form, sizes: _Sizes) -> Iterator[tuple[str, str]]:
     """For each convolution, which kernels run it and its norm, and why if they are not fused."""
     units = form.units_of(module)
     reason = None
@@ -331,14 +371,14 @@ def _ways(module: nn.Module, form: Form) -> Iterator[tuple[str, str]]:
     followed = {unit.conv for unit in units}
     for name in inside:
         if name not in followed:
-            yield _explained("norm_conv_bn_act", forms.part(module, name)), ""
+            yield _explained("norm_conv_bn_act", forms.part(module, name), sizes), ""
     for unit in units:
         pooled = form.pool is not None and reason is None and unit is units[-1]
         operator = "conv_bn_act_max_pool" if pooled else "conv_bn_act"
         if unit.conv in inside:
             operator = "norm_conv_bn_act"
         conv, norm = forms.part(module, unit.conv), forms.part(module, unit.norm)
-        yield _way(operator, unit.conv, conv, norm)
+        yield _way(operator, unit.conv, conv, norm, sizes)
         for name in (*unit.between, *unit.after):
             if read.working_parts(module, (name,)):
                 yield f"eager {name}", f"{name} is {read.described(forms.part(module, name))}"
@@ -356,7 +396,7 @@ def _ways(module: nn.Module, form: Form) -> Iterator[tuple[str, str]]:
             yield f"eager {name}", reason
         else:
             before, projection = read.split_downsample(downsample)
-            yield _way("conv_bn_act", f"{name}.{len(before)}", *projection)
+            yield _way("conv_bn_act", f"{name}.{len(before)}", *projection, sizes)
             for index, first in enumerate(before):
                 if type(first) is not nn.Identity:
                     yield "eager pooling", f"{name}.{index} is {read.described(first)}"
@@ -396,7 +436,9 @@ def _norm_way(norm: nn.Module) -> tuple[str, str]:
     return backends.explain(operator, device=like.device, dtype=like.dtype), ""
 
 
-def _way(operator: str, name: str, conv: nn.Conv2d, norm: nn.Module) -> tuple[str, str]:
+def _way(
+    operator: str, name: str, conv: nn.Conv2d, norm: nn.Module, sizes: _Sizes
+) -> tuple[str, str]:
     weight = conv.weight
     where = {"device": weight.device, "dtype": weight.dtype}
     if read.uses_batch_statistics(norm):
@@ -412,16 +454,17 @@ def _way(operator: str, name: str, conv: nn.Conv2d, norm: nn.Module) -> tuple[st
         return "eager", str(error)
     if not read.keeps_dtype(norm, x):
         return "eager", f"{name}: a FrozenBatchNorm2d in {norm.weight.dtype} after {weight.dtype}"
-    return _explained(operator, conv), ""
+    return _explained(operator, conv, sizes), ""
 
 
-def _explained(operator: str, conv: nn.Conv2d) -> str:
+def _explained(operator: str, conv: nn.Conv2d, sizes: _Sizes) -> str:
     weight = conv.weight
     return backends.explain(
         operator,
         device=weight.device,
         dtype=weight.dtype,
         weight_shape=tuple(weight.shape),
+        input_shape=sizes.get(conv, ()),
         stride=conv.stride,
         padding=conv.padding,
         dilation=conv.dilation,

@@ -17,8 +17,9 @@
 //                     product; compiled once per instruction set, by conv_avx512.cpp and
 //                     conv_avx2.cpp
 //   conv_tiles.inl    one task on a unit that multiplies tiles of bfloat16, compiled by
-//                     conv_amx.cpp for bfloat16 and conv_float32_amx.cpp for float32 in parts, and
-//                     over emulated tiles by conv_amx_emulated.cpp, conv_float32_amx_emulated.cpp
+//                     conv_amx.cpp for bfloat16 and conv_float32_*amx.cpp for float32 in parts, and
+//                     over emulated tiles by the files whose names end in _amx_emulated.cpp
+//   conv_border.cpp   outputs at the image's border, of weights that are not finite
 //   conv.h            what those share
 #pragma once
 
@@ -61,6 +62,7 @@ struct Conv {
   // pooling.
   int64_t N, C, H, W, K, R, S, P, Q;
   int64_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
+  int64_t batch;  // images of the whole call, of which N are run together; 0: those
   // A pointwise convolution whose pixels are evenly spaced in all three tensors is run over "rows"
   // of consecutive pixels, whatever the image's width: H, W, P and Q then describe those rows and
   // the last one of an image holds only last_w == last_q pixels. Otherwise last_w == W, last_q ==
@@ -70,7 +72,8 @@ struct Conv {
   const void* input;
   const void* weight;    // packed, see weight_offset() and conv_tiles.h
   int64_t weight_block;  // float32's block_k, be the kernel one on tiles
-  const float* bias;     // the convolution's own; may be null
+  bool weight_is_finite;
+  const float* bias;  // the convolution's own; may be null
   Norm norm;
   const void* residual;  // null: none
   // The prologue's, by input channel; null: none. Then comes kPrologueSlack times zero.
@@ -141,9 +144,13 @@ extern const ConvIsa kConvAvx512;
 extern const ConvIsa kConvAvx2;
 extern const ConvIsa kConvAmx;
 extern const ConvIsa kConvFloat32Amx;
+extern const ConvIsa kConvFloat32HighAmx;
+extern const ConvIsa kConvFloat32MediumAmx;
 #endif
 extern const ConvIsa kConvAmxEmulated;
 extern const ConvIsa kConvFloat32AmxEmulated;
+extern const ConvIsa kConvFloat32HighAmxEmulated;
+extern const ConvIsa kConvFloat32MediumAmxEmulated;
 
 // Whether groups of c input and k output channels are expanded. Then a vector of output channels
 // belongs to whole groups, whose input channels fit a vector too.

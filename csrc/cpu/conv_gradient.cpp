@@ -18,21 +18,25 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "checks.h"
 #include "cpu/conv_layer.h"
+#include "cpu/finite.h"
 #include "scale_shift_act.h"
 
 namespace fused_resnet::cpu {
 namespace {
 
 // [blocks of C][R][S][K][block_k] float32, taps backwards, zero where C ends inside a block.
+// Returns whether all values are finite.
 template <class T>
-void pack_transposed(const T* source, const Tensor& weight, int64_t block_k, float* packed) {
+bool pack_transposed(const T* source, const Tensor& weight, int64_t block_k, float* packed) {
   const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
   const Strides stride = strides_of(weight);
   const int64_t blocks = div_up(C, block_k);
+  std::atomic<bool> finite{true};
   // Each piece is one tap of one block.
   torch::stable::parallel_for(0, blocks * R * S, 1, [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
@@ -40,19 +44,26 @@ void pack_transposed(const T* source, const Tensor& weight, int64_t block_k, flo
       const int64_t tap = R * S - 1 - piece % (R * S);
       const T* from = source + c0 * stride.c + tap / S * stride.h + tap % S * stride.w;
       float* to = packed + piece * K * block_k;
+      uint32_t carries = 0;
       for (int64_t k = 0; k < K; ++k, from += stride.n, to += block_k) {
+        const auto put = [&](int64_t c, T value) {
+          to[c] = static_cast<float>(value);
+          carries |= carry_of_infinity(to[c]);
+        };
         if (stride.c == 1) {
-          for (int64_t c = 0; c < valid; ++c) to[c] = static_cast<float>(from[c]);
+          for (int64_t c = 0; c < valid; ++c) put(c, from[c]);
         } else {
-          for (int64_t c = 0; c < valid; ++c) to[c] = static_cast<float>(from[c * stride.c]);
+          for (int64_t c = 0; c < valid; ++c) put(c, from[c * stride.c]);
         }
         std::fill(to + valid, to + block_k, 0.0f);
       }
+      if (is_infinity_among(carries)) finite.store(false, std::memory_order_relaxed);
     }
   });
+  return finite.load();
 }
 
-Tensor packed_transposed(const Tensor& weight) {
+TransposedWeight packed_transposed(const Tensor& weight) {
   const int64_t block_k = vector_isa()->block_k;
   const int64_t C = div_up(weight.size(1), block_k) * block_k;
   const int64_t bytes = checked_product("conv_input_gradient", "weight",
@@ -60,17 +71,19 @@ Tensor packed_transposed(const Tensor& weight) {
   Tensor packed = pool_tensor({bytes / 4}, {1}, ScalarType::Float);
   float* to = packed.mutable_data_ptr<float>();
   const void* from = weight.const_data_ptr();
-  switch (weight.scalar_type()) {
-    case ScalarType::Float:
-      pack_transposed(static_cast<const float*>(from), weight, block_k, to);
-      break;
-    case ScalarType::BFloat16:
-      pack_transposed(static_cast<const torch::headeronly::BFloat16*>(from), weight, block_k, to);
-      break;
-    default:
-      pack_transposed(static_cast<const torch::headeronly::Half*>(from), weight, block_k, to);
-  }
-  return packed;
+  const bool finite = [&] {
+    switch (weight.scalar_type()) {
+      case ScalarType::Float:
+        return pack_transposed(static_cast<const float*>(from), weight, block_k, to);
+      case ScalarType::BFloat16:
+        return pack_transposed(static_cast<const torch::headeronly::BFloat16*>(from), weight,
+                               block_k, to);
+      default:
+        return pack_transposed(static_cast<const torch::headeronly::Half*>(from), weight, block_k,
+                               to);
+    }
+  }();
+  return {packed, finite};
 }
 
 void fill_zero(const Tensor& tensor) {
@@ -143,9 +156,10 @@ void conv_input_gradient(Tensor grad, Tensor weight, int64_t stride_h, int64_t s
     return;
   }
   check_memory(name, conv);
-  const Tensor packed =
+  const auto [packed, finite] =
       conv.isa == tile_isa() ? pack_transposed_tiles(weight) : packed_transposed(weight);
   conv.weight = packed.const_data_ptr();
+  conv.weight_is_finite = finite;
   conv.input = grad.const_data_ptr();
   conv.output = grad_input.mutable_data_ptr();
   if (accumulate) {

@@ -12,12 +12,18 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
+#include <memory>
 #include <string>
+#include <utility>
 
 #include "checks.h"
 #include "cpu/buffer_pool.h"
+#include "cpu/conv_border.h"
 #include "cpu/conv_tiles.h"
+#include "cpu/finite.h"
 #include "cpu/isa.h"
+#include "cpu/packed_layout.h"
 
 namespace fused_resnet::cpu {
 
@@ -65,34 +71,86 @@ const ConvIsa* conv_isa(ScalarType dtype, int64_t groups, int64_t c, int64_t k) 
 
 namespace {
 
-// Whether tiles are faster than AVX-512 for a float32 convolution that both can run, as measured in
-// ResNets' layers with 1 to 8 images on a two-core Xeon with 2 MiB of second-level cache a core.
-// What tiles take more is to split every pixel, which many output channels or taps make up for, and
-// every weight, which many pixels do.
-bool tiles_pay(const Conv& conv) {
-  if (tiles_asked_for()) return true;
+constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+
+// From how many output pixels on, of all images, tiles are faster than AVX-512 for a float32
+// convolution that both can run, as measured in ResNets' layers with 1 to 8 images on a two-core
+// Xeon with 2 MiB of second-level cache a core. What tiles take more is to split every pixel, which
+// many output channels or taps make up for, and every weight, which many pixels do.
+int64_t pixels_that_pay(const Conv& conv) {
   const int64_t c = group_c(conv), k = group_k(conv);
-  if (conv.has_pool || std::min(c, k) < 64) return false;
-  const int64_t pixels = conv.N * conv.P * conv.Q;
-  const bool strided = conv.stride_h > 1 || conv.stride_w > 1;
+  if (conv.has_pool || std::min(c, k) < 64) return kNever;
   // Of strided pixels four planes are gathered: too much for the cache beside the weights.
-  if (!is_pointwise(conv)) return strided ? c <= 256 && pixels >= 128 : pixels >= 32;
-  return std::max(c, k) >= 128 && pixels * k >= (k >= 2 * c ? 150000 : 250000);
+  const bool strided = conv.stride_h > 1 || conv.stride_w > 1;
+  if (!is_pointwise(conv)) return !strided ? 32 : c <= 256 ? 128 : kNever;
+  return std::max(c, k) >= 128 ? div_up(k >= 2 * c ? 150000 : 250000, k) : kNever;
 }
 
-// A float32 convolution's kernel. Both kinds take the same packed weight.
-const ConvIsa& float32_isa(const Conv& conv) {
-  const ConvIsa* tiles = nullptr;
+// From how many output pixels on a float32 convolution runs on tiles.
+int64_t least_pixels_on_tiles(const Conv& conv) {
+  if (tile_unit() == TileUnit::none || conv.expanded ||
+      !fills_tiles(conv.groups, group_c(conv), group_k(conv))) {
+    return kNever;
+  }
+  return tiles_asked_for() ? 0 : pixels_that_pay(conv);
+}
+
+// How many products of bfloat16 stand for one of float32, and their kernels.
+struct Float32Kernels {
+  int64_t products;
+  const ConvIsa *amx, *emulated;
+};
+
+constexpr Float32Kernels kFloat32Kernels[] = {
 #if defined(__x86_64__)
-  if (tile_unit() == TileUnit::amx) tiles = &kConvFloat32Amx;
+    {6, &kConvFloat32Amx, &kConvFloat32AmxEmulated},
+    {3, &kConvFloat32HighAmx, &kConvFloat32HighAmxEmulated},
+    {1, &kConvFloat32MediumAmx, &kConvFloat32MediumAmxEmulated},
+#else
+    {6, nullptr, &kConvFloat32AmxEmulated},
+    {3, nullptr, &kConvFloat32HighAmxEmulated},
+    {1, nullptr, &kConvFloat32MediumAmxEmulated},
 #endif
-  if (tile_unit() == TileUnit::emulated) tiles = &kConvFloat32AmxEmulated;
-  const bool can_run =
-      tiles != nullptr && !conv.expanded && fills_tiles(conv.groups, group_c(conv), group_k(conv));
-  return can_run && tiles_pay(conv) ? *tiles : *conv.isa;
+};
+
+// Those in use: of the process, as is torch's setting that they follow.
+std::atomic<const Float32Kernels*> float32_kernels{&kFloat32Kernels[0]};
+
+// A float32 convolution's kernel. All kinds take the same packed weight.
+const ConvIsa& float32_isa(const Conv& conv) {
+  const int64_t images = std::max(conv.batch, conv.N);
+  if (images * conv.P * conv.Q < least_pixels_on_tiles(conv)) return *conv.isa;
+  const Float32Kernels& kernels = *float32_kernels.load(std::memory_order_relaxed);
+  return tile_unit() == TileUnit::amx ? *kernels.amx : *kernels.emulated;
 }
 
 }  // namespace
+
+void set_float32_products(int64_t products) {
+  for (const Float32Kernels& kernels : kFloat32Kernels) {
+    if (kernels.products != products) continue;
+    float32_kernels.store(&kernels, std::memory_order_relaxed);
+    return;
+  }
+  FR_CHECK(false, "set_float32_products: products is ", products, ", must be 6, 3 or 1");
+}
+
+int64_t float32_pixels_for_tiles(std::vector<int64_t> weight_shape, std::vector<int64_t> stride,
+                                 int64_t groups, bool has_pool) {
+  FR_CHECK(weight_shape.size() == 4 && stride.size() == 2 && groups > 0,
+           "float32_pixels_for_tiles: weight_shape must have 4 numbers, stride 2, groups be "
+           "positive");
+  if (vector_isa() == nullptr) return -1;
+  Conv conv{};
+  conv.K = weight_shape[0], conv.C = weight_shape[1] * groups;
+  conv.R = weight_shape[2], conv.S = weight_shape[3];
+  conv.stride_h = stride[0], conv.stride_w = stride[1];
+  conv.groups = groups;
+  conv.has_pool = has_pool;
+  conv.expanded = is_expanded(groups, weight_shape[1], conv.K / groups, vector_isa()->lanes);
+  const int64_t pixels = least_pixels_on_tiles(conv);
+  return pixels == kNever ? -1 : pixels;
+}
 
 int64_t l2_bytes() {
   static const int64_t bytes = [] {
@@ -108,8 +166,14 @@ bool exceeds_caches(const Tensor& tensor) {
 
 namespace {
 
-Tensor tensor_in_memory(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                        ScalarType dtype, void* (*allocate)(size_t), void (*release)(void*));
+// Of memory until it is a tensor's.
+using Memory = std::unique_ptr<void, void (*)(void*)>;
+
+// For a dense tensor.
+Memory allocated(const std::vector<int64_t>& sizes, ScalarType dtype, void* (*allocate)(size_t),
+                 void (*release)(void*));
+Tensor tensor_in(Memory memory, const std::vector<int64_t>& sizes,
+                 const std::vector<int64_t>& strides, ScalarType dtype);
 
 template <class F>
 auto with_element_type(const Tensor& tensor, const char* name, F&& f) {
@@ -129,54 +193,38 @@ auto with_element_type(const Tensor& tensor, const char* name, F&& f) {
 
 // ---- weight packing ----------------------------------------------------------------------------
 
-struct WeightShape {
-  int64_t K, C, R, S;  // C counts the channels of one group
+struct WeightShape : PackedLayout {
+  int64_t R, S;
   Strides stride;
   const ConvIsa* isa;
-  bool tiled, expanded;
-  int64_t groups, block_k;  // of the packed weight: expanded groups count as one
-  TiledWeight tiles;
 
   WeightShape(const Tensor& weight, int64_t group_count)
-      : K(weight.size(0)),
-        C(weight.size(1)),
-        R(weight.size(2)),
-        S(weight.size(3)),
-        stride(strides_of(weight)),
-        isa(conv_isa(weight.scalar_type(), group_count, C, K / group_count)),
-        tiled(isa == tile_isa()),
-        expanded(!tiled && K > 0 && is_expanded(group_count, C, K / group_count, isa->lanes)),
-        groups(expanded ? 1 : group_count),
-        block_k(expanded ? isa->lanes : isa->block_k),
-        tiles(tiled_weight(K / group_count, C, R * S)) {}
+      : WeightShape(weight, group_count,
+                    *conv_isa(weight.scalar_type(), group_count, weight.size(1),
+                              weight.size(0) / group_count)) {}
 
   // The same, transposed: see pack_transposed_tiles(). The source is then the last tap.
   WeightShape transposed() const {
     WeightShape t = *this;
     t.K = C, t.C = K;
     t.stride = {stride.c, stride.n, -stride.h, -stride.w};
-    t.tiles = tiled_weight(t.K, t.C, R * S);
+    t.tiles = tiled_weight(t.K, t.C, taps);
     return t;
   }
 
-  int64_t blocks() const { return div_up(K / groups, block_k); }
-  // Values of a block, and of all.
-  int64_t block_size() const { return tiled ? tiled_block_size(tiles) : R * S * C * block_k; }
-  int64_t packed_size() const { return groups * blocks() * block_size(); }
   ScalarType packed_dtype() const { return tiled ? ScalarType::BFloat16 : ScalarType::Float; }
   int64_t source(int64_t k, int64_t c, int64_t r, int64_t s) const {
     return k * stride.n + c * stride.c + r * stride.h + s * stride.w;
   }
 
-  // The place in the packed weight of output channel k, channel c of its group and tap (r, s).
-  int64_t packed_place(int64_t k, int64_t c, int64_t r, int64_t s) const {
-    const int64_t group_k = K / groups, group = groups == 1 ? 0 : k / group_k;
-    const int64_t in_group = k - group * group_k, tap = r * S + s;
-    if (tiled) return tiled_weight_offset(tiles, group, in_group, c, tap);
-    const int shift = __builtin_ctzll(static_cast<uint64_t>(block_k));  // a power of two
-    const int64_t block = (group == 0 ? 0 : group * blocks()) + (in_group >> shift);
-    return block * block_size() + (((tap * C + c) << shift) + (in_group & (block_k - 1)));
-  }
+ private:
+  WeightShape(const Tensor& weight, int64_t group_count, const ConvIsa& its_isa)
+      : PackedLayout(weight.size(0), weight.size(1), weight.size(2) * weight.size(3), group_count,
+                     its_isa, &its_isa == tile_isa()),
+        R(weight.size(2)),
+        S(weight.size(3)),
+        stride(strides_of(weight)),
+        isa(&its_isa) {}
 };
 
 // One block of output channels, from `channel` on, `valid` of them.
@@ -215,26 +263,27 @@ void pack_block(const T* source, const WeightShape& shape, int64_t channel, int6
   }
 }
 
+// What packs a weight returns whether all of its values are finite.
 template <class T, class Packed>
-void pack_as(const T* source, const WeightShape& shape, Packed* packed) {
+bool pack_as(const T* source, const WeightShape& shape, Packed* packed) {
   const int64_t block_k = shape.block_k, blocks = shape.blocks();
   const int64_t group_k = shape.K / shape.groups;
+  std::atomic<bool> finite{true};
   torch::stable::parallel_for(0, shape.groups * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k0 = i % blocks * block_k;
-      pack_block(source, shape, i / blocks * group_k + k0, std::min(block_k, group_k - k0),
-                 packed + i * shape.block_size());
+      Packed* block = packed + i * shape.block_size();
+      pack_block(source, shape, i / blocks * group_k + k0, std::min(block_k, group_k - k0), block);
+      if (!all_finite(block, shape.block_size())) finite.store(false, std::memory_order_relaxed);
     }
   });
+  return finite.load();
 }
 
 template <class T>
-void pack(const T* source, const WeightShape& shape, void* packed) {
-  if (shape.tiled) {
-    pack_as(source, shape, static_cast<BFloat16*>(packed));
-  } else {
-    pack_as(source, shape, static_cast<float*>(packed));
-  }
+bool pack(const T* source, const WeightShape& shape, void* packed) {
+  return shape.tiled ? pack_as(source, shape, static_cast<BFloat16*>(packed))
+                     : pack_as(source, shape, static_cast<float*>(packed));
 }
 
 // How many values of a weight each call compares with the packed copy. If one in a hundred has
@@ -272,7 +321,7 @@ bool sample_is_packed(const T* source, const WeightShape& shape, const Packed* p
     const int64_t r = (part(16, 12) * shape.R) >> 12;
     const int64_t s = (part(4, 12) * shape.S) >> 12;
     places[i] = shape.source(k, c, r, s);
-    packed_places[i] = shape.packed_place(k, c, r, s);
+    packed_places[i] = shape.place(k, c, r * shape.S + s);
     __builtin_prefetch(source + places[i]);
     __builtin_prefetch(packed + packed_places[i]);
   }
@@ -363,7 +412,8 @@ void check_weight(const Tensor& weight, int64_t groups) {
 }
 
 // What a packed weight was made of. It is kept in the packed tensor's strides, as those of
-// dimensions of size one, which address nothing: so no packed weight is without it.
+// dimensions of size one, which address nothing: so no packed weight is without it. Behind it is
+// another one, 1 where all values are finite, else 0.
 using Origin = std::array<int64_t, 11>;
 
 Origin origin_of(const Tensor& weight, const WeightShape& shape, int64_t groups) {
@@ -388,10 +438,16 @@ bool has_origin(const Tensor& packed, const Tensor& weight, const WeightShape& s
   const auto strides = packed.strides();
   const ScalarType dtype = packed.scalar_type();
   FR_CHECK((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) &&
-               packed.is_contiguous() && strides.size() == origin.size() + 1,
+               packed.is_contiguous() && strides.size() == origin.size() + 2,
            "conv_bn_act: packed must be a result of pack_conv_weight");
   return dtype == shape.packed_dtype() && packed.numel() == shape.packed_size() &&
          std::equal(origin.begin(), origin.end(), strides.begin());
+}
+
+bool is_finite(const Tensor& packed) {
+  constexpr size_t place = std::tuple_size_v<Origin>;
+  const auto strides = packed.strides();
+  return strides.size() <= place || strides[place] != 0;
 }
 
 // Whether `packed` has the weight's values, as far as a sample tells.
@@ -494,14 +550,13 @@ Tensor pack_conv_weight(Tensor weight, int64_t groups) {
   check_weight(weight, groups);
   const WeightShape shape(weight, groups);
   const Origin origin = origin_of(weight, shape, groups);
-  std::vector<int64_t> sizes(origin.size(), 1), strides(origin.begin(), origin.end());
+  std::vector<int64_t> sizes(origin.size() + 1, 1), strides(origin.begin(), origin.end());
   sizes.push_back(shape.packed_size());
-  strides.push_back(1);
-  Tensor packed =
-      tensor_in_memory(sizes, strides, shape.packed_dtype(), weight_allocate, weight_release);
-  with_element_type(weight, "weight",
-                    [&](const auto* source) { pack(source, shape, packed.mutable_data_ptr()); });
-  return packed;
+  Memory memory = allocated(sizes, shape.packed_dtype(), weight_allocate, weight_release);
+  const bool finite = with_element_type(
+      weight, "weight", [&](const auto* source) { return pack(source, shape, memory.get()); });
+  strides.insert(strides.end(), {finite ? 1 : 0, 1});
+  return tensor_in(std::move(memory), sizes, strides, shape.packed_dtype());
 }
 
 bool conv_weight_is_packed(Tensor weight, Tensor packed, int64_t groups) {
@@ -514,14 +569,14 @@ bool conv_weight_is_packed(Tensor weight, Tensor packed, int64_t groups) {
   });
 }
 
-Tensor pack_transposed_tiles(Tensor weight) {
+TransposedWeight pack_transposed_tiles(Tensor weight) {
   const WeightShape shape(weight, 1), transposed = shape.transposed();
   Tensor packed = pool_tensor({transposed.packed_size()}, {1}, transposed.packed_dtype());
-  with_element_type(weight, "weight", [&](const auto* source) {
-    pack(source + shape.source(0, 0, shape.R - 1, shape.S - 1), transposed,
-         packed.mutable_data_ptr());
+  const bool finite = with_element_type(weight, "weight", [&](const auto* source) {
+    return pack(source + shape.source(0, 0, shape.R - 1, shape.S - 1), transposed,
+                packed.mutable_data_ptr());
   });
-  return packed;
+  return {packed, finite};
 }
 
 bool seems_current(const ConvLayer& layer) {
@@ -543,7 +598,7 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
   const FilterAxis rows("conv_bn_act", H, weight.size(2), layer.stride_h, layer.pad_h, layer.dil_h);
   const FilterAxis columns("conv_bn_act", W, weight.size(3), layer.stride_w, layer.pad_w,
                            layer.dil_w);
-  conv.N = N;
+  conv.N = conv.batch = N;
   conv.C = C;
   conv.H = H;
   conv.W = conv.last_w = W;
@@ -568,6 +623,7 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
   is_current = !compares || seems_current(layer.packed, weight, shape, layer.groups);
   conv.isa = shape.isa;
   conv.weight = layer.packed.const_data_ptr();
+  conv.weight_is_finite = is_finite(layer.packed);
   conv.norm.mean = as_float32(layer.running_mean, "running_mean", conv.K, copies_[0]);
   conv.norm.var = as_float32(layer.running_var, "running_var", conv.K, copies_[1]);
   if (layer.bn_weight) {
@@ -725,9 +781,35 @@ void check_scratch_size(const Conv& conv) {
 
 }  // namespace
 
+namespace {
+
+// An image at a time, for what is kept of its border.
+void run_with_border(const Conv& conv) {
+  const int64_t item = conv.dtype == Dtype::kFloat32 ? 4 : 2;
+  const auto image_of = [&](const void* tensor, int64_t stride, int64_t n) {
+    return tensor == nullptr ? nullptr : static_cast<const char*>(tensor) + n * stride * item;
+  };
+  const PackedLayout layout(conv.K, group_c(conv), conv.R * conv.S, conv.groups, *conv.isa,
+                            conv.isa == tile_isa());
+  for (int64_t n = 0; n < conv.N; ++n) {
+    Conv image = conv;
+    image.N = 1;
+    image.weight_is_finite = true;
+    image.input = image_of(conv.input, conv.in.n, n);
+    image.residual = image_of(conv.residual, conv.res.n, n);
+    image.output = static_cast<char*>(conv.output) + n * conv.out.n * item;
+    const BorderOutputs border(image, layout);
+    run_conv(image);
+    border.store(image);
+  }
+}
+
+}  // namespace
+
 void run_conv(Conv conv) {
   if (conv.N == 0) return;
   check_scratch_size(conv);
+  if (!conv.weight_is_finite && (conv.pad_h > 0 || conv.pad_w > 0)) return run_with_border(conv);
   if (conv.dtype == Dtype::kFloat32) {
     conv.weight_block = conv.isa->block_k;
     conv.isa = &float32_isa(conv);
@@ -803,10 +885,15 @@ int64_t dense_bytes(const std::vector<int64_t>& sizes, ScalarType dtype) {
 
 namespace {
 
-Tensor tensor_in_memory(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                        ScalarType dtype, void* (*allocate)(size_t), void (*release)(void*)) {
-  void* memory = allocate(static_cast<size_t>(dense_bytes(sizes, dtype)));
-  return torch::stable::from_blob(memory, sizes, strides,
+Memory allocated(const std::vector<int64_t>& sizes, ScalarType dtype, void* (*allocate)(size_t),
+                 void (*release)(void*)) {
+  return {allocate(static_cast<size_t>(dense_bytes(sizes, dtype))), release};
+}
+
+Tensor tensor_in(Memory memory, const std::vector<int64_t>& sizes,
+                 const std::vector<int64_t>& strides, ScalarType dtype) {
+  const auto release = memory.get_deleter();
+  return torch::stable::from_blob(memory.release(), sizes, strides,
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
                                   release);
 }
@@ -835,7 +922,7 @@ Tensor pool_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>
         aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
   }
-  return tensor_in_memory(sizes, strides, dtype, pool_allocate, pool_release);
+  return tensor_in(allocated(sizes, dtype, pool_allocate, pool_release), sizes, strides, dtype);
 }
 
 Tensor empty_activation(int64_t N, int64_t C, int64_t H, int64_t W, ScalarType dtype,

@@ -48,13 +48,25 @@ const ConvIsa* tile_isa();
 // The kernels that run a convolution whose groups have c input and k output channels, or null.
 const ConvIsa* conv_isa(torch::headeronly::ScalarType dtype, int64_t groups, int64_t c, int64_t k);
 
+// How many products of bfloat16 stand for one of float32 on tiles from now on: 6, 3 or 1.
+void set_float32_products(int64_t products);
+
+// From how many output pixels on, of all images, a float32 convolution with such a weight
+// (K, C / groups, R, S) runs on tiles; -1: it never does.
+int64_t float32_pixels_for_tiles(std::vector<int64_t> weight_shape, std::vector<int64_t> stride,
+                                 int64_t groups, bool has_pool);
+
 // A weight (K, C / groups, R, S) in the layout of the kernel that will read it; see weight_offset()
 // in conv.h and tiled_weight_offset() in conv_tiles.h.
 torch::stable::Tensor pack_conv_weight(torch::stable::Tensor weight, int64_t groups);
 
 // The weight of the convolution that passes a gradient back, for kernels on tiles: input and output
 // channels have changed places and the taps run backwards.
-torch::stable::Tensor pack_transposed_tiles(torch::stable::Tensor weight);
+struct TransposedWeight {
+  torch::stable::Tensor packed;
+  bool is_finite;
+};
+TransposedWeight pack_transposed_tiles(torch::stable::Tensor weight);
 
 // Whether `packed` is `weight` in the kernel's layout, value by value.
 bool conv_weight_is_packed(torch::stable::Tensor weight, torch::stable::Tensor packed,

@@ -2,7 +2,7 @@
 // including file, which defines
 //   Element           vectors of the tensors' elements; see vectors.h
 //   Storage           such an element in memory
-//   kParts            how many bfloat16 a value is made of: 1 for bfloat16, 3 for float32
+//   kParts            how many bfloat16 stand for a value: 1 for bfloat16, up to 3 for float32
 // includes one of tiles_amx.h and tiles_emulated.h, with
 //   Value             vectors of float32
 //   square_root()     of such a vector
@@ -34,8 +34,9 @@
 // since weights are rounded to their parts. A block goes through the reduction twice, first for the
 // small products, 20 a step, then for the large, 4 a step, which go on with the same sums: so small
 // products are rounded as small sums are, and the large ones once for 32. It never waits for a sum.
-// In memory both are float32; pixels are split when they are gathered, and weights, which are
-// packed as for the vector kernels, when a task comes to them.
+// Where the user has torch be less exact, there are two parts and the products x0 w1, x1 w0 and x0
+// w0, or one. In memory both are float32; pixels are split when they are gathered, and weights,
+// which are packed as for the vector kernels, when a task comes to them.
 //
 // Memory traffic: as conv.h says; the slab is written and read in the second-level cache.
 //
@@ -57,6 +58,8 @@ constexpr int kWidth = Value::width;
 
 using Part = uint16_t;  // of a value, in tiles: a bfloat16's bits
 constexpr int64_t kItem = sizeof(Storage);
+// Whether values are split into their parts.
+constexpr bool kSplit = kItem != sizeof(Part);
 
 FR_INLINE Element::Register load(const Storage* p) {
   return Element::load(reinterpret_cast<const Element::Element*>(p));
@@ -107,7 +110,7 @@ struct Layout {
         w(conv.stride_w, conv.dil_w, conv.pad_w, conv.S),
         weight(tiled_weight(group_k(conv), group_c(conv), conv.R * conv.S)) {
     const bool in_place =
-        kParts == 1 && is_pointwise(conv) && conv.stride_h == 1 && conv.stride_w == 1 &&
+        !kSplit && is_pointwise(conv) && conv.stride_h == 1 && conv.stride_w == 1 &&
         conv.pad_h == 0 && conv.pad_w == 0 && conv.in_scale == nullptr && conv.in.c == 1 &&
         group_c(conv) % kTileDepth == 0 && (conv.in.h == conv.W * conv.in.w || conv.P == 1);
     form = in_place ? Form::kInPlace : weight.dense ? Form::kDense : Form::kSlab;
@@ -212,7 +215,7 @@ struct Scratch {
     conv_rows =
         reinterpret_cast<Storage*>(take(conv.has_pool ? rows * conv.Q * conv.K * kItem : 0));
     const int64_t split_blocks = conv.keeps_weight ? task.block_end - task.block_begin : 1;
-    weights = take(kParts > 1 ? split_blocks * layout.weight.chunks * kParts * kPartBytes : 0);
+    weights = take(kSplit ? split_blocks * layout.weight.chunks * kParts * kPartBytes : 0);
     bytes = next - static_cast<char*>(memory);
   }
 };
@@ -293,7 +296,7 @@ struct InParts {
         x[v] = Value::where_bits((1u << rest) - 1, normalised(x[v], scale + first, shift + first));
       }
     }
-    split<false>(dst, part, x);
+    split<kParts, false>(dst, part, x);
   }
 };
 
@@ -359,7 +362,7 @@ void gather_row(const To& target, const Conv& conv, int64_t group, int64_t n, in
 }
 
 auto slab_target(const Scratch& scratch) {
-  if constexpr (kParts == 1) {
+  if constexpr (!kSplit) {
     return Whole{};
   } else {
     return InParts{scratch.part / 2};
@@ -407,7 +410,7 @@ void gather_dense(const Conv& conv, const Task& task, const Layout& layout, int6
     for (int64_t q = 0; q < conv.Q; ++q, pixel += size) {
       const Storage* from =
           scratch.input_rows + p * conv.stride_h * pitch + q * conv.stride_w * channels;
-      Storage* const begin = kParts == 1 ? reinterpret_cast<Storage*>(pixel) : scratch.pixel;
+      Storage* const begin = !kSplit ? reinterpret_cast<Storage*>(pixel) : scratch.pixel;
       Storage *to = begin, *const end = begin + size;
       // What a copy writes behind its run the next one overwrites.
       for (int64_t r = 0; r < conv.R; ++r, from += conv.dil_h * pitch) {
@@ -416,7 +419,7 @@ void gather_dense(const Conv& conv, const Task& task, const Layout& layout, int6
         }
       }
       zero(to, end - to);
-      if constexpr (kParts > 1) {
+      if constexpr (kSplit) {
         for (int64_t i = 0; i < size; i += kTileDepth) {
           InParts{scratch.part / 2}.put(pixel + i, 0, begin + i, kTileDepth, nullptr, nullptr);
         }
@@ -531,7 +534,7 @@ void split_weights(const WeightRows& rows, int64_t chunks, int64_t taps, char* t
         for (int64_t i = 0; i < kTileDepth / 2; ++i, row += kTileDepth) {
           load_half(rows.at(chunk, tap, i, half), x);
           load_half(rows.at(chunk, tap, i + kTileDepth / 2, half), x + kVectors);
-          split<true>(row, kTiledPart, x);
+          split<kParts, true>(row, kTiledPart, x);
         }
       }
     }
@@ -565,6 +568,8 @@ FR_INLINE float part_value(const char* p) {
 
 // The value whose parts are so many bytes apart. An infinity's other parts are zeros.
 FR_INLINE float whole_value(const char* p, int64_t part) {
+  if constexpr (kParts == 1) return part_value(p);
+  if constexpr (kParts == 2) return part_value(p) + part_value(p + part);
   return part_value(p) + (part_value(p + part) + part_value(p + 2 * part));
 }
 
@@ -574,12 +579,14 @@ FR_INLINE float whole_value(const char* p, int64_t part) {
 __attribute__((noinline)) void multiply_again(const Product& product, int64_t pixel, float* sums) {
   constexpr int kHalf = 16 / kWidth, kVectors = 2 * kHalf;
   const Tile& tile = product.tiles[pixel / kTileRows];
-  Value::Register sum[kVectors], weights[kVectors];
-  FR_FOR (v, kVectors) sum[v] = Value::broadcast(0);
+  Value::Register total[kVectors], sum[kVectors], weights[kVectors];
+  FR_FOR (v, kVectors) total[v] = Value::broadcast(0);
   for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
     for (int64_t tap = 0; tap < product.taps; ++tap) {
       const char* in =
           tile.in + pixel % kTileRows * tile.stride + product.offsets[tap] + chunk * product.chunk;
+      // A sum of sums: the error of one long chain would grow with its length.
+      FR_FOR (v, kVectors) sum[v] = Value::broadcast(0);
       // In the order of a tile's row.
       for (int64_t j = 0; j < kTileDepth; ++j, in += sizeof(Part)) {
         const int64_t i = j / 2 + (j % 2 == 0 ? kTileDepth / 2 : 0);
@@ -588,9 +595,10 @@ __attribute__((noinline)) void multiply_again(const Product& product, int64_t pi
         const Value::Register x = Value::broadcast(whole_value(in, product.part));
         FR_FOR (v, kVectors) sum[v] = Value::multiply_add(x, weights[v], sum[v]);
       }
+      FR_FOR (v, kVectors) total[v] = Value::add(total[v], sum[v]);
     }
   }
-  FR_FOR (v, kVectors) Value::store(sums + v * kWidth, sum[v]);
+  FR_FOR (v, kVectors) Value::store(sums + v * kWidth, total[v]);
 }
 
 // A pixel's sums, kN times 16.
@@ -599,7 +607,7 @@ FR_INLINE void load_sums(const Product& product, int64_t pixel, const float* sum
                          Value::Register* y) {
   constexpr int kVectors = kN * 16 / kWidth;
   FR_FOR (v, kVectors) y[v] = Value::load(sums + v * kWidth);
-  if constexpr (kParts > 1) {
+  if constexpr (kSplit) {
     if (__builtin_expect(is_doubtful<kVectors>(y), 0)) {
       alignas(64) float again[kTileBlockK];
       multiply_again(product, pixel, again);
@@ -774,7 +782,7 @@ struct Constant {
 // a share of what is pending.
 template <int kM, int kN>
 void multiply(const Product& product, float* sums, Pending& pending) {
-  constexpr int64_t kProducts = kParts > 1 ? 6 : 1;
+  constexpr int64_t kProducts = kParts * (kParts + 1) / 2;
   const int64_t share = div_up(pending.pixels, product.chunks * product.taps * kProducts);
   const char *in0 = product.tiles[0].in, *in1 = product.tiles[kM - 1].in;
   const int64_t stride0 = product.tiles[0].stride, stride1 = product.tiles[kM - 1].stride;
@@ -795,6 +803,10 @@ void multiply(const Product& product, float* sums, Pending& pending) {
       const int64_t offset = product.offsets[tap] + chunk * product.chunk;
       if constexpr (kParts == 1) {
         step(load, load, offset, weight);
+      } else if constexpr (kParts == 2) {
+        step(load, load, offset, weight + kPartBytes);
+        step(keep, load, offset, weight);
+        step(load, keep, offset + product.part, nullptr);
       } else {
         step(load, load, offset, weight + 2 * kPartBytes);
         step(keep, load, offset, weight + kPartBytes);
@@ -810,7 +822,7 @@ void multiply(const Product& product, float* sums, Pending& pending) {
       }
     }
   }
-  if constexpr (kParts > 1) {
+  if constexpr (kParts == 3) {
     weight = product.weight;
     for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
       for (int64_t tap = 0; tap < product.taps; ++tap, weight += kParts * kPartBytes) {
@@ -914,12 +926,11 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
   const int64_t reduction = layout.weight.taps * layout.weight.C;
   const int64_t split_bytes = layout.weight.chunks * kParts * kPartBytes;
   const int64_t block_bytes =
-      kParts == 1 ? tiled_block_size(layout.weight) * 2 : reduction * kTileBlockK * kItem;
+      !kSplit ? tiled_block_size(layout.weight) * 2 : reduction * kTileBlockK * kItem;
   // Packed blocks of 16 channels or of 32.
-  const int64_t narrow = kParts > 1 ? kTileBlockK / conv.weight_block : 1;
-  const int64_t group_bytes = kParts == 1
-                                  ? blocks * block_bytes
-                                  : div_up(channels, conv.weight_block) * block_bytes / narrow;
+  const int64_t narrow = kSplit ? kTileBlockK / conv.weight_block : 1;
+  const int64_t group_bytes =
+      !kSplit ? blocks * block_bytes : div_up(channels, conv.weight_block) * block_bytes / narrow;
   WeightRows rows{nullptr,   kTileBlockK / narrow, narrow == 1 ? 16 : reduction * 16,
                   true,      layout.weight.taps,   layout.weight.C,
                   reduction, layout.weight.dense};
@@ -987,7 +998,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
         weights.add(weight + block_bytes, block_bytes);
       }
       weights.divide(products);
-      if constexpr (kParts > 1) {
+      if constexpr (kSplit) {
         rows.first = reinterpret_cast<const float*>(weight);
         rows.has_both = narrow == 1 || e.channels > 16;
         weight = scratch.weights + (conv.keeps_weight ? block - task.block_begin : 0) * split_bytes;

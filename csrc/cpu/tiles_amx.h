@@ -72,13 +72,14 @@ inline __attribute__((always_inline)) bool is_doubtful(const __m512* y) {
   return found;
 }
 
-// The parts of 32 values, so many apart: see InParts in conv_tiles.inl.
-template <bool kRounded>
+// The first parts of 32 values, so many apart: see InParts in conv_tiles.inl. All but the last of
+// three are cut off, or rounded, and the last that is not all that is left is rounded.
+template <int kParts, bool kRounded>
 inline __attribute__((always_inline)) void split(uint16_t* dst, int64_t part, const __m512* x) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  const auto first_part = [&](__m512 y) {
+  const auto part_of = [&](__m512 y, bool rounded) {
     __m512i bits = _mm512_castps_si512(y);
-    if constexpr (kRounded) bits = _mm512_add_epi32(bits, _mm512_set1_epi32(0x8000));
+    if (rounded) bits = _mm512_add_epi32(bits, _mm512_set1_epi32(0x8000));
     return _mm512_castsi512_ps(_mm512_and_si512(bits, upper));
   };
   // The upper halves of a behind those of b.
@@ -90,7 +91,7 @@ inline __attribute__((always_inline)) void split(uint16_t* dst, int64_t part, co
   constexpr int kNotFinite = 0x99;
   const __mmask16 odd_a = _mm512_fpclass_ps_mask(x[0], kNotFinite);
   const __mmask16 odd_b = _mm512_fpclass_ps_mask(x[1], kNotFinite);
-  __m512 a = first_part(x[0]), b = first_part(x[1]);
+  __m512 a = part_of(x[0], kRounded || kParts == 1), b = part_of(x[1], kRounded || kParts == 1);
   __m512 rest_a = _mm512_sub_ps(x[0], a), rest_b = _mm512_sub_ps(x[1], b);
   if (__builtin_expect((odd_a | odd_b) != 0, 0)) {
     // A NaN whose payload is in its lower half is none in the upper.
@@ -104,9 +105,11 @@ inline __attribute__((always_inline)) void split(uint16_t* dst, int64_t part, co
     keep(b, rest_b, x[1], odd_b);
   }
   put(0, a, b);
-  a = first_part(rest_a), b = first_part(rest_b);
-  put(1, a, b);
-  put(2, _mm512_sub_ps(rest_a, a), _mm512_sub_ps(rest_b, b));
+  if constexpr (kParts > 1) {
+    a = part_of(rest_a, kRounded || kParts == 2), b = part_of(rest_b, kRounded || kParts == 2);
+    put(1, a, b);
+  }
+  if constexpr (kParts > 2) put(2, _mm512_sub_ps(rest_a, a), _mm512_sub_ps(rest_b, b));
 }
 
 inline __attribute__((always_inline)) void zero_sums() {

@@ -54,15 +54,16 @@ inline bool is_doubtful(const float* y) {
   return false;
 }
 
-template <bool kRounded>
+template <int kParts, bool kRounded>
 inline void split(uint16_t* dst, int64_t part, const float* x) {
   for (int i = 0; i < 32; ++i) {
     float rest = x[i] != x[i] ? __builtin_nanf("") : x[i];
     const bool finite = __builtin_fabsf(rest) <= __FLT_MAX__;
-    for (int p = 0; p < 3; ++p) {
+    for (int p = 0; p < kParts; ++p) {
       uint32_t bits;
       memcpy(&bits, &rest, sizeof(bits));
-      if (kRounded && finite && p < 2) bits += 0x8000;
+      const bool rounded = p < 2 && (kRounded || p + 1 == kParts);
+      if (rounded && finite) bits += 0x8000;
       const uint16_t upper = static_cast<uint16_t>(bits >> 16);
       dst[p * part + (i < 16 ? 2 * i + 1 : 2 * (i - 16))] = upper;
       rest = finite ? rest - to_float(BFloat16{upper}) : 0;

@@ -65,7 +65,7 @@ inline __attribute__((always_inline)) void pair_rows(uint16_t* dst, int64_t half
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     const __m512 x[2] = {_mm512_loadu_ps(first + 16 * i), _mm512_loadu_ps(second + 16 * i)};
-    split<false>(dst + i * half, part, x);
+    split<3, false>(dst + i * half, part, x);
   }
 }
 
@@ -92,7 +92,7 @@ inline void transpose_rows(uint16_t* dst, int64_t half, int64_t part, const floa
     transpose(second);
     for (int i = 0; i < 16; ++i) {
       const __m512 x[2] = {_mm512_castsi512_ps(first[i]), _mm512_castsi512_ps(second[i])};
-      split<true>(dst + i * 32, part, x);
+      split<3, true>(dst + i * 32, part, x);
     }
   }
 }

@@ -24,7 +24,7 @@ inline void pair_rows(uint16_t* dst, int64_t half, int64_t part, const float* fi
     float x[32];
     memcpy(x, first + 16 * i, 64);
     memcpy(x + 16, second + 16 * i, 64);
-    split<false>(dst + i * half, part, x);
+    split<3, false>(dst + i * half, part, x);
   }
 }
 
@@ -41,7 +41,7 @@ inline void transpose_rows(uint16_t* dst, int64_t half, int64_t part, const floa
   for (int c = 0; c < 32; ++c) {
     float x[32];
     for (int i = 0; i < 32; ++i) x[i] = rows[i][c];
-    split<true>(dst + c / 16 * half + c % 16 * 32, part, x);
+    split<3, true>(dst + c / 16 * half + c % 16 * 32, part, x);
   }
 }
 

@@ -380,13 +380,15 @@ __attribute__((noinline)) void sum_again(const WeightGradient& g, const Channels
                                          float* sums) {
   constexpr int kVectors = kBlock / kWidth;
   alignas(64) Storage few[kBlock];
-  Value::Register sum[kVectors];
-  FR_FOR (v, kVectors) sum[v] = Value::broadcast(0);
+  Value::Register total[kVectors], sum[kVectors];
+  FR_FOR (v, kVectors) total[v] = Value::broadcast(0);
   for (int64_t n = 0; n < g.N; ++n) {
     for (int64_t p = 0; p < g.P; ++p) {
       const int64_t h = p * g.stride_h + r * g.dil_h - g.pad_h;
       if (h < 0 || h >= g.H) continue;
       const int64_t width = h + 1 == g.H ? g.last_w : g.W, count = p + 1 == g.P ? g.last_q : g.Q;
+      // A sum of sums: the error of one long chain would grow with its length.
+      FR_FOR (v, kVectors) sum[v] = Value::broadcast(0);
       for (int64_t q = 0; q < count; ++q) {
         const int64_t w = q * g.stride_w + s * g.dil_w - g.pad_w;
         if (w < 0 || w >= width) continue;
@@ -401,9 +403,10 @@ __attribute__((noinline)) void sum_again(const WeightGradient& g, const Channels
             Value::broadcast(load_one(rows.data + (g.swapped ? in : out) + row * rows.stride));
         FR_FOR (v, kVectors) sum[v] = Value::multiply_add(x, load(pixel + v * kWidth), sum[v]);
       }
+      FR_FOR (v, kVectors) total[v] = Value::add(total[v], sum[v]);
     }
   }
-  FR_FOR (v, kVectors) Value::store(sums + v * kWidth, sum[v]);
+  FR_FOR (v, kVectors) Value::store(sums + v * kWidth, total[v]);
 }
 
 // The result of one block and tap, from its sums over each split, `next` floats apart.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..layers.description import ConvNorm, Norm, Pool, Sums
+from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
 from ..layers.quantized import Quantization, QuantizedBlock, QuantizedStem
 from . import library
 from .recording import Recorder
@@ -116,8 +116,14 @@ class Backend:
         """See `reference.batch_norm_act_inference`."""
         return library.batch_norm_act_inference(input, norm, residual, activation)
 
-    def residual_blocks(self, input: Tensor, *described: Any) -> Tensor | None:
-        """Whole blocks in one call, or None where these are not covered: `ops.residual_blocks`."""
+    def residual_blocks(self, input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
+        """Whole blocks in one call, or None where these are not covered.
+
+        Args:
+            input: (N, C, H, W), of the first block.
+            blocks: each on the output of the last; those with a `step` only where `pads_shortcuts`.
+                Whether they fit each other and the input is not checked: None where they do not.
+        """
         return None
 
     def quantized_residual_blocks(

@@ -7,6 +7,7 @@ Batch norm's training has native statistics and a native backward.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from .. import _native  # noqa: F401  (registers the operators)
 from ..layers import watch
 from ..layers.convolution import conv2d
-from ..layers.description import ConvNorm, Norm, Pool, Sums
+from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
 from ..layers.memory import contiguous_like_eager
 from ..layers.prepared import WeightCache, version_of
 from ..layers.quantized import Quantization, QuantizedBlock, QuantizedConv, QuantizedStem
@@ -45,6 +46,7 @@ __all__ = [
     "pool_linear",
     "release",
     "residual_blocks",
+    "tile_products",
 ]
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,16 +93,29 @@ def explain(
     *,
     dtype: torch.dtype,
     weight_shape: Sequence[int] = (),
+    input_shape: Sequence[int] = (),
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     **_: object,
 ) -> str:
     """How this backend runs an operator; see `backends.explain`."""
-    if operator.startswith("conv_bn_act"):
+    if "conv_bn_act" in operator and _is_native(dtype, tuple(weight_shape), groups):
         pooled = operator == "conv_bn_act_max_pool"
-        if _is_native(dtype, tuple(weight_shape), groups) and not (pooled and groups > 1):
-            return f"cpu: native convolution ({_isa(dtype, weight_shape, groups)})"
-    if operator == "norm_conv_bn_act" and _is_native(dtype, tuple(weight_shape), groups):
-        return f"cpu: native norm + convolution ({_isa(dtype, weight_shape, groups)})"
+        before = "norm + " if operator == "norm_conv_bn_act" else ""
+        isa = _TILE_ISA if _on_tiles(dtype, weight_shape, groups) else _ISA
+        if dtype is torch.float32:
+            outputs = None
+            if input_shape:
+                outputs = input_shape[0]
+                for size, r, *geometry in zip(
+                    input_shape[2:], weight_shape[2:], stride, padding, dilation, strict=True
+                ):
+                    outputs *= _outputs(size, r, *geometry)
+            isa = _float32_isa(weight_shape, tuple(stride), groups, pooled, outputs)
+        if not (pooled and groups > 1):
+            return f"cpu: native {before}convolution ({isa})"
     if operator == "quantized_residual_blocks":
         fastest, *_ = _quantized_kernels().split(",")
         return f"cpu: whole blocks in eight bits ({fastest})"
@@ -110,6 +125,57 @@ def explain(
     if operator == "batch_norm_act_training":
         return "cpu: native statistics + scale_shift_act"
     return "cpu: " + library.explain(operator)
+
+
+def _outputs(size: int, taps: int, stride: int, padding: int, dilation: int) -> int:
+    """How many outputs a convolution has along an axis."""
+    return (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+
+
+def _float32_isa(
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    groups: int,
+    pooled: bool,
+    outputs: int | None,
+) -> str:
+    """What runs a float32 convolution of so many output pixels, or of any number."""
+    least = torch.ops.fused_resnet.float32_pixels_for_tiles(weight_shape, stride, groups, pooled)
+    if least < 0 or (outputs is not None and outputs < least):
+        return _ISA
+    _follow_precision()
+    tiles = f"{_TILE_ISA}, {_products} product{'s' if _products > 1 else ''}"
+    if outputs is not None or least <= 1:
+        return tiles
+    return f"{tiles}, from {least} output pixels on, else {_ISA}"
+
+
+# Which of torch's settings for float32 convolutions lets them be less exact, and how many products
+# of bfloat16 then stand for one of float32, instead of six.
+_PRODUCTS = {"tf32": 3, "bf16": 1}
+_products = 6
+_products_lock = threading.Lock()
+_float32_precision = functools.partial(torch._C._get_fp32_precision_getter, "mkldnn", "conv")
+
+
+def _follow_precision() -> None:
+    """Has the native kernels compute float32 as exactly as torch's setting says now."""
+    if tile_products(torch.float32) != _products:
+        _set_products()
+
+
+def tile_products(dtype: torch.dtype) -> int | None:
+    """How many products of bfloat16 tiles stand for one of such values; None where none do."""
+    if dtype is not torch.float32:
+        return 1 if dtype is torch.bfloat16 else None
+    return _PRODUCTS.get(_float32_precision(), 6)
+
+
+def _set_products() -> None:
+    global _products
+    with _products_lock:
+        _products = _PRODUCTS.get(_float32_precision(), 6)
+        torch.ops.fused_resnet.set_float32_products(_products)
 
 
 def conv_bn_act(input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str) -> Tensor:
@@ -125,6 +191,8 @@ def _convolve(
 ) -> Tensor:
     """A native operator, whose arguments come before and behind the layer."""
     weight, norm, bias, stride, padding, dilation, groups = layer
+    if _TILE_ISA and weight.dtype is torch.float32:
+        _follow_precision()
     behind = (*norm, bias, *stride, *padding, *dilation, groups, *behind)
     out = operator(*before, weight, _packed(weight, groups), *behind)
     if out is None:
@@ -373,6 +441,8 @@ def conv_input_gradient(
     if not covered or (add_to is not None and add_to.shape != input.shape):
         return None
     out = _pool_empty_like(input) if add_to is None else add_to
+    if _TILE_ISA:
+        _follow_precision()
     _conv_input_gradient(grad, weight, *stride, *padding, *dilation, out, add_to is not None)
     return out
 
@@ -455,38 +525,41 @@ def _lying_alike(
     return grad, input, output, copied
 
 
-def residual_blocks(
-    input: Tensor,
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[int],
-    eps: Sequence[float],
-    layer_counts: Sequence[int],
-    projections: Sequence[bool],
-) -> Tensor | None:
+def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
     """Whole blocks in one call: see csrc/cpu/residual_blocks.cpp, and `ops.residual_blocks`."""
     native: list[Tensor] = []
+    numbers: list[int] = []
+    eps: list[float] = []
+    layer_counts: list[int] = []
+    projections: list[int] = []
     dtype = input.dtype
     is_float32 = dtype is torch.float32
-    # For each convolution six tensors, and seven numbers of which the last is groups.
-    for first, groups in zip(range(0, len(tensors), 6), numbers[6::7], strict=True):
-        weight, running_mean, running_var, bn_weight, bn_bias, bias = tensors[first : first + 6]
-        entry = _cache.find(weight) if is_float32 else None
-        if entry is not None and not entry.whole:
-            # Of this dtype all that is packed is native, if it lies as it did: the kernel will say.
-            packed = entry.copy
-        elif _is_native(dtype, weight.shape, groups):
-            packed = _packed(weight, groups)
-        else:
-            return None
-        native += (
-            weight,
-            packed,
-            running_mean,
-            running_var,
-            _ABSENT if bn_weight is None else bn_weight,
-            _ABSENT if bn_bias is None else bn_bias,
-            _ABSENT if bias is None else bias,
-        )
+    if _TILE_ISA and is_float32:
+        _follow_precision()
+    for layers, has_projection, step, _ in blocks:
+        for weight, norm, bias, stride, padding, dilation, groups in layers:
+            entry = _cache.find(weight) if is_float32 else None
+            if entry is not None and not entry.whole:
+                # Of this dtype all that is packed is native, if it lies as it did: the kernel says.
+                packed = entry.copy
+            elif _is_native(dtype, weight.shape, groups):
+                packed = _packed(weight, groups)
+            else:
+                return None
+            mean, var, bn_weight, bn_bias, bn_eps = norm
+            native += (
+                weight,
+                packed,
+                mean,
+                var,
+                _ABSENT if bn_weight is None else bn_weight,
+                _ABSENT if bn_bias is None else bn_bias,
+                _ABSENT if bias is None else bias,
+            )
+            numbers += (*stride, *padding, *dilation, groups)
+            eps.append(bn_eps)
+        layer_counts.append(len(layers))
+        projections.append(-step if step else has_projection)
     described = (numbers, eps, layer_counts, projections)
     try:
         out = _residual_blocks_packed(input, native, *described)
@@ -537,10 +610,6 @@ def _on_tiles(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> b
     if not _TILE_ISA or dtype is not torch.bfloat16:
         return False
     return groups == 1 or (weight_shape[1] >= 16 and weight_shape[0] // groups >= 16)
-
-
-def _isa(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> str:
-    return _TILE_ISA if _on_tiles(dtype, weight_shape, groups) else _ISA
 
 
 @functools.lru_cache(maxsize=1024)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, tuning
-from ..layers.description import ConvNorm, Norm, Pool, Sums, described_blocks
+from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
 from ..layers.memory import contiguous_like_eager
 from ..tuning import architecture, basic_block, cuda_tiles
 from ..tuning.choice import Tile
@@ -131,21 +131,13 @@ def conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: 
     return torch.max_pool2d(conv_bn_act(input, layer, None, activation), *pool)
 
 
-def residual_blocks(
-    input: Tensor,
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[int],
-    eps: Sequence[float],
-    layer_counts: Sequence[int],
-    projections: Sequence[bool],
-) -> Tensor | None:
+def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
     """A BasicBlock in one launch, where `tuning` says so; see `ops.residual_blocks`.
 
     Returns:
         None for all that `tuning.basic_block.problem_of` has no problem for, and where two launches
         are faster.
     """
-    blocks = list(described_blocks(tensors, numbers, eps, layer_counts, projections))
     problem = basic_block.problem_of(input, blocks)
     if problem is None:
         return None

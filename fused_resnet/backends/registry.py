@@ -123,6 +123,7 @@ def explain(
     device: torch.device,
     dtype: torch.dtype,
     weight_shape: Sequence[int] = (),
+    input_shape: Sequence[int] = (),
     stride: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
@@ -135,6 +136,8 @@ def explain(
         device: where its tensors are.
         dtype: of its input.
         weight_shape: (K, C / groups, R, S) of a convolution.
+        input_shape: (N, C, H, W); where it is not given and makes a difference, the answer says
+            which.
         stride: of a convolution, as are the rest.
         padding: see `stride`.
         dilation: see `stride`.
@@ -145,6 +148,7 @@ def explain(
         "device": device,
         "dtype": dtype,
         "weight_shape": weight_shape,
+        "input_shape": input_shape,
         "stride": stride,
         "padding": padding,
         "dilation": dilation,

@@ -391,7 +391,9 @@ def _print_layers(console: Console, content: Mapping[str, Any], case: Mapping[st
     table.add_column("layer", max_width=40)
     table.add_column("runs", justify="right")
     table.add_column("candidate")
-    for column in ("median\nus", "p10 to p90\nus", "GB/s", unit, "of the\nroofline"):
+    columns = ["median\nus", "p10 to p90\nus", "GB/s", unit, "of the\nroofline"]
+    has_unit = kernels.unit_rate(case) is not None
+    for column in columns + ["of the\nunit"] * has_unit:
         table.add_column(column, justify="right")
     for column in ("time /\neager", "error vs\nfloat64"):
         table.add_column(column, justify="right")
@@ -399,7 +401,7 @@ def _print_layers(console: Console, content: Mapping[str, Any], case: Mapping[st
     for layer in every:
         first = (plain(layer["label"]), str(layer["count"]))
         for at, one in enumerate(layer["candidates"]):
-            table.add_row(*(("", "") if at else first), *_layer_cells(one, scale))
+            table.add_row(*(("", "") if at else first), *_layer_cells(one, scale, has_unit))
         table.add_section()
     console.print(table)
     limits = case["ceilings"]
@@ -408,7 +410,8 @@ def _print_layers(console: Console, content: Mapping[str, Any], case: Mapping[st
         f"(copy) and {scale * limits['teraflops_per_second']:.3g} {unit} (matrix product), "
         "measured in this run"
     )
-    for line in (rates, *_summary(case)):
+    unit_rates = kernels.unit_text(case)
+    for line in (rates, *([unit_rates] if unit_rates else []), *_summary(case)):
         console.print(plain(line))
     reasons = dict.fromkeys(
         f"{one['name']}: {one['status']}, {one['reason']}"
@@ -425,17 +428,13 @@ def _print_layers(console: Console, content: Mapping[str, Any], case: Mapping[st
         console.print(plain(f"loses NaN: {', '.join(lost)}"))
 
 
-def _layer_cells(one: Mapping[str, Any], scale: float) -> list[str | Text]:
+def _layer_cells(one: Mapping[str, Any], scale: float, has_unit: bool) -> list[str | Text]:
     taken = one["microseconds"]
     if taken is None:
         return [
             plain(one["name"]),
             plain(one["status"], "red"),
-            "",
-            "",
-            "",
-            "",
-            "",
+            *[""] * (5 + has_unit),
             error_text(one["error"]),
         ]
     return [
@@ -445,6 +444,7 @@ def _layer_cells(one: Mapping[str, Any], scale: float) -> list[str | Text]:
         f"{one['gigabytes_per_second']:.4g}",
         f"{scale * one['teraflops_per_second']:.3g}",
         f"{100 * one['roofline']:.0f} %",
+        *([f"{100 * one['unit_share']:.0f} %"] if has_unit else []),
         "-" if one["ratio_to_eager"] is None else f"{one['ratio_to_eager']:.2f}",
         error_text(one["error"]),
     ]
@@ -463,6 +463,7 @@ def _summary(case: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"all layers, {name}: {total.milliseconds:.3f} ms{ratio}, "
             f"{100 * total.roofline:.0f} % of the roofline"
+            + ("" if total.unit is None else f", {100 * total.unit:.0f} % of the matrix unit")
         )
     return lines
 

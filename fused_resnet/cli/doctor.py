@@ -37,7 +37,9 @@ def doctor() -> None:
     cpu["flags"] = " ".join(cpu["flags"]) or "none of those that matter"
     cpu["threads"] = torch.get_num_threads()
     vectors, tiles = torch.ops.fused_resnet.conv_isa(), torch.ops.fused_resnet.conv_tile_isa()
-    cpu["convolutions"] = (vectors or "the library's") + (f", bfloat16 {tiles}" if tiles else "")
+    cpu["convolutions"] = (vectors or "the library's") + (
+        f", bfloat16 and large float32 {tiles}" if tiles else ""
+    )
     del cpu["type"]
     section("CPU", cpu)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

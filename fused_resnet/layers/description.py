@@ -187,6 +187,16 @@ class TrainedBlock(NamedTuple):
         return len(self.layers) - self.has_projection
 
 
+def tensors_of(blocks: Sequence[Block]) -> list[Tensor | None]:
+    """All tensors of these blocks, `TENSORS` a convolution, as `residual_blocks` takes them."""
+    tensors: list[Tensor | None] = []
+    for layers, _, _, _ in blocks:
+        for weight, norm, bias, _, _, _, _ in layers:
+            mean, var, bn_weight, bn_bias, _ = norm
+            tensors += (weight, mean, var, bn_weight, bn_bias, bias)
+    return tensors
+
+
 def flattened_blocks(
     blocks: Sequence[Block],
 ) -> tuple[list[Tensor | None], list[int], list[float], list[int], list[int]]:
@@ -195,20 +205,17 @@ def flattened_blocks(
     Of each convolution six tensors, seven numbers and eps; of each block how many convolutions it
     has, and `has_projection`, or below zero its `step`.
     """
-    tensors: list[Tensor | None] = []
     numbers: list[int] = []
     eps: list[float] = []
     layer_counts: list[int] = []
     projections: list[int] = []
     for layers, has_projection, step, _ in blocks:
-        for weight, norm, bias, stride, padding, dilation, groups in layers:
-            mean, var, bn_weight, bn_bias, bn_eps = norm
-            tensors += (weight, mean, var, bn_weight, bn_bias, bias)
+        for _, norm, _, stride, padding, dilation, groups in layers:
             numbers += (*stride, *padding, *dilation, groups)
-            eps.append(bn_eps)
+            eps.append(norm.eps)
         layer_counts.append(len(layers))
         projections.append(-step if step else has_projection)
-    return tensors, numbers, eps, layer_counts, projections
+    return tensors_of(blocks), numbers, eps, layer_counts, projections
 
 
 def described_blocks(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
+from ..backends import cpu
 from ..tuning.problem import ConvProblem
 from .clock import synchronize
 
@@ -24,6 +25,35 @@ _ROUNDS = 100
 # Calls between two looks at the clock on a GPU, so that waiting for it does not count.
 _CALLS_GPU = 5
 _SECONDS = 2.0
+# Of four products of tiles, half a millisecond of them.
+_STEPS = 20000
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixUnit:
+    """A CPU's unit that multiplies tiles.
+
+    Attributes:
+        name: "amx".
+        rates: operations/s, two for a multiply-add, of all threads with tiles from the first-level
+            cache, by the operands' dtype: "bfloat16", and "int8" where the unit has that.
+        products: how many of bfloat16 stand for one of the problem's dtype; None where the unit
+            does not run it.
+    """
+
+    name: str
+    rates: Mapping[str, float]
+    products: int | None
+
+    @property
+    def rate(self) -> float | None:
+        """FLOP/s of the problem's dtype."""
+        return None if self.products is None else self.rates["bfloat16"] / self.products
+
+    def better_of(self, other: MatrixUnit) -> MatrixUnit:
+        """The higher of each of two measurements."""
+        rates = {dtype: max(rate, other.rates[dtype]) for dtype, rate in self.rates.items()}
+        return dataclasses.replace(self, rates=rates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +67,14 @@ class Ceilings:
             CPU or in float32 where that is faster.
         copy_bytes: see `copy_bandwidth`.
         matrix_size: see `matrix_rate`.
+        unit: the processor's matrix unit; None where there is none, or on a GPU.
     """
 
     copy_bandwidth: float
     matrix_rate: float
     copy_bytes: int
     matrix_size: int
+    unit: MatrixUnit | None = None
 
     def better_of(self, other: Ceilings) -> Ceilings:
         """The higher of each of two measurements."""
@@ -50,12 +82,18 @@ class Ceilings:
             self,
             copy_bandwidth=max(self.copy_bandwidth, other.copy_bandwidth),
             matrix_rate=max(self.matrix_rate, other.matrix_rate),
+            unit=self.unit and other.unit and self.unit.better_of(other.unit),
         )
 
     def least_seconds(self, problem: ConvProblem) -> float:
         """The time that moving a layer's tensors once, and its products, take at the ceilings."""
         by_memory = problem.bytes_once / self.copy_bandwidth
         return max(by_memory, problem.flops / self.matrix_rate)
+
+    def unit_seconds(self, problem: ConvProblem) -> float | None:
+        """The time that a layer's products take the matrix unit, with nothing in their way."""
+        rate = None if self.unit is None else self.unit.rate
+        return None if rate is None else problem.flops / rate
 
 
 def measure(device: torch.device, dtype: str, *, scale: float = 1.0) -> Ceilings:
@@ -77,15 +115,32 @@ def measure(device: torch.device, dtype: str, *, scale: float = 1.0) -> Ceilings
     source = torch.empty(length, dtype=torch.uint8, device=device).random_(256)
     target = torch.empty_like(source)
     bandwidth = 2 * source.numel() / _best(lambda: target.copy_(source), device)
-    return Ceilings(bandwidth, rate, 2 * source.numel(), size)
+    unit = _matrix_unit(dtype, max(100, int(scale * _STEPS))) if device.type == "cpu" else None
+    return Ceilings(bandwidth, rate, 2 * source.numel(), size, unit)
+
+
+def _matrix_unit(dtype: str, steps: int) -> MatrixUnit | None:
+    multiply = torch.ops.fused_resnet.multiply_tiles
+    rates = {}
+    for operands in ("bfloat16", "int8"):
+        if products := multiply(operands, 1):
+            products = multiply(operands, steps)
+            seconds = _best(lambda: multiply(operands, steps), torch.device("cpu"))  # noqa: B023
+            rates[operands] = 2 * products / seconds
+    if not rates:
+        return None
+    return MatrixUnit("amx", rates, cpu.tile_products(_element(dtype)))
 
 
 def _matrix_rate(device: torch.device, dtype: str, size: int) -> float:
-    element = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(dtype, torch.float32)
-    left, right = torch.randn(2, size, size, device=device).to(element)
+    left, right = torch.randn(2, size, size, device=device).to(_element(dtype))
     product = torch.empty_like(left)
     with _matrix_precision(dtype), torch.inference_mode():
         return 2 * size**3 / _best(lambda: torch.mm(left, right, out=product), device)
+
+
+def _element(dtype: str) -> torch.dtype:
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(dtype, torch.float32)
 
 
 class _matrix_precision:  # noqa: N801

@@ -120,7 +120,7 @@ def compare(
                 del calls[name]
             if name == "fused":
                 with backends.use_backend(case.backend) if case.backend else _nothing():
-                    what_is_fused = _summary(swap.report(own))
+                    what_is_fused = _summary(swap.report(own, None if case.train else input))
 
         memory: dict[str, int | None] = {}
         for name in engines if case.memory else ():

@@ -172,10 +172,15 @@ def measure(
 
 @dataclasses.dataclass(frozen=True)
 class Total:
-    """All of a network's layers: their time, and the share of it that the ceilings would take."""
+    """All of a network's layers: their time, and the share of it that the ceilings would take.
+
+    `unit` is the share that the matrix unit would take for the products alone; None where there is
+    no such unit.
+    """
 
     milliseconds: float
     roofline: float
+    unit: float | None = None
 
 
 def totals(case: Mapping[str, Any]) -> dict[str, Total | None]:
@@ -184,15 +189,18 @@ def totals(case: Mapping[str, Any]) -> dict[str, Total | None]:
     None for a candidate that was not timed on every layer.
     """
     times: dict[str, list[float | None]] = {}
-    least = 0.0
+    least, unit = 0.0, 0.0
     for layer in case["layers"]:
         least += layer["count"] * layer["least_microseconds"]
+        unit += layer["count"] * (layer.get("unit_microseconds") or 0)
         for one in layer["candidates"]:
             taken = one["microseconds"]
             share = None if taken is None else layer["count"] * taken["median"]
             times.setdefault(one["name"], []).append(share)
     return {
-        name: None if None in all_of else Total(1e-3 * sum(all_of), least / sum(all_of))
+        name: None
+        if None in all_of
+        else Total(1e-3 * sum(all_of), least / sum(all_of), unit / sum(all_of) if unit else None)
         for name, all_of in times.items()
     }
 
@@ -201,6 +209,31 @@ def flop_unit(case: Mapping[str, Any]) -> tuple[str, float]:
     """The unit to show a case's rates in, and how many make one TFLOP/s."""
     below = case["ceilings"]["teraflops_per_second"] < 1
     return ("GFLOP/s", 1e3) if below else ("TFLOP/s", 1.0)
+
+
+def unit_rate(case: Mapping[str, Any]) -> float | None:
+    """TFLOP/s of a case's dtype on the processor's matrix unit.
+
+    None where there is no such unit, it does not run that dtype, or the layers have no products.
+    """
+    unit = case["ceilings"].get("matrix_unit")
+    if unit is None or unit["products"] is None or case.get("mode") == "training":
+        return None
+    return float(unit["teraops_per_second"]["bfloat16"]) / int(unit["products"])
+
+
+def unit_text(case: Mapping[str, Any]) -> str | None:
+    """The matrix unit's rates, to read; None where a case has no `unit_rate`."""
+    if unit_rate(case) is None:
+        return None
+    unit = case["ceilings"]["matrix_unit"]
+    rates = " and ".join(
+        f"{rate:.3g} T{'OP' if dtype == 'int8' else 'FLOP'}/s of {dtype}"
+        for dtype, rate in unit["teraops_per_second"].items()
+    )
+    products = unit["products"]
+    how = f", {products} products for one of {case['dtype']}" if (products or 1) > 1 else ""
+    return f"{unit['name']} tiles from the first-level cache: {rates}{how}"
 
 
 def _rows(
@@ -353,19 +386,24 @@ def document(
     A case: `model`, `batch`, `dtype` (see `ConvProblem`), `device`, `mode` ("inference", also in
     older files, which lack it, or "training", whose layers are norms), `threads`, `rounds`,
     `interrupted`, `ceilings` (`copy_gigabytes_per_second`, `teraflops_per_second`, `copy_bytes`,
-    `matrix_size`: measured in this run), `telemetry` (`before` and `after`, see
+    `matrix_size`: measured in this run; `matrix_unit`: the CPU's unit that multiplies tiles, null
+    where there is none, absent in older files: its `name`, `teraops_per_second` by the operands'
+    dtype, from the first-level cache, and `products`, how many of bfloat16 stand for one of the
+    case's dtype, null where it does not run on the unit), `telemetry` (`before` and `after`, see
     `telemetry.snapshot`), `layers`, `blocks` (what one kernel can run of a Bottleneck, as a layer;
     absent in older files).
 
     A layer: `problem` (`ConvProblem.key`, `NormProblem.key`), `label` (to read), `count` (how often
     the network has it), `bytes` (each tensor once), `flops`, `least_microseconds` (at the
-    ceilings), `candidates`.
+    ceilings), `unit_microseconds` (its products on the matrix unit; null where the case has no rate
+    of one, absent in older files), `candidates`.
 
     A candidate: `name`, `status` ("timed", "wrong" or "failed"), `reason` (null if timed), `error`
     (relative to float64; null if it failed or is not finite), `keeps_nan` (null if not seen), and,
     null unless timed, `microseconds` (`median`, `p10`, `p90`, `samples`), `gigabytes_per_second`,
     `teraflops_per_second`, `roofline` (`least_microseconds` over the median; more than 1 where a
-    cache beats the copy or an algorithm saves products), `ratio_to_eager`.
+    cache beats the copy or an algorithm saves products), `unit_share` (`unit_microseconds` over the
+    median; null where there are none, absent in older files), `ratio_to_eager`.
     """
     device = torch.device(results[0].case.device)
     return {
@@ -386,6 +424,7 @@ def _case_document(result: Result) -> dict[str, Any]:
             "teraflops_per_second": limits.matrix_rate / 1e12,
             "copy_bytes": limits.copy_bytes,
             "matrix_size": limits.matrix_size,
+            "matrix_unit": _unit_document(limits.unit),
         },
         "telemetry": result.telemetry,
         "layers": [_layer_document(layer, limits) for layer in result.layers],
@@ -393,8 +432,16 @@ def _case_document(result: Result) -> dict[str, Any]:
     }
 
 
+def _unit_document(unit: ceilings.MatrixUnit | None) -> dict[str, Any] | None:
+    if unit is None:
+        return None
+    rates = {dtype: rate / 1e12 for dtype, rate in unit.rates.items()}
+    return {"name": unit.name, "teraops_per_second": rates, "products": unit.products}
+
+
 def _layer_document(layer: Layer, limits: ceilings.Ceilings) -> dict[str, Any]:
     problem, least = layer.problem, limits.least_seconds(layer.problem)
+    unit = limits.unit_seconds(problem)
     eager = next((r.latency.median for r in layer.rows if r.name == "eager" and r.latency), None)
     return {
         "problem": problem.key,
@@ -403,12 +450,13 @@ def _layer_document(layer: Layer, limits: ceilings.Ceilings) -> dict[str, Any]:
         "bytes": problem.bytes_once,
         "flops": problem.flops,
         "least_microseconds": 1e6 * least,
-        "candidates": [_candidate_document(row, problem, least, eager) for row in layer.rows],
+        "unit_microseconds": None if unit is None else 1e6 * unit,
+        "candidates": [_candidate_document(row, problem, least, unit, eager) for row in layer.rows],
     }
 
 
 def _candidate_document(
-    row: Row, problem: ConvProblem, least: float, eager: float | None
+    row: Row, problem: ConvProblem, least: float, unit: float | None, eager: float | None
 ) -> dict[str, Any]:
     timed = ("microseconds", "gigabytes_per_second", "teraflops_per_second", "roofline")
     fields: dict[str, Any] = {
@@ -417,7 +465,7 @@ def _candidate_document(
         "reason": row.reason,
         "error": row.error,
         "keeps_nan": row.keeps_nan,
-        **dict.fromkeys((*timed, "ratio_to_eager")),
+        **dict.fromkeys((*timed, "unit_share", "ratio_to_eager")),
     }
     if row.latency is None:
         return fields
@@ -432,5 +480,6 @@ def _candidate_document(
         "gigabytes_per_second": problem.bytes_once / seconds / 1e9,
         "teraflops_per_second": problem.flops / seconds / 1e12,
         "roofline": least / seconds,
+        "unit_share": None if unit is None else unit / seconds,
         "ratio_to_eager": row.latency.median / eager if eager else None,
     }

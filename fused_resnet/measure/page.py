@@ -209,11 +209,14 @@ def _section(path: Path, content: Mapping[str, Any], drawn: Mapping[str, bytes])
     parts.append(
         "<p>The roofline is the time that moving each tensor once, and the products, would take at "
         "the speed of a copy and of a matrix product measured in the same run. A candidate may "
-        "exceed it where a cache or a faster algorithm (Winograd) helps.</p>"
+        "exceed it where a cache or a faster algorithm (Winograd) helps. Where the CPU has a "
+        "matrix unit, a layer's share of it is the time its products alone would take there.</p>"
     )
     for case in content["cases"]:
         title = _case_title(case)
         parts.append(f"<h3>{html.escape(title)}</h3>")
+        if unit := kernels.unit_text(case):
+            parts.append(f'<p class="caption">{html.escape(unit)}.</p>')
         parts.append(_summary_table(case))
         mine = _slug(title) + "-"
         parts += [_image(name, data) for name, data in drawn.items() if name.startswith(mine)]
@@ -268,27 +271,32 @@ def _model_table(case: Mapping[str, Any]) -> str:
 def _summary_table(case: Mapping[str, Any]) -> str:
     rows = []
     totals = kernels.totals(case)
+    has_unit = kernels.unit_rate(case) is not None
     for name, total in totals.items():
         if total is None:
-            rows.append(("bad", [name, "not all layers were timed", "", ""]))
+            rows.append(("bad", [name, "not all layers were timed", *[""] * (2 + has_unit)]))
             continue
         eager = totals.get("eager")
         ratio = f"{total.milliseconds / eager.milliseconds:.2f}" if eager else "-"
         cells = [name, f"{total.milliseconds:.2f}", ratio, f"{100 * total.roofline:.0f} %"]
+        cells += [f"{100 * (total.unit or 0):.0f} %"] * has_unit
         rows.append(("ours" if name.startswith("fused") else "", cells))
-    return _table(("all layers", "sum of medians, ms", "time / eager", "of the roofline"), rows)
+    head = ["all layers", "sum of medians, ms", "time / eager", "of the roofline"]
+    return _table(head + ["of the matrix unit"] * has_unit, rows)
 
 
 def _layer_table(case: Mapping[str, Any]) -> str:
     rows = []
     unit, scale = kernels.flop_unit(case)
+    has_unit = kernels.unit_rate(case) is not None
     for layer in [*case["layers"], *case.get("blocks", ())]:
         label, runs = layer["label"], str(layer["count"])
         for one in layer["candidates"]:
             taken = one["microseconds"]
             if taken is None:
                 reason = f"{one['status']}: {one['reason']}"
-                cells = [label, runs, one["name"], reason, "", "", "", "", error_text(one["error"])]
+                empty = [""] * (4 + has_unit)
+                cells = [label, runs, one["name"], reason, *empty, error_text(one["error"])]
                 rows.append(("bad", cells))
             else:
                 cells = [
@@ -296,13 +304,15 @@ def _layer_table(case: Mapping[str, Any]) -> str:
                     f"{taken['p10']:.1f} to {taken['p90']:.1f}",
                     f"{one['gigabytes_per_second']:.4g}",
                     f"{scale * one['teraflops_per_second']:.3g}",
-                    f"{100 * one['roofline']:.0f} %", error_text(one["error"]),
+                    f"{100 * one['roofline']:.0f} %",
+                    *([f"{100 * one['unit_share']:.0f} %"] if has_unit else []),
+                    error_text(one["error"]),
                 ]  # fmt: skip
                 rows.append(("ours" if one["name"].startswith("fused") else "", cells))
             label = runs = ""
     head = (
         "layer", "runs", "candidate", "median, us", "p10 to p90, us", "GB/s", unit,
-        "of the roofline", "error",
+        "of the roofline", *["of the matrix unit"] * has_unit, "error",
     )  # fmt: skip
     return f"<details><summary>Every layer as a table</summary>\n{_table(head, rows)}\n</details>"
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .inputs import InvalidArgumentError
-from .kernels import flop_unit
+from .kernels import flop_unit, unit_rate
 
 try:
     from matplotlib.figure import Figure
@@ -97,6 +97,11 @@ def roofline(case: Mapping[str, Any], title: str, caption: str) -> Figure:
     axes.plot(
         [low, corner, high], [low * bandwidth, rate, rate], color=INK, linewidth=1.4, label=ceiling
     )
+    if (of_unit := unit_rate(case)) is not None:
+        tiles = scale * of_unit
+        rates.append(tiles)
+        label = f"matrix unit, from the first-level cache {tiles:.4g} {unit}"
+        axes.axhline(tiles, color=INK, linewidth=1.0, linestyle=":", label=label)
     axes.set(xscale="log", yscale="log", xlim=(low, high))
     axes.set_ylim(min([*rates, low * bandwidth]) / 1.5, max(rates) * 1.7)
     for axis in (axes.xaxis, axes.yaxis):

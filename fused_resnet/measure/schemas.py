@@ -116,6 +116,7 @@ _LAYER: dict[str, _Spec] = {
     "bytes": _POSITIVE,
     "flops": _NUMBER,
     "least_microseconds": _POSITIVE,
+    "unit_microseconds": _OrMissing(_OrNull(_NUMBER)),
     "candidates": _ListOf(
         {
             "name": _NAME,
@@ -127,6 +128,7 @@ _LAYER: dict[str, _Spec] = {
             "gigabytes_per_second": _OrNull(_POSITIVE),
             "teraflops_per_second": _OrNull(_NUMBER),
             "roofline": _OrNull(_POSITIVE),
+            "unit_share": _OrMissing(_OrNull(_NUMBER)),
             "ratio_to_eager": _OrNull(_POSITIVE),
         }
     ),
@@ -140,6 +142,18 @@ KERNELS: dict[str, _Spec] = {
             "ceilings": {
                 "copy_gigabytes_per_second": _POSITIVE,
                 "teraflops_per_second": _POSITIVE,
+                "matrix_unit": _OrMissing(
+                    _OrNull(
+                        {
+                            "name": _NAME,
+                            "teraops_per_second": {
+                                "bfloat16": _POSITIVE,
+                                "int8": _OrMissing(_POSITIVE),
+                            },
+                            "products": _OrNull(_COUNT),
+                        }
+                    )
+                ),
             },
             "layers": _ListOf(_LAYER, empty=True),
             "blocks": _OrMissing(_ListOf(_LAYER, empty=True)),

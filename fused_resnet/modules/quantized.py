@@ -86,8 +86,9 @@ def stem_of(network: nn.Module, bits: int, x: Tensor | None = None) -> Stem | No
         return None
     if x is not None:
         name = "conv_bn_act_max_pool_int8"
-        alike = x if x.dtype is layer.weight.dtype else x.new_empty((), dtype=layer.weight.dtype)
-        alike = alike.expand(x.shape)
+        alike = x
+        if x.dtype is not layer.weight.dtype:  # under autocast
+            alike = x.new_empty((), dtype=layer.weight.dtype).expand(x.shape)
         if checks.conv_error(name, alike, layer, None, "relu") is not None:
             return None
         if checks.pool_error(name, alike, layer, pool) is not None:
@@ -214,3 +215,20 @@ def float_reason(block: nn.Module) -> str | None:
         if conv.weight.dtype not in DTYPES:
             return f"a weight has dtype {conv.weight.dtype}"
     return None if found is not None else "it has more to it than convolutions and norms"
+
+
+def shapes_of(block: nn.Module) -> tuple[tuple[int, ...], ...]:
+    """Of a block's weights, those of a projection last, as far as it has them."""
+    form = _form_of(block)
+    convs = [forms.part(block, unit.conv) for unit in form.units_of(block)]
+    shortcut = getattr(block, form.shortcut or "")
+    if isinstance(shortcut, nn.Module):
+        convs += [child for child in shortcut.modules() if isinstance(child, nn.Conv2d)]
+    weights = [getattr(conv, "weight", None) for conv in convs]
+    return tuple(tuple(weight.shape) for weight in weights if isinstance(weight, Tensor))
+
+
+def names_of_activations(block: nn.Module) -> list[str]:
+    """What messages call the input, each inner activation and the output."""
+    units = _form_of(block).units_of(block)
+    return ["the input", *(f"the output of {unit.conv}" for unit in units[:-1]), "the output"]

@@ -557,16 +557,20 @@ def conv_norm_act(
     residual: Tensor | None,
     relu: nn.ReLU | None,
     narrow: bool = False,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """`relu(norm(conv(x)) + residual)`, in one where the arguments allow, without hooks.
 
     Where they do not, this calls the modules, which then raise what they raise. If `narrow`, a
-    residual of fewer channels stands for one with as many zeros before as behind them.
+    residual of fewer channels stands for one with as many zeros before as behind them. `weight`
+    stands in for the convolution's.
     """
     activation = "none" if relu is None else "relu"
     if uses_batch_statistics(norm):
-        return _norm_act(norm, conv(x), residual, relu, narrow)
+        return _norm_act(norm, _conv(conv, x, weight), residual, relu, narrow)
     layer = layer_of(conv, norm)
+    if weight is not None:
+        layer = layer._replace(weight=weight)
     if (
         (narrow or residual is None or residual.shape[1:2] == layer.weight.shape[:1])
         and checks.conv_error("conv_bn_act", x, layer, residual, activation) is None
@@ -575,7 +579,11 @@ def conv_norm_act(
         return conv_bn_act(x, layer, residual, activation)
     if narrow:
         residual = reference.pad_channels(residual, conv.out_channels)
-    return _unfused_norm_act(norm, conv(x), residual, relu)
+    return _unfused_norm_act(norm, _conv(conv, x, weight), residual, relu)
+
+
+def _conv(conv: nn.Conv2d, x: Tensor, weight: Tensor | None) -> Tensor:
+    return conv(x) if weight is None else conv._conv_forward(x, weight, conv.bias)
 
 
 def norm_act(norm: nn.BatchNorm2d | FrozenBatchNorm2d, x: Tensor, relu: nn.ReLU) -> Tensor:

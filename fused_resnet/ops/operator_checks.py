@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..layers import checks, quantized
-from ..layers.description import ConvNorm, Norm, Pool, conv_norm_of, output_size
+from ..layers.description import Block, ConvNorm, Norm, Pool, conv_norm_of, output_size
 
 Error = ValueError | TypeError | None
 
@@ -123,6 +123,19 @@ def residual_blocks(
     projections: Sequence[bool],
 ) -> Error:
     """See `ops.residual_blocks`."""
+    blocks = described(input, tensors, numbers, eps, layer_counts, projections)
+    return blocks if isinstance(blocks, Exception) else None
+
+
+def described(
+    input: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    layer_counts: Sequence[int],
+    projections: Sequence[bool],
+) -> list[Block] | ValueError | TypeError:
+    """The blocks that `ops.residual_blocks` is called with, or what is wrong with them."""
     name = "residual_blocks"
     layers = _layers(name, tensors, _BLOCK_TENSORS, numbers, eps)
     if isinstance(layers, ValueError):
@@ -136,14 +149,17 @@ def residual_blocks(
         return ValueError(
             f"{name}: layer_counts is {list(layer_counts)}, of {len(layers)} convolutions"
         )
+    blocks = []
     shape: Sequence[int] | None = None
     first = 0
     for count, has_projection in zip(layer_counts, projections, strict=True):
-        error, shape = _block(name, input, shape, layers[first : first + count], has_projection)
+        block = Block(layers[first : first + count], has_projection)
+        error, shape = _block(name, input, shape, block.layers, has_projection)
         if error is not None:
             return error
+        blocks.append(block)
         first += count
-    return None
+    return blocks
 
 
 def quantized_residual_blocks(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backends
 from ..layers import checks
-from ..layers.description import TENSORS, Block, described_blocks, flattened_blocks
+from ..layers.description import TENSORS, Block, described_blocks, flattened_blocks, tensors_of
 from . import operator_checks
 from .conv_bn_act import conv_bn_act
 from .registration import (
@@ -28,7 +28,6 @@ from .registration import (
     nothing_intercepts,
     register_autocast,
     register_fake,
-    register_kernel,
     transforms_active,
 )
 
@@ -50,22 +49,21 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
         (N, K, P, Q), or None where the blocks have to be run convolution by convolution: the
         backend does not do these, or something besides the kernel has to see each of them.
     """
-    arguments = (input, *flattened_blocks(blocks))
-    tensors, projections = arguments[1], arguments[-1]
+    tensors = tensors_of(blocks)
     if not nothing_intercepts(input, *tensors):
         if (
-            min(projections) < 0
+            _pads_a_shortcut(blocks)
             or has_foreign(input, *tensors)
             or not backends.hold_blocks_in_graphs(input.device.type)
             or not checks.blocks_fit(input, blocks)
         ):
             return None
-        return _operator(*arguments)
+        return _operator(input, *flattened_blocks(blocks))
     if needs_grad(input, *tensors):
         return None
     backend = backends.choose(input.device.type)
-    out = backend.residual_blocks(*arguments)
-    if out is not None or min(projections) < 0:
+    out = backend.residual_blocks(input, blocks)
+    if out is not None or _pads_a_shortcut(blocks):
         return out
     # The modules' own way to a convolution takes as long as a small one.
     if len(blocks) == 1:
@@ -85,14 +83,16 @@ def pads_shortcuts(input: Tensor) -> bool:
     return nothing_intercepts(input) and backends.choose(input.device.type).pads_shortcuts
 
 
-def _in_one(input: Tensor, *arguments: Any) -> Tensor | None:
-    """What the backend makes of it, or None where it does not do these blocks."""
-    return backends.choose(input.device.type).residual_blocks(input, *arguments)
+def _pads_a_shortcut(blocks: Sequence[Block]) -> bool:
+    for block in blocks:  # noqa: SIM110  (a generator is a call more)
+        if block.step:
+            return True
+    return False
 
 
-def _one_by_one(input: Tensor, *arguments: Any) -> Tensor:
+def _one_by_one(input: Tensor, blocks: Sequence[Block]) -> Tensor:
     """The blocks convolution by convolution."""
-    for block in described_blocks(*arguments):
+    for block in blocks:
         input = _by_convolutions(conv_bn_act, input, block)
     return input
 
@@ -108,12 +108,24 @@ def _by_convolutions(run: Callable[..., Tensor], input: Tensor, block: Block) ->
     return run(input, last, shortcut, "relu")
 
 
-def _kernel(input: Tensor, *arguments: Any) -> Tensor:
-    out = _in_one(input, *arguments)
-    return _one_by_one(input, *arguments) if out is None else out
+def _described(input: Tensor, *flat: Any) -> list[Block]:
+    """The blocks, once nothing was found to be wrong with them."""
+    blocks = operator_checks.described(input, *flat)
+    if isinstance(blocks, Exception):
+        raise blocks
+    return blocks
 
 
-register_kernel("residual_blocks", _kernel, operator_checks.residual_blocks)
+def _run(input: Tensor, blocks: Sequence[Block]) -> Tensor:
+    out = backends.choose(input.device.type).residual_blocks(input, blocks)
+    return _one_by_one(input, blocks) if out is None else out
+
+
+def _kernel(input: Tensor, *flat: Any) -> Tensor:
+    return _run(input, _described(input, *flat))
+
+
+library.impl("residual_blocks", _kernel, "CompositeExplicitAutograd")
 
 
 @register_fake("residual_blocks", operator_checks.residual_blocks)
@@ -132,16 +144,15 @@ def blocks_output(
     return input
 
 
-def _autograd(input: Tensor, tensors: Sequence[Tensor | None], *described: Any) -> Tensor:
-    error = operator_checks.residual_blocks(input, tensors, *described)
-    if error is not None:
-        raise error
+def _autograd(input: Tensor, tensors: Sequence[Tensor | None], *numbers: Any) -> Tensor:
+    blocks = _described(input, tensors, *numbers)
     if transforms_active() or needs_grad(input, *tensors):
-        return _one_by_one(input, tensors, *described)
+        return _one_by_one(input, blocks)
     # Another way through the dispatcher, with all these tensors, takes as long as the kernel's own.
-    run = _kernel if is_plain(input, *tensors) else _operator
     with torch._C._AutoDispatchBelowAutograd():
-        return run(input, tensors, *described)
+        if is_plain(input, *tensors):
+            return _run(input, blocks)
+        return _operator(input, tensors, *numbers)
 
 
 library.impl("residual_blocks", _autograd, "Autograd")

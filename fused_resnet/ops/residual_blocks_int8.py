@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..layers import checks
-from ..layers.description import Block, described_blocks, flattened_blocks
+from ..layers.description import Block, described_blocks, flattened_blocks, tensors_of
 from ..layers.quantized import LARGEST_REDUCTION, Quantization
 from ..layers.quantized_copies import Copy, copies_of
 from . import operator_checks
@@ -63,8 +63,7 @@ def residual_blocks_int8(
         for layer in block.layers:
             if layer.weight.shape[1:].numel() > LARGEST_REDUCTION:
                 return None
-    described = flattened_blocks(blocks)
-    tensors = described[0]
+    tensors = tensors_of(blocks)
     if not nothing_intercepts(input, *tensors):
         if has_foreign(input, *tensors):
             return None
@@ -73,7 +72,7 @@ def residual_blocks_int8(
             return None
         stored = [one for own in ranges for one in own]
         steps, zero_points = [one.step for one in stored], [one.zero_point for one in stored]
-        return _operator(input, *described, steps, zero_points)
+        return _operator(input, *flattened_blocks(blocks), steps, zero_points)
     if input.dtype not in DTYPES:
         return None
     copies = copies_of(blocks, ranges)

@@ -30,6 +30,8 @@ from .observers import MinMaxObserver
 NOISE_IMAGES = 64
 """Of the first batches, how many images the noise is measured on."""
 
+NOT_FINITE = "a weight, or what its norm and steps make of it, is not finite"
+
 
 class _Sites:
     """A block's observers, and the blocks around it."""
@@ -191,11 +193,11 @@ class Calibration:
             return left("its input is zero in all calibration batches")
         ranges = (stored, read_by[0].ranges[0])
         if not copy_of_stem(described, *ranges).is_finite:
-            return left("a weight, or what its norm and steps make of it, is not finite")
+            return left(NOT_FINITE)
         return StemRanges(stem.path, shape, bits, ranges, None, "")
 
     def _ranges_of(self, sites: _Sites) -> BlockRanges:
-        shapes = shapes_of(sites.block)
+        shapes = quantized.shapes_of(sites.block)
         observers = [*sites.observers]
         if sites.source is not None:
             observers[0] = sites.source.observers[-1]
@@ -210,15 +212,16 @@ class Calibration:
         stored = [observer.quantization() if observer.is_finite else None for observer in observers]
         placeholder = [Quantization(1.0) if one is None else one for one in stored]
         if not is_foldable(sites.block, placeholder):
-            return left("a weight, or what its norm and steps make of it, is not finite")
-        for what, observer in zip(_names(sites.block), observers, strict=True):
+            return left(NOT_FINITE)
+        names = quantized.names_of_activations(sites.block)
+        for what, observer in zip(names, observers, strict=True):
             if not observer.is_finite:
                 raise ValueError(
                     f"quantize: {what} of block {sites.path!r} has a value that is NaN or infinite "
                     "in the calibration batches"
                 )
         ranges: list[Quantization] = []
-        for what, one in zip(_names(sites.block), stored, strict=True):
+        for what, one in zip(names, stored, strict=True):
             if one is None:
                 return left(f"{what} is zero in all calibration batches")
             ranges.append(one)
@@ -304,26 +307,6 @@ def is_foldable(block: nn.Module, ranges: Sequence[Quantization]) -> bool:
     pairs, has_projection = found
     layers = [read.layer_of(conv, norm) for conv, norm in pairs]
     return all(copy.is_finite for copy in copies_of([Block(layers, has_projection)], [ranges]))
-
-
-def shapes_of(block: nn.Module) -> tuple[tuple[int, ...], ...]:
-    """Of a block's weights, those of a projection last, as far as it has them."""
-    form = forms.of(block)
-    assert form is not None
-    convs = [forms.part(block, unit.conv) for unit in form.units_of(block)]
-    shortcut = getattr(block, form.shortcut or "")
-    if isinstance(shortcut, nn.Module):
-        convs += [child for child in shortcut.modules() if isinstance(child, nn.Conv2d)]
-    weights = [getattr(conv, "weight", None) for conv in convs]
-    return tuple(tuple(weight.shape) for weight in weights if isinstance(weight, Tensor))
-
-
-def _names(block: nn.Module) -> list[str]:
-    """What messages call the input, each inner activation and the output."""
-    form = forms.of(block)
-    assert form is not None
-    units = form.units_of(block)
-    return ["the input", *(f"the output of {unit.conv}" for unit in units[:-1]), "the output"]
 
 
 def _in_float(block: nn.Module, x: Tensor, see: Callable[[int, Tensor], None]) -> Tensor:

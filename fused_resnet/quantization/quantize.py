@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from .. import blocks, forms, swap
 from ..layers.ranges import BlockRanges, StemRanges
-from ..modules import quantized
-from .calibrate import NOISE_IMAGES, Calibration, measure_noise
+from ..modules import fake_quantized, quantized
+from . import pt2e
+from .calibrate import NOISE_IMAGES, NOT_FINITE, Calibration, is_foldable, measure_noise
 from .observers import OBSERVERS, MinMaxObserver, PercentileObserver
 
 DTYPES = ("int8",)
@@ -26,8 +27,9 @@ _Ranges = TypeVar("_Ranges", BlockRanges, StemRanges)
 
 def quantize(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None = None,
     *,
+    scales: Any = None,
     dtype: str = "int8",
     stem: str = "int16",
     observer: str = "minmax",
@@ -49,16 +51,22 @@ def quantize(
     shortcut that pads channels, attention, or hooks inside; `report` names them. So do the first
     convolutions of networks other than torchvision's ResNets and this package's for small images.
 
-    A model that is quantized already is calibrated anew.
+    A model that is quantized already is calibrated anew. One that was trained after `prepare_qat`
+    has ranges, and needs no batches, and so do the `scales` of a model that torchao converted.
 
     Args:
         model: any module with residual blocks that `fuse` knows.
         batches: inputs (N, C, H, W), or tuples or lists of an input and a target, on the model's
-            device. They are read once.
+            device. They are read once. None for the ranges that training has left, or `scales`
+            has; with `scales` the noise alone is measured on them.
+        scales: what torchao's `convert_pt2e` made of the same network, or an exported program of
+            that: steps and zero points of activations are taken from it. A block at which it has
+            none stays in floating point. Weights are rounded by steps of their own.
         dtype: "int8": unsigned activations of one step and zero point each, signed weights of one
             step a filter; see docs/quantization.md.
         stem: what a network's first convolution runs in, with the norm, ReLU and max-pool behind
-            it: "int16", in integers as the blocks; "int8"; or "float", as it is.
+            it: "int16", in integers as the blocks; "int8"; or "float", as it is. The last as well
+            where ranges are those of training or `scales`.
         observer: how ranges are chosen: "minmax", "percentile", "mse" or "histogram".
         percentile: of "percentile", the share of values to cover at either end, in percent.
         min_sqnr_db: blocks whose output in eight bits has a lower signal-to-noise ratio than this,
@@ -69,30 +77,32 @@ def quantize(
         `model`.
 
     Raises:
-        TypeError: `model` is not a module, or a batch is neither a tensor nor a pair.
+        TypeError: `model` is not a module, a batch neither a tensor nor a pair, or `scales` no
+            graph.
         ValueError: an argument is none of the above; there is no batch, or one on another device
-            than the model; an activation is NaN or infinite; or no block can run in eight bits. The
-            model is then as it was.
+            than the model; none is given and the model was not trained for it; an activation is NaN
+            or infinite; or no block can run in eight bits. The model is then as it was.
     """
     make = _observer(dtype, observer, percentile)
     if stem not in STEMS:
         raise ValueError(f"quantize: stem is {stem!r}, must be one of {', '.join(STEMS)}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize: model is a {type(model).__name__}, must be a torch.nn.Module")
-    if isinstance(batches, (Tensor, str, bytes)) or not isinstance(batches, Iterable):
+    if batches is not None and (
+        isinstance(batches, (Tensor, str, bytes)) or not isinstance(batches, Iterable)
+    ):
         raise TypeError(
             f"quantize: batches is a {type(batches).__name__}, must be an iterable of inputs or of "
             "(input, target) pairs"
         )
     with restored_on_error(model):
-        swap.fuse_remaining(model)
-        dequantize(model)
-        calibration = Calibration(model, make, STEMS[stem])
-        if not calibration.sites:
-            raise ValueError(
-                "quantize: model has no residual block to quantize: none of a class that is known"
-            )
-        ranges, stems = _calibrated(model, calibration, batches, progress)
+        stems: dict[str, StemRanges] = {}
+        if batches is None and scales is None:
+            ranges = _trained(model)
+        else:
+            swap.fuse_remaining(model)
+            dequantize(model)
+            ranges, stems = _found(model, make, STEMS[stem], scales, batches, progress)
         ranges = {path: _unless_noisy(kept, min_sqnr_db) for path, kept in ranges.items()}
         stems = {path: _unless_noisy(kept, min_sqnr_db) for path, kept in stems.items()}
         if all(kept.reason for kept in ranges.values()):
@@ -137,14 +147,19 @@ def set_ranges(
         blocks.release(block)
 
 
-def _observer(dtype: str, observer: str, percentile: float) -> Callable[[], MinMaxObserver]:
+def checked_dtype(name: str, dtype: str) -> None:
+    """Raises ValueError for a dtype that blocks do not run in."""
     if dtype in _LATER:
         raise ValueError(
-            f"quantize: dtype is {dtype!r}, for which no backend has kernels yet, must be "
+            f"{name}: dtype is {dtype!r}, for which no backend has kernels yet, must be "
             f"{', '.join(DTYPES)}"
         )
     if dtype not in DTYPES:
-        raise ValueError(f"quantize: dtype is {dtype!r}, must be {', '.join(DTYPES)}")
+        raise ValueError(f"{name}: dtype is {dtype!r}, must be {', '.join(DTYPES)}")
+
+
+def _observer(dtype: str, observer: str, percentile: float) -> Callable[[], MinMaxObserver]:
+    checked_dtype("quantize", dtype)
     if observer not in OBSERVERS:
         raise ValueError(
             f"quantize: observer is {observer!r}, must be one of {', '.join(OBSERVERS)}"
@@ -162,23 +177,77 @@ def _unless_noisy(kept: _Ranges, limit: float) -> _Ranges:
     return kept._replace(reason=f"signal to noise is {kept.sqnr_db:.1f} dB, must be {limit:g}")
 
 
-def _calibrated(
-    model: nn.Module, calibration: Calibration, batches: Iterable[Any], progress: bool
+def _found(
+    model: nn.Module,
+    make: Callable[[], MinMaxObserver],
+    stem_bits: int,
+    scales: Any,
+    batches: Iterable[Any] | None,
+    progress: bool,
 ) -> tuple[dict[str, BlockRanges], dict[str, StemRanges]]:
-    """The ranges after all batches, with the noise on the first images."""
-    first: list[Tensor] = []
-    device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), None)
-    with _inference(model):
-        for index, batch in enumerate(_shown(batches, progress)):
-            input = _input(batch, index, device)
+    """The ranges of `scales`, or else after all batches, with the noise on the first images."""
+    if not any(map(quantized.is_quantizable, model.modules())):
+        raise ValueError(NO_BLOCK.format("quantize"))
+    with in_inference_mode(model):
+        calibration = None if scales is not None else Calibration(model, make, stem_bits)
+        first: list[Tensor] = []
+        for input in [] if batches is None else _inputs(model, batches, progress):
             missing = NOISE_IMAGES - sum(len(images) for images in first)
             if missing > 0 and input.dim() > 0:
                 first.append(input[:missing].clone())
-            calibration.observe(input)
-        if not first:
+            if calibration is not None:
+                calibration.observe(input)
+        if batches is not None and not first:
             raise ValueError("quantize: batches has no batch")
-        ranges = calibration.ranges()
-        return measure_noise(model, ranges, calibration.stem_ranges(ranges), first)
+        stems: dict[str, StemRanges] = {}
+        if calibration is not None:
+            ranges = calibration.ranges()
+            stems = calibration.stem_ranges(ranges)
+        else:
+            ranges = _foldable(model, pt2e.ranges_of(model, scales))
+        return measure_noise(model, ranges, stems, first) if first else (ranges, stems)
+
+
+def _foldable(model: nn.Module, ranges: dict[str, BlockRanges]) -> dict[str, BlockRanges]:
+    """The ranges without those of blocks that cannot run in eight bits, in inference mode."""
+    checked = {}
+    for path, kept in ranges.items():
+        block = model.get_submodule(path)
+        reason = kept.reason or quantized.float_reason(block) or ""
+        if not reason and not is_foldable(block, kept.ranges):
+            reason = NOT_FINITE
+        checked[path] = kept._replace(reason=reason)
+    return checked
+
+
+NO_BLOCK = "{}: model has no residual block to quantize: none of a class that is known"
+
+
+def _trained(model: nn.Module) -> dict[str, BlockRanges]:
+    """The ranges that training has left."""
+    ranges = trained_ranges(model)
+    if not ranges:
+        raise ValueError(
+            "quantize: batches is None, and the model was not trained for eight bits: give "
+            "calibration batches, or call fused_resnet.prepare_qat and train"
+        )
+    with in_inference_mode(model):
+        return _foldable(model, ranges)
+
+
+def trained_ranges(model: nn.Module) -> dict[str, BlockRanges]:
+    """Of each block that `prepare_qat` has prepared, the ranges training has left, by its path."""
+    return {
+        path: kept.found(block)
+        for path, block in model.named_modules()
+        if (kept := fake_quantized.of(block)) is not None
+    }
+
+
+def _inputs(model: nn.Module, batches: Iterable[Any], progress: bool) -> Iterator[Tensor]:
+    device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), None)
+    for index, batch in enumerate(_shown(batches, progress)):
+        yield _input(batch, index, device)
 
 
 def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
@@ -208,7 +277,7 @@ def _input(batch: Any, index: int, device: torch.device | None) -> Tensor:
 
 
 @contextlib.contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
+def in_inference_mode(model: nn.Module) -> Iterator[None]:
     """Every module in inference mode, and back in its own; no gradients are recorded."""
     training = [module for module in model.modules() if module.training]
     try:

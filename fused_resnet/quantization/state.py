@@ -15,8 +15,7 @@ from .. import files, forms, swap
 from ..layers.quantized import LARGEST, WORD_ZERO_POINT, Quantization
 from ..layers.ranges import BlockRanges, StemRanges, float32
 from ..modules import quantized
-from .calibrate import shapes_of
-from .quantize import dequantize, restored_on_error, set_ranges
+from .quantize import dequantize, restored_on_error, set_ranges, trained_ranges
 
 SCHEMA = "fused_resnet.quantization/1"
 
@@ -25,7 +24,8 @@ def quantization_state(model: nn.Module) -> dict[str, Any]:
     """The ranges of a quantized model, which `json.dump` writes and reads without loss.
 
     Args:
-        model: that `quantize` or `load_quantization_state` has changed.
+        model: that `quantize` or `load_quantization_state` has changed, or in training after
+            `prepare_qat`, as its ranges are now.
 
     Returns:
         `{"schema": ..., "dtype": "int8", "blocks": {path: block}}`, each block with the shapes of
@@ -46,6 +46,7 @@ def quantization_state(model: nn.Module) -> dict[str, Any]:
         for path, module in model.named_modules()
         if quantized.is_quantizable(module) and isinstance(module.quantization, BlockRanges)
     }
+    kept |= trained_ranges(model)
     if not kept:
         raise ValueError("quantization_state: model is not quantized: call fused_resnet.quantize")
     stems = {
@@ -158,7 +159,7 @@ def _matched(model: nn.Module, blocks: Any) -> dict[str, BlockRanges]:
         if path not in own:
             raise ValueError(f"{name}: the state has a block {path!r}, which the model has not")
         kept = _from_data(path, data)
-        shapes = shapes_of(own[path])
+        shapes = quantized.shapes_of(own[path])
         if kept.shapes != shapes:
             index, (has, had) = next(
                 (i, pair)

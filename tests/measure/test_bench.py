@@ -51,6 +51,9 @@ ROOT = Path(__file__).resolve().parents[2]
 STATIC = ROOT / "bench" / "results" / "static"
 CPU = torch.device("cpu")
 LAYER = "2048x7x7 to 512, 1x1"
+needs_amx = pytest.mark.skipif(
+    torch.ops.fused_resnet.conv_tile_isa() != "amx", reason="this processor has no AMX"
+)
 
 
 @pytest.fixture
@@ -439,6 +442,41 @@ def test_the_roofline_is_the_larger_of_two_times() -> None:
         found = ceilings.measure(CPU, dtype, scale=0.02)
         assert found.copy_bandwidth > 1e6
         assert found.matrix_rate > 1e6
+
+
+@needs_amx
+@pytest.mark.usefixtures("small")
+def test_the_rate_of_the_matrix_unit_is_measured() -> None:
+    """A float32 product is six of bfloat16, or as many as torch's setting says."""
+    (problem,) = kernels.Case("resnet50", 1, "float32", "cpu").problems(LAYER)
+    assert problem.flops == 2 * 2048 * 512 * 49
+    found = {d: ceilings.measure(CPU, d, scale=0.02) for d in ("float32", "bfloat16", "float16")}
+    assert found["float16"].unit_seconds(problem) is None
+    for dtype, products in (("bfloat16", 1), ("float32", 6)):
+        unit = found[dtype].unit
+        assert unit is not None
+        assert (unit.name, unit.products) == ("amx", products)
+        assert unit.rate == unit.rates["bfloat16"] / products
+        assert found[dtype].unit_seconds(problem) == problem.flops / unit.rate
+        # A core does 1024 multiply-adds a cycle, and no vector unit does an eighth of that.
+        assert 0.2e12 < unit.rates["bfloat16"] < 2 * 1024 * 6e9 * torch.get_num_threads()
+    before = torch.backends.mkldnn.conv.fp32_precision
+    try:
+        torch.backends.mkldnn.conv.fp32_precision = "tf32"
+        unit = ceilings.measure(CPU, "float32", scale=0.02).unit
+        assert unit is not None
+        assert unit.products == 3
+    finally:
+        torch.backends.mkldnn.conv.fp32_precision = before
+    content = measured(candidates.for_device(CPU, without=["torch.compile"]))
+    check_kernels_document(content)
+    (case,) = content["cases"]
+    assert case["ceilings"]["matrix_unit"]["products"] == 6
+    (layer,) = case["layers"]
+    timed = layer["candidates"][0]
+    median = timed["microseconds"]["median"]
+    assert timed["unit_share"] == pytest.approx(layer["unit_microseconds"] / median)
+    assert kernels.totals(case)["eager"].unit == pytest.approx(timed["unit_share"])
 
 
 # Models.

@@ -39,6 +39,7 @@ from fused_resnet.measure import (
     plot,
     predict,
     resources,
+    schemas,
 )
 from fused_resnet.measure import page as report
 from fused_resnet.measure.case import Accuracy, Candidate, Case, Result
@@ -76,6 +77,43 @@ def kernels_document() -> dict[str, Any]:
         "ceilings": {"copy_gigabytes_per_second": 50.0, "teraflops_per_second": 0.3},
     }  # fmt: skip
     return {**provenance(documents.KERNELS, "2026-01-02T00:00:00+00:00"), "cases": [case]}
+
+
+def unit_document() -> dict[str, Any]:
+    """A case of one layer that was measured beside a matrix unit of 6 TFLOP/s."""
+    content = kernels_document()
+    (case,) = content["cases"]
+    unit = {"name": "amx", "teraops_per_second": {"bfloat16": 6.0, "int8": 12.0}, "products": 6}
+    case["ceilings"]["matrix_unit"] = unit
+    (layer,) = case["layers"]
+    layer["unit_microseconds"] = 1e-6 * layer["flops"] / (6.0 / 6)
+    for one in layer["candidates"]:
+        taken = one["microseconds"]
+        one["unit_share"] = layer["unit_microseconds"] / taken["median"] if taken else None
+    return content
+
+
+def test_the_matrix_unit_is_in_tables_pages_and_plots() -> None:
+    for content, has_unit in ((unit_document(), True), (kernels_document(), False)):
+        (case,) = content["cases"]
+        assert schemas.error(content, schemas.KERNELS) is None
+        share = 100 * 10 / 9.0  # 10 MFLOP at 1 TFLOP/s, measured in 9 us
+        console = Console(width=200, record=True)
+        bench_cli._print_layers(console, content, case)
+        table = console.export_text()
+        assert ("6 TFLOP/s of bfloat16 and 12 TOP/s of int8, 6 products for one of float32"
+                in table) == has_unit  # fmt: skip
+        assert (f"{share:.0f} %" in table) == has_unit
+        tables = report._layer_table(case) + report._summary_table(case)
+        assert (f"<td>{share:.0f} %</td>" in tables) == has_unit
+        for part in tables.split("<thead>")[1:]:
+            head, *rows = part.split("<tr")[1:]
+            assert {row.count("<td") for row in rows} == {head.count("<th")}
+        figure = page_plots.roofline(case, "title", "caption")
+        labels = [line.get_label() for line in figure.axes[0].get_lines()]
+        assert any(label.endswith("first-level cache 1000 GFLOP/s") for label in labels) == has_unit
+    case["ceilings"]["matrix_unit"] = {"name": "amx", "teraops_per_second": {}, "products": 6}
+    assert "bfloat16 is missing" in schemas.error(content, schemas.KERNELS)
 
 
 def predicted_document() -> dict[str, Any]:

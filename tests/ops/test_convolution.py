@@ -1,6 +1,5 @@
 """The library's convolution where it is wrong by itself: crashes, and memory nobody has written."""
 
-import itertools
 import math
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from support import (
     ConvShape,
     assert_within_bound,
+    conv_of_taps,
     dtype_id,
     make_conv_case,
 )
@@ -175,23 +175,6 @@ def test_strides_that_address_nothing(shape, size, dtype, stride):
     assert relative_error(whole, exact) <= 2 * bound
 
 
-def taps_in_the_image(x, weight, bias, stride, padding, dilation, groups):
-    """A convolution tap by tap, each where it is in the image: padding takes no part."""
-    N, _, H, W = x.shape
-    K, C, R, S = weight.shape
-    sizes = zip((H, W), (R, S), stride, padding, dilation, strict=True)
-    P, Q = ((size + 2 * p - d * (taps - 1) - 1) // s + 1 for size, taps, s, p, d in sizes)
-    out = torch.zeros(N, K, P, Q, dtype=x.dtype)
-    for k in range(K):
-        of_group = x[:, k // (K // groups) * C :][:, :C]
-        for p, q, r, s in itertools.product(range(P), range(Q), range(R), range(S)):
-            h = p * stride[0] - padding[0] + r * dilation[0]
-            w = q * stride[1] - padding[1] + s * dilation[1]
-            if 0 <= h < H and 0 <= w < W:
-                out[:, k, p, q] += (of_group[:, :, h, w] * weight[k, :, r, s]).sum(1)
-    return out if bias is None else out + bias.view(1, -1, 1, 1)
-
-
 @pytest.mark.quick
 @pytest.mark.parametrize(("shape", "size"), [*UNSEEN[:1], *PARTLY[:5]], ids=str)
 @pytest.mark.parametrize("value", [math.inf, math.nan], ids=str)
@@ -207,7 +190,7 @@ def test_padding_takes_no_part(shape, size, value, dtype, memory_format):
     weight[-1, -1, -1, -1] = -value
     out = convolution.conv2d(x, weight, bias, *numbers)
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
-    exact = taps_in_the_image(*leaves, *numbers)
+    exact = conv_of_taps(*leaves, *numbers)
     bound = FACTOR * (torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps)
 
     def assert_alike(ours, right):
@@ -224,7 +207,7 @@ def test_padding_takes_no_part(shape, size, value, dtype, memory_format):
     grad[:, -1, -1, -1] = -value
     leaves[1].data.nan_to_num_(1, 1, 1)
     weight = weight.nan_to_num(1, 1, 1)
-    exact = taps_in_the_image(*leaves, *numbers)
+    exact = conv_of_taps(*leaves, *numbers)
     rights = torch.autograd.grad(exact, leaves, grad.double(), materialize_grads=True)
     explicit = convolution.conv2d_backward(grad, x, weight, *numbers, (True, True, True))
     recorded = [t.clone().requires_grad_() for t in (x, weight, bias)]

@@ -247,7 +247,7 @@ def test_packed_weights_that_do_not_fit():
         packed[..., :-1],
         torch.cat([packed, packed]),
         torch.zeros(packed.shape),
-        torch.as_strided(packed, packed.shape, [*packed.stride()[:-2], 5, 1]),
+        torch.as_strided(packed, packed.shape, [*packed.stride()[:-3], 5, 1, 1]),
     ):
         assert OPS.conv_bn_act_packed(*changed(arguments, _2=bad)) is None
 

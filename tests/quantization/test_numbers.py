@@ -111,6 +111,7 @@ def by_hand(block, x, ranges):
         return np.clip(np.rint(total), 0, 255).astype(np.int64).astype(f32) * f32(step_out)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("observer", ["minmax", "mse"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_is_what_the_integers_say(backend, name, observer):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import os
 import textwrap
 from collections.abc import Callable, Iterator
@@ -184,9 +185,12 @@ class ConvCase:
     def double(self) -> ConvCase:
         return self.map(lambda t: t.detach().double())
 
-    def eager(self) -> Tensor:
-        """Convolution, batch norm, add, activation and pooling as torch's separate operators."""
-        out = F.conv2d(
+    def eager(self, convolve: Callable[..., Tensor] = F.conv2d) -> Tensor:
+        """Convolution, batch norm, add, activation and pooling as torch's separate operators.
+
+        `convolve` is called as `F.conv2d` is.
+        """
+        out = convolve(
             self.input,
             self.weight,
             self.bias,
@@ -370,8 +374,8 @@ class NormConvCase(ConvCase):
             out = out + self.in_bias.to(kept)[:, None, None]
         return out.to(self.input.dtype)
 
-    def eager(self) -> Tensor:
-        return self.convolution(self.normalised()).eager()
+    def eager(self, convolve: Callable[..., Tensor] = F.conv2d) -> Tensor:
+        return self.convolution(self.normalised()).eager(convolve)
 
     def fused(self) -> Tensor:
         return functional.norm_conv_bn_act(
@@ -540,6 +544,42 @@ def assert_same_nonfinite(actual: Tensor, *expected: Tensor) -> None:
         f"{int(wrong.sum())} non-finite or finite values where there should be none, the first at "
         f"{wrong.nonzero()[0].tolist()}: {actual[wrong][0]} instead of {expected[0][wrong][0]}"
     )
+
+
+def conv_of_taps(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """A convolution as `torch.conv2d` has it, tap by tap, each where it is in the image.
+
+    So padding takes no part, where zeros in its place would make NaN of an infinite weight.
+    """
+    (N, _, H, W), (K, C, R, S) = x.shape, weight.shape
+
+    def seen(size: int, outputs: int, tap: int, dim: int) -> tuple[slice, slice]:
+        """For which of the outputs a tap is in the image, and the pixels it is there."""
+        first = tap * dilation[dim] - padding[dim]
+        begin = -(min(first, 0) // stride[dim])
+        end = min(outputs, max(begin, (size - 1 - first) // stride[dim] + 1))
+        place = first + begin * stride[dim]
+        steps = slice(place, place + (end - begin - 1) * stride[dim] + 1, stride[dim])
+        return slice(begin, end), steps if end > begin else slice(0, 0)
+
+    sizes = zip((H, W), (R, S), stride, padding, dilation, strict=True)
+    P, Q = ((size + 2 * p - d * (taps - 1) - 1) // s + 1 for size, taps, s, p, d in sizes)
+    out = torch.zeros(N, groups, K // groups, P, Q, dtype=x.dtype)
+    pixels, filters = x.unflatten(1, (groups, C)), weight.unflatten(0, (groups, K // groups))
+    for r, s in itertools.product(range(R), range(S)):
+        (rows, h), (columns, w) = seen(H, P, r, 0), seen(W, Q, s, 1)
+        sums = torch.einsum("ngchw,gkc->ngkhw", pixels[..., h, w], filters[..., r, s])
+        out[..., rows, columns] += sums
+    out = out.flatten(1, 2)
+    return out if bias is None else out + bias.view(1, -1, 1, 1)
 
 
 def run_python(code: str, timeout: float = 300, **environment: str) -> str:

@@ -23,10 +23,13 @@ KERNELS_CASE = {
     "model", "batch", "dtype", "device", "threads", "rounds", "interrupted", "ceilings",
     "telemetry", "layers", "blocks", "mode",
 }  # fmt: skip
-LAYER = {"problem", "label", "count", "bytes", "flops", "least_microseconds", "candidates"}
+LAYER = {
+    "problem", "label", "count", "bytes", "flops", "least_microseconds", "unit_microseconds",
+    "candidates",
+}  # fmt: skip
 LAYER_CANDIDATE = {
     "name", "status", "reason", "error", "keeps_nan", "microseconds", "gigabytes_per_second",
-    "teraflops_per_second", "roofline", "ratio_to_eager",
+    "teraflops_per_second", "roofline", "unit_share", "ratio_to_eager",
 }  # fmt: skip
 
 
@@ -93,6 +96,9 @@ def check_kernels_document(document: dict[str, Any]) -> None:
         assert set(case) == KERNELS_CASE
         assert set(case["telemetry"]) == {"before", "after"}
         for layer in [*case["layers"], *case["blocks"]]:
+            if "matrix_unit" not in case["ceilings"]:
+                layer = {"unit_microseconds": None, **layer}
+                layer["candidates"] = [{"unit_share": None, **one} for one in layer["candidates"]]
             assert set(layer) == LAYER
             if case["mode"] == "training":
                 check_norm(layer, case)
@@ -121,12 +127,19 @@ def check_layer(layer: dict[str, Any], case: dict[str, Any]) -> None:
         1e-6 * layer["flops"] / limits["teraflops_per_second"],
     )
     assert layer["least_microseconds"] == pytest.approx(least)
+    unit = limits.get("matrix_unit")
+    if unit is None or unit["products"] is None:
+        assert layer["unit_microseconds"] is None
+    else:
+        rate = unit["teraops_per_second"]["bfloat16"] / unit["products"]
+        assert layer["unit_microseconds"] == pytest.approx(1e-6 * layer["flops"] / rate)
     for one in layer["candidates"]:
         assert set(one) == LAYER_CANDIDATE
         if one["status"] != "timed":
             assert one["status"] in ("wrong", "failed")
             assert one["reason"]
             timed = ("microseconds", "gigabytes_per_second", "roofline", "ratio_to_eager")
+            timed = (*timed, "unit_share")
             assert all(one[key] is None for key in timed)
             continue
         assert one["reason"] is None
@@ -135,3 +148,7 @@ def check_layer(layer: dict[str, Any], case: dict[str, Any]) -> None:
         assert one["gigabytes_per_second"] == pytest.approx(1e-3 * layer["bytes"] / median)
         assert one["teraflops_per_second"] == pytest.approx(1e-6 * layer["flops"] / median)
         assert one["roofline"] == pytest.approx(least / median)
+        if layer["unit_microseconds"] is None:
+            assert one["unit_share"] is None
+        else:
+            assert one["unit_share"] == pytest.approx(layer["unit_microseconds"] / median)

@@ -162,7 +162,6 @@ def test_who_runs_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     x = SimpleNamespace(dtype=torch.float16, device=CUDA)
     blocks = [Block([("first",), ("second",)], False)]
     backend = getattr(backends, name)
-    monkeypatch.setattr(backend, "described_blocks", lambda *flat: iter(blocks))
     monkeypatch.setattr(basic_block, "problem_of", lambda input, blocks: PROBLEM)
     monkeypatch.setattr(cuda, "on_host", lambda: False)
     monkeypatch.setattr(cuda, "run_basic_block", lambda *arguments: arguments)
@@ -175,11 +174,11 @@ def test_who_runs_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         (Choice(CONVOLUTIONS, None, MEASURED), None),
     ):
         chosen.append(choice)
-        assert run(x, [], [], [], [], []) == expected, choice
+        assert run(x, blocks) == expected, choice
     if name == "triton":
         x.device = CPU  # interpreted
         chosen.append(Choice(BASIC_BLOCK, tile, MEASURED))
-        assert run(x, [], [], [], [], []) is None
+        assert run(x, blocks) is None
 
 
 def test_the_reference_is_float64() -> None:

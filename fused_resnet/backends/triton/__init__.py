@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from ... import tuning
-from ...layers.description import described_blocks
+from ...layers.description import Block
+from ...layers.quantized import Quantization, QuantizedBlock
 from ...tuning import basic_block
 from ...tuning.choice import ESTIMATE, Choice
 from ...tuning.problem import ChainProblem
 from .. import cuda, library
 from ..backend import Backend
 from ..recording import Recorder
-from .eligible import DTYPES, interpreted
+from .eligible import DTYPES, interpreted, is_traced
 from .inference import (
     batch_norm_act_inference,
     conv_bn_act,
@@ -114,21 +115,16 @@ def explain(
         return f"triton: implicit GEMM{how}"
     if operator == "norm_conv_bn_act" and dtype in DTYPES:
         return f"triton: normalize + implicit GEMM, in one launch where that should pay{how}"
+    if operator == "quantized_residual_blocks" and dtype in DTYPES:
+        return f"triton: implicit GEMM in eight bits{how}"
     if operator.startswith("batch_norm_act") and dtype in DTYPES:
         statistics = "statistics + " if operator == "batch_norm_act_training" else ""
         return f"triton: {statistics}normalize{how}"
     return "triton: " + library.explain(operator)
 
 
-def residual_blocks(
-    input: Tensor,
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[int],
-    eps: Sequence[float],
-    layer_counts: Sequence[int],
-    projections: Sequence[bool],
-) -> Tensor | None:
-    """Whole Bottlenecks in a launch each: see `blocks.residual_blocks`, `ops.residual_blocks`.
+def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
+    """Whole Bottlenecks in a launch each: see `chains.residual_blocks`, `ops.residual_blocks`.
 
     A BasicBlock runs on the CUDA backend's kernel where that was measured to be the fastest.
     """
@@ -136,16 +132,15 @@ def residual_blocks(
         return None
     from . import chains
 
-    described = list(described_blocks(tensors, numbers, eps, layer_counts, projections))
-    if (problem := basic_block.problem_of(input, described)) is not None:
+    if (problem := basic_block.problem_of(input, blocks)) is not None:
         if input.device.type != "cuda":
             return None
         choice = tuning.choose(problem, input.device)
         if choice.tile is None or choice.source == ESTIMATE:
             return None
-        return cuda.run_basic_block(input, *described[0].layers, choice.tile)
+        return cuda.run_basic_block(input, *blocks[0].layers, choice.tile)
     launchers()
-    return chains.residual_blocks(input, described)
+    return chains.residual_blocks(input, blocks)
 
 
 def release(tensors: Iterable[Tensor]) -> None:
@@ -182,6 +177,21 @@ class Triton(Backend):
     def device_type(self) -> str:  # type: ignore[override]
         """Where its tensors are."""
         return "cpu" if interpreted() else "cuda"
+
+    def quantized_residual_blocks(
+        self,
+        input: Tensor,
+        blocks: Sequence[QuantizedBlock],
+        stored: Quantization,
+        output: Quantization,
+    ) -> Tensor:
+        """A launch for each convolution: see `quantized.py`."""
+        launchers()
+        from . import quantized
+
+        if input.dtype in DTYPES and not is_traced(input) and quantized.covers(blocks):
+            return quantized.residual_blocks(input, blocks, stored, output)
+        return super().quantized_residual_blocks(input, blocks, stored, output)
 
     def is_default(self, device_type: str) -> bool:
         """See `Backend.is_default`."""

@@ -56,6 +56,10 @@ def repair() -> None:
         return cast(self, source, target)
 
     def create_dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, _: Any) -> Any:
+        if a.dtype.scalar == tl.int8:
+            # Exact, and faster than NumPy's own integers.
+            product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
+            return handle(product.astype(np.int32) + acc.data, acc.dtype.scalar)
         operands = []
         for operand in (a, b):
             values = operand.data

@@ -87,8 +87,12 @@ def test_against_float64(shape, dtype):
 @needs_tiles
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_that_are_not_finite(dtype):
-    """An infinity that only padding's zeros, or no output, meets stays where it belongs."""
-    for shape in (SHAPES[0], SHAPES[2], SHAPES[3], SHAPES[6]):
+    """An infinity that only padding's zeros, or no output, meets stays where it belongs.
+
+    And the sums beside it, computed again, are as exact as any: of many pixels, too.
+    """
+    many = (32, 32, (1, 1), (1, 1), (0, 0), (1, 1), 1, (60, 60))
+    for shape in (SHAPES[0], SHAPES[2], SHAPES[3], SHAPES[6], many):
         for value in (torch.inf, torch.nan):
             grad, x, weight, geometry = draw(shape, 2, dtype)
             x[1, 3, 0, -1] = value

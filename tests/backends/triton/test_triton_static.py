@@ -28,6 +28,8 @@ EVERY_ARCHITECTURE = [
     name if name == COMPILED else pytest.param(name, marks=pytest.mark.whole)
     for name in ARCHITECTURES
 ]
+BYTE_CORES = {"sm_80": {"IMMA"}, "sm_90": {"IGMMA", "IMMA"}, "sm_100": {"UTCIMMA", "IMMA"}}
+BYTE_CORES["sm_120"] = {"IMMA"}
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
 TILE = ["block_m", "block_n", "block_k", "num_warps", "num_stages"]
 # What one program may have, bytes: CUDA C++ Programming Guide, technical specifications.
@@ -261,6 +263,39 @@ def test_norms_compile_now(architecture):
     assert {entry["kernel"] for entry in entries} == set(NORM_KERNELS)
     for entry in entries:
         judge_norm(entry, most_spilled())
+
+
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
+def test_eight_bits_compile_now(architecture):
+    """No spills, tensor cores, wide accesses, and no multiply-add, which would round otherwise."""
+    out = run_python(
+        f"""
+        import json, sys
+        sys.path.insert(0, {str(BENCH)!r})
+        import triton_resources as static
+        launches = [l for batch in (1, 256) for l in static.byte_launches(batch)]
+        print(json.dumps([
+            [launch.kernel.fn.__name__, dict(launch.constants).get("BLOCK_M"),
+             static.compiled(launch, {architecture!r})]
+            for launch in list(dict.fromkeys(launches))[::5]
+        ]))
+        """,
+        TRITON_INTERPRET="0",
+    )
+    entries = json.loads(out.splitlines()[-1])
+    assert {name for name, _, _ in entries} == {"store_bytes_kernel", "byte_conv_kernel"}
+    for name, block_m, entry in entries:
+        what = (name, block_m, entry)
+        assert entry["spilled_bytes"] <= most_spilled(), what
+        assert entry["multiply_adds"] == 0, what
+        assert entry["shared_bytes"] <= 1024 * SHARED_LIMIT[architecture], what
+        assert entry["global_stores"].keys() == {"STG.128"}, what
+        if name == "byte_conv_kernel":
+            assert entry["global_loads"]["LDGSTS.128"] >= 6, what
+            assert entry["tensor_core"].keys() <= BYTE_CORES[architecture], what
+            assert entry["tensor_core"], what
+            if architecture == "sm_90" and block_m >= 64:
+                assert entry["tensor_core"].keys() == {"IGMMA"}, what
 
 
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
