@@ -31,7 +31,7 @@ def quantize(
     *,
     scales: Any = None,
     dtype: str = "int8",
-    stem: str = "int16",
+    stem: str | None = None,
     observer: str = "minmax",
     percentile: float = 99.99,
     min_sqnr_db: float = 10.0,
@@ -65,8 +65,9 @@ def quantize(
         dtype: "int8": unsigned activations of one step and zero point each, signed weights of one
             step a filter; see docs/quantization.md.
         stem: what a network's first convolution runs in, with the norm, ReLU and max-pool behind
-            it: "int16", in integers as the blocks; "int8"; or "float", as it is. The last as well
-            where ranges are those of training or `scales`.
+            it: "int16" or "int8", in integers as the blocks, or "float", as it is. By default
+            "int16" on the CPU and "float" on a GPU, which has no kernel for the others. "float" as
+            well where ranges are those of training or `scales`.
         observer: how ranges are chosen: "minmax", "percentile", "mse" or "histogram".
         percentile: of "percentile", the share of values to cover at either end, in percent.
         min_sqnr_db: blocks whose output in eight bits has a lower signal-to-noise ratio than this,
@@ -84,7 +85,7 @@ def quantize(
             or infinite; or no block can run in eight bits. The model is then as it was.
     """
     make = _observer(dtype, observer, percentile)
-    if stem not in STEMS:
+    if stem is not None and stem not in STEMS:
         raise ValueError(f"quantize: stem is {stem!r}, must be one of {', '.join(STEMS)}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize: model is a {type(model).__name__}, must be a torch.nn.Module")
@@ -102,7 +103,8 @@ def quantize(
         else:
             swap.fuse_remaining(model)
             dequantize(model)
-            ranges, stems = _found(model, make, STEMS[stem], scales, batches, progress)
+            bits = STEMS[default_stem(model) if stem is None else stem]
+            ranges, stems = _found(model, make, bits, scales, batches, progress)
         ranges = {path: _unless_noisy(kept, min_sqnr_db) for path, kept in ranges.items()}
         stems = {path: _unless_noisy(kept, min_sqnr_db) for path, kept in stems.items()}
         if all(kept.reason for kept in ranges.values()):
@@ -113,6 +115,12 @@ def quantize(
             )
         set_ranges(model, ranges, stems)
     return model
+
+
+def default_stem(model: nn.Module) -> str:
+    """What a model's first convolution runs in, unless its user says so."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return "int16" if first is None or first.device.type == "cpu" else "float"
 
 
 def dequantize(model: nn.Module) -> nn.Module:

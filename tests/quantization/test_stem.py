@@ -14,6 +14,7 @@ from fused_resnet import backends
 from fused_resnet.layers import quantized_copies
 from fused_resnet.models import cifar_resnet
 from fused_resnet.modules import run
+from fused_resnet.quantization.quantize import default_stem
 from fused_resnet.testing import randomize_, relative_error
 
 pytestmark = pytest.mark.quick
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.quick
 def torchvision_network():
     torch.manual_seed(0)
     model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
-    model.layer2, model.layer3, model.layer4 = (torch.nn.Sequential() for _ in range(3))
-    model.fc = torch.nn.Linear(64, 5)
+    model.layer3, model.layer4 = torch.nn.Sequential(), torch.nn.Sequential()
+    model.fc = torch.nn.Linear(128, 5)
     return randomize_(model, 0).eval()
 
 
@@ -151,6 +152,9 @@ def test_settings():
     assert stem_record(default).precision == "int16"
     fused_resnet.dequantize(default)
     assert_same_bits(outputs(default, x), outputs(plain, x))
+    with torch.device("meta"):  # as any device but the CPU
+        elsewhere = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+    assert default_stem(elsewhere) == "float"
     with pytest.raises(ValueError, match="stem is 'int4', must be one of int16, int8, float"):
         made(stem="int4")
 
