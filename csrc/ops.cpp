@@ -45,6 +45,9 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "quantized_residual_blocks_packed(Tensor input, Tensor[] packed, int[] numbers, "
       "int[] layer_counts, int[] projections, float[] shortcut_scales, float step, "
       "int zero_point, float output_step, str kernels) -> Tensor?");
+  m.def(
+      "quantized_stem_packed(Tensor input, Tensor packed, Tensor? packed_low, int[] numbers, "
+      "int[] pool, float step, int zero_point, float output_step, str kernels) -> Tensor");
   m.def("quantized_kernels() -> str");
   m.def(
       "quantized_copies_match(Tensor[] weights, Tensor[] quantized, Tensor[] steps, "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
-from ..layers.quantized import Quantization, QuantizedBlock
+from ..layers.quantized import Quantization, QuantizedBlock, QuantizedStem
 from . import library
 from .recording import Recorder
 
@@ -144,6 +144,12 @@ class Backend:
     ) -> Tensor:
         """See `reference.quantized_residual_blocks`: the same bits."""
         return reference.quantized_residual_blocks(input, blocks, stored, output)
+
+    def quantized_stem(
+        self, input: Tensor, stem: QuantizedStem, stored: Quantization, output: Quantization
+    ) -> Tensor:
+        """See `reference.quantized_stem`: the same bits."""
+        return reference.quantized_stem(input, stem, stored, output)
 
     def pool_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """A network's head in one call, or None where that is not covered: `ops.pool_linear`."""

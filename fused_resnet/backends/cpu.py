@@ -21,7 +21,7 @@ from ..layers.convolution import conv2d
 from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
 from ..layers.memory import contiguous_like_eager
 from ..layers.prepared import WeightCache, version_of
-from ..layers.quantized import Quantization, QuantizedBlock, QuantizedConv
+from ..layers.quantized import Quantization, QuantizedBlock, QuantizedConv, QuantizedStem
 from . import cpu_plans, library
 from .backend import Backend, Gradients
 from .library import scale_shift_act
@@ -87,6 +87,7 @@ _max_pool_gradient = torch.ops.fused_resnet.max_pool_gradient.default
 _quantized_kernels = torch.ops.fused_resnet.quantized_kernels.default
 _pack_quantized_conv = torch.ops.fused_resnet.pack_quantized_conv.default
 _quantized_residual_blocks_packed = torch.ops.fused_resnet.quantized_residual_blocks_packed.default
+_quantized_stem_packed = torch.ops.fused_resnet.quantized_stem_packed.default
 _norm_vectors = torch.ops.fused_resnet.norm_vectors.default._op
 _pool_empty_like = torch.ops.fused_resnet.pool_empty_like.default._op
 
@@ -122,6 +123,9 @@ def explain(
     if operator == "quantized_residual_blocks":
         fastest, *_ = _quantized_kernels().split(",")
         return f"cpu: whole blocks in eight bits ({fastest})"
+    if operator == "quantized_stem":
+        fastest, *_ = _quantized_kernels().split(",")
+        return f"cpu: convolution in integers + pooling ({fastest})"
     if operator == "batch_norm_act_training":
         return "cpu: native statistics + scale_shift_act"
     return "cpu: " + library.explain(operator)
@@ -764,11 +768,41 @@ def run_quantized_blocks(
     )
 
 
+def run_quantized_stem(
+    input: Tensor,
+    stem: QuantizedStem,
+    stored: Quantization,
+    output: Quantization,
+    kernels: str = "",
+) -> Tensor:
+    """`reference.quantized_stem`.
+
+    Args:
+        input: see there.
+        stem: see there; it has one group.
+        stored: see there.
+        output: see there.
+        kernels: see `run_quantized_blocks`.
+    """
+    conv, low, pool = stem
+    channels = conv.weight.shape[1]
+    unit = 4 if channels <= 4 else 8 if channels <= 8 else _PIXEL
+    packed = _packed_quantized(conv, unit)
+    packed_low = None if low is None else _packed_quantized(low, unit)
+    numbers = (*conv.weight.shape, *conv.stride, *conv.padding, *conv.dilation, conv.groups)
+    pooling = (*pool.kernel_size, *pool.stride, *pool.padding)
+    return _quantized_stem_packed(
+        input, packed, packed_low, numbers, pooling, *stored, output.step, kernels
+    )
+
+
 _quantized_cache = WeightCache()
+# What a pixel's bytes are a multiple of, kBytePixel in csrc/cpu/quantized/conv.h.
+_PIXEL = 16
 
 
-def _packed_quantized(conv: QuantizedConv) -> Tensor:
-    layout = (conv.scale, conv.shift, conv.dilation[1], conv.groups)
+def _packed_quantized(conv: QuantizedConv, unit: int = _PIXEL) -> Tensor:
+    layout = (conv.scale, conv.shift, conv.dilation[1], conv.groups, unit)
     entry = _quantized_cache.get(id(conv.weight))
     # Eight-bit copies are never written to, so who they are says what they hold.
     if (
@@ -848,3 +882,9 @@ class Cpu(Backend):
         if out is None:
             return super().quantized_residual_blocks(input, blocks, stored, output)
         return out
+
+    def quantized_stem(
+        self, input: Tensor, stem: QuantizedStem, stored: Quantization, output: Quantization
+    ) -> Tensor:
+        """In one call: see csrc/cpu/quantized/stem.cpp."""
+        return run_quantized_stem(input, stem, stored, output)

@@ -54,6 +54,7 @@ INTERNAL = {
     "quantized_copies_match",
     "quantized_kernels",
     "quantized_residual_blocks_packed",
+    "quantized_stem_packed",
     "residual_blocks_packed",
     "run_cpu_plan",
     "run_launch_plan",
@@ -221,6 +222,18 @@ def int8_samples(device, dtype):
         yield (*arguments, steps, [120, 0, 0, 0, 0, 0])
 
 
+def stem_samples(device, dtype):
+    """A convolution of 7x7 with its pool, in eight and in sixteen bits."""
+    parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    x = torch.randn(2, 3, 19, 17, device=device).to(dtype)
+    weight = torch.randn(8, 3, 7, 7, device=device).to(dtype)
+    mean = torch.zeros(8, device=device, dtype=parameter_dtype)
+    layer = (weight, mean, torch.ones_like(mean), torch.ones_like(mean), None, 1e-5, None)
+    numbers = ([2, 2], [3, 3], [1, 1], 1, [3, 3], [2, 2], [1, 1])
+    yield (x, *layer, *numbers, 8, 0.03, 120, 0.2)
+    yield (x, *layer, *numbers, 16, 1e-4, 128, 0.2)
+
+
 def quantized_samples(device, dtype):
     """A block with a projection, then one without."""
     shapes = [(12, 8, 3, 3), (12, 12, 3, 3), (12, 8, 1, 1), (16, 6, 3, 3), (12, 16, 1, 1)]
@@ -284,6 +297,8 @@ def samples(name, device, dtype):
         return block_samples(device, dtype)
     if name == "residual_blocks_int8":
         return int8_samples(device, dtype)
+    if name == "conv_bn_act_max_pool_int8":
+        return stem_samples(device, dtype)
     if name == "quantized_residual_blocks":
         return quantized_samples(device, dtype)
     if name == "scale_shift_act":
