@@ -20,6 +20,7 @@ from .. import reference
 from ..layers.convolution import conv2d
 from ..layers.description import ConvNorm, Norm, Pool, Sums, output_size
 from ..layers.memory import unpacked
+from ..layers.quantized import Quantization, QuantizedBlock
 from ..tuning.problem import BasicBlockProblem, ChainProblem, ConvProblem
 from . import library
 from .self_check import Case
@@ -32,6 +33,7 @@ _MOST_IMAGES = 16
 # Output rows and columns of small images, at least.
 _OUTPUTS = (3, 4, 6, 9, 13, 18)
 # Images of norms, (N, H, W): with a multiple of 16 pixels each, and without.
+_QUANTIZED_SIZE = (2, 13, 11)
 _NORM_SIZES = {True: (3, 16, 19), False: (3, 17, 19)}
 
 
@@ -263,6 +265,24 @@ def basic_block(
         return [reference.conv_bn_act(hidden, *map(cast, (*second.flat(), x, "relu")))]
 
     return Case(lambda: [run(x, first, second)], by_library)
+
+
+def quantized_blocks(
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    arguments: tuple[Sequence[QuantizedBlock], Quantization, Quantization],
+    run: Callable[..., Tensor],
+) -> Case:
+    """Residual blocks in eight bits, the caller's own, whose bits are defined."""
+    blocks, stored, output = arguments
+    draw = _Draw(dtype, device)
+    x = draw.images(*_QUANTIZED_SIZE[:1], channels, *_QUANTIZED_SIZE[1:], scale=50 * stored.step)
+
+    def by_library(cast: _Cast) -> list[Tensor]:
+        return [cast(reference.quantized_residual_blocks(x, blocks, stored, output))]
+
+    return Case(lambda: [run(x, blocks, stored, output)], by_library)
 
 
 # Norms, by the name of what runs them.

@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock
 
 import fused_resnet
-from fused_resnet import backends, functional
+from fused_resnet import backends, functional, reference
 from fused_resnet.backends import check_cases, cuda, library, self_check
 from fused_resnet.backends.self_check import Case, Family, Verdict
 from fused_resnet.layers.description import ConvNorm, Norm
+from fused_resnet.layers.quantized import Quantization, QuantizedBlock, QuantizedConv
 from fused_resnet.tuning import ChainProblem, ConvProblem
 from fused_resnet.tuning.problem import BasicBlockProblem
 
@@ -208,6 +209,34 @@ def test_right_kernels_of_triton_are_used(name: str) -> None:
     assert len(found()) == 1
     for family, verdict in found().items():
         assert verdict.passed, f"{family}: {verdict}"
+
+
+@TRITON
+def test_right_kernels_of_eight_bits_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And wrong ones are not: a step of one filter is enough."""
+    from fused_resnet.backends.triton import quantized
+
+    weight = torch.randint(-127, 128, (16, 16, 3, 3), dtype=torch.int8)
+    conv = QuantizedConv(
+        weight, torch.full((16,), 1e-3), torch.full((16,), 60.0), (1, 1), (1, 1), (1, 1), 1
+    )
+    blocks = [QuantizedBlock((conv, conv), False, 0.7)]
+    arguments = (images(1, 16, 5, 4), blocks, Quantization(0.05, 128), Quantization(0.03))
+    right = reference.quantized_residual_blocks(*arguments)
+    triton_backend = backends.named("triton")
+    assert_same_bits(triton_backend.quantized_residual_blocks(*arguments), right)
+    assert [verdict.passed for verdict in found().values()] == [True]
+    self_check.forget()
+    kernels = quantized.residual_blocks
+
+    def wrong(*arguments: Any) -> Tensor:
+        out = kernels(*arguments).clone()
+        out[:, 3, :, 2] += 0.03
+        return out
+
+    monkeypatch.setattr(quantized, "residual_blocks", wrong)
+    with pytest.warns(UserWarning, match=r"eight bits.*relative error"):
+        assert_same_bits(triton_backend.quantized_residual_blocks(*arguments), right)
 
 
 @CUDA

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...layers.description import ConvNorm, Norm, Pool, Sums
+from ...layers.quantized import Quantization, QuantizedBlock
 from ...tuning.choice import PAIR, Choice, Tile
 from ...tuning.problem import ChainProblem, ConvProblem
 from .. import check_cases, self_check
@@ -210,6 +212,38 @@ def trusts_input_gradient(
         return check_cases.input_gradient(small, ends, device, run)
 
     call = ("backward", problem, ends, tile, device)
+    return self_check.trusts(call, device, family, case, _let_through)
+
+
+def trusts_quantized(
+    input: Tensor,
+    blocks: Sequence[QuantizedBlock],
+    stored: Quantization,
+    output: Quantization,
+    run: Callable[..., Tensor],
+) -> bool:
+    """Whether `run`, the kernels for residual blocks in eight bits, may run."""
+    device, channels = input.device, input.size(1)
+    if not self_check.applies(device):
+        return True
+    # Whatever a kernel is compiled for.
+    shapes = tuple(
+        (conv.weight.shape, tuple(conv.stride), tuple(conv.padding), tuple(conv.dilation))
+        for block in blocks
+        for conv in block.convs
+    )
+    call = ("eight bits", channels, shapes, input.dtype, device)
+
+    def family() -> Family:
+        digest = hashlib.sha256(repr(call[:4]).encode()).hexdigest()[:8]
+        filters = blocks[-1].convs[-1].weight.size(0)
+        kernel = f"eight bits, {len(blocks)} blocks of {channels} to {filters}, {digest}"
+        return Family(_NAME, kernel, _dtype_name(input))
+
+    def case() -> Case:
+        arguments = (blocks, stored, output)
+        return check_cases.quantized_blocks(channels, input.dtype, device, arguments, run)
+
     return self_check.trusts(call, device, family, case, _let_through)
 
 
