@@ -71,10 +71,11 @@ def norm_conv_bn_act(
     ):
         problem = problem_of(input, weight, *geometry, residual is not None)
         tile = _prologue_tile(problem, input.device)
-    if tile is not None and checks.trusts_prologue(problem, input, activation, tile):
-        table = training_convolutions().table_of(before)
+    if tile is not None:
         try:
-            return launchers().conv_bn_act(input, layer, residual, activation, tile, table)
+            if checks.trusts_prologue(problem, input, activation, tile):
+                table = training_convolutions().table_of(before)
+                return launchers().conv_bn_act(input, layer, residual, activation, tile, table)
         except out_of_resources() as error:
             choice = Choice(PROLOGUE, tile, ESTIMATE)
             tuning.leave_out(problem, input.device, choice, str(error))

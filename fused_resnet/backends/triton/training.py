@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ... import tuning
 from ...layers.description import Norm, Sums
 from ...layers.memory import contiguous_like_eager
 from ...tuning import architecture
 from ...tuning import training as training_choice
-from ...tuning.choice import Tile
+from ...tuning.architecture import Architecture
+from ...tuning.choice import ESTIMATE, Choice, Tile
+from ...tuning.problem import ConvProblem
 from .. import library
 from ..backend import Gradients
 from . import checks
 from .eligible import can_normalize, can_train, is_channels_last
 from .lazy import norms, stems, training_convolutions
-from .problem import problem_of
+from .problem import out_of_resources, problem_of
+
+Result = TypeVar("Result")
 
 
 def batch_norm_act_training(
@@ -219,17 +224,19 @@ def conv_batch_norm_statistics(
     """
     if not can_train(input, weight, bias, geometry[-1]):
         return None
-    training = training_convolutions()
-    tile = training.INTERPRETED_TILE
-    problem = problem_of(input, weight, *geometry, False)
-    if input.device.type == "cuda":
-        gpu = architecture.of_device(input.device)
-        tile, _ = training_choice.forward(problem, prologue is not None, gpu)
-    if tile is None or not checks.trusts_training(
-        problem, prologue is not None, tile, input.device
-    ):
-        return None
-    return training.forward(input, weight, bias, geometry, prologue, tile)
+    training, device = training_convolutions(), input.device
+    problem, normalises = problem_of(input, weight, *geometry, False), prologue is not None
+
+    def choose(gpu: Architecture, left_out: frozenset[Tile | None]) -> Tile | None:
+        return training_choice.forward(problem, normalises, gpu, left_out)[0]
+
+    def run(tile: Tile) -> tuple[Tensor, Tensor, Tensor] | None:
+        if not checks.trusts_training(problem, normalises, tile, device):
+            return None
+        return training.forward(input, weight, bias, geometry, prologue, tile)
+
+    kernel = f"training convolution{' behind a norm' if normalises else ''}"
+    return _with_tile(kernel, problem, device, choose, run)
 
 
 def conv_backward_input(
@@ -257,13 +264,14 @@ def conv_backward_input(
         The gradient, with `below` behind that norm, and then its sum, its sum with `tensor - mean`
         and that over `sqrt(var + eps)`. None as in `conv_batch_norm_statistics`.
     """
-    tile = _backward_tile(grad, weight, geometry, residual, below is not None)
-    if tile is None:
-        return None
     training = training_convolutions()
     ends = training.Ends(residual, residual_mask, None, below)
-    result, _, sums = training.backward_input(grad, weight, size, geometry, ends, tile)
-    return result, sums
+
+    def run(tile: Tile) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+        result, _, sums = training.backward_input(grad, weight, size, geometry, ends, tile)
+        return result, sums
+
+    return _with_backward_tile(grad, weight, geometry, residual, below is not None, False, run)
 
 
 def conv_backward_input_runs(
@@ -274,7 +282,8 @@ def conv_backward_input_runs(
     residual: Tensor | None,
 ) -> bool:
     """Whether `conv_backward_input` returns something; for arguments see there."""
-    return _backward_tile(grad, weight, geometry, residual, False) is not None
+    found = _with_backward_tile(grad, weight, geometry, residual, False, False, lambda tile: True)
+    return found is not None
 
 
 def norm_conv_backward_input(
@@ -304,44 +313,81 @@ def norm_conv_backward_input(
     if weight.shape[2:].numel() != 1:
         return None
     raw, norm = behind
-    tile = _backward_tile(raw, weight, geometry, None, True, above=True)
-    if tile is None:
-        return None
     training = training_convolutions()
-    raw = raw.contiguous(memory_format=torch.channels_last)
-    masked = torch.empty_like(raw)
-    total, dot, grad_weight = norms().batch_norm_act_backward_sums(
-        grad, raw, output, norm, "relu", masked
-    )
-    sums = Sums(total, dot, raw.numel() // raw.size(1))
-    ends = training.Ends(None, None, (raw, norm, sums), below)
-    result, grad_raw, below_sums = training.backward_input(
-        masked, weight, size, geometry, ends, tile
-    )
-    return result, below_sums, grad_raw, masked, (grad_weight, total)
+
+    def run(tile: Tile) -> tuple[Tensor, tuple, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        dense = raw.contiguous(memory_format=torch.channels_last)
+        masked = torch.empty_like(dense)
+        total, dot, grad_weight = norms().batch_norm_act_backward_sums(
+            grad, dense, output, norm, "relu", masked
+        )
+        sums = Sums(total, dot, dense.numel() // dense.size(1))
+        ends = training.Ends(None, None, (dense, norm, sums), below)
+        result, grad_raw, below_sums = training.backward_input(
+            masked, weight, size, geometry, ends, tile
+        )
+        return result, below_sums, grad_raw, masked, (grad_weight, total)
+
+    return _with_backward_tile(raw, weight, geometry, None, True, True, run)
 
 
-def _backward_tile(
+def _with_backward_tile(
     grad: Tensor,
     weight: Tensor,
     geometry: Sequence[Any],
     residual: Tensor | None,
     below: bool,
-    above: bool = False,
-) -> Tile | None:
-    """Of a transposed convolution, or None where the library's is to run."""
+    above: bool,
+    run: Callable[[Tile], Result],
+) -> Result | None:
+    """`run` with the tile of a transposed convolution, or None where the library's is to run."""
     stride, padding, dilation, groups = geometry
     _, C, R, S = weight.shape
     around = (dilation[0] * (R - 1) - padding[0], dilation[1] * (S - 1) - padding[1])
     if max(stride) > 1 or min(around) < 0 or not can_train(grad, weight, residual, groups):
         return None
-    tile: Tile | None = training_convolutions().INTERPRETED_TILE
+    device = grad.device
     transposed = weight.new_empty((C, grad.size(1), R, S), device="meta")
     problem = problem_of(grad, transposed, stride, around, dilation, groups, residual is not None)
-    if grad.device.type == "cuda":
-        gpu = architecture.of_device(grad.device)
-        tile = training_choice.backward(problem, above, below, gpu)[0]
     ends = (residual is not None, above, below)
-    if tile is None or not checks.trusts_input_gradient(problem, ends, tile, grad.device):
-        return None
-    return tile
+
+    def choose(gpu: Architecture, left_out: frozenset[Tile | None]) -> Tile | None:
+        return training_choice.backward(problem, above, below, gpu, left_out)[0]
+
+    def run_if_trusted(tile: Tile) -> Result | None:
+        return run(tile) if checks.trusts_input_gradient(problem, ends, tile, device) else None
+
+    kernel = "gradient of a convolution" + " behind a norm" * above + " before a norm" * below
+    return _with_tile(kernel, problem, device, choose, run_if_trusted)
+
+
+def _with_tile(
+    kernel: str,
+    problem: ConvProblem,
+    device: torch.device,
+    choose: Callable[[Architecture, frozenset[Tile | None]], Tile | None],
+    run: Callable[[Tile], Result | None],
+) -> Result | None:
+    """`run(tile)` with the best tile that the compiler gives no more memory than there is.
+
+    Args:
+        kernel: what the warning calls it.
+        problem: what it is to compute.
+        device: where.
+        choose: the best tile for a GPU but for those that are left out, or None.
+        run: what a tile is for.
+
+    Returns:
+        None where there is no such tile, or `run` returned it.
+    """
+    if device.type != "cuda":
+        return run(training_convolutions().INTERPRETED_TILE)
+    gpu = architecture.of_device(device)
+    while True:
+        tile = choose(gpu, tuning.left_out(problem, device, kernel))
+        if tile is None:
+            return None
+        try:
+            return run(tile)
+        except out_of_resources() as error:
+            tuning.leave_out(problem, device, Choice(kernel, tile, ESTIMATE), str(error))
