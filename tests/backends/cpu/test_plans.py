@@ -494,6 +494,20 @@ def test_watched_weights_have_no_plan(ran):
         torch.testing.assert_close(model(x), as_eager(model, x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+def test_norms_of_sixteen_bits_are_compared(name, ran):
+    """Kernels read float32, which is made when the plan is."""
+    model, x = make_model(torch.bfloat16), image_batch(2, 32, torch.bfloat16)
+    before = settle(model, x, ran)
+    getattr(model.layer2[0].bn1, name).data[:64] *= 3
+    with torch.inference_mode():
+        outputs = [model(x) for _ in range(4)]
+        expected = copy.deepcopy(model)(x)
+    assert not torch.equal(expected, before)
+    for out in outputs:
+        assert_same_bits(out, expected)
+
+
 @pytest.mark.parametrize(
     "release", [lambda model: backends.release(model.parameters()), lambda model: cpu.empty_cache()]
 )
