@@ -45,6 +45,9 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "quantized_residual_blocks_packed(Tensor input, Tensor[] packed, int[] numbers, "
       "int[] layer_counts, int[] projections, float[] shortcut_scales, float step, "
       "int zero_point, float output_step, str kernels) -> Tensor?");
+  m.def(
+      "quantized_stem_packed(Tensor input, Tensor packed, Tensor? packed_low, int[] numbers, "
+      "int[] pool, float step, int zero_point, float output_step, str kernels) -> Tensor");
   m.def("quantized_kernels() -> str");
   m.def(
       "quantized_copies_match(Tensor[] weights, Tensor[] quantized, Tensor[] steps, "
@@ -72,6 +75,11 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   m.def(
       "norm_vectors(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps) -> "
       "(Tensor scale, Tensor shift)");
+  m.def(
+      "conv_training(Tensor input, Tensor weight, Tensor? bias, int stride_h, int stride_w, "
+      "int pad_h, int pad_w, int dil_h, int dil_w, int groups, Tensor? in_mean, Tensor? in_var, "
+      "Tensor? in_weight, Tensor? in_bias, float in_eps, bool statistics) -> "
+      "(Tensor output, Tensor? mean, Tensor? var)");
   m.def(
       "conv_input_gradient(Tensor grad, Tensor weight, int stride_h, int stride_w, int pad_h, "
       "int pad_w, int dil_h, int dil_w, Tensor(a!) grad_input, bool accumulate) -> ()");

@@ -64,13 +64,16 @@ int64_t float32_pixels_for_tiles(std::vector<int64_t> weight_shape, std::vector<
 // in conv.h and tiled_weight_offset() in conv_tiles.h.
 torch::stable::Tensor pack_conv_weight(torch::stable::Tensor weight, int64_t groups);
 
-// The weight of the convolution that passes a gradient back, for kernels on tiles: input and output
-// channels have changed places and the taps run backwards.
-struct TransposedWeight {
+// A weight that is packed for one call, since it changes before the next, in the pool's memory.
+struct PackedWeight {
   torch::stable::Tensor packed;
   bool is_finite;
 };
-TransposedWeight pack_transposed_tiles(torch::stable::Tensor weight);
+PackedWeight pack_for_one_call(torch::stable::Tensor weight, int64_t groups);
+
+// The weight of the convolution that passes a gradient back, for kernels on tiles: input and output
+// channels have changed places and the taps run backwards.
+PackedWeight pack_transposed_tiles(torch::stable::Tensor weight);
 
 // Whether `packed` is `weight` in the kernel's layout, value by value.
 bool conv_weight_is_packed(torch::stable::Tensor weight, torch::stable::Tensor packed,
@@ -78,6 +81,11 @@ bool conv_weight_is_packed(torch::stable::Tensor weight, torch::stable::Tensor p
 
 // Whether the layer's packed weight has the weight's values, as far as a sample tells.
 bool seems_current(const ConvLayer& layer);
+
+// A layer's kernel and geometry, checked, for inputs of one size. Of `layer` the weight and what
+// follows the bias are read; what is missing is the identity's.
+Conv conv_geometry(const ConvLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W,
+                   torch::headeronly::ScalarType dtype);
 
 // A layer on inputs of one size: geometry checked, batch-norm tensors in float32. `conv` lacks only
 // its tensors, strides, ReLU and pooling.
@@ -109,8 +117,11 @@ MaxPool make_pool(const std::vector<int64_t>& numbers, int64_t P, int64_t Q);
 
 Dtype kernel_dtype(torch::headeronly::ScalarType dtype);
 
-// Runs the convolution on torch's threads.
-void run_conv(Conv conv);
+class RowStatistics;
+
+// Runs the convolution on torch's threads, and takes its outputs' statistics along, but where the
+// weight is not finite.
+void run_conv(Conv conv, RowStatistics* statistics = nullptr);
 
 // How many bytes of the second-level cache a core has.
 int64_t l2_bytes();

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
-from ..layers.quantized import Quantization, QuantizedBlock
+from ..layers.quantized import Quantization, QuantizedBlock, QuantizedStem
 from . import library
 from .recording import Recorder
 
@@ -145,6 +145,12 @@ class Backend:
         """See `reference.quantized_residual_blocks`: the same bits."""
         return reference.quantized_residual_blocks(input, blocks, stored, output)
 
+    def quantized_stem(
+        self, input: Tensor, stem: QuantizedStem, stored: Quantization, output: Quantization
+    ) -> Tensor:
+        """See `reference.quantized_stem`: the same bits."""
+        return reference.quantized_stem(input, stem, stored, output)
+
     def pool_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """A network's head in one call, or None where that is not covered: `ops.pool_linear`."""
         return None
@@ -210,6 +216,12 @@ class Backend:
         `geometry` is stride, padding, dilation and groups, here as below. `prologue` is a norm that
         the input, and then through a ReLU, goes through first.
         """
+        return None
+
+    def convolution(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any]
+    ) -> Tensor | None:
+        """The output of `conv_batch_norm_statistics` alone, to the same bits."""
         return None
 
     def batch_norm_relu_max_pool(

@@ -463,18 +463,36 @@ _RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"
 
 def _resnet_features(model: nn.Module, x: Tensor) -> Tensor:
     """All of it but the pool and the linear layer at the end."""
-    conv, norm, relu, maxpool, *stages = (model._modules[name] for name in _RESNET_PARTS)
+    _, _, _, maxpool, *stages = (model._modules[name] for name in _RESNET_PARTS)
     # Before the stem, which leaves nothing of these modules in the caches, and runs no hook.
     plain = None if pool_obstacle(maxpool) is not None else plain_stages(stages)
-    return stages_forward(stages, stem(conv, norm, relu, maxpool, x), plain)
+    return stages_forward(stages, network_stem(model, x), plain)
 
 
 _CIFAR_PARTS = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3")
 
 
 def _cifar_features(model: nn.Module, x: Tensor) -> Tensor:
-    conv, norm, relu, *stages = (model._modules[name] for name in _CIFAR_PARTS)
-    return stages_forward(stages, conv_norm_act(conv, norm, x, None, relu))
+    _, _, _, *stages = (model._modules[name] for name in _CIFAR_PARTS)
+    return stages_forward(stages, network_stem(model, x))
+
+
+def network_stem(network: nn.Module, x: Tensor) -> Tensor:
+    """A network's first convolution and what follows it, as its ranges say."""
+    if network.quantization is not None and (out := quantized.stem_output(network, x)) is not None:
+        return out
+    return float_stem(network, x)
+
+
+def float_stem(network: nn.Module, x: Tensor) -> Tensor:
+    """A network's first convolution and what follows it in floating point."""
+    form = forms.of(network)
+    (unit,) = form.units_of(network)
+    conv, norm = conv_norm(network, unit)
+    relu = forms.part(network, unit.act)
+    if form.pool is None:
+        return conv_norm_act(conv, norm, x, None, relu)
+    return stem(conv, norm, relu, forms.part(network, form.pool), x)
 
 
 def plain_block_forward(block: nn.Module, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ is not there, and where none is there is no chain.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -164,10 +164,16 @@ def _problem_of(reduced: Tensor, x: Tensor, block: Block) -> ChainProblem | None
     main, projection = block.main, block.projection
     N, width, H, W = reduced.shape
     _, middle, last = main
-    geometry = (tuple(pair) for pair in (middle.stride, middle.padding, middle.dilation))
-    problem = ChainProblem(N, width, H, W, last.weight.size(0), *geometry, DTYPES[x.dtype])
+    stride, padding, dilation = middle.stride, middle.padding, middle.dilation
+    problem = ChainProblem(
+        N, width, H, W, last.weight.size(0),
+        (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]),
+        DTYPES[x.dtype],
+    )  # fmt: skip
     if projection is not None:
-        problem = replace(problem, projection=(*x.shape[1:], *projection.stride))
+        C, first_h, first_w = x.shape[1:]
+        steps = projection.stride
+        problem = replace(problem, projection=(C, first_h, first_w, steps[0], steps[1]))
     return problem
 
 
@@ -251,13 +257,16 @@ def predicted(problem: ChainProblem, gpu: Architecture, choice: Choice) -> float
     in_row = overlaps(problem, gpu)
     if choice.kernel == CONVOLUTIONS:
         return predicted_convolutions(problem, gpu, in_row)
+    tile = choice.tile
+    assert tile is not None
     if choice.kernel == CHAIN_WITHOUT_NEXT:
-        alone = predicted_launch(problem.without_next(), gpu, choice.tile)
-        return alone + _predicted_part(problem.reduce, gpu, in_row)
+        alone, following = predicted_launch(problem.without_next(), gpu, tile), problem.reduce
+        assert following is not None
+        return alone + _predicted_part(following, gpu, in_row)
     if choice.kernel == PAIR:
-        pair = predicted_launch(problem, gpu, choice.tile, PAIR)
+        pair = predicted_launch(problem, gpu, tile, PAIR)
         return _predicted_part(problem.convolution, gpu, in_row) + pair
-    return predicted_launch(problem, gpu, choice.tile)
+    return predicted_launch(problem, gpu, tile)
 
 
 def predicted_convolutions(problem: ChainProblem, gpu: Architecture, in_row: bool) -> float:
@@ -365,7 +374,7 @@ def programs_at_once(
 
 def _compiled(
     problem: ChainProblem, gpu: Architecture, kernel: str = CHAIN
-) -> dict[tuple[int, ...], tuple[int, int]]:
+) -> Mapping[tuple[int, int, int, int, int], tuple[int, int]]:
     kind = (
         gpu.capability[0], problem.width, problem.projection is not None, problem.next_width,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """The Triton backend: convolution, batch norm, shortcut and ReLU in one kernel, on a GPU.
 
 `inference.py` and `training.py` choose the kernel. `conv_kernels.py` has those of convolutions,
-`conv.py` what launches them, `norm.py` both for norms by themselves, `stem.py` for a max-pool
-behind either, `device.py` what kernels share. Triton is imported when one first runs: `lazy.py`.
+`conv.py` what launches them, `norm_kernels.py` and `norm.py` the same for norms by themselves,
+`stem.py` both for a max-pool behind either, `device.py` what kernels share. Triton is imported when
+one first runs: `lazy.py`.
 """
 
 from __future__ import annotations
