@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .forms import Form, Unit
 from .layers import quantized_copies, watch
 from .layers.ranges import BlockRanges, StemRanges
 from .models import cifar
-from .modules import graphs
+from .modules import graphs, plans
 from .modules.quantized import Watcher
 from .modules.run import block_forward, cifar_resnet_forward, plain_block_forward, resnet_forward
 
@@ -32,6 +32,9 @@ def named_copy(function: Callable[..., Tensor], name: str) -> Callable[..., Tens
     """A copy of a method that TorchScript can compile beside the one that overrides it."""
     copy = types.FunctionType(function.__code__, function.__globals__, name)
     return functools.update_wrapper(copy, function, ("__module__", "__annotations__"), ())
+
+
+_Self = TypeVar("_Self", bound="Fused")
 
 
 class Fused(nn.Module):
@@ -53,12 +56,13 @@ class Fused(nn.Module):
         super().__setstate__(state)
         watch.remember(self)
 
-    def train(self, mode: bool = True) -> nn.Module:  # noqa: D102
+    def train(self: _Self, mode: bool = True) -> _Self:  # noqa: D102
         release(self)
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         release(self)
+        plans.forget(self)  # which hold the parameters that others will take the place of
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -51,10 +51,16 @@ class Record:
 
 
 class Report(Sequence[Record]):
-    """A model's records, in the order of `named_modules`."""
+    """A model's records, in the order of `named_modules`.
 
-    def __init__(self, records: Sequence[Record]) -> None:
+    Attributes:
+        not_used: the kernels that differed from the library on the model's devices and so are not
+            used there, whatever the records say, each with what the check found.
+    """
+
+    def __init__(self, records: Sequence[Record], not_used: Sequence[str] = ()) -> None:
         self._records = tuple(records)
+        self.not_used = tuple(not_used)
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -96,7 +102,8 @@ class Report(Sequence[Record]):
         first = f"{fused} of {len(rows)} modules run fused"
         if in_int8:
             first += f", {in_int8} in eight bits; all else, the classifier too, in floating point"
-        return "\n".join([first, *lines])
+        found = [f"not used, for it differs from the library: {text}" for text in self.not_used]
+        return "\n".join([first, *lines, *found])
 
 
 def _precision(record: Record) -> str:
@@ -233,7 +240,8 @@ def report(model: nn.Module, input: Tensor | None = None) -> Report:
             without one how many pixels make a difference.
 
     Returns:
-        A record for each module of a class that `fuse` knows, or of a subclass of one.
+        A record for each module of a class that `fuse` knows, or of a subclass of one; and the
+        kernels that are not used.
 
     Raises:
         TypeError: it is not a module.
@@ -248,7 +256,12 @@ def report(model: nn.Module, input: Tensor | None = None) -> Report:
             _record_of(path, module, form, is_quantized, sizes)
             for path, module in model.named_modules()
             if (form := forms.of(module)) is not None
-        ]
+        ],
+        [
+            f"{family}: {verdict}"
+            for device in {tensor.device for tensor in model.parameters()}
+            for family, verdict in backends.self_check.failed(device).items()
+        ],
     )
 
 

@@ -108,7 +108,7 @@ def batch_norm_act_training(
     activation: str,
 ) -> Error:
     """See `ops.batch_norm_act_training`, which takes one value a channel."""
-    norm = Norm(None, None, weight, bias, eps)
+    norm = Norm(None, None, weight, bias, eps)  # type: ignore[arg-type]  # still to be found
     return checks.batch_norm_error(
         "batch_norm_act_training", input, norm, True, 0.0, residual, activation, shared=True
     )
@@ -281,11 +281,12 @@ def block_training_backward(
     if error is not None:
         return error
     main = len(shapes) - has_projection
-    kernels = [parameters[_TRAINING_TENSORS * i].shape[2:] for i in range(len(shapes))]
     # With low_memory the last convolution's output is computed again, and the projection's.
-    again = [
-        low_memory and i >= main - 1 and tuple(kernel) == (1, 1) for i, kernel in enumerate(kernels)
-    ]
+    again = []
+    for i in range(len(shapes)):
+        weight = parameters[_TRAINING_TENSORS * i]
+        pointwise = weight is not None and weight.shape[2:] == (1, 1)
+        again.append(low_memory and i >= main - 1 and pointwise)
     raws = [shape for shape, computed in zip(shapes, again, strict=True) if not computed]
     return (
         _like(name, "grad", grad, shapes[main - 1], input)
@@ -353,8 +354,10 @@ def _layers(
             running_mean = running_var = None
         else:
             weight, running_mean, running_var, bn_weight, bn_bias, bias = t
-        norm = Norm(running_mean, running_var, bn_weight, bn_bias, eps[i])
-        layers.append(ConvNorm(weight, norm, bias, n[0:2], n[2:4], n[4:6], n[6]))
+        # What is None and must not be is for `checks` to find.
+        norm = Norm(running_mean, running_var, bn_weight, bn_bias, eps[i])  # type: ignore[arg-type]
+        layer = ConvNorm(weight, norm, bias, n[0:2], n[2:4], n[4:6], n[6])  # type: ignore[arg-type]
+        layers.append(layer)
     return layers
 
 

@@ -11,15 +11,16 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from support import Run
+from support import Run, processes
 from support.results_schema import check_document, check_kernels_document
 
 from fused_resnet import backends
@@ -889,7 +890,8 @@ def test_what_is_written_of_small_batches_is_computed() -> None:
     one = predict.predicted_network("resnet50", 1, gpu)["microseconds"]
     assert one["chain"] < 0.7 * one["fused"]
     many = predict.predicted_network("resnet50", 256, gpu)["microseconds"]
-    assert many["fused"] / many["chain"] >= 1.25
+    # The chains' weights come through L2, and its bandwidth bounds what they gain.
+    assert many["fused"] / many["chain"] >= 1.15
 
 
 def test_what_is_written_of_basic_blocks_is_computed() -> None:
@@ -899,7 +901,8 @@ def test_what_is_written_of_basic_blocks_is_computed() -> None:
     assert predict.basic_block_table(blocks) in text
     assert predict.first_stage_table(list(ARCHITECTURES)) in text
     for one in blocks:
-        assert (one.chained < one.apart) == (one.width == 64), one
+        pays = one.width == 64 or (one.width == 128 and one.batch > 1)
+        assert (one.chained < one.apart) == pays, one
         if one.rows:
             assert one.recomputed == (one.rows + 2) * 16 / (one.rows * 14)
             assert one.fewer_bytes == 0.6 * 5 * one.map_bytes
@@ -907,7 +910,7 @@ def test_what_is_written_of_basic_blocks_is_computed() -> None:
     for name, gpu in ARCHITECTURES.items():
         ratios = [one.chained / one.apart for one in predict.basic_blocks(gpu, (256,))]
         # What the text says of Hopper, of the A100 and of desktops, with many images.
-        assert (ratios[0] < 0.75) == (gpu.capability == (9, 0)), name
+        assert (ratios[0] < 0.6) == (gpu.capability == (9, 0)), name
         assert (ratios[0] > 1) == (gpu.capability in ((8, 0), (8, 9), (12, 0))), name
 
 
@@ -1257,17 +1260,28 @@ def test_on_gpu_ends_a_step_that_takes_too_long(tmp_path: Path) -> None:
     assert "out of time" in out
 
 
+def rehearsal() -> tuple[int, str, dict[str, Any], str]:
+    """Exit code and output of bench/on_gpu.sh, and the files that it has written."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        environment = {
+            **processes.current_environment(), "PYTHON": sys.executable, "WHEEL": "none",
+            "DEVICE": "cpu", "MODELS": "resnet18", "BATCHES": "1", "ROUNDS": "1",
+            "ONLY": "kernels-first|report", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }  # fmt: skip
+        command = ["bash", str(ROOT / "bench" / "on_gpu.sh"), name]
+        status, out, err = processes.run_command(command, 600, environment, processes.TESTS)
+        written = folder / "kernels-first.json", folder / "report.html"
+        if status != 0 or not all(path.is_file() for path in written):
+            return status, out + err, {}, ""
+        return status, out + err, json.loads(written[0].read_text()), written[1].read_text()
+
+
 @pytest.mark.slow
-def test_on_gpu_rehearses_with_the_real_commands(tmp_path: Path) -> None:
-    process = subprocess.run(
-        ["bash", str(ROOT / "bench" / "on_gpu.sh"), str(tmp_path)],
-        capture_output=True, text=True, timeout=600,
-        env={
-            **os.environ, "PYTHON": sys.executable, "WHEEL": "none", "DEVICE": "cpu",
-            "MODELS": "resnet18", "BATCHES": "1", "ROUNDS": "1", "ONLY": "kernels-first|report",
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        },
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout + process.stderr
-    check_kernels_document(json.loads((tmp_path / "kernels-first.json").read_text()))
-    assert "<img" in (tmp_path / "report.html").read_text()
+@pytest.mark.ahead(lambda: rehearsal())
+def test_on_gpu_rehearses_with_the_real_commands(ahead: Callable[[], Any]) -> None:
+    status, said, kernels, report = ahead()
+    assert status == 0, said
+    check_kernels_document(kernels)
+    assert "<img" in report

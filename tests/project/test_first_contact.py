@@ -41,12 +41,12 @@ def run(
 
 
 def test_a_rehearsal_and_its_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only = ("--only", "device|right|memcheck")
+    only = ("--only", "device|right|self-check|memcheck")
     process = run(tmp_path, *only, monkeypatch=monkeypatch)
     found = first_contact.read_findings(tmp_path)
     assert process.returncode == 0, process.stdout + process.stderr
     assert {(line["step"], line["state"]) for line in found} >= {
-        ("device", "note"), ("right", "ok"), ("memcheck", "skipped"),
+        ("device", "note"), ("right", "ok"), ("self-check", "note"), ("memcheck", "skipped"),
     }  # fmt: skip
     judged = [line for line in found if line["step"] == "right" and "error" in line]
     assert len(judged) == 2

@@ -118,6 +118,11 @@ def next_in_row() -> int | None:
     return row[0] - 1
 
 
+def is_in_row(input: Tensor) -> bool:
+    """Whether launches for this input are such, on a device where they may overlap."""
+    return _row.get() is not None and can_depend(input)
+
+
 def report(
     kernel: str,
     tensors: Mapping[str, object],

@@ -15,6 +15,7 @@ from ...tuning import training as training_choice
 from ...tuning.choice import Tile
 from .. import library
 from ..backend import Gradients
+from . import checks
 from .eligible import can_normalize, can_train, is_channels_last
 from .lazy import norms, stems, training_convolutions
 from .problem import problem_of
@@ -30,7 +31,9 @@ def batch_norm_act_training(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics in one pass, everything else in another: see `norm.py`."""
     arguments = (input, weight, bias, eps, residual, activation)
-    if can_normalize(input, weight, bias, residual):
+    if can_normalize(input, weight, bias, residual) and checks.trusts_norm(
+        batch_norm_act_training, input
+    ):
         return norms().batch_norm_act_training(*arguments)
     return library.batch_norm_act_training(*arguments)
 
@@ -59,7 +62,7 @@ def batch_norm_add_relu(
         What is returned there, or None where the kernel cannot be had.
     """
     others = (*norm[:4], residual, *(residual_norm or ())[:4])
-    if not can_normalize(input, *others):
+    if not can_normalize(input, *others) or not checks.trusts_norm(batch_norm_add_relu, input):
         return None
     return norms().batch_norm_add_relu(input, norm, residual, residual_norm)
 
@@ -77,7 +80,10 @@ def batch_norm_add_relu_backward(
     Returns:
         What is returned there, or None where the kernel cannot be had.
     """
-    if not can_normalize(input, grad, *norm[:4], residual, *residual_norm[:4]):
+    others = (grad, *norm[:4], residual, *residual_norm[:4])
+    if not can_normalize(input, *others) or not checks.trusts_norm(
+        batch_norm_add_relu_backward, input
+    ):
         return None
     return norms().batch_norm_add_relu_backward(grad, output, input, norm, residual, residual_norm)
 
@@ -94,14 +100,16 @@ def batch_norm_act_backward(
 ) -> Gradients:
     """A pass that reduces and one that does not."""
     leading = (grad, input, output, norm, activation, training, need)
-    if can_normalize(input, grad, output, *norm[:4]):
+    if can_normalize(input, grad, output, *norm[:4]) and checks.trusts_norm(
+        batch_norm_act_backward, input
+    ):
         return norms().batch_norm_act_backward(*leading, overwrite)
     return library.batch_norm_act_backward(*leading)
 
 
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of this tensor, (C,), in the accumulation dtype."""
-    if can_normalize(input):
+    if can_normalize(input) and checks.trusts_norm(batch_statistics, input):
         return norms().batch_statistics(input)
     return library.batch_statistics(contiguous_like_eager(input))
 
@@ -114,7 +122,9 @@ def batch_norm_act_backward_sums(
     `output` may be None where there was no residual. Shapes (C,), in the accumulation dtype.
     """
     arguments = (grad, input, output, norm, activation)
-    if can_normalize(input, grad, output, *norm[:4]):
+    if can_normalize(input, grad, output, *norm[:4]) and checks.trusts_norm(
+        batch_norm_act_backward_sums, input
+    ):
         total, dot, _ = norms().batch_norm_act_backward_sums(*arguments)
         return total, dot
     return library.batch_norm_act_backward_sums(*arguments)
@@ -132,7 +142,9 @@ def batch_norm_act_backward_input(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of input and residual, from the sums and the count of the joint batch."""
     leading = (grad, input, output, norm, activation, sums, need_residual)
-    if can_normalize(input, grad, output, *norm[:4]):
+    if can_normalize(input, grad, output, *norm[:4]) and checks.trusts_norm(
+        batch_norm_act_backward_input, input
+    ):
         return norms().batch_norm_act_backward_input(*leading, overwrite)
     return library.batch_norm_act_backward_input(*leading)
 
@@ -169,6 +181,10 @@ def batch_norm_relu_max_pool(
         or min(stem.pooled_size(input.shape[2:], pool)) < 1
     ):
         return None  # some of which `max_pool2d` refuses
+    if not checks.trusts_norm_and_pool(
+        batch_norm_relu_max_pool, max_pool_backward_from_offsets, input
+    ):
+        return None
     return stem.batch_norm_relu_max_pool(input, weight, bias, eps, pool)
 
 
@@ -205,11 +221,13 @@ def conv_batch_norm_statistics(
         return None
     training = training_convolutions()
     tile = training.INTERPRETED_TILE
+    problem = problem_of(input, weight, *geometry, False)
     if input.device.type == "cuda":
-        problem = problem_of(input, weight, *geometry, False)
         gpu = architecture.of_device(input.device)
         tile, _ = training_choice.forward(problem, prologue is not None, gpu)
-    if tile is None:
+    if tile is None or not checks.trusts_training(
+        problem, prologue is not None, tile, input.device
+    ):
         return None
     return training.forward(input, weight, bias, geometry, prologue, tile)
 
@@ -317,9 +335,13 @@ def _backward_tile(
     around = (dilation[0] * (R - 1) - padding[0], dilation[1] * (S - 1) - padding[1])
     if max(stride) > 1 or min(around) < 0 or not can_train(grad, weight, residual, groups):
         return None
-    if grad.device.type != "cuda":
-        return training_convolutions().INTERPRETED_TILE
+    tile: Tile | None = training_convolutions().INTERPRETED_TILE
     transposed = weight.new_empty((C, grad.size(1), R, S), device="meta")
     problem = problem_of(grad, transposed, stride, around, dilation, groups, residual is not None)
-    gpu = architecture.of_device(grad.device)
-    return training_choice.backward(problem, above, below, gpu)[0]
+    if grad.device.type == "cuda":
+        gpu = architecture.of_device(grad.device)
+        tile = training_choice.backward(problem, above, below, gpu)[0]
+    ends = (residual is not None, above, below)
+    if tile is None or not checks.trusts_input_gradient(problem, ends, tile, grad.device):
+        return None
+    return tile

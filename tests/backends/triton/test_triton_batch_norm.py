@@ -40,16 +40,16 @@ SHAPES = [(13, 1, 3, 1), (7, 3, 1, 1), (1, 3, 1, 2), (2, 24, 11, 5), (1, 70, 1, 
 def norms(monkeypatch):
     """`norm.py`, going through tensors as on a GPU in slabs of `steps` at most."""
     module = backends.triton.lazy.norms()
-    original = module._layout_of
+    original = module.layout_of
 
     def as_on_a_gpu(input):
         layout = original(input)
         channels = module._LINE // input.element_size() if layout.S == 1 else 1
-        block_c = min(module.triton.next_power_of_2(layout.C), channels)
+        block_c = min(1 << (layout.C - 1).bit_length(), channels)
         return dataclasses.replace(layout, block_r=module._STEP // block_c, block_c=block_c)
 
     if RUNNER.device != "cuda":
-        monkeypatch.setattr(module, "_layout_of", as_on_a_gpu)
+        monkeypatch.setattr(module, "layout_of", as_on_a_gpu)
     with fused_resnet.use_backend("triton"):
         yield module
 
@@ -91,7 +91,7 @@ def test_slabs(norms, monkeypatch, slabs):
     monkeypatch.setattr(norms, "_PROGRAMS", slabs)
     monkeypatch.setattr(norms, "_LEAST_STEPS", 1000)
     x, grad = drawn((3, 5, 41, 37), torch.float32, torch.channels_last, 2)
-    layout = norms._layout_of(x)
+    layout = norms.layout_of(x)
     steps, count = layout.reduction()
     assert layout.tiles_r > 6
     assert (count == 1) == (slabs == 1)
@@ -164,9 +164,9 @@ def test_wide_offsets_give_the_same_bits(norms, monkeypatch, memory_format):
     x, z, grad = drawn((3, 7, 9, 7), torch.float16, memory_format, 3)
     weight, bias = vectors(7, 2)
     narrow = gradients(fused, (x, weight, bias, z), grad)
-    layout_of = norms._layout_of
+    layout_of = norms.layout_of
     monkeypatch.setattr(
-        norms, "_layout_of", lambda input: dataclasses.replace(layout_of(input), wide=True)
+        norms, "layout_of", lambda input: dataclasses.replace(layout_of(input), wide=True)
     )
     for a, b in zip(narrow, gradients(fused, (x, weight, bias, z), grad), strict=True):
         assert_same_bits(a, b)
@@ -175,7 +175,7 @@ def test_wide_offsets_give_the_same_bits(norms, monkeypatch, memory_format):
 @pytest.mark.quick
 def test_which_tensors_are_wide():
     """Those of which some element, or a row counted on, is 2^31 or more from the first."""
-    layout_of = backends.triton.lazy.norms()._layout_of
+    layout_of = backends.triton.lazy.norms().layout_of
     for rows, wide in [(2**22, False), (2**25 - 2**10, True), (2**25 + 5, True)]:
         shape = (rows, 64, 1, 1)
         x = torch.empty(1, dtype=torch.float16, device=RUNNER.device).expand(shape)
