@@ -898,6 +898,7 @@ void run_with_border(const Conv& conv) {
   for (int64_t n = 0; n < conv.N; ++n) {
     Conv image = conv;
     image.N = 1;
+    image.batch = std::max(conv.batch, conv.N);  // by which a kernel is chosen
     image.weight_is_finite = true;
     image.input = image_of(conv.input, conv.in.n, n);
     image.residual = image_of(conv.residual, conv.res.n, n);
