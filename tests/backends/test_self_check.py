@@ -64,17 +64,19 @@ CUDA = pytest.mark.skipif(
 def checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Checks are on, wherever kernels run, and nothing is known; returns the folder of verdicts."""
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path))
-    monkeypatch.setattr(self_check, "_from_environment", "1")
     monkeypatch.setattr(self_check, "_unwritable", None)
-    self_check.forget()
+    before = self_check.setting()
+    self_check.use("1")
+    clear()
     yield tmp_path / "self_check"
     monkeypatch.undo()
+    self_check.use(before)
     clear()
 
 
 def clear() -> None:
     """What another process would know: nothing."""
-    for known in (self_check._known, self_check._by_call, self_check._warned):
+    for known in (self_check._known, self_check.settled, self_check._warned):
         known.clear()
 
 
