@@ -647,7 +647,11 @@ def pool_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | 
         return None
     _, C, H, W = input.shape
     # What does not go together is left to torch's operators, which say what.
-    if weight.dtype is not input.dtype or weight.device != input.device or not 0 < H * W <= _MOST_PIXELS:
+    if (
+        weight.dtype is not input.dtype
+        or weight.device != input.device
+        or not 0 < H * W <= _MOST_PIXELS
+    ):
         return None
     if weight.dim() != 2 or weight.size(1) != C:
         return None
