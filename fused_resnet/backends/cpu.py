@@ -61,6 +61,8 @@ _GRADIENTS_ON_TILES = (torch.bfloat16, torch.float32)
 _LEAST_ON_TILES = 16
 # The images for which `pool_linear` is faster than torch's operators.
 _MOST_IMAGES = 16
+# And their pixels, kMostPixels in csrc/cpu/pool_linear.cpp.
+_MOST_PIXELS = 2**24
 # The largest window it pools, kLargestPool there.
 _LARGEST_POOL = 1024
 
@@ -645,7 +647,11 @@ def pool_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | 
         return None
     _, C, H, W = input.shape
     # What does not go together is left to torch's operators, which say what.
-    if weight.dtype is not input.dtype or weight.device != input.device or H * W == 0:
+    if (
+        weight.dtype is not input.dtype
+        or weight.device != input.device
+        or not 0 < H * W <= _MOST_PIXELS
+    ):
         return None
     if weight.dim() != 2 or weight.size(1) != C:
         return None
