@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ from torchvision.models import resnet
 from . import backends, forms
 from .forms import Form, Unit
 from .layers import quantized_copies, watch
-from .layers.ranges import BlockRanges
+from .layers.ranges import BlockRanges, StemRanges
 from .models import cifar
-from .modules import graphs
+from .modules import graphs, plans
 from .modules.quantized import Watcher
 from .modules.run import block_forward, cifar_resnet_forward, plain_block_forward, resnet_forward
 
@@ -34,6 +34,9 @@ def named_copy(function: Callable[..., Tensor], name: str) -> Callable[..., Tens
     return functools.update_wrapper(copy, function, ("__module__", "__annotations__"), ())
 
 
+_Self = TypeVar("_Self", bound="Fused")
+
+
 class Fused(nn.Module):
     """What the fused classes have in common: they let go of what backends made of their tensors.
 
@@ -42,23 +45,24 @@ class Fused(nn.Module):
             their outputs; `fuse` sets it.
         watch: "sample", or "full" to compare all values of the weights with the backend's copies
             in every call; `fuse` sets it.
-        quantization: a block's ranges in eight bits; `quantize` sets it.
+        quantization: the ranges of a block, or of a network's stem; `quantize` sets it.
     """
 
     memory = "normal"
     watch = "sample"
-    quantization: BlockRanges | Watcher | None = None
+    quantization: BlockRanges | StemRanges | Watcher | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         watch.remember(self)
 
-    def train(self, mode: bool = True) -> nn.Module:  # noqa: D102
+    def train(self: _Self, mode: bool = True) -> _Self:  # noqa: D102
         release(self)
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         release(self)
+        plans.forget(self)  # which hold the parameters that others will take the place of
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -71,9 +75,11 @@ class Network(Fused):
 
     Attributes:
         cuda_graphs: whether its inference passes on a GPU become CUDA graphs; `fuse` sets it.
+        may_quantize_stem: whether its first convolution can run in eight or sixteen bits.
     """
 
     cuda_graphs = False
+    may_quantize_stem = False
 
 
 class BasicBlock(Fused, resnet.BasicBlock):
@@ -112,6 +118,8 @@ class ResNet(Network, resnet.ResNet):
     Whether its blocks are fused is up to them: `ResNet(fused_resnet.Bottleneck, [3, 4, 6, 3])`.
     """
 
+    may_quantize_stem = True
+
     _unfused_forward_impl = named_copy(resnet.ResNet._forward_impl, "_unfused_forward_impl")
 
     def _forward_impl(self, x: Tensor) -> Tensor:
@@ -138,6 +146,8 @@ class CifarResNet(Network, cifar.CifarResNet):
 
     Whether its blocks are fused is up to them: `fuse` fuses both.
     """
+
+    may_quantize_stem = True
 
     _unfused_forward = named_copy(cifar.CifarResNet.forward, "_unfused_forward")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # not on Windows, where only the last of two writers at once is kept
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # whoever uses it asks first
 
 
 def replace(path: Path, data: bytes) -> None:

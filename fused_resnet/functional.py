@@ -264,7 +264,7 @@ def batch_norm_act(
             has one value per channel.
     """
     name = "batch_norm_act"
-    norm = Norm(running_mean, running_var, weight, bias, eps)
+    norm = Norm(running_mean, running_var, weight, bias, eps)  # type: ignore[arg-type]  # now checked
     error = checks.batch_norm_error(name, input, norm, training, momentum, residual, activation)
     if error is None:
         error = _padding_error(name, residual, input.size(1), pad_residual)
@@ -319,7 +319,7 @@ def sync_batch_norm_act(
         RuntimeError: a functorch transform or forward-mode differentiation is active.
     """
     name = "sync_batch_norm_act"
-    norm = Norm(running_mean, running_var, weight, bias, eps)
+    norm = Norm(running_mean, running_var, weight, bias, eps)  # type: ignore[arg-type]  # now checked
     error = checks.batch_norm_error(
         name, input, norm, True, momentum, residual, activation, shared=True
     )

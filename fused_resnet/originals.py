@@ -56,7 +56,7 @@ def _now() -> tuple[Any, ...]:
     """What is in each of these places; written out, since every forward pass asks."""
     return (
         Conv2d.forward,
-        Conv2d._conv_forward,
+        Conv2d._conv_forward,  # type: ignore[attr-defined]  # none says it is a Conv2d
         BatchNorm2d.forward,
         SyncBatchNorm.forward,
         FrozenBatchNorm2d.forward,

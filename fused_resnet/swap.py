@@ -15,7 +15,7 @@ from . import backends, blocks, forms
 from .forms import Form
 from .layers import checks
 from .layers import watch as watching
-from .layers.ranges import BlockRanges
+from .layers.ranges import BlockRanges, StemRanges
 from .modules import fake_quantized, graphs, plans, quantized, read, run
 
 _MEMORY = ("normal", "low")
@@ -51,10 +51,16 @@ class Record:
 
 
 class Report(Sequence[Record]):
-    """A model's records, in the order of `named_modules`."""
+    """A model's records, in the order of `named_modules`.
 
-    def __init__(self, records: Sequence[Record]) -> None:
+    Attributes:
+        not_used: the kernels that differed from the library on the model's devices and so are not
+            used there, whatever the records say, each with what the check found.
+    """
+
+    def __init__(self, records: Sequence[Record], not_used: Sequence[str] = ()) -> None:
         self._records = tuple(records)
+        self.not_used = tuple(not_used)
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -96,7 +102,8 @@ class Report(Sequence[Record]):
         first = f"{fused} of {len(rows)} modules run fused"
         if in_int8:
             first += f", {in_int8} in eight bits; all else, the classifier too, in floating point"
-        return "\n".join([first, *lines])
+        found = [f"not used, for it differs from the library: {text}" for text in self.not_used]
+        return "\n".join([first, *lines, *found])
 
 
 def _precision(record: Record) -> str:
@@ -233,7 +240,8 @@ def report(model: nn.Module, input: Tensor | None = None) -> Report:
             without one how many pixels make a difference.
 
     Returns:
-        A record for each module of a class that `fuse` knows, or of a subclass of one.
+        A record for each module of a class that `fuse` knows, or of a subclass of one; and the
+        kernels that are not used.
 
     Raises:
         TypeError: it is not a module.
@@ -248,7 +256,12 @@ def report(model: nn.Module, input: Tensor | None = None) -> Report:
             _record_of(path, module, form, is_quantized, sizes)
             for path, module in model.named_modules()
             if (form := forms.of(module)) is not None
-        ]
+        ],
+        [
+            f"{family}: {verdict}"
+            for device in {tensor.device for tensor in model.parameters()}
+            for family, verdict in backends.self_check.failed(device).items()
+        ],
     )
 
 
@@ -258,10 +271,11 @@ def _modules(model: nn.Module, name: str) -> list[nn.Module]:
     return list(model.modules())
 
 
-def _ranges(module: nn.Module) -> BlockRanges | None:
+def _ranges(module: nn.Module) -> BlockRanges | StemRanges | None:
     """What calibration left with a module."""
-    kept = module.quantization if quantized.is_quantizable(module) else None
-    return kept if isinstance(kept, BlockRanges) else None
+    has = quantized.is_quantizable(module) or quantized.has_stem(module)
+    kept = module.quantization if has else None
+    return kept if isinstance(kept, (BlockRanges, StemRanges)) else None
 
 
 def _input_sizes(model: nn.Module, input: Tensor | None) -> _Sizes:
@@ -310,14 +324,18 @@ def _record_of(
         reason = "the stem" if form.kind == "stem" else kind
         reason = f"in floating point: {reason}"
     elif module.training:
-        reason = "in floating point: the block is in training mode"
+        reason = "in floating point: it is in training mode"
     else:
-        why = kept.reason or quantized.float_reason(module)
+        operator, precision = "quantized_residual_blocks", "int8"
+        if isinstance(kept, StemRanges):
+            operator, precision = "quantized_stem", f"int{kept.bits}"
+            fits = quantized.stem_of(module, kept.bits) is not None
+            why = kept.reason or (None if fits else "it is not as it was calibrated")
+        else:
+            why = kept.reason or quantized.float_reason(module)
         if why is None:
-            backend = backends.explain(
-                "quantized_residual_blocks", device=weight.device, dtype=weight.dtype
-            )
-            return Record(path, form.kind, True, backend, "", "int8", kept.sqnr_db)
+            backend = backends.explain(operator, device=weight.device, dtype=weight.dtype)
+            return Record(path, form.kind, True, backend, "", precision, kept.sqnr_db)
         reason = f"in floating point: {why}"
     reason = "; ".join(filter(None, [record.reason, reason]))
     sqnr_db = None if kept is None else kept.sqnr_db

@@ -1,20 +1,34 @@
-// A model of the kernel's time in a multiprocessor's cycles. It takes as long as the slowest of the
-// arithmetic of the busiest multiprocessor, what that loads from the L2 cache, and waiting: a block
-// with `stages - 1` steps under way takes one at most every latency / (stages - 1), however empty
-// the GPU is. The figures are round ones for Ampere to Blackwell, not fitted.
+// A model of the kernel's time in a multiprocessor's cycles, that of
+// fused_resnet/tuning/estimate.py. It takes as long as the slowest of
+// - the arithmetic of the busiest multiprocessor;
+// - the instructions it issues;
+// - what it loads from the L2 cache, and what all together load from memory, each tensor once;
+// - waiting: a block with `stages - 1` steps under way takes one at most every
+//   latency / (stages - 1), however empty the GPU is.
+// A block that a multiprocessor holds alone fills its pipeline and stores while nothing else runs.
+// The figures are round ones for Ampere to Blackwell, not fitted.
 #include "cuda/conv_heuristics.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 namespace fused_resnet {
 namespace {
 
-constexpr double kLatency = 800;       // from asking for a step to having it
-constexpr double kBytesPerCycle = 48;  // out of the L2 cache
-constexpr double kMemoryBytesPerCycle = 16;
-constexpr int kSharedPerBlock = 1024;  // what the driver takes
-constexpr int kMostWarps = 48;         // of a multiprocessor; some have 64
+constexpr double kLatency = 800;  // from asking for a step to having it
+// Out of the L2 cache, of one multiprocessor by itself, and of each when all ask at once, as on an
+// H100.
+constexpr double kBytesPerCycle = 32;
+constexpr double kSharedBytesPerCycle = 24;
+constexpr double kIssuedPerCycle = 4;  // instructions of warps
+// Of a step, of each copy of 16 bytes, and of the epilogue for each 32 outputs.
+constexpr double kStepInstructions = 24;
+constexpr double kCopyInstructions = 4;
+constexpr double kOutputInstructions = 5;
+constexpr double kMmaInstructions = 1.5;  // of an mma.sync with its share of ldmatrix
+constexpr int kSharedPerBlock = 1024;     // what the driver takes
+constexpr int kMostWarps = 48;            // of a multiprocessor; some have 64
 constexpr int kSplits[] = {1, 2, 4, 8, 16};
 
 int64_t ceil_div(int64_t a, int64_t b) {
@@ -33,6 +47,31 @@ double rate(Products products) {
   }
 }
 
+// Instructions of a block's warps.
+double instructions(const Tile& tile, double products, int64_t steps) {
+  const int each = tile.loads == Loads::kElements ? tile.element_bytes() : 16;
+  double sum = kStepInstructions * tile.threads() / 32 * steps +
+               kCopyInstructions * tile.stage_bytes() * steps / (32 * each);
+  switch (tile.products) {
+    case Products::k16Bit:
+      sum += kMmaInstructions * products / (16 * 8 * 16);
+      break;
+    case Products::kTf32:
+      sum += kMmaInstructions * products / (16 * 8 * 8);
+      break;
+    default:
+      sum += products / 32;
+  }
+  return sum + kOutputInstructions * tile.m * tile.n / 32;
+}
+
+// Bytes of the input, the filters and the output, each once.
+double bytes_once(const ConvProblem& problem) {
+  const double values = 1.0 * problem.M * (problem.C + problem.K) +
+                        1.0 * problem.K * problem.taps * problem.group_c();
+  return values * (problem.products == Products::k16Bit ? 2 : 4);
+}
+
 double cycles(const ConvProblem& problem, const Gpu& gpu, const Tile& tile, int split) {
   const int64_t blocks = tiles_of(problem, tile) * split;
   const int64_t steps = ceil_div(steps_of(problem, tile), split);
@@ -49,12 +88,21 @@ double cycles(const ConvProblem& problem, const Gpu& gpu, const Tile& tile, int 
   const double arithmetic = busiest * products / (rate(problem.products) * efficiency);
 
   const double output = static_cast<double>(tile.m) * tile.n * tile.element_bytes();
-  const double cache = busiest * (1.0 * tile.stage_bytes() * steps + 2 * output) / kBytesPerCycle;
-  const double waiting = waves * (2 + 1.0 * steps / (tile.stages - 1)) * kLatency;
-  double sum = std::max({arithmetic, cache, waiting}) + 0.1 * (arithmetic + cache + waiting);
+  const double share = std::min<int64_t>(blocks, gpu.multiprocessors) * kBytesPerCycle;
+  const double all = gpu.multiprocessors * kSharedBytesPerCycle;
+  const double cache =
+      blocks * (1.0 * tile.stage_bytes() * steps + 2 * output) / std::min(share, all);
+  const double memory = bytes_once(problem) / gpu.memory_bytes_per_cycle;
+  const double issue = busiest * instructions(tile, products, steps) / kIssuedPerCycle;
+  const double waiting = waves * steps * kLatency / (tile.stages - 1);
+  const double terms[] = {arithmetic, cache, memory, issue, waiting};
+  double sum = 0.9 * *std::max_element(std::begin(terms), std::end(terms));
+  for (const double term : terms) sum += 0.1 * term;
+  sum += resident == 1 ? waves * (2 * kLatency + 2 * output / kBytesPerCycle)
+                       : std::min<int64_t>(waves, 2) * kLatency;
   if (split > 1) {
-    const double partials = 2.0 * busiest * tile.m * tile.n * sizeof(float);
-    sum += partials / kMemoryBytesPerCycle + 3 * kLatency;
+    const double partials = 2.0 * blocks * tile.m * tile.n * sizeof(float);
+    sum += partials / std::min(share, all) + 3 * kLatency;
   }
   return sum;
 }

@@ -22,6 +22,7 @@ struct ConvProblem {
 struct Gpu {
   int multiprocessors;
   int shared_per_block, shared_per_multiprocessor;  // bytes
+  int memory_bytes_per_cycle;                       // of the multiprocessors' clock, of them all
 };
 
 struct ConvChoice {

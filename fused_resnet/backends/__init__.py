@@ -5,7 +5,7 @@ chooses one by a tensor's device and by what the user asked for. A package of yo
 own: `backends.register(MyBackend())`.
 """
 
-from . import cpu, cuda, triton
+from . import cpu, cuda, self_check, triton
 from .backend import Backend
 from .recording import Plan, Recorder, only_recorded
 from .reference import Reference
@@ -46,6 +46,7 @@ __all__ = [
     "only_recorded",
     "register",
     "release",
+    "self_check",
     "triton",
     "use_backend",
 ]

@@ -9,21 +9,25 @@ CPU (csrc/cuda_on_host).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .. import _native, tuning
 from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
 from ..layers.memory import contiguous_like_eager
 from ..tuning import architecture, basic_block, cuda_tiles
-from ..tuning.choice import Tile
-from . import library
+from ..tuning.choice import BASIC_BLOCK, Tile
+from ..tuning.problem import BasicBlockProblem, ConvProblem
+from . import check_cases, library, self_check
 from .backend import Backend, Gradients
+from .self_check import Case, Family
 
 __all__ = [
     "Cuda",
@@ -118,6 +122,8 @@ def conv_bn_act(
     tensors = (weight, *norm[:4], bias, residual)
     if not _can_run(input, *tensors, padding=padding, groups=groups):
         return library.conv_bn_act(input, layer, residual, activation, finish=_finish())
+    if not _trusts_convolution(input, layer, residual is not None, activation, tile):
+        return library.conv_bn_act(input, layer, residual, activation)
     tf32 = library.precision(input) == "tf32"
     chosen = [] if tile is None else [cuda_tiles.index(tile, input.dtype, tf32), tile.split_k]
     return _operator()(
@@ -143,9 +149,11 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
         return None
     if on_host():
         tile = basic_block.tiles(problem, architecture.of_device(input.device))[0]
-        return run_basic_block(input, *blocks[0].layers, tile)
-    choice = tuning.choose(problem, input.device)
-    return None if choice.tile is None else run_basic_block(input, *blocks[0].layers, choice.tile)
+    else:
+        tile = tuning.choose(problem, input.device).tile
+    if tile is None or not trusts_basic_block(problem, tile, input.device):
+        return None
+    return run_basic_block(input, *blocks[0].layers, tile)
 
 
 def run_basic_block(input: Tensor, first: ConvNorm, second: ConvNorm, tile: Tile) -> Tensor:
@@ -170,7 +178,11 @@ def batch_norm_act_inference(
     """One launch: see csrc/cuda/batch_norm.cuh for the formulas of this and the next."""
     input = contiguous_like_eager(input)
     *parameters, eps = norm
-    if not _can_normalize(input, *parameters, residual) or not _can_add(residual, input):
+    if (
+        not _can_normalize(input, *parameters, residual)
+        or not _can_add(residual, input)
+        or not _trusts_norm(batch_norm_act_inference, input)
+    ):
         return library.batch_norm_act_inference(input, norm, residual, activation, finish=_finish())
     if residual is not None and residual.size(1) == input.size(1):
         residual = _alike(input, residual)
@@ -192,7 +204,9 @@ def batch_norm_act_training(
     Else three: statistics, a small one, and everything else.
     """
     input = contiguous_like_eager(input)
-    if not _can_normalize(input, weight, bias, residual):
+    if not _can_normalize(input, weight, bias, residual) or not _trusts_norm(
+        batch_norm_act_training, input
+    ):
         return library.batch_norm_act_training(
             input, weight, bias, eps, residual, activation, finish=_finish()
         )
@@ -245,6 +259,7 @@ def batch_norm_add_relu(
         or input.size(1) % 8 > 0
         or not _can_normalize(input, *norm[:4], residual)
         or not _can_add(residual, input)
+        or not _trusts_norm(batch_norm_add_relu, input)
     ):
         return None
     is_narrow, eps = residual.size(1) != input.size(1), norm[4]
@@ -266,7 +281,7 @@ def batch_norm_add_relu(
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over all dimensions but the second, in float32 (float64)."""
     input = contiguous_like_eager(input)
-    if not _can_normalize(input):
+    if not _can_normalize(input) or not _trusts_norm(batch_statistics, input):
         return library.batch_statistics(input)
     return _batch_norm("statistics")(input)
 
@@ -290,7 +305,9 @@ def batch_norm_act_backward(
     """
     input = contiguous_like_eager(input)
     *parameters, eps = norm
-    if not _can_normalize(input, grad, output, *parameters):
+    if not _can_normalize(input, grad, output, *parameters) or not _trusts_norm(
+        batch_norm_act_backward, input
+    ):
         return library.batch_norm_act_backward(
             grad, input, output, norm, activation, training, need, finish=_finish()
         )
@@ -338,7 +355,9 @@ def batch_norm_act_backward_sums(
     """Two launches; see `library.batch_norm_act_backward_sums` for what it returns."""
     input = contiguous_like_eager(input)
     *parameters, eps = norm
-    if not _can_normalize(input, grad, output, *parameters):
+    if not _can_normalize(input, grad, output, *parameters) or not _trusts_norm(
+        batch_norm_act_backward_sums, input
+    ):
         return library.batch_norm_act_backward_sums(
             grad, input, output, norm, activation, finish=_finish()
         )
@@ -363,7 +382,9 @@ def batch_norm_act_backward_input(
     input = contiguous_like_eager(input)
     *parameters, eps = norm
     total, dot, count = sums
-    if not _can_normalize(input, grad, output, *parameters, total, dot):
+    if not _can_normalize(input, grad, output, *parameters, total, dot) or not _trusts_norm(
+        batch_norm_act_backward_input, input
+    ):
         return library.batch_norm_act_backward_input(
             grad, input, output, norm, activation, sums, need_residual, finish=_finish()
         )
@@ -448,6 +469,87 @@ def _can_run(
         and groups <= _MOST_GROUPS
         and N * (H + 2 * padding[0]) * (W + 2 * padding[1]) <= _MOST_PIXELS  # or more than output
     )
+
+
+def _trusts_convolution(
+    input: Tensor, layer: ConvNorm, residual: bool, activation: str, tile: Tile | None
+) -> bool:
+    """Whether the kernel may run with a tile; without, with all that it may be given."""
+    device = input.device
+    if type(input) not in (Tensor, Parameter):
+        return True
+    weight, _, _, stride, padding, dilation, groups = layer
+    tf32 = library.precision(input) == "tf32"
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    call = (input.shape, weight.shape, geometry, input.dtype, tf32, residual, activation, tile)
+
+    def problem() -> ConvProblem:
+        dtype = "tfloat32" if tf32 else _name_of(input.dtype)
+        filters = (weight.size(0), *weight.shape[2:])
+        return ConvProblem(*input.shape, *filters, *geometry, dtype, residual)
+
+    def family() -> Family:
+        given = problem()
+        channels = (given.C // groups, given.K // groups)
+        parts = ["pointwise convolution" if given.R * given.S == 1 else "convolution"]
+        if groups > 1:
+            parts.append("groups of {} to {}".format(*channels))
+        elif any(count * given.element_size % 16 for count in channels):
+            parts.append("channel by channel")
+        parts += [] if max(stride) == 1 else ["stride {}x{}".format(*stride)]
+        parts += ["residual"] if residual else []
+        parts += [] if activation == "relu" else [f"then {activation}"]
+        return Family(Cuda.name, ", ".join([*parts, str(tile or "every tile")]), given.dtype)
+
+    def case() -> Case:
+        given = problem()
+        tiles = [tile] if tile else _tiles(given, architecture.of_device(device))
+        small = check_cases.smaller(given, max(each.block_m for each in tiles))
+        runs = [functools.partial(conv_bn_act, tile=each) for each in tiles]
+        cases = [check_cases.convolution(small, activation, device, run) for run in runs]
+        return check_cases.several(cases, [str(each) for each in tiles])
+
+    return self_check.trusts((Cuda.name, call, device), device, family, case)
+
+
+def _tiles(problem: ConvProblem, gpu: architecture.Architecture) -> list[Tile]:
+    """Every tile that csrc/cuda/conv_heuristics.cpp may choose, one of them with a shared sum."""
+    found = cuda_tiles.candidates(problem, gpu)
+    shared = [tile for tile in found if tile.split_k > 1][:1]
+    return [*dict.fromkeys(dataclasses.replace(tile, split_k=1) for tile in found), *shared]
+
+
+def trusts_basic_block(problem: BasicBlockProblem, tile: Tile, device: torch.device) -> bool:
+    """Whether `run_basic_block` may run with a tile: see `self_check`."""
+
+    def case() -> Case:
+        small = dataclasses.replace(problem, N=2, H=tile.block_m // 14 + 3, W=17)
+        return check_cases.basic_block(small, device, functools.partial(run_basic_block, tile=tile))
+
+    call = ("basic block", problem.dtype, tile, device)
+    family = Family(Cuda.name, f"{BASIC_BLOCK}, {tile}", problem.dtype)
+    return self_check.trusts(call, device, lambda: family, case)
+
+
+def _trusts_norm(function: Callable[..., Any], input: Tensor) -> bool:
+    """Whether one of this file's functions for norms may run its kernels."""
+    device, name = input.device, function.__name__
+    if type(input) not in (Tensor, Parameter):
+        return True
+    # Channels in pieces of 16 bytes, or one by one.
+    wide = input.size(1) * input.element_size() % 16 == 0
+    last = not input.is_contiguous()
+    call = ("cuda", name, input.dtype, wide, last, device)
+
+    def family() -> Family:
+        parts = [name, *([] if wide else ["channel by channel"]), *([] if last else ["dense"])]
+        return Family(Cuda.name, ", ".join(parts), _name_of(input.dtype))
+
+    return self_check.trusts(call, device, family, lambda: check_cases.norm(name, function, input))
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _finish() -> Any:

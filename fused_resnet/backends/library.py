@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _native, reference  # noqa: F401  (registers the operators)
 from ..layers.convolution import conv2d
 from ..layers.description import ConvNorm, Norm, Pool, Sums
-from ..layers.memory import contiguous_like_eager
+from ..layers.memory import contiguous_like_eager, unpacked
 
 scale_shift_act = torch.ops.fused_resnet.scale_shift_act.default
 
@@ -188,9 +188,14 @@ def _output(
     activation: str,
     finish: Callable[..., Tensor],
 ) -> Tensor | None:
-    """The output where the activation's mask needs it, to the bits that forward came to."""
-    if activation == "none" or output is not None:
+    """The output where the activation's mask needs it, to the bits that forward came to.
+
+    Of a mask as bits, ones where that lets the gradient pass.
+    """
+    if activation == "none":
         return output
+    if output is not None:
+        return unpacked(output, input) if output.dtype is torch.uint8 else output
     return batch_norm_act_inference(input, norm, None, activation, finish)
 
 
@@ -203,4 +208,5 @@ def explain(operator: str) -> str:
         "batch_norm_act_inference": "scale_shift_act",
         "batch_norm_act_training": "library statistics + scale_shift_act",
         "quantized_residual_blocks": "int8 by torch's operators",
+        "quantized_stem": "integers by torch's operators",
     }[operator]

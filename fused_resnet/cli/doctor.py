@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from .. import _native, backends
+from ..backends import self_check
 from ..layers import watch
 from ..measure import environment
 from ..measure.text import plain
 from ..modules import plans
 from ..tuning import table as tables
+from .console import fail
 
 
-def doctor() -> None:
+def doctor(
+    recheck: Annotated[
+        bool, typer.Option("--recheck", help="Forget which kernels were right, to check anew.")
+    ] = False,
+) -> None:
     """Shows versions, devices, and which backends work and why the others do not."""
     console = Console()
+    if recheck:
+        console.print(_forgotten(), style="bold")
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
     grid.add_column(overflow="fold")
@@ -52,6 +61,7 @@ def doctor() -> None:
         reason = f"built for CUDA {built}, finds no GPU" if built else "built without CUDA"
         section("GPU", {"none": f"torch is {reason}"})
     section("backends", backends.available())
+    section("kernels against the library", _checks(count))
     section("environment", _settings())
     section("compiled parts", _compiled_parts())
     console.print(grid)
@@ -65,6 +75,7 @@ def _settings() -> dict[str, object]:
         ("FUSED_RESNET_CPU_ISA", lambda: f"the CPU's kernels use {backends.cpu_isa()}"),
         (watch.VARIABLE, watch.described),
         (plans.VARIABLE, plans.described),
+        (self_check.VARIABLE, self_check.described),
         ("FUSED_RESNET_CACHE", lambda: f"tuning tables are in {tables.cache_folder()}"),
     ):
         value = os.environ.get(name)
@@ -75,6 +86,31 @@ def _settings() -> dict[str, object]:
             found = f"error: {error}"
         settings[name] = text if found is None else f"{text}; {found}"
     return settings
+
+
+def _checks(gpus: int) -> dict[str, object]:
+    """What the self-check has found on each device that has kernels to check, and what failed."""
+    devices = [torch.device("cuda", index) for index in range(gpus)]
+    if not gpus:
+        devices = [torch.device("cpu")]
+    try:
+        found: dict[str, object] = {}
+        for device in devices:
+            found[str(device)] = self_check.summary(device)
+            for family, verdict in self_check.failed(device).items():
+                found[f"{device}, not used: {family}"] = verdict
+    except ValueError as error:
+        return {"error": error}
+    return found
+
+
+def _forgotten() -> str:
+    try:
+        count = self_check.forget()
+    except OSError as error:
+        fail(f"the verdicts on kernels cannot be forgotten: {error}", 1)
+        raise typer.Exit(1) from None
+    return f"forgot {count} verdicts: each kernel is checked again before its next use"
 
 
 def _compiled_parts() -> dict[str, str]:

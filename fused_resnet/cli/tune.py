@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -21,7 +22,7 @@ from ..measure.tune import race, tuner
 from ..tuning import architecture, basic_block, chain, estimate
 from ..tuning import table as tables
 from ..tuning.architecture import Architecture
-from ..tuning.problem import DTYPES, BasicBlockProblem, ChainProblem, ConvProblem, Problem
+from ..tuning.problem import DTYPES, BasicBlockProblem, ChainProblem, ConvProblem
 from .console import batch_size, check_model, fail, whole_number
 
 
@@ -80,8 +81,8 @@ def tune(
     if predicted_for is not None:
         for (name, count), problems in found.items():
             _print_prediction(f"{model}, batch {count}, {name}", problems, predicted_for)
-            chains = _chains(model, count, name, size)
-            _print_chains(f"{model}, batch {count}, {name}", chains, predicted_for)
+            blocks = _chains(model, count, name, size)
+            _print_chains(f"{model}, batch {count}, {name}", blocks, predicted_for)
         return
     # Behind their convolutions, with which they are compared.
     chains = {(name, count): _chains(model, count, name, size) for name, count in found}
@@ -109,7 +110,7 @@ def _architecture(name: str | None) -> Architecture:
 
 def _tune(
     model: str,
-    found: list[dict[tuple[str, int], Counter[Problem]]],
+    found: Sequence[Mapping[tuple[str, int], Mapping[Any, int]]],
     device: torch.device,
     path: Path | None,
     again: bool,
@@ -159,7 +160,7 @@ def _tune(
 
 
 def _print_tuned(
-    console: Console, title: str, layers: Counter[Problem], results: list[tuner.Result]
+    console: Console, title: str, layers: Mapping[Any, int], results: list[tuner.Result]
 ) -> None:
     rows = [result for result in results if result.problem in layers and result.microseconds]
     if not rows:

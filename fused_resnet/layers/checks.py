@@ -137,7 +137,7 @@ def blocks_fit(input: Tensor, blocks: Sequence[Block]) -> bool:
     shape: Sequence[int] | None = tuple(input.shape)
     for block in blocks:
         shortcut = shape
-        if block.has_projection:
+        if block.has_projection and shape is not None:
             shortcut = _conv_shape(input, shape, block.layers[-1])
         for layer in block.main:
             shape = None if shape is None else _conv_shape(input, shape, layer)

@@ -87,9 +87,9 @@ def conv_norm_of(arguments: Sequence[Any]) -> ConvNorm:
 class Pool(NamedTuple):
     """A max-pool: two numbers each."""
 
-    kernel_size: Sequence[int]
-    stride: Sequence[int]
-    padding: Sequence[int]
+    kernel_size: tuple[int, ...] | list[int]
+    stride: tuple[int, ...] | list[int]
+    padding: tuple[int, ...] | list[int]
 
 
 class Sums(NamedTuple):
@@ -103,7 +103,7 @@ class Sums(NamedTuple):
 
     total: Tensor
     dot: Tensor
-    count: float | Tensor
+    count: float | Tensor  # type: ignore[assignment]  # hides the method of tuples
 
 
 TENSORS = 6  # a layer's: weight, running_mean, running_var, bn_weight, bn_bias, bias
@@ -149,6 +149,20 @@ class Block(NamedTuple):
     def projection(self) -> ConvNorm | None:
         """The layer that makes the shortcut, if one does."""
         return self.layers[-1] if self.has_projection else None
+
+
+class Stem(NamedTuple):
+    """A network's first convolution in eight or sixteen bits, with what follows it.
+
+    Attributes:
+        layers: it alone.
+        pool: the max-pool behind its ReLU.
+        bits: 8 or 16, of the input and the weight.
+    """
+
+    layers: tuple[ConvNorm]
+    pool: Pool
+    bits: int
 
 
 class TrainedBlock(NamedTuple):
@@ -218,6 +232,8 @@ def described_blocks(
         for i in range(layer, layer + count):
             weight, mean, var, bn_weight, bn_bias, bias = tensors[TENSORS * i : TENSORS * (i + 1)]
             assert weight is not None
+            assert mean is not None
+            assert var is not None
             n = numbers[NUMBERS * i : NUMBERS * (i + 1)]
             norm = Norm(mean, var, bn_weight, bn_bias, eps[i])
             layers.append(ConvNorm(weight, norm, bias, n[0:2], n[2:4], n[4:6], n[6]))

@@ -34,3 +34,14 @@ def contiguous_like_eager(input: Tensor) -> Tensor:
         return input
     memory_format = suggest_memory_format(input)
     return input.contiguous(memory_format=memory_format)
+
+
+def unpacked(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask's bits, 0 or 1 each, as a tensor (uint8) of the shape and strides of `like`.
+
+    Args:
+        mask: (values / 8,), uint8, a bit a value in the memory order of `like`, the lowest first.
+        like: dense.
+    """
+    bits = mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
+    return bits.as_strided(like.shape, like.stride())

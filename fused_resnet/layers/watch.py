@@ -65,7 +65,7 @@ def set_watch(module: nn.Module, choice: str) -> bool:
     before = vars(module).pop("watch", CHOICES[0])
     _watched.discard(module)
     if choice == "full":
-        module.watch = choice
+        module.watch = choice  # type: ignore[assignment]  # stubs: attributes are tensors, modules
         _watched.add(module)
     return choice != before
 

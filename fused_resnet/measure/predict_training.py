@@ -269,11 +269,13 @@ def blocks_of(name: str, batch: int) -> tuple[Block, ...]:
     found: dict[torch.nn.Module, ConvProblem] = {}
 
     def record(conv: torch.nn.Conv2d, inputs: tuple[torch.Tensor], _: torch.Tensor) -> None:
-        K, _, R, S = conv.weight.shape
+        N, C, H, W = inputs[0].shape
+        K, (R, S) = conv.out_channels, conv.kernel_size
+        assert not isinstance(conv.padding, str)
+        (u, v), (p, q), (d, e) = conv.stride, conv.padding, conv.dilation
         found[conv] = ConvProblem(
-            *inputs[0].shape, K, R, S, conv.stride, conv.padding, conv.dilation, conv.groups,
-            DTYPE, False,
-        )  # fmt: skip
+            N, C, H, W, K, R, S, (u, v), (p, q), (d, e), conv.groups, DTYPE, False
+        )
 
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):

@@ -65,9 +65,9 @@ def _fake(
     dilation: Sequence[int],
     groups: int,
     activation: str,
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
+    pool_kernel_size: list[int],
+    pool_stride: list[int],
+    pool_padding: list[int],
 ) -> Tensor:
     out = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return F.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
@@ -92,7 +92,8 @@ class _ConvBnActMaxPool(torch.autograd.Function):
         norm = Norm(running_mean, running_var, bn_weight, bn_bias, ctx.eps)
         layer = ConvNorm(weight, norm, bias, *ctx.convolution)
         with torch.no_grad():
-            pooled = reference.conv_bn_act(input, *layer.flat(), activation=ctx.activation)
+            arguments = (*layer.flat(), None, ctx.activation)
+            pooled = reference.conv_bn_act(input, *arguments)
             _, indices = aten.max_pool2d_with_indices(pooled, *ctx.pool)
         grad = aten.max_pool2d_with_indices_backward(
             grad, pooled, *ctx.pool, (1, 1), False, indices
@@ -122,7 +123,8 @@ register_autocast("conv_bn_act_max_pool", _cast)
 def run_conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: Pool) -> Tensor:
     """`conv_bn_act_max_pool` with its arguments checked."""
     if transforms_active():
-        return reference.conv_bn_act_max_pool(input, *layer.flat(), activation, *pool)
+        arguments = (*layer.flat(), activation, *pool)
+        return reference.conv_bn_act_max_pool(input, *arguments)
     if needs_grad(input, layer.weight, *layer.norm[2:4], layer.bias):
         # What the pooling's backward needs is then kept, not computed again.
         return F.max_pool2d(conv_bn_act(input, layer, None, activation), *pool)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backends
 from ..layers.convolution import conv2d, conv2d_backward
 from ..layers.description import ConvNorm, Norm
-from ..layers.memory import contiguous_like_eager
+from ..layers.memory import contiguous_like_eager, unpacked
 from .registration import is_plain
 
 aten = torch.ops.aten
@@ -31,10 +31,7 @@ def act_backward(
     if activation == "none":
         return grad
     if output.dtype is torch.uint8:
-        bits = output.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=output.device) & 1
-        like = grad if like is None else like
-        passed = bits.bool().as_strided(like.shape, like.stride())
-        return torch.where(passed, grad, 0)
+        return torch.where(unpacked(output, grad if like is None else like).bool(), grad, 0)
     return aten.threshold_backward(grad, output.detach(), 0)
 
 

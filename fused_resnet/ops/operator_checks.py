@@ -19,6 +19,7 @@ from ..layers.description import Block, ConvNorm, Norm, Pool, conv_norm_of, outp
 
 Error = ValueError | TypeError | None
 
+_INT8_INPUTS = (torch.float32, torch.float16, torch.bfloat16)
 _BLOCK_TENSORS = 6  # a layer's: weight, running_mean, running_var, bn_weight, bn_bias, bias
 _TRAINING_TENSORS = 4  # weight, bias, bn_weight, bn_bias
 _NUMBERS = 7  # stride, padding and dilation, two each, and groups
@@ -42,6 +43,43 @@ def conv_bn_act_max_pool(input: Tensor, *arguments: Any) -> Error:
     layer, activation, pool = conv_norm_of(arguments[:11]), arguments[11], Pool(*arguments[12:])
     error = checks.conv_error(name, input, layer, None, activation)
     return error or checks.pool_error(name, input, layer, pool)
+
+
+def conv_bn_act_max_pool_int8(input: Tensor, *arguments: Any) -> Error:
+    """See `ops.conv_bn_act_max_pool_int8`."""
+    name = "conv_bn_act_max_pool_int8"
+    layer, pool = conv_norm_of(arguments[:11]), Pool(*arguments[11:14])
+    bits, step, zero_point, output_step = arguments[14:]
+    if input.dtype not in _INT8_INPUTS:
+        return TypeError(
+            f"{name}: input has dtype {input.dtype}, must be one of float32, float16, bfloat16"
+        )
+    # It is quantized as it is, whatever the parameters' dtype: under autocast they differ.
+    alike = input.detach().new_empty((), dtype=layer.weight.dtype).expand(input.shape)
+    error = checks.conv_error(name, alike, layer, None, "relu")
+    error = error or checks.pool_error(name, alike, layer, pool)
+    if error is not None:
+        return error
+    if layer.groups != 1:
+        return ValueError(f"{name}: groups is {layer.groups}, must be 1")
+    if bits not in (8, 16):
+        return ValueError(f"{name}: bits is {bits}, must be 8 or 16")
+    # Twice, of the two parts that sixteen bits are.
+    if 2 * layer.weight.shape[1:].numel() > quantized.LARGEST_REDUCTION:
+        return ValueError(
+            f"{name}: weight has {layer.weight.shape[1:].numel()} values a filter, must have at "
+            f"most {quantized.LARGEST_REDUCTION // 2} for sums of 32 bits"
+        )
+    for what, value in (("step", step), ("output_step", output_step)):
+        if not (math.isfinite(value) and value > 0):
+            return ValueError(f"{name}: {what} is {value}, must be finite and above zero")
+    if bits == 16 and zero_point != quantized.WORD_ZERO_POINT:
+        return ValueError(
+            f"{name}: zero_point is {zero_point}, must be {quantized.WORD_ZERO_POINT} in 16 bits"
+        )
+    if not 0 <= zero_point <= quantized.LARGEST:
+        return ValueError(f"{name}: zero_point is {zero_point}, must be 0 to {quantized.LARGEST}")
+    return None
 
 
 def batch_norm_act_inference(
@@ -70,7 +108,7 @@ def batch_norm_act_training(
     activation: str,
 ) -> Error:
     """See `ops.batch_norm_act_training`, which takes one value a channel."""
-    norm = Norm(None, None, weight, bias, eps)
+    norm = Norm(None, None, weight, bias, eps)  # type: ignore[arg-type]  # still to be found
     return checks.batch_norm_error(
         "batch_norm_act_training", input, norm, True, 0.0, residual, activation, shared=True
     )
@@ -243,11 +281,12 @@ def block_training_backward(
     if error is not None:
         return error
     main = len(shapes) - has_projection
-    kernels = [parameters[_TRAINING_TENSORS * i].shape[2:] for i in range(len(shapes))]
     # With low_memory the last convolution's output is computed again, and the projection's.
-    again = [
-        low_memory and i >= main - 1 and tuple(kernel) == (1, 1) for i, kernel in enumerate(kernels)
-    ]
+    again = []
+    for i in range(len(shapes)):
+        weight = parameters[_TRAINING_TENSORS * i]
+        pointwise = weight is not None and weight.shape[2:] == (1, 1)
+        again.append(low_memory and i >= main - 1 and pointwise)
     raws = [shape for shape, computed in zip(shapes, again, strict=True) if not computed]
     return (
         _like(name, "grad", grad, shapes[main - 1], input)
@@ -315,8 +354,10 @@ def _layers(
             running_mean = running_var = None
         else:
             weight, running_mean, running_var, bn_weight, bn_bias, bias = t
-        norm = Norm(running_mean, running_var, bn_weight, bn_bias, eps[i])
-        layers.append(ConvNorm(weight, norm, bias, n[0:2], n[2:4], n[4:6], n[6]))
+        # What is None and must not be is for `checks` to find.
+        norm = Norm(running_mean, running_var, bn_weight, bn_bias, eps[i])  # type: ignore[arg-type]
+        layer = ConvNorm(weight, norm, bias, n[0:2], n[2:4], n[4:6], n[6])  # type: ignore[arg-type]
+        layers.append(layer)
     return layers
 
 

@@ -206,7 +206,7 @@ def register_autograd(
 
 def register_autocast(
     name: str,
-    cast: Callable[[torch.dtype, str, tuple], tuple | None],
+    cast: Callable[[torch.dtype, str, tuple[Any, ...]], tuple[Any, ...] | None],
     otherwise: Callable[..., Any] | None = None,
 ) -> None:
     """Makes `cast(dtype, device_type, arguments)` prepare the arguments under autocast.
@@ -221,6 +221,7 @@ def register_autocast(
             dtype = torch.get_autocast_dtype(device_type)
             prepared = cast(dtype, device_type, arguments)
             if prepared is None:
+                assert otherwise is not None
                 return otherwise(*arguments)
             with torch._C._ExcludeDispatchKeyGuard(keys):
                 return operator(*prepared)
@@ -235,7 +236,13 @@ def register_in_graphs(name: str, kernel: Callable[..., Any]) -> None:
     as `torch.library.triton_op` replaces itself. `torch.export` keeps the operator.
     """
 
-    def rule(mode: Any, operator: Any, types: Any, arguments: tuple, keywords: dict) -> Any:
+    def rule(
+        mode: Any,
+        operator: Any,
+        types: Any,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+    ) -> Any:
         # Here, since it imports half of torch.
         from torch.export._trace import custom_triton_ops_decomposition_disabled
 
@@ -266,13 +273,15 @@ def autocast_tensor(tensor: Tensor | None, dtype: torch.dtype, device_type: str)
     return tensor.to(dtype)
 
 
-def autocast_residual(index: int) -> Callable[[torch.dtype, str, tuple], tuple]:
+def autocast_residual(
+    index: int,
+) -> Callable[[torch.dtype, str, tuple[Any, ...]], tuple[Any, ...]]:
     """The preparation of an operator that, like `batch_norm`, computes in its input's dtype.
 
     `index` is the residual's, which an in-place add would bring to the input's dtype too.
     """
 
-    def cast(dtype: torch.dtype, device_type: str, arguments: tuple) -> tuple:
+    def cast(dtype: torch.dtype, device_type: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         input, residual = arguments[0], arguments[index]
         if residual is None or residual.dtype is input.dtype:
             return arguments

@@ -213,13 +213,19 @@ def predicted_shape(problem: BasicBlockProblem, gpu: Architecture, shape: Shape)
     shared = matrix_loads + filling + emptying
 
     memory = problem.bytes_once / gpu.copy_bandwidth
-    cycles = gpu.clock * min(gpu.multiprocessors, blocks)
-    loaded = blocks * (shape.input_bytes + shape.weight_bytes + shape.output_bytes)
+    each_loads = shape.input_bytes + shape.weight_bytes + shape.output_bytes
+    loaded = blocks * each_loads
     steps = 18 * shape.channels // _STAGE_CHANNELS
+    # `mma.sync` on every architecture, with warp groups or without.
+    issued = estimate.instructions(
+        gpu, problem.dtype, shape.warps, steps, each_loads / estimate.COPY_BYTES, products,
+        (shape.middle_bytes + shape.output_bytes) / 2, mma=True,
+    )  # fmt: skip
     terms = [
         busiest * 2 * products / _mma_rate(gpu),
         busiest * shared / (_SHARED_BYTES_PER_CYCLE * gpu.clock),
-        loaded / (estimate.L2_BYTES_PER_CYCLE * cycles),
+        loaded / estimate.l2_bandwidth(gpu, blocks),
+        estimate.issue_time(gpu, blocks, issued),
         waves * steps * _CACHE_LATENCY / (shape.stages - 1),
     ]
     if at_once > 1:

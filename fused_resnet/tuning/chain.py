@@ -19,7 +19,7 @@ is not there, and where none is there is no chain.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -164,10 +164,16 @@ def _problem_of(reduced: Tensor, x: Tensor, block: Block) -> ChainProblem | None
     main, projection = block.main, block.projection
     N, width, H, W = reduced.shape
     _, middle, last = main
-    geometry = (tuple(pair) for pair in (middle.stride, middle.padding, middle.dilation))
-    problem = ChainProblem(N, width, H, W, last.weight.size(0), *geometry, DTYPES[x.dtype])
+    stride, padding, dilation = middle.stride, middle.padding, middle.dilation
+    problem = ChainProblem(
+        N, width, H, W, last.weight.size(0),
+        (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]),
+        DTYPES[x.dtype],
+    )  # fmt: skip
     if projection is not None:
-        problem = replace(problem, projection=(*x.shape[1:], *projection.stride))
+        C, first_h, first_w = x.shape[1:]
+        steps = projection.stride
+        problem = replace(problem, projection=(C, first_h, first_w, steps[0], steps[1]))
     return problem
 
 
@@ -251,13 +257,16 @@ def predicted(problem: ChainProblem, gpu: Architecture, choice: Choice) -> float
     in_row = overlaps(problem, gpu)
     if choice.kernel == CONVOLUTIONS:
         return predicted_convolutions(problem, gpu, in_row)
+    tile = choice.tile
+    assert tile is not None
     if choice.kernel == CHAIN_WITHOUT_NEXT:
-        alone = predicted_launch(problem.without_next(), gpu, choice.tile)
-        return alone + _predicted_part(problem.reduce, gpu, in_row)
+        alone, following = predicted_launch(problem.without_next(), gpu, tile), problem.reduce
+        assert following is not None
+        return alone + _predicted_part(following, gpu, in_row)
     if choice.kernel == PAIR:
-        pair = predicted_launch(problem, gpu, choice.tile, PAIR)
+        pair = predicted_launch(problem, gpu, tile, PAIR)
         return _predicted_part(problem.convolution, gpu, in_row) + pair
-    return predicted_launch(problem, gpu, choice.tile)
+    return predicted_launch(problem, gpu, tile)
 
 
 def predicted_convolutions(problem: ChainProblem, gpu: Architecture, in_row: bool) -> float:
@@ -300,9 +309,11 @@ def predicted_launch(
     taps = 0 if kernel == PAIR else 9
 
     # A pixel's products in the 3x3, and in tiles of a slice's width.
-    wide = taps * problem.width**2 / _efficiency(tile.block_m, problem.width)
-    narrow = (problem.width + depth) * problem.K / _efficiency(tile.block_m, tile.block_n)
-    last = problem.K * problem.next_width / _efficiency(tile.block_m, max(1, problem.next_width))
+    in_3x3, in_slices = taps * problem.width**2, (problem.width + depth) * problem.K
+    in_next = problem.K * problem.next_width
+    wide = in_3x3 / _efficiency(tile.block_m, problem.width)
+    narrow = in_slices / _efficiency(tile.block_m, tile.block_n)
+    last = in_next / _efficiency(tile.block_m, max(1, problem.next_width))
     busiest = -(-programs // gpu.multiprocessors)
     rate = gpu.rate(problem.dtype) / gpu.multiprocessors
     arithmetic = busiest * tile.block_m * 2 * (wide + (narrow + last) / split) / rate
@@ -312,8 +323,14 @@ def predicted_launch(
     rows = max(1, taps) * problem.width + walked * depth + (0 if depth else problem.K // split)
     rows += problem.K // split + (2 if split > 1 else 1) * problem.next_width
     loaded = 2 * programs * (weights + tile.block_m * rows)
-    cycles = gpu.clock * min(gpu.multiprocessors, programs)
-    cache = loaded / (estimate.L2_BYTES_PER_CYCLE * cycles)
+    cache = loaded / estimate.l2_bandwidth(gpu, programs)
+
+    walks = taps * (problem.width // tile.block_k) + slices * max(1, depth // tile.block_k)
+    issued = estimate.instructions(
+        gpu, problem.dtype, tile.num_warps, walks, loaded / programs / estimate.COPY_BYTES,
+        tile.block_m * (in_3x3 + (in_slices + in_next) / split),
+        tile.block_m * ((problem.width if taps else 0) + problem.K // split + problem.next_width),
+    )  # fmt: skip
 
     in_flight = max(1, tile.num_stages - 1)
     steps = taps * (problem.width // tile.block_k) * latency / in_flight
@@ -328,10 +345,14 @@ def predicted_launch(
         arithmetic,
         moved / gpu.copy_bandwidth,
         cache,
+        estimate.issue_time(gpu, programs, issued),
         waves * steps,
     )
     hidden = estimate.IMPERFECT * (sum(terms) - max(terms))
-    exposed = 2 * latency * (waves if resident == 1 else min(waves, 2))
+    exposed = latency * min(waves, 2)
+    if resident == 1:
+        stored = 2 * tile.block_m * (tile.block_n + problem.next_width)  # of the last slice
+        exposed = waves * (2 * latency + stored / (estimate.L2_BYTES_PER_CYCLE * gpu.clock))
     seconds = max(terms) + hidden + exposed + estimate.launch(in_row)
     if split > 1:
         seconds += estimate.predicted_second_pass(pixels * problem.next_width, split, gpu, in_row)
@@ -353,7 +374,7 @@ def programs_at_once(
 
 def _compiled(
     problem: ChainProblem, gpu: Architecture, kernel: str = CHAIN
-) -> dict[tuple[int, ...], tuple[int, int]]:
+) -> Mapping[tuple[int, int, int, int, int], tuple[int, int]]:
     kind = (
         gpu.capability[0], problem.width, problem.projection is not None, problem.next_width,
     )  # fmt: skip

@@ -35,6 +35,7 @@ def candidates(problem: ConvProblem, architecture: Architecture) -> list[Tile]:
             architecture.multiprocessors,
             architecture.shared_per_block,
             architecture.shared_per_multiprocessor,
+            max(1, int(architecture.copy_bandwidth / architecture.clock)),
         ],
     )
     shapes = {index: shape for shape, index in instances(products).items()}

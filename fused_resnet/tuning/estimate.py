@@ -12,12 +12,16 @@ The kernel takes as long as the slowest of
   where a last wave that is nearly empty costs;
 - memory: each tensor once, at copy bandwidth (neighbouring programs share input and weight tiles
   through the L2 cache, so these come from memory once);
-- L2: what the programs load, with repetition, at L2 bandwidth;
+- L2: what the programs load, with repetition, at L2 bandwidth (`l2_bandwidth`);
+- issue: the instructions of the programs on the busiest multiprocessor, at four a cycle: copies and
+  their addresses, tensor-core instructions and the loads of their operands where each warp issues
+  its own, a step's waiting and counting, and what the epilogue does to each output;
 - latency: a program that has `num_stages - 1` blocks in flight cannot take a step more often than
   every `latency / (num_stages - 1)`; this is what a GPU that is not full waits for,
 
 plus a tenth of the others (nothing overlaps perfectly), plus filling the pipeline and storing, once
-a wave, plus a launch. Sharing a sum among `split_k`
+a wave, plus a launch. Where a multiprocessor holds one program at a time, nothing runs while that
+fills its pipeline, and while it stores: both are added in every wave. Sharing a sum among `split_k`
 programs shortens the walk and fills more multiprocessors, and costs float32 partial sums written
 and read once more, and a second launch.
 
@@ -43,8 +47,24 @@ CACHE_LATENCY = 0.3e-6
 LAUNCH = 1.5e-6
 # The same where the second has begun before the first ends: signalling its end and waking up.
 DEPENDENT_LAUNCH = 0.7e-6
-# What a multiprocessor gets out of the L2 cache, bytes a cycle.
+# What a multiprocessor gets out of the L2 cache, bytes a cycle: by itself, and, where that is known
+# to be less, when all ask at once, by major compute capability. On an H100 that is 5.8 TB/s, of
+# which 5.5 to 6 have been measured; of Blackwell nothing is known here, it is taken to be the same.
 L2_BYTES_PER_CYCLE = 32
+_SHARED_L2_BYTES_PER_CYCLE = {9: 24, 10: 24}
+# Warps' instructions that a multiprocessor issues in a cycle, and counts of them, as compiled code
+# has about: of a step, of a copy to shared memory with its address and bounds, and of the epilogue
+# for each 32 outputs.
+_ISSUED_PER_CYCLE = 4
+_STEP_INSTRUCTIONS = 24
+_COPY_INSTRUCTIONS = 4
+_OUTPUT_INSTRUCTIONS = 5
+# Products of an `mma.sync`, and instructions of one with its share of `ldmatrix`.
+_MMA_PRODUCTS = {False: 16 * 8 * 16, True: 16 * 8 * 8}  # of 16 bits, of TF32
+_MMA_INSTRUCTIONS = 1.5
+# Bytes of a thread's copy; of a row's few channels, which begin anywhere.
+COPY_BYTES = 16
+_ROW_COPY_BYTES = 4
 # Registers of a thread by how many elements of the accumulator it holds, and whether the epilogue
 # has several parts (over 64 channels): the most that ptxas gave any tile here, with warp-group
 # instructions (compute capability 9 and 10) and without. It spilled some of them all the same, by
@@ -58,6 +78,8 @@ _REGISTERS = {
     (False, "float32"): {8: (80, 80), 16: (204, 204), 32: (168, 168)},
 }
 _MOST_REGISTERS = 255
+# Major compute capabilities whose tensor cores read operands from shared memory themselves.
+_WARP_GROUPS = (9, 10)
 _SHARED_PER_PROGRAM = 1024  # what the driver takes of every program
 # Which part of what should hide behind the slowest term does not.
 IMPERFECT = 0.1
@@ -216,27 +238,71 @@ def predicted(
     waves = _ceil(programs, at_once)
 
     rate = architecture.rate(problem.dtype) / architecture.multiprocessors
-    products = 2 * tile.block_m * tile.block_n * tile.block_k * steps
+    products = tile.block_m * tile.block_n * tile.block_k * steps
     if kernel_for(problem) == "stem_pool":
         products *= _POOL_COLUMNS
     busiest = _ceil(programs, architecture.multiprocessors)
-    arithmetic = busiest * products / (rate * _efficiency(problem, tile))
+    arithmetic = busiest * 2 * products / (rate * _efficiency(problem, tile))
 
     memory = problem.bytes_once / architecture.copy_bandwidth
     loaded = programs * steps * _stage_bytes(problem, tile)
-    cycles = architecture.clock * min(architecture.multiprocessors, programs)
-    cache = (loaded + problem.output_bytes) / (L2_BYTES_PER_CYCLE * cycles)
+    stored = problem.output_bytes * (2 if problem.residual else 1)
+    cache = (loaded + stored) / l2_bandwidth(architecture, programs)
+    copy = COPY_BYTES if kernel_for(problem) in ("conv", "packed") else _ROW_COPY_BYTES
+    each_issues = instructions(
+        architecture, problem.dtype, tile.num_warps, steps,
+        steps * _stage_bytes(problem, tile) / copy, products, tile.block_m * tile.block_n,
+    )  # fmt: skip
+    issue = issue_time(architecture, programs, each_issues)
     in_row = in_row and kernel_for(problem) == "conv"
     each = CACHE_LATENCY if in_row else LATENCY
     latency = waves * steps * each / max(1, tile.num_stages - 1)
 
     # Filling the pipeline and storing: hidden by another program's steps where there is one.
-    exposed = 2 * each * waves if resident == 1 else each * min(waves, 2)
-    terms = (arithmetic, memory, cache, latency)
+    exposed = each * min(waves, 2)
+    if resident == 1:
+        exposed = waves * (2 * each + stored / tiles / (L2_BYTES_PER_CYCLE * architecture.clock))
+    terms = (arithmetic, memory, cache, issue, latency)
     seconds = max(terms) + IMPERFECT * (sum(terms) - max(terms)) + exposed + launch(in_row)
     if tile.split_k > 1:
         seconds += predicted_second_pass(M * problem.K, tile.split_k, architecture, in_row)
     return seconds
+
+
+def l2_bandwidth(architecture: Architecture, programs: int) -> float:
+    """Bytes/s that so many programs get out of the L2 cache."""
+    major, count = architecture.capability[0], architecture.multiprocessors
+    together = _SHARED_L2_BYTES_PER_CYCLE.get(major, L2_BYTES_PER_CYCLE) * count
+    return architecture.clock * min(L2_BYTES_PER_CYCLE * min(count, programs), together)
+
+
+def instructions(
+    gpu: Architecture, dtype: str, warps: int, steps: float, copies: float, products: float,
+    outputs: float, mma: bool = False,
+) -> float:  # fmt: skip
+    """Warps' instructions of one program.
+
+    Args:
+        gpu: where it runs.
+        dtype: a problem's.
+        warps: of the program.
+        steps: that each of them takes.
+        copies: of threads, to shared memory.
+        products: padding included.
+        outputs: that go through an epilogue.
+        mma: whether warps multiply by `mma.sync` where they could by groups.
+    """
+    found = _STEP_INSTRUCTIONS * warps * steps + _COPY_INSTRUCTIONS * copies / 32
+    if dtype == "float32":
+        found += products / 32
+    elif mma or gpu.capability[0] not in _WARP_GROUPS:
+        found += _MMA_INSTRUCTIONS * products / _MMA_PRODUCTS[dtype == "tfloat32"]
+    return found + _OUTPUT_INSTRUCTIONS * outputs / 32
+
+
+def issue_time(gpu: Architecture, programs: int, each: float) -> float:
+    """Seconds to issue so many instructions of each program, on the busiest multiprocessor."""
+    return _ceil(programs, gpu.multiprocessors) * each / (_ISSUED_PER_CYCLE * gpu.clock)
 
 
 def predicted_second_pass(
@@ -245,7 +311,7 @@ def predicted_second_pass(
     """Seconds for the partial sums of so many outputs: written, read, and the launch that reads."""
     partial = 2 * 4 * outputs * shares
     in_cache = partial <= architecture.l2_bytes / 2
-    speed = L2_BYTES_PER_CYCLE * architecture.clock * architecture.multiprocessors
+    speed = l2_bandwidth(architecture, architecture.multiprocessors)
     seconds = partial / (speed if in_cache else architecture.copy_bandwidth)
     return seconds + launch(in_row) + 2 * (CACHE_LATENCY if in_row else LATENCY)
 
@@ -331,7 +397,7 @@ def registers(problem: ConvProblem, architecture: Architecture, tile: Tile) -> i
     major = architecture.capability[0]
     if spilling_key(problem, architecture, tile) in compiler.current("conv", major).spilled:
         return _MOST_REGISTERS + 1
-    known = _REGISTERS[major in (9, 10), products]
+    known = _REGISTERS[major in _WARP_GROUPS, products]
     accumulator = tile.block_m * tile.block_n // (32 * tile.num_warps)
     most = min((size for size in known if size >= accumulator), default=None)
     return _MOST_REGISTERS + 1 if most is None else known[most][tile.block_n > 64]
@@ -345,7 +411,7 @@ def spilling_key(problem: ConvProblem, architecture: Architecture, tile: Tile) -
 
 
 def _warp_groups(problem: ConvProblem, architecture: Architecture) -> bool:
-    return architecture.capability[0] in (9, 10) and problem.dtype != "float32"
+    return architecture.capability[0] in _WARP_GROUPS and problem.dtype != "float32"
 
 
 def _timed(problem: ConvProblem, architecture: Architecture) -> list[tuple[Tile, float]]:

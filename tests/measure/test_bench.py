@@ -11,15 +11,16 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from support import Run
+from support import Run, processes
 from support.results_schema import check_document, check_kernels_document
 
 from fused_resnet import backends
@@ -567,10 +568,60 @@ def test_other_engines_compute_the_same(name: str, package: str) -> None:
     assert other.accuracy.error < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "package"), [("OpenVINO, int8", "nncf"), ("ONNX Runtime, int8", "onnxruntime")]
+)
+def test_other_engines_in_eight_bits(name: str, package: str) -> None:
+    pytest.importorskip(package, reason='needs pip install ".[bench]"')
+    case = Case("resnet18", rounds=1, memory=False, quantize=True)
+    result = compare.compare(case, {"eager": engines.eager, name: engines.ENGINES[name]})
+    _, other = result.candidates
+    assert other.skipped is None
+    assert not other.wrong
+    assert 1e-4 < other.accuracy.error < 0.05
+
+
+def test_candidates_in_eight_bits() -> None:
+    found = engines.engines_for("cpu", False, (), True)
+    assert list(found)[:3] == ["eager", "fused", engines.INT8]
+    assert {"OpenVINO, int8", "ONNX Runtime, int8"} < set(found)
+    assert {*found} - {"eager", "fused"} == {*found} & engines.IN_EIGHT_BITS
+    assert {name for name in engines.ENGINES if "int8" in name} == engines.IN_EIGHT_BITS
+    assert not engines.IN_EIGHT_BITS & set(engines.engines_for("cpu", False))
+    assert engines.settle_for(["OpenVINO, int8"]) > 0
+    assert engines.settle_for([engines.INT8]) == 0
+
+
+def test_models_in_eight_bits() -> None:
+    """The file has their dtype as int8, beside float32's, and what is too far off is not timed."""
+    seen: list[Case] = []
+
+    def engine(model: Any, input: torch.Tensor, case: Case) -> Call:
+        seen.append(case)
+        return engines.eager(model, input, case)
+
+    def off(model: Any, input: torch.Tensor, case: Case) -> Call:
+        return lambda: 2 * engines.eager(model, input, case)()
+
+    cases = [
+        Case("resnet18", rounds=1, threads=1, memory=False, quantize=quantize)
+        for quantize in (False, True)
+    ]
+    chosen = {"eager": engine, "fused, int8 with its stem": off}
+    content = documents.document(models.measure(cases, engines=chosen), "")
+    check_document(content)
+    assert [case["dtype"] for case in content["cases"]] == ["float32", "int8"]
+    assert seen == cases
+    for case in content["cases"]:
+        assert [one["wrong"] for one in case["candidates"]] == [False, True]
+
+
 def test_engines_refuse_what_they_cannot_run() -> None:
     model, input = torch.nn.Identity(), torch.zeros(1)
     case = Case("resnet18", train=True)
-    for name in ("torch.compile, frozen", "OpenVINO", "ONNX Runtime", "CUDA graph"):
+    refusing = ("torch.compile, frozen", "OpenVINO", "ONNX Runtime", "CUDA graph")
+    for name in (*refusing, *engines.IN_EIGHT_BITS):
         with pytest.raises((NotImplementedError, ImportError)):
             engines.ENGINES[name](model, input, case)
     for device in ("cpu", "cuda"):
@@ -839,7 +890,8 @@ def test_what_is_written_of_small_batches_is_computed() -> None:
     one = predict.predicted_network("resnet50", 1, gpu)["microseconds"]
     assert one["chain"] < 0.7 * one["fused"]
     many = predict.predicted_network("resnet50", 256, gpu)["microseconds"]
-    assert many["fused"] / many["chain"] >= 1.25
+    # The chains' weights come through L2, and its bandwidth bounds what they gain.
+    assert many["fused"] / many["chain"] >= 1.15
 
 
 def test_what_is_written_of_basic_blocks_is_computed() -> None:
@@ -849,7 +901,8 @@ def test_what_is_written_of_basic_blocks_is_computed() -> None:
     assert predict.basic_block_table(blocks) in text
     assert predict.first_stage_table(list(ARCHITECTURES)) in text
     for one in blocks:
-        assert (one.chained < one.apart) == (one.width == 64), one
+        pays = one.width == 64 or (one.width == 128 and one.batch > 1)
+        assert (one.chained < one.apart) == pays, one
         if one.rows:
             assert one.recomputed == (one.rows + 2) * 16 / (one.rows * 14)
             assert one.fewer_bytes == 0.6 * 5 * one.map_bytes
@@ -857,7 +910,7 @@ def test_what_is_written_of_basic_blocks_is_computed() -> None:
     for name, gpu in ARCHITECTURES.items():
         ratios = [one.chained / one.apart for one in predict.basic_blocks(gpu, (256,))]
         # What the text says of Hopper, of the A100 and of desktops, with many images.
-        assert (ratios[0] < 0.75) == (gpu.capability == (9, 0)), name
+        assert (ratios[0] < 0.6) == (gpu.capability == (9, 0)), name
         assert (ratios[0] > 1) == (gpu.capability in ((8, 0), (8, 9), (12, 0))), name
 
 
@@ -1125,7 +1178,9 @@ def test_readme_check_exits_on_a_difference(
         (("kernels", "--rounds", "0"), ("--rounds", "0")),
         (("kernels", "--json", "no/such/a.json"), ("--json", "no folder")),
         (("models", "--mode", "guessing"), ("--mode", "guessing", "training")),
-        (("models", "--dtype", "int8"), ("--dtype", "int8")),
+        (("models", "--dtype", "int4"), ("--dtype", "int4")),
+        (("models", "--dtype", "int8", "--mode", "training"), ("--train", "inference")),
+        (("models", "--calibrate", "x"), ("--calibrate", "int8")),
         (("models", "--without", "eager"), ("--without", "eager")),
         (("report", "--output", "no/such/a.html"), ("--output", "no folder")),
         (("report", "nothing.json"), ("nothing.json", "cannot be read")),
@@ -1205,17 +1260,28 @@ def test_on_gpu_ends_a_step_that_takes_too_long(tmp_path: Path) -> None:
     assert "out of time" in out
 
 
+def rehearsal() -> tuple[int, str, dict[str, Any], str]:
+    """Exit code and output of bench/on_gpu.sh, and the files that it has written."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        environment = {
+            **processes.current_environment(), "PYTHON": sys.executable, "WHEEL": "none",
+            "DEVICE": "cpu", "MODELS": "resnet18", "BATCHES": "1", "ROUNDS": "1",
+            "ONLY": "kernels-first|report", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }  # fmt: skip
+        command = ["bash", str(ROOT / "bench" / "on_gpu.sh"), name]
+        status, out, err = processes.run_command(command, 600, environment, processes.TESTS)
+        written = folder / "kernels-first.json", folder / "report.html"
+        if status != 0 or not all(path.is_file() for path in written):
+            return status, out + err, {}, ""
+        return status, out + err, json.loads(written[0].read_text()), written[1].read_text()
+
+
 @pytest.mark.slow
-def test_on_gpu_rehearses_with_the_real_commands(tmp_path: Path) -> None:
-    process = subprocess.run(
-        ["bash", str(ROOT / "bench" / "on_gpu.sh"), str(tmp_path)],
-        capture_output=True, text=True, timeout=600,
-        env={
-            **os.environ, "PYTHON": sys.executable, "WHEEL": "none", "DEVICE": "cpu",
-            "MODELS": "resnet18", "BATCHES": "1", "ROUNDS": "1", "ONLY": "kernels-first|report",
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        },
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout + process.stderr
-    check_kernels_document(json.loads((tmp_path / "kernels-first.json").read_text()))
-    assert "<img" in (tmp_path / "report.html").read_text()
+@pytest.mark.ahead(lambda: rehearsal())
+def test_on_gpu_rehearses_with_the_real_commands(ahead: Callable[[], Any]) -> None:
+    status, said, kernels, report = ahead()
+    assert status == 0, said
+    check_kernels_document(kernels)
+    assert "<img" in report

@@ -46,15 +46,15 @@ def use_kernels(monkeypatch):
                 pytest.skip("the GPU has no clusters")
         elif how == "gpu_tiles" and RUNNER[name].device != "cuda":
             norms = backends.triton.lazy.norms()
-            layout_of = norms._layout_of
+            layout_of = norms.layout_of
 
             def as_on_a_gpu(input):
                 found = layout_of(input)
                 channels = norms._LINE // input.element_size() if found.S == 1 else 1
-                block_c = min(norms.triton.next_power_of_2(found.C), channels)
+                block_c = min(1 << (found.C - 1).bit_length(), channels)
                 return dataclasses.replace(found, block_r=norms._STEP // block_c, block_c=block_c)
 
-            monkeypatch.setattr(norms, "_layout_of", as_on_a_gpu)
+            monkeypatch.setattr(norms, "layout_of", as_on_a_gpu)
 
     return use
 

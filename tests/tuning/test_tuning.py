@@ -346,6 +346,39 @@ def test_full_gpus_do_not_share_sums() -> None:
         assert estimate.best(large, H100).split_k == 1, problem.key
 
 
+def test_l2_gives_what_was_measured() -> None:
+    """5.5 to 6 TB/s of an H100 in all; one program by itself gets more than its share of that."""
+    assert 5.5e12 <= estimate.l2_bandwidth(H100, 10**6) <= 6e12
+    alone = estimate.l2_bandwidth(H100, 1)
+    assert alone > estimate.l2_bandwidth(H100, 10**6) / H100.multiprocessors
+    assert estimate.l2_bandwidth(H100, 7) == 7 * alone
+
+
+def test_issuing_takes_time() -> None:
+    """Four warps' instructions a cycle: each `mma.sync` is one, a warp group's are few."""
+    arguments = ("float16", 8, 10, 0, 128 * 128 * 640, 0)
+    hopper = estimate.instructions(H100, *arguments)
+    assert estimate.instructions(H100, *arguments, mma=True) - hopper > 128 * 128 * 640 / 2048
+    ampere = estimate.instructions(architecture.named("A100"), *arguments)
+    assert ampere == estimate.instructions(H100, *arguments, mma=True)
+    # 133 programs: one multiprocessor has two.
+    assert estimate.issue_time(H100, 133, 4e6) == pytest.approx(2 * 1e6 / H100.clock)
+    assert estimate.issue_time(H100, 132, 4e6) == pytest.approx(1e6 / H100.clock)
+
+
+def test_a_program_alone_hides_nothing() -> None:
+    """The same tile where a multiprocessor has room for one: each wave fills, and stores, alone."""
+    problem = ConvProblem(256, 64, 56, 56, 256, 1, 1, (1, 1), (0, 0), (1, 1), 1, "float16", True)
+    tile = Tile(128, 64, 64, 1, 4, 3)
+    shared = estimate.shared_bytes(problem, H100, tile)
+    lone = dataclasses.replace(H100, shared_per_multiprocessor=shared + 2048)
+    assert estimate._resident(problem, lone, tile) == 1 < estimate._resident(problem, H100, tile)
+    waves = 4 * 6272 // 132
+    stores = 2 * 2 * 128 * 64 / (32 * H100.clock)
+    slower = estimate.predicted(problem, lone, tile) - estimate.predicted(problem, H100, tile)
+    assert slower > waves * (estimate.LATENCY + stores)
+
+
 def test_large_layers_are_predicted_near_their_bounds() -> None:
     """Not slower than 4 times what bytes and FLOPs allow, and never faster."""
     for problem in model_problems():

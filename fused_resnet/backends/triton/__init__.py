@@ -1,8 +1,9 @@
 """The Triton backend: convolution, batch norm, shortcut and ReLU in one kernel, on a GPU.
 
 `inference.py` and `training.py` choose the kernel. `conv_kernels.py` has those of convolutions,
-`conv.py` what launches them, `norm.py` both for norms by themselves, `stem.py` for a max-pool
-behind either, `device.py` what kernels share. Triton is imported when one first runs: `lazy.py`.
+`conv.py` what launches them, `norm_kernels.py` and `norm.py` the same for norms by themselves,
+`stem.py` both for a max-pool behind either, `device.py` what kernels share. Triton is imported when
+one first runs: `lazy.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ...tuning.problem import ChainProblem
 from .. import cuda, library
 from ..backend import Backend
 from ..recording import Recorder
+from . import checks
 from .eligible import DTYPES, interpreted, is_traced
 from .inference import (
     batch_norm_act_inference,
@@ -138,6 +140,8 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
         choice = tuning.choose(problem, input.device)
         if choice.tile is None or choice.source == ESTIMATE:
             return None
+        if not cuda.trusts_basic_block(problem, choice.tile, input.device):
+            return None
         return cuda.run_basic_block(input, *blocks[0].layers, choice.tile)
     launchers()
     return chains.residual_blocks(input, blocks)
@@ -189,8 +193,14 @@ class Triton(Backend):
         launchers()
         from . import quantized
 
-        if input.dtype in DTYPES and not is_traced(input) and quantized.covers(blocks):
-            return quantized.residual_blocks(input, blocks, stored, output)
+        run = quantized.residual_blocks
+        if (
+            input.dtype in DTYPES
+            and not is_traced(input)
+            and quantized.covers(blocks)
+            and checks.trusts_quantized(input, blocks, stored, output, run)
+        ):
+            return run(input, blocks, stored, output)
         return super().quantized_residual_blocks(input, blocks, stored, output)
 
     def is_default(self, device_type: str) -> bool:

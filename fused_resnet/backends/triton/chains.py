@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -18,7 +19,8 @@ from ...layers.memory import memory_format_of
 from ...tuning import chain
 from ...tuning.choice import CHAIN, CHAIN_WITHOUT_NEXT, CHAINED, PAIR, Choice, Tile
 from ...tuning.problem import ChainProblem
-from . import bottleneck, launch
+from ..self_check import settled
+from . import bottleneck, checks, launch
 from .inference import conv_bn_act
 from .problem import run_chosen
 
@@ -111,7 +113,10 @@ def run(
         Its output, and where the choice is a chain with the next block's convolution, that one's.
     """
     *main, projection, following = layers
-    if choice.kernel not in CHAINED:
+    if choice.kernel not in CHAINED or not (
+        settled.get((problem, choice, launch.open_row.get() is None, reduced.device))
+        or checks.trusts_chain(problem, reduced, choice, sys.modules[__name__])
+    ):
         return _convolutions(reduced, x, main, projection), None
     if choice.kernel == CHAIN_WITHOUT_NEXT:
         following = None

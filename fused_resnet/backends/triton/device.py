@@ -76,7 +76,7 @@ def relu(value):
 
 
 @triton.jit
-def _normalized(centred, scale, bias):
+def normalized(centred, scale, bias):
     """What forward rounds and backward takes the sign of: the same operations, the same bits."""
     scale = tl.broadcast_to(scale[None, :], centred.shape)
     return tl.fma(centred, scale, tl.broadcast_to(bias[None, :], centred.shape))
@@ -311,7 +311,7 @@ def conv_sum(
             entry += C
             offset = tl.load(entry) if EVEN_C else tl.load(entry, mask=exists, other=0.0)
             if PROLOGUE == "norm":
-                value = relu(_normalized(a.to(tl.float32) - mean[None, :], scale, offset))
+                value = relu(normalized(a.to(tl.float32) - mean[None, :], scale, offset))
                 if PADDED:
                     value = tl.where(inside[:, None], value, 0.0)
                 a = value.to(input_ptr.dtype.element_ty)

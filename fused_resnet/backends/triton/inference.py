@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +16,8 @@ from ...tuning.choice import ESTIMATE, PROLOGUE, TILED, Choice, Tile
 from ...tuning.estimate import kernel_for
 from ...tuning.problem import ConvProblem
 from .. import cuda, cudnn, library
+from ..self_check import settled
+from . import checks
 from . import problem as problems
 from .eligible import can_normalize, can_run, is_traced
 from .lazy import graph_operators, launchers, norms, stems, training_convolutions
@@ -43,6 +43,9 @@ def _run(
     choice: Choice,
 ) -> Tensor:
     """`conv_bn_act` as chosen."""
+    alone = launchers().launch.open_row.get() is None
+    if not settled.get((problem, activation, choice, alone, input.device)):
+        choice = checks.trusted(problem, input, activation, choice)
     if choice.kernel in TILED and is_traced(input):
         operator = graph_operators().triton_conv_bn_act
         return operator(input, *layer.flat(), residual, activation)
@@ -69,26 +72,26 @@ def norm_conv_bn_act(
         and input.numel() > 0
         and can_run(input, weight, *before[:4], *norm[:4], bias, residual)
     ):
-        tile = _prologue_tile(input, weight, geometry, residual is not None)
+        problem = problem_of(input, weight, *geometry, residual is not None)
+        tile = _prologue_tile(problem, input.device)
     if tile is not None:
-        table = training_convolutions().table_of(before)
         try:
-            return launchers().conv_bn_act(input, layer, residual, activation, tile, table)
+            if settled.get(
+                ("prologue", problem, activation, tile, input.device)
+            ) or checks.trusts_prologue(problem, input, activation, tile):
+                table = training_convolutions().table_of(before)
+                return launchers().conv_bn_act(input, layer, residual, activation, tile, table)
         except out_of_resources() as error:
-            problem = problem_of(input, weight, *geometry, residual is not None)
             choice = Choice(PROLOGUE, tile, ESTIMATE)
             tuning.leave_out(problem, input.device, choice, str(error))
     normalised = batch_norm_act_inference(input, before, None, "relu")
     return conv_bn_act(normalised, layer, residual, activation)
 
 
-def _prologue_tile(
-    input: Tensor, weight: Tensor, geometry: Sequence[Any], residual: bool
-) -> Tile | None:
-    problem = problem_of(input, weight, *geometry, residual)
-    if input.device.type == "cuda":
-        tile = prologue_choice.choose(problem, architecture.of_device(input.device))[0]
-        return None if tuning.is_left_out(problem, input.device, PROLOGUE, tile) else tile
+def _prologue_tile(problem: ConvProblem, device: torch.device) -> Tile | None:
+    if device.type == "cuda":
+        tile = prologue_choice.choose(problem, architecture.of_device(device))[0]
+        return None if tuning.is_left_out(problem, device, PROLOGUE, tile) else tile
     return training_convolutions().INTERPRETED_TILE if kernel_for(problem) == "conv" else None
 
 
@@ -99,16 +102,24 @@ def conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: 
         windows = tuple(itertools.chain(*pool))
         problem = problem_of(input, weight, *geometry, False, windows)
         if kernel_for(problem) == "stem_pool":
-            run = functools.partial(_run_with_pool, input, layer, activation, pool)
+            run = functools.partial(_run_with_pool, input, layer, activation, pool, problem)
             return run_chosen(problem, input.device, problems.choose(problem, input.device), run)
         return torch.max_pool2d(conv_bn_act(input, layer, None, activation), *pool)
     return library.conv_bn_act_max_pool(input, layer, activation, pool)
 
 
 def _run_with_pool(
-    input: Tensor, layer: ConvNorm, activation: str, pool: Pool, choice: Choice
+    input: Tensor,
+    layer: ConvNorm,
+    activation: str,
+    pool: Pool,
+    problem: ConvProblem,
+    choice: Choice,
 ) -> Tensor:
     """`conv_bn_act_max_pool` of a stem as chosen."""
+    alone = launchers().launch.open_row.get() is None
+    if not settled.get((problem, activation, choice, alone, input.device)):
+        choice = checks.trusted(problem, input, activation, choice)
     if choice.kernel == "triton" and is_traced(input):
         operator = graph_operators().triton_conv_bn_act_max_pool
         return operator(input, *layer.flat()[:-1], activation)
@@ -121,6 +132,9 @@ def batch_norm_act_inference(
     input: Tensor, norm: Norm, residual: Tensor | None, activation: str
 ) -> Tensor:
     """Everything in one pass."""
-    if can_normalize(input, *norm[:4], residual):
+    if can_normalize(input, *norm[:4], residual) and (
+        settled.get((batch_norm_act_inference, input.dtype, input.is_contiguous(), input.device))
+        or checks.trusts_norm(batch_norm_act_inference, input)
+    ):
         return norms().batch_norm_act_inference(input, norm, residual, activation)
     return library.batch_norm_act_inference(input, norm, residual, activation)

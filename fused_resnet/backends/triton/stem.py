@@ -26,7 +26,7 @@ from ...tuning.choice import Tile
 from ...tuning.estimate import USUAL_POOL, pooled_rows_each
 from ..library import precision
 from . import launch
-from .device import _normalized, affine, relu
+from .device import affine, normalized, relu
 from .launch import (
     as_conv2d_would,
     channels_last,
@@ -34,7 +34,8 @@ from .launch import (
     row_block,
     skew,
 )
-from .norm import _Layout, _layout_of, _norm, _place, _vectors, batch_statistics
+from .norm import Layout, batch_statistics, contiguous_vectors, layout_of
+from .norm_kernels import load_norm, program_place
 from .problem import ceil_div, chosen_tile, hint_of, problem_of, tile_for
 
 MOST_POSITIONS = 255
@@ -82,9 +83,9 @@ def norm_pool_kernel(
     Reads the input (pixels shared by windows again from the caches) once, writes the output and
     the offsets once.
     """
-    _, first, c = _place(C, steps, WIDE, BLOCK_R, BLOCK_C)
+    _, first, c = program_place(C, steps, WIDE, BLOCK_R, BLOCK_C)
     c_exists = c < C
-    mean, _, scale, bias = _norm(c, c_exists, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps)
+    mean, _, scale, bias = load_norm(c, c_exists, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps)
     for step in range(steps):
         row = first + step * BLOCK_R + tl.arange(0, BLOCK_R)
         row_exists = row < rows
@@ -103,7 +104,7 @@ def norm_pool_kernel(
             exists = there[:, None] & c_exists[None, :]
             pixel = corner + r * W + s
             x = tl.load(input_ptr + (pixel * C)[:, None] + c[None, :], mask=exists, other=0.0)
-            value = relu(_normalized(x.to(tl.float32) - mean[None, :], scale, bias))
+            value = relu(normalized(x.to(tl.float32) - mean[None, :], scale, bias))
             value = value.to(output_ptr.dtype.element_ty).to(tl.float32)
             # NaN is greater than nothing and not equal to itself.
             better = exists & ((value > best) | (value != value))
@@ -148,7 +149,7 @@ def pool_backward_kernel(
     """
     WINDOWS_H: tl.constexpr = (R + STRIDE_H - 1) // STRIDE_H
     WINDOWS_W: tl.constexpr = (S + STRIDE_W - 1) // STRIDE_W
-    _, first, c = _place(C, steps, WIDE, BLOCK_R, BLOCK_C)
+    _, first, c = program_place(C, steps, WIDE, BLOCK_R, BLOCK_C)
     c_exists = c < C
     for step in range(steps):
         row = first + step * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -218,7 +219,7 @@ def norm_relu_max_pool(
         )
         for dtype in (input.dtype, torch.uint8)
     )
-    layout = _layout_of(output)
+    layout = layout_of(output)
     steps, programs = layout.elementwise()
     (R, S), _, _ = pool
     launch.launch_kernel(
@@ -226,11 +227,11 @@ def norm_relu_max_pool(
         norm_pool_kernel,
         (programs,),
         (
-            input, *_vectors(*norm[:4]), output, offsets, norm.eps, layout.rows, C, H, W, P, Q,
-            steps,
+            input, *contiguous_vectors(*norm[:4]), output, offsets, norm.eps, layout.rows,
+            C, H, W, P, Q, steps,
         ),
         writes=("output_ptr", "offset_ptr"),
-        **_constants(layout, _layout_of(input), pool, R * S),
+        **_constants(layout, layout_of(input), pool, R * S),
     )  # fmt: skip
     return output, offsets
 
@@ -254,7 +255,7 @@ def max_pool_backward(
     result = torch.empty(
         (N, C, *size), dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last
     )
-    layout = _layout_of(result)
+    layout = layout_of(result)
     steps, programs = layout.elementwise()
     (R, S), stride, _ = pool
     windows = ceil_div(R, stride[0]) * ceil_div(S, stride[1])
@@ -264,7 +265,7 @@ def max_pool_backward(
         (programs,),
         (grad, offsets, result, layout.rows, C, *size, P, Q, steps),
         writes=("grad_input_ptr",),
-        **_constants(layout, _layout_of(grad), pool, windows),
+        **_constants(layout, layout_of(grad), pool, windows),
     )
     return result
 
@@ -275,7 +276,7 @@ def pooled_size(size: Sequence[int], pool: Sequence[Sequence[int]]) -> tuple[int
 
 
 def _constants(
-    layout: _Layout, other: _Layout, pool: Sequence[Sequence[int]], turns: int
+    layout: Layout, other: Layout, pool: Sequence[Sequence[int]], turns: int
 ) -> dict[str, Any]:
     """What the kernels are compiled for, of the tensor gone through and of the one looked into."""
     (R, S), stride, padding = pool

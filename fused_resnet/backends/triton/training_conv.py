@@ -23,22 +23,24 @@ from ...layers.description import Norm, Sums, output_size
 from ...tuning.choice import Tile
 from ..library import precision
 from . import launch
-from .device import _normalized, conv_sum, pixels, tile_of
+from .device import conv_sum, normalized, pixels, tile_of
 from .norm import (
-    _COMBINE_WARPS,
-    _MOST_SLABS,
-    _combine,
-    _combined,
-    _norm,
-    _partial,
-    _results,
-    _sum_rows,
-    _times_invstd,
-    _unmasked,
-    _vectors,
-    _weights,
+    COMBINE_WARPS,
+    MOST_SLABS,
+    combined_channels,
+    contiguous_vectors,
+    new_partials,
+    new_vectors,
+)
+from .norm_kernels import (
+    combine,
     combine_statistics_kernel,
     combine_sums_kernel,
+    load_norm,
+    shares_of,
+    sum_rows,
+    times_invstd,
+    unmasked,
 )
 from .problem import ceil_div
 
@@ -73,7 +75,7 @@ def table_kernel(
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = c < C
-    mean, invstd, scale, bias = _norm(c, exists, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps)
+    mean, invstd, scale, bias = load_norm(c, exists, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps)
     tl.store(table_ptr + c, mean, mask=exists)
     tl.store(table_ptr + C + c, scale, mask=exists)
     if total_ptr is None:
@@ -81,7 +83,7 @@ def table_kernel(
     else:
         total = share * tl.load(total_ptr + c, mask=exists, other=0.0)
         slope = share * tl.load(dot_ptr + c, mask=exists, other=0.0)
-        slope = _times_invstd(slope, invstd) * invstd
+        slope = times_invstd(slope, invstd) * invstd
         tl.store(table_ptr + 2 * C + c, total, mask=exists)
         tl.store(table_ptr + 3 * C + c, slope, mask=exists)
 
@@ -117,7 +119,7 @@ def _store_part(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
         if residual_mask_ptr is not None:
-            residual = _unmasked(residual, residual_mask_ptr, m, row_exists, first_k, K)
+            residual = unmasked(residual, residual_mask_ptr, m, row_exists, first_k, K)
         acc += residual
     if below_ptr is not None:
         mean = tl.load(below_table_ptr + k, mask=k_exists, other=0.0)
@@ -126,7 +128,7 @@ def _store_part(
         below = tl.load(below_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
         centred = below - mean[None, :]
         # NaN lets the gradient pass.
-        acc = tl.where(_normalized(centred, scale, bias) <= 0.0, 0.0, acc)
+        acc = tl.where(normalized(centred, scale, bias) <= 0.0, 0.0, acc)
     stored = acc.to(output_ptr.dtype.element_ty)
     tl.store(output_ptr + offsets, stored, mask=exists)
     value = stored.to(tl.float32)
@@ -287,14 +289,14 @@ def fold_kernel(
         var = tl.load(places + 2 * slabs * C, mask=exists, other=0.0)
         before = slab.to(tl.int64) * slab_rows
         n = tl.maximum(tl.minimum(rows - before, slab_rows), 0).to(tl.float32)[:, None]
-        weight, factor = _weights(n, tl.cast(slab_rows, tl.float32), tl.sum(n))
-        rounded, rest, var = _combine(weight, factor, first, second, var)
+        weight, factor = shares_of(n, tl.cast(slab_rows, tl.float32), tl.sum(n))
+        rounded, rest, var = combine(weight, factor, first, second, var)
         tl.store(place, rounded, mask=c < C)
         tl.store(place + folded_slabs * C, rest, mask=c < C)
         tl.store(place + 2 * folded_slabs * C, var, mask=c < C)
     else:
-        tl.store(place, _sum_rows(first), mask=c < C)
-        tl.store(place + folded_slabs * C, _sum_rows(second), mask=c < C)
+        tl.store(place, sum_rows(first), mask=c < C)
+        tl.store(place + folded_slabs * C, sum_rows(second), mask=c < C)
 
 
 class Ends(NamedTuple):
@@ -333,7 +335,7 @@ def table_of(norm: Norm, sums: Sums | None = None) -> Tensor:
     C = norm.mean.numel()
     table = norm.mean.new_empty((3 if sums is None else 4, C), dtype=torch.float32)
     total, dot, count = (None, None, 1) if sums is None else sums
-    vectors = _vectors(*norm[:4], total, dot)
+    vectors = contiguous_vectors(*norm[:4], total, dot)
     launch.launch_kernel(
         norm.mean,
         table_kernel,
@@ -373,8 +375,8 @@ def forward(
     operands = _Operands(table=None if prologue is None else table_of(prologue), bias=bias)
     filters = launch.filter_rows(weight)
     output, partial = _launch(input, filters, size, geometry, tile, operands, values=3)
-    mean, var = _results(output, 2)
-    block_c = _combined(input)
+    mean, var = new_vectors(output, 2)
+    block_c = combined_channels(input)
     rows = output.numel() // output.size(1)
     partial, slab_rows = _folded(output, partial, tile.block_m)
     launch.launch_kernel(
@@ -383,9 +385,9 @@ def forward(
         (-(-output.size(1) // block_c),),
         (partial, mean, var, rows, output.size(1), slab_rows, partial.size(1)),
         writes=("mean_ptr", "var_ptr"),
-        BLOCK_S=_MOST_SLABS,
+        BLOCK_S=MOST_SLABS,
         BLOCK_C=block_c,
-        num_warps=_COMBINE_WARPS,
+        num_warps=COMBINE_WARPS,
     )
     return output, mean, var
 
@@ -441,8 +443,8 @@ def backward_input(
     )  # fmt: skip
     if below is None:
         return output, side, None
-    total, dot, grad_weight = _results(output, 3)
-    block_c = _combined(grad)
+    total, dot, grad_weight = new_vectors(output, 3)
+    block_c = combined_channels(grad)
     partial, _ = _folded(output, partial, tile.block_m)
     launch.launch_kernel(
         grad,
@@ -453,9 +455,9 @@ def backward_input(
             partial.size(1), None, None, None, None, 0.0,
         ),
         writes=("total_ptr", "dot_ptr", "grad_weight_ptr"),
-        BLOCK_S=_MOST_SLABS,
+        BLOCK_S=MOST_SLABS,
         BLOCK_C=block_c,
-        num_warps=_COMBINE_WARPS,
+        num_warps=COMBINE_WARPS,
     )  # fmt: skip
     return output, side, (total, dot, grad_weight)
 
@@ -481,7 +483,7 @@ def _launch(
     M = N * P * Q
     output = input.new_empty((N, P, Q, K)).permute(0, 3, 1, 2)
     slabs = -(-M // tile.block_m)
-    partial = _partial(output, values, slabs) if values else None
+    partial = new_partials(output, values, slabs) if values else None
     pointwise = R * S == 1 and max(padding) == 0 and max(stride) == 1
     prologue = "none"
     if table is not None:
@@ -526,9 +528,9 @@ def _folded(output: Tensor, partial: Tensor, slab_rows: int) -> tuple[Tensor, in
     """Partial sums of at most as many slabs as the last kernel takes, and the rows of one."""
     C = output.size(1)
     rows = output.numel() // C
-    while partial.size(1) > _MOST_SLABS:
+    while partial.size(1) > MOST_SLABS:
         slabs = ceil_div(partial.size(1), _FOLDED_SLABS)
-        folded = _partial(output, partial.size(0), slabs)
+        folded = new_partials(output, partial.size(0), slabs)
         launch.launch_kernel(
             output,
             fold_kernel,

@@ -510,6 +510,30 @@ def test_statistics_far_from_zero(dtype, channels):
 
 @pytest.mark.usefixtures("in_clusters")
 @pytest.mark.quick
+@pytest.mark.parametrize("origin", ["of zero", "far from most"])
+def test_means_are_rounded_once(origin):
+    """What every merge's rounding takes of a mean is kept in a second number.
+
+    Half a unit in the last place is the last rounding's. A mean that is rounded with every merge is
+    off by more in some of the channels, and one of its origin and two numbers in some where the
+    two are a tie.
+    """
+    rows, channels = 64 * 40 + 5, 96
+    if origin == "of zero":
+        x = torch.rand(rows, channels) + 1
+        x[-1] = 9  # of the three rows that an origin is made of, for it to be none
+    else:
+        x = 60 + 30 * torch.rand(rows, channels)
+        x[[0, rows // 2, -1]] = 30 + torch.rand(3, channels)
+    image = as_image(x).to(DEVICE)
+    _, mean, _ = cuda.batch_norm_act_training(image, None, None, EPS, None, "none")
+    exact = x.double().mean(0)
+    unit = torch.nextafter(mean.cpu(), torch.tensor(math.inf)).double() - mean.double().cpu()
+    assert ((mean.double().cpu() - exact).abs() / unit).max() < 0.6
+
+
+@pytest.mark.usefixtures("in_clusters")
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_a_constant_channel(dtype):
     """Its variance is nothing, and its gradient finite."""

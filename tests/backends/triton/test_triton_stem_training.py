@@ -47,7 +47,7 @@ SHAPES = [(2, 20, 11, 7), (1, 70, 4, 6), (3, 2, 5, 6)]
 def stem(monkeypatch):
     """`stem.py`, going through tensors with tiles as a GPU's."""
     module = backends.triton.lazy.stems()
-    original = module._layout_of
+    original = module.layout_of
 
     def as_on_a_gpu(input):
         layout = original(input)
@@ -55,7 +55,7 @@ def stem(monkeypatch):
         return dataclasses.replace(layout, block_r=2048 // block_c, block_c=block_c)
 
     if RUNNER.device != "cuda":
-        monkeypatch.setattr(module, "_layout_of", as_on_a_gpu)
+        monkeypatch.setattr(module, "layout_of", as_on_a_gpu)
     with fused_resnet.use_backend("triton"):
         yield module
 
@@ -190,7 +190,7 @@ def test_the_largest_window(stem):
 @pytest.mark.quick
 def test_wide_offsets_give_the_same_bits(stem, monkeypatch):
     x = drawn((3, 7, 9, 7), torch.float16)
-    layout_of = stem._layout_of
+    layout_of = stem.layout_of
 
     def wide(tensor):
         return dataclasses.replace(layout_of(tensor), wide=True)
@@ -199,7 +199,7 @@ def test_wide_offsets_give_the_same_bits(stem, monkeypatch):
         torch.manual_seed(1)
         narrow = assert_as_unfused(x, pool)
         with monkeypatch.context() as patch:
-            patch.setattr(stem, "_layout_of", wide)
+            patch.setattr(stem, "layout_of", wide)
             torch.manual_seed(1)
             for a, b in zip(narrow, assert_as_unfused(x, pool), strict=True):
                 assert_same_bits(a, b)

@@ -88,7 +88,7 @@ def test_forward(convs, geometry, dtype):
 @pytest.mark.parametrize("slabs", [1, 1024])
 def test_statistics_far_from_zero(convs, monkeypatch, slabs):
     """A mean of 1e4 beside a deviation of 1 costs no digits, over one tile and folded ones."""
-    monkeypatch.setattr(convs, "_MOST_SLABS", slabs if slabs > 1 else 2)
+    monkeypatch.setattr(convs, "MOST_SLABS", slabs if slabs > 1 else 2)
     monkeypatch.setattr(convs, "_FOLDED_SLABS", 4)
     x = drawn(3, 16, 13, 11)
     weight = torch.eye(16, device=x.device)[:, :, None, None].contiguous()
