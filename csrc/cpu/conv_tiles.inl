@@ -2,7 +2,8 @@
 // including file, which defines
 //   Element           vectors of the tensors' elements; see vectors.h
 //   Storage           such an element in memory
-//   kParts            how many bfloat16 stand for a value: 1 for bfloat16, up to 3 for float32
+//   kParts            how many bfloat16 stand for a value: 1 for bfloat16, 2 for float16, up to 3
+//                     for float32
 // includes one of tiles_amx.h and tiles_emulated.h, with
 //   Value             vectors of float32
 //   square_root()     of such a vector
@@ -36,11 +37,12 @@
 // small products, 20 a step, then for the large, 4 a step, which go on with the same sums: so small
 // products are rounded as small sums are, and the large ones once for 32. It never waits for a sum.
 // Where the user has torch be less exact, there are two parts and the products x0 w1, x1 w0 and x0
-// w0, or one. In memory both are float32; pixels are split when they are gathered, and weights,
-// which are packed as for the vector kernels, when a task comes to them. Where its pixels fit four
-// tiles, all of these are multiplied at once, by 16 output channels in turn, and a step's weights
-// are split while the step before is multiplied: late in a network at batch 1, where there is
-// little to do for each weight.
+// w0, or one. A float16 is the sum of two parts, exactly; the product of the second ones, below
+// 2^-16 of the first's, is left out. In memory weights are float32 in both cases; pixels are split
+// when they are gathered, and weights, which are packed as for the vector kernels, when a task
+// comes to them. Where its pixels fit four tiles, all of these are multiplied at once, by 16 output
+// channels in turn, and a step's weights are split while the step before is multiplied: late in a
+// network at batch 1, where there is little to do for each weight.
 //
 // Memory traffic: as conv.h says; the slab is written and read in the second-level cache.
 //
@@ -63,7 +65,7 @@ constexpr int kWidth = Value::width;
 using Part = uint16_t;  // of a value, in tiles: a bfloat16's bits
 constexpr int64_t kItem = sizeof(Storage);
 // Whether values are split into their parts.
-constexpr bool kSplit = kItem != sizeof(Part);
+constexpr bool kSplit = kParts > 1 || kItem != sizeof(Part);
 
 FR_INLINE Element::Register load(const Storage* p) {
   return Element::load(reinterpret_cast<const Element::Element*>(p));
@@ -250,6 +252,24 @@ FR_INLINE Value::Register normalised(Value::Register x, const float* scale, cons
   return Value::relu(Value::multiply_add(x, Value::load(scale), Value::load(shift)));
 }
 
+// As it would be read back from a tensor.
+FR_INLINE Value::Register rounded(Value::Register x) {
+  if constexpr (kItem == sizeof(float)) return x;
+  alignas(64) Storage lanes[kWidth];
+  store(lanes, x);
+  return load(lanes);
+}
+
+// 32 results, or 16.
+template <int kN>
+FR_INLINE void store_results(Storage* dst, const Value::Register* y) {
+  if constexpr (kSplit && kItem == 2) {
+    FR_FOR (v, kN * 16 / kWidth) store(dst + v * kWidth, y[v]);
+  } else {
+    store_block<kN>(dst, y);
+  }
+}
+
 // Channels of one pixel, through the prologue if there is one.
 FR_INLINE void copy_channels(Storage* dst, const Storage* src, int64_t count, const float* scale,
                              const float* shift) {
@@ -269,6 +289,7 @@ FR_INLINE void copy_channels(Storage* dst, const Storage* src, int64_t count, co
 // What gather_row() writes: elements as they are,
 struct Whole {
   using Unit = Storage;
+  static constexpr bool kWhole = true;
 
   static void clear(Storage* dst, int64_t count) { zero(dst, count); }
   static FR_INLINE void put(Storage* dst, int64_t pixel, const Storage* src, int64_t count,
@@ -281,6 +302,7 @@ struct Whole {
 // or a chunk's parts, so many apart.
 struct InParts {
   using Unit = Part;
+  static constexpr bool kWhole = false;
   int64_t part;
 
   void clear(Part* dst, int64_t count) const {
@@ -293,7 +315,8 @@ struct InParts {
     if (count == kTileDepth) {
       FR_FOR (v, kVectors) {
         x[v] = load(src + v * kWidth);
-        if (scale != nullptr) x[v] = normalised(x[v], scale + v * kWidth, shift + v * kWidth);
+        if (scale == nullptr) continue;
+        x[v] = rounded(normalised(x[v], scale + v * kWidth, shift + v * kWidth));
       }
     } else {
       FR_FOR (v, kVectors) {
@@ -302,10 +325,12 @@ struct InParts {
         if (rest <= 0) continue;
         x[v] = load(src + first, rest);
         if (scale == nullptr) continue;
-        x[v] = Value::where_bits((1u << rest) - 1, normalised(x[v], scale + first, shift + first));
+        const Value::Register y = rounded(normalised(x[v], scale + first, shift + first));
+        x[v] = Value::where_bits((1u << rest) - 1, y);
       }
     }
-    split<kParts, false>(dst, part, x);
+    // What is rounded may overflow, but not a float16.
+    split<kParts, kItem == 2>(dst, part, x);
   }
 };
 
@@ -316,7 +341,7 @@ template <class To>
 void gather_row(const To& target, const Conv& conv, int64_t group, int64_t n, int64_t h,
                 int64_t first, int64_t step, int64_t count, typename To::Unit* dst, int64_t pixel,
                 int64_t chunk) {
-  constexpr bool kWhole = sizeof(typename To::Unit) == sizeof(Storage);
+  constexpr bool kWhole = To::kWhole;
   const int64_t channels = group_c(conv);
   const int64_t begin = first < 0 ? least(div_up(-first, step), count) : 0;
   const int64_t width = h + 1 == conv.H ? conv.last_w : conv.W;
@@ -693,7 +718,7 @@ void finish(const Epilogue& e, const Product& product, const float* sums, const 
       }
       if (e.relu) y[v] = Value::relu(y[v]);
     }
-    store_block<kN>(e.output + position.out, y);
+    store_results<kN>(e.output + position.out, y);
   }
 }
 
@@ -722,7 +747,7 @@ __attribute__((noinline)) void finish_strided(const Epilogue& e, const Product& 
       y[v] = Value::add(y[v], load(residual + v * kWidth));
       if (e.relu) y[v] = Value::relu(y[v]);
     }
-    store_block<kN>(result, y);
+    store_results<kN>(result, y);
     Storage* out = e.output + position.out;
     if (e.out_channel == 1) {
       copy(out, result, e.channels);
@@ -1076,7 +1101,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
   const int64_t reduction = layout.weight.taps * layout.weight.C;
   const int64_t split_bytes = layout.weight.chunks * kParts * kPartBytes;
   const int64_t block_bytes =
-      !kSplit ? tiled_block_size(layout.weight) * 2 : reduction * kTileBlockK * kItem;
+      !kSplit ? tiled_block_size(layout.weight) * 2 : reduction * kTileBlockK * 4;
   // Packed blocks of 16 channels or of 32.
   const int64_t narrow = kSplit ? kTileBlockK / conv.weight_block : 1;
   const int64_t group_bytes =
