@@ -115,6 +115,8 @@ _by_call: dict[tuple[Any, ...], bool] = {}
 _warned: set[tuple[torch.device, str, str]] = set()
 _unwritable: str | None = None
 _checking: ContextVar[bool] = ContextVar("fused_resnet_checking", default=False)
+# Types of devices that are known not to be checked: to ask this costs no call.
+unchecked: set[str] = set()
 # None until the first use, as in `layers/watch.py`.
 _from_environment: str | None = None
 
@@ -143,6 +145,7 @@ def use(value: str) -> None:
     global _from_environment
     with _lock:
         _from_environment = value
+        unchecked.clear()
         _known.clear()
         _by_call.clear()
 
@@ -164,6 +167,7 @@ def applies(device: torch.device) -> bool:
     """Whether kernels on a device are to be checked, by this thread, now."""
     chosen = setting()
     if chosen == "0" or (chosen == "" and device.type != "cuda"):
+        unchecked.add(device.type)
         return False
     return not _checking.get()
 

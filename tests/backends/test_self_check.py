@@ -65,6 +65,7 @@ def checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Checks are on, wherever kernels run, and nothing is known; returns the folder of verdicts."""
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path))
     monkeypatch.setattr(self_check, "_from_environment", "1")
+    monkeypatch.setattr(self_check, "unchecked", set())
     monkeypatch.setattr(self_check, "_unwritable", None)
     self_check.forget()
     yield tmp_path / "self_check"
@@ -306,15 +307,14 @@ def test_wrong_is_wrong_without_the_check(
 @TRITON
 def test_wrong_norms_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training behind them goes on, the mask of a right forward pass in a library's backward."""
-    norms = backends.triton.lazy.norms()
-
+    backends.triton.lazy.norms()
     kernels = backends.named("triton")
     x, grad, residual = (images(2, 16, 5, 6) for _ in range(3))
     fixed = Norm(*norm_of(16), 1e-5)
     out, mask, _, _ = kernels.batch_norm_add_relu(x, fixed, residual, None)
     assert mask is not None
     assert mask.dtype is torch.uint8
-    monkeypatch.setattr(norms, "_times_invstd", small_product)
+    monkeypatch.setattr(backends.triton.norm_kernels, "times_invstd", small_product)
     arguments = (fixed, "relu", True, (True,) * 4)
     with pytest.warns(UserWarning, match="batch_norm_act_backward"):
         ours = kernels.batch_norm_act_backward(grad, x, mask, *arguments)
@@ -548,10 +548,12 @@ def test_verdicts_are_of_one_driver_and_package(
 def test_variable(value: str, applies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(self_check.VARIABLE, value)
     monkeypatch.setattr(self_check, "_from_environment", None)
+    monkeypatch.setattr(self_check, "unchecked", set())
     assert self_check.applies(CPU) is applies
     assert self_check.applies(torch.device("cuda", 0)) is (value != "0")
     monkeypatch.setenv(self_check.VARIABLE, "yes")
     monkeypatch.setattr(self_check, "_from_environment", None)
+    monkeypatch.setattr(self_check, "unchecked", set())
     with pytest.raises(ValueError, match="FUSED_RESNET_SELF_CHECK is 'yes', must be one of 0, 1"):
         self_check.applies(CPU)
 

@@ -13,7 +13,7 @@ from ...layers.memory import contiguous_like_eager
 from ...tuning import architecture
 from ...tuning import training as training_choice
 from ...tuning.choice import Tile
-from .. import library
+from .. import library, self_check
 from ..backend import Gradients
 from . import checks
 from .eligible import can_normalize, can_train, is_channels_last
@@ -31,8 +31,9 @@ def batch_norm_act_training(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics in one pass, everything else in another: see `norm.py`."""
     arguments = (input, weight, bias, eps, residual, activation)
-    if can_normalize(input, weight, bias, residual) and checks.trusts_norm(
-        batch_norm_act_training, input
+    if can_normalize(input, weight, bias, residual) and (
+        input.device.type in self_check.unchecked
+        or checks.trusts_norm(batch_norm_act_training, input)
     ):
         return norms().batch_norm_act_training(*arguments)
     return library.batch_norm_act_training(*arguments)
@@ -62,7 +63,9 @@ def batch_norm_add_relu(
         What is returned there, or None where the kernel cannot be had.
     """
     others = (*norm[:4], residual, *(residual_norm or ())[:4])
-    if not can_normalize(input, *others) or not checks.trusts_norm(batch_norm_add_relu, input):
+    if not can_normalize(input, *others) or not (
+        input.device.type in self_check.unchecked or checks.trusts_norm(batch_norm_add_relu, input)
+    ):
         return None
     return norms().batch_norm_add_relu(input, norm, residual, residual_norm)
 
@@ -81,8 +84,9 @@ def batch_norm_add_relu_backward(
         What is returned there, or None where the kernel cannot be had.
     """
     others = (grad, *norm[:4], residual, *residual_norm[:4])
-    if not can_normalize(input, *others) or not checks.trusts_norm(
-        batch_norm_add_relu_backward, input
+    if not can_normalize(input, *others) or not (
+        input.device.type in self_check.unchecked
+        or checks.trusts_norm(batch_norm_add_relu_backward, input)
     ):
         return None
     return norms().batch_norm_add_relu_backward(grad, output, input, norm, residual, residual_norm)
@@ -100,8 +104,9 @@ def batch_norm_act_backward(
 ) -> Gradients:
     """A pass that reduces and one that does not."""
     leading = (grad, input, output, norm, activation, training, need)
-    if can_normalize(input, grad, output, *norm[:4]) and checks.trusts_norm(
-        batch_norm_act_backward, input
+    if can_normalize(input, grad, output, *norm[:4]) and (
+        input.device.type in self_check.unchecked
+        or checks.trusts_norm(batch_norm_act_backward, input)
     ):
         return norms().batch_norm_act_backward(*leading, overwrite)
     return library.batch_norm_act_backward(*leading)
@@ -109,7 +114,9 @@ def batch_norm_act_backward(
 
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of this tensor, (C,), in the accumulation dtype."""
-    if can_normalize(input) and checks.trusts_norm(batch_statistics, input):
+    if can_normalize(input) and (
+        input.device.type in self_check.unchecked or checks.trusts_norm(batch_statistics, input)
+    ):
         return norms().batch_statistics(input)
     return library.batch_statistics(contiguous_like_eager(input))
 
@@ -122,8 +129,9 @@ def batch_norm_act_backward_sums(
     `output` may be None where there was no residual. Shapes (C,), in the accumulation dtype.
     """
     arguments = (grad, input, output, norm, activation)
-    if can_normalize(input, grad, output, *norm[:4]) and checks.trusts_norm(
-        batch_norm_act_backward_sums, input
+    if can_normalize(input, grad, output, *norm[:4]) and (
+        input.device.type in self_check.unchecked
+        or checks.trusts_norm(batch_norm_act_backward_sums, input)
     ):
         total, dot, _ = norms().batch_norm_act_backward_sums(*arguments)
         return total, dot
@@ -142,8 +150,9 @@ def batch_norm_act_backward_input(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of input and residual, from the sums and the count of the joint batch."""
     leading = (grad, input, output, norm, activation, sums, need_residual)
-    if can_normalize(input, grad, output, *norm[:4]) and checks.trusts_norm(
-        batch_norm_act_backward_input, input
+    if can_normalize(input, grad, output, *norm[:4]) and (
+        input.device.type in self_check.unchecked
+        or checks.trusts_norm(batch_norm_act_backward_input, input)
     ):
         return norms().batch_norm_act_backward_input(*leading, overwrite)
     return library.batch_norm_act_backward_input(*leading)
@@ -181,8 +190,11 @@ def batch_norm_relu_max_pool(
         or min(stem.pooled_size(input.shape[2:], pool)) < 1
     ):
         return None  # some of which `max_pool2d` refuses
-    if not checks.trusts_norm_and_pool(
-        batch_norm_relu_max_pool, max_pool_backward_from_offsets, input
+    if not (
+        input.device.type in self_check.unchecked
+        or checks.trusts_norm_and_pool(
+            batch_norm_relu_max_pool, max_pool_backward_from_offsets, input
+        )
     ):
         return None
     return stem.batch_norm_relu_max_pool(input, weight, bias, eps, pool)
@@ -220,15 +232,18 @@ def conv_batch_norm_statistics(
     if not can_train(input, weight, bias, geometry[-1]):
         return None
     training = training_convolutions()
-    tile = training.INTERPRETED_TILE
-    problem = problem_of(input, weight, *geometry, False)
-    if input.device.type == "cuda":
-        gpu = architecture.of_device(input.device)
-        tile, _ = training_choice.forward(problem, prologue is not None, gpu)
-    if tile is None or not checks.trusts_training(
-        problem, prologue is not None, tile, input.device
-    ):
-        return None
+    tile: Tile | None = training.INTERPRETED_TILE
+    device = input.device
+    is_checked = device.type not in self_check.unchecked
+    if is_checked or device.type == "cuda":
+        problem, with_norm = problem_of(input, weight, *geometry, False), prologue is not None
+        if device.type == "cuda":
+            gpu = architecture.of_device(device)
+            tile, _ = training_choice.forward(problem, with_norm, gpu)
+        if tile is None:
+            return None
+        if is_checked and not checks.trusts_training(problem, with_norm, tile, device):
+            return None
     return training.forward(input, weight, bias, geometry, prologue, tile)
 
 
@@ -336,12 +351,21 @@ def _backward_tile(
     if max(stride) > 1 or min(around) < 0 or not can_train(grad, weight, residual, groups):
         return None
     tile: Tile | None = training_convolutions().INTERPRETED_TILE
-    transposed = weight.new_empty((C, grad.size(1), R, S), device="meta")
-    problem = problem_of(grad, transposed, stride, around, dilation, groups, residual is not None)
-    if grad.device.type == "cuda":
-        gpu = architecture.of_device(grad.device)
-        tile = training_choice.backward(problem, above, below, gpu)[0]
-    ends = (residual is not None, above, below)
-    if tile is None or not checks.trusts_input_gradient(problem, ends, tile, grad.device):
-        return None
+    device = grad.device
+    is_checked = device.type not in self_check.unchecked
+    if is_checked or device.type == "cuda":
+        transposed, adds = (
+            weight.new_empty((C, grad.size(1), R, S), device="meta"),
+            residual is not None,
+        )
+        problem = problem_of(grad, transposed, stride, around, dilation, groups, adds)
+        if device.type == "cuda":
+            gpu = architecture.of_device(device)
+            tile = training_choice.backward(problem, above, below, gpu)[0]
+        if tile is None:
+            return None
+        if is_checked and not checks.trusts_input_gradient(
+            problem, (adds, above, below), tile, device
+        ):
+            return None
     return tile
