@@ -23,7 +23,7 @@ import PIL.Image
 import pytest
 import torch
 import torchvision
-from measure.test_bench import models_document, provenance
+from measure.test_kernels import models_document, provenance
 from rich.console import Console
 from support import Run, run_python
 
