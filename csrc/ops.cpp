@@ -45,6 +45,9 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "quantized_residual_blocks_packed(Tensor input, Tensor[] packed, int[] numbers, "
       "int[] layer_counts, int[] projections, float[] shortcut_scales, float step, "
       "int zero_point, float output_step, str kernels) -> Tensor?");
+  m.def(
+      "quantized_stem_packed(Tensor input, Tensor packed, Tensor? packed_low, int[] numbers, "
+      "int[] pool, float step, int zero_point, float output_step, str kernels) -> Tensor");
   m.def("quantized_kernels() -> str");
   m.def(
       "quantized_copies_match(Tensor[] weights, Tensor[] quantized, Tensor[] steps, "
@@ -73,6 +76,11 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "norm_vectors(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps) -> "
       "(Tensor scale, Tensor shift)");
   m.def(
+      "conv_training(Tensor input, Tensor weight, Tensor? bias, int stride_h, int stride_w, "
+      "int pad_h, int pad_w, int dil_h, int dil_w, int groups, Tensor? in_mean, Tensor? in_var, "
+      "Tensor? in_weight, Tensor? in_bias, float in_eps, bool statistics) -> "
+      "(Tensor output, Tensor? mean, Tensor? var)");
+  m.def(
       "conv_input_gradient(Tensor grad, Tensor weight, int stride_h, int stride_w, int pad_h, "
       "int pad_w, int dil_h, int dil_w, Tensor(a!) grad_input, bool accumulate) -> ()");
   m.def(
@@ -90,6 +98,23 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "int[] output_sizes, int[] output_strides) -> int");
   m.def("run_launch_plan(int plan, Tensor input, int stream) -> Tensor?");
   m.def("free_launch_plan(int plan) -> ()");
+
+  // Plans of inference passes: internal, see csrc/cpu/inference_plan.cpp and
+  // fused_resnet/backends/cpu_plans.py.
+  m.def("begin_cpu_plan() -> ()");
+  m.def("discard_cpu_plan() -> ()");
+  m.def(
+      "end_cpu_plan(Tensor input, Tensor output, Tensor[] parameters, int[] objects, int[] types, "
+      "int[] cdatas) -> int[]");
+  m.def("run_cpu_plan(int plan, Tensor input) -> Tensor?");
+  m.def("free_cpu_plan(int plan) -> ()");
+
+  // Whether modules have changed: internal, see csrc/state_guard.cpp and
+  // fused_resnet/modules/guard.py.
+  m.def(
+      "make_module_guard(int[] functions, int[] modules, int[] dicts, int[] entries, int[] empty) "
+      "-> int");
+  m.def("free_module_guard(int guard) -> ()");
 
   m.def("cpu_pool_statistics() -> int[]");
   m.def("cpu_pool_trim() -> ()");

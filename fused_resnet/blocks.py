@@ -21,9 +21,9 @@ from torchvision.models import resnet
 from . import backends, forms
 from .forms import Form, Unit
 from .layers import quantized_copies, watch
-from .layers.ranges import BlockRanges
+from .layers.ranges import BlockRanges, StemRanges
 from .models import cifar
-from .modules import graphs
+from .modules import graphs, plans
 from .modules.quantized import Watcher
 from .modules.run import block_forward, cifar_resnet_forward, plain_block_forward, resnet_forward
 
@@ -45,12 +45,12 @@ class Fused(nn.Module):
             their outputs; `fuse` sets it.
         watch: "sample", or "full" to compare all values of the weights with the backend's copies
             in every call; `fuse` sets it.
-        quantization: a block's ranges in eight bits; `quantize` sets it.
+        quantization: the ranges of a block, or of a network's stem; `quantize` sets it.
     """
 
     memory = "normal"
     watch = "sample"
-    quantization: BlockRanges | Watcher | None = None
+    quantization: BlockRanges | StemRanges | Watcher | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -62,6 +62,7 @@ class Fused(nn.Module):
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         release(self)
+        plans.forget(self)  # which hold the parameters that others will take the place of
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -74,9 +75,11 @@ class Network(Fused):
 
     Attributes:
         cuda_graphs: whether its inference passes on a GPU become CUDA graphs; `fuse` sets it.
+        may_quantize_stem: whether its first convolution can run in eight or sixteen bits.
     """
 
     cuda_graphs = False
+    may_quantize_stem = False
 
 
 class BasicBlock(Fused, resnet.BasicBlock):
@@ -115,6 +118,8 @@ class ResNet(Network, resnet.ResNet):
     Whether its blocks are fused is up to them: `ResNet(fused_resnet.Bottleneck, [3, 4, 6, 3])`.
     """
 
+    may_quantize_stem = True
+
     _unfused_forward_impl = named_copy(resnet.ResNet._forward_impl, "_unfused_forward_impl")
 
     def _forward_impl(self, x: Tensor) -> Tensor:
@@ -141,6 +146,8 @@ class CifarResNet(Network, cifar.CifarResNet):
 
     Whether its blocks are fused is up to them: `fuse` fuses both.
     """
+
+    may_quantize_stem = True
 
     _unfused_forward = named_copy(cifar.CifarResNet.forward, "_unfused_forward")
 

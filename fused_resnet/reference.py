@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layers.convolution import conv2d
-from .layers.quantized import LARGEST, Quantization, QuantizedBlock, QuantizedConv
+from .layers.quantized import (
+    LARGEST,
+    LARGEST_WORD,
+    Quantization,
+    QuantizedBlock,
+    QuantizedConv,
+    QuantizedStem,
+    interleaved,
+    word_parts,
+)
 
 
 def pad_channels(residual: Tensor, channels: int) -> Tensor:
@@ -415,3 +424,46 @@ def quantized_residual_blocks(
         steps = scaled(values, last) + last.shift.view(per_channel) + shortcut
         values, zero_point = _bytes(steps, 0, output), 0
     return dequantize(values, output, input.dtype)
+
+
+def quantized_stem(
+    input: Tensor, stem: QuantizedStem, stored: Quantization, output: Quantization
+) -> Tensor:
+    """A network's first convolution in eight or sixteen bits, its norm, ReLU and max-pool.
+
+    Each product and each sum a float32 rounded on its own, in eight bits without the last term:
+
+        steps = sums(input) * scale + shift + low_sums(input) * low_scale,
+        out   = max_pool(clamp(round(steps), 0, 255)).
+
+    Sixteen bits of the input are `clamp(round(input / step), -32639, 32639)`, the quotient as in
+    `quantize`; NaN becomes the least.
+
+    Args:
+        input: (N, C, H, W), float32, float16 or bfloat16.
+        stem: see `layers/quantized.py`.
+        stored: how `input` is quantized.
+        output: how the output is to be read; its zero point is 0.
+
+    Returns:
+        (N, K, P, Q) in the dtype of `input`.
+    """
+    per_channel = (1, -1, 1, 1)
+    if stem.low is None:
+        values, zero_point = quantize(input, stored), stored.zero_point
+    else:
+        inverse = torch.tensor(1 / stored.step, dtype=torch.float64).float().item()
+        words = input.float() * inverse
+        words = torch.where(words.isnan(), -torch.inf, words).clamp(-LARGEST_WORD, LARGEST_WORD)
+        upper, lower = word_parts(words.round())
+        values, zero_point = interleaved(lower, upper), 0
+        if input.is_contiguous(memory_format=torch.channels_last):  # the output lies as the input
+            values = values.contiguous(memory_format=torch.channels_last)
+    sums = quantized_sums(values, zero_point, stem.conv)
+    steps = sums * stem.conv.scale.view(per_channel) + stem.conv.shift.view(per_channel)
+    if stem.low is not None:
+        sums = quantized_sums(values, zero_point, stem.low)
+        steps = steps + sums * stem.low.scale.view(per_channel)
+    kernel_size, stride, padding = map(list, stem.pool)
+    pooled = F.max_pool2d(_bytes(steps, 0, output).float(), kernel_size, stride, padding)
+    return dequantize(pooled, output, input.dtype)

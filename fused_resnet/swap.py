@@ -15,7 +15,7 @@ from . import backends, blocks, forms
 from .forms import Form
 from .layers import checks
 from .layers import watch as watching
-from .layers.ranges import BlockRanges
+from .layers.ranges import BlockRanges, StemRanges
 from .modules import fake_quantized, graphs, plans, quantized, read, run
 
 _MEMORY = ("normal", "low")
@@ -271,10 +271,11 @@ def _modules(model: nn.Module, name: str) -> list[nn.Module]:
     return list(model.modules())
 
 
-def _ranges(module: nn.Module) -> BlockRanges | None:
+def _ranges(module: nn.Module) -> BlockRanges | StemRanges | None:
     """What calibration left with a module."""
-    kept = module.quantization if quantized.is_quantizable(module) else None
-    return kept if isinstance(kept, BlockRanges) else None
+    has = quantized.is_quantizable(module) or quantized.has_stem(module)
+    kept = module.quantization if has else None
+    return kept if isinstance(kept, (BlockRanges, StemRanges)) else None
 
 
 def _input_sizes(model: nn.Module, input: Tensor | None) -> _Sizes:
@@ -323,14 +324,18 @@ def _record_of(
         reason = "the stem" if form.kind == "stem" else kind
         reason = f"in floating point: {reason}"
     elif module.training:
-        reason = "in floating point: the block is in training mode"
+        reason = "in floating point: it is in training mode"
     else:
-        why = kept.reason or quantized.float_reason(module)
+        operator, precision = "quantized_residual_blocks", "int8"
+        if isinstance(kept, StemRanges):
+            operator, precision = "quantized_stem", f"int{kept.bits}"
+            fits = quantized.stem_of(module, kept.bits) is not None
+            why = kept.reason or (None if fits else "it is not as it was calibrated")
+        else:
+            why = kept.reason or quantized.float_reason(module)
         if why is None:
-            backend = backends.explain(
-                "quantized_residual_blocks", device=weight.device, dtype=weight.dtype
-            )
-            return Record(path, form.kind, True, backend, "", "int8", kept.sqnr_db)
+            backend = backends.explain(operator, device=weight.device, dtype=weight.dtype)
+            return Record(path, form.kind, True, backend, "", precision, kept.sqnr_db)
         reason = f"in floating point: {why}"
     reason = "; ".join(filter(None, [record.reason, reason]))
     sqnr_db = None if kept is None else kept.sqnr_db

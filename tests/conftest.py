@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
+import inspect
 import os
 import signal
 import sys
@@ -23,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -46,7 +49,7 @@ from fused_resnet import backends
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("support")
 
-from support import cuda_on_host  # noqa: E402  (found through the lines above)
+from support import cuda_on_host, processes  # noqa: E402  (found through the lines above)
 
 if cuda_on_host.is_needed():
     cuda_on_host.load()
@@ -109,7 +112,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what `representatives` does, unless a test is named: `file.py::test`."""
+    """Leaves out what `representatives` does, unless a test is named: `file.py::test`.
+
+    What is done ahead of tests has the time of all others.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("ahead") is not None)
     named = any("::" in argument for argument in config.args)
     if config.option.whole or os.environ.get("FUSED_RESNET_WHOLE_SUITE") or named:
         return
@@ -124,6 +131,36 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     # has to go through it again.
     gc.collect()
     gc.freeze()
+    if not session.config.option.collectonly and "PYTEST_XDIST_WORKER" not in os.environ:
+        tasks = {item.nodeid: task_of(item) for item in session.items}
+        processes.start_ahead({key: task for key, task in tasks.items() if task is not None})
+
+
+def pytest_sessionfinish() -> None:
+    processes.stop()
+
+
+def task_of(item: pytest.Item) -> Callable[[], Any] | None:
+    """What the marker `ahead` of a test calls, unless the test is skipped."""
+    marker = item.get_closest_marker("ahead")
+    if marker is None or any(True in skip.args for skip in item.iter_markers("skipif")):
+        return None
+    (function,) = marker.args
+    callspec = getattr(item, "callspec", None)
+    names = inspect.signature(function).parameters
+    return functools.partial(function, **{name: callspec.params[name] for name in names})
+
+
+@pytest.fixture
+def ahead(request: pytest.FixtureRequest) -> Callable[[], Any]:
+    """Returns what the function of the marker `ahead` does, which was called before or is now.
+
+    That takes parameters of the test by their names, and only waits for processes: it runs while
+    other tests do, in another thread.
+    """
+    task = task_of(request.node)
+    assert task is not None
+    return functools.partial(processes.result_of, request.node.nodeid, task)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -131,20 +168,41 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     result = yield
     if nextitem is not None and nextitem.path != item.path:
         give_back_memory()
+    elif resident_bytes() > _resident_after[0] + KEPT_BYTES:
+        give_back_heap()
     return result
+
+
+KEPT_BYTES = 2**27  # more than that between tests of one file is worth the time of giving it back
+_resident_after = [0]
 
 
 def give_back_memory() -> None:
     """Lets go of what one file's tests have left and the next one's do not look for.
 
-    Graphs of compilers, which hold the models they were made of, packed weights and scratch memory,
-    and what the C library keeps of freed memory in the heaps of threads.
+    Graphs of compilers, which hold the models they were made of, packed weights and scratch memory.
     """
     torch._dynamo.reset()
     backends.cpu.empty_cache()
+    give_back_heap()
+
+
+def give_back_heap() -> None:
+    """What nothing refers to, and what the C library keeps of freed memory, of large tensors too.
+
+    It stays the process's own where something later in the heap is in use.
+    """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
+    _resident_after[0] = resident_bytes()
+
+
+def resident_bytes() -> int:
+    """The process's memory now, or 0 where that is not told so."""
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 NOT_RUN = pytest.StashKey[tuple[int, int]]()

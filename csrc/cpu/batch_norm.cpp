@@ -28,6 +28,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/batch_norm.h"
 #include "cpu/batch_norm_rows.h"
 #include "cpu/conv_layer.h"
 #include "cpu/isa.h"
@@ -49,6 +50,8 @@ constexpr int64_t kRunColumns = 64;
 constexpr int64_t kMostTasks = 32;
 constexpr int64_t kLeastPerTask = 32768;
 
+}  // namespace
+
 const BatchNormRows& rows_for(ScalarType dtype) {
   const BatchNormKernels* kernels = &batch_norm_baseline;
 #if defined(__x86_64__)
@@ -66,6 +69,8 @@ const BatchNormRows& rows_for(ScalarType dtype) {
       return kernels->float32;
   }
 }
+
+namespace {
 
 // A dense tensor as `images` of `channels` runs of `length`, or, where the channels lie innermost,
 // as `images` rows of `channels` with a length of 1.
@@ -188,13 +193,16 @@ std::tuple<Tensor, Tensor> batch_statistics_in(const Tensor& input, const Layout
   return {per_channel<P>(mean), per_channel<P>(squares)};
 }
 
-// Mean and biased variance of each channel, float32 (float64 for float64).
+}  // namespace
+
 std::tuple<Tensor, Tensor> batch_statistics(Tensor input) {
   const Layout layout = layout_of("batch_statistics", input);
   FR_CHECK(input.numel() > 0, "batch_statistics: input is empty");
   return input.scalar_type() == ScalarType::Double ? batch_statistics_in<double>(input, layout)
                                                    : batch_statistics_in<float>(input, layout);
 }
+
+namespace {
 
 // ---- batch norm as one multiply-add ------------------------------------------------------------
 

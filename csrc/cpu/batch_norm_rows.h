@@ -42,6 +42,10 @@ struct BatchNormRows {
   // The same for `size` values of one channel.
   void (*run_statistics)(const void* input, int64_t size, int64_t count, double* mean,
                          double* squares);
+  // Of each of `columns` values of pixels `stride` apart, at most a few hundred: the mean rounded,
+  // the sum of what is left when that is taken away, and of the squares of that.
+  void (*piece_statistics)(const void* input, int64_t pixels, int64_t stride, int64_t columns,
+                           void* mean, void* rest, void* squares);
   // Adds, for each column, the sum of g and of g * (input - mean), where g is the gradient behind
   // the activation; writes g to `masked` unless that is null.
   void (*gradient_sums)(const GradientMatrix& matrix, Mask mask, void* masked, void* sum,
@@ -340,6 +344,53 @@ void run_statistics(const void* input, int64_t size, int64_t count_in, double* m
   sums.merge_into(&shift, mean, squares, 1, added, count);
 }
 
+template <class V, int kVectors, class... Rest>
+void vectors_statistics(const typename V::Element* x, int64_t pixels, int64_t stride,
+                        typename V::Parameter* mean_out, typename V::Parameter* rest_out,
+                        typename V::Parameter* squares_out, Rest... partial) {
+  using P = typename V::Parameter;
+  using Register = typename V::Register;
+  Register sum[kVectors], mean[kVectors], rest[kVectors], squares[kVectors];
+  for (int v = 0; v < kVectors; ++v) sum[v] = rest[v] = squares[v] = V::broadcast(0);
+  for (int64_t i = 0; i < pixels; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      sum[v] = V::add(sum[v], V::load(x + i * stride + v * V::width, partial...));
+    }
+  }
+  const Register share = V::broadcast(1 / static_cast<P>(pixels));
+  for (int v = 0; v < kVectors; ++v) mean[v] = sum[v] * share;
+  for (int64_t i = 0; i < pixels; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      const Register left = V::load(x + i * stride + v * V::width, partial...) - mean[v];
+      rest[v] = V::add(rest[v], left);
+      squares[v] = V::multiply_add(left, left, squares[v]);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    V::store_parameter(mean_out + v * V::width, mean[v], partial...);
+    V::store_parameter(rest_out + v * V::width, rest[v], partial...);
+    V::store_parameter(squares_out + v * V::width, squares[v], partial...);
+  }
+}
+
+template <class V>
+void piece_statistics(const void* input, int64_t pixels, int64_t stride, int64_t columns,
+                      void* mean_out, void* rest_out, void* squares_out) {
+  using P = typename V::Parameter;
+  constexpr int kVectors = 4;  // whole lines of memory
+  const auto* x = static_cast<const typename V::Element*>(input);
+  P *mean = static_cast<P*>(mean_out), *rest = static_cast<P*>(rest_out),
+    *squares = static_cast<P*>(squares_out);
+  int64_t i = 0;
+  for (; i + kVectors * V::width <= columns; i += kVectors * V::width) {
+    vectors_statistics<V, kVectors>(x + i, pixels, stride, mean + i, rest + i, squares + i);
+  }
+  for_each_vector<V>(columns - i, [&](int64_t j, auto... partial) {
+    vectors_statistics<V, 1>(x + i + j, pixels, stride, mean + i + j, rest + i + j, squares + i + j,
+                             partial...);
+  });
+}
+
 // A matrix's pointers, typed, on one of its rows.
 template <class V>
 struct GradientRow {
@@ -500,7 +551,8 @@ void input_gradient(const GradientMatrix& matrix, Mask mask, const void* slope, 
 
 template <class V>
 constexpr BatchNormRows batch_norm_rows = {column_statistics<V>, sample_columns<V>,
-                                           run_statistics<V>, gradient_sums<V>, input_gradient<V>};
+                                           run_statistics<V>,    piece_statistics<V>,
+                                           gradient_sums<V>,     input_gradient<V>};
 
 }  // namespace
 }  // namespace fused_resnet

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -11,18 +12,15 @@
 #include "checks.h"
 #include "cpu/buffer_pool.h"
 #include "cpu/conv_layer.h"
+#include "cpu/inference_plan.h"
 
 namespace fused_resnet::cpu {
 namespace {
 
-std::optional<Tensor> run(const Tensor& input, const ConvLayer& layer, const InputNorm* input_norm,
-                          const std::optional<Tensor>& residual, bool relu,
-                          const std::vector<int64_t>& max_pool) {
-  check_rank("conv_bn_act", "input", input, 4);
-  const PreparedLayer prepared(layer, input.size(0), input.size(1), input.size(2), input.size(3),
-                               input.scalar_type());
-  if (!prepared.is_current) return std::nullopt;
-  Conv conv = prepared.conv;
+// `conv` is that of the layer prepared for inputs like this one.
+Tensor convolve(Conv conv, const Tensor& input, const ConvLayer& layer, const InputNorm* input_norm,
+                const std::optional<Tensor>& residual, bool relu,
+                const std::vector<int64_t>& max_pool) {
   conv.relu = relu;
   conv.has_pool = !max_pool.empty();
   if (conv.has_pool) {
@@ -55,6 +53,47 @@ std::optional<Tensor> run(const Tensor& input, const ConvLayer& layer, const Inp
     prologue->add_to(conv);
   }
   run_conv(conv);
+  return output;
+}
+
+// A convolution with neither residual nor prologue, in a plan.
+class ConvStep : public PlanStep {
+ public:
+  ConvStep(PlanRecording& recording, const ConvLayer& layer, const Tensor& input, bool relu,
+           const std::vector<int64_t>& max_pool)
+      : layer_(lent(recording, layer)),
+        prepared_(layer_, input.size(0), input.size(1), input.size(2), input.size(3),
+                  input.scalar_type(), false),
+        relu_(relu),
+        max_pool_(max_pool) {}
+
+  int64_t checks() const override { return 1; }
+  bool is_current(int64_t) const override {
+    return seems_current(layer_) && prepared_.has_norm_of(layer_);
+  }
+  Tensor run(const Tensor& input) const override {
+    return convolve(prepared_.conv, input, layer_, nullptr, std::nullopt, relu_, max_pool_);
+  }
+
+ private:
+  const ConvLayer layer_;
+  const PreparedLayer prepared_;
+  const bool relu_;
+  const std::vector<int64_t> max_pool_;
+};
+
+std::optional<Tensor> run(const Tensor& input, const ConvLayer& layer, const InputNorm* input_norm,
+                          const std::optional<Tensor>& residual, bool relu,
+                          const std::vector<int64_t>& max_pool) {
+  check_rank("conv_bn_act", "input", input, 4);
+  const PreparedLayer prepared(layer, input.size(0), input.size(1), input.size(2), input.size(3),
+                               input.scalar_type());
+  if (!prepared.is_current) return std::nullopt;
+  Tensor output = convolve(prepared.conv, input, layer, input_norm, residual, relu, max_pool);
+  if (PlanRecording* recording = plan_recording(); recording && !residual && !input_norm) {
+    recording->add(input, output,
+                   std::make_unique<ConvStep>(*recording, layer, input, relu, max_pool));
+  }
   return output;
 }
 

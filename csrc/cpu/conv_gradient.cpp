@@ -63,7 +63,7 @@ bool pack_transposed(const T* source, const Tensor& weight, int64_t block_k, flo
   return finite.load();
 }
 
-TransposedWeight packed_transposed(const Tensor& weight) {
+PackedWeight packed_transposed(const Tensor& weight) {
   const int64_t block_k = vector_isa()->block_k;
   const int64_t C = div_up(weight.size(1), block_k) * block_k;
   const int64_t bytes = checked_product("conv_input_gradient", "weight",

@@ -24,6 +24,7 @@
 #include "cpu/finite.h"
 #include "cpu/isa.h"
 #include "cpu/packed_layout.h"
+#include "cpu/row_statistics.h"
 
 namespace fused_resnet::cpu {
 
@@ -227,20 +228,50 @@ struct WeightShape : PackedLayout {
         isa(&its_isa) {}
 };
 
+// So many input channels of a tap are read at once, whole lines of memory: the rows of a block's
+// output channels are often a power of two apart, and few such lines fit the first-level cache.
+constexpr int64_t kPackedAtOnce = kTileDepth;
+
 // One block of output channels, from `channel` on, `valid` of them.
 template <class T>
 void pack_block(const T* source, const WeightShape& shape, int64_t channel, int64_t valid,
                 float* out) {
   const int64_t block_k = shape.block_k;
-  for (int64_t r = 0; r < shape.R; ++r) {
-    for (int64_t s = 0; s < shape.S; ++s) {
-      for (int64_t c = 0; c < shape.C; ++c, out += block_k) {
-        for (int64_t k = 0; k < valid; ++k) {
-          out[k] = static_cast<float>(source[shape.source(channel + k, c, r, s)]);
+  const Strides& stride = shape.stride;
+  T rows[64][kPackedAtOnce];
+  for (int64_t tap = 0; tap < shape.R * shape.S; ++tap) {
+    const T* from = source + shape.source(channel, 0, tap / shape.S, tap % shape.S);
+    for (int64_t c0 = 0; c0 < shape.C; c0 += kPackedAtOnce) {
+      const int64_t count = std::min(kPackedAtOnce, shape.C - c0);
+      for (int64_t k = 0; k < valid; ++k) {
+        const T* row = from + k * stride.n + c0 * stride.c;
+        if (stride.c == 1) {
+          std::memcpy(static_cast<void*>(rows[k]), row, static_cast<size_t>(count) * sizeof(T));
+        } else {
+          for (int64_t c = 0; c < count; ++c) rows[k][c] = row[c * stride.c];
         }
+      }
+      for (int64_t c = 0; c < count; ++c, out += block_k) {
+        for (int64_t k = 0; k < valid; ++k) out[k] = static_cast<float>(rows[k][c]);
         std::fill(out + valid, out + block_k, 0.0f);
       }
     }
+  }
+}
+
+// Two channels of the reduction for a tile's row: of output channels that lie together, or apart.
+template <class T>
+void pack_pair(const T* first, const T* second, int64_t stride, int64_t count, BFloat16* to) {
+  if (stride == 1) {
+    for (int64_t k = 0; k < count; ++k) {
+      to[2 * k] = static_cast<BFloat16>(first[k]);
+      to[2 * k + 1] = static_cast<BFloat16>(second[k]);
+    }
+    return;
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    to[2 * k] = static_cast<BFloat16>(first[k * stride]);
+    to[2 * k + 1] = static_cast<BFloat16>(second[k * stride]);
   }
 }
 
@@ -248,16 +279,40 @@ template <class T>
 void pack_block(const T* source, const WeightShape& shape, int64_t channel, int64_t valid,
                 BFloat16* out) {
   const TiledWeight& tiles = shape.tiles;
+  const Strides& stride = shape.stride;
   std::memset(static_cast<void*>(out), 0, static_cast<size_t>(shape.block_size()) * sizeof(*out));
-  for (int64_t c = 0; c < shape.C; ++c) {
-    for (int64_t tap = 0; tap < tiles.taps; ++tap) {
+  const int64_t halves[2] = {std::min(valid, kTileRows), std::max<int64_t>(valid - kTileRows, 0)};
+  T rows[kTileBlockK][kPackedAtOnce];
+  for (int64_t tap = 0; tap < tiles.taps && !tiles.dense; ++tap) {
+    const T* from = source + shape.source(channel, 0, tap / shape.S, tap % shape.S);
+    for (int64_t c0 = 0; c0 < shape.C; c0 += kTileDepth, from += kTileDepth * stride.c) {
+      const int64_t count = std::min(kTileDepth, shape.C - c0);
+      const T* first = from;
+      int64_t next_k = stride.n, next_c = stride.c;
+      if (stride.n != 1) {
+        for (int64_t k = 0; k < valid; ++k) {
+          for (int64_t c = 0; c < count; ++c) rows[k][c] = from[k * stride.n + c * stride.c];
+        }
+        first = &rows[0][0], next_k = kPackedAtOnce, next_c = 1;
+      }
+      for (int64_t half = 0; half < 2; ++half) {
+        const T* in_half = first + half * kTileRows * next_k;
+        BFloat16* to = out + tiled_weight_offset(tiles, 0, half * kTileRows, c0, tap);
+        for (int64_t c = 0; c + 1 < count; c += 2, to += 2 * kTileRows) {
+          pack_pair(in_half + c * next_c, in_half + (c + 1) * next_c, next_k, halves[half], to);
+        }
+        if (count % 2 == 0) continue;
+        for (int64_t k = 0; k < halves[half]; ++k) {
+          to[2 * k] = static_cast<BFloat16>(in_half[(count - 1) * next_c + k * next_k]);
+        }
+      }
+    }
+  }
+  for (int64_t tap = 0; tap < tiles.taps && tiles.dense; ++tap) {
+    for (int64_t c = 0; c < shape.C; ++c) {
       const T* from = source + shape.source(channel, c, tap / shape.S, tap % shape.S);
-      BFloat16* to = out + tiled_weight_offset(tiles, 0, 0, c, tap);
-      BFloat16* second = out + tiled_weight_offset(tiles, 0, kTileRows, c, tap);
-      for (int64_t k = 0; k < valid; ++k, from += shape.stride.n) {
-        // Two statements: GCC 12's -fsanitize=bounds loses the index of (a ? b : c)[index].
-        BFloat16* half = k < kTileRows ? to : second;
-        half[k % kTileRows * 2] = static_cast<BFloat16>(*from);
+      for (int64_t k = 0; k < valid; ++k) {
+        out[tiled_weight_offset(tiles, 0, k, c, tap)] = static_cast<BFloat16>(from[k * stride.n]);
       }
     }
   }
@@ -569,7 +624,17 @@ bool conv_weight_is_packed(Tensor weight, Tensor packed, int64_t groups) {
   });
 }
 
-TransposedWeight pack_transposed_tiles(Tensor weight) {
+PackedWeight pack_for_one_call(Tensor weight, int64_t groups) {
+  check_weight(weight, groups);
+  const WeightShape shape(weight, groups);
+  Tensor packed = pool_tensor({shape.packed_size()}, {1}, shape.packed_dtype());
+  const bool finite = with_element_type(weight, "weight", [&](const auto* source) {
+    return pack(source, shape, packed.mutable_data_ptr());
+  });
+  return {packed, finite};
+}
+
+PackedWeight pack_transposed_tiles(Tensor weight) {
   const WeightShape shape(weight, 1), transposed = shape.transposed();
   Tensor packed = pool_tensor({transposed.packed_size()}, {1}, transposed.packed_dtype());
   const bool finite = with_element_type(weight, "weight", [&](const auto* source) {
@@ -579,25 +644,36 @@ TransposedWeight pack_transposed_tiles(Tensor weight) {
   return {packed, finite};
 }
 
+ConvLayer lent(PlanRecording& recording, const ConvLayer& layer) {
+  ConvLayer result = layer;
+  result.weight = recording.lent_and_copied(layer.weight);
+  for (Tensor* tensor : {&result.running_mean, &result.running_var}) {
+    *tensor = recording.lent(*tensor);
+  }
+  for (std::optional<Tensor>* tensor : {&result.bn_weight, &result.bn_bias, &result.bias}) {
+    *tensor = recording.lent(*tensor);
+  }
+  return result;
+}
+
 bool seems_current(const ConvLayer& layer) {
   check_weight(layer.weight, layer.groups);
   return seems_current(layer.packed, layer.weight, WeightShape(layer.weight, layer.groups),
                        layer.groups);
 }
 
-PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W,
-                             ScalarType dtype, bool compares)
-    : conv{}, is_current(false) {
+Conv conv_geometry(const ConvLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W,
+                   ScalarType dtype) {
   const Tensor& weight = layer.weight;
   check_weight(weight, layer.groups);
   FR_CHECK(C % layer.groups == 0 && C / layer.groups == weight.size(1), "conv_bn_act: weight has ",
            weight.size(1), " input channels a group, input has ", C, " (groups=", layer.groups,
            ")");
   check_dtype("conv_bn_act", "input", weight, dtype);
-  check_eps("conv_bn_act", layer.eps);
   const FilterAxis rows("conv_bn_act", H, weight.size(2), layer.stride_h, layer.pad_h, layer.dil_h);
   const FilterAxis columns("conv_bn_act", W, weight.size(3), layer.stride_w, layer.pad_w,
                            layer.dil_w);
+  Conv conv{};
   conv.N = conv.batch = N;
   conv.C = C;
   conv.H = H;
@@ -617,11 +693,20 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
   conv.P = rows.outputs;
   conv.Q = conv.last_q = columns.outputs;
   check_memory("conv_bn_act", conv);
+  const WeightShape shape(weight, layer.groups);
+  conv.isa = shape.isa;
+  conv.expanded = shape.expanded;
+  return conv;
+}
 
+PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W,
+                             ScalarType dtype, bool compares)
+    : conv(conv_geometry(layer, N, C, H, W, dtype)), is_current(false) {
+  const Tensor& weight = layer.weight;
+  check_eps("conv_bn_act", layer.eps);
   check_norm_dtypes(layer);
   const WeightShape shape(weight, layer.groups);
   is_current = !compares || seems_current(layer.packed, weight, shape, layer.groups);
-  conv.isa = shape.isa;
   conv.weight = layer.packed.const_data_ptr();
   conv.weight_is_finite = is_finite(layer.packed);
   conv.norm.mean = as_float32(layer.running_mean, "running_mean", conv.K, copies_[0]);
@@ -632,7 +717,18 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
   if (layer.bn_bias) conv.norm.bias = as_float32(*layer.bn_bias, "bn_bias", conv.K, copies_[3]);
   if (layer.bias) conv.bias = as_float32(*layer.bias, "bias", conv.K, copies_[4]);
   conv.norm.eps = static_cast<float>(layer.eps);
-  conv.expanded = shape.expanded;
+}
+
+bool PreparedLayer::has_norm_of(const ConvLayer& layer) const {
+  const std::optional<Tensor> sources[5] = {layer.running_mean, layer.running_var, layer.bn_weight,
+                                            layer.bn_bias, layer.bias};
+  for (int i = 0; i < 5; ++i) {
+    if (copies_[i].empty()) continue;
+    std::vector<float> now;
+    as_float32(*sources[i], "a batch-norm tensor", conv.K, now);
+    if (std::memcmp(now.data(), copies_[i].data(), now.size() * sizeof(float)) != 0) return false;
+  }
+  return true;
 }
 
 Prologue::Prologue(const InputNorm& norm, int64_t C, ScalarType dtype)
@@ -806,7 +902,7 @@ void run_with_border(const Conv& conv) {
 
 }  // namespace
 
-void run_conv(Conv conv) {
+void run_conv(Conv conv, RowStatistics* statistics) {
   if (conv.N == 0) return;
   check_scratch_size(conv);
   if (!conv.weight_is_finite && (conv.pad_h > 0 || conv.pad_w > 0)) return run_with_border(conv);
@@ -823,6 +919,8 @@ void run_conv(Conv conv) {
   const int64_t rows = conv.N * (conv.has_pool ? conv.pool.P : conv.P);
   const int64_t blocks = div_up(group_k(conv), block_k);
   const int64_t tasks = s.row_tasks * s.block_tasks * work_groups(conv);
+
+  if (statistics != nullptr) statistics->begin(conv);
 
   // Each thread begins with its own stretch of tasks, the same part of the image in every layer, so
   // that it finds what it wrote in the last one in its own cache. Then it helps the others.
@@ -848,6 +946,10 @@ void run_conv(Conv conv) {
     if (is_last) task.ahead_bytes = l2_bytes() / 4;
     const Scratch scratch(static_cast<size_t>(isa.scratch_bytes(conv, task)));
     isa.run(conv, task, scratch.get());
+    if (statistics == nullptr) return;
+    const int64_t first = task.group * group_k(conv);
+    statistics->add(conv, task.row_begin, task.row_end, first + task.block_begin * block_k,
+                    first + std::min(group_k(conv), task.block_end * block_k));
   };
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) {
     for (int64_t w = begin; w < begin + workers; ++w) {

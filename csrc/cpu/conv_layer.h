@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/conv.h"
+#include "cpu/inference_plan.h"
 #include "memory_format.h"
 
 namespace fused_resnet::cpu {
@@ -20,6 +21,9 @@ struct ConvLayer {
   double eps;
   int64_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
 };
+
+// A layer for a step of a plan to keep.
+ConvLayer lent(PlanRecording& recording, const ConvLayer& layer);
 
 // Batch norm with running statistics and ReLU on a convolution's input: the prologue.
 struct InputNorm {
@@ -60,13 +64,16 @@ int64_t float32_pixels_for_tiles(std::vector<int64_t> weight_shape, std::vector<
 // in conv.h and tiled_weight_offset() in conv_tiles.h.
 torch::stable::Tensor pack_conv_weight(torch::stable::Tensor weight, int64_t groups);
 
-// The weight of the convolution that passes a gradient back, for kernels on tiles: input and output
-// channels have changed places and the taps run backwards.
-struct TransposedWeight {
+// A weight that is packed for one call, since it changes before the next, in the pool's memory.
+struct PackedWeight {
   torch::stable::Tensor packed;
   bool is_finite;
 };
-TransposedWeight pack_transposed_tiles(torch::stable::Tensor weight);
+PackedWeight pack_for_one_call(torch::stable::Tensor weight, int64_t groups);
+
+// The weight of the convolution that passes a gradient back, for kernels on tiles: input and output
+// channels have changed places and the taps run backwards.
+PackedWeight pack_transposed_tiles(torch::stable::Tensor weight);
 
 // Whether `packed` is `weight` in the kernel's layout, value by value.
 bool conv_weight_is_packed(torch::stable::Tensor weight, torch::stable::Tensor packed,
@@ -74,6 +81,11 @@ bool conv_weight_is_packed(torch::stable::Tensor weight, torch::stable::Tensor p
 
 // Whether the layer's packed weight has the weight's values, as far as a sample tells.
 bool seems_current(const ConvLayer& layer);
+
+// A layer's kernel and geometry, checked, for inputs of one size. Of `layer` the weight and what
+// follows the bias are read; what is missing is the identity's.
+Conv conv_geometry(const ConvLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W,
+                   torch::headeronly::ScalarType dtype);
 
 // A layer on inputs of one size: geometry checked, batch-norm tensors in float32. `conv` lacks only
 // its tensors, strides, ReLU and pooling.
@@ -83,6 +95,8 @@ class PreparedLayer {
                 torch::headeronly::ScalarType dtype, bool compares = true);
   PreparedLayer(PreparedLayer&&) = default;
   PreparedLayer(const PreparedLayer&) = delete;  // `conv` points into copies_
+  // Whether batch-norm tensors that had to be copied still have the values they had.
+  bool has_norm_of(const ConvLayer& layer) const;
   Conv conv;
   // Whether the packed weight seems to be made of the weight's present values, unless it is left to
   // the caller to compare them. It is not written to, since another thread may be reading it.
@@ -103,8 +117,11 @@ MaxPool make_pool(const std::vector<int64_t>& numbers, int64_t P, int64_t Q);
 
 Dtype kernel_dtype(torch::headeronly::ScalarType dtype);
 
-// Runs the convolution on torch's threads.
-void run_conv(Conv conv);
+class RowStatistics;
+
+// Runs the convolution on torch's threads, and takes its outputs' statistics along, but where the
+// weight is not finite.
+void run_conv(Conv conv, RowStatistics* statistics = nullptr);
 
 // How many bytes of the second-level cache a core has.
 int64_t l2_bytes();

@@ -11,11 +11,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/conv_layer.h"
+#include "cpu/inference_plan.h"
 #include "cpu/isa.h"
 #include "cpu/pool_linear_rows.h"
 
@@ -42,7 +44,8 @@ const PoolLinearRows& rows_for(Dtype dtype) {
 // Channels whose mean a task takes: two lines of the cache.
 constexpr int64_t kChannels = 64;
 
-Tensor pool_linear(Tensor input, Tensor weight, std::optional<Tensor> bias) {
+Tensor pool_and_multiply(const Tensor& input, const Tensor& weight,
+                         const std::optional<Tensor>& bias) {
   constexpr const char* op = "pool_linear";
   check_rank(op, "input", input, 4);
   check_rank(op, "weight", weight, 2);
@@ -87,6 +90,28 @@ Tensor pool_linear(Tensor input, Tensor weight, std::optional<Tensor> bias) {
       }
     }
   });
+  return output;
+}
+
+class HeadStep : public PlanStep {
+ public:
+  HeadStep(PlanRecording& recording, const Tensor& weight, const std::optional<Tensor>& bias)
+      : weight_(recording.lent(weight)), bias_(recording.lent(bias)) {}
+
+  Tensor run(const Tensor& input) const override {
+    return pool_and_multiply(input, weight_, bias_);
+  }
+
+ private:
+  const Tensor weight_;
+  const std::optional<Tensor> bias_;
+};
+
+Tensor pool_linear(Tensor input, Tensor weight, std::optional<Tensor> bias) {
+  Tensor output = pool_and_multiply(input, weight, bias);
+  if (PlanRecording* recording = plan_recording()) {
+    recording->add(input, output, std::make_unique<HeadStep>(*recording, weight, bias));
+  }
   return output;
 }
 

@@ -18,12 +18,15 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/buffer_pool.h"
 #include "cpu/conv_layer.h"
+#include "cpu/inference_plan.h"
 
 namespace fused_resnet::cpu {
 namespace {
@@ -200,6 +203,60 @@ Tensor run_block(const Tensor& input, const PreparedBlock& block, const ConvLaye
   return output;
 }
 
+// Blocks on an input of one size. As a step of a plan its layers are lent ones.
+class Blocks : public PlanStep {
+ public:
+  Blocks(const Tensor& input, std::vector<ConvLayer> layers,
+         const std::vector<int64_t>& layer_counts, const std::vector<int64_t>& shortcuts)
+      : layers_(std::move(layers)) {
+    // All of them before the first one runs: the code for it, and the tensors' own fields, would be
+    // out of the caches again after each block.
+    blocks_.reserve(layer_counts.size());
+    bool channels_last = is_channels_last(input);
+    int64_t C = input.size(1), H = input.size(2), W = input.size(3);
+    size_t first = 0;
+    for (size_t i = 0; i < layer_counts.size(); ++i) {
+      FR_CHECK(
+          layer_counts[i] > 0 && layer_counts[i] <= static_cast<int64_t>(layers_.size() - first),
+          "residual_blocks: block ", i, " has ", layer_counts[i], " convolutions, ",
+          layers_.size() - first, " are left");
+      blocks_.push_back(prepare_block(&layers_[first], layer_counts[i], shortcuts[i], input.size(0),
+                                      C, H, W, channels_last, input.scalar_type()));
+      const PreparedBlock& block = blocks_.back();
+      channels_last = block.channels_last, C = block.C, H = block.H, W = block.W;
+      first += static_cast<size_t>(layer_counts[i]);
+      for (const PreparedLayer& layer : block.layers) prepared_.push_back(&layer);
+    }
+    FR_CHECK(first == layers_.size(), "residual_blocks: ", layers_.size(), " convolutions, ", first,
+             " of them in blocks");
+  }
+
+  const std::vector<ConvLayer>& layers() const { return layers_; }
+
+  int64_t checks() const override { return static_cast<int64_t>(layers_.size()); }
+  bool is_current(int64_t i) const override {
+    const auto layer = static_cast<size_t>(i);
+    return seems_current(layers_[layer]) && prepared_[layer]->has_norm_of(layers_[layer]);
+  }
+
+  Tensor run(const Tensor& input) const override {
+    Tensor output = input;
+    size_t first = 0;
+    for (const PreparedBlock& block : blocks_) {
+      const size_t behind = first + block.layers.size();
+      output = run_block(output, block, &layers_[first],
+                         behind < layers_.size() ? NextWeight(layers_[behind]) : NextWeight());
+      first = behind;
+    }
+    return output;
+  }
+
+ private:
+  const std::vector<ConvLayer> layers_;
+  std::vector<PreparedBlock> blocks_;
+  std::vector<const PreparedLayer*> prepared_;
+};
+
 // `tensors` holds for every convolution weight, packed weight, running_mean, running_var,
 // bn_weight, bn_bias and bias; `numbers` stride, padding and dilation, each (h, w), and groups.
 // `layer_counts` says how many belong to each block, `shortcuts` what run_block() does.
@@ -211,44 +268,22 @@ std::optional<Tensor> residual_blocks_packed(Tensor input, std::vector<Tensor> t
   FR_CHECK(!layer_counts.empty(), "residual_blocks: layer_counts must not be empty");
   FR_CHECK(layer_counts.size() == shortcuts.size(), "residual_blocks: ", layer_counts.size(),
            " layer counts, ", shortcuts.size(), " shortcuts");
-  const std::vector<ConvLayer> layers = make_layers(tensors, numbers, eps);
-  // All of them before the first one runs: the code for it, and the tensors' own fields, would be
-  // out of the caches again after each block.
-  std::vector<PreparedBlock> blocks;
-  blocks.reserve(layer_counts.size());
-  bool channels_last = is_channels_last(input);
-  int64_t C = input.size(1), H = input.size(2), W = input.size(3);
-  size_t first = 0;
-  for (size_t i = 0; i < layer_counts.size(); ++i) {
-    FR_CHECK(layer_counts[i] > 0 && layer_counts[i] <= static_cast<int64_t>(layers.size() - first),
-             "residual_blocks: block ", i, " has ", layer_counts[i], " convolutions, ",
-             layers.size() - first, " are left");
-    blocks.push_back(prepare_block(&layers[first], layer_counts[i], shortcuts[i], input.size(0), C,
-                                   H, W, channels_last, input.scalar_type()));
-    const PreparedBlock& block = blocks.back();
-    channels_last = block.channels_last, C = block.C, H = block.H, W = block.W;
-    first += static_cast<size_t>(layer_counts[i]);
-  }
-  FR_CHECK(first == layers.size(), "residual_blocks: ", layers.size(), " convolutions, ", first,
-           " of them in blocks");
+  const Blocks blocks(input, make_layers(tensors, numbers, eps), layer_counts, shortcuts);
   std::atomic<bool> current{true};
-  torch::stable::parallel_for(0, static_cast<int64_t>(layers.size()), 4,
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) {
-                                  if (!seems_current(layers[static_cast<size_t>(i)]))
-                                    current = false;
-                                }
-                              });
+  torch::stable::parallel_for(0, blocks.checks(), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (!seems_current(blocks.layers()[static_cast<size_t>(i)])) current = false;
+    }
+  });
   if (!current) return std::nullopt;
-
-  first = 0;
-  for (const PreparedBlock& block : blocks) {
-    const size_t behind = first + block.layers.size();
-    input = run_block(input, block, &layers[first],
-                      behind < layers.size() ? NextWeight(layers[behind]) : NextWeight());
-    first = behind;
+  Tensor output = blocks.run(input);
+  if (PlanRecording* recording = plan_recording()) {
+    std::vector<ConvLayer> layers;
+    for (const ConvLayer& layer : blocks.layers()) layers.push_back(lent(*recording, layer));
+    recording->add(input, output,
+                   std::make_unique<Blocks>(input, std::move(layers), layer_counts, shortcuts));
   }
-  return input;
+  return output;
 }
 
 }  // namespace

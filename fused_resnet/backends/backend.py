@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
-from ..layers.quantized import Quantization, QuantizedBlock
+from ..layers.quantized import Quantization, QuantizedBlock, QuantizedStem
 from . import library
 from .recording import Recorder
 
@@ -35,6 +35,9 @@ class Backend:
         hold_blocks_in_graphs: whether compiled and exported graphs hold `residual_blocks`.
         has_norm_kernels: whether `batch_norm_act_backward` and the methods for shared statistics
             are to be used, rather than torch's own operators.
+        plans_eight_bits: whether its plans know when an eight-bit copy of a block is out of date.
+        recorded_pass: which pass for a shape is made a plan: the first, or a later one, where the
+            first does what later ones don't.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Backend:
     pads_shortcuts = False
     hold_blocks_in_graphs = False
     has_norm_kernels = False
+    plans_eight_bits = False
+    recorded_pass = 1
 
     def available(self) -> str:
         """Whether it can run here: "yes" or the reason why not."""
@@ -72,6 +77,10 @@ class Backend:
     def plan_key(self, input: Tensor) -> Hashable | None:
         """What a plan depends on besides its input and modules; None where none is to be made."""
         return None
+
+    def plans_head(self, input: Tensor) -> bool:
+        """Whether a plan includes the pool and the linear layer at a network's end."""
+        return False
 
     def graph_key(self, input: Tensor) -> Hashable | None:
         """What a CUDA graph of a pass depends on, likewise, the current stream included."""
@@ -135,6 +144,12 @@ class Backend:
     ) -> Tensor:
         """See `reference.quantized_residual_blocks`: the same bits."""
         return reference.quantized_residual_blocks(input, blocks, stored, output)
+
+    def quantized_stem(
+        self, input: Tensor, stem: QuantizedStem, stored: Quantization, output: Quantization
+    ) -> Tensor:
+        """See `reference.quantized_stem`: the same bits."""
+        return reference.quantized_stem(input, stem, stored, output)
 
     def pool_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """A network's head in one call, or None where that is not covered: `ops.pool_linear`."""
@@ -201,6 +216,12 @@ class Backend:
         `geometry` is stride, padding, dilation and groups, here as below. `prologue` is a norm that
         the input, and then through a ReLU, goes through first.
         """
+        return None
+
+    def convolution(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any]
+    ) -> Tensor | None:
+        """The output of `conv_batch_norm_statistics` alone, to the same bits."""
         return None
 
     def batch_norm_relu_max_pool(

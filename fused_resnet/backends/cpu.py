@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ from ..layers.convolution import conv2d
 from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
 from ..layers.memory import contiguous_like_eager
 from ..layers.prepared import WeightCache, version_of
-from ..layers.quantized import Quantization, QuantizedBlock, QuantizedConv
-from . import library
+from ..layers.quantized import Quantization, QuantizedBlock, QuantizedConv, QuantizedStem
+from . import cpu_plans, library
 from .backend import Backend, Gradients
 from .library import scale_shift_act
+from .recording import Recorder
 
 __all__ = [
     "Cpu",
@@ -34,10 +35,12 @@ __all__ = [
     "batch_norm_act_inference",
     "batch_norm_act_training",
     "batch_statistics",
+    "conv_batch_norm_statistics",
     "conv_bn_act",
     "conv_bn_act_max_pool",
     "conv_input_gradient",
     "conv_weight_gradient",
+    "convolution",
     "empty_cache",
     "explain",
     "has_kernel",
@@ -77,12 +80,14 @@ _train_batch_norm_act = torch.ops.fused_resnet.train_batch_norm_act.default._op
 _batch_norm_act_backward = torch.ops.fused_resnet.batch_norm_act_backward.default._op
 _batch_norm_act_backward_sums = torch.ops.fused_resnet.batch_norm_act_backward_sums.default._op
 _batch_norm_act_backward_input = torch.ops.fused_resnet.batch_norm_act_backward_input.default._op
+_conv_training = torch.ops.fused_resnet.conv_training.default._op
 _conv_input_gradient = torch.ops.fused_resnet.conv_input_gradient.default._op
 _conv_weight_gradient = torch.ops.fused_resnet.conv_weight_gradient.default._op
 _max_pool_gradient = torch.ops.fused_resnet.max_pool_gradient.default
 _quantized_kernels = torch.ops.fused_resnet.quantized_kernels.default
 _pack_quantized_conv = torch.ops.fused_resnet.pack_quantized_conv.default
 _quantized_residual_blocks_packed = torch.ops.fused_resnet.quantized_residual_blocks_packed.default
+_quantized_stem_packed = torch.ops.fused_resnet.quantized_stem_packed.default
 _norm_vectors = torch.ops.fused_resnet.norm_vectors.default._op
 _pool_empty_like = torch.ops.fused_resnet.pool_empty_like.default._op
 
@@ -118,6 +123,9 @@ def explain(
     if operator == "quantized_residual_blocks":
         fastest, *_ = _quantized_kernels().split(",")
         return f"cpu: whole blocks in eight bits ({fastest})"
+    if operator == "quantized_stem":
+        fastest, *_ = _quantized_kernels().split(",")
+        return f"cpu: convolution in integers + pooling ({fastest})"
     if operator == "batch_norm_act_training":
         return "cpu: native statistics + scale_shift_act"
     return "cpu: " + library.explain(operator)
@@ -275,6 +283,64 @@ def _train(
         return scale_shift_act(input, mean, var, residual, activation), mean, var, None
     weight, bias = _in_accumulation_dtype(input, weight, bias)
     return _train_batch_norm_act(input, weight, bias, eps, residual, activation, keep_mask)
+
+
+def conv_batch_norm_statistics(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Sequence[Any],
+    prologue: Norm | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """In one pass, where there are tiles: see csrc/cpu/conv_training.cpp."""
+    if not _trains(input, weight, geometry) or input.numel() == 0:
+        return None
+    return _convolve_training(input, weight, bias, geometry, prologue, True)
+
+
+def convolution(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any]
+) -> Tensor | None:
+    """The first of `conv_batch_norm_statistics`, to the same bits, or None where that is."""
+    if not _trains(input, weight, geometry) or input.numel() == 0:
+        return None
+    return _convolve_training(input, weight, bias, geometry, None, False)[0]
+
+
+def _convolve_training(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Sequence[Any],
+    prologue: Norm | None,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    stride, padding, dilation, groups = geometry
+    if input.dtype is torch.float32 and _float32_precision() != _precision:
+        _follow_precision()
+    if bias is not None:
+        (bias,) = _in_accumulation_dtype(input, bias)
+    norm = (None, None, None, None, 0.0) if prologue is None else prologue
+    return _conv_training(
+        input, weight, bias, *stride, *padding, *dilation, groups, *norm, statistics
+    )
+
+
+def _trains(input: Tensor, weight: Tensor, geometry: Sequence[Any]) -> bool:
+    """Whether the native kernel, rather than the library's, is a convolution's forward pass."""
+    K, C = weight.shape[:2]
+    groups = geometry[3]
+    return (
+        bool(_TILE_ISA)
+        and input.dtype in _GRADIENTS_ON_TILES
+        and weight.dtype is input.dtype
+        and (groups == 1 or (C >= _LEAST_ON_TILES and K // groups >= _LEAST_ON_TILES))
+        and _is_native(input.dtype, weight.shape, groups)
+        and input.is_contiguous(memory_format=torch.channels_last)
+        and not (input.is_contiguous() and weight.is_contiguous())
+        # Packing a weight whose input channels do not lie together takes longer.
+        and (weight.stride(1) == 1 or C == 1)
+    )
 
 
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
@@ -596,13 +662,16 @@ def pool_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | 
 
 
 def release(tensors: Iterable[Tensor]) -> None:
-    """Drops the packed copies of these weights."""
+    """Drops the packed copies of these weights, and the plans that have some."""
+    tensors = list(tensors)
     _cache.release(tensors)
+    cpu_plans.release(tensors)
 
 
 def empty_cache() -> None:
     """Returns to the system the memory kept for coming outputs, and drops every packed weight."""
     _cache.clear()
+    cpu_plans.clear()
     torch.ops.fused_resnet.cpu_pool_trim()
 
 
@@ -704,11 +773,41 @@ def run_quantized_blocks(
     )
 
 
+def run_quantized_stem(
+    input: Tensor,
+    stem: QuantizedStem,
+    stored: Quantization,
+    output: Quantization,
+    kernels: str = "",
+) -> Tensor:
+    """`reference.quantized_stem`.
+
+    Args:
+        input: see there.
+        stem: see there; it has one group.
+        stored: see there.
+        output: see there.
+        kernels: see `run_quantized_blocks`.
+    """
+    conv, low, pool = stem
+    channels = conv.weight.shape[1]
+    unit = 4 if channels <= 4 else 8 if channels <= 8 else _PIXEL
+    packed = _packed_quantized(conv, unit)
+    packed_low = None if low is None else _packed_quantized(low, unit)
+    numbers = (*conv.weight.shape, *conv.stride, *conv.padding, *conv.dilation, conv.groups)
+    pooling = (*pool.kernel_size, *pool.stride, *pool.padding)
+    return _quantized_stem_packed(
+        input, packed, packed_low, numbers, pooling, *stored, output.step, kernels
+    )
+
+
 _quantized_cache = WeightCache()
+# What a pixel's bytes are a multiple of, kBytePixel in csrc/cpu/quantized/conv.h.
+_PIXEL = 16
 
 
-def _packed_quantized(conv: QuantizedConv) -> Tensor:
-    layout = (conv.scale, conv.shift, conv.dilation[1], conv.groups)
+def _packed_quantized(conv: QuantizedConv, unit: int = _PIXEL) -> Tensor:
+    layout = (conv.scale, conv.shift, conv.dilation[1], conv.groups, unit)
     entry = _quantized_cache.get(id(conv.weight))
     # Eight-bit copies are never written to, so who they are says what they hold.
     if (
@@ -731,10 +830,30 @@ class Cpu(Backend):
     pads_shortcuts = True
     hold_blocks_in_graphs = True
     has_norm_kernels = True
+    plans_eight_bits = True
+    recorded_pass = 2
 
     def is_default(self, device_type: str) -> bool:
         """See `Backend.is_default`."""
         return device_type == "cpu"
+
+    def plan_key(self, input: Tensor) -> Hashable | None:
+        """See `Backend.plan_key`."""
+        if input.dtype not in _NATIVE_DTYPES or input.layout is not torch.strided:
+            return None
+        if _TILE_ISA and input.dtype is torch.float32:
+            if _float32_precision() != _precision:  # before a plan runs, too
+                _follow_precision()
+            return _products
+        return ()
+
+    def plans_head(self, input: Tensor) -> bool:
+        """See `Backend.plans_head`."""
+        return bool(_ISA) and input.size(0) <= _MOST_IMAGES
+
+    def recorder(self, input: Tensor, parameters: Sequence[Tensor]) -> Recorder:
+        """See `Backend.recorder`."""
+        return cpu_plans.Recorder(input, parameters)
 
     explain = staticmethod(explain)
     has_kernel = staticmethod(has_kernel)
@@ -748,6 +867,8 @@ class Cpu(Backend):
     batch_norm_act_training = staticmethod(batch_norm_act_training)
     batch_norm_act_training_keeping_mask = staticmethod(batch_norm_act_training_keeping_mask)
     batch_statistics = staticmethod(batch_statistics)
+    conv_batch_norm_statistics = staticmethod(conv_batch_norm_statistics)
+    convolution = staticmethod(convolution)
     batch_norm_act_backward = staticmethod(batch_norm_act_backward)
     batch_norm_act_backward_sums = staticmethod(batch_norm_act_backward_sums)
     batch_norm_act_backward_input = staticmethod(batch_norm_act_backward_input)
@@ -767,3 +888,9 @@ class Cpu(Backend):
         if out is None:
             return super().quantized_residual_blocks(input, blocks, stored, output)
         return out
+
+    def quantized_stem(
+        self, input: Tensor, stem: QuantizedStem, stored: Quantization, output: Quantization
+    ) -> Tensor:
+        """In one call: see csrc/cpu/quantized/stem.cpp."""
+        return run_quantized_stem(input, stem, stored, output)

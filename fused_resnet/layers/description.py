@@ -151,6 +151,20 @@ class Block(NamedTuple):
         return self.layers[-1] if self.has_projection else None
 
 
+class Stem(NamedTuple):
+    """A network's first convolution in eight or sixteen bits, with what follows it.
+
+    Attributes:
+        layers: it alone.
+        pool: the max-pool behind its ReLU.
+        bits: 8 or 16, of the input and the weight.
+    """
+
+    layers: tuple[ConvNorm]
+    pool: Pool
+    bits: int
+
+
 class TrainedBlock(NamedTuple):
     """A `Block` in training, where tensors go by themselves: see there."""
 

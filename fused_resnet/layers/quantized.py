@@ -15,13 +15,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .description import ConvNorm
+from .description import ConvNorm, Pool
 
 LARGEST = 255
 """The largest byte."""
 
 LARGEST_WEIGHT = 127
 """The largest magnitude of an eight-bit weight: without -128 both signs reach alike."""
+
+LARGEST_WORD = 127 * 256 + 127
+"""The largest magnitude of sixteen bits in a stem: both parts of it are signed bytes then."""
+
+WORD_ZERO_POINT = 128
+"""The byte that stands for zero in either part of sixteen bits."""
 
 LARGEST_REDUCTION = (2**31 - 1) // (LARGEST * 128)
 """Products in a sum that cannot leave 32 bits."""
@@ -76,6 +82,29 @@ class QuantizedBlock(NamedTuple):
     shortcut_scale: float
 
 
+class QuantizedStem(NamedTuple):
+    """A network's first convolution in eight or sixteen bits, its norm, ReLU and max-pool.
+
+    In sixteen bits a number n is `256 * upper + lower`, both from -128 to 127. The products of two
+    lower parts are left out: in all, 2^-16 of the largest product each at most.
+
+    Attributes:
+        conv: in sixteen bits its weight is (K, 2 C, R, S): the weight's upper part for each input
+            channel's upper part, which comes behind the channel's lower part.
+        low: None in eight bits; the products of an upper and a lower part.
+        pool: the max-pool.
+    """
+
+    conv: QuantizedConv
+    low: QuantizedConv | None
+    pool: Pool
+
+    @property
+    def convs(self) -> tuple[QuantizedConv, ...]:
+        """What there is of both."""
+        return (self.conv,) if self.low is None else (self.conv, self.low)
+
+
 def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (K, C, R, S) in eight bits, and each filter's step (K,), float64.
 
@@ -113,6 +142,53 @@ def quantized_conv(
     shift = norm_shift / output.step
     geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
     return QuantizedConv(weight, scale.float(), shift.float(), *geometry)
+
+
+def quantized_stem(
+    layer: ConvNorm, pool: Pool, bits: int, input: Quantization, output: Quantization
+) -> QuantizedStem:
+    """A stem in eight or sixteen bits.
+
+    Args:
+        layer: with finite parameters and one group.
+        pool: behind its ReLU.
+        bits: 8 or 16, of the input and the weight.
+        input: how it reads; in sixteen bits with `WORD_ZERO_POINT`.
+        output: how what it writes is stored.
+    """
+    if bits == 8:
+        return QuantizedStem(quantized_conv(layer, input, output), None, pool)
+    values = layer.weight.detach().double()
+    largest = values.abs().flatten(1).amax(1)
+    step = torch.where(largest == 0, 1.0, largest / LARGEST_WORD)
+    words = (values / step.view(-1, 1, 1, 1)).round().clamp(-LARGEST_WORD, LARGEST_WORD)
+    upper, lower = word_parts(words)
+    norm_scale, norm_shift = norm_vectors(layer)
+    scale = step * input.step * norm_scale / output.step
+    shift = norm_shift / output.step
+    geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    def conv(of_lower: Tensor, of_upper: Tensor, unit: int, shift: Tensor) -> QuantizedConv:
+        weight = interleaved(of_lower, of_upper).to(torch.int8)
+        return QuantizedConv(weight, (scale * unit).float(), shift.float(), *geometry)
+
+    zero = torch.zeros_like(upper)
+    return QuantizedStem(
+        conv(zero, upper, 256 * 256, shift),
+        conv(upper, lower, 256, torch.zeros_like(shift)),
+        pool,
+    )
+
+
+def word_parts(words: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper and the lower part of whole numbers: `256 * upper + lower`."""
+    upper = ((words + 128) / 256).floor()
+    return upper, words - 256 * upper
+
+
+def interleaved(lower: Tensor, upper: Tensor) -> Tensor:
+    """(N, 2 C, H, W) of two tensors (N, C, H, W): each channel's lower part, then its upper."""
+    return torch.stack([lower, upper], 2).flatten(1, 2)
 
 
 def norm_vectors(layer: ConvNorm) -> tuple[Tensor, Tensor]:

@@ -12,17 +12,28 @@ import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import watch
-from .description import Block
+from .description import Block, Stem
 from .prepared import WeightCache, version_of
-from .quantized import Quantization, QuantizedBlock, quantized_block, quantized_weight
+from .quantized import (
+    Quantization,
+    QuantizedBlock,
+    QuantizedStem,
+    quantized_block,
+    quantized_stem,
+    quantized_weight,
+)
 
 _serials = itertools.count()
+
+
+# Storage and version of a tensor that a copy was made from.
+Source: TypeAlias = tuple[weakref.ref[torch.UntypedStorage], int | None]
 
 
 @dataclass(frozen=True)
@@ -41,14 +52,31 @@ class Copy:
 
     block: QuantizedBlock
     is_finite: bool
-    sources: tuple[tuple[weakref.ref[torch.UntypedStorage], int | None] | None, ...]
+    sources: tuple[Source | None, ...]
     steps: tuple[Tensor, ...]
     vectors: tuple[Tensor, ...] | None
     values: tuple[Tensor, ...]
     serial: int = field(default_factory=lambda: next(_serials))
 
 
+class StemCopy(NamedTuple):
+    """A stem in eight or sixteen bits, and what tells that it is still the one.
+
+    Attributes:
+        block: the copy.
+        is_finite: see `Copy`, as for the others.
+        sources: see `is_finite`.
+        values: copies of all its tensors; empty where nothing is compared.
+    """
+
+    block: QuantizedStem
+    is_finite: bool
+    sources: tuple[Source | None, ...]
+    values: tuple[Tensor, ...]
+
+
 _cache = WeightCache()
+_stems = WeightCache()
 
 
 def copies_of(blocks: Sequence[Block], ranges: Sequence[Sequence[Quantization]]) -> list[Copy]:
@@ -70,8 +98,49 @@ def copies_of(blocks: Sequence[Block], ranges: Sequence[Sequence[Quantization]])
 
 
 def release(tensors: Iterable[Tensor]) -> None:
-    """Drops the copies of blocks whose first weight is among these."""
+    """Drops the copies of blocks whose first weight is among these, and of such stems."""
+    tensors = list(tensors)
     _cache.release(tensors)
+    _stems.release(tensors)
+
+
+def copy_of_stem(stem: Stem, stored: Quantization, output: Quantization) -> StemCopy:
+    """A stem in eight or sixteen bits. All values of its few tensors are compared in every call.
+
+    Args:
+        stem: with one group.
+        stored: see `quantized.quantized_stem`, as for `output`.
+        output: see `stored`.
+    """
+    (layer,), pool, bits = stem
+    layout = (stored, output, bits, pool, layer.norm.eps, layer.weight.shape, *layer[3:])
+    tensors = list(_tensors([stem]))
+    entry = _stems.find(layer.weight, layout)
+    if entry is not None:
+        copy: StemCopy = entry.copy
+        if _are_sources(tensors, copy.sources) and _have_values(tensors, copy.values):
+            return copy
+    versions = [None if tensor is None else version_of(tensor) for tensor in tensors]
+    with torch.inference_mode(False), torch.no_grad():
+        values: tuple[Tensor, ...] = ()
+        if layer.weight.device.type == "cpu":
+            values = tuple(t.detach().clone() for t in tensors if t is not None)
+        made = quantized_stem(layer, pool, bits, stored, output)
+        is_finite = layer.weight.is_meta or _is_finite(made)
+    copy = StemCopy(made, is_finite, _sources(tensors, versions), values)
+    if all(t is None or v is not None for t, v in zip(tensors, versions, strict=True)):
+        _stems.put(layer.weight, versions[0], copy, layout)
+    return copy
+
+
+def _have_values(tensors: Sequence[Tensor | None], values: Sequence[Tensor]) -> bool:
+    if not values:
+        return True
+    flat = [t.detach().reshape(-1) for t in tensors if t is not None]
+    with torch.no_grad():
+        return torch.ops.fused_resnet.quantized_copies_match(
+            [], [], [], flat, [value.reshape(-1) for value in values]
+        )
 
 
 def _layout(block: Block, ranges: Sequence[Quantization]) -> tuple[Any, ...]:
@@ -84,13 +153,26 @@ def _find(block: Block, ranges: Sequence[Quantization]) -> Copy | None:
     if entry is None:
         return None
     copy: Copy = entry.copy
-    for tensor, source in zip(_tensors([block]), copy.sources, strict=True):
+    return copy if _are_sources(_tensors([block]), copy.sources) else None
+
+
+def _are_sources(tensors: Iterable[Tensor | None], sources: Sequence[Source | None]) -> bool:
+    for tensor, source in zip(tensors, sources, strict=True):
         if tensor is None or source is None:
             if (tensor is None) != (source is None):
-                return None
+                return False
         elif source[0]() is not tensor.untyped_storage() or source[1] != version_of(tensor):
-            return None
-    return copy
+            return False
+    return True
+
+
+def _sources(
+    tensors: Sequence[Tensor | None], versions: Sequence[int | None]
+) -> tuple[Source | None, ...]:
+    return tuple(
+        None if tensor is None else (weakref.ref(tensor.untyped_storage()), version)
+        for tensor, version in zip(tensors, versions, strict=True)
+    )
 
 
 def _made(block: Block, ranges: Sequence[Quantization]) -> Copy:
@@ -107,22 +189,18 @@ def _made(block: Block, ranges: Sequence[Quantization]) -> Copy:
         steps = tuple(quantized_weight(weight)[1] for weight in weights)
         made = quantized_block(block.layers, block.has_projection, ranges)
         is_finite = weights[0].is_meta or _is_finite(made)
-    sources = tuple(
-        None if tensor is None else (weakref.ref(tensor.untyped_storage()), version)
-        for tensor, version in zip(tensors, versions, strict=True)
-    )
-    copy = Copy(made, is_finite, sources, steps, vectors, values)
+    copy = Copy(made, is_finite, _sources(tensors, versions), steps, vectors, values)
     if all(t is None or v is not None for t, v in zip(tensors, versions, strict=True)):
         _cache.put(weights[0], versions[0], copy, _layout(block, ranges))
     return copy
 
 
-def _is_finite(block: QuantizedBlock) -> bool:
+def _is_finite(block: QuantizedBlock | QuantizedStem) -> bool:
     vectors = [vector for conv in block.convs for vector in (conv.scale, conv.shift)]
     return bool(torch.cat(vectors).isfinite().all())
 
 
-def _tensors(blocks: Sequence[Block]) -> Iterator[Tensor | None]:
+def _tensors(blocks: Sequence[Block | Stem]) -> Iterator[Tensor | None]:
     """Every layer's weight, mean, var, scale and shift of the norm, and bias."""
     for block in blocks:
         for layer in block.layers:

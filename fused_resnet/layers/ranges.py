@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .quantized import LARGEST, Quantization
+from .quantized import LARGEST, LARGEST_WORD, WORD_ZERO_POINT, Quantization
 
 SMALLEST_STEP = 2.0**-120
 """The smallest step: its inverse, and a weight's step times it, are ordinary float32 numbers."""
@@ -31,6 +31,36 @@ class BlockRanges(NamedTuple):
     ranges: tuple[Quantization, ...]
     sqnr_db: float | None
     reason: str
+
+
+class StemRanges(NamedTuple):
+    """How a network's first convolution runs in eight or sixteen bits, as plain data.
+
+    Attributes:
+        path: the network's in the model that was calibrated, for messages.
+        shape: of the convolution's weight.
+        bits: 8 or 16, of its input and weight.
+        ranges: of its input and its output; empty where it was not calibrated.
+        sqnr_db: see `BlockRanges`.
+        reason: see `BlockRanges`.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    bits: int
+    ranges: tuple[Quantization, ...]
+    sqnr_db: float | None
+    reason: str
+
+
+def words_of(low: float, high: float) -> Quantization | None:
+    """Sixteen bits for numbers between two finite ones: `max(-low, high) / 32639` is the step.
+
+    Returns:
+        How they are stored; None where all is zero, or nearly.
+    """
+    step = float32(max(-low, high, 0.0) / LARGEST_WORD)
+    return Quantization(step, WORD_ZERO_POINT) if SMALLEST_STEP <= step < math.inf else None
 
 
 def quantization_of(low: float, high: float) -> Quantization | None:

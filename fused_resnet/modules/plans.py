@@ -1,14 +1,15 @@
 """Forward passes that a backend has written down, run again without going through the modules.
 
-The first pass for a shape runs as ever and is recorded; if the backend can make a plan of it, later
-ones are one call, as long as nothing has changed that the modules' own way would see: their
-classes, attributes, hooks and children, which tensors are their parameters, what of torch's or this
-package's is replaced, chosen or active. A parameter's values and address are read in every run, so
-training steps, `load_state_dict` and `param.data = ...` need no new plan.
+The first pass for a shape, or the second, runs as ever and is recorded; if the backend can make a
+plan of it, later ones are one call, as long as nothing has changed that the modules' own way would
+see: their classes, attributes, hooks and children, which tensors are their parameters, what of
+torch's or this package's is replaced, chosen or active. What has become of a parameter's values and
+address is for the plan to see: it reads them in every run, or says that it is out of date.
 """
 
 from __future__ import annotations
 
+import collections
 import os
 import warnings
 import weakref
@@ -19,13 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import dropout, flatten, linear, pooling
+from torch.nn.modules.module import _has_any_global_hook
 
-from .. import backends, forms
+from .. import backends, forms, originals
 from ..backends import Plan
+from ..layers.ranges import BlockRanges
 from ..models.cifar import PaddedShortcut
 from ..ops.registration import nothing_intercepts
 from ..originals import BatchNorm2d, Conv2d, FrozenBatchNorm2d, MaxPool2d, ReLU, Sequential
-from .read import _HOOKS
+from . import guard
+from .read import _HOOKS, input_obstacle
 
 VARIABLE = "FUSED_RESNET_PLANS"
 
@@ -66,7 +70,7 @@ def described() -> str:
     Raises:
         ValueError: see `enabled`.
     """
-    return "passes on a GPU become plans" if enabled() else "every pass goes through its modules"
+    return "inference passes become plans" if enabled() else "every pass goes through its modules"
 
 
 class Modules:
@@ -102,27 +106,51 @@ class Modules:
         self._parents = parents
         self._children = [dict(state["_modules"]) for state in parents]
         self._forms = [form for cls in set(self._types) if (form := forms.of_fused(cls))]
+        self._guard = guard.guard_of(modules, _HOOKS)
+        self._guards_left = _MOST_CHANGES
 
-    def are_plain(self) -> bool:
-        """Whether calling them does nothing but compute, in a way that states and types settle."""
+    def are_plain(self, eight_bits: bool = False) -> bool:
+        """Whether calling them does nothing but compute, in a way that states and types settle.
+
+        Args:
+            eight_bits: whether that includes blocks that have been calibrated.
+        """
         return (
             all(cls in _PLAIN or _is_block(cls) for cls in self._types)
-            and not any(state["training"] or "quantization" in state for state in self._states)
+            and not any(state["training"] for state in self._states)
+            and all(
+                eight_bits and isinstance(state["quantization"], BlockRanges)
+                for state in self._states
+                if "quantization" in state
+            )
             and not any("forward" in state or "_conv_forward" in state for state in self._states)
             and self._have_no_hooks()
         )
 
     def are_same(self, parts: Sequence[nn.Module]) -> bool:
-        """Whether nothing about them has changed, in some tens of microseconds for a ResNet-50."""
+        """Whether nothing about them has changed, in some microseconds for a ResNet-50."""
+        if len(parts) != len(self.parts) or not all(map(is_, parts, self.parts)):
+            return False
+        if any(form.replaced() for form in self._forms):
+            return False
+        if self._guard is not None and self._guard.holds():
+            return True
+        if not self._are_equal():
+            return False
+        # Other objects, which are equal.
+        self._guards_left -= 1
+        self._guard = guard.guard_of(self._modules, _HOOKS) if self._guards_left > 0 else None
+        return True
+
+    def _are_equal(self) -> bool:
+        """`are_same`, in some tens of microseconds."""
         try:
             return (
-                all(map(is_, parts, self.parts))
-                and [*map(type, self._modules)] == self._types
+                [*map(type, self._modules)] == self._types
                 and self._have_no_hooks()
                 and [state["_modules"] for state in self._parents] == self._children
                 and all(map(is_, self._now(), self._slots))
                 and [*map(vars, self._modules)] == self._states
-                and not any(form.replaced() for form in self._forms)
             )
         except (KeyError, TypeError, ValueError, RuntimeError):
             # A name is gone, or a new value, such as a tensor, cannot be compared.
@@ -143,15 +171,73 @@ def _is_block(cls: type) -> bool:
 class _Plans:
     """The plans of a model, by what they depend on; or why a pass cannot become one."""
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, parts: Sequence[nn.Module]) -> None:
         self.modules = Modules(parts)
+        # What `again` looks at, for which these must be plans of the whole model.
+        self.type = type(model)
+        self.state = dict(vars(model))
+        self.children = dict(model._modules)
+        self.is_whole = False
         self.by_key: dict[Hashable, Plan | str] = {}
+        # Passes through the modules since there was last a plan, and plans in a row that were out
+        # of date when they were to run.
+        self.passes: collections.Counter[Hashable] = collections.Counter()
+        self.lost = 0
         self.changes = 0
+
+    def are_of(self, model: nn.Module) -> bool:
+        """Whether nothing about a model has changed, itself included."""
+        try:
+            if model._modules != self.children or vars(model) != self.state:
+                return False
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        form = forms.of(model)
+        if form is None or form.replaced() is not None:
+            return False
+        return self.modules.are_same(self.modules.parts)
 
     def put(self, key: Hashable, plan: Plan | str) -> None:
         while len(self.by_key) >= _MOST_PLANS:
             self.by_key.pop(next(iter(self.by_key)), None)
         self.by_key[key] = plan
+        self.passes.clear()
+
+
+def again(model: nn.Module, x: Tensor) -> Tensor | None:
+    """The output of a model of which there is a plan, if nothing has changed; else None.
+
+    Args:
+        model: not yet looked at. It has been when the plan was made.
+        x: likewise.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    plans = _of_models.get(model)
+    if (
+        plans is None
+        or not plans.is_whole
+        or plans.type is not type(model)
+        or not nothing_intercepts(x)
+        or input_obstacle(x) is not None
+        or originals.replaced() is not None
+        or originals.replaced_in_heads() is not None
+        or _has_any_global_hook()
+    ):
+        return None
+    backend = backends.choose(x.device.type)
+    plan = plans.by_key.get(_key(backend, x))
+    if plan is None or isinstance(plan, str) or not plans.are_of(model):
+        return None
+    out = plan.run(x)
+    if out is not None:
+        plans.changes = plans.lost = 0
+    return out
+
+
+def _key(backend: backends.Backend, x: Tensor) -> Hashable:
+    own = backend.plan_key(x)
+    return None if own is None else (x.shape, x.stride(), x.dtype, x.device, backend.name, own)
 
 
 def planned(
@@ -159,6 +245,7 @@ def planned(
     parts: Sequence[nn.Module],
     x: Tensor,
     compute: Callable[[nn.Module, Tensor], Tensor],
+    whole: bool = False,
 ) -> Tensor:
     """`compute(model, x)`, in one call from the second time on where the backend can plan it.
 
@@ -167,6 +254,7 @@ def planned(
         parts: all modules, with their descendants, that `compute` runs, but for the model.
         x: (N, C, H, W).
         compute: what to run.
+        whole: whether that is all of the model, so that later passes may begin with `again`.
 
     Returns:
         What `compute` returns.
@@ -176,29 +264,47 @@ def planned(
     backend = backends.choose(x.device.type)
     if type(backend).plan_key is backends.Backend.plan_key or not nothing_intercepts(x):
         return compute(model, x)
-    own = backend.plan_key(x)
-    if own is None:
+    key = _key(backend, x)
+    if key is None:
         return compute(model, x)
     plans = _of_models.get(model)
     if plans is None:
         if not enabled() or not all(isinstance(part, nn.Module) for part in parts):
             return compute(model, x)
-        plans = _of_models[model] = _Plans(parts)
+        plans = _of_models[model] = _Plans(model, parts)
     elif not plans.modules.are_same(parts):
         changes = plans.changes + 1
         if changes > _MOST_CHANGES:
             return compute(model, x)
-        plans = _of_models[model] = _Plans(parts)
+        plans = _of_models[model] = _Plans(model, parts)
         plans.changes = changes
     else:
         plans.changes = 0
-    key = (x.shape, x.stride(), x.dtype, x.device, backend.name, own)
+    plans.is_whole = whole
     plan = plans.by_key.get(key)
     if isinstance(plan, str):
         return compute(model, x)
-    if plan is not None and (out := plan.run(x)) is not None:
-        return out
+    if plan is not None:
+        out = plan.run(x)
+        if out is not None:
+            plans.lost = 0
+            return out
+        plans.by_key.pop(key, None)
+        plans.lost += 1
+        if plans.lost > _MOST_CHANGES:
+            plans.put(key, "what it reads changes in every pass")
+            return compute(model, x)
+    plans.passes[key] += 1
+    if plans.passes[key] < backend.recorded_pass:
+        return compute(model, x)
     return _recorded(model, plans, key, x, compute)
+
+
+def include_heads(x: Tensor) -> bool:
+    """Whether a plan for such an input may include what comes behind the blocks."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return backends.choose(x.device.type).plans_head(x)
 
 
 def _recorded(
@@ -210,10 +316,11 @@ def _recorded(
 ) -> Tensor:
     """An ordinary pass, of which a plan is made if that is possible."""
     tensors = plans.modules.tensors
-    if not plans.modules.are_plain() or not nothing_intercepts(*tensors):
+    backend = backends.choose(x.device.type)
+    if not plans.modules.are_plain(backend.plans_eight_bits) or not nothing_intercepts(*tensors):
         plans.put(key, "it is more than inference by torch's own modules")
         return compute(model, x)
-    recorder = backends.choose(x.device.type).recorder(x, tensors)
+    recorder = backend.recorder(x, tensors)
     if recorder is None:
         return compute(model, x)
     with recorder:

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from .. import forms
 from ..forms import Form
-from ..layers.description import Block
+from ..layers import checks
+from ..layers.description import Block, Pool, Stem
 from ..layers.quantized import LARGEST_REDUCTION
-from ..layers.ranges import BlockRanges
+from ..layers.ranges import BlockRanges, StemRanges
+from ..ops.conv_bn_act_max_pool_int8 import conv_bn_act_max_pool_int8
 from ..ops.residual_blocks_int8 import DTYPES, residual_blocks_int8
 from ..originals import Sequential
 from . import read
 
 Watcher: TypeAlias = Callable[[nn.Module, Tensor], "Tensor | None"]
-"""Runs a block that is being calibrated; None where it has to run as it did."""
+"""Runs a block or a stem that is being calibrated; None where it has to run as it did."""
 
 Part: TypeAlias = tuple[BlockRanges, Block]
 
@@ -31,6 +33,67 @@ def is_quantizable(module: nn.Module) -> bool:
     """Whether a module is a fused residual block, which may have ranges."""
     form = forms.of_fused(type(module))
     return form is not None and form.is_block
+
+
+def has_stem(module: nn.Module) -> bool:
+    """Whether a module is a fused network whose first convolution may have ranges."""
+    form = forms.of_fused(type(module))
+    return form is not None and form.kind == "stem" and getattr(module, "may_quantize_stem", False)
+
+
+def stem_output(network: nn.Module, x: Tensor) -> Tensor | None:
+    """What a stem with ranges computes, or None where it runs in floating point.
+
+    Raises:
+        ValueError: its convolution, or its input's channels, are not those it was calibrated with.
+    """
+    kept: Any = network.quantization
+    if not isinstance(kept, StemRanges):
+        return kept(network, x)
+    if kept.reason or network.training:
+        return None
+    stem = stem_of(network, kept.bits, x)
+    if stem is None:
+        return None
+    (layer,), *_ = stem
+    if layer.weight.shape != kept.shape:
+        raise ValueError(
+            f"quantized stem {kept.path!r}: the convolution has a weight of shape "
+            f"{tuple(layer.weight.shape)}, was calibrated with {kept.shape}"
+        )
+    return conv_bn_act_max_pool_int8(x, stem, *kept.ranges)
+
+
+def stem_of(network: nn.Module, bits: int, x: Tensor | None = None) -> Stem | None:
+    """A network's first convolution as it would run in eight or sixteen bits.
+
+    None where it cannot, on such an input if there is one. The network has no obstacle.
+    """
+    form = _form_of(network)
+    conv, norm = read.conv_norm(network, form.units_of(network)[0])
+    if read.uses_batch_statistics(norm):
+        return None
+    pool = Pool((1, 1), (1, 1), (0, 0))
+    if form.pool is not None:
+        maxpool = forms.part(network, form.pool)
+        if maxpool is None or read.pool_obstacle(maxpool) is not None:
+            return None
+        assert isinstance(maxpool, nn.MaxPool2d)
+        pool = read.pool_of(maxpool)
+    layer = read.layer_of(conv, norm)
+    # Twice, of the two parts that sixteen bits are.
+    if layer.groups != 1 or 2 * layer.weight.shape[1:].numel() > LARGEST_REDUCTION:
+        return None
+    if x is not None:
+        name = "conv_bn_act_max_pool_int8"
+        alike = x
+        if x.dtype is not layer.weight.dtype:  # under autocast
+            alike = x.new_empty((), dtype=layer.weight.dtype).expand(x.shape)
+        if checks.conv_error(name, alike, layer, None, "relu") is not None:
+            return None
+        if checks.pool_error(name, alike, layer, pool) is not None:
+            return None
+    return Stem((layer,), pool, bits)
 
 
 def any_has_ranges(stages: Sequence[nn.Module]) -> bool:

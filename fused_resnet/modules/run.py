@@ -8,7 +8,7 @@ arguments do not fit runs unfused inside `conv_norm_act`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -426,15 +426,36 @@ def shortcut_of(downsample: nn.Module | None, x: Tensor) -> Tensor:
 
 def resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
     """Torchvision's network: its stem, its stages in one call where possible, and the rest."""
+    if (out := plans.again(model, x)) is not None:
+        return out
     if obstacle(model) is not None or input_obstacle(x) is not None:
         return run_unfused(model, x, "_forward_impl")
     return graphs.captured(model, x, _resnet)
 
 
 def _resnet(model: nn.Module, x: Tensor) -> Tensor:
-    parts = [model._modules[name] for name in _RESNET_PARTS]
-    x = plans.planned(model, parts, x, _resnet_features)
-    return head(model.avgpool, model.fc, x)
+    return _planned(model, x, _RESNET_PARTS, _resnet_features)
+
+
+def _planned(
+    model: nn.Module,
+    x: Tensor,
+    names: tuple[str, ...],
+    features: Callable[[nn.Module, Tensor], Tensor],
+) -> Tensor:
+    """`features` of a network, by its children of these names, and its head, from plans."""
+    children = model._modules
+    parts = [children[name] for name in names]
+    avgpool, fc = children["avgpool"], children["fc"]
+    if plans.include_heads(x) and head_obstacle(avgpool, fc) is None:
+        return plans.planned(
+            model,
+            [*parts, avgpool, fc],
+            x,
+            lambda model, x: head(model.avgpool, model.fc, features(model, x)),
+            whole=True,
+        )
+    return head(avgpool, fc, plans.planned(model, parts, x, features))
 
 
 _RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
@@ -442,18 +463,36 @@ _RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"
 
 def _resnet_features(model: nn.Module, x: Tensor) -> Tensor:
     """All of it but the pool and the linear layer at the end."""
-    conv, norm, relu, maxpool, *stages = (model._modules[name] for name in _RESNET_PARTS)
+    _, _, _, maxpool, *stages = (model._modules[name] for name in _RESNET_PARTS)
     # Before the stem, which leaves nothing of these modules in the caches, and runs no hook.
     plain = None if pool_obstacle(maxpool) is not None else plain_stages(stages)
-    return stages_forward(stages, stem(conv, norm, relu, maxpool, x), plain)
+    return stages_forward(stages, network_stem(model, x), plain)
 
 
 _CIFAR_PARTS = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3")
 
 
 def _cifar_features(model: nn.Module, x: Tensor) -> Tensor:
-    conv, norm, relu, *stages = (model._modules[name] for name in _CIFAR_PARTS)
-    return stages_forward(stages, conv_norm_act(conv, norm, x, None, relu))
+    _, _, _, *stages = (model._modules[name] for name in _CIFAR_PARTS)
+    return stages_forward(stages, network_stem(model, x))
+
+
+def network_stem(network: nn.Module, x: Tensor) -> Tensor:
+    """A network's first convolution and what follows it, as its ranges say."""
+    if network.quantization is not None and (out := quantized.stem_output(network, x)) is not None:
+        return out
+    return float_stem(network, x)
+
+
+def float_stem(network: nn.Module, x: Tensor) -> Tensor:
+    """A network's first convolution and what follows it in floating point."""
+    form = forms.of(network)
+    (unit,) = form.units_of(network)
+    conv, norm = conv_norm(network, unit)
+    relu = forms.part(network, unit.act)
+    if form.pool is None:
+        return conv_norm_act(conv, norm, x, None, relu)
+    return stem(conv, norm, relu, forms.part(network, form.pool), x)
 
 
 def plain_block_forward(block: nn.Module, x: Tensor) -> Tensor:
@@ -467,15 +506,15 @@ def plain_block_forward(block: nn.Module, x: Tensor) -> Tensor:
 
 def cifar_resnet_forward(model: nn.Module, x: Tensor) -> Tensor:
     """A network for small images: its first convolution, its stages and the rest."""
+    if (out := plans.again(model, x)) is not None:
+        return out
     if obstacle(model) is not None or input_obstacle(x) is not None:
         return run_unfused(model, x)
     return graphs.captured(model, x, _cifar_resnet)
 
 
 def _cifar_resnet(model: nn.Module, x: Tensor) -> Tensor:
-    parts = [model._modules[name] for name in _CIFAR_PARTS]
-    x = plans.planned(model, parts, x, _cifar_features)
-    return head(model.avgpool, model.fc, x)
+    return _planned(model, x, _CIFAR_PARTS, _cifar_features)
 
 
 def head(avgpool: nn.Module, fc: nn.Module, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ..layers.description import Block, ConvNorm, Norm, Pool, conv_norm_of, outp
 
 Error = ValueError | TypeError | None
 
+_INT8_INPUTS = (torch.float32, torch.float16, torch.bfloat16)
 _BLOCK_TENSORS = 6  # a layer's: weight, running_mean, running_var, bn_weight, bn_bias, bias
 _TRAINING_TENSORS = 4  # weight, bias, bn_weight, bn_bias
 _NUMBERS = 7  # stride, padding and dilation, two each, and groups
@@ -42,6 +43,43 @@ def conv_bn_act_max_pool(input: Tensor, *arguments: Any) -> Error:
     layer, activation, pool = conv_norm_of(arguments[:11]), arguments[11], Pool(*arguments[12:])
     error = checks.conv_error(name, input, layer, None, activation)
     return error or checks.pool_error(name, input, layer, pool)
+
+
+def conv_bn_act_max_pool_int8(input: Tensor, *arguments: Any) -> Error:
+    """See `ops.conv_bn_act_max_pool_int8`."""
+    name = "conv_bn_act_max_pool_int8"
+    layer, pool = conv_norm_of(arguments[:11]), Pool(*arguments[11:14])
+    bits, step, zero_point, output_step = arguments[14:]
+    if input.dtype not in _INT8_INPUTS:
+        return TypeError(
+            f"{name}: input has dtype {input.dtype}, must be one of float32, float16, bfloat16"
+        )
+    # It is quantized as it is, whatever the parameters' dtype: under autocast they differ.
+    alike = input.detach().new_empty((), dtype=layer.weight.dtype).expand(input.shape)
+    error = checks.conv_error(name, alike, layer, None, "relu")
+    error = error or checks.pool_error(name, alike, layer, pool)
+    if error is not None:
+        return error
+    if layer.groups != 1:
+        return ValueError(f"{name}: groups is {layer.groups}, must be 1")
+    if bits not in (8, 16):
+        return ValueError(f"{name}: bits is {bits}, must be 8 or 16")
+    # Twice, of the two parts that sixteen bits are.
+    if 2 * layer.weight.shape[1:].numel() > quantized.LARGEST_REDUCTION:
+        return ValueError(
+            f"{name}: weight has {layer.weight.shape[1:].numel()} values a filter, must have at "
+            f"most {quantized.LARGEST_REDUCTION // 2} for sums of 32 bits"
+        )
+    for what, value in (("step", step), ("output_step", output_step)):
+        if not (math.isfinite(value) and value > 0):
+            return ValueError(f"{name}: {what} is {value}, must be finite and above zero")
+    if bits == 16 and zero_point != quantized.WORD_ZERO_POINT:
+        return ValueError(
+            f"{name}: zero_point is {zero_point}, must be {quantized.WORD_ZERO_POINT} in 16 bits"
+        )
+    if not 0 <= zero_point <= quantized.LARGEST:
+        return ValueError(f"{name}: zero_point is {zero_point}, must be 0 to {quantized.LARGEST}")
+    return None
 
 
 def batch_norm_act_inference(

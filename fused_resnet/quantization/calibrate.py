@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from .. import forms
 from ..layers.description import Block
 from ..layers.quantized import Quantization
-from ..layers.quantized_copies import copies_of
-from ..layers.ranges import BlockRanges
+from ..layers.quantized_copies import copies_of, copy_of_stem
+from ..layers.ranges import BlockRanges, StemRanges, words_of
 from ..modules import quantized, read, run
+from ..ops.conv_bn_act_max_pool_int8 import conv_bn_act_max_pool_int8
 from ..ops.residual_blocks_int8 import residual_blocks_int8
 from .observers import MinMaxObserver
 
@@ -59,18 +60,37 @@ class _Sites:
             self.observers[0].update(values)
 
 
+class _Stem:
+    """What is seen of a network's first convolution.
+
+    Attributes:
+        path: the network's.
+        observer: of its input.
+        readers: the paths of the blocks that have read its output.
+    """
+
+    def __init__(self, path: str, network: nn.Module, observer: MinMaxObserver) -> None:
+        self.path = path
+        self.network = network
+        self.observer = observer
+        self.readers: set[str] = set()
+
+
 class Calibration:
     """What is seen of the blocks of a model.
 
     Args:
         model: with fused blocks, in inference mode.
         make: a new observer.
+        stem_bits: of networks' first convolutions; 0 for floating point.
 
     Attributes:
         sites: of each fused residual block, in the order of `named_modules`.
     """
 
-    def __init__(self, model: nn.Module, make: Callable[[], MinMaxObserver]) -> None:
+    def __init__(
+        self, model: nn.Module, make: Callable[[], MinMaxObserver], stem_bits: int
+    ) -> None:
         self._model = model
         self.sites = [
             _Sites(path, module, make)
@@ -78,13 +98,30 @@ class Calibration:
             if quantized.is_quantizable(module)
         ]
         self._of = {id(sites.block): sites for sites in self.sites}
-        self._written: list[tuple[weakref.ref[Tensor], int, _Sites]] = []
+        self._stem_bits = stem_bits
+        # Sixteen bits need no choice of a range.
+        self._stems = [
+            _Stem(path, module, make() if stem_bits == 8 else MinMaxObserver())
+            for path, module in model.named_modules()
+            if stem_bits and quantized.has_stem(module)
+        ]
+        self._written: list[tuple[weakref.ref[Tensor], int, _Sites | _Stem]] = []
 
     def observe(self, batch: Tensor) -> None:
         """Runs the model in floating point and shows the activations to the observers."""
         self._written = []
-        with _watched([sites.block for sites in self.sites], self._observed):
+        with (
+            _watched([sites.block for sites in self.sites], self._observed),
+            _watched([stem.network for stem in self._stems], self._stem_observed),
+        ):
             self._model(batch)
+
+    def _stem_observed(self, network: nn.Module, x: Tensor) -> Tensor:
+        (stem,) = (stem for stem in self._stems if stem.network is network)
+        stem.observer.update(x)
+        out = run.float_stem(network, x)
+        self._written.append((weakref.ref(out), out._version, stem))
+        return out
 
     def _observed(self, block: nn.Module, x: Tensor) -> Tensor | None:
         sites = self._of[id(block)]
@@ -92,13 +129,17 @@ class Calibration:
             return None
         if read.block_layers(block) is None:
             return None
-        sites.observe(self._writer(x), 0, x)
+        writer = self._writer(x)
+        if isinstance(writer, _Stem):
+            writer.readers.add(sites.path)
+            writer = None
+        sites.observe(writer, 0, x)
         out = _in_float(block, x, lambda i, values: sites.observe(None, i + 1, values))
         self._written.append((weakref.ref(out), out._version, sites))
         return out
 
-    def _writer(self, x: Tensor) -> _Sites | None:
-        """The block that returned this tensor, if nothing has been written to it since."""
+    def _writer(self, x: Tensor) -> _Sites | _Stem | None:
+        """The block or stem that returned this tensor, if nothing has been written to it since."""
         for written, version, sites in reversed(self._written):
             if written() is x:
                 return sites if x._version == version else None
@@ -111,6 +152,49 @@ class Calibration:
             ValueError: an activation was NaN or infinite.
         """
         return {sites.path: self._ranges_of(sites) for sites in self.sites}
+
+    def stem_ranges(self, blocks: dict[str, BlockRanges]) -> dict[str, StemRanges]:
+        """The ranges of each stem, or why it has none, by its network's path.
+
+        Args:
+            blocks: the blocks' ranges.
+
+        Raises:
+            ValueError: an input was NaN or infinite.
+        """
+        return {stem.path: self._stem_ranges_of(stem, blocks) for stem in self._stems}
+
+    def _stem_ranges_of(self, stem: _Stem, blocks: dict[str, BlockRanges]) -> StemRanges:
+        bits, observer = self._stem_bits, stem.observer
+        unit = forms.of(stem.network).units_of(stem.network)[0]  # type: ignore[union-attr]
+        weight = getattr(forms.part(stem.network, unit.conv), "weight", None)
+        shape = () if weight is None else tuple(weight.shape)
+
+        def left(reason: str) -> StemRanges:
+            return StemRanges(stem.path, shape, bits, (), None, reason)
+
+        if (obstacle := read.obstacle(stem.network)) is not None:
+            return left(obstacle)
+        if (described := quantized.stem_of(stem.network, bits)) is None:
+            return left("it has more to it than a convolution of one group, a norm and a pool")
+        if observer.count == 0:
+            return left("no calibration batch ran it")
+        if not observer.is_finite:
+            raise ValueError(
+                f"quantize: the input of the stem {stem.path!r} has a value that is NaN or "
+                "infinite in the calibration batches"
+            )
+        read_by = [blocks[path] for path in stem.readers]
+        if len(read_by) != 1 or read_by[0].reason or read_by[0].ranges[0].zero_point:
+            return left("what reads its output is not one block in eight bits")
+        words = words_of(observer.low, observer.high)
+        stored = observer.quantization() if bits == 8 else words
+        if stored is None:
+            return left("its input is zero in all calibration batches")
+        ranges = (stored, read_by[0].ranges[0])
+        if not copy_of_stem(described, *ranges).is_finite:
+            return left(NOT_FINITE)
+        return StemRanges(stem.path, shape, bits, ranges, None, "")
 
     def _ranges_of(self, sites: _Sites) -> BlockRanges:
         shapes = quantized.shapes_of(sites.block)
@@ -155,19 +239,27 @@ class _Power:
             return None
         return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
 
+    def see(self, out: Tensor, stored: Tensor) -> None:
+        expected = out.double()
+        self.signal += expected.square().sum().item()
+        self.noise += (stored.double() - expected).square().sum().item()
+
 
 def measure_noise(
-    model: nn.Module, ranges: dict[str, BlockRanges], batches: Iterable[Tensor]
-) -> dict[str, BlockRanges]:
+    model: nn.Module,
+    ranges: dict[str, BlockRanges],
+    stems: dict[str, StemRanges],
+    batches: Iterable[Tensor],
+) -> tuple[dict[str, BlockRanges], dict[str, StemRanges]]:
     """The ranges with each block's signal-to-quantization-noise ratio on these batches.
 
     Of each block on the activations of the model in floating point, `sum y^2 / sum (y' - y)^2`, y
-    its output in floating point and y' in eight bits, its input included.
+    its output in floating point and y' in eight bits, its input included. So of stems.
     """
     sites = {
         id(module): (path, _Power())
         for path, module in model.named_modules()
-        if quantized.is_quantizable(module)
+        if quantized.is_quantizable(module) or path in stems
     }
 
     def measured(block: nn.Module, x: Tensor) -> Tensor | None:
@@ -180,17 +272,32 @@ def measure_noise(
         if stored is None:
             return None
         out = _in_float(block, x, lambda index, values: None)
-        expected = out.double()
-        power.signal += expected.square().sum().item()
-        power.noise += (stored.double() - expected).square().sum().item()
+        power.see(out, stored)
         return out
 
-    blocks = [module for module in model.modules() if id(module) in sites]
-    with _watched(blocks, measured):
+    def stem_measured(network: nn.Module, x: Tensor) -> Tensor | None:
+        path, power = sites[id(network)]
+        kept = stems[path]
+        described = None if kept.reason else quantized.stem_of(network, kept.bits, x)
+        if described is None:
+            return None
+        stored = conv_bn_act_max_pool_int8(x, described, *kept.ranges)
+        if stored is None:
+            return None
+        out = run.float_stem(network, x)
+        power.see(out, stored)
+        return out
+
+    blocks = [module for module in model.modules() if quantized.is_quantizable(module)]
+    networks = [model.get_submodule(path) for path in stems]
+    with _watched(blocks, measured), _watched(networks, stem_measured):
         for batch in batches:
             model(batch)
     found = {path: power.decibels() for path, power in sites.values()}
-    return {path: kept._replace(sqnr_db=found[path]) for path, kept in ranges.items()}
+    return (
+        {path: kept._replace(sqnr_db=found[path]) for path, kept in ranges.items()},
+        {path: kept._replace(sqnr_db=found[path]) for path, kept in stems.items()},
+    )
 
 
 def is_foldable(block: nn.Module, ranges: Sequence[Quantization]) -> bool:

@@ -6,13 +6,13 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import blocks, forms, swap
-from ..layers.ranges import BlockRanges
+from ..layers.ranges import BlockRanges, StemRanges
 from ..modules import fake_quantized, quantized
 from . import pt2e
 from .calibrate import NOISE_IMAGES, NOT_FINITE, Calibration, is_foldable, measure_noise
@@ -20,6 +20,9 @@ from .observers import OBSERVERS, MinMaxObserver, PercentileObserver
 
 DTYPES = ("int8",)
 _LATER = ("float8_e4m3fn",)
+STEMS = {"int16": 16, "int8": 8, "float": 0}
+
+_Ranges = TypeVar("_Ranges", BlockRanges, StemRanges)
 
 
 def quantize(
@@ -28,6 +31,7 @@ def quantize(
     *,
     scales: Any = None,
     dtype: str = "int8",
+    stem: str | None = None,
     observer: str = "minmax",
     percentile: float = 99.99,
     min_sqnr_db: float = 10.0,
@@ -43,8 +47,9 @@ def quantize(
 
     A quantized block runs in eight bits while it is in inference mode and nothing keeps it from
     running fused; its output then has no gradient. In training mode it runs in floating point. The
-    stem, the classifier and what else is no residual block stay in floating point, as do blocks
-    with a shortcut that pads channels, attention, or hooks inside; `report` names them.
+    classifier and what else is no residual block stay in floating point, as do blocks with a
+    shortcut that pads channels, attention, or hooks inside; `report` names them. So do the first
+    convolutions of networks other than torchvision's ResNets and this package's for small images.
 
     A model that is quantized already is calibrated anew. One that was trained after `prepare_qat`
     has ranges, and needs no batches, and so do the `scales` of a model that torchao converted.
@@ -59,6 +64,10 @@ def quantize(
             none stays in floating point. Weights are rounded by steps of their own.
         dtype: "int8": unsigned activations of one step and zero point each, signed weights of one
             step a filter; see docs/quantization.md.
+        stem: what a network's first convolution runs in, with the norm, ReLU and max-pool behind
+            it: "int16" or "int8", in integers as the blocks, or "float", as it is. By default
+            "int16" on the CPU and "float" on a GPU, which has no kernel for the others. "float" as
+            well where ranges are those of training or `scales`.
         observer: how ranges are chosen: "minmax", "percentile", "mse" or "histogram".
         percentile: of "percentile", the share of values to cover at either end, in percent.
         min_sqnr_db: blocks whose output in eight bits has a lower signal-to-noise ratio than this,
@@ -76,6 +85,8 @@ def quantize(
             or infinite; or no block can run in eight bits. The model is then as it was.
     """
     make = _observer(dtype, observer, percentile)
+    if stem is not None and stem not in STEMS:
+        raise ValueError(f"quantize: stem is {stem!r}, must be one of {', '.join(STEMS)}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize: model is a {type(model).__name__}, must be a torch.nn.Module")
     if batches is not None and (
@@ -86,28 +97,30 @@ def quantize(
             "(input, target) pairs"
         )
     with restored_on_error(model):
+        stems: dict[str, StemRanges] = {}
         if batches is None and scales is None:
             ranges = _trained(model)
         else:
             swap.fuse_remaining(model)
             dequantize(model)
-            ranges = _found(model, make, scales, batches, progress)
-        ranges = {
-            path: kept
-            if kept.reason or not _is_noisy(kept, min_sqnr_db)
-            else kept._replace(
-                reason=f"signal to noise is {kept.sqnr_db:.1f} dB, must be {min_sqnr_db:g}"
-            )
-            for path, kept in ranges.items()
-        }
+            bits = STEMS[default_stem(model) if stem is None else stem]
+            ranges, stems = _found(model, make, bits, scales, batches, progress)
+        ranges = {path: _unless_noisy(kept, min_sqnr_db) for path, kept in ranges.items()}
+        stems = {path: _unless_noisy(kept, min_sqnr_db) for path, kept in stems.items()}
         if all(kept.reason for kept in ranges.values()):
             path, kept = next(iter(ranges.items()))
             raise ValueError(
                 f"quantize: no residual block of the model can run in eight bits; {path!r}: "
                 f"{kept.reason}"
             )
-        set_ranges(model, ranges)
+        set_ranges(model, ranges, stems)
     return model
+
+
+def default_stem(model: nn.Module) -> str:
+    """What a model's first convolution runs in, unless its user says so."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return "int16" if first is None or first.device.type == "cpu" else "float"
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -125,14 +138,18 @@ def dequantize(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"dequantize: model is a {type(model).__name__}, must be a torch.nn.Module")
     for module in model.modules():
-        if quantized.is_quantizable(module) and vars(module).pop("quantization", None) is not None:
+        if not (quantized.is_quantizable(module) or quantized.has_stem(module)):
+            continue
+        if vars(module).pop("quantization", None) is not None:
             blocks.release(module)
     return model
 
 
-def set_ranges(model: nn.Module, ranges: dict[str, BlockRanges]) -> None:
-    """Gives each fused residual block the ranges of its path."""
-    for path, kept in ranges.items():
+def set_ranges(
+    model: nn.Module, ranges: dict[str, BlockRanges], stems: dict[str, StemRanges]
+) -> None:
+    """Gives each fused residual block, and each network's stem, the ranges of its path."""
+    for path, kept in (*stems.items(), *ranges.items()):
         block = model.get_submodule(path)
         vars(block)["quantization"] = kept
         blocks.release(block)
@@ -162,22 +179,25 @@ def _observer(dtype: str, observer: str, percentile: float) -> Callable[[], MinM
     return OBSERVERS[observer]
 
 
-def _is_noisy(kept: BlockRanges, limit: float) -> bool:
-    return kept.sqnr_db is not None and not kept.sqnr_db >= limit
+def _unless_noisy(kept: _Ranges, limit: float) -> _Ranges:
+    if kept.reason or kept.sqnr_db is None or kept.sqnr_db >= limit:
+        return kept
+    return kept._replace(reason=f"signal to noise is {kept.sqnr_db:.1f} dB, must be {limit:g}")
 
 
 def _found(
     model: nn.Module,
     make: Callable[[], MinMaxObserver],
+    stem_bits: int,
     scales: Any,
     batches: Iterable[Any] | None,
     progress: bool,
-) -> dict[str, BlockRanges]:
+) -> tuple[dict[str, BlockRanges], dict[str, StemRanges]]:
     """The ranges of `scales`, or else after all batches, with the noise on the first images."""
     if not any(map(quantized.is_quantizable, model.modules())):
         raise ValueError(NO_BLOCK.format("quantize"))
     with in_inference_mode(model):
-        calibration = None if scales is not None else Calibration(model, make)
+        calibration = None if scales is not None else Calibration(model, make, stem_bits)
         first: list[Tensor] = []
         for input in [] if batches is None else _inputs(model, batches, progress):
             missing = NOISE_IMAGES - sum(len(images) for images in first)
@@ -187,11 +207,13 @@ def _found(
                 calibration.observe(input)
         if batches is not None and not first:
             raise ValueError("quantize: batches has no batch")
+        stems: dict[str, StemRanges] = {}
         if calibration is not None:
             ranges = calibration.ranges()
+            stems = calibration.stem_ranges(ranges)
         else:
             ranges = _foldable(model, pt2e.ranges_of(model, scales))
-        return measure_noise(model, ranges, first) if first else ranges
+        return measure_noise(model, ranges, stems, first) if first else (ranges, stems)
 
 
 def _foldable(model: nn.Module, ranges: dict[str, BlockRanges]) -> dict[str, BlockRanges]:

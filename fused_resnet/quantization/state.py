@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from .. import files, forms, swap
-from ..layers.quantized import LARGEST, Quantization
-from ..layers.ranges import BlockRanges, float32
+from ..layers.quantized import LARGEST, WORD_ZERO_POINT, Quantization
+from ..layers.ranges import BlockRanges, StemRanges, float32
 from ..modules import quantized
 from .quantize import dequantize, restored_on_error, set_ranges, trained_ranges
 
@@ -30,7 +30,8 @@ def quantization_state(model: nn.Module) -> dict[str, Any]:
     Returns:
         `{"schema": ..., "dtype": "int8", "blocks": {path: block}}`, each block with the shapes of
         its `weights`, its `ranges` as pairs of a step and a zero point (input, inner activations,
-        output), `sqnr_db` or None, and the `reason` why it stays in floating point or "".
+        output), `sqnr_db` or None, and the `reason` why it stays in floating point or "". Where
+        networks' stems have ranges, also `"stems": {path: stem}`, each with `bits` besides.
 
     Raises:
         TypeError: `model` is not a module.
@@ -48,11 +49,21 @@ def quantization_state(model: nn.Module) -> dict[str, Any]:
     kept |= trained_ranges(model)
     if not kept:
         raise ValueError("quantization_state: model is not quantized: call fused_resnet.quantize")
-    return {
+    stems = {
+        path: module.quantization
+        for path, module in model.named_modules()
+        if quantized.has_stem(module) and isinstance(module.quantization, StemRanges)
+    }
+    state: dict[str, Any] = {
         "schema": SCHEMA,
         "dtype": "int8",
         "blocks": {path: _as_data(ranges) for path, ranges in kept.items()},
     }
+    if stems:
+        state["stems"] = {
+            path: {"bits": ranges.bits, **_as_data(ranges)} for path, ranges in stems.items()
+        }
+    return state
 
 
 def save_quantization_state(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -106,15 +117,17 @@ def load_quantization_state(
     with restored_on_error(model):
         swap.fuse_remaining(model)
         ranges = _matched(model, state.get("blocks"))
+        stems = _matched_stems(model, state.get("stems", {}))
         dequantize(model)
-        set_ranges(model, ranges)
+        set_ranges(model, ranges, stems)
     return model
 
 
-def _as_data(kept: BlockRanges) -> dict[str, Any]:
+def _as_data(kept: BlockRanges | StemRanges) -> dict[str, Any]:
     decibels = kept.sqnr_db
+    shapes = (kept.shape,) if isinstance(kept, StemRanges) else kept.shapes
     return {
-        "weights": [list(shape) for shape in kept.shapes],
+        "weights": [list(shape) for shape in shapes],
         "ranges": [[stored.step, stored.zero_point] for stored in kept.ranges],
         "sqnr_db": decibels if decibels is not None and math.isfinite(decibels) else None,
         "reason": kept.reason,
@@ -168,6 +181,36 @@ def _matched(model: nn.Module, blocks: Any) -> dict[str, BlockRanges]:
     return ranges
 
 
+def _matched_stems(model: nn.Module, stems: Any) -> dict[str, StemRanges]:
+    """The state's stems, which are of the model, by their networks' paths."""
+    name = "load_quantization_state"
+    if not isinstance(stems, Mapping):
+        raise ValueError(f"{name}: stems of the state are a {type(stems).__name__}")
+    own = {path: module for path, module in model.named_modules() if quantized.has_stem(module)}
+    found = {}
+    for path, data in stems.items():
+        if path not in own:
+            raise ValueError(f"{name}: the state has a stem {path!r}, which the model has not")
+        kept = _from_data(path, data, "stem")
+        bits = data.get("bits")
+        what = f"{name}: stem {path!r} of the state"
+        if bits not in (8, 16):
+            raise ValueError(f"{what} has bits {bits!r}, must be 8 or 16")
+        if not kept.reason and (
+            len(kept.ranges) != 2 or (bits == 16 and kept.ranges[0].zero_point != WORD_ZERO_POINT)
+        ):
+            raise ValueError(f"{what} is damaged: ranges are {data['ranges']}")
+        unit = forms.of(own[path]).units_of(own[path])[0]  # type: ignore[union-attr]
+        shape = tuple(getattr(forms.part(own[path], unit.conv), "weight").shape)  # noqa: B009
+        if kept.shapes != (shape,):
+            raise ValueError(
+                f"{name}: stem {path!r} has {_described(shape)}, in the state "
+                f"{', '.join(map(_described, kept.shapes)) or 'none'}"
+            )
+        found[path] = StemRanges(path, shape, bits, kept.ranges, kept.sqnr_db, kept.reason)
+    return found
+
+
 def _pairs(left: tuple[Any, ...], right: tuple[Any, ...]) -> list[tuple[Any, Any]]:
     length = max(len(left), len(right))
     padded = [[*side, *[None] * (length - len(side))] for side in (left, right)]
@@ -178,9 +221,9 @@ def _described(shape: tuple[int, ...] | None) -> str:
     return "no weight" if shape is None else f"a weight of shape {shape}"
 
 
-def _from_data(path: str, data: Any) -> BlockRanges:
-    """A block of a state, every value checked."""
-    what = f"load_quantization_state: block {path!r} of the state"
+def _from_data(path: str, data: Any, kind: str = "block") -> BlockRanges:
+    """A block or a stem of a state, every value checked."""
+    what = f"load_quantization_state: {kind} {path!r} of the state"
     try:
         shapes = tuple(tuple(int(size) for size in shape) for shape in data["weights"])
         ranges = tuple(Quantization(float(step), int(zero)) for step, zero in data["ranges"])

@@ -7,10 +7,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support import Run
+from support import Run, processes
 from support.results import ROOT
 from support.results_schema import check_kernels_document
 
@@ -106,17 +109,28 @@ def test_on_gpu_ends_a_step_that_takes_too_long(tmp_path: Path) -> None:
     assert "out of time" in out
 
 
+def rehearsal() -> tuple[int, str, dict[str, Any], str]:
+    """Exit code and output of bench/on_gpu.sh, and the files that it has written."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        environment = {
+            **processes.current_environment(), "PYTHON": sys.executable, "WHEEL": "none",
+            "DEVICE": "cpu", "MODELS": "resnet18", "BATCHES": "1", "ROUNDS": "1",
+            "ONLY": "kernels-first|report", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }  # fmt: skip
+        command = ["bash", str(ROOT / "bench" / "on_gpu.sh"), name]
+        status, out, err = processes.run_command(command, 600, environment, processes.TESTS)
+        written = folder / "kernels-first.json", folder / "report.html"
+        if status != 0 or not all(path.is_file() for path in written):
+            return status, out + err, {}, ""
+        return status, out + err, json.loads(written[0].read_text()), written[1].read_text()
+
+
 @pytest.mark.slow
-def test_on_gpu_rehearses_with_the_real_commands(tmp_path: Path) -> None:
-    process = subprocess.run(
-        ["bash", str(ROOT / "bench" / "on_gpu.sh"), str(tmp_path)],
-        capture_output=True, text=True, timeout=600,
-        env={
-            **os.environ, "PYTHON": sys.executable, "WHEEL": "none", "DEVICE": "cpu",
-            "MODELS": "resnet18", "BATCHES": "1", "ROUNDS": "1", "ONLY": "kernels-first|report",
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        },
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout + process.stderr
-    check_kernels_document(json.loads((tmp_path / "kernels-first.json").read_text()))
-    assert "<img" in (tmp_path / "report.html").read_text()
+@pytest.mark.ahead(lambda: rehearsal())
+def test_on_gpu_rehearses_with_the_real_commands(ahead: Callable[[], Any]) -> None:
+    status, said, kernels, report = ahead()
+    assert status == 0, said
+    check_kernels_document(kernels)
+    assert "<img" in report

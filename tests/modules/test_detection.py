@@ -10,6 +10,7 @@ from torchvision.models import segmentation
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -103,7 +104,8 @@ def test_a_detector_from_images_to_losses_and_boxes():
         norm_layer=FrozenBatchNorm2d,
         trainable_layers=3,
     )
-    eager = randomize_(FasterRCNN(backbone, num_classes=4, min_size=64, max_size=96), seed=3)
+    heads = {"box_head": TwoMLPHead(256 * 7**2, 64), "box_predictor": FastRCNNPredictor(64, 4)}
+    eager = randomize_(FasterRCNN(backbone, min_size=64, max_size=96, **heads), seed=3)
     eager = eager.double().train()
     fused = fused_copy(eager)
     images = list(image_batch(2, 64).double().abs())
@@ -122,7 +124,14 @@ def test_a_detector_from_images_to_losses_and_boxes():
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet101"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fcn_resnet50",
+        "deeplabv3_resnet50",
+        pytest.param("deeplabv3_resnet101", marks=pytest.mark.whole),
+    ],
+)
 def test_segmentation(name):
     """With the auxiliary classifier, which reads a stage in the middle."""
     torch.manual_seed(1)

@@ -412,7 +412,8 @@ def test_tracers(network):
         expected, exact = eager(x), double_copy(eager)(x.double())
         program = torch.export.export(fused, (x,))
         assert any("fused_resnet.conv_bn_act" in str(node.target) for node in program.graph.nodes)
-        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=True)
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        torch._dynamo.mark_dynamic(x, 0)
         made = torch.fx.experimental.proxy_tensor.make_fx(fused)(x)
         assert any("fused_resnet.conv_bn_act" in str(node.target) for node in made.graph.nodes)
         for run in (program.module(), compiled, torch.jit.script(fused), made):

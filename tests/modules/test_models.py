@@ -30,16 +30,26 @@ from fused_resnet.testing import assert_error_rule, randomize_
 
 BF16_AND_FP32 = [torch.float32, torch.bfloat16]
 
+# Of one block a stage: the layers of networks that run with `--whole` alone.
+SHORT = {
+    "short resnext": {"groups": 32, "width_per_group": 4},
+    "short wide resnet": {"width_per_group": 128},
+}
+NETWORKS = [*EVERY_MODEL, *SHORT]
+
 
 def build(name, dtype=torch.float32, **arguments):
-    """The torchvision model with seeded random weights and statistics, in eval mode."""
-    model = getattr(torchvision.models, name)(**arguments)
+    """The network with seeded random weights and statistics, in eval mode."""
+    if name in SHORT:
+        model = ResNet(Bottleneck, [1, 1, 1, 1], **SHORT[name], **arguments)
+    else:
+        model = getattr(torchvision.models, name)(**arguments)
     randomize_(model, seed=2)
     return model.to(dtype).eval()
 
 
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
-@pytest.mark.parametrize("name", EVERY_MODEL)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_inference(name, dtype):
     """Fused against eager by the error rule, channels_last, on the backend a user gets."""
     eager = build(name, dtype).to(memory_format=torch.channels_last)
@@ -58,7 +68,7 @@ def statistics(model):
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
-@pytest.mark.parametrize("name", EVERY_MODEL)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_gradients(name, dtype, mode):
     """Gradients of every parameter and of the input by the error rule."""
     eager = build(name, dtype).train(mode == "train")
@@ -89,7 +99,7 @@ def test_the_rule_for_gradients_sees_a_fault_of_one_weight(monkeypatch, layer, d
 
 
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
-@pytest.mark.parametrize("name", EVERY_MODEL)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_running_statistics(name, dtype):
     """A forward pass in train mode updates every buffer as eager does."""
     eager = build(name, dtype).train()
@@ -215,7 +225,7 @@ def test_gradients_of_variants(backend, variant, mode):
     """In float64, where a wrong formula shows."""
     eager = build_variant(variant).double().train(mode == "train").to(backend.device)
     fused = fused_resnet.fuse(copy.deepcopy(eager))
-    x = image_batch(4, 48).double().to(backend.device)
+    x = image_batch(3, 40).double().to(backend.device)
     out, ours = parameter_gradients(fused, x)
     expected, theirs = parameter_gradients(eager, x)
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
@@ -249,7 +259,7 @@ def test_blocks_take_torchvisions_constructor_arguments(backend):
         built.load_state_dict(eager.state_dict(), strict=True)
         assert isinstance(built.layer1[0], block)
         assert type(built.layer1[0]) is ours
-        x = image_batch(2, 40).to(backend.device)
+        x = image_batch(1, 32).to(backend.device)
         with torch.no_grad():
             assert_error_rule(built(x), eager(x), double_copy(eager)(x.double()))
             same = fused_resnet.fuse(copy.deepcopy(eager)).layer1

@@ -159,7 +159,7 @@ UPDATES = {
 @pytest.mark.parametrize("update", UPDATES)
 def test_updates_between_calls(update, gradients):
     """After every kind of update: what a fresh copy gives, bit for bit, and what eager gives."""
-    eager = small_resnet()
+    eager = small_resnet(stages=2)
     watch = "full" if update == "one element of data" else "sample"
     fused = fused_resnet.fuse(copy.deepcopy(eager), watch=watch)
     x = image_batch(2, 40)

@@ -309,7 +309,8 @@ def test_tracers():
         expected, exact = eager(x), double_copy(eager)(x.double())
         program = torch.export.export(fused, (x,))
         assert any("fused_resnet.conv_bn_act" in str(node.target) for node in program.graph.nodes)
-        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=True)
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        torch._dynamo.mark_dynamic(x, 0)
         for run in (program.module(), torch.jit.script(fused), compiled):
             assert_error_rule(run(x), expected, exact)
     torch._dynamo.reset()

@@ -45,7 +45,7 @@ def fresh_compiler():
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compile_fullgraph(backend, block, compiler):
     """One graph, no breaks, our operators in it, in both gradient modes."""
-    eager, fused = pair(block)
+    eager, fused = pair(block, stages=2)
     eager, fused = eager.to(backend.device), fused.to(backend.device)
     x = image_batch(2, 32).to(backend.device)
     compiled = torch.compile(fused, fullgraph=True, backend=compiler)
@@ -79,7 +79,7 @@ def test_compile_sees_our_operators():
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_compile_gradients(mode):
     """Forward and backward through AOT autograd, in float64."""
-    eager, fused = pair("basic")
+    eager, fused = pair("basic", stages=2)
     eager, fused = eager.double().train(mode == "train"), fused.double().train(mode == "train")
     x = image_batch(4, 32).double()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")

@@ -332,8 +332,9 @@ def test_masks_that_no_bits_are_kept_of(shape, memory_format):
 
 
 @pytest.mark.parametrize("isa", ["avx2", "none"])
-def test_masks_as_bits_on_other_instruction_sets(isa):
-    rerun_on_instruction_set(isa, __file__, "keeps_masks_as_bits")
+@pytest.mark.ahead(lambda isa: rerun_on_instruction_set(isa, __file__, "keeps_masks_as_bits"))
+def test_masks_as_bits_on_other_instruction_sets(isa, ahead):
+    ahead()
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=["first", "second"])
@@ -352,8 +353,17 @@ def test_masks_as_bits_against_finite_differences(check, strided):
     assert check(evaluate, (x, z, weight, bias))
 
 
+def model_and_images(backend, block, dtype=torch.float32):
+    """A small model and a batch: smaller ones for kernels on the host, which take a minute else."""
+    on_host = backend.how == "on the host"
+    model = small_resnet(BLOCKS[block], stages=2 if on_host else 4)
+    images = image_batch(3, 32, dtype) if on_host else image_batch(4, 48, dtype)
+    return model.to(dtype).to(backend.device), images.to(backend.device)
+
+
 def set_mode(model, mode):
     """Training, inference, frozen statistics with trained parameters, or half of each."""
+    stages = [s for s in (model.layer1, model.layer2, model.layer3, model.layer4) if len(s)]
     if mode == "train":
         model.train()
     elif mode == "eval":
@@ -370,16 +380,16 @@ def set_mode(model, mode):
                 module.requires_grad_(False)
     elif mode == "half and half":
         model.train()
-        model.layer1.eval()
-        model.layer3.eval()
-        for block in (model.layer2[0], model.layer4[0]):
-            block.bn1.eval()
-            block.downsample[1].eval()
+        for stage in stages[::2]:
+            stage.eval()
+        for stage in stages[1::2]:
+            stage[0].bn1.eval()
+            stage[0].downsample[1].eval()
     elif mode == "frozen trunk":
         model.eval()
-        model.layer4.train()
+        stages[-1].train()
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(("layer4", "fc")))
+            parameter.requires_grad_(name.startswith((f"layer{len(stages)}", "fc")))
     else:
         raise ValueError(mode)
 
@@ -391,11 +401,10 @@ MODES = ["train", "eval", "frozen statistics", "frozen parameters", "half and ha
 @pytest.mark.parametrize("block", BLOCKS)
 def test_small_model_in_float64(backend, block, mode):
     """Every gradient and every buffer, exactly enough that a wrong formula cannot hide."""
-    eager = small_resnet(BLOCKS[block]).double().to(backend.device)
+    eager, x = model_and_images(backend, block, torch.float64)
     fused = fused_resnet.fuse(copy.deepcopy(eager))
     for model in (eager, fused):
         set_mode(model, mode)
-    x = image_batch(4, 48).double().to(backend.device)
     out, ours = parameter_gradients(fused, x)
     expected, theirs = parameter_gradients(eager, x)
     assert ours.keys() == theirs.keys()
@@ -412,11 +421,11 @@ def test_small_model_in_float64(backend, block, mode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_small_model_by_the_error_rule(backend, block, mode, dtype):
-    eager = small_resnet(BLOCKS[block]).to(dtype).to(backend.device)
+    eager, x = model_and_images(backend, block, dtype)
     fused = fused_resnet.fuse(copy.deepcopy(eager))
     for model in (eager, fused):
         set_mode(model, mode)
-    assert_gradients_by_error_rule(fused, eager, image_batch(4, 48, dtype).to(backend.device))
+    assert_gradients_by_error_rule(fused, eager, x)
 
 
 @pytest.mark.quick
@@ -424,10 +433,10 @@ def test_small_model_by_the_error_rule(backend, block, mode, dtype):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_autocast(backend, block, training):
     """Under autocast: eager's dtypes everywhere, and errors by the rule."""
-    eager = small_resnet(BLOCKS[block]).train(training).to(backend.device)
+    eager, x = model_and_images(backend, block)
+    eager.train(training)
     fused = fused_resnet.fuse(copy.deepcopy(eager))
     exact = copy.deepcopy(eager).double()
-    x = image_batch(4, 48).to(backend.device)
     with torch.autocast(backend.device, dtype=torch.bfloat16):
         out, ours = parameter_gradients(fused, x)
         expected, theirs = parameter_gradients(eager, x)

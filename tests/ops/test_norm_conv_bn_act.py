@@ -527,17 +527,26 @@ def test_a_pointwise_convolution_of_many_tasks():
         check_rule(case)
 
 
+MAIN_CASES = "sample_shapes or every_kind or nan_and_infinity or rounded_once"
+
+
 @pytest.mark.slow
-def test_avx2():
+@pytest.mark.ahead(
+    lambda: rerun_on_instruction_set("avx2", __file__, f"cpu and ({MAIN_CASES} or drawn_cases)")
+)
+def test_avx2(ahead):
     """The main cases again, on the kernels for processors without AVX-512."""
-    cases = "sample_shapes or every_kind or drawn_cases or nan_and_infinity or rounded_once"
-    rerun_on_instruction_set("avx2", __file__, f"cpu and ({cases})")
+    ahead()
 
 
-def test_amx_emulated():
+@pytest.mark.ahead(
+    lambda: rerun_on_instruction_set(
+        "amx_emulated", __file__, f"cpu and bfloat16 and ({MAIN_CASES})"
+    )
+)
+def test_amx_emulated(ahead):
     """The main cases again, on the kernel for AMX over emulated tiles."""
-    cases = "sample_shapes or every_kind or nan_and_infinity or rounded_once"
-    rerun_on_instruction_set("amx_emulated", __file__, f"cpu and bfloat16 and ({cases})")
+    ahead()
 
 
 @pytest.mark.quick

@@ -31,12 +31,19 @@ INTERNAL = {
     "batch_norm_act_backward_input",
     "batch_norm_act_backward_sums",
     "batch_statistics",
+    "begin_cpu_plan",
     "conv_bn_act_packed",
     "conv_input_gradient",
+    "conv_training",
     "conv_weight_gradient",
     "conv_weight_is_packed",
+    "discard_cpu_plan",
+    "end_cpu_plan",
+    "free_cpu_plan",
     "free_launch_plan",
+    "free_module_guard",
     "make_launch_plan",
+    "make_module_guard",
     "max_pool_gradient",
     "norm_conv_bn_act_packed",
     "norm_vectors",
@@ -47,15 +54,25 @@ INTERNAL = {
     "quantized_copies_match",
     "quantized_kernels",
     "quantized_residual_blocks_packed",
+    "quantized_stem_packed",
     "residual_blocks_packed",
+    "run_cpu_plan",
     "run_launch_plan",
     "train_batch_norm_act",
 }
-# Those of them that no backend's function calls: tested in test_on_stub.py and test_copies.py.
+# Those of them that no backend's function calls: tested in test_on_stub.py, test_copies.py and
+# test_plans.py.
 ELSEWHERE = {
+    "begin_cpu_plan",
+    "discard_cpu_plan",
+    "end_cpu_plan",
+    "free_cpu_plan",
     "free_launch_plan",
+    "free_module_guard",
     "make_launch_plan",
+    "make_module_guard",
     "quantized_copies_match",
+    "run_cpu_plan",
     "run_launch_plan",
 }
 # Those that stand for a backend's kernels in a compiler's graph: tested in test_triton.py.
@@ -205,6 +222,18 @@ def int8_samples(device, dtype):
         yield (*arguments, steps, [120, 0, 0, 0, 0, 0])
 
 
+def stem_samples(device, dtype):
+    """A convolution of 7x7 with its pool, in eight and in sixteen bits."""
+    parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    x = torch.randn(2, 3, 19, 17, device=device).to(dtype)
+    weight = torch.randn(8, 3, 7, 7, device=device).to(dtype)
+    mean = torch.zeros(8, device=device, dtype=parameter_dtype)
+    layer = (weight, mean, torch.ones_like(mean), torch.ones_like(mean), None, 1e-5, None)
+    numbers = ([2, 2], [3, 3], [1, 1], 1, [3, 3], [2, 2], [1, 1])
+    yield (x, *layer, *numbers, 8, 0.03, 120, 0.2)
+    yield (x, *layer, *numbers, 16, 1e-4, 128, 0.2)
+
+
 def quantized_samples(device, dtype):
     """A block with a projection, then one without."""
     shapes = [(12, 8, 3, 3), (12, 12, 3, 3), (12, 8, 1, 1), (16, 6, 3, 3), (12, 16, 1, 1)]
@@ -268,6 +297,8 @@ def samples(name, device, dtype):
         return block_samples(device, dtype)
     if name == "residual_blocks_int8":
         return int8_samples(device, dtype)
+    if name == "conv_bn_act_max_pool_int8":
+        return stem_samples(device, dtype)
     if name == "quantized_residual_blocks":
         return quantized_samples(device, dtype)
     if name == "scale_shift_act":
@@ -398,6 +429,7 @@ def test_internal_operators_keep_to_their_schemas(monkeypatch, name):
         make_norm_conv_case(ConvShape(16, 24, (3, 3))).fused()
     model.train()(image_batch(4, 40)).sum().backward()
     train_on_shared_statistics()
+    train_a_convolution()
     assert calls
     for arguments in calls[:8]:
         torch.library.opcheck(operator, arguments, test_utils=["test_schema"])
@@ -411,6 +443,16 @@ def train_on_shared_statistics():
     total, dot = backends.cpu.batch_norm_act_backward_sums(*arguments)
     sums = Sums(total, dot, x.numel() // 3)
     backends.cpu.batch_norm_act_backward_input(*arguments, sums, True)
+
+
+def train_a_convolution():
+    """As the CPU backend does where there are tiles."""
+    x, weight = image_batch(2, 8), torch.randn(16, 3, 3, 3)
+    norm = Norm(torch.zeros(3), torch.ones(3), None, None, 1e-5)
+    one = (1, 1)
+    geometry = (*one, *one, *one, 1)
+    for before in ((None, None, None, None, 0.0), norm):
+        backends.cpu._conv_training(x, weight, None, *geometry, *before, True)
 
 
 @pytest.mark.quick

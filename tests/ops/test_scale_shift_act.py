@@ -16,6 +16,7 @@ from support import (
     dtype_id,
     rerun_on_instruction_set,
     unchanged,
+    unwritten_zeros,
 )
 
 from fused_resnet import _native, reference
@@ -280,7 +281,18 @@ def test_threads_do_not_change_bits():
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_images_further_apart_than_32_bits_count(layout):
+    image, apart = (64, 16, 16), 2**31 + 2**15
+    memory = unwritten_zeros(apart + math.prod(image), torch.bfloat16)
+    x, scale, shift, _ = make((2, *image), torch.bfloat16)
+    x = with_layout(x, layout)
+    distant = memory.as_strided(x.shape, (apart, *x.stride()[1:])).copy_(x)
+    assert torch.equal(operator(distant, scale, shift), operator(x, scale, shift))
+
+
 @pytest.mark.slow
+@pytest.mark.whole
 def test_more_elements_than_32_bits_count():
     """The batch repeats one image through a stride of zero; the output is really that large."""
     image, count = (64, 64, 64), 2**31 // 64**3 + 2
@@ -297,11 +309,14 @@ def test_more_elements_than_32_bits_count():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["avx2", "none"])
-def test_other_instruction_sets(isa):
-    """This file again, on the kernels for processors without AVX-512 and without AVX2."""
-    rerun_on_instruction_set(
+@pytest.mark.ahead(
+    lambda isa: rerun_on_instruction_set(
         isa, __file__, "error_rule and relu or nonfinite or 16_bit or nearest_even"
     )
+)
+def test_other_instruction_sets(isa, ahead):
+    """This file again, on the kernels for processors without AVX-512 and without AVX2."""
+    ahead()
 
 
 def good():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import subprocess
+import tempfile
 import textwrap
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,3 +126,64 @@ def test_code_in_another_process(environment: dict[str, str]) -> None:
     crash = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
     assert processes.run_code(crash, 60, everything)[0] == -11
     assert processes.run_code("print(1)", 60, everything) == (0, "1\n", "")
+
+
+def test_tasks_are_done_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another thread, in the environment of the start; who comes too early does it himself."""
+    begun, let_go = threading.Event(), threading.Event()
+
+    def first() -> tuple[int, str | None]:
+        begun.set()
+        assert let_go.wait(60)
+        environment = processes.current_environment()
+        return threading.get_ident(), environment.get("FUSED_RESNET_TEST")
+
+    def fails() -> None:
+        raise ValueError(threading.get_ident())
+
+    for state in ("_at_start", "_ahead"):
+        monkeypatch.setattr(processes, state, {})
+    monkeypatch.setattr(processes, "_pool", [])
+    monkeypatch.setenv("FUSED_RESNET_TEST", "at the start")
+    own = threading.get_ident()
+    processes.start_ahead({"first": first, "fails": fails, "later": threading.get_ident})
+    assert begun.wait(60)
+    monkeypatch.setenv("FUSED_RESNET_TEST", "since")
+    assert processes.result_of("later", threading.get_ident) == own
+    assert processes.result_of("unknown", threading.get_ident) == own
+    let_go.set()
+    thread, variable = processes.result_of("first", first)
+    assert thread != own
+    assert variable == "at the start"
+    with pytest.raises(ValueError, match=str(thread)):
+        processes.result_of("fails", fails)
+    processes._pool[0].shutdown()
+
+
+def test_what_nobody_asked_for_is_ended() -> None:
+    """A session that ends early waits for no process that it has started ahead."""
+    code = """
+        import os, sys, time
+        from support import processes
+        environment = dict(os.environ)
+        code = "print('on', flush=True); open({path!r}, 'w').close(); import time; time.sleep(600)"
+        path = sys.argv[1]
+        for run in (
+            lambda: processes.run_code(code.format(path=path), 600, environment),
+            lambda: processes.run_command(
+                [sys.executable, "-c", code.format(path=path)], 600, environment, os.getcwd()
+            ),
+        ):
+            processes.start_ahead({1: run, 2: lambda: open(path, "w").close()})
+            while not os.path.exists(path):
+                time.sleep(0.05)
+            os.remove(path)
+            processes.stop()
+            assert not os.path.exists(path)
+        print("ended")
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "running")
+        code = f"import sys; sys.argv = ['', {path!r}]\n" + textwrap.dedent(code)
+        status, out, err = processes.run_code(code, 120, processes.current_environment())
+    assert (status, out) == (0, "ended\n"), err

@@ -377,8 +377,8 @@ def test_report(quantized):
     report = fused_resnet.report(quantized)
     state = fused_resnet.quantization_state(quantized)
     stem, *blocks = report
-    assert (stem.kind, stem.precision, stem.sqnr_db) == ("stem", "float32", None)
-    assert stem.reason == "in floating point: the stem"
+    assert (stem.kind, stem.precision, stem.reason) == ("stem", "int16", "")
+    assert stem.sqnr_db == state["stems"][""]["sqnr_db"]
     for record in blocks:
         assert (record.fused, record.precision, record.reason) == (True, "int8", "")
         assert record.sqnr_db == state["blocks"][record.path]["sqnr_db"]

@@ -1,6 +1,6 @@
 """A process whose CUDA device is `cuda_stub.c`: builds it, and reads what was launched there.
 
-    environment = cuda_stub.environment(folder)  # in the parent
+    environment = cuda_stub.environment(folder, os.environ)  # in the parent
     cuda_stub.Stub().launches()                  # in the child
 
 Tensors of the device "cuda", streams, the caching allocator, Triton's compiler and launcher are the
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +40,12 @@ def missing() -> str | None:
     return None
 
 
-def environment(folder: Path) -> dict[str, str]:
+def environment(folder: Path, others: Mapping[str, str]) -> dict[str, str]:
     """Builds the library in a folder; the variables of a process that takes it for a device.
+
+    Args:
+        folder: of the library, and of what such a process writes.
+        others: variables that it has besides.
 
     Raises:
         RuntimeError: it does not compile.
@@ -57,7 +61,7 @@ def environment(folder: Path) -> dict[str, str]:
     if run.returncode != 0:
         raise RuntimeError(run.stderr)
     cleared = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "FUSED_RESNET_BACKEND")
-    kept = {name: value for name, value in os.environ.items() if name not in cleared}
+    kept = {name: value for name, value in others.items() if name not in cleared}
     return kept | {
         "LD_PRELOAD": str(library),
         "TRITON_LIBCUDA_PATH": str(folder),

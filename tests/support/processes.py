@@ -1,4 +1,8 @@
-"""Processes that run Python code, without waiting for the import of torch every time."""
+"""Processes that run Python code, without waiting for the import of torch every time.
+
+What a test lets another process do, and needs nothing of the test for, is done ahead: one thread
+waits for such processes while the tests before it run, which mostly keep one core busy.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -46,19 +54,23 @@ _LATER = ("FUSED_RESNET_", "ONEDNN_", "PYTEST_")
 class _Server:
     """The process that forks, with the environment it has started with."""
 
-    def __init__(self) -> None:
-        self.environment = dict(os.environ)
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.environment = environment
         self.process = subprocess.Popen(
             [sys.executable, "-c", _SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
             cwd=TESTS,
+            env=environment,
         )
         self.unread = b""
+        self.child: int | None = None
         atexit.register(self.close)
 
     def close(self) -> None:
+        if self.child is not None:
+            os.kill(self.child, signal.SIGKILL)
         self.process.stdin.close()
         self.process.wait()
 
@@ -81,13 +93,15 @@ class _Server:
                 "stderr": err.name,
             }
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            child = self.number(None)
+            self.child = self.number(None)
             try:
                 return self.number(timeout), out.read(), err.read()
             except TimeoutError:
-                os.kill(child, signal.SIGKILL)
+                os.kill(self.child, signal.SIGKILL)
                 self.number(None)
                 raise subprocess.TimeoutExpired(code, timeout) from None
+            finally:
+                self.child = None
 
     def number(self, timeout: float | None) -> int:
         """The next line of the process: a child, or what it ended with."""
@@ -101,7 +115,8 @@ class _Server:
         return int(line)
 
 
-_servers: list[_Server] = []
+# By the thread that they work for and what Triton, imported with torch, does with kernels.
+_servers: dict[tuple[int, str | None], _Server] = {}
 
 
 def run_code(code: str, timeout: float, environment: dict[str, str]) -> tuple[int, str, str]:
@@ -118,16 +133,84 @@ def run_code(code: str, timeout: float, environment: dict[str, str]) -> tuple[in
     Raises:
         subprocess.TimeoutExpired: after the process has been killed.
     """
-    if not _servers and hasattr(os, "fork"):
-        _servers.append(_Server())
-    if _servers and _servers[0].can_run(environment):
-        return _servers[0].run(code, timeout, environment)
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
+    interpret = {k: v for k, v in environment.items() if k == "TRITON_INTERPRET"}
+    key = (threading.get_ident(), interpret.get("TRITON_INTERPRET"))
+    if key not in _servers and hasattr(os, "fork"):
+        _servers[key] = _Server({**current_environment(), **interpret})
+    if key in _servers and _servers[key].can_run(environment):
+        return _servers[key].run(code, timeout, environment)
+    return run_command([sys.executable, "-c", code], timeout, environment, TESTS)
+
+
+def run_command(
+    command: Sequence[str | Path], timeout: float, environment: dict[str, str], folder: Path
+) -> tuple[int, str, str]:
+    """Runs a command in `folder`: its exit status, output and errors.
+
+    Raises:
+        subprocess.TimeoutExpired: after the process has been killed.
+    """
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
         env=environment,
-        cwd=TESTS,
+        cwd=folder,
     )
-    return result.returncode, result.stdout, result.stderr
+    _commands.add(process)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException:
+        process.kill()
+        process.communicate()
+        raise
+    finally:
+        _commands.discard(process)
+    return process.returncode, out, err
+
+
+_commands: set[subprocess.Popen[str]] = set()
+_at_start: dict[str, str] = {}
+_ahead: dict[object, Future[Any]] = {}
+_pool: list[ThreadPoolExecutor] = []
+
+
+def current_environment() -> dict[str, str]:
+    """The environment: ahead of a test that of the start, whatever tests have changed since."""
+    if threading.current_thread() is threading.main_thread() or not _at_start:
+        return dict(os.environ)
+    return dict(_at_start)
+
+
+def start_ahead(tasks: dict[object, Callable[[], Any]]) -> None:
+    """Calls functions, which only wait for processes, one after another in another thread."""
+    _at_start.update(os.environ)
+    _pool.append(ThreadPoolExecutor(1))
+    _ahead.update({key: _pool[0].submit(task) for key, task in tasks.items()})
+
+
+def result_of(key: object, task: Callable[[], Any]) -> Any:
+    """What a task that may have been started ahead returns, or raises.
+
+    One that the other thread has not come to is called here and now.
+    """
+    future = _ahead.pop(key, None)
+    if future is None or future.cancel():
+        return task()
+    return future.result()
+
+
+def stop() -> None:
+    """Ends what was started ahead and nobody has asked for."""
+    for pool in _pool:
+        pool.shutdown(wait=False, cancel_futures=True)
+    for process in list(_commands):
+        process.kill()
+    for key in list(_servers):
+        server = _servers.pop(key)
+        atexit.unregister(server.close)
+        server.close()
+    for pool in _pool:
+        pool.shutdown()
+    _pool.clear()

@@ -14,10 +14,12 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/conv_layer.h"
+#include "cpu/inference_plan.h"
 #include "cpu/quantized/layers.h"
 #include "memory_format.h"
 
@@ -200,8 +202,77 @@ std::vector<Block> make_blocks(const Tensor& input, const std::vector<Tensor>& p
   return blocks;
 }
 
-// The blocks; nothing where a projection is more than a 1x1, or the last convolution beside one is
-// strided. `numbers` holds for every convolution K, C, R, S, stride, padding, dilation and groups.
+// Blocks on an input of one size, their weights packed.
+class ByteBlocks : public PlanStep {
+ public:
+  ByteBlocks(const Tensor& input, std::vector<Tensor> packed, const std::vector<int64_t>& numbers,
+             const std::vector<int64_t>& layer_counts, const std::vector<int64_t>& projections,
+             const std::vector<double>& shortcut_scales, double step, int64_t zero_point,
+             double output_step, const std::string& kernels_name)
+      : packed_(std::move(packed)),
+        kernels_(byte_kernels(kOp, kernels_name)),
+        blocks_(make_blocks(input, packed_, numbers, layer_counts, projections, shortcut_scales)),
+        step_(step),
+        zero_point_(zero_point),
+        output_step_(output_step) {}
+
+  // Whether no projection is more than a 1x1, and no last convolution beside one is strided.
+  bool are_covered() const {
+    for (const Block& block : blocks_) {
+      if (!block.has_projection) continue;
+      const ByteLayer& last = block.last();
+      if (!block.layers.back().is_pointwise() || last.stride_h != 1 || last.stride_w != 1) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  Tensor run(const Tensor& input) const override {
+    const ByteLayer& end = blocks_.back().last();
+    const int64_t N = input.size(0);
+    Tensor output = empty_activation(N, end.filter.K, end.P, end.Q, input.scalar_type(),
+                                     is_channels_last(input));
+    if (N == 0) return output;
+
+    // What a block reads: its first convolution, with its padding, and its shortcut.
+    const auto images_for = [&](const Block& reader) {
+      const ByteLayer& first = reader.layers[0];
+      const int64_t beyond = std::max(first.beyond(), reader.layers.back().beyond());
+      return std::make_unique<Images>(kOp,
+                                      ByteImages{nullptr, N, first.filter.C * first.filter.groups,
+                                                 first.H, first.W, first.pad_h, first.pad_w},
+                                      beyond);
+    };
+    std::unique_ptr<Images> current = images_for(blocks_[0]);
+    current->fill_halo(static_cast<int>(zero_point_));
+    quantize_input(kernels_, input, static_cast<float>(1 / step_), zero_point_, current->view);
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      const ByteLayer& last = blocks_[i].last();
+      std::unique_ptr<Images> next =
+          i + 1 < blocks_.size()
+              ? images_for(blocks_[i + 1])
+              : std::make_unique<Images>(
+                    kOp, ByteImages{nullptr, N, last.filter.K, last.P, last.Q, 0, 0}, 0);
+      next->fill_halo(0);
+      run_block(kernels_, blocks_[i], current->view, i == 0 ? zero_point_ : 0, next->view);
+      current = std::move(next);
+    }
+    dequantize_output(kernels_, current->view, static_cast<float>(output_step_), output);
+    return output;
+  }
+
+ private:
+  const std::vector<Tensor> packed_;
+  const ByteKernels& kernels_;
+  const std::vector<Block> blocks_;
+  const double step_;
+  const int64_t zero_point_;
+  const double output_step_;
+};
+
+// The blocks; nothing where they are not covered. `numbers` holds for every convolution K, C, R, S,
+// stride, padding, dilation and groups.
 std::optional<Tensor> quantized_residual_blocks_packed(
     Tensor input, std::vector<Tensor> packed, std::vector<int64_t> numbers,
     std::vector<int64_t> layer_counts, std::vector<int64_t> projections,
@@ -214,46 +285,14 @@ std::optional<Tensor> quantized_residual_blocks_packed(
              ", must be finite and above zero");
   }
   byte_float_type(kOp, input.scalar_type());
-  const ByteKernels& kernels = byte_kernels(kOp, kernels_name);
-  const std::vector<Block> blocks =
-      make_blocks(input, packed, numbers, layer_counts, projections, shortcut_scales);
-  for (const Block& block : blocks) {
-    if (!block.has_projection) continue;
-    const ByteLayer& last = block.last();
-    if (!block.layers.back().is_pointwise() || last.stride_h != 1 || last.stride_w != 1) {
-      return std::nullopt;
-    }
+  auto blocks =
+      std::make_unique<ByteBlocks>(input, std::move(packed), numbers, layer_counts, projections,
+                                   shortcut_scales, step, zero_point, output_step, kernels_name);
+  if (!blocks->are_covered()) return std::nullopt;
+  Tensor output = blocks->run(input);
+  if (PlanRecording* recording = plan_recording()) {
+    recording->add(input, output, std::move(blocks));
   }
-  const ByteLayer& end = blocks.back().last();
-  const int64_t N = input.size(0);
-  Tensor output =
-      empty_activation(N, end.filter.K, end.P, end.Q, input.scalar_type(), is_channels_last(input));
-  if (N == 0) return output;
-
-  // What a block reads: its first convolution, with its padding, and its shortcut.
-  const auto images_for = [&](const Block& reader) {
-    const ByteLayer& first = reader.layers[0];
-    const int64_t beyond = std::max(first.beyond(), reader.layers.back().beyond());
-    return std::make_unique<Images>(kOp,
-                                    ByteImages{nullptr, N, first.filter.C * first.filter.groups,
-                                               first.H, first.W, first.pad_h, first.pad_w},
-                                    beyond);
-  };
-  std::unique_ptr<Images> current = images_for(blocks[0]);
-  current->fill_halo(static_cast<int>(zero_point));
-  quantize_input(kernels, input, static_cast<float>(1 / step), zero_point, current->view);
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    const ByteLayer& last = blocks[i].last();
-    std::unique_ptr<Images> next =
-        i + 1 < blocks.size()
-            ? images_for(blocks[i + 1])
-            : std::make_unique<Images>(
-                  kOp, ByteImages{nullptr, N, last.filter.K, last.P, last.Q, 0, 0}, 0);
-    next->fill_halo(0);
-    run_block(kernels, blocks[i], current->view, i == 0 ? zero_point : 0, next->view);
-    current = std::move(next);
-  }
-  dequantize_output(kernels, current->view, static_cast<float>(output_step), output);
   return output;
 }
 

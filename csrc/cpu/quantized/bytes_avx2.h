@@ -56,6 +56,10 @@ FR_BYTES_INLINE void store_bytes(uint8_t* p, Ints x) {
   const __m128i words = _mm_packus_epi32(low, high);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
+FR_BYTES_INLINE void store_words(uint16_t* p, Ints x) {
+  const __m128i low = _mm256_castsi256_si128(x), high = _mm256_extracti128_si256(x, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+}
 
 }  // namespace
 }  // namespace fused_resnet::cpu

@@ -54,6 +54,9 @@ FR_BYTES_INLINE Ints round_between(Floats x, Floats least, Floats most) {
 FR_BYTES_INLINE void store_bytes(uint8_t* p, Ints x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
+FR_BYTES_INLINE void store_words(uint16_t* p, Ints x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
+}
 
 }  // namespace
 }  // namespace fused_resnet::cpu

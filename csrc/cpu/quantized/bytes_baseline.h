@@ -56,6 +56,9 @@ inline Ints round_between(Floats x, Floats least, Floats most) {
 inline void store_bytes(uint8_t* p, Ints x) {
   *p = static_cast<uint8_t>(x);
 }
+inline void store_words(uint16_t* p, Ints x) {
+  *p = static_cast<uint16_t>(x);
+}
 
 }  // namespace
 }  // namespace fused_resnet::cpu

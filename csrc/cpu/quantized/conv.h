@@ -136,7 +136,9 @@ struct ByteConv {
   ByteImages added;  // of `bytes`, with the output's pixels, and their zero point
   int32_t added_zero_point;
   float shortcut_scale;
-  // Of a projection: pixels that lie as those of `in` from `origin` on do, so many bytes apart.
+  // Of a projection: pixels that lie as those of `in` from `origin` on do, so many bytes apart; or,
+  // if `doubled`, a second weight for the filter's own.
+  bool doubled;
   const uint8_t* projected;
   ByteFilter projection;
   ByteWeight projection_weight;
@@ -168,6 +170,10 @@ struct ByteKernels {
   // clamp(round(source * inverse), -zero_point, 255 - zero_point) + zero_point; NaN becomes 0.
   void (*quantize)(ByteFloats type, const void* source, int64_t count, float inverse,
                    int32_t zero_point, uint8_t* target);
+  // clamp(round(source * inverse), -32639, 32639) + 32896: both bytes of a signed number, its upper
+  // and its lower part, with 128 added; NaN becomes the least.
+  void (*quantize_words)(ByteFloats type, const void* source, int64_t count, float inverse,
+                         uint16_t* target);
   // source * step
   void (*dequantize)(ByteFloats type, const uint8_t* source, int64_t count, float step,
                      void* target);

@@ -10,10 +10,13 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/conv_layer.h"
+#include "cpu/inference_plan.h"
 
 namespace fused_resnet::cpu {
 namespace {
@@ -110,30 +113,64 @@ bool vector_matches(const Tensor& vector, const Tensor& copy) {
   return true;
 }
 
+// As a step of a plan its weights and vectors are lent ones.
+class Copies : public PlanStep {
+ public:
+  Copies(std::vector<Tensor> weights, std::vector<Tensor> bytes, std::vector<Tensor> steps,
+         std::vector<Tensor> vectors, std::vector<Tensor> copies)
+      : weights_(std::move(weights)),
+        bytes_(std::move(bytes)),
+        steps_(std::move(steps)),
+        vectors_(std::move(vectors)),
+        copies_(std::move(copies)) {
+    FR_CHECK(weights_.size() == bytes_.size() && weights_.size() == steps_.size() &&
+                 vectors_.size() == copies_.size(),
+             kOp, ": ", weights_.size(), " weights, ", bytes_.size(), " eight-bit ones, ",
+             steps_.size(), " steps; ", vectors_.size(), " vectors, ", copies_.size(), " copies");
+    for (size_t i = 0; i < weights_.size(); ++i) check_weight(weights_[i], bytes_[i], steps_[i]);
+    for (size_t i = 0; i < vectors_.size(); ++i) check_vector(vectors_[i], copies_[i]);
+  }
+
+  int64_t checks() const override {
+    return static_cast<int64_t>(weights_.size() + vectors_.size());
+  }
+  bool is_current(int64_t check) const override {
+    static std::atomic<uint64_t> calls{0};
+    const auto i = static_cast<size_t>(check);
+    if (i >= weights_.size()) {
+      return vector_matches(vectors_[i - weights_.size()], copies_[i - weights_.size()]);
+    }
+    const uint64_t call = calls.fetch_add(1, std::memory_order_relaxed);
+    return sample_matches(weights_[i], bytes_[i], steps_[i], call);
+  }
+
+  bool only_checks() const override { return true; }
+  Tensor run(const Tensor& input) const override { return input; }
+
+ private:
+  const std::vector<Tensor> weights_, bytes_, steps_, vectors_, copies_;
+};
+
 bool quantized_copies_match(std::vector<Tensor> weights, std::vector<Tensor> bytes,
                             std::vector<Tensor> steps, std::vector<Tensor> vectors,
                             std::vector<Tensor> copies) {
-  FR_CHECK(weights.size() == bytes.size() && weights.size() == steps.size() &&
-               vectors.size() == copies.size(),
-           kOp, ": ", weights.size(), " weights, ", bytes.size(), " eight-bit ones, ", steps.size(),
-           " steps; ", vectors.size(), " vectors, ", copies.size(), " copies");
-  static std::atomic<uint64_t> calls{0};
-  const uint64_t call = calls.fetch_add(1, std::memory_order_relaxed);
-  for (size_t i = 0; i < weights.size(); ++i) check_weight(weights[i], bytes[i], steps[i]);
-  for (size_t i = 0; i < vectors.size(); ++i) check_vector(vectors[i], copies[i]);
+  const Copies all(weights, bytes, steps, vectors, copies);
   // They wait for memory, so all threads do.
   std::atomic<bool> same{true};
-  const auto both = static_cast<int64_t>(weights.size() + vectors.size());
-  torch::stable::parallel_for(0, both, 32, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, all.checks(), 32, [&](int64_t begin, int64_t end) {
     bool own = true;
-    for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
-      const size_t v = i - weights.size();
-      own &= i < weights.size() ? sample_matches(weights[i], bytes[i], steps[i], call)
-                                : vector_matches(vectors[v], copies[v]);
-    }
+    for (int64_t i = begin; i < end; ++i) own &= all.is_current(i);
     if (!own) same.store(false, std::memory_order_relaxed);
   });
-  return same.load();
+  if (!same.load()) return false;
+  if (PlanRecording* recording = plan_recording()) {
+    for (Tensor& weight : weights) weight = recording->lent_and_copied(weight);
+    for (Tensor& vector : vectors) vector = recording->lent(vector);
+    recording->add_check(std::make_unique<Copies>(std::move(weights), std::move(bytes),
+                                                  std::move(steps), std::move(vectors),
+                                                  std::move(copies)));
+  }
+  return true;
 }
 
 }  // namespace

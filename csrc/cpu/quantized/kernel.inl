@@ -238,7 +238,7 @@ void run(const ByteConv& conv, const ByteTask& task) {
     }
     multiply_block(product, at.tiles, halves, pending);
     if (projects) {
-      const Product second = {
+      Product second = {
           at.projected[0],
           at.projected[1],
           projection.pixel(),
@@ -249,11 +249,15 @@ void run(const ByteConv& conv, const ByteTask& task) {
           1,
           0,
           0,
-          conv.projection_weight.tiles + block * projection_bytes,
-          sums.other[turn],
+          nullptr,
+          nullptr,
           nullptr,
           nullptr,
       };
+      if (conv.doubled) second = product;
+      second.weight = conv.projection_weight.tiles + block * projection_bytes;
+      second.sums = sums.other[turn];
+      second.prefetch = second.prefetch_end = nullptr;
       multiply_block(second, at.tiles, halves, pending);
     }
     pending.take(pending.pixels);
@@ -339,6 +343,41 @@ void quantize(ByteFloats type, const void* source, int64_t count, float inverse,
     case ByteFloats::bfloat16:
       return quantize_as<Bfloat16Values>(static_cast<const BFloat16*>(source), count, inverse,
                                          zero_point, target);
+  }
+}
+
+template <class V>
+void quantize_words_as(const typename V::Element* source, int64_t count, float inverse,
+                       uint16_t* target) {
+  constexpr float kMost = 127 * 256 + 127;
+  const Floats factor = broadcast(inverse), least = broadcast(-kMost), most = broadcast(kMost);
+  const Ints middle = broadcast_int(128 * 256 + 128);
+  alignas(64) uint16_t words[kLanes];
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t rest = count - i;
+    const Floats x = rest >= kLanes ? V::load(source + i) : V::load(source + i, rest);
+    const Ints q = add_ints(round_between(multiply(x, factor), least, most), middle);
+    if (rest >= kLanes) {
+      store_words(target + i, q);
+    } else {
+      store_words(words, q);
+      for (int64_t k = 0; k < rest; ++k) target[i + k] = words[k];
+    }
+  }
+}
+
+void quantize_words(ByteFloats type, const void* source, int64_t count, float inverse,
+                    uint16_t* target) {
+  switch (type) {
+    case ByteFloats::float32:
+      return quantize_words_as<FloatValues>(static_cast<const float*>(source), count, inverse,
+                                            target);
+    case ByteFloats::float16:
+      return quantize_words_as<HalfValues>(static_cast<const Half*>(source), count, inverse,
+                                           target);
+    case ByteFloats::bfloat16:
+      return quantize_words_as<Bfloat16Values>(static_cast<const BFloat16*>(source), count, inverse,
+                                               target);
   }
 }
 

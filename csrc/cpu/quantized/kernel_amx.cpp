@@ -8,7 +8,7 @@
 #include "cpu/quantized/kernel.inl"
 
 namespace fused_resnet::cpu {
-const ByteKernels kBytesAmx = {"amx", run, quantize, dequantize};
+const ByteKernels kBytesAmx = {"amx", run, quantize, quantize_words, dequantize};
 }
 
 #endif

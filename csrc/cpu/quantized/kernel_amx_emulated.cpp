@@ -6,5 +6,5 @@
 #include "cpu/quantized/kernel.inl"
 
 namespace fused_resnet::cpu {
-const ByteKernels kBytesAmxEmulated = {"amx_emulated", run, quantize, dequantize};
+const ByteKernels kBytesAmxEmulated = {"amx_emulated", run, quantize, quantize_words, dequantize};
 }

@@ -26,7 +26,7 @@ FR_BYTES_INLINE Ints dot(Ints sums, Ints pixels, Ints weights) {
 #include "cpu/quantized/kernel.inl"
 
 namespace fused_resnet::cpu {
-const ByteKernels kBytesAvx2 = {"avx2", run, quantize, dequantize};
+const ByteKernels kBytesAvx2 = {"avx2", run, quantize, quantize_words, dequantize};
 }
 
 #endif

@@ -20,7 +20,7 @@ FR_BYTES_INLINE Ints dot(Ints sums, Ints pixels, Ints weights) {
 #include "cpu/quantized/kernel.inl"
 
 namespace fused_resnet::cpu {
-const ByteKernels kBytesAvx512Vnni = {"avx512 vnni", run, quantize, dequantize};
+const ByteKernels kBytesAvx512Vnni = {"avx512 vnni", run, quantize, quantize_words, dequantize};
 }
 
 #endif

@@ -21,7 +21,7 @@ FR_BYTES_INLINE Ints dot(Ints sums, Ints pixels, Ints weights) {
 #include "cpu/quantized/kernel.inl"
 
 namespace fused_resnet::cpu {
-const ByteKernels kBytesAvxVnni = {"avx vnni", run, quantize, dequantize};
+const ByteKernels kBytesAvxVnni = {"avx vnni", run, quantize, quantize_words, dequantize};
 }
 
 #endif

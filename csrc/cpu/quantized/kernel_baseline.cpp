@@ -22,5 +22,5 @@ inline Ints dot(Ints sum, Ints pixels, Ints weights) {
 #include "cpu/quantized/kernel.inl"
 
 namespace fused_resnet::cpu {
-const ByteKernels kBytesBaseline = {"baseline", run, quantize, dequantize};
+const ByteKernels kBytesBaseline = {"baseline", run, quantize, quantize_words, dequantize};
 }

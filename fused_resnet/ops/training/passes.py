@@ -166,9 +166,14 @@ class Pass:
 
     def convolve(self, input: Tensor) -> Tensor:
         """The convolution's output, which it keeps."""
-        run = conv2d if self._direct is None else plain_conv2d
-        self.raw = run(input, self.weight, self.bias, *self.layer.geometry)
-        return self.raw
+        raw = None
+        if self._direct is not None:
+            raw = self._direct.convolution(input, self.weight, self.bias, self.layer.geometry)
+        if raw is None:
+            run = conv2d if self._direct is None else plain_conv2d
+            raw = run(input, self.weight, self.bias, *self.layer.geometry)
+        self.raw = raw
+        return raw
 
     def normalize(self, raw: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """With the batch's statistics, which it keeps."""

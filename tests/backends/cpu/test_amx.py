@@ -28,6 +28,7 @@ from support import (
 from torchvision.models.resnet import BasicBlock
 
 import fused_resnet
+from fused_resnet.layers.description import Norm
 
 TILES = torch.ops.fused_resnet.conv_tile_isa()
 # Then float32 is on tiles wherever they can run it.
@@ -171,6 +172,67 @@ def test_gradient_in_the_input(add, dtype):
         assert (
             error <= expected.abs() * torch.finfo(dtype).eps + 2e-6 * expected.abs().max()
         ).all()
+
+
+@needs_tiles
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_in_training(dtype):
+    """The convolution, with a norm before it, and its output's statistics, on any threads."""
+    cpu = fused_resnet.backends.cpu
+    generator = torch.Generator().manual_seed(0)
+    threads = torch.get_num_threads()
+    for c, k, taps, stride, padding, groups in (
+        (64, 96, 3, 1, 1, 1),
+        (33, 70, 3, 2, 1, 1),
+        (64, 160, 1, 1, 0, 1),
+        (3, 40, 7, 2, 3, 1),
+        (64, 96, 3, 1, 1, 2),
+    ):
+        size = (3, c, 19, 17) if TILES == "amx" else (2, c, 9, 8)
+        x = torch.randn(size, generator=generator) + 1
+        weight = torch.randn(k, c // groups, taps, taps, generator=generator)
+        x, weight = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        bias = torch.randn(k, generator=generator).to(dtype) * 30  # a mean that is not near zero
+        geometry = ((stride,) * 2, (padding,) * 2, (1, 1), groups)
+        mean, bn_weight, bn_bias = torch.randn(3, c, generator=generator)
+        norm = Norm(mean, torch.rand(c, generator=generator) + 0.5, bn_weight, bn_bias, 1e-5)
+        for before in (None, norm):
+            found = []
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                found.append(cpu.conv_batch_norm_statistics(x, weight, bias, geometry, before))
+            torch.set_num_threads(threads)
+            for one in found[1:]:
+                assert all(map(torch.equal, one, found[0]))
+            out, mean, variance = found[0]
+            h = x if before is None else cpu.batch_norm_act_inference(x, norm, None, "relu")
+            exact = F.conv2d(h.double(), weight.double(), bias.double(), stride, padding, 1, groups)
+            error = (out.double() - exact).abs()
+            limit = exact.abs() * torch.finfo(dtype).eps + 2e-6 * exact.abs().max()
+            assert (error <= limit).all()
+            values = out.double().transpose(0, 1).flatten(1)
+            torch.testing.assert_close(mean.double(), values.mean(1), rtol=2e-7, atol=1e-6)
+            expected = values.var(1, unbiased=False)
+            torch.testing.assert_close(variance.double(), expected, rtol=1e-6, atol=0)
+            if before is None:
+                assert torch.equal(cpu.convolution(x, weight, bias, geometry), out)
+
+
+@needs_tiles
+def test_statistics_that_float32_cannot_sum():
+    """Squares that overflow or underflow, and what is not finite: as of the output by itself."""
+    cpu = fused_resnet.backends.cpu
+    x = torch.randn(2, 32, 9, 7).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(40, 32, 1, 1)
+    geometry = ((1, 1), (0, 0), (1, 1), 1)
+    for scale in (1e22, 1e-18, torch.inf, torch.nan):
+        scaled = x * scale
+        if not torch.isfinite(torch.tensor(scale)):
+            scaled = x.clone(memory_format=torch.preserve_format)
+            scaled[1, 3, 4, 5] = scale
+        out, *found = cpu.conv_batch_norm_statistics(scaled, weight, None, geometry, None)
+        for one, expected in zip(found, cpu.batch_statistics(out), strict=True):
+            torch.testing.assert_close(one, expected, rtol=1e-6, atol=0, equal_nan=True)
 
 
 @needs_tiles
@@ -415,29 +477,40 @@ print(digest.hexdigest())
 """
 
 
+def digests(dtype: str, allowed: str) -> list[str]:
+    """What each instruction set computes, as a digest."""
+    code = BITS.replace("sys.argv[1:]", repr((dtype, allowed)))
+    sets = ("amx", "amx_emulated", "avx512")
+    return [run_python(code, FUSED_RESNET_CPU_ISA=isa) for isa in sets]
+
+
 @needs_amx
 @pytest.mark.parametrize(
     ("dtype", "allowed"),
     [("bfloat16", "none"), ("float32", "none"), ("float32", "tf32"), ("float32", "bf16")],
 )
-def test_emulated_tiles_have_the_units_bits(dtype, allowed):
+@pytest.mark.ahead(lambda dtype, allowed: digests(dtype, allowed))
+def test_emulated_tiles_have_the_units_bits(dtype, allowed, ahead):
     """Rounding, subnormals and the order of sums: what the emulation says is what the unit does."""
-    code = BITS.replace("sys.argv[1:]", repr((dtype, allowed)))
-    unit = run_python(code, FUSED_RESNET_CPU_ISA="amx")
-    assert unit == run_python(code, FUSED_RESNET_CPU_ISA="amx_emulated")
+    unit, emulated, vectors = ahead()
+    assert unit == emulated
     # And the comparison can fail: vectors add in another order.
-    assert unit != run_python(code, FUSED_RESNET_CPU_ISA="avx512")
+    assert unit != vectors
 
 
-def test_over_emulated_tiles():
+@pytest.mark.ahead(
+    lambda: rerun_on_instruction_set("amx_emulated", __file__, "not threads and not bits")
+)
+def test_over_emulated_tiles(ahead):
     """This file's cases again, on any processor."""
-    rerun_on_instruction_set("amx_emulated", __file__, "not threads and not bits")
+    ahead()
 
 
 @needs_amx
-def test_all_on_tiles():
+@pytest.mark.ahead(lambda: rerun_on_instruction_set("amx", __file__, "float32"))
+def test_all_on_tiles(ahead):
     """And where there is the unit, float32 on it even where vectors are faster."""
-    rerun_on_instruction_set("amx", __file__, "float32")
+    ahead()
 
 
 def machine_code(code: bytes):

@@ -8,12 +8,15 @@ from support import assert_same_bits
 
 from fused_resnet import reference
 from fused_resnet.backends import cpu
+from fused_resnet.layers.description import ConvNorm, Norm, Pool
 from fused_resnet.layers.quantized import (
     LARGEST_REDUCTION,
     Quantization,
     QuantizedBlock,
     QuantizedConv,
+    quantized_stem,
 )
+from fused_resnet.layers.ranges import float32
 
 KERNELS = torch.ops.fused_resnet.quantized_kernels().split(",")
 OUTPUT = Quantization(torch.tensor(0.1).item())
@@ -194,6 +197,118 @@ def test_what_the_kernels_leave_to_the_reference():
     expected = reference.quantized_residual_blocks(x, blocks, stored(), OUTPUT)
     out = cpu.Cpu().quantized_residual_blocks(x, blocks, stored(), OUTPUT)
     assert_same_bits(out, expected)
+
+
+def stem(K, C, filter, pool, bits, stride=1, padding=0, dilation=1):
+    """A stem whose outputs fill the range of a byte, and how its input and output are stored."""
+    weight, vectors = torch.randn(K, C, *filter), torch.rand(4, K)
+    norm = Norm(vectors[0] - 0.5, vectors[1] + 0.5, vectors[2] + 0.5, vectors[3] - 0.5, 1e-5)
+    geometry = ((stride, stride), (padding, padding), (dilation, dilation), 1)
+    high = 3 * (C * filter[0] * filter[1]) ** 0.5
+    output = Quantization(float32(high / 255))
+    input = Quantization(float32(4 / 32639), 128) if bits == 16 else Quantization(0.03125, 117)
+    layer = ConvNorm(weight, norm, None, *geometry)
+    return quantized_stem(layer, Pool(*pool), bits, input, output), input, output
+
+
+NO_POOL, POOL = ((1, 1), (1, 1), (0, 0)), ((3, 3), (2, 2), (1, 1))
+STEMS = {
+    "7x7": (64, 3, (7, 7), POOL, 2, 3, 1, (2, 3, 31, 45)),
+    "one channel": (16, 1, (3, 3), NO_POOL, 1, 1, 1, (3, 1, 8, 8)),
+    "tails": (20, 5, (5, 3), ((2, 4), (1, 3), (1, 2)), 1, 2, 1, (1, 5, 9, 20)),
+    "many channels": (36, 12, (3, 3), POOL, 2, 1, 1, (1, 12, 12, 40)),
+    "dilation": (16, 3, (3, 3), POOL, 1, 2, 2, (1, 3, 10, 11)),
+    "one pixel": (16, 3, (1, 1), NO_POOL, 3, 0, 1, (2, 3, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("shape", STEMS)
+def test_stem_bits(shape, bits, kernels):
+    torch.manual_seed(7)
+    K, C, filter, pool, stride, padding, dilation, size = STEMS[shape]
+    made, input, output = stem(K, C, filter, pool, bits, stride, padding, dilation)
+    x = torch.randn(size)
+    expected = reference.quantized_stem(x, made, input, output)
+    assert expected.unique().numel() > min(100, expected.numel() // 8)
+    swapped = x.transpose(2, 3).contiguous().transpose(2, 3)
+    for laid in (x, x.contiguous(memory_format=torch.channels_last), swapped):
+        out = cpu.run_quantized_stem(laid, made, input, output, kernels)
+        assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_ends_of_a_stem(dtype, bits, kernels):
+    torch.manual_seed(8)
+    made, input, output = stem(32, 3, (7, 7), POOL, bits, 2, 3)
+    x = (torch.randn(2, 3, 20, 21) * 3).to(dtype)  # beyond the range, too
+    x[0, :, 3, 3] = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype)
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        laid = x.contiguous(memory_format=memory_format)
+        expected = reference.quantized_stem(laid, made, input, output)
+        out = cpu.run_quantized_stem(laid, made, input, output, kernels)
+        assert_same_bits(out, expected)
+        assert out.stride() == expected.stride()
+
+
+def test_a_stem_takes_images_in_groups():
+    """As many at a time as fit the cache, by any number of threads."""
+    torch.manual_seed(9)
+    made, input, output = stem(64, 3, (7, 7), POOL, 16, 2, 3)
+    x = torch.randn(7, 3, 160, 160)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        out = cpu.run_quantized_stem(x, made, input, output)
+        torch.set_num_threads(3)
+        for n in range(7):
+            one = cpu.run_quantized_stem(x[n : n + 1], made, input, output)
+            assert_same_bits(one, out[n : n + 1])
+    finally:
+        torch.set_num_threads(before)
+    assert cpu.run_quantized_stem(x[:0], made, input, output).shape == (0, 64, 40, 40)
+
+
+def packed_stem(**changes):
+    weight, vector = torch.zeros(16, 6, 3, 3, dtype=torch.int8), torch.zeros(16)
+    packed = torch.ops.fused_resnet.pack_quantized_conv(weight, vector, vector, 1, 1, 8)
+    arguments = {
+        "input": torch.zeros(1, 3, 5, 5),
+        "packed": packed,
+        "low": packed,
+        "numbers": [16, 6, 3, 3, 1, 1, 1, 1, 1, 1, 1],
+        "pool": [3, 3, 2, 2, 1, 1],
+        "step": 0.1,
+        "zero_point": 128,
+        "output_step": 0.1,
+        "kernels": "",
+    } | changes
+    return torch.ops.fused_resnet.quantized_stem_packed(*arguments.values())
+
+
+BAD_STEMS = {
+    "input has": {"input": torch.zeros(2, 3, 5)},
+    "float32, float16 or bfloat16": {"input": torch.zeros(1, 3, 5, 5, dtype=torch.float64)},
+    "input channels": {"input": torch.zeros(1, 4, 5, 5)},
+    "packed has": {"packed": torch.zeros(16, dtype=torch.int8)},
+    "the lower weight": {"low": torch.zeros(16, dtype=torch.int8)},
+    "10 numbers": {"numbers": [16, 6, 3, 3, 1, 1, 1, 1, 1, 1]},
+    "6": {"pool": [3, 3, 2, 2, 1]},
+    "pool": {"pool": [3, 3, 0, 2, 1, 1]},
+    "zero_point": {"zero_point": 256},
+    "a step is": {"output_step": math.inf},
+    "no kernels 'sse9'": {"kernels": "sse9"},
+}
+
+
+@pytest.mark.parametrize("match", BAD_STEMS)
+def test_bad_stems(match):
+    assert packed_stem().shape == (1, 16, 3, 3)
+    with pytest.raises((RuntimeError, ValueError), match=match):
+        packed_stem(**BAD_STEMS[match])
 
 
 def packed_call(**changes):

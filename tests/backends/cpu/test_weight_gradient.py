@@ -141,6 +141,7 @@ def test_empty_batches_and_what_is_left_to_the_library():
         torch.ops.fused_resnet.conv_weight_gradient(grad, x, 1, 1, 1, 1, 1, 1, 0, out)
 
 
-def test_over_emulated_tiles():
+@pytest.mark.ahead(lambda: rerun_on_instruction_set("amx_emulated", __file__, "not emulated"))
+def test_over_emulated_tiles(ahead):
     """This file's cases again, on any processor."""
-    rerun_on_instruction_set("amx_emulated", __file__, "not emulated")
+    ahead()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from backends.cuda import mutate_cuda
+from support import processes
 
 from fused_resnet import _native, backends
 from fused_resnet.tuning import basic_block
@@ -151,10 +151,15 @@ def test_mutants_are_of_these_kernels():
 
 @on_host
 @pytest.mark.slow
-def test_some_mutants_again():
-    script = Path(mutate_cuda.__file__)
-    done = subprocess.run(
-        [sys.executable, script, "--check", "2"], capture_output=True, text=True, timeout=600
+@pytest.mark.ahead(
+    lambda: processes.run_command(
+        [sys.executable, mutate_cuda.__file__, "--check", "2"],
+        600,
+        processes.current_environment(),
+        processes.TESTS,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall("^caught: ", done.stdout, re.MULTILINE)) == 2
+)
+def test_some_mutants_again(ahead):
+    status, out, err = ahead()
+    assert status == 0, out + err
+    assert len(re.findall("^caught: ", out, re.MULTILINE)) == 2

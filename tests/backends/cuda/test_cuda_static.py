@@ -75,7 +75,7 @@ class Convolution:
 def conv_tiles() -> list[list[int]]:
     """The numbers that the operator of that name lists, by instance."""
     if _native.cuda_operators is None:
-        if not cuda_on_host.compiler_found():
+        if not cuda_on_host.is_needed():
             pytest.skip("nothing to read csrc/cuda/conv_tiles.h with")
         cuda_on_host.load()
     operators = _native.cuda_operators or torch.ops.fused_resnet_on_host

@@ -8,16 +8,18 @@ no kernel runs, and what is launched is compared.
 from __future__ import annotations
 
 import ast
+import functools
 import json
-import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from support import cuda_stub, processes
 
 from fused_resnet.modules import plans
-from tests.support import cuda_stub
 
 _CHECKS = Path(cuda_stub.__file__).with_name("stub_checks.py")
 _NAMES = [
@@ -27,26 +29,23 @@ _NAMES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+@functools.cache
+def outcomes() -> dict[str, str | None]:
     if (reason := cuda_stub.missing()) is not None:
         pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("stub")
-    results = folder / "results.json"
-    run = subprocess.run(
-        [sys.executable, _CHECKS, results],
-        env=cuda_stub.environment(folder),
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(results.read_text())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        environment = cuda_stub.environment(folder, processes.current_environment())
+        command = [sys.executable, _CHECKS, folder / "results.json"]
+        status, _, err = processes.run_command(command, 600, environment, folder)
+        assert status == 0, err[-4000:]
+        return json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.parametrize("name", _NAMES)
-def test_on_a_stub(outcome: dict[str, str | None], name: str) -> None:
+@pytest.mark.ahead(lambda: outcomes())
+def test_on_a_stub(ahead: Callable[[], dict[str, str | None]], name: str) -> None:
+    outcome = ahead()
     assert outcome[name] is None, outcome[name]
 
 

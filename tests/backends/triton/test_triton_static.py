@@ -165,8 +165,9 @@ def compiled(architecture: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
-def test_what_compiles_now(architecture):
-    entries = compiled(architecture)
+@pytest.mark.ahead(lambda architecture: compiled(architecture))
+def test_what_compiles_now(architecture, ahead):
+    entries = ahead()
     assert {entry["kernel"] for entry in entries} >= {
         "conv_kernel",
         "packed_conv_kernel",
@@ -214,21 +215,23 @@ def chains_compiled(architecture: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
-def test_chains_compile_now(architecture):
-    entries = chains_compiled(architecture)
+@pytest.mark.ahead(lambda architecture: chains_compiled(architecture))
+def test_chains_compile_now(architecture, ahead):
+    entries = ahead()
     for entry in entries:
         judge(entry, most_spilled())
     apart = {(e["layer"], e["kernel"]) for e in entries if not e["row"]}
     assert apart >= {("chain", "bottleneck_kernel"), ("pair", "bottleneck_kernel")}
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
-def test_where_launches_in_a_row_wait(architecture):
+@pytest.mark.parametrize("architecture", ["sm_90", pytest.param("sm_100", marks=pytest.mark.whole)])
+@pytest.mark.ahead(lambda architecture: chains_compiled(architecture))
+def test_where_launches_in_a_row_wait(architecture, ahead):
     """In the machine code: weights are asked for, then the next launch let go, then the wait.
 
     And only behind it does anything load from memory or store there.
     """
-    entries = chains_compiled(architecture)
+    entries = ahead()
     kernels = {entry["kernel"] for entry in entries if entry["row"]}
     assert kernels == {"bottleneck_kernel", "conv_kernel", "sum_partials_kernel"}
     for entry in entries:
@@ -247,8 +250,7 @@ def test_where_launches_in_a_row_wait(architecture):
         assert before.index("trigger") == before.count("prefetch") == asked, order
 
 
-@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
-def test_norms_compile_now(architecture):
+def norms_compiled(architecture: str) -> list:
     out = run_python(
         f"""
         import json, sys
@@ -259,15 +261,19 @@ def test_norms_compile_now(architecture):
         """,
         TRITON_INTERPRET="0",
     )
-    entries = json.loads(out.splitlines()[-1])
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
+@pytest.mark.ahead(lambda architecture: norms_compiled(architecture))
+def test_norms_compile_now(architecture, ahead):
+    entries = ahead()
     assert {entry["kernel"] for entry in entries} == set(NORM_KERNELS)
     for entry in entries:
         judge_norm(entry, most_spilled())
 
 
-@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
-def test_eight_bits_compile_now(architecture):
-    """No spills, tensor cores, wide accesses, and no multiply-add, which would round otherwise."""
+def eight_bits_compiled(architecture: str) -> list:
     out = run_python(
         f"""
         import json, sys
@@ -282,7 +288,14 @@ def test_eight_bits_compile_now(architecture):
         """,
         TRITON_INTERPRET="0",
     )
-    entries = json.loads(out.splitlines()[-1])
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
+@pytest.mark.ahead(lambda architecture: eight_bits_compiled(architecture))
+def test_eight_bits_compile_now(architecture, ahead):
+    """No spills, tensor cores, wide accesses, and no multiply-add, which would round otherwise."""
+    entries = ahead()
     assert {name for name, _, _ in entries} == {"store_bytes_kernel", "byte_conv_kernel"}
     for name, block_m, entry in entries:
         what = (name, block_m, entry)
@@ -298,9 +311,7 @@ def test_eight_bits_compile_now(architecture):
                 assert entry["tensor_core"].keys() == {"IGMMA"}, what
 
 
-@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
-def test_masks_compile_now(architecture):
-    """Two norms in an add and back, its mask as bits: no spills, wide accesses but to bits."""
+def masks_compiled(architecture: str) -> list:
     out = run_python(
         f"""
         import json, sys
@@ -315,7 +326,14 @@ def test_masks_compile_now(architecture):
         """,
         TRITON_INTERPRET="0",
     )
-    entries = json.loads(out.splitlines()[-1])
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
+@pytest.mark.ahead(lambda architecture: masks_compiled(architecture))
+def test_masks_compile_now(architecture, ahead):
+    """Two norms in an add and back, its mask as bits: no spills, wide accesses but to bits."""
+    entries = ahead()
     names = ["normalize_kernel", *["backward_sums_kernel", "backward_input_kernel"] * 3]
     assert [name for name, _ in entries] == 3 * names
     for name, entry in entries:
@@ -327,9 +345,7 @@ def test_masks_compile_now(architecture):
             assert entry["global_stores"]["STG.128"] >= 2, (name, entry)
 
 
-@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
-def test_norms_in_the_loads_of_convolutions(architecture):
-    """The tiles that may be chosen: no spills, tensor cores, accesses of 16 bytes."""
+def norms_in_loads_compiled(architecture: str) -> list:
     out = run_python(
         f"""
         import json, sys
@@ -346,7 +362,14 @@ def test_norms_in_the_loads_of_convolutions(architecture):
         """,
         TRITON_INTERPRET="0",
     )
-    entries = json.loads(out.splitlines()[-1])
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
+@pytest.mark.ahead(lambda architecture: norms_in_loads_compiled(architecture))
+def test_norms_in_the_loads_of_convolutions(architecture, ahead):
+    """The tiles that may be chosen: no spills, tensor cores, accesses of 16 bytes."""
+    entries = ahead()
     assert entries
     for entry in entries:
         assert entry["spilled_bytes"] <= most_spilled(), entry
@@ -357,9 +380,7 @@ def test_norms_in_the_loads_of_convolutions(architecture):
         assert entry["global_stores"]["STG.128"] > 0, entry
 
 
-@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
-def test_stems_in_training_compile_now(architecture):
-    """No spills, room for many programs; whole accesses to every pixel of a window."""
+def stems_compiled(architecture: str) -> list:
     out = run_python(
         f"""
         import json, sys
@@ -375,7 +396,14 @@ def test_stems_in_training_compile_now(architecture):
         """,
         TRITON_INTERPRET="0",
     )
-    entries = json.loads(out.splitlines()[-1])
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
+@pytest.mark.ahead(lambda architecture: stems_compiled(architecture))
+def test_stems_in_training_compile_now(architecture, ahead):
+    """No spills, room for many programs; whole accesses to every pixel of a window."""
+    entries = ahead()
     assert [entry["kernel"] for entry in entries] == 3 * [
         "norm_pool_kernel",
         "pool_backward_kernel",
@@ -395,9 +423,7 @@ def test_stems_in_training_compile_now(architecture):
         assert entry["global_stores"] == stored, entry
 
 
-@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
-def test_norms_at_the_ends_of_convolutions(architecture):
-    """The largest tile of each kind: no spills, tensor cores, copies and accesses of 16 bytes."""
+def norms_at_ends_compiled(architecture: str) -> list:
     out = run_python(
         f"""
         import json, sys
@@ -409,7 +435,14 @@ def test_norms_at_the_ends_of_convolutions(architecture):
         """,
         TRITON_INTERPRET="0",
     )
-    entries = json.loads(out.splitlines()[-1])
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
+@pytest.mark.ahead(lambda architecture: norms_at_ends_compiled(architecture))
+def test_norms_at_the_ends_of_convolutions(architecture, ahead):
+    """The largest tile of each kind: no spills, tensor cores, copies and accesses of 16 bytes."""
+    entries = ahead()
     assert len(entries) == 4
     for entry in entries:
         assert entry["spilled_bytes"] <= most_spilled(), entry
