@@ -66,16 +66,21 @@ run() {
 
 install() {
   local wheel=${WHEEL:-} site
-  "$python" -m venv "$out/venv" || return
+  # Without pip where there is no ensurepip: then $python's own installs for it.
+  local pip=("$out/venv/bin/python" -m pip)
+  if ! "$python" -m venv "$out/venv"; then
+    "$python" -m venv --clear --without-pip "$out/venv" || return
+    pip=("$python" -m pip --python "$out/venv/bin/python")
+  fi
   # What $python sees, in a virtual environment of its own too.
   site=$("$out/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   "$python" -c 'import site; print(*site.getsitepackages(), sep="\n")' >"$site/outer.pth"
   if [[ -z $wheel ]]; then
     rm -rf "$out/wheel"
-    "$out/venv/bin/python" -m pip wheel --no-deps --no-build-isolation -w "$out/wheel" . || return
+    "${pip[@]}" wheel --no-deps --no-build-isolation -w "$out/wheel" . || return
     wheel=$(echo "$out"/wheel/*.whl)
   fi
-  "$out/venv/bin/python" -m pip install --no-deps --force-reinstall "$wheel"
+  "${pip[@]}" install --no-deps --force-reinstall "$wheel"
 }
 
 if [[ ${WHEEL:-} != none ]]; then

@@ -16,7 +16,8 @@ from pathlib import Path
 from setuptools.errors import BaseError
 
 OLDEST_TORCH = "2.11"
-DEFAULT_ARCHITECTURES = "8.0 8.6 9.0 10.0 12.0+PTX"
+# 11.0 runs none of the others' machine code, and no PTX but that of 10.0 or before.
+DEFAULT_ARCHITECTURES = "8.0 8.6 9.0 10.0+PTX 12.0+PTX"
 
 # torch.utils.cpp_extension's names for TORCH_CUDA_ARCH_LIST.
 NAMED_ARCHITECTURES = {
@@ -143,9 +144,12 @@ def cuda_architectures(nvcc: Nvcc, environ: Mapping[str, str] = os.environ) -> l
     """
     requested = environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not requested:
-        default = [arch.removesuffix("+PTX") for arch in DEFAULT_ARCHITECTURES.split()]
-        known = [arch for arch in default if _digits(arch) in nvcc.architectures]
-        return [*known[:-1], known[-1] + "+PTX"]
+        known = [
+            arch
+            for arch in DEFAULT_ARCHITECTURES.split()
+            if _digits(arch.removesuffix("+PTX")) in nvcc.architectures
+        ]
+        return [*known[:-1], known[-1].removesuffix("+PTX") + "+PTX"]
     architectures = " ".join(NAMED_ARCHITECTURES.get(arch, arch) for arch in requested).split()
     for arch in architectures:
         match = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", arch)

@@ -720,13 +720,21 @@ PreparedLayer::PreparedLayer(const ConvLayer& layer, int64_t N, int64_t C, int64
 }
 
 bool PreparedLayer::has_norm_of(const ConvLayer& layer) const {
-  const std::optional<Tensor> sources[5] = {layer.running_mean, layer.running_var, layer.bn_weight,
-                                            layer.bn_bias, layer.bias};
+  const auto at = [](const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; };
+  const Tensor* sources[5] = {&layer.running_mean, &layer.running_var, at(layer.bn_weight),
+                              at(layer.bn_bias), at(layer.bias)};
   for (int i = 0; i < 5; ++i) {
-    if (copies_[i].empty()) continue;
-    std::vector<float> now;
-    as_float32(*sources[i], "a batch-norm tensor", conv.K, now);
-    if (std::memcmp(now.data(), copies_[i].data(), now.size() * sizeof(float)) != 0) return false;
+    const std::vector<float>& copy = copies_[i];
+    if (copy.empty()) continue;
+    const int64_t stride = sources[i]->stride(0), count = static_cast<int64_t>(copy.size());
+    const bool same = with_element_type(*sources[i], "a batch-norm tensor", [&](const auto* now) {
+      uint32_t difference = 0;
+      for (int64_t k = 0; k < count; ++k) {
+        difference |= float32_bits(now[k * stride]) ^ float32_bits(copy[static_cast<size_t>(k)]);
+      }
+      return difference == 0;
+    });
+    if (!same) return false;
   }
   return true;
 }
@@ -890,6 +898,7 @@ void run_with_border(const Conv& conv) {
   for (int64_t n = 0; n < conv.N; ++n) {
     Conv image = conv;
     image.N = 1;
+    image.batch = std::max(conv.batch, conv.N);  // by which a kernel is chosen
     image.weight_is_finite = true;
     image.input = image_of(conv.input, conv.in.n, n);
     image.residual = image_of(conv.residual, conv.res.n, n);

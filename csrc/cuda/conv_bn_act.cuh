@@ -484,12 +484,16 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum[e] = 0;
     }
-    __threadfence();
     __syncthreads();  // the parts of all threads come before the ticket
-    const bool is_last =
-        threadIdx.x == 0 && atomicAdd(conv.tickets + tile, 1) == static_cast<int>(gridDim.z) - 1;
+    bool is_last = false;
+    if (threadIdx.x == 0) {
+      // What the barrier has gathered is seen by whoever sees the ticket, and what came before the
+      // others' tickets by all threads behind the next barrier: one fence does for a block.
+      __threadfence();
+      is_last = atomicAdd(conv.tickets + tile, 1) == static_cast<int>(gridDim.z) - 1;
+      __threadfence();
+    }
     if (!__syncthreads_or(is_last)) return;
-    __threadfence();
     if (conv.residual != nullptr) {
 #pragma unroll 1
       for (int piece = 0; piece < kStages - 1; ++piece) load_residual(piece);

@@ -476,7 +476,7 @@ def _trusts_convolution(
 ) -> bool:
     """Whether the kernel may run with a tile; without, with all that it may be given."""
     device = input.device
-    if not self_check.applies(device) or type(input) not in (Tensor, Parameter):
+    if type(input) not in (Tensor, Parameter):
         return True
     weight, _, _, stride, padding, dilation, groups = layer
     tf32 = library.precision(input) == "tf32"
@@ -521,8 +521,6 @@ def _tiles(problem: ConvProblem, gpu: architecture.Architecture) -> list[Tile]:
 
 def trusts_basic_block(problem: BasicBlockProblem, tile: Tile, device: torch.device) -> bool:
     """Whether `run_basic_block` may run with a tile: see `self_check`."""
-    if not self_check.applies(device):
-        return True
 
     def case() -> Case:
         small = dataclasses.replace(problem, N=2, H=tile.block_m // 14 + 3, W=17)
@@ -536,7 +534,7 @@ def trusts_basic_block(problem: BasicBlockProblem, tile: Tile, device: torch.dev
 def _trusts_norm(function: Callable[..., Any], input: Tensor) -> bool:
     """Whether one of this file's functions for norms may run its kernels."""
     device, name = input.device, function.__name__
-    if not self_check.applies(device) or type(input) not in (Tensor, Parameter):
+    if type(input) not in (Tensor, Parameter):
         return True
     # Channels in pieces of 16 bytes, or one by one.
     wide = input.size(1) * input.element_size() % 16 == 0

@@ -109,16 +109,20 @@ class Case(NamedTuple):
     names: tuple[str, ...] = ()
 
 
+settled: dict[tuple[Any, ...], bool] = {}
+"""What `trusts` has said, by its `call`; who looks here first calls nothing once that is known."""
+
+_MOST_SETTLED = 16384
 _lock = threading.RLock()
 _known: dict[tuple[torch.device, Family], Verdict] = {}
-_by_call: dict[tuple[Any, ...], bool] = {}
 _warned: set[tuple[torch.device, str, str]] = set()
 _unwritable: str | None = None
 _checking: ContextVar[bool] = ContextVar("fused_resnet_checking", default=False)
-# Types of devices that are known not to be checked: to ask this costs no call.
-unchecked: set[str] = set()
 # None until the first use, as in `layers/watch.py`.
 _from_environment: str | None = None
+
+everywhere = os.environ.get(VARIABLE) == "1"
+"""Whether kernels are checked on CPUs as well, where they are interpreted or run on the host."""
 
 
 def setting() -> str:
@@ -142,12 +146,11 @@ def use(value: str) -> None:
     Args:
         value: "0", "1", or "" for its default.
     """
-    global _from_environment
+    global _from_environment, everywhere
     with _lock:
-        _from_environment = value
-        unchecked.clear()
+        _from_environment, everywhere = value, value == "1"
         _known.clear()
-        _by_call.clear()
+        settled.clear()
 
 
 def described() -> str:
@@ -164,12 +167,9 @@ def described() -> str:
 
 
 def applies(device: torch.device) -> bool:
-    """Whether kernels on a device are to be checked, by this thread, now."""
+    """Whether kernels on a device are to be checked."""
     chosen = setting()
-    if chosen == "0" or (chosen == "" and device.type != "cuda"):
-        unchecked.add(device.type)
-        return False
-    return not _checking.get()
+    return chosen == "1" or (chosen == "" and device.type == "cuda")
 
 
 def trusts(
@@ -182,8 +182,7 @@ def trusts(
     """Whether kernels may be used on a device.
 
     Args:
-        call: what tells calls apart that may want other families, the device among it. Of one that
-            was seen before, the answer is a look-up.
+        call: what tells calls apart that may want other families, the device among it.
         device: where they run.
         family: which they are.
         case: what they are checked with.
@@ -192,8 +191,17 @@ def trusts(
     Returns:
         True also where a check is not possible now, or the library could not run it.
     """
-    found = _by_call.get(call)
-    return _decided(call, device, family(), case, let_through) if found is None else found
+    found = settled.get(call)
+    if found is not None:
+        return found
+    if _checking.get():
+        return True
+    if len(settled) >= _MOST_SETTLED:
+        settled.clear()
+    if not applies(device):
+        settled[call] = True
+        return True
+    return _decided(call, device, family(), case, let_through)
 
 
 def _decided(
@@ -215,7 +223,7 @@ def _decided(
                 return True
             _write(device, family, verdict)
         _known[device, family] = verdict
-        _by_call[call] = verdict.passed
+        settled[call] = verdict.passed
     if not verdict.passed:
         _warn(device, family, verdict)
     return verdict.passed
@@ -375,7 +383,7 @@ def forget() -> int:
     count = 0
     with _lock:
         _known.clear()
-        _by_call.clear()
+        settled.clear()
         _warned.clear()
         folder = table.cache_folder() / "self_check"
         for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():

@@ -143,7 +143,12 @@ def models_command(
     model: Annotated[str, _MODELS] = "resnet50",
     batch: Annotated[str, _BATCHES] = "1",
     dtype: Annotated[
-        str, typer.Option(metavar="NAME,...", help="float32, bfloat16, float16; by device.")
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="float32, bfloat16, float16, int8 (of a float32 model); float32 or, on a GPU, "
+            "float16 by default.",
+        ),
     ] = "",
     device: Annotated[str, _DEVICE] = "",
     mode: Annotated[
@@ -156,6 +161,10 @@ def models_command(
     rounds: Annotated[int, whole_number("How often each candidate is timed.")] = 30,
     threads: Annotated[int | None, _THREADS] = None,
     memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(help="Of int8: folder of images to find ranges on; else crops of the input."),
+    ] = None,
     json: Annotated[Path | None, _JSON] = None,
 ) -> None:
     """Times whole models: eager, compiled, fused, as CUDA graphs, and in other engines."""
@@ -168,11 +177,14 @@ def models_command(
             known = ", ".join(engine for engine in ENGINES if engine != "eager")
             raise InvalidArgumentError(f"--without is {name!r}, must be one of {known}")
     usual = "float32" if torch.device(device).type == "cpu" else "float16"
+    dtypes = dict.fromkeys((dtype or usual).split(","))
+    if calibrate is not None and "int8" not in dtypes:
+        raise InvalidArgumentError(f"--calibrate is {calibrate!r}, which needs --dtype int8")
     cases = [
         Case(
             network,
             count,
-            name,
+            "float32" if name == "int8" else name,
             device,
             (),
             backend,
@@ -180,9 +192,11 @@ def models_command(
             threads=threads,
             rounds=rounds,
             memory=memory,
+            quantize=name == "int8",
+            calibrate=calibrate if name == "int8" else None,
         )
         for network in _models(model)
-        for name in dict.fromkeys((dtype or usual).split(","))
+        for name in dtypes
         for kind in dict.fromkeys(modes)
         for count in _batches(batch)
     ]

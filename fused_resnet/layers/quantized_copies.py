@@ -136,10 +136,15 @@ def copy_of_stem(stem: Stem, stored: Quantization, output: Quantization) -> Stem
 def _have_values(tensors: Sequence[Tensor | None], values: Sequence[Tensor]) -> bool:
     if not values:
         return True
-    flat = [t.detach().reshape(-1) for t in tensors if t is not None]
+    now = [t.detach() for t in tensors if t is not None]
+    # A copy is dense, so a tensor with its strides is, too.
+    pairs = [
+        (t, value) if t.stride() == value.stride() else (t.reshape(-1), value.reshape(-1))
+        for t, value in zip(now, values, strict=True)
+    ]
     with torch.no_grad():
         return torch.ops.fused_resnet.quantized_copies_match(
-            [], [], [], flat, [value.reshape(-1) for value in values]
+            [], [], [], [t for t, _ in pairs], [value for _, value in pairs]
         )
 
 

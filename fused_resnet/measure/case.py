@@ -117,6 +117,11 @@ class Case:
         return getattr(torch, self.dtype)
 
     @property
+    def precision(self) -> str:
+        """What result files call its dtype: "int8" where eight bits are compared."""
+        return "int8" if self.quantize else self.dtype
+
+    @property
     def is_mixed(self) -> bool:
         """Whether the case trains in 16 bits, which leaves model and input in float32."""
         return self.train and self.dtype != "float32"

@@ -32,7 +32,7 @@ from .case import (
     Result,
 )
 from .clock import PeakMemory, interleave, kept_bytes, synchronize, threads
-from .engines import CALIBRATION_BATCH, ENGINES, INT8, eager
+from .engines import CALIBRATION_BATCH, ENGINES, IN_EIGHT_BITS, INT8, eager
 from .inputs import build_input, build_model, calibration_images, first_line
 
 
@@ -112,8 +112,9 @@ def compare(
                 continue
             factor = FACTOR if name.startswith("fused") else FACTOR_OF_OTHERS
             is_wrong = _is_wrong(accuracy[name], accuracy["eager"], factor)
-            if name == INT8:
+            if name in IN_EIGHT_BITS:
                 is_wrong = not accuracy[name].error <= LARGEST_INT8_ERROR
+            if name == INT8:
                 in_eight_bits = _quantized(model, own, case)
             if name != "eager" and is_wrong:
                 wrong.add(name)

@@ -193,7 +193,8 @@ def document(
 
     Top level: what `environment.provenance` gives, and `cases`.
 
-    A case: `model`, `batch`, `dtype`, `device`, `mode` ("inference" or "training"),
+    A case: `model`, `batch`, `dtype` ("int8" where eight bits are compared, with what is float32
+    beside them), `device`, `mode` ("inference" or "training"),
     `memory_format`, `weights` ("random" or what was given), `seed`, `images` (paths; empty for
     the default photograph), `backend` (null for the library's choice), `threads`, `rounds` (those
     timed), `interrupted`, `fused` (lines that say what ran how), `telemetry` (`before` and
@@ -223,7 +224,7 @@ def _case_document(result: Result) -> dict[str, object]:
     return {
         "model": case.model,
         "batch": case.batch_size,
-        "dtype": case.dtype,
+        "dtype": case.precision,
         "device": case.device,
         "mode": "training" if case.train else "inference",
         "memory_format": "channels_last",

@@ -2,7 +2,9 @@
 
 OpenVINO and ONNX Runtime get the same weights and input as eager PyTorch, the same number of
 threads, one stream, and the precision of the case spelled out: OpenVINO otherwise picks bfloat16 or
-float16 by itself on CPUs that have them, and would win a float32 comparison by not running it.
+float16 by itself on CPUs that have them, and would win a float32 comparison by not running it. In
+eight bits they get the calibration images of ours: OpenVINO through NNCF's post-training
+quantization, ONNX Runtime through its static quantization, each with its own default settings.
 
 Threads: PyTorch's OpenMP workers, OpenVINO's TBB workers and ONNX Runtime's own pool may all spin
 for a few milliseconds after their work, on the cores that the next candidate needs. So `SETTLE`
@@ -13,10 +15,16 @@ ends as well. All candidates of a run pay the same pause.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
+import logging
 import os
+import tempfile
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,17 +69,23 @@ def fused(
     return on_backend
 
 
-def int8(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
+def int8(model: torch.nn.Module, input: torch.Tensor, case: Case, stem: str | None = None) -> Call:
     """The model after `quantize`, calibrated as the case says; of one without blocks, `fused`."""
     if case.train:
         raise NotImplementedError("runs inference only")
     if any(quantized.is_quantizable(module) for module in swap.fuse(model).modules()):
-        images = calibration_images(case.model, case.calibrate, case.images, case.seed)
-        quantize(model, (part.to(input) for part in images.split(CALIBRATION_BATCH)))
+        quantize(model, (part.to(input) for part in _calibration_batches(case)), stem=stem)
     return fused(model, input, case)
 
 
-def openvino(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
+def _calibration_batches(case: Case) -> Sequence[torch.Tensor]:
+    images = calibration_images(case.model, case.calibrate, case.images, case.seed)
+    return images.split(CALIBRATION_BATCH)
+
+
+def openvino(
+    model: torch.nn.Module, input: torch.Tensor, case: Case, eight_bits: bool = False
+) -> Call:
     """OpenVINO's CPU plugin, latency hint, on the model converted from PyTorch directly.
 
     Parameters are those of `model`, so in bfloat16 they are rounded already; OpenVINO takes them as
@@ -86,7 +100,11 @@ def openvino(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
     wide, example = model.float(), input.float().contiguous()
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
-        converted = ov.convert_model(wide, example_input=example, input=[tuple(example.shape)])
+        shape = [-1, *example.shape[1:]] if eight_bits else [*example.shape]
+        converted = ov.convert_model(wide, example_input=example, input=[tuple(shape)])
+        if eight_bits:
+            converted = _by_nncf(converted, case)
+            converted.reshape(list(example.shape))
     precision = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[case.dtype]
     compiled = ov.Core().compile_model(
         converted,
@@ -110,7 +128,20 @@ def openvino(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
     return call
 
 
-def onnx_runtime(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
+def _by_nncf(converted: Any, case: Case) -> Any:
+    """A converted model quantized on the images that ours are calibrated on."""
+    import nncf
+
+    batches = [part.contiguous().numpy() for part in _calibration_batches(case)]
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    # Its progress bars are not ours to show.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return nncf.quantize(converted, nncf.Dataset(batches), subset_size=len(batches))
+
+
+def onnx_runtime(
+    model: torch.nn.Module, input: torch.Tensor, case: Case, eight_bits: bool = False
+) -> Call:
     """ONNX Runtime's CPU provider, all graph optimisations on; it has no bfloat16 convolution."""
     import onnxruntime
 
@@ -120,19 +151,29 @@ def onnx_runtime(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Cal
         raise NotImplementedError(f"its CPU provider has no {case.dtype} convolution")
     example = input.contiguous()
     exported = io.BytesIO()
+    axes = {"dynamic_axes": {"input": {0: "batch"}, "logits": {0: "batch"}}} if eight_bits else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # The exporter built on torch.export needs another package and gives the same graph here.
-        torch.onnx.export(model, (example,), exported, dynamo=False)
+        torch.onnx.export(
+            model,
+            (example,),
+            exported,
+            dynamo=False,
+            input_names=["input"],
+            output_names=["logits"],
+            **axes,
+        )
+    content = exported.getvalue()
+    if eight_bits:
+        content = _statically(content, case)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        exported.getvalue(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     name, array = session.get_inputs()[0].name, example.numpy()
 
     def call() -> torch.Tensor:
@@ -140,6 +181,40 @@ def onnx_runtime(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Cal
         return torch.from_numpy(logits)
 
     return call
+
+
+def _statically(content: bytes, case: Case) -> bytes:
+    """An exported model after ONNX Runtime's static quantization, on the images of ours.
+
+    Activations unsigned, weights signed with a step a filter, as its documentation advises for x86
+    with VNNI.
+    """
+    from onnxruntime import quantization
+
+    batches = iter([{"input": part.contiguous().numpy()} for part in _calibration_batches(case)])
+
+    class Reader(quantization.CalibrationDataReader):
+        def get_next(self) -> dict[str, Any] | None:
+            return next(batches, None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, prepared, written = (os.path.join(folder, f"{i}.onnx") for i in range(3))
+        Path(source).write_bytes(content)
+        quantization.quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        logging.getLogger().disabled, before = True, logging.getLogger().disabled
+        try:
+            quantization.quantize_static(
+                prepared,
+                written,
+                Reader(),
+                quant_format=quantization.QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+            )
+        finally:
+            logging.getLogger().disabled = before
+        return Path(written).read_bytes()
 
 
 def compiled_frozen(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
@@ -230,7 +305,12 @@ ENGINES: dict[str, Engine] = {
     "fused, CUDA graph": graphed(fused),
     "OpenVINO": openvino,
     "ONNX Runtime": onnx_runtime,
+    "fused, int8 with its stem": functools.partial(int8, stem="int8"),
+    "OpenVINO, int8": functools.partial(openvino, eight_bits=True),
+    "ONNX Runtime, int8": functools.partial(onnx_runtime, eight_bits=True),
 }
+# Those that round to eight bits, and are held to another error.
+IN_EIGHT_BITS = {name for name in ENGINES if "int8" in name}
 _ON_CPU = (
     "eager", "fused", "fused, low memory", "fused, torch.compile", "torch.compile",
     "torch.compile, frozen", "OpenVINO", "ONNX Runtime",
@@ -240,6 +320,10 @@ _ON_GPU = (
     "fused, torch.compile", "torch.compile", "torch.compile, reduce-overhead",
     "torch.compile, max-autotune",
 )  # fmt: skip
+_EIGHT_BITS_ON_CPU = (
+    "eager", "fused", INT8, "fused, int8 with its stem", "OpenVINO, int8", "ONNX Runtime, int8"
+)  # fmt: skip
+_EIGHT_BITS_ON_GPU = ("eager", "fused", INT8)
 _INFERENCE_ONLY = {
     "torch.compile, frozen", "OpenVINO", "ONNX Runtime", "CUDA graph", "fused, CUDA graph"
 }  # fmt: skip
@@ -247,9 +331,14 @@ _INFERENCE_ONLY = {
 _TRAINING_ONLY = {"fused, low memory"}
 
 
-def engines_for(device_type: str, train: bool, without: Collection[str] = ()) -> dict[str, Engine]:
+def engines_for(
+    device_type: str, train: bool, without: Collection[str] = (), eight_bits: bool = False
+) -> dict[str, Engine]:
     """The candidates on a device, in the tables' order; "eager" cannot be left out."""
-    names = _ON_GPU if device_type == "cuda" else _ON_CPU
+    if eight_bits:
+        names = _EIGHT_BITS_ON_GPU if device_type == "cuda" else _EIGHT_BITS_ON_CPU
+    else:
+        names = _ON_GPU if device_type == "cuda" else _ON_CPU
     elsewhere = _INFERENCE_ONLY if train else _TRAINING_ONLY
     left_out = {*without, *elsewhere} - {"eager"}
     return {name: ENGINES[name] for name in names if name not in left_out}
@@ -257,4 +346,4 @@ def engines_for(device_type: str, train: bool, without: Collection[str] = ()) ->
 
 def settle_for(names: Collection[str]) -> float:
     """Seconds to sleep before each turn; see this module's docstring."""
-    return SETTLE if {"OpenVINO", "ONNX Runtime"} & set(names) else 0.0
+    return SETTLE if any(name.startswith(("OpenVINO", "ONNX Runtime")) for name in names) else 0.0

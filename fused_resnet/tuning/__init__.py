@@ -27,6 +27,7 @@ __all__ = [
     "generation",
     "is_left_out",
     "leave_out",
+    "left_out",
     "reload",
 ]
 
@@ -84,6 +85,12 @@ def leave_out(problem: Problem, device: torch.device, choice: Choice, reason: st
             f"where else that should be so: {reason}",
             stacklevel=2,
         )
+
+
+def left_out(problem: Problem, device: torch.device, kernel: str) -> frozenset[Tile | None]:
+    """The tiles of a kernel that `leave_out` was told of for a problem."""
+    found = _left_out.get((problem, device))
+    return frozenset(tile for name, tile in found if name == kernel) if found else frozenset()
 
 
 def is_left_out(problem: Problem, device: torch.device, kernel: str, tile: Tile | None) -> bool:

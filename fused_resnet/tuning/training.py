@@ -8,6 +8,8 @@ fast as the best tile, with passes of their own around it.
 
 from __future__ import annotations
 
+import math
+
 from . import compiler, estimate
 from .architecture import Architecture
 from .choice import Tile
@@ -28,18 +30,25 @@ _STATISTICS_BYTES, _SUMS_BYTES = 2 * 12, 2 * 8
 
 
 @compiler.cached(maxsize=4096)
-def forward(problem: ConvProblem, prologue: bool, gpu: Architecture) -> tuple[Tile | None, float]:
+def forward(
+    problem: ConvProblem,
+    prologue: bool,
+    gpu: Architecture,
+    left_out: frozenset[Tile | None] = frozenset(),
+) -> tuple[Tile | None, float]:
     """The tile for a convolution and its output's statistics, and the seconds that saves.
 
     Args:
         problem: the convolution.
         prologue: whether its input has still to be normalised and rectified.
         gpu: where it runs.
+        left_out: tiles that turned out not to run.
 
     Returns:
         None and 0 where passes of their own are as fast.
     """
-    tile, fused = _fastest(problem, "norm" if prologue else "none", _STATISTICS_BYTES, gpu)
+    kind = "norm" if prologue else "none"
+    tile, fused = _fastest(problem, kind, _STATISTICS_BYTES, gpu, left_out)
     apart = estimate.predicted_convolution(problem, gpu) + _passes(problem.output_bytes, 1, gpu)
     if prologue:
         apart = min(apart, _fastest(problem, "none", _STATISTICS_BYTES, gpu)[1])
@@ -50,7 +59,11 @@ def forward(problem: ConvProblem, prologue: bool, gpu: Architecture) -> tuple[Ti
 
 @compiler.cached(maxsize=4096)
 def backward(
-    problem: ConvProblem, above: bool, below: bool, gpu: Architecture
+    problem: ConvProblem,
+    above: bool,
+    below: bool,
+    gpu: Architecture,
+    left_out: frozenset[Tile | None] = frozenset(),
 ) -> tuple[Tile | None, float]:
     """The tile for a transposed convolution of stride 1, and the seconds that its ends save.
 
@@ -59,6 +72,7 @@ def backward(
         above: whether the last pass of the norm before it is its prologue.
         below: whether a ReLU's mask and the sums of a norm's gradient are in its epilogue.
         gpu: where it runs.
+        left_out: tiles that turned out not to run.
 
     Returns:
         None and 0 where passes of their own are as fast.
@@ -67,7 +81,7 @@ def backward(
         return None, 0.0  # whose tile spills 8 bytes there
     of_input, of_output = problem.input_bytes, problem.output_bytes
     tile, fused = _fastest(
-        problem, "gradient" if above else "none", _SUMS_BYTES if below else 0, gpu
+        problem, "gradient" if above else "none", _SUMS_BYTES if below else 0, gpu, left_out
     )
     apart = estimate.predicted_convolution(problem, gpu)
     if problem.residual:
@@ -82,12 +96,19 @@ def backward(
 
 
 def _fastest(
-    problem: ConvProblem, prologue: str, partial_bytes: int, gpu: Architecture
-) -> tuple[Tile, float]:
-    return min(
-        ((tile, _seconds(problem, prologue, partial_bytes, gpu, tile)) for tile in TILES[prologue]),
-        key=lambda pair: pair[1],
+    problem: ConvProblem,
+    prologue: str,
+    partial_bytes: int,
+    gpu: Architecture,
+    left_out: frozenset[Tile | None] = frozenset(),
+) -> tuple[Tile | None, float]:
+    """The best tile and its seconds; None and infinity where all are left out."""
+    timed = (
+        (tile, _seconds(problem, prologue, partial_bytes, gpu, tile))
+        for tile in TILES[prologue]
+        if tile not in left_out
     )
+    return min(timed, key=lambda pair: pair[1], default=(None, math.inf))
 
 
 def _seconds(

@@ -64,18 +64,19 @@ CUDA = pytest.mark.skipif(
 def checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Checks are on, wherever kernels run, and nothing is known; returns the folder of verdicts."""
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path))
-    monkeypatch.setattr(self_check, "_from_environment", "1")
-    monkeypatch.setattr(self_check, "unchecked", set())
     monkeypatch.setattr(self_check, "_unwritable", None)
-    self_check.forget()
+    before = self_check.setting()
+    self_check.use("1")
+    clear()
     yield tmp_path / "self_check"
     monkeypatch.undo()
+    self_check.use(before)
     clear()
 
 
 def clear() -> None:
     """What another process would know: nothing."""
-    for known in (self_check._known, self_check._by_call, self_check._warned):
+    for known in (self_check._known, self_check.settled, self_check._warned):
         known.clear()
 
 
@@ -308,6 +309,7 @@ def test_wrong_is_wrong_without_the_check(
 def test_wrong_norms_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training behind them goes on, the mask of a right forward pass in a library's backward."""
     backends.triton.lazy.norms()
+
     kernels = backends.named("triton")
     x, grad, residual = (images(2, 16, 5, 6) for _ in range(3))
     fixed = Norm(*norm_of(16), 1e-5)
@@ -548,12 +550,10 @@ def test_verdicts_are_of_one_driver_and_package(
 def test_variable(value: str, applies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(self_check.VARIABLE, value)
     monkeypatch.setattr(self_check, "_from_environment", None)
-    monkeypatch.setattr(self_check, "unchecked", set())
     assert self_check.applies(CPU) is applies
     assert self_check.applies(torch.device("cuda", 0)) is (value != "0")
     monkeypatch.setenv(self_check.VARIABLE, "yes")
     monkeypatch.setattr(self_check, "_from_environment", None)
-    monkeypatch.setattr(self_check, "unchecked", set())
     with pytest.raises(ValueError, match="FUSED_RESNET_SELF_CHECK is 'yes', must be one of 0, 1"):
         self_check.applies(CPU)
 

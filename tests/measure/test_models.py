@@ -109,6 +109,55 @@ def test_other_engines_compute_the_same(name: str, package: str) -> None:
     assert other.accuracy.error < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "package"), [("OpenVINO, int8", "nncf"), ("ONNX Runtime, int8", "onnxruntime")]
+)
+def test_other_engines_in_eight_bits(name: str, package: str) -> None:
+    pytest.importorskip(package, reason='needs pip install ".[bench]"')
+    case = Case("resnet18", rounds=1, memory=False, quantize=True)
+    result = compare.compare(case, {"eager": engines.eager, name: engines.ENGINES[name]})
+    _, other = result.candidates
+    assert other.skipped is None
+    assert not other.wrong
+    assert 1e-4 < other.accuracy.error < 0.05
+
+
+def test_candidates_in_eight_bits() -> None:
+    found = engines.engines_for("cpu", False, (), True)
+    assert list(found)[:3] == ["eager", "fused", engines.INT8]
+    assert {"OpenVINO, int8", "ONNX Runtime, int8"} < set(found)
+    assert {*found} - {"eager", "fused"} == {*found} & engines.IN_EIGHT_BITS
+    assert {name for name in engines.ENGINES if "int8" in name} == engines.IN_EIGHT_BITS
+    assert not engines.IN_EIGHT_BITS & set(engines.engines_for("cpu", False))
+    assert engines.settle_for(["OpenVINO, int8"]) > 0
+    assert engines.settle_for([engines.INT8]) == 0
+
+
+def test_models_in_eight_bits() -> None:
+    """The file has their dtype as int8, beside float32's, and what is too far off is not timed."""
+    seen: list[Case] = []
+
+    def engine(model: Any, input: torch.Tensor, case: Case) -> Call:
+        seen.append(case)
+        return engines.eager(model, input, case)
+
+    def off(model: Any, input: torch.Tensor, case: Case) -> Call:
+        return lambda: 2 * engines.eager(model, input, case)()
+
+    cases = [
+        Case("resnet18", rounds=1, threads=1, memory=False, quantize=quantize)
+        for quantize in (False, True)
+    ]
+    chosen = {"eager": engine, "fused, int8 with its stem": off}
+    content = documents.document(models.measure(cases, engines=chosen), "")
+    check_document(content)
+    assert [case["dtype"] for case in content["cases"]] == ["float32", "int8"]
+    assert seen == cases
+    for case in content["cases"]:
+        assert [one["wrong"] for one in case["candidates"]] == [False, True]
+
+
 def test_engines_refuse_what_they_cannot_run() -> None:
     model, input = torch.nn.Identity(), torch.zeros(1)
     case = Case("resnet18", train=True)

@@ -163,7 +163,7 @@ def test_nvcc_is_looked_for_in_cuda_home_first(tmp_path):
 
 
 def test_architectures():
-    default = ["8.0", "8.6", "9.0", "10.0", "12.0+PTX"]
+    default = ["8.0", "8.6", "9.0", "10.0+PTX", "12.0+PTX"]
     assert toolchain.cuda_architectures(NVCC, {}) == default
     assert toolchain.cuda_architectures(OLD_NVCC, {}) == ["8.0", "8.6", "9.0+PTX"]
 

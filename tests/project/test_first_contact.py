@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -116,3 +117,17 @@ def test_half_a_line_is_no_finding(tmp_path: Path) -> None:
 def test_steps_fit_the_time_there_is() -> None:
     assert sum(step.seconds for step in first_contact.STEPS) <= 530
     assert {step.name for step in first_contact.STEPS} == first_contact.RUN.keys()
+
+
+def test_wheels_are_unpacked_without_pip(tmp_path: Path) -> None:
+    """What of a wheel is not a package would have to be moved: that is refused."""
+    wheel, site = tmp_path / "one-1-py3-none-any.whl", tmp_path / "site"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("one/__init__.py", "number = 7\n")
+        archive.writestr("one-1.dist-info/METADATA", "Name: one\n")
+    first_contact.unpack(wheel, site)
+    assert (site / "one" / "__init__.py").read_text() == "number = 7\n"
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("one-1.data/scripts/one", "#!python\n")
+    with pytest.raises(ValueError, match=r"has one-1.data/scripts/one, must have nothing but"):
+        first_contact.unpack(wheel, site)

@@ -13,7 +13,7 @@ import fused_resnet
 from fused_resnet import backends
 from fused_resnet.layers import quantized_copies
 from fused_resnet.models import cifar_resnet
-from fused_resnet.modules import run
+from fused_resnet.modules import plans, run
 from fused_resnet.quantization.quantize import default_stem
 from fused_resnet.testing import randomize_, relative_error
 
@@ -274,3 +274,24 @@ def test_compiled_and_exported_graphs_hold_the_operator():
         assert names[0].startswith("fused_resnet.conv_bn_act_max_pool_int8")
         # But for the classifier, which is another kernel there.
         assert relative_error(exported.module()(x), expected) < 1e-6
+
+
+def test_a_plan_runs_the_stem_and_sees_its_parameters_change():
+    """Written to without a version: what the plan compares is then all there is to notice it."""
+    model, x = made()
+    x = x.contiguous(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        first = model(x)
+        for _ in range(2):
+            assert_same_bits(model(x), first)
+        (plan,) = plans._of_models[model].by_key.values()
+        assert not isinstance(plan, str), plan
+        assert_same_bits(plan.run(x), first)
+        for tensor in (model.conv1.weight, model.bn1.bias):
+            tensor.detach().numpy()[-1] += 1
+            assert plan.run(x) is None
+            assert_same_bits(model(x), copy.deepcopy(model)(x))
+            tensor.detach().numpy()[-1] -= 1
+        fused_resnet.quantize(model, [x], stem="int8")
+        assert not torch.equal(model(x), first)

@@ -34,11 +34,19 @@ from triton.compiler import compiler
 import fused_resnet
 from fused_resnet import tuning
 from fused_resnet.backends import triton
-from fused_resnet.backends.triton import bottleneck, conv_kernels, inference, launch
+from fused_resnet.backends.triton import (
+    bottleneck,
+    conv_kernels,
+    inference,
+    launch,
+    training,
+    training_conv,
+)
 from fused_resnet.backends.triton import plans as triton_plans
 from fused_resnet.layers.description import ConvNorm, Norm
 from fused_resnet.measure.tune import cases, race
 from fused_resnet.modules import graphs, plans, run
+from fused_resnet.tuning import training as training_choice
 from fused_resnet.tuning.choice import CONVOLUTIONS, Choice, Tile
 from fused_resnet.tuning.problem import ChainProblem
 
@@ -837,6 +845,54 @@ def _check_prologue() -> None:
             assert any("norm" in kernel for kernel in kernels[:-1]), kernels
             asked.append(False)
     assert asked == [True, False] * 2
+
+
+def check_out_of_resources_in_training() -> None:
+    """The next tile runs, with one warning; where none fits, nothing does."""
+    norms = [Norm(*(torch.ones(64).cuda() for _ in range(4)), 1e-5) for _ in range(2)]
+    x, geometry = draw(8, 64, 56, 56), ((1, 1), (0, 0), (1, 1), 1)
+    weight = torch.randn(64, 64, 1, 1).half().cuda().to(memory_format=torch.channels_last)
+
+    def forward() -> object:
+        return training.conv_batch_norm_statistics(x, weight, None, geometry, norms[0])
+
+    def backward() -> object:
+        return training.conv_backward_input(x, weight, (56, 56), geometry, None, (x, norms[1]))
+
+    def last() -> object:
+        args = (x, x, (x, norms[0]), weight, (56, 56), geometry, (x, norms[1]))
+        return training.norm_conv_backward_input(*args)
+
+    def seconds(*arguments: Any) -> float:
+        """Ends always pay, those of larger tiles more."""
+        return 1e-6 / (arguments[-1].block_m * arguments[-1].block_n)
+
+    kernel = training_conv.training_conv_kernel
+    for most, runs in ((64 << 10, True), (8 << 10, False)):
+        tuning._left_out.clear()
+        tuning._warned = False
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_set(compiler, "max_shared_mem", lambda device, m=most: m))
+            stack.enter_context(_set(training_choice, "_seconds", seconds))
+            for choose in (training_choice.forward, training_choice.backward):  # as if never asked
+                stack.enter_context(_set(training_choice, choose.__name__, choose.__wrapped__))
+            stack.enter_context(
+                _set(training_choice.estimate, "predicted_convolution", lambda *_: 100.0)
+            )
+            caught = stack.enter_context(warnings.catch_warnings(record=True))
+            warnings.simplefilter("always")
+            kernel.device_caches.clear()
+            for call in (forward, backward, last):
+                for _ in range(2):
+                    stub.reset()
+                    assert (call() is not None) == runs, (call.__name__, most)
+                    own = [one for one in stub.launches() if one.shared > 4096]
+                    assert all(one.shared <= most for one in own), own
+            messages = [str(w.message) for w in caught if "the next best" in str(w.message)]
+        assert len(messages) == 1, messages
+        assert "training convolution behind a norm 128x128x64" in messages[0], messages
+    tuning._left_out.clear()
+    tuning.reload()
 
 
 def check_chains_are_timed_in_a_row() -> None:

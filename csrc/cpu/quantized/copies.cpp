@@ -92,16 +92,36 @@ bool sample_matches(const Tensor& weight, const Tensor& bytes, const Tensor& ste
   return same;
 }
 
-void check_vector(const Tensor& vector, const Tensor& copy) {
-  FR_CHECK(vector.dim() == 1 && copy.dim() == 1 && copy.size(0) == vector.size(0) &&
-               copy.scalar_type() == vector.scalar_type(),
-           kOp, ": a copy must have its vector's shape and dtype");
+// Whether its elements, no two of which share memory, have no gaps between them.
+bool is_dense(const Tensor& tensor) {
+  int64_t reached = 1;
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    if (tensor.size(i) > 1) reached += (tensor.size(i) - 1) * tensor.stride(i);
+  }
+  return tensor.numel() == 0 || reached == tensor.numel();
 }
 
+void check_vector(const Tensor& vector, const Tensor& copy) {
+  FR_CHECK(copy.dim() == vector.dim() && (vector.dim() == 1 || vector.dim() == 4) &&
+               copy.scalar_type() == vector.scalar_type(),
+           kOp, ": a copy must have its vector's shape and dtype");
+  for (int64_t i = 0; i < vector.dim(); ++i) {
+    FR_CHECK(copy.size(i) == vector.size(i), kOp,
+             ": a copy must have its vector's shape and dtype");
+    FR_CHECK(vector.dim() == 1 || (copy.stride(i) == vector.stride(i)), kOp,
+             ": a copy of a weight must lie as it does");
+  }
+  FR_CHECK(vector.dim() == 1 || is_dense(copy), kOp, ": a copy of a weight must be dense");
+}
+
+// Or a whole weight, which lies as its copy does.
 bool vector_matches(const Tensor& vector, const Tensor& copy) {
   const size_t item = static_cast<size_t>(vector.element_size());
   const char* a = static_cast<const char*>(vector.const_data_ptr());
   const char* b = static_cast<const char*>(copy.const_data_ptr());
+  if (vector.dim() != 1) {
+    return std::memcmp(a, b, item * static_cast<size_t>(vector.numel())) == 0;
+  }
   if (vector.stride(0) == 1 && copy.stride(0) == 1) {
     return std::memcmp(a, b, item * static_cast<size_t>(vector.size(0))) == 0;
   }

@@ -13,12 +13,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/conv_layer.h"
+#include "cpu/inference_plan.h"
 #include "cpu/quantized/layers.h"
 #include "memory_format.h"
 
@@ -156,13 +159,90 @@ void max_pool(const MaxPool& pool, const ByteImages& from, const ByteImages& to)
   });
 }
 
+// A stem on images of one size, its weights packed.
+class ByteStem : public PlanStep {
+ public:
+  ByteStem(const Tensor& input, Tensor packed, std::optional<Tensor> packed_low,
+           const std::vector<int64_t>& numbers, const std::vector<int64_t>& pool, double step,
+           int64_t zero_point, double output_step, const std::string& kernels_name)
+      : packed_(std::move(packed)),
+        packed_low_(std::move(packed_low)),
+        kernels_(byte_kernels(kOp, kernels_name)),
+        channels_(input.size(1) * (words() ? 2 : 1)),
+        unit_(channels_ <= 4   ? 4
+              : channels_ <= 8 ? 8
+                               : kBytePixel),
+        layer_(make_byte_layer(kOp, packed_, numbers.data(), channels_, input.size(2),
+                               input.size(3), unit_)),
+        pool_(make_pool(pool, layer_.P, layer_.Q)),
+        inverse_(static_cast<float>(1 / step)),
+        zero_point_(zero_point),
+        output_step_(static_cast<float>(output_step)) {
+    FR_CHECK(layer_.filter.groups == 1, kOp, ": groups is ", layer_.filter.groups, ", must be 1");
+    FR_CHECK(
+        !words() || (packed_low_->scalar_type() == ScalarType::Char && packed_low_->dim() == 1 &&
+                     packed_low_->numel() == packed_.numel() && packed_low_->stride(0) == 1),
+        kOp, ": the lower weight must be like the upper");
+  }
+
+  Tensor run(const Tensor& input) const override {
+    const int64_t N = input.size(0), K = layer_.filter.K;
+    Tensor output =
+        empty_activation(N, K, pool_.P, pool_.Q, input.scalar_type(), is_channels_last(input));
+    if (N == 0) return output;
+
+    // As many images at a time as leave what is pooled in the threads' second-level caches.
+    const int64_t hidden_bytes = layer_.P * layer_.Q * bytes_round_up(K, kBytePixel);
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t at_once = std::clamp<int64_t>(threads * l2_bytes() / (2 * hidden_bytes), 1, N);
+    const int64_t zero = words() ? 128 : zero_point_;
+    Images image(
+        kOp, {nullptr, at_once, channels_, layer_.H, layer_.W, layer_.pad_h, layer_.pad_w, unit_},
+        layer_.beyond());
+    image.fill_halo(static_cast<int>(zero));
+    Images hidden(kOp, {nullptr, at_once, K, layer_.P, layer_.Q, pool_.pad_h, pool_.pad_w}, 0);
+    hidden.fill_halo(0);
+    Images pooled(kOp, {nullptr, N, K, pool_.P, pool_.Q, 0, 0}, 0);
+    for (int64_t n = 0; n < N; n += at_once) {
+      const int64_t count = std::min(at_once, N - n);
+      const ByteImages from = slice_images(image.view, 0, count);
+      const ByteImages between = slice_images(hidden.view, 0, count);
+      quantize_images(kernels_, input, inverse_, zero_point_, words(), n, from);
+      ByteConv conv = make_byte_conv(layer_, from, between, zero);
+      if (words()) {
+        conv.shortcut = ByteShortcut::projection;
+        conv.doubled = true;
+        conv.projection = layer_.filter;
+        conv.projection_weight = byte_weight(packed_low_->const_data_ptr(), layer_.filter, zero);
+      }
+      run_byte_conv(kernels_, conv);
+      max_pool(pool_, between, slice_images(pooled.view, n, count));
+    }
+    dequantize_output(kernels_, pooled.view, output_step_, output);
+    return output;
+  }
+
+ private:
+  // Whether there are sixteen bits.
+  bool words() const { return packed_low_.has_value(); }
+
+  const Tensor packed_;
+  const std::optional<Tensor> packed_low_;
+  const ByteKernels& kernels_;
+  const int64_t channels_, unit_;
+  const ByteLayer layer_;
+  const MaxPool pool_;
+  const float inverse_;
+  const int64_t zero_point_;
+  const float output_step_;
+};
+
 // `packed`: the weight, with sixteen bits that of the upper parts, which has two input channels for
 // each of the image's; then `packed_low`. `numbers`: the convolution's, see kByteNumbers; `pool`:
 // kernel, stride and padding, two each.
 Tensor quantized_stem_packed(Tensor input, Tensor packed, std::optional<Tensor> packed_low,
-                             std::vector<int64_t> numbers, std::vector<int64_t> pool_numbers,
-                             double step, int64_t zero_point, double output_step,
-                             std::string kernels_name) {
+                             std::vector<int64_t> numbers, std::vector<int64_t> pool, double step,
+                             int64_t zero_point, double output_step, std::string kernels_name) {
   check_rank(kOp, "input", input, 4);
   byte_float_type(kOp, input.scalar_type());
   check_number(kOp, "zero_point", zero_point, 0, 255);
@@ -170,51 +250,14 @@ Tensor quantized_stem_packed(Tensor input, Tensor packed, std::optional<Tensor> 
     FR_CHECK(std::isfinite(value) && value > 0, kOp, ": a step is ", value,
              ", must be finite and above zero");
   }
-  FR_CHECK(numbers.size() == kByteNumbers && pool_numbers.size() == 6, kOp, ": ", numbers.size(),
-           " numbers and ", pool_numbers.size(), " of the pool, must be ", kByteNumbers, " and 6");
-  const ByteKernels& kernels = byte_kernels(kOp, kernels_name);
-  const bool words = packed_low.has_value();
-  const int64_t N = input.size(0), C = input.size(1), channels = words ? 2 * C : C;
-  const int64_t unit = channels <= 4 ? 4 : channels <= 8 ? 8 : kBytePixel;
-  const int64_t H = input.size(2), W = input.size(3);
-  const ByteLayer layer = make_byte_layer(kOp, packed, numbers.data(), channels, H, W, unit);
-  FR_CHECK(layer.filter.groups == 1, kOp, ": groups is ", layer.filter.groups, ", must be 1");
-  FR_CHECK(!words || (packed_low->scalar_type() == ScalarType::Char && packed_low->dim() == 1 &&
-                      packed_low->numel() == packed.numel() && packed_low->stride(0) == 1),
-           kOp, ": the lower weight must be like the upper");
-  const MaxPool pool = make_pool(pool_numbers, layer.P, layer.Q);
-  const int64_t K = layer.filter.K;
-  Tensor output =
-      empty_activation(N, K, pool.P, pool.Q, input.scalar_type(), is_channels_last(input));
-  if (N == 0) return output;
-
-  // As many images at a time as leave what is pooled in the threads' second-level caches.
-  const int64_t hidden_bytes = layer.P * layer.Q * bytes_round_up(K, kBytePixel);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t at_once = std::clamp<int64_t>(threads * l2_bytes() / (2 * hidden_bytes), 1, N);
-  const int64_t zero = words ? 128 : zero_point;
-  Images image(kOp, {nullptr, at_once, channels, H, W, layer.pad_h, layer.pad_w, unit},
-               layer.beyond());
-  image.fill_halo(static_cast<int>(zero));
-  Images hidden(kOp, {nullptr, at_once, K, layer.P, layer.Q, pool.pad_h, pool.pad_w}, 0);
-  hidden.fill_halo(0);
-  Images pooled(kOp, {nullptr, N, K, pool.P, pool.Q, 0, 0}, 0);
-  for (int64_t n = 0; n < N; n += at_once) {
-    const int64_t count = std::min(at_once, N - n);
-    const ByteImages from = slice_images(image.view, 0, count);
-    const ByteImages between = slice_images(hidden.view, 0, count);
-    quantize_images(kernels, input, static_cast<float>(1 / step), zero_point, words, n, from);
-    ByteConv conv = make_byte_conv(layer, from, between, zero);
-    if (words) {
-      conv.shortcut = ByteShortcut::projection;
-      conv.doubled = true;
-      conv.projection = layer.filter;
-      conv.projection_weight = byte_weight(packed_low->const_data_ptr(), layer.filter, zero);
-    }
-    run_byte_conv(kernels, conv);
-    max_pool(pool, between, slice_images(pooled.view, n, count));
+  FR_CHECK(numbers.size() == kByteNumbers && pool.size() == 6, kOp, ": ", numbers.size(),
+           " numbers and ", pool.size(), " of the pool, must be ", kByteNumbers, " and 6");
+  auto stem = std::make_unique<ByteStem>(input, std::move(packed), std::move(packed_low), numbers,
+                                         pool, step, zero_point, output_step, kernels_name);
+  Tensor output = stem->run(input);
+  if (PlanRecording* recording = plan_recording()) {
+    recording->add(input, output, std::move(stem));
   }
-  dequantize_output(kernels, pooled.view, static_cast<float>(output_step), output);
   return output;
 }
 

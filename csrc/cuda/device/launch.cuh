@@ -35,11 +35,10 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... argu
 
 #else
 
-// What a kernel may use without asking.
-inline constexpr size_t kSharedBytesByDefault = 48 << 10;
-
-// Lets a kernel use all the shared memory a block can have, on the current device.
-inline void raise_shared_memory_limit(const void* kernel) {
+// Lets a kernel use all the shared memory a block can have, on the current device, and asks for as
+// much of each multiprocessor's cache to be shared memory as can be: by itself the driver may leave
+// room for fewer blocks than fit.
+inline void ask_for_shared_memory(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int> > raised;
   int device = 0, most = 0;
@@ -48,13 +47,15 @@ inline void raise_shared_memory_limit(const void* kernel) {
   if (raised.count({kernel, device})) return;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                      cudaSharedmemCarveoutMaxShared));
   raised.insert({kernel, device});
 }
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (grid.shared_bytes > kSharedBytesByDefault) raise_shared_memory_limit(function);
+  if (grid.shared_bytes > 0) ask_for_shared_memory(function);
   std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
   const auto start = [&](auto&... value) {
     void* pointers[] = {&value...};

@@ -19,6 +19,7 @@ from ...layers.memory import memory_format_of
 from ...tuning import chain
 from ...tuning.choice import CHAIN, CHAIN_WITHOUT_NEXT, CHAINED, PAIR, Choice, Tile
 from ...tuning.problem import ChainProblem
+from ..self_check import settled
 from . import bottleneck, checks, launch
 from .inference import conv_bn_act
 from .problem import run_chosen
@@ -112,8 +113,9 @@ def run(
         Its output, and where the choice is a chain with the next block's convolution, that one's.
     """
     *main, projection, following = layers
-    if choice.kernel not in CHAINED or not checks.trusts_chain(
-        problem, reduced, choice, sys.modules[__name__]
+    if choice.kernel not in CHAINED or not (
+        settled.get((problem, choice, launch.open_row.get() is None, reduced.device))
+        or checks.trusts_chain(problem, reduced, choice, sys.modules[__name__])
     ):
         return _convolutions(reduced, x, main, projection), None
     if choice.kernel == CHAIN_WITHOUT_NEXT:

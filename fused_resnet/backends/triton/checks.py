@@ -42,11 +42,13 @@ def trusted(problem: ConvProblem, input: Tensor, activation: str, choice: Choice
         activation: "relu" or "none".
         choice: what `tuning` said.
     """
-    if choice.kernel != _NAME or not self_check.applies(input.device) or is_traced(input):
-        return choice
     tile, device = choice.tile, input.device
+    if choice.kernel != _NAME or is_traced(input):
+        return choice
     assert tile is not None
-    in_row = launchers().launch.is_in_row(input)
+    launch = launchers().launch
+    call = (problem, activation, choice, launch.open_row.get() is None, device)
+    in_row = launch.is_in_row(input)
 
     def family() -> Family:
         return Family(_NAME, _described(problem, tile, activation, in_row), problem.dtype)
@@ -68,15 +70,12 @@ def trusted(problem: ConvProblem, input: Tensor, activation: str, choice: Choice
             return check_cases.convolution(small, activation, device, run)
         return check_cases.convolution_and_pool(small, activation, device, run_with_pool)
 
-    call = (problem, activation, choice, in_row, device)
     return choice if self_check.trusts(call, device, family, case, _let_through) else _LIBRARY
 
 
 def trusts_prologue(problem: ConvProblem, input: Tensor, activation: str, tile: Tile) -> bool:
     """Whether the convolution with a norm in its loads may run."""
     device = input.device
-    if not self_check.applies(device):
-        return True
 
     def family() -> Family:
         kernel = _described(problem, tile, activation, False)
@@ -98,8 +97,6 @@ def trusts_prologue(problem: ConvProblem, input: Tensor, activation: str, tile: 
 def trusts_chain(problem: ChainProblem, input: Tensor, choice: Choice, chains: ModuleType) -> bool:
     """Whether a chain, or a pair, may run as chosen; `chains` is that file."""
     device = input.device
-    if not self_check.applies(device):
-        return True
     launch = launchers().launch
     in_row = launch.is_in_row(input)
 
@@ -124,14 +121,14 @@ def trusts_chain(problem: ChainProblem, input: Tensor, choice: Choice, chains: M
 
         return check_cases.chain(small, device, run)
 
-    call = (problem, choice, in_row, device)
+    call = (problem, choice, launch.open_row.get() is None, device)
     return self_check.trusts(call, device, family, case, _let_through)
 
 
 def trusts_norm(function: Callable[..., Any], input: Tensor) -> bool:
     """Whether the kernels behind one of this backend's functions for norms may run."""
     device = input.device
-    if not self_check.applies(device) or is_traced(input):
+    if is_traced(input):
         return True
     name, is_contiguous = function.__name__, input.is_contiguous()
 
@@ -142,20 +139,18 @@ def trusts_norm(function: Callable[..., Any], input: Tensor) -> bool:
     def case() -> Case:
         return check_cases.norm(name, function, input)
 
-    call = (name, input.dtype, is_contiguous, device)
+    call = (function, input.dtype, is_contiguous, device)
     return self_check.trusts(call, device, family, case, _let_through)
 
 
 def trusts_norm_and_pool(forward: Any, backward: Any, input: Tensor) -> bool:
     """Likewise of a norm and a max-pool behind it, and of their backward."""
     device = input.device
-    if not self_check.applies(device):
-        return True
 
     def case() -> Case:
         return check_cases.norm_and_pool(forward, backward, input)
 
-    call = (forward.__name__, input.dtype, device)
+    call = (forward, input.dtype, device)
     family = Family(_NAME, forward.__name__, _dtype_name(input))
     return self_check.trusts(call, device, lambda: family, case, _let_through)
 
@@ -164,8 +159,6 @@ def trusts_training(
     problem: ConvProblem, has_prologue: bool, tile: Tile, device: torch.device
 ) -> bool:
     """Whether a convolution with its statistics may run in training."""
-    if not self_check.applies(device):
-        return True
 
     def family() -> Family:
         before = "norm and " if has_prologue else ""
@@ -180,7 +173,7 @@ def trusts_training(
 
         return check_cases.training_convolution(small, has_prologue, device, run)
 
-    call = ("forward", problem, has_prologue, tile, device)
+    call = (problem, has_prologue, tile, device)
     return self_check.trusts(call, device, family, case, _let_through)
 
 
@@ -188,8 +181,6 @@ def trusts_input_gradient(
     problem: ConvProblem, ends: tuple[bool, bool, bool], tile: Tile, device: torch.device
 ) -> bool:
     """Whether a convolution's backward may run; for `ends` see `check_cases.input_gradient`."""
-    if not self_check.applies(device):
-        return True
 
     def family() -> Family:
         words = ("residual", "norm behind it", "norm before it")
@@ -211,7 +202,7 @@ def trusts_input_gradient(
 
         return check_cases.input_gradient(small, ends, device, run)
 
-    call = ("backward", problem, ends, tile, device)
+    call = (problem, ends, tile, device)
     return self_check.trusts(call, device, family, case, _let_through)
 
 
@@ -224,8 +215,6 @@ def trusts_quantized(
 ) -> bool:
     """Whether `run`, the kernels for residual blocks in eight bits, may run."""
     device, channels = input.device, input.size(1)
-    if not self_check.applies(device):
-        return True
     # Whatever a kernel is compiled for.
     shapes = tuple(
         (conv.weight.shape, tuple(conv.stride), tuple(conv.padding), tuple(conv.dilation))

@@ -15,7 +15,8 @@ from ...tuning import prologue as prologue_choice
 from ...tuning.choice import ESTIMATE, PROLOGUE, TILED, Choice, Tile
 from ...tuning.estimate import kernel_for
 from ...tuning.problem import ConvProblem
-from .. import cuda, cudnn, library, self_check
+from .. import cuda, cudnn, library
+from ..self_check import settled
 from . import checks
 from . import problem as problems
 from .eligible import can_normalize, can_run, is_traced
@@ -42,7 +43,8 @@ def _run(
     choice: Choice,
 ) -> Tensor:
     """`conv_bn_act` as chosen."""
-    if input.device.type not in self_check.unchecked:
+    alone = launchers().launch.open_row.get() is None
+    if not settled.get((problem, activation, choice, alone, input.device)):
         choice = checks.trusted(problem, input, activation, choice)
     if choice.kernel in TILED and is_traced(input):
         operator = graph_operators().triton_conv_bn_act
@@ -72,10 +74,13 @@ def norm_conv_bn_act(
     ):
         problem = problem_of(input, weight, *geometry, residual is not None)
         tile = _prologue_tile(problem, input.device)
-    if tile is not None and checks.trusts_prologue(problem, input, activation, tile):
-        table = training_convolutions().table_of(before)
+    if tile is not None:
         try:
-            return launchers().conv_bn_act(input, layer, residual, activation, tile, table)
+            if settled.get(
+                ("prologue", problem, activation, tile, input.device)
+            ) or checks.trusts_prologue(problem, input, activation, tile):
+                table = training_convolutions().table_of(before)
+                return launchers().conv_bn_act(input, layer, residual, activation, tile, table)
         except out_of_resources() as error:
             choice = Choice(PROLOGUE, tile, ESTIMATE)
             tuning.leave_out(problem, input.device, choice, str(error))
@@ -112,7 +117,8 @@ def _run_with_pool(
     choice: Choice,
 ) -> Tensor:
     """`conv_bn_act_max_pool` of a stem as chosen."""
-    if input.device.type not in self_check.unchecked:
+    alone = launchers().launch.open_row.get() is None
+    if not settled.get((problem, activation, choice, alone, input.device)):
         choice = checks.trusted(problem, input, activation, choice)
     if choice.kernel == "triton" and is_traced(input):
         operator = graph_operators().triton_conv_bn_act_max_pool
@@ -127,7 +133,7 @@ def batch_norm_act_inference(
 ) -> Tensor:
     """Everything in one pass."""
     if can_normalize(input, *norm[:4], residual) and (
-        input.device.type in self_check.unchecked
+        settled.get((batch_norm_act_inference, input.dtype, input.is_contiguous(), input.device))
         or checks.trusts_norm(batch_norm_act_inference, input)
     ):
         return norms().batch_norm_act_inference(input, norm, residual, activation)

@@ -92,7 +92,8 @@ recorder: ContextVar[Any] = ContextVar("fused_resnet_recorder", default=None)
 """Who is told of each launch, right after it: see `plans.Recorder`."""
 
 
-_row: ContextVar[list[int] | None] = ContextVar("fused_resnet_row", default=None)
+open_row: ContextVar[list[int] | None] = ContextVar("fused_resnet_row", default=None)
+"""How many launches the row that is open here has had, if one is: see `in_a_row`."""
 
 
 @contextlib.contextmanager
@@ -102,16 +103,16 @@ def in_a_row() -> Iterator[None]:
     Nothing but inference may launch here, and all of it on one stream. Other kernels may run
     between: they wait for what precedes them, and what follows waits for them.
     """
-    token = _row.set([0])
+    token = open_row.set([0])
     try:
         yield
     finally:
-        _row.reset(token)
+        open_row.reset(token)
 
 
 def next_in_row() -> int | None:
     """How many launches of the row came before the one that asks; None outside of rows."""
-    row = _row.get()
+    row = open_row.get()
     if row is None:
         return None
     row[0] += 1
@@ -120,7 +121,7 @@ def next_in_row() -> int | None:
 
 def is_in_row(input: Tensor) -> bool:
     """Whether launches for this input are such, on a device where they may overlap."""
-    return _row.get() is not None and can_depend(input)
+    return open_row.get() is not None and can_depend(input)
 
 
 def report(

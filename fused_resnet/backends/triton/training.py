@@ -8,17 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import tuning
 from ...layers.description import Norm, Sums
 from ...layers.memory import contiguous_like_eager
 from ...tuning import architecture
 from ...tuning import training as training_choice
-from ...tuning.choice import Tile
+from ...tuning.choice import ESTIMATE, Choice, Tile
+from ...tuning.problem import ConvProblem
 from .. import library, self_check
 from ..backend import Gradients
+from ..self_check import settled
 from . import checks
 from .eligible import can_normalize, can_train, is_channels_last
 from .lazy import norms, stems, training_convolutions
-from .problem import problem_of
+from .problem import out_of_resources, problem_of
+
+# What `tuning.leave_out` calls a convolution: by whether a norm is before it; and its gradient, by
+# whether it has come through one (above), and whether it goes through one (below).
+_FORWARD = {False: "training convolution", True: "training convolution behind a norm"}
+_BACKWARD = {
+    (above, below): "gradient of a convolution" + " behind a norm" * above + " before one" * below
+    for above in (False, True)
+    for below in (False, True)
+}
 
 
 def batch_norm_act_training(
@@ -32,7 +44,7 @@ def batch_norm_act_training(
     """Statistics in one pass, everything else in another: see `norm.py`."""
     arguments = (input, weight, bias, eps, residual, activation)
     if can_normalize(input, weight, bias, residual) and (
-        input.device.type in self_check.unchecked
+        settled.get((batch_norm_act_training, input.dtype, input.is_contiguous(), input.device))
         or checks.trusts_norm(batch_norm_act_training, input)
     ):
         return norms().batch_norm_act_training(*arguments)
@@ -64,7 +76,8 @@ def batch_norm_add_relu(
     """
     others = (*norm[:4], residual, *(residual_norm or ())[:4])
     if not can_normalize(input, *others) or not (
-        input.device.type in self_check.unchecked or checks.trusts_norm(batch_norm_add_relu, input)
+        settled.get((batch_norm_add_relu, input.dtype, input.is_contiguous(), input.device))
+        or checks.trusts_norm(batch_norm_add_relu, input)
     ):
         return None
     return norms().batch_norm_add_relu(input, norm, residual, residual_norm)
@@ -85,7 +98,9 @@ def batch_norm_add_relu_backward(
     """
     others = (grad, *norm[:4], residual, *residual_norm[:4])
     if not can_normalize(input, *others) or not (
-        input.device.type in self_check.unchecked
+        settled.get(
+            (batch_norm_add_relu_backward, input.dtype, input.is_contiguous(), input.device)
+        )
         or checks.trusts_norm(batch_norm_add_relu_backward, input)
     ):
         return None
@@ -105,7 +120,7 @@ def batch_norm_act_backward(
     """A pass that reduces and one that does not."""
     leading = (grad, input, output, norm, activation, training, need)
     if can_normalize(input, grad, output, *norm[:4]) and (
-        input.device.type in self_check.unchecked
+        settled.get((batch_norm_act_backward, input.dtype, input.is_contiguous(), input.device))
         or checks.trusts_norm(batch_norm_act_backward, input)
     ):
         return norms().batch_norm_act_backward(*leading, overwrite)
@@ -115,7 +130,8 @@ def batch_norm_act_backward(
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of this tensor, (C,), in the accumulation dtype."""
     if can_normalize(input) and (
-        input.device.type in self_check.unchecked or checks.trusts_norm(batch_statistics, input)
+        settled.get((batch_statistics, input.dtype, input.is_contiguous(), input.device))
+        or checks.trusts_norm(batch_statistics, input)
     ):
         return norms().batch_statistics(input)
     return library.batch_statistics(contiguous_like_eager(input))
@@ -130,7 +146,9 @@ def batch_norm_act_backward_sums(
     """
     arguments = (grad, input, output, norm, activation)
     if can_normalize(input, grad, output, *norm[:4]) and (
-        input.device.type in self_check.unchecked
+        settled.get(
+            (batch_norm_act_backward_sums, input.dtype, input.is_contiguous(), input.device)
+        )
         or checks.trusts_norm(batch_norm_act_backward_sums, input)
     ):
         total, dot, _ = norms().batch_norm_act_backward_sums(*arguments)
@@ -151,7 +169,9 @@ def batch_norm_act_backward_input(
     """The gradients of input and residual, from the sums and the count of the joint batch."""
     leading = (grad, input, output, norm, activation, sums, need_residual)
     if can_normalize(input, grad, output, *norm[:4]) and (
-        input.device.type in self_check.unchecked
+        settled.get(
+            (batch_norm_act_backward_input, input.dtype, input.is_contiguous(), input.device)
+        )
         or checks.trusts_norm(batch_norm_act_backward_input, input)
     ):
         return norms().batch_norm_act_backward_input(*leading, overwrite)
@@ -191,7 +211,7 @@ def batch_norm_relu_max_pool(
     ):
         return None  # some of which `max_pool2d` refuses
     if not (
-        input.device.type in self_check.unchecked
+        settled.get((batch_norm_relu_max_pool, input.dtype, input.device))
         or checks.trusts_norm_and_pool(
             batch_norm_relu_max_pool, max_pool_backward_from_offsets, input
         )
@@ -231,20 +251,28 @@ def conv_batch_norm_statistics(
     """
     if not can_train(input, weight, bias, geometry[-1]):
         return None
-    training = training_convolutions()
-    tile: Tile | None = training.INTERPRETED_TILE
-    device = input.device
-    is_checked = device.type not in self_check.unchecked
-    if is_checked or device.type == "cuda":
-        problem, with_norm = problem_of(input, weight, *geometry, False), prologue is not None
+    training, device = training_convolutions(), input.device
+    normalises, tile = prologue is not None, training.INTERPRETED_TILE
+    if device.type != "cuda" and not self_check.everywhere:
+        return training.forward(input, weight, bias, geometry, prologue, tile)
+    problem = problem_of(input, weight, *geometry, False)
+    while True:
         if device.type == "cuda":
             gpu = architecture.of_device(device)
-            tile, _ = training_choice.forward(problem, with_norm, gpu)
+            left_out = tuning.left_out(problem, device, _FORWARD[normalises])
+            tile = training_choice.forward(problem, normalises, gpu, left_out)[0]
         if tile is None:
             return None
-        if is_checked and not checks.trusts_training(problem, with_norm, tile, device):
-            return None
-    return training.forward(input, weight, bias, geometry, prologue, tile)
+        try:
+            if not (
+                settled.get((problem, normalises, tile, device))
+                or checks.trusts_training(problem, normalises, tile, device)
+            ):
+                return None
+            return training.forward(input, weight, bias, geometry, prologue, tile)
+        except out_of_resources() as error:
+            choice = Choice(_FORWARD[normalises], tile, ESTIMATE)
+            tuning.leave_out(problem, device, choice, str(error))
 
 
 def conv_backward_input(
@@ -272,13 +300,17 @@ def conv_backward_input(
         The gradient, with `below` behind that norm, and then its sum, its sum with `tensor - mean`
         and that over `sqrt(var + eps)`. None as in `conv_batch_norm_statistics`.
     """
-    tile = _backward_tile(grad, weight, geometry, residual, below is not None)
-    if tile is None:
-        return None
     training = training_convolutions()
     ends = training.Ends(residual, residual_mask, None, below)
-    result, _, sums = training.backward_input(grad, weight, size, geometry, ends, tile)
-    return result, sums
+    while True:
+        found = _backward_tile(grad, weight, geometry, residual, below is not None)
+        if found is None:
+            return None
+        try:
+            result, _, sums = training.backward_input(grad, weight, size, geometry, ends, found[0])
+            return result, sums
+        except out_of_resources() as error:
+            _leave_out(grad.device, found, str(error))
 
 
 def conv_backward_input_runs(
@@ -319,21 +351,25 @@ def norm_conv_backward_input(
     if weight.shape[2:].numel() != 1:
         return None
     raw, norm = behind
-    tile = _backward_tile(raw, weight, geometry, None, True, above=True)
-    if tile is None:
-        return None
     training = training_convolutions()
-    raw = raw.contiguous(memory_format=torch.channels_last)
-    masked = torch.empty_like(raw)
-    total, dot, grad_weight = norms().batch_norm_act_backward_sums(
-        grad, raw, output, norm, "relu", masked
-    )
-    sums = Sums(total, dot, raw.numel() // raw.size(1))
-    ends = training.Ends(None, None, (raw, norm, sums), below)
-    result, grad_raw, below_sums = training.backward_input(
-        masked, weight, size, geometry, ends, tile
-    )
-    return result, below_sums, grad_raw, masked, (grad_weight, total)
+    while True:
+        found = _backward_tile(raw, weight, geometry, None, True, above=True)
+        if found is None:
+            return None
+        dense = raw.contiguous(memory_format=torch.channels_last)
+        masked = torch.empty_like(dense)
+        total, dot, grad_weight = norms().batch_norm_act_backward_sums(
+            grad, dense, output, norm, "relu", masked
+        )
+        sums = Sums(total, dot, dense.numel() // dense.size(1))
+        ends = training.Ends(None, None, (dense, norm, sums), below)
+        try:
+            result, grad_raw, below_sums = training.backward_input(
+                masked, weight, size, geometry, ends, found[0]
+            )
+            return result, below_sums, grad_raw, masked, (grad_weight, total)
+        except out_of_resources() as error:
+            _leave_out(raw.device, found, str(error))
 
 
 def _backward_tile(
@@ -343,29 +379,43 @@ def _backward_tile(
     residual: Tensor | None,
     below: bool,
     above: bool = False,
-) -> Tile | None:
-    """Of a transposed convolution, or None where the library's is to run."""
+) -> tuple[Tile, ConvProblem | None, str] | None:
+    """Of a transposed convolution, its problem and what `tuning` calls the kernel.
+
+    None where the library's is to run. There is no problem where it is only interpreted.
+    """
     stride, padding, dilation, groups = geometry
     _, C, R, S = weight.shape
     around = (dilation[0] * (R - 1) - padding[0], dilation[1] * (S - 1) - padding[1])
     if max(stride) > 1 or min(around) < 0 or not can_train(grad, weight, residual, groups):
         return None
-    tile: Tile | None = training_convolutions().INTERPRETED_TILE
-    device = grad.device
-    is_checked = device.type not in self_check.unchecked
-    if is_checked or device.type == "cuda":
-        transposed, adds = (
-            weight.new_empty((C, grad.size(1), R, S), device="meta"),
-            residual is not None,
-        )
-        problem = problem_of(grad, transposed, stride, around, dilation, groups, adds)
+    device, tile = grad.device, training_convolutions().INTERPRETED_TILE
+    if device.type != "cuda" and not self_check.everywhere:
+        return tile, None, ""
+    transposed = weight.new_empty((C, grad.size(1), R, S), device="meta")
+    problem = problem_of(grad, transposed, stride, around, dilation, groups, residual is not None)
+    kernel, ends = _BACKWARD[above, below], (residual is not None, above, below)
+    while True:
         if device.type == "cuda":
             gpu = architecture.of_device(device)
-            tile = training_choice.backward(problem, above, below, gpu)[0]
+            left_out = tuning.left_out(problem, device, kernel)
+            tile = training_choice.backward(problem, above, below, gpu, left_out)[0]
         if tile is None:
             return None
-        if is_checked and not checks.trusts_input_gradient(
-            problem, (adds, above, below), tile, device
-        ):
+        try:
+            if settled.get((problem, ends, tile, device)) or checks.trusts_input_gradient(
+                problem, ends, tile, device
+            ):
+                return tile, problem, kernel
             return None
-    return tile
+        except out_of_resources() as error:
+            _leave_out(device, (tile, problem, kernel), str(error))
+
+
+def _leave_out(
+    device: torch.device, found: tuple[Tile, ConvProblem | None, str], reason: str
+) -> None:
+    """Has the next tile run, or nothing where there is none: see `tuning.leave_out`."""
+    tile, problem, kernel = found
+    assert problem is not None
+    tuning.leave_out(problem, device, Choice(kernel, tile, ESTIMATE), reason)

@@ -132,6 +132,28 @@ def test_input_gradients(shape, dtype, adds):
     assert_right(found, exact + case.input.double() if adds else exact, dtype)
 
 
+@pytest.mark.skipif(
+    not torch.ops.fused_resnet.conv_tile_isa(), reason="no AMX; run again over emulated tiles"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_forward_pass_in_training(dtype):
+    """Outputs, and the statistics of channels whose weights are finite."""
+    case = make_conv_case(SHAPES[0], size=(7, 6), dtype=dtype)
+    case.weight = case.weight.contiguous(memory_format=torch.channels_last)
+    spoil(case.weight, math.inf)
+    geometry = ((1, 1), (1, 1), (1, 1), 1)
+    exact = conv_of_taps(case.input.double(), case.weight.double(), None, *geometry)
+    out, mean, var = backends.cpu.conv_batch_norm_statistics(
+        case.input, case.weight, None, geometry, None
+    )
+    assert_right(out, exact, dtype)
+    finite = [k for k in range(case.weight.size(0)) if case.weight[k].isfinite().all()]
+    exact_var, exact_mean = torch.var_mean(out[:, finite].double(), (0, 2, 3), unbiased=False)
+    assert relative_error(mean[finite], exact_mean) < 1e-5
+    assert relative_error(var[finite], exact_var) < 1e-5
+    assert not mean[[0, 5, -1]].isfinite().any()
+
+
 class _ConvOfTaps(nn.Conv2d):
     """Computes in float64 or float32, and leaves padding out."""
 

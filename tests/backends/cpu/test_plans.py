@@ -434,9 +434,10 @@ def test_the_precision_that_torch_is_set_to_is_followed(ran):
         for precision in ("bf16", "ieee", "tf32"):
             conv.fp32_precision = precision
             with torch.inference_mode():
+                outputs = [model(x) for _ in range(4)]
                 expected = copy.deepcopy(model)(x)
-                for _ in range(4):
-                    assert_same_bits(model(x), expected, precision)
+            for out in outputs:
+                assert_same_bits(out, expected, precision)
     finally:
         conv.fp32_precision = before
 
@@ -491,6 +492,20 @@ def test_watched_weights_have_no_plan(ran):
         assert len(ran) == count
         model.layer4[0].conv2.weight.data[0, 0, 0, 0] += 100
         torch.testing.assert_close(model(x), as_eager(model, x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+def test_norms_of_sixteen_bits_are_compared(name, ran):
+    """Kernels read float32, which is made when the plan is."""
+    model, x = make_model(torch.bfloat16), image_batch(2, 32, torch.bfloat16)
+    before = settle(model, x, ran)
+    getattr(model.layer2[0].bn1, name).data[:64] *= 3
+    with torch.inference_mode():
+        outputs = [model(x) for _ in range(4)]
+        expected = copy.deepcopy(model)(x)
+    assert not torch.equal(expected, before)
+    for out in outputs:
+        assert_same_bits(out, expected)
 
 
 @pytest.mark.parametrize(

@@ -231,13 +231,6 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
         "if (true) {",
     ): "performance: loads an input on which nothing depends",
     (
-        "threadIdx.x == 0 && atomicAdd(conv.tickets + tile, 1) == static_cast<int>(gridDim.z) - 1;",
-        "threadIdx.x == 0 || atomicAdd(conv.tickets + tile, 1) == static_cast<int>(gridDim.z) - 1;",
-    ): (
-        "memory order: every block writes the output, the last one rightly, and on the host the "
-        "last one is the last to write"
-    ),
-    (
         "convolve(middle_tile, min(lane % 16, kTile.kColumns - 1),",
         "convolve(middle_tile, min(lane % 16, kTile.kColumns),",
     ): (

@@ -211,7 +211,7 @@ def test_the_mask_recomputed_is_the_one_used(norms, dtype):
 @pytest.mark.quick
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", [(2, 24, 11, 5), (1, 72, 1, 61), (3, 8, 1, 1), (2, 136, 7, 5)])
+@pytest.mark.parametrize("shape", [(2, 24, 11, 5), (1, 72, 1, 61), (3, 8, 1, 1), (1, 136, 4, 5)])
 def test_masks_and_two_norms(norms, shape, dtype):
     """Kept as bits: those of the output, and gradients to the bits of those from the output.
 
@@ -224,46 +224,48 @@ def test_masks_and_two_norms(norms, shape, dtype):
     weight, bias, mean, var, other, offset = vectors(C, 6)
     known_norm, found_norm = (mean - 1, var**2 + 0.1, other, None, 1e-3), (None,) * 4 + (0.1,)
     both_norms = ((mean, var**2 + 0.1, weight, bias, 1e-5), (None, None, None, offset, 1e-5))
-    for residual_norm in (None, Norm(*known_norm), Norm(*found_norm)):
-        for norm in itertools.starmap(Norm, both_norms):
-            out, mask, found, found_residual = norms.batch_norm_add_relu(x, norm, z, residual_norm)
-            shortcut = z
-            if residual_norm is not None:
-                known = Norm(*found_residual, *residual_norm[2:])
-                shortcut = norms.batch_norm_act_inference(z, known, None, "none")
-                if residual_norm[0] is None:
-                    for a, b in zip(found_residual, norms.batch_statistics(z), strict=True):
-                        assert_same_bits(a, b)
-            known = Norm(*found, *norm[2:])
-            assert_same_bits(out, norms.batch_norm_act_inference(x, known, shortcut, "relu"))
-            passed = ~(out <= 0).permute(0, 2, 3, 1).reshape(-1, 8)
-            bits = passed << torch.arange(8, device=x.device)
-            assert torch.equal(mask, bits.sum(1).to(torch.uint8))
-            assert 0 < passed.sum() < passed.numel()
-            # Every combination on the smallest; each value of both on the others.
-            chosen = itertools.product([True, False], repeat=2)
-            for training, residual in chosen if x.numel() < 100 else ((True, True), (False, False)):
-                arguments = (known, "relu", training, (True, True, True, residual))
-                from_bits = norms.batch_norm_act_backward(grad, x, mask, *arguments)
-                from_output = norms.batch_norm_act_backward(grad, x, out, *arguments)
-                for a, b in zip(from_bits, from_output, strict=True):
-                    assert (a is None) == (b is None)
-                    if a is not None:
-                        assert_same_bits(a, b)
-            if residual_norm is None:
-                continue
-            other = Norm(*found_residual, *residual_norm[2:])
-            both = norms.batch_norm_add_relu_backward(grad, mask, x, known, z, other)
-            for tensor, of_norm, ours in ((x, known, both[0]), (z, other, both[1])):
-                for kept in (mask, out):
-                    expected = norms.batch_norm_act_backward(
-                        grad, tensor, kept, of_norm, "relu", True, (True, True, True, False)
-                    )
-                    for a, b in zip(ours, expected[:3], strict=True):
-                        assert_same_bits(a, b)
-            # Nothing that autograd hands on separately shares memory.
-            places = [tensor.data_ptr() for side in both for tensor in side]
-            assert len(set(places)) == 6
+    residual_norms = (None, Norm(*known_norm), Norm(*found_norm))
+    # Every combination on the smallest; each value on the others.
+    small, both_norms = x.numel() < 100, [Norm(*norm) for norm in both_norms]
+    pairs = itertools.product(residual_norms, both_norms)
+    for residual_norm, norm in pairs if small else zip(residual_norms, itertools.cycle(both_norms)):
+        out, mask, found, found_residual = norms.batch_norm_add_relu(x, norm, z, residual_norm)
+        shortcut = z
+        if residual_norm is not None:
+            known = Norm(*found_residual, *residual_norm[2:])
+            shortcut = norms.batch_norm_act_inference(z, known, None, "none")
+            if residual_norm[0] is None:
+                for a, b in zip(found_residual, norms.batch_statistics(z), strict=True):
+                    assert_same_bits(a, b)
+        known = Norm(*found, *norm[2:])
+        assert_same_bits(out, norms.batch_norm_act_inference(x, known, shortcut, "relu"))
+        passed = ~(out <= 0).permute(0, 2, 3, 1).reshape(-1, 8)
+        bits = passed << torch.arange(8, device=x.device)
+        assert torch.equal(mask, bits.sum(1).to(torch.uint8))
+        assert 0 < passed.sum() < passed.numel()
+        chosen = itertools.product([True, False], repeat=2)
+        for training, residual in chosen if small else ((True, True), (False, False)):
+            arguments = (known, "relu", training, (True, True, True, residual))
+            from_bits = norms.batch_norm_act_backward(grad, x, mask, *arguments)
+            from_output = norms.batch_norm_act_backward(grad, x, out, *arguments)
+            for a, b in zip(from_bits, from_output, strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    assert_same_bits(a, b)
+        if residual_norm is None:
+            continue
+        other = Norm(*found_residual, *residual_norm[2:])
+        both = norms.batch_norm_add_relu_backward(grad, mask, x, known, z, other)
+        for tensor, of_norm, ours in ((x, known, both[0]), (z, other, both[1])):
+            for kept in (mask, out):
+                expected = norms.batch_norm_act_backward(
+                    grad, tensor, kept, of_norm, "relu", True, (True, True, True, False)
+                )
+                for a, b in zip(ours, expected[:3], strict=True):
+                    assert_same_bits(a, b)
+        # Nothing that autograd hands on separately shares memory.
+        places = [tensor.data_ptr() for side in both for tensor in side]
+        assert len(set(places)) == 6
 
 
 @pytest.mark.quick
