@@ -162,13 +162,18 @@ def _isa_in_parts(
 _PRODUCTS = {"tf32": 3, "bf16": 1}
 _products = 6
 _products_lock = threading.Lock()
+# The setting that was last followed.
+_precision = ""
 _float32_precision = functools.partial(torch._C._get_fp32_precision_getter, "mkldnn", "conv")
 
 
 def _follow_precision() -> None:
     """Has the native kernels compute float32 as exactly as torch's setting says now."""
+    global _precision
+    precision = _float32_precision()
     if tile_products(torch.float32) != _products:
         _set_products()
+    _precision = precision
 
 
 def tile_products(dtype: torch.dtype) -> int | None:
@@ -198,7 +203,7 @@ def _convolve(
 ) -> Tensor:
     """A native operator, whose arguments come before and behind the layer."""
     weight, norm, bias, stride, padding, dilation, groups = layer
-    if _TILE_ISA and weight.dtype is torch.float32:
+    if _TILE_ISA and _float32_precision() != _precision:
         _follow_precision()
     behind = (*norm, bias, *stride, *padding, *dilation, groups, *behind)
     out = operator(*before, weight, _packed(weight, groups), *behind)
@@ -314,7 +319,7 @@ def _convolve_training(
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     stride, padding, dilation, groups = geometry
-    if input.dtype is torch.float32:
+    if input.dtype is torch.float32 and _float32_precision() != _precision:
         _follow_precision()
     if bias is not None:
         (bias,) = _in_accumulation_dtype(input, bias)
@@ -506,7 +511,7 @@ def conv_input_gradient(
     if not covered or (add_to is not None and add_to.shape != input.shape):
         return None
     out = _pool_empty_like(input) if add_to is None else add_to
-    if _TILE_ISA:
+    if _TILE_ISA and _float32_precision() != _precision:
         _follow_precision()
     _conv_input_gradient(grad, weight, *stride, *padding, *dilation, out, add_to is not None)
     return out
@@ -599,7 +604,7 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
     projections: list[int] = []
     dtype = input.dtype
     is_float32 = dtype is torch.float32
-    if _TILE_ISA and is_float32:
+    if _TILE_ISA and _float32_precision() != _precision:
         _follow_precision()
     for layers, has_projection, step, _ in blocks:
         for weight, norm, bias, stride, padding, dilation, groups in layers:
@@ -844,7 +849,8 @@ class Cpu(Backend):
         if input.dtype not in _NATIVE_DTYPES or input.layout is not torch.strided:
             return None
         if _TILE_ISA and input.dtype is torch.float32:
-            _follow_precision()  # before a plan runs, too
+            if _float32_precision() != _precision:  # before a plan runs, too
+                _follow_precision()
             return _products
         return ()
 

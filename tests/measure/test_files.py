@@ -23,9 +23,9 @@ import PIL.Image
 import pytest
 import torch
 import torchvision
-from measure.test_bench import models_document, provenance
 from rich.console import Console
 from support import Run, run_python
+from support.results import models_document, provenance
 
 from fused_resnet import backends, files
 from fused_resnet.cli import bench as bench_cli
