@@ -294,31 +294,19 @@ def conv_batch_norm_statistics(
     bias: Tensor | None,
     geometry: Sequence[Any],
     prologue: Norm | None,
+    statistics: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """In one pass, where there are tiles: see csrc/cpu/conv_training.cpp."""
-    if not _trains(input, weight, geometry) or input.numel() == 0:
-        return None
-    return _convolve_training(input, weight, bias, geometry, prologue, True)
-
-
-def convolution(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any]
-) -> Tensor | None:
-    """The first of `conv_batch_norm_statistics`, to the same bits, or None where that is."""
-    if not _trains(input, weight, geometry) or input.numel() == 0:
-        return None
-    return _convolve_training(input, weight, bias, geometry, None, False)[0]
-
-
-def _convolve_training(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: Sequence[Any],
-    prologue: Norm | None,
-    statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
     stride, padding, dilation, groups = geometry
+    if (
+        not _TILE_ISA
+        or not _trains(input.dtype, weight.shape, weight.stride(1), groups)
+        or weight.dtype is not input.dtype
+        or input.numel() == 0
+        or not input.is_contiguous(memory_format=torch.channels_last)
+        or (input.is_contiguous() and weight.is_contiguous())
+    ):
+        return None
     if input.dtype is torch.float32 and _float32_precision() != _precision:
         _follow_precision()
     if bias is not None:
@@ -329,20 +317,24 @@ def _convolve_training(
     )
 
 
-def _trains(input: Tensor, weight: Tensor, geometry: Sequence[Any]) -> bool:
+def convolution(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any]
+) -> Tensor | None:
+    """The first of `conv_batch_norm_statistics`, to the same bits, or None where that is."""
+    found = conv_batch_norm_statistics(input, weight, bias, geometry, None, False)
+    return None if found is None else found[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _trains(dtype: torch.dtype, weight_shape: torch.Size, c_stride: int, groups: int) -> bool:
     """Whether the native kernel, rather than the library's, is a convolution's forward pass."""
-    K, C = weight.shape[:2]
-    groups = geometry[3]
+    K, C = weight_shape[:2]
     return (
-        bool(_TILE_ISA)
-        and input.dtype in _GRADIENTS_ON_TILES
-        and weight.dtype is input.dtype
+        dtype in _GRADIENTS_ON_TILES
         and (groups == 1 or (C >= _LEAST_ON_TILES and K // groups >= _LEAST_ON_TILES))
-        and _is_native(input.dtype, weight.shape, groups)
-        and input.is_contiguous(memory_format=torch.channels_last)
-        and not (input.is_contiguous() and weight.is_contiguous())
+        and _is_native(dtype, tuple(weight_shape), groups)
         # Packing a weight whose input channels do not lie together takes longer.
-        and (weight.stride(1) == 1 or C == 1)
+        and (c_stride == 1 or C == 1)
     )
 
 

@@ -164,10 +164,10 @@ class Pass:
             grad_bias.to(self.norm.bias.dtype) if need[2] else None,
         )
 
-    def convolve(self, input: Tensor) -> Tensor:
-        """The convolution's output, which it keeps."""
+    def convolve(self, input: Tensor, by_library: bool = False) -> Tensor:
+        """The convolution's output, which it keeps; where no kernel has it, by the library."""
         raw = None
-        if self._direct is not None:
+        if self._direct is not None and not by_library:
             raw = self._direct.convolution(input, self.weight, self.bias, self.layer.geometry)
         if raw is None:
             run = conv2d if self._direct is None else plain_conv2d
@@ -335,13 +335,14 @@ def run_block(
         if found:
             h, before = step.raw, step
             continue
-        step.convolve(h)
+        # Kernels that are not asked for statistics, being shared ones, may have the convolution.
+        step.convolve(h, step.layer.group is None)
         if step is not last:
             h = step.normalize(step.raw, None, "relu")
     del h
     if projection is not None:
         if not projection.convolve_with_statistics(input, None):
-            projection.convolve(input)
+            projection.convolve(input, projection.layer.group is None)
         shortcut = projection.raw
     else:
         shortcut = block.subsampled(input)
