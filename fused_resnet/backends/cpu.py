@@ -73,6 +73,7 @@ _conv_bn_act_packed = torch.ops.fused_resnet.conv_bn_act_packed.default._op
 _norm_conv_bn_act_packed = torch.ops.fused_resnet.norm_conv_bn_act_packed.default
 _residual_blocks_packed = torch.ops.fused_resnet.residual_blocks_packed.default._op
 _pool_linear = torch.ops.fused_resnet.pool_linear.default
+_scale_shift_act = torch.ops.fused_resnet.scale_shift_act.default._op
 _pack_conv_weight = torch.ops.fused_resnet.pack_conv_weight.default
 _conv_weight_is_packed = torch.ops.fused_resnet.conv_weight_is_packed.default
 _batch_statistics = torch.ops.fused_resnet.batch_statistics.default._op
@@ -291,31 +292,19 @@ def conv_batch_norm_statistics(
     bias: Tensor | None,
     geometry: Sequence[Any],
     prologue: Norm | None,
+    statistics: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """In one pass, where there are tiles: see csrc/cpu/conv_training.cpp."""
-    if not _trains(input, weight, geometry) or input.numel() == 0:
-        return None
-    return _convolve_training(input, weight, bias, geometry, prologue, True)
-
-
-def convolution(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any]
-) -> Tensor | None:
-    """The first of `conv_batch_norm_statistics`, to the same bits, or None where that is."""
-    if not _trains(input, weight, geometry) or input.numel() == 0:
-        return None
-    return _convolve_training(input, weight, bias, geometry, None, False)[0]
-
-
-def _convolve_training(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: Sequence[Any],
-    prologue: Norm | None,
-    statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
     stride, padding, dilation, groups = geometry
+    if (
+        not _trains(input.dtype, weight.dtype, weight.shape, groups)
+        or not input.is_contiguous(memory_format=torch.channels_last)
+        or (input.is_contiguous() and weight.is_contiguous())
+        # Packing a weight whose input channels do not lie together takes longer.
+        or (weight.stride(1) != 1 and weight.size(1) > 1)
+        or input.numel() == 0
+    ):
+        return None
     if input.dtype is torch.float32 and _float32_precision() != _precision:
         _follow_precision()
     if bias is not None:
@@ -326,20 +315,29 @@ def _convolve_training(
     )
 
 
-def _trains(input: Tensor, weight: Tensor, geometry: Sequence[Any]) -> bool:
-    """Whether the native kernel, rather than the library's, is a convolution's forward pass."""
-    K, C = weight.shape[:2]
-    groups = geometry[3]
+def convolution(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any]
+) -> Tensor | None:
+    """The first of `conv_batch_norm_statistics`, to the same bits, or None where that is."""
+    found = conv_batch_norm_statistics(input, weight, bias, geometry, None, False)
+    return None if found is None else found[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _trains(
+    dtype: torch.dtype, weight_dtype: torch.dtype, weight_shape: tuple[int, ...], groups: int
+) -> bool:
+    """Whether the native kernel runs a convolution's forward pass, if its tensors lie as it takes.
+
+    Remembered, since a call for each convolution costs more than what it saves.
+    """
+    K, C = weight_shape[:2]
     return (
         bool(_TILE_ISA)
-        and input.dtype in _GRADIENTS_ON_TILES
-        and weight.dtype is input.dtype
+        and dtype in _GRADIENTS_ON_TILES
+        and weight_dtype is dtype
         and (groups == 1 or (C >= _LEAST_ON_TILES and K // groups >= _LEAST_ON_TILES))
-        and _is_native(input.dtype, weight.shape, groups)
-        and input.is_contiguous(memory_format=torch.channels_last)
-        and not (input.is_contiguous() and weight.is_contiguous())
-        # Packing a weight whose input channels do not lie together takes longer.
-        and (weight.stride(1) == 1 or C == 1)
+        and _is_native(dtype, weight_shape, groups)
     )
 
 
@@ -354,7 +352,7 @@ def batch_norm_act_inference(
 ) -> Tensor:
     """Everything in one pass."""
     scale, shift = _norm_vectors(*_in_accumulation_dtype(input, *norm[:4]), norm.eps)
-    return scale_shift_act(contiguous_like_eager(input), scale, shift, residual, activation)
+    return _scale_shift_act(contiguous_like_eager(input), scale, shift, residual, activation)
 
 
 def _in_accumulation_dtype(input: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
