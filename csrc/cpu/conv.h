@@ -17,8 +17,9 @@
 //                     product; compiled once per instruction set, by conv_avx512.cpp and
 //                     conv_avx2.cpp
 //   conv_tiles.inl    one task on a unit that multiplies tiles of bfloat16, compiled by
-//                     conv_amx.cpp for bfloat16 and conv_float32_*amx.cpp for float32 in parts, and
-//                     over emulated tiles by the files whose names end in _amx_emulated.cpp
+//                     conv_amx.cpp for bfloat16 and conv_float*amx.cpp for float16 and float32 in
+//                     parts, and over emulated tiles by the files whose names end in
+//                     _amx_emulated.cpp
 //   conv_border.cpp   outputs at the image's border, of weights that are not finite
 //   conv.h            what those share
 #pragma once
@@ -71,7 +72,7 @@ struct Conv {
   Strides in, out, res;
   const void* input;
   const void* weight;    // packed, see weight_offset() and conv_tiles.h
-  int64_t weight_block;  // float32's block_k, be the kernel one on tiles
+  int64_t weight_block;  // of vectors' layout, be the kernel one on tiles in parts
   bool weight_is_finite;
   const float* bias;  // the convolution's own; may be null
   Norm norm;
@@ -144,11 +145,13 @@ extern const ConvIsa kConvAvx512;
 extern const ConvIsa kConvAvx2;
 extern const ConvIsa kConvAmx;
 extern const ConvIsa kConvFloat32Amx;
+extern const ConvIsa kConvFloat16Amx;
 extern const ConvIsa kConvFloat32HighAmx;
 extern const ConvIsa kConvFloat32MediumAmx;
 #endif
 extern const ConvIsa kConvAmxEmulated;
 extern const ConvIsa kConvFloat32AmxEmulated;
+extern const ConvIsa kConvFloat16AmxEmulated;
 extern const ConvIsa kConvFloat32HighAmxEmulated;
 extern const ConvIsa kConvFloat32MediumAmxEmulated;
 

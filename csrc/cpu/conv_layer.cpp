@@ -74,8 +74,8 @@ namespace {
 
 constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 
-// From how many output pixels on, of all images, tiles are faster than AVX-512 for a float32
-// convolution that both can run, as measured in ResNets' layers with 1 to 8 images on a two-core
+// From how many output pixels on, of all images, tiles are faster than AVX-512 for a convolution in
+// parts that both can run, as measured in ResNets' layers with 1 to 8 images on a two-core
 // Xeon with 2 MiB of second-level cache a core. What tiles take more is to split every pixel, which
 // many output channels or taps make up for, and every weight, which many pixels do.
 int64_t pixels_that_pay(const Conv& conv) {
@@ -87,7 +87,7 @@ int64_t pixels_that_pay(const Conv& conv) {
   return std::max(c, k) >= 128 ? div_up(k >= 2 * c ? 150000 : 250000, k) : kNever;
 }
 
-// From how many output pixels on a float32 convolution runs on tiles.
+// From how many output pixels on a convolution of float32, or float16, runs on tiles.
 int64_t least_pixels_on_tiles(const Conv& conv) {
   if (tile_unit() == TileUnit::none || conv.expanded ||
       !fills_tiles(conv.groups, group_c(conv), group_k(conv))) {
@@ -117,10 +117,16 @@ constexpr Float32Kernels kFloat32Kernels[] = {
 // Those in use: of the process, as is torch's setting that they follow.
 std::atomic<const Float32Kernels*> float32_kernels{&kFloat32Kernels[0]};
 
-// A float32 convolution's kernel. All kinds take the same packed weight.
-const ConvIsa& float32_isa(const Conv& conv) {
+// The kernel of a convolution of float32 or float16. All kinds take the same packed weight.
+const ConvIsa& isa_in_parts(const Conv& conv) {
   const int64_t images = std::max(conv.batch, conv.N);
   if (images * conv.P * conv.Q < least_pixels_on_tiles(conv)) return *conv.isa;
+  if (conv.dtype == Dtype::kFloat16) {
+#if defined(__x86_64__)
+    if (tile_unit() == TileUnit::amx) return kConvFloat16Amx;
+#endif
+    return kConvFloat16AmxEmulated;
+  }
   const Float32Kernels& kernels = *float32_kernels.load(std::memory_order_relaxed);
   return tile_unit() == TileUnit::amx ? *kernels.amx : *kernels.emulated;
 }
@@ -814,8 +820,8 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   // outputs would come from the other threads' caches.
   const bool waits_for_weights =
       item == 2 && weight_bytes > l2_bytes() / 8 && group_k(conv) >= group_c(conv);
-  // float32 on tiles: every task splits its weights into parts, which takes as long as 25 pixels.
-  const bool splits = conv.dtype == Dtype::kFloat32 && item != 4;
+  // In parts on tiles: every task splits its weights, which takes as long as 25 pixels.
+  const bool splits = conv.dtype != Dtype::kBFloat16 && conv.isa != vector_isa();
 
   Split s;
   s.block_tasks = conv.expanded ? blocks : 1;
@@ -915,9 +921,9 @@ void run_conv(Conv conv, RowStatistics* statistics) {
   if (conv.N == 0) return;
   check_scratch_size(conv);
   if (!conv.weight_is_finite && (conv.pad_h > 0 || conv.pad_w > 0)) return run_with_border(conv);
-  if (conv.dtype == Dtype::kFloat32) {
+  if (conv.dtype != Dtype::kBFloat16) {
     conv.weight_block = conv.isa->block_k;
-    conv.isa = &float32_isa(conv);
+    conv.isa = &isa_in_parts(conv);
   }
   flatten_pixels(conv);
   const ConvIsa& isa = *conv.isa;

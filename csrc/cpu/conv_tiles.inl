@@ -2,7 +2,8 @@
 // including file, which defines
 //   Element           vectors of the tensors' elements; see vectors.h
 //   Storage           such an element in memory
-//   kParts            how many bfloat16 stand for a value: 1 for bfloat16, up to 3 for float32
+//   kParts            how many bfloat16 stand for a value: 1 for bfloat16, 2 for float16, up to 3
+//                     for float32
 // includes one of tiles_amx.h and tiles_emulated.h, with
 //   Value             vectors of float32
 //   square_root()     of such a vector
@@ -11,7 +12,8 @@
 //   split()           32 float32 into their parts, cut off or rounded
 //   is_doubtful()     see load_sums()
 //   TileState         whose life is the time in which the unit's registers are ours
-//   zero_sums(), load_pixels(i), load_weights(j), multiply_add(i, j), store_sums(i, j)
+//   zero_sums(), load_pixels(i), load_weights(j), multiply_add(i, j), multiply_add_to(s, i, j),
+//   store_sums(i, j)
 //                     the registers: 2 x 2 tiles of sums, 2 of pixels, 2 of weights
 // and ends with the exported ConvIsa. No standard header beyond <cstdint> may be included here: an
 // inline library function compiled for this instruction set could replace the portable one at link
@@ -35,8 +37,12 @@
 // small products, 20 a step, then for the large, 4 a step, which go on with the same sums: so small
 // products are rounded as small sums are, and the large ones once for 32. It never waits for a sum.
 // Where the user has torch be less exact, there are two parts and the products x0 w1, x1 w0 and x0
-// w0, or one. In memory both are float32; pixels are split when they are gathered, and weights,
-// which are packed as for the vector kernels, when a task comes to them.
+// w0, or one. A float16 is the sum of two parts, exactly; the product of the second ones, below
+// 2^-16 of the first's, is left out. In memory weights are float32 in both cases; pixels are split
+// when they are gathered, and weights, which are packed as for the vector kernels, when a task
+// comes to them. Where its pixels fit four tiles, all of these are multiplied at once, by 16 output
+// channels in turn, and a step's weights are split while the step before is multiplied: late in a
+// network at batch 1, where there is little to do for each weight.
 //
 // Memory traffic: as conv.h says; the slab is written and read in the second-level cache.
 //
@@ -59,7 +65,7 @@ constexpr int kWidth = Value::width;
 using Part = uint16_t;  // of a value, in tiles: a bfloat16's bits
 constexpr int64_t kItem = sizeof(Storage);
 // Whether values are split into their parts.
-constexpr bool kSplit = kItem != sizeof(Part);
+constexpr bool kSplit = kParts > 1 || kItem != sizeof(Part);
 
 FR_INLINE Element::Register load(const Storage* p) {
   return Element::load(reinterpret_cast<const Element::Element*>(p));
@@ -149,6 +155,11 @@ constexpr int64_t kPartBytes = kTiledPart * 2;
 // Floats of a block's sums.
 constexpr int64_t kSums = kBlockPixels * kTileBlockK;
 
+// How many tiles of pixels are multiplied at once by 16 output channels, and the floats of their
+// sums with a block.
+constexpr int64_t kFewTiles = kParts == 3 ? 4 : 0;
+constexpr int64_t kTaskSums = kFewTiles > 0 ? kFewTiles * kTileRows * kTileBlockK : kSums;
+
 // Scratch memory of a task: [tiles][positions][scale, shift and bias][offsets of taps][sums of two
 // blocks][slab][input rows of a dense gather, and a pixel of it]
 // [weights in parts]// [convolution rows awaiting the pool].
@@ -184,7 +195,7 @@ struct Scratch {
     shift = reinterpret_cast<float*>(take(channels * 4));
     bias = reinterpret_cast<float*>(take(channels * 4));
     offsets = reinterpret_cast<int64_t*>(take(layout.taps() * 8));
-    sums = reinterpret_cast<float*>(take(2 * kSums * 4));
+    sums = reinterpret_cast<float*>(take(2 * kTaskSums * 4));
     plane = part = 0;
     chunk = kChunkBytes;
     int64_t slab_bytes = 0, input_bytes = 0;
@@ -241,6 +252,24 @@ FR_INLINE Value::Register normalised(Value::Register x, const float* scale, cons
   return Value::relu(Value::multiply_add(x, Value::load(scale), Value::load(shift)));
 }
 
+// As it would be read back from a tensor.
+FR_INLINE Value::Register rounded(Value::Register x) {
+  if constexpr (kItem == sizeof(float)) return x;
+  alignas(64) Storage lanes[kWidth];
+  store(lanes, x);
+  return load(lanes);
+}
+
+// 32 results, or 16.
+template <int kN>
+FR_INLINE void store_results(Storage* dst, const Value::Register* y) {
+  if constexpr (kSplit && kItem == 2) {
+    FR_FOR (v, kN * 16 / kWidth) store(dst + v * kWidth, y[v]);
+  } else {
+    store_block<kN>(dst, y);
+  }
+}
+
 // Channels of one pixel, through the prologue if there is one.
 FR_INLINE void copy_channels(Storage* dst, const Storage* src, int64_t count, const float* scale,
                              const float* shift) {
@@ -260,6 +289,7 @@ FR_INLINE void copy_channels(Storage* dst, const Storage* src, int64_t count, co
 // What gather_row() writes: elements as they are,
 struct Whole {
   using Unit = Storage;
+  static constexpr bool kWhole = true;
 
   static void clear(Storage* dst, int64_t count) { zero(dst, count); }
   static FR_INLINE void put(Storage* dst, int64_t pixel, const Storage* src, int64_t count,
@@ -272,6 +302,7 @@ struct Whole {
 // or a chunk's parts, so many apart.
 struct InParts {
   using Unit = Part;
+  static constexpr bool kWhole = false;
   int64_t part;
 
   void clear(Part* dst, int64_t count) const {
@@ -284,7 +315,8 @@ struct InParts {
     if (count == kTileDepth) {
       FR_FOR (v, kVectors) {
         x[v] = load(src + v * kWidth);
-        if (scale != nullptr) x[v] = normalised(x[v], scale + v * kWidth, shift + v * kWidth);
+        if (scale == nullptr) continue;
+        x[v] = rounded(normalised(x[v], scale + v * kWidth, shift + v * kWidth));
       }
     } else {
       FR_FOR (v, kVectors) {
@@ -293,10 +325,12 @@ struct InParts {
         if (rest <= 0) continue;
         x[v] = load(src + first, rest);
         if (scale == nullptr) continue;
-        x[v] = Value::where_bits((1u << rest) - 1, normalised(x[v], scale + first, shift + first));
+        const Value::Register y = rounded(normalised(x[v], scale + first, shift + first));
+        x[v] = Value::where_bits((1u << rest) - 1, y);
       }
     }
-    split<kParts, false>(dst, part, x);
+    // What is rounded may overflow, but not a float16.
+    split<kParts, kItem == 2>(dst, part, x);
   }
 };
 
@@ -307,7 +341,7 @@ template <class To>
 void gather_row(const To& target, const Conv& conv, int64_t group, int64_t n, int64_t h,
                 int64_t first, int64_t step, int64_t count, typename To::Unit* dst, int64_t pixel,
                 int64_t chunk) {
-  constexpr bool kWhole = sizeof(typename To::Unit) == sizeof(Storage);
+  constexpr bool kWhole = To::kWhole;
   const int64_t channels = group_c(conv);
   const int64_t begin = first < 0 ? least(div_up(-first, step), count) : 0;
   const int64_t width = h + 1 == conv.H ? conv.last_w : conv.W;
@@ -684,7 +718,7 @@ void finish(const Epilogue& e, const Product& product, const float* sums, const 
       }
       if (e.relu) y[v] = Value::relu(y[v]);
     }
-    store_block<kN>(e.output + position.out, y);
+    store_results<kN>(e.output + position.out, y);
   }
 }
 
@@ -713,7 +747,7 @@ __attribute__((noinline)) void finish_strided(const Epilogue& e, const Product& 
       y[v] = Value::add(y[v], load(residual + v * kWidth));
       if (e.relu) y[v] = Value::relu(y[v]);
     }
-    store_block<kN>(result, y);
+    store_results<kN>(result, y);
     Storage* out = e.output + position.out;
     if (e.out_channel == 1) {
       copy(out, result, e.channels);
@@ -770,6 +804,31 @@ FR_INLINE void multiply_step(const char* in0, int64_t stride0, const char* in1, 
     if constexpr (kPixels) load_pixels<1>(in1, stride1);
     multiply_add<1, 0>();
     if constexpr (kN == 2) multiply_add<1, 1>();
+  }
+}
+
+template <int kValue>
+struct Index {
+  static constexpr int value = kValue;
+};
+
+// The first parts of kM tiles of pixels times the weights that are loaded in that place.
+template <int kM, int j>
+FR_INLINE void multiply_tiles_by(const Product& product, int64_t offset, Index<j>) {
+  const Tile* tiles = product.tiles;
+  load_pixels<0>(tiles[0].in + offset, tiles[0].stride);
+  multiply_add_to<0, 0, j>();
+  if constexpr (kM > 1) {
+    load_pixels<1>(tiles[1].in + offset, tiles[1].stride);
+    multiply_add_to<1, 1, j>();
+  }
+  if constexpr (kM > 2) {
+    load_pixels<0>(tiles[2].in + offset, tiles[2].stride);
+    multiply_add_to<2, 0, j>();
+  }
+  if constexpr (kM > 3) {
+    load_pixels<1>(tiles[3].in + offset, tiles[3].stride);
+    multiply_add_to<3, 1, j>();
   }
 }
 
@@ -837,6 +896,122 @@ void multiply(const Product& product, float* sums, Pending& pending) {
     store_sums<1, 0>(sums + kTileRows * kTileBlockK, kRow);
     if constexpr (kN == 2) store_sums<1, 1>(sums + kTileRows * kTileBlockK + 16, kRow);
   }
+}
+
+// Half the rows of one step's weights in parts, from the `begin`-th pair of these on: tiles of the
+// parts, one after another.
+FR_INLINE void split_step(const WeightRows& rows, int64_t chunk, int64_t tap, int64_t half,
+                          int64_t begin, int64_t end, Part* to) {
+  constexpr int kVectors = 16 / kWidth;
+  Value::Register x[2 * kVectors];
+  for (int64_t i = begin; i < end; ++i) {
+    load_half(rows.at(chunk, tap, i, half), x);
+    load_half(rows.at(chunk, tap, i + kTileDepth / 2, half), x + kVectors);
+    split<kParts, true>(to + i * kTileDepth, kTileBytes / 2, x);
+  }
+}
+
+// The chunk and tap of a step.
+struct Step {
+  int64_t chunk = 0, tap = 0;
+
+  FR_INLINE void advance(int64_t taps) {
+    if (++tap < taps) return;
+    tap = 0;
+    ++chunk;
+  }
+};
+
+// Sums of kM tiles of pixels times a block of output channels, to [pixel][32]: first one half of
+// the channels, then the other. The parts of a half's weights, [step][part][tile], go to `parts`
+// one step ahead of the products, and what will be split is asked for some steps before. Then come
+// the large products, of the first parts that are there.
+template <int kM>
+void multiply_few(const Product& product, int64_t halves, char* parts, float* sums,
+                  Pending& pending) {
+  constexpr int64_t kAhead = 4, kStepBytes = kParts * kTileBytes, kPairs = kTileDepth / 2;
+  const int64_t steps = product.chunks * product.taps;
+  const int64_t share = div_up(pending.pixels, steps * halves);
+  const char* ahead = product.ahead;
+  for (int64_t half = 0; half < halves; ++half) {
+    const auto step_parts = [&](int64_t i) { return parts + i * kStepBytes; };
+    Step now, coming, asked;
+    split_step(product.rows, 0, 0, half, 0, kPairs, reinterpret_cast<Part*>(parts));
+    for (int64_t i = 0; i < least(kAhead, steps); ++i) asked.advance(product.taps);
+    zero_sums();
+    for (int64_t i = 0; i < steps; ++i) {
+      coming = now;
+      coming.advance(product.taps);
+      const bool has_next = i + 1 < steps, has_asked = i + kAhead < steps;
+      const char* const weight = step_parts(i);
+      Part* const next = reinterpret_cast<Part*>(step_parts(i + 1));
+      const int64_t offset = product.offsets[now.tap] + now.chunk * product.chunk;
+      // A part of the split after each tile's products, which take the unit longer.
+      const auto meanwhile = [&](int64_t begin, int64_t end) {
+        if (has_next) split_step(product.rows, coming.chunk, coming.tap, half, begin, end, next);
+        for (int64_t j = begin; j < end && has_asked; ++j) {
+          const float* const line = product.rows.at(asked.chunk, asked.tap, j, half);
+          const float* const other = product.rows.at(asked.chunk, asked.tap, j + kPairs, half);
+          if (line != nullptr) __builtin_prefetch(line, 0, 2);
+          if (other != nullptr) __builtin_prefetch(other, 0, 2);
+        }
+      };
+      __atomic_signal_fence(__ATOMIC_SEQ_CST);
+      load_weights<0>(weight);
+      load_weights<1>(weight + kTileBytes);
+      const auto multiply_small = [&](auto tile) {
+        constexpr int m = decltype(tile)::value;
+        if constexpr (m < kM) {
+          const Tile& pixels = product.tiles[m];
+          load_pixels<0>(pixels.in + offset, pixels.stride);
+          multiply_add_to<m, 0, 1>();
+          load_pixels<1>(pixels.in + offset + product.part, pixels.stride);
+          multiply_add_to<m, 1, 1>();
+          multiply_add_to<m, 1, 0>();
+          load_pixels<0>(pixels.in + offset + 2 * product.part, pixels.stride);
+          multiply_add_to<m, 0, 0>();
+          meanwhile(kPairs * m / kM, kPairs * (m + 1) / kM);
+        }
+      };
+      multiply_small(Index<0>{});
+      multiply_small(Index<1>{});
+      multiply_small(Index<2>{});
+      multiply_small(Index<3>{});
+      load_weights<1>(weight + 2 * kTileBytes);
+      multiply_tiles_by<kM>(product, offset, Index<1>{});
+      if (pending.pixels > 0) pending.take(share);
+      for (int64_t j = 0; j < product.ahead_lines && half == 0; ++j, ahead += kLine) {
+        __builtin_prefetch(ahead, 0, 2);
+      }
+      now.advance(product.taps);
+      asked.advance(product.taps);
+    }
+    now = {};
+    for (int64_t i = 0; i < steps; ++i, now.advance(product.taps)) {
+      load_weights<0>(step_parts(i));
+      multiply_tiles_by<kM>(product, product.offsets[now.tap] + now.chunk * product.chunk,
+                            Index<0>{});
+    }
+    constexpr int64_t kRow = kTileBlockK * 4, kTile = kTileRows * kTileBlockK;
+    float* const to = sums + half * 16;
+    store_sums<0, 0>(to, kRow);
+    if constexpr (kM > 1) store_sums<0, 1>(to + kTile, kRow);
+    if constexpr (kM > 2) store_sums<1, 0>(to + 2 * kTile, kRow);
+    if constexpr (kM > 3) store_sums<1, 1>(to + 3 * kTile, kRow);
+  }
+}
+
+using MultiplyFew = void (*)(const Product&, int64_t, char*, float*, Pending&);
+
+// The one for so many tiles, in a kernel that has it.
+template <bool kHas>
+MultiplyFew few_multiplier(int64_t tiles) {
+  if constexpr (kHas) {
+    constexpr MultiplyFew kAll[] = {multiply_few<1>, multiply_few<2>, multiply_few<3>,
+                                    multiply_few<4>};
+    return kAll[tiles - 1];
+  }
+  return nullptr;
 }
 
 // Lines that finish() will read and write: they come from further away than the second-level cache.
@@ -926,7 +1101,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
   const int64_t reduction = layout.weight.taps * layout.weight.C;
   const int64_t split_bytes = layout.weight.chunks * kParts * kPartBytes;
   const int64_t block_bytes =
-      !kSplit ? tiled_block_size(layout.weight) * 2 : reduction * kTileBlockK * kItem;
+      !kSplit ? tiled_block_size(layout.weight) * 2 : reduction * kTileBlockK * 4;
   // Packed blocks of 16 channels or of 32.
   const int64_t narrow = kSplit ? kTileBlockK / conv.weight_block : 1;
   const int64_t group_bytes =
@@ -947,7 +1122,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
   const bool pixels_first = conv.keeps_weight;
   Pending pending;
   float* sums = scratch.sums;
-  const int64_t turn = pixels_first ? 2 : list.count;
+  const int64_t turn = pixels_first && list.count > kFewTiles ? 2 : list.count;
   const int64_t task_blocks = task.block_end - task.block_begin;
   // The next layer's weights come while memory would have nothing to do: when all of this one's are
   // here, and where these are streamed to the end with the last of them.
@@ -1002,11 +1177,34 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
         rows.first = reinterpret_cast<const float*>(weight);
         rows.has_both = narrow == 1 || e.channels > 16;
         weight = scratch.weights + (conv.keeps_weight ? block - task.block_begin : 0) * split_bytes;
-        if (begin == 0) {
+        if (begin == 0 && list.count > kFewTiles) {
           split_weights(rows, layout.chunks, layout.taps(), const_cast<char*>(weight));
         }
       }
       const Finish finish = e.channels > 16 ? finish_for<2>(e) : finish_for<1>(e);
+      if (list.count <= kFewTiles) {
+        Product product{list.tiles + begin,
+                        weight,
+                        rows,
+                        layout.taps(),
+                        layout.chunks,
+                        scratch.offsets,
+                        scratch.part,
+                        scratch.chunk,
+                        nullptr,
+                        0,
+                        nullptr,
+                        0};
+        if (block >= ahead_block) {
+          ahead.take(layout.weight.chunks, product.ahead, product.ahead_lines);
+        }
+        prefetch_results(e, list.positions, list.count * kTileRows);
+        few_multiplier<(kFewTiles > 0)>(list.count)(product, e.channels > 16 ? 2 : 1,
+                                                    scratch.weights, sums, pending);
+        pending = {finish, e, product, sums, list.positions, 0, list.count * kTileRows};
+        sums = sums == scratch.sums ? scratch.sums + kTaskSums : scratch.sums;
+        continue;
+      }
       for (int64_t t = begin; t < end; t += 2) {
         Product product{list.tiles + t, weight,
                         rows,           layout.taps(),
@@ -1029,7 +1227,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const Layout& layout,
           (pair ? multiply<2, 1> : multiply<1, 1>)(product, sums, pending);
         }
         pending = {finish, e, product, sums, positions, 0, pair ? 2 * kTileRows : kTileRows};
-        sums = sums == scratch.sums ? scratch.sums + kSums : scratch.sums;
+        sums = sums == scratch.sums ? scratch.sums + kTaskSums : scratch.sums;
       }
     }
   }

@@ -44,6 +44,10 @@ const PoolLinearRows& rows_for(Dtype dtype) {
 // Channels whose mean a task takes: two lines of the cache.
 constexpr int64_t kChannels = 64;
 
+// Of an image: as many as float32 counts. One that is expanded can have any number of pixels in no
+// memory at all, and would be summed up for days.
+constexpr int64_t kMostPixels = int64_t{1} << 24;
+
 Tensor pool_and_multiply(const Tensor& input, const Tensor& weight,
                          const std::optional<Tensor>& bias) {
   constexpr const char* op = "pool_linear";
@@ -58,6 +62,8 @@ Tensor pool_and_multiply(const Tensor& input, const Tensor& weight,
   const PooledImage image{input.size(2), input.size(3), in.c, in.h, in.w};
   FR_CHECK(image.H > 0 && image.W > 0, op, ": input has shape ", shape_string(input),
            ", must have pixels");
+  FR_CHECK(image.H <= kMostPixels / image.W, op, ": input has shape ", shape_string(input),
+           ", must have at most ", kMostPixels, " pixels an image");
   FR_CHECK(in.c == 1 || in.w == 1, op, ": input has neither channels nor pixels side by side");
   FR_CHECK(weight.size(1) == C, op, ": weight has ", weight.size(1), " input features, input has ",
            C, " channels");

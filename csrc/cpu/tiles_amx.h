@@ -131,12 +131,25 @@ inline __attribute__((always_inline)) void load_weights(const char* rows) {
   if constexpr (j == 1) _tile_loadd(7, rows, 64);
 }
 
+// Adds to sums `s`, of which multiply_add<i, j>() has 2 * i + j.
+template <int s, int i, int j>
+inline __attribute__((always_inline)) void multiply_add_to() {
+  constexpr int kOperands = 2 * i + j;
+#define FR_MULTIPLY_ADD(sums)                                            \
+  if constexpr (s == sums && kOperands == 0) _tile_dpbf16ps(sums, 4, 6); \
+  if constexpr (s == sums && kOperands == 1) _tile_dpbf16ps(sums, 4, 7); \
+  if constexpr (s == sums && kOperands == 2) _tile_dpbf16ps(sums, 5, 6); \
+  if constexpr (s == sums && kOperands == 3) _tile_dpbf16ps(sums, 5, 7);
+  FR_MULTIPLY_ADD(0)
+  FR_MULTIPLY_ADD(1)
+  FR_MULTIPLY_ADD(2)
+  FR_MULTIPLY_ADD(3)
+#undef FR_MULTIPLY_ADD
+}
+
 template <int i, int j>
 inline __attribute__((always_inline)) void multiply_add() {
-  if constexpr (i == 0 && j == 0) _tile_dpbf16ps(0, 4, 6);
-  if constexpr (i == 0 && j == 1) _tile_dpbf16ps(1, 4, 7);
-  if constexpr (i == 1 && j == 0) _tile_dpbf16ps(2, 5, 6);
-  if constexpr (i == 1 && j == 1) _tile_dpbf16ps(3, 5, 7);
+  multiply_add_to<2 * i + j, i, j>();
 }
 
 template <int i, int j>

@@ -104,8 +104,8 @@ inline float fused_multiply_add(float sum, float a, float b) {
   return flushed(static_cast<float>(static_cast<double>(sum) + product));
 }
 
-template <int i, int j>
-inline void multiply_add() {
+template <int s, int i, int j>
+inline void multiply_add_to() {
   for (int row = 0; row < 16; ++row) {
     float even[16] = {}, odd[16] = {};
     for (int pair = 0; pair < 16; ++pair) {
@@ -120,10 +120,15 @@ inline void multiply_add() {
       }
     }
     for (int k = 0; k < 16; ++k) {
-      float& sum = unit.sums[i][j][row][k];
+      float& sum = unit.sums[s / 2][s % 2][row][k];
       sum = flushed(flushed(sum) + flushed(even[k] + odd[k]));
     }
   }
+}
+
+template <int i, int j>
+inline void multiply_add() {
+  multiply_add_to<2 * i + j, i, j>();
 }
 
 template <int i, int j>

@@ -61,6 +61,8 @@ _GRADIENTS_ON_TILES = (torch.bfloat16, torch.float32)
 _LEAST_ON_TILES = 16
 # The images for which `pool_linear` is faster than torch's operators.
 _MOST_IMAGES = 16
+# And their pixels, kMostPixels in csrc/cpu/pool_linear.cpp.
+_MOST_PIXELS = 2**24
 # The largest window it pools, kLargestPool there.
 _LARGEST_POOL = 1024
 
@@ -110,7 +112,7 @@ def explain(
         pooled = operator == "conv_bn_act_max_pool"
         before = "norm + " if operator == "norm_conv_bn_act" else ""
         isa = _TILE_ISA if _on_tiles(dtype, weight_shape, groups) else _ISA
-        if dtype is torch.float32:
+        if dtype in (torch.float32, torch.float16):
             outputs = None
             if input_shape:
                 outputs = input_shape[0]
@@ -118,7 +120,7 @@ def explain(
                     input_shape[2:], weight_shape[2:], stride, padding, dilation, strict=True
                 ):
                     outputs *= _outputs(size, r, *geometry)
-            isa = _float32_isa(weight_shape, tuple(stride), groups, pooled, outputs)
+            isa = _isa_in_parts(dtype, weight_shape, tuple(stride), groups, pooled, outputs)
         if not (pooled and groups > 1):
             return f"cpu: native {before}convolution ({isa})"
     if operator == "quantized_residual_blocks":
@@ -137,19 +139,20 @@ def _outputs(size: int, taps: int, stride: int, padding: int, dilation: int) -> 
     return (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
 
 
-def _float32_isa(
+def _isa_in_parts(
+    dtype: torch.dtype,
     weight_shape: Sequence[int],
     stride: Sequence[int],
     groups: int,
     pooled: bool,
     outputs: int | None,
 ) -> str:
-    """What runs a float32 convolution of so many output pixels, or of any number."""
+    """What runs a convolution of float32 or float16 and so many output pixels, or any number."""
     least = torch.ops.fused_resnet.float32_pixels_for_tiles(weight_shape, stride, groups, pooled)
     if least < 0 or (outputs is not None and outputs < least):
         return _ISA
-    _follow_precision()
-    tiles = f"{_TILE_ISA}, {_products} product{'s' if _products > 1 else ''}"
+    products = tile_products(dtype)
+    tiles = f"{_TILE_ISA}, {products} product{'s' if products != 1 else ''}"
     if outputs is not None or least <= 1:
         return tiles
     return f"{tiles}, from {least} output pixels on, else {_ISA}"
@@ -177,7 +180,7 @@ def _follow_precision() -> None:
 def tile_products(dtype: torch.dtype) -> int | None:
     """How many products of bfloat16 tiles stand for one of such values; None where none do."""
     if dtype is not torch.float32:
-        return 1 if dtype is torch.bfloat16 else None
+        return {torch.bfloat16: 1, torch.float16: 3}.get(dtype)
     return _PRODUCTS.get(_float32_precision(), 6)
 
 
@@ -648,7 +651,11 @@ def pool_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | 
         return None
     _, C, H, W = input.shape
     # What does not go together is left to torch's operators, which say what.
-    if weight.dtype is not input.dtype or weight.device != input.device or H * W == 0:
+    if (
+        weight.dtype is not input.dtype
+        or weight.device != input.device
+        or not 0 < H * W <= _MOST_PIXELS
+    ):
         return None
     if weight.dim() != 2 or weight.size(1) != C:
         return None

@@ -272,7 +272,10 @@ def planned(
         if not enabled() or not all(isinstance(part, nn.Module) for part in parts):
             return compute(model, x)
         plans = _of_models[model] = _Plans(model, parts)
-    elif not plans.modules.are_same(parts):
+    elif not (
+        plans.modules.are_same(parts)
+        and vars(model).get("quantization") is plans.state.get("quantization")
+    ):
         changes = plans.changes + 1
         if changes > _MOST_CHANGES:
             return compute(model, x)

@@ -148,11 +148,22 @@ def dequantize(model: nn.Module) -> nn.Module:
 def set_ranges(
     model: nn.Module, ranges: dict[str, BlockRanges], stems: dict[str, StemRanges]
 ) -> None:
-    """Gives each fused residual block, and each network's stem, the ranges of its path."""
+    """Gives each fused residual block, and each network's stem, the ranges of its path.
+
+    Other stems lose theirs: they belong to the ranges that the blocks had.
+    """
+    drop_stems(model)
     for path, kept in (*stems.items(), *ranges.items()):
         block = model.get_submodule(path)
         vars(block)["quantization"] = kept
         blocks.release(block)
+
+
+def drop_stems(model: nn.Module) -> None:
+    """Makes the first convolutions of a model's networks run in floating point."""
+    for module in model.modules():
+        if quantized.has_stem(module) and vars(module).pop("quantization", None) is not None:
+            blocks.release(module)
 
 
 def checked_dtype(name: str, dtype: str) -> None:

@@ -309,6 +309,7 @@ def test_wrong_is_wrong_without_the_check(
 def test_wrong_norms_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training behind them goes on, the mask of a right forward pass in a library's backward."""
     backends.triton.lazy.norms()
+    from fused_resnet.backends.triton import norm_kernels
 
     kernels = backends.named("triton")
     x, grad, residual = (images(2, 16, 5, 6) for _ in range(3))
@@ -316,7 +317,7 @@ def test_wrong_norms_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     out, mask, _, _ = kernels.batch_norm_add_relu(x, fixed, residual, None)
     assert mask is not None
     assert mask.dtype is torch.uint8
-    monkeypatch.setattr(backends.triton.norm_kernels, "times_invstd", small_product)
+    monkeypatch.setattr(norm_kernels, "times_invstd", small_product)
     arguments = (fixed, "relu", True, (True,) * 4)
     with pytest.warns(UserWarning, match="batch_norm_act_backward"):
         ours = kernels.batch_norm_act_backward(grad, x, mask, *arguments)

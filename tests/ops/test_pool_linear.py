@@ -168,3 +168,13 @@ def test_what_is_left_to_torch():
     assert head(x, weight, bias.bfloat16()) is None
     assert head(x[:, :, :0], weight, bias) is None
     assert head(x[:0], weight, bias) is None
+    assert head(x[:1, :, :1, :1].expand(1, 8, 2**20, 17), weight, bias) is None
+
+
+@NATIVE
+@torch.no_grad()
+def test_images_of_endless_pixels():
+    """Expanded they take no memory, and would be summed up for days, past Ctrl-C."""
+    x = torch.ones(1, 8, 1, 5).expand(2, 8, 2**31, 5)
+    with pytest.raises(ValueError, match=r"input has shape .* at most 16777216 pixels an image"):
+        torch.ops.fused_resnet.pool_linear(x, torch.ones(5, 8), None)

@@ -263,6 +263,15 @@ def test_numbers_of_native_convolutions(number):
     OPS.conv_input_gradient(*gradient)
     for place, what in ((2, "stride"), (5, "padding"), (6, "dilation")):
         refused("conv_input_gradient", changed(gradient, **{f"_{place}": number}), what)
+    training = training_arguments()
+    OPS.conv_training(*training)
+    for place, what in ((3, "stride"), (5, "padding"), (7, "dilation"), (9, "groups")):
+        refused("conv_training", changed(training, **{f"_{place}": number}), what)
+
+
+def training_arguments():
+    x, weight = torch.randn(2, 8, 6, 6), torch.randn(16, 8, 3, 3)
+    return [x, weight, None, 1, 1, 0, 0, 1, 1, 1, *vectors(4, 8), 1e-5, True]
 
 
 @NATIVE
@@ -281,6 +290,15 @@ def test_native_convolutions_of_odd_tensors():
     refused("conv_input_gradient", changed(gradient, _8=expanded), "grad_input must be dense")
     refused("conv_input_gradient", changed(gradient, _8=out.double()), "grad_input is float64")
     refused("conv_input_gradient", changed(gradient, _1=weight[0]), "weight has 3")
+    training = training_arguments()
+    refused("conv_training", changed(training, _0=torch.randn(2, 8, 6)), "input has 3")
+    refused("conv_training", changed(training, _0=torch.randn(2, 7, 6, 6)), "input channels")
+    refused("conv_training", changed(training, _0=torch.randn(0, 8, 6, 6)), "no statistics")
+    refused("conv_training", changed(training, _1=weight.half()), "float16")
+    refused("conv_training", changed(training, _2=torch.ones(15)), "bias", "(15,)")
+    refused("conv_training", changed(training, _11=None), "together")
+    refused("conv_training", changed(training, _10=torch.ones(9)), "in_mean", "(9,)")
+    refused("conv_training", changed(training, _14=-1.0), "eps")
 
 
 @NATIVE

@@ -23,6 +23,7 @@ FLAT = {
     "backends/registry.py": {"explain"},
     "ops/conv_bn_act.py": {"_fake"},
     "ops/conv_bn_act_max_pool.py": {"_fake"},
+    "ops/conv_bn_act_max_pool_int8.py": {"_fake"},
     "ops/norm_conv_bn_act.py": {"_fake"},
     "ops/quantized.py": {"_fake", "_kernel"},
     "ops/operator_checks.py": {"block_training_backward", "quantized_residual_blocks"},

@@ -339,6 +339,8 @@ def test_copies_are_made_once_and_let_go(quantized, monkeypatch):
     run(quantized)
     assert len(made) == 7
     del quantized.layer3[0].conv1.weight
+    with pytest.raises((AttributeError, KeyError)):  # a plan may have had it up to this pass
+        run(quantized)
     assert len(quantized_copies._cache) == before + 2
 
 

@@ -295,3 +295,18 @@ def test_a_plan_runs_the_stem_and_sees_its_parameters_change():
             tensor.detach().numpy()[-1] -= 1
         fused_resnet.quantize(model, [x], stem="int8")
         assert not torch.equal(model(x), first)
+
+
+def test_training_drops_the_ranges_of_a_stem():
+    """A block's range then moves, and a stem's output has to be in its steps."""
+    make, _ = NETWORKS["cifar"]
+    model, x = made("cifar")
+    assert stem_record(model).precision == "int16"
+    fused_resnet.prepare_qat(model)
+    assert vars(model).get("quantization") is None
+    fused_resnet.quantize(model)
+    assert stem_record(model).precision == "float32"
+    assert_same_bits(outputs(model, x), outputs(fused_resnet.fuse(make()), x))
+    fused_resnet.quantize(model, [x])
+    fused_resnet.quantize(model, [x], stem="float")
+    assert stem_record(model).precision == "float32"

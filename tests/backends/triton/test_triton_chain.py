@@ -282,7 +282,9 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(
+    "name", ["thin", pytest.param("thin, bfloat16", marks=pytest.mark.whole), "dilated", "wide"]
+)
 def test_whole_networks_on_larger_images(name):
     """Stem to classifier against float64, of 16 and 32 channels: borders within many tiles."""
     options, size, dtype = WHOLE[name]
@@ -584,7 +586,7 @@ def fall_backs():
 def test_fall_back(name):
     """The same numbers but for rounding, whatever keeps blocks from running together."""
     change, chained = fall_backs()[name]
-    model = small_resnet(layers=2, width_per_group=16).half()
+    model = small_resnet(layers=2, stages=2, width_per_group=16).half()
     x = image_batch(1, 32, torch.float16).to(RUNNER.device)
     fused = fused_resnet.fuse(copy.deepcopy(model)).to(x.device)
     plain = copy.deepcopy(model).to(x.device)
