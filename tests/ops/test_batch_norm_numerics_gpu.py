@@ -116,7 +116,7 @@ def test_folded_statistics(monkeypatch, name):
         pytest.skip(SUBNORMAL)
     backends.triton.lazy.norms()
     convs = backends.triton.lazy.training_convolutions()
-    monkeypatch.setattr(convs, "_MOST_SLABS", 16)
+    monkeypatch.setattr(convs, "MOST_SLABS", 16)
     monkeypatch.setattr(convs, "_FOLDED_SLABS", 8)
     x = hard_input(name, (1, 12, 65, 33), torch.float32, torch.channels_last)
     x = x.to(RUNNER["triton"].device)
