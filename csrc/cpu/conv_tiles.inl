@@ -957,6 +957,10 @@ void multiply_few(const Product& product, int64_t halves, char* parts, float* su
         }
       };
       __atomic_signal_fence(__ATOMIC_SEQ_CST);
+      // A sum's products in the order of `multiply`: how many tiles a task has depends on the
+      // threads.
+      load_weights<1>(weight + 2 * kTileBytes);
+      multiply_tiles_by<kM>(product, offset, Index<1>{});
       load_weights<0>(weight);
       load_weights<1>(weight + kTileBytes);
       const auto multiply_small = [&](auto tile) {
@@ -977,8 +981,6 @@ void multiply_few(const Product& product, int64_t halves, char* parts, float* su
       multiply_small(Index<1>{});
       multiply_small(Index<2>{});
       multiply_small(Index<3>{});
-      load_weights<1>(weight + 2 * kTileBytes);
-      multiply_tiles_by<kM>(product, offset, Index<1>{});
       if (pending.pixels > 0) pending.take(share);
       for (int64_t j = 0; j < product.ahead_lines && half == 0; ++j, ahead += kLine) {
         __builtin_prefetch(ahead, 0, 2);
