@@ -232,8 +232,8 @@ std::vector<int64_t> conv_tiles() {
 }
 
 // Pairs of an instance's index and a split that can run {M, C, K, taps, groups, products} on a GPU
-// {multiprocessors, shared memory of a block, of a multiprocessor, bytes a cycle of its memory}, the
-// likely fastest first.
+// {multiprocessors, shared memory of a block, of a multiprocessor, bytes a cycle of its memory},
+// the likely fastest first.
 std::vector<int64_t> conv_tiles_for(std::vector<int64_t> problem, std::vector<int64_t> gpu) {
   FR_CHECK(problem.size() == 6 && gpu.size() == 4, "conv_tiles_for: takes six numbers and four");
   for (const int i : {0, 1, 2, 3, 4}) check_number("conv_tiles_for", "problem", problem[i], 1);
