@@ -21,6 +21,7 @@ USERS = ("functional.py", "reference.py", "cli/", "models/")
 # Functions with users' keywords, or the parameters of an operator's schema.
 FLAT = {
     "backends/registry.py": {"explain"},
+    "quantization/quantize.py": {"quantize"},
     "ops/conv_bn_act.py": {"_fake"},
     "ops/conv_bn_act_max_pool.py": {"_fake"},
     "ops/conv_bn_act_max_pool_int8.py": {"_fake"},
