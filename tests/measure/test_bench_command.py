@@ -31,7 +31,7 @@ from support.results_schema import check_kernels_document
         (("kernels", "--rounds", "0"), ("--rounds", "0")),
         (("kernels", "--json", "no/such/a.json"), ("--json", "no folder")),
         (("models", "--mode", "guessing"), ("--mode", "guessing", "training")),
-        (("models", "--dtype", "int8"), ("--dtype", "int8")),
+        (("models", "--dtype", "int4"), ("--dtype", "int4")),
         (("models", "--without", "eager"), ("--without", "eager")),
         (("report", "--output", "no/such/a.html"), ("--output", "no folder")),
         (("report", "nothing.json"), ("nothing.json", "cannot be read")),
