@@ -347,7 +347,7 @@ def test_the_roofline_is_the_larger_of_two_times() -> None:
 @needs_amx
 @pytest.mark.usefixtures("small")
 def test_the_rate_of_the_matrix_unit_is_measured() -> None:
-    """A float32 product is six of bfloat16, or as many as torch's setting says, a float16 one three."""
+    """A float32 product is six of bfloat16, or what torch's setting says, a float16 one three."""
     (problem,) = kernels.Case("resnet50", 1, "float32", "cpu").problems(LAYER)
     assert problem.flops == 2 * 2048 * 512 * 49
     found = {d: ceilings.measure(CPU, d, scale=0.02) for d in ("float32", "bfloat16", "float16")}
