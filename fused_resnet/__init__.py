@@ -17,6 +17,7 @@ from .quantization import (
     quantize,
     save_quantization_state,
 )
+from .recipes import register_form
 from .swap import fuse, report, unfuse
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "quantization_state",
     "quantize",
     "reference",
+    "register_form",
     "report",
     "save_quantization_state",
     "unfuse",

@@ -28,9 +28,12 @@ from .modules.quantized import Watcher
 from .modules.run import block_forward, cifar_resnet_forward, plain_block_forward, resnet_forward
 
 
-def named_copy(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+def named_copy(function: Any, name: str) -> Callable[..., Tensor]:
     """A copy of a method that TorchScript can compile beside the one that overrides it."""
-    copy = types.FunctionType(function.__code__, function.__globals__, name)
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
     return functools.update_wrapper(copy, function, ("__module__", "__annotations__"), ())
 
 

@@ -34,17 +34,33 @@ class Unit:
 
     Attributes:
         conv: an `nn.Conv2d`.
-        norm: an `nn.BatchNorm2d` or `FrozenBatchNorm2d`.
-        act: an `nn.ReLU`.
+        norm: an `nn.BatchNorm2d`, `FrozenBatchNorm2d` or a norm that `modules/norms.py` knows.
+        act: an `nn.ReLU`, `FUNCTIONAL_RELU`, or None where there is no activation.
         between: what is applied before the shortcut and the activation, if it is there, in order.
         after: what is applied to the activation's output, if it is there, in order.
+        before: what is applied to the convolution's input, if it is there, in order.
     """
 
     conv: str
     norm: str
-    act: str
+    act: str | None
     between: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a convolution, a norm and an activation that are children of the module."""
+        names = (self.conv, self.norm, self.act)
+        return not (self.between or self.after or self.before) and not any(
+            name is None or name == FUNCTIONAL_RELU or "." in name for name in names
+        )
+
+
+FUNCTIONAL_RELU = "F.relu"
+"""The name of an activation that is a function, not a child."""
+FUNCTIONAL = nn.ReLU()
+"""The module that stands for it."""
 
 
 def _no_obstacle(module: nn.Module) -> None:
@@ -67,6 +83,7 @@ class Form:
         shortcut: the name of a residual block's projection, which may be None; None if it has none.
         pool: the name of a stem's max-pool.
         overrides: the methods that the fused class replaces.
+        by_unit: whether a unit that cannot run fused keeps only itself from it, not the others.
         obstacle: what besides its parts keeps a module from being fused, or None.
         plain_names: of each unit the convolution, norm and activation, where it is nothing but
             these; None where there may be more to a module.
@@ -82,6 +99,7 @@ class Form:
     shortcut: str | None = None
     pool: str | None = None
     overrides: tuple[str, ...] = ("forward",)
+    by_unit: bool = False
     obstacle: Callable[[nn.Module], str | None] = _no_obstacle
     plain_names: tuple[tuple[str, str, str], ...] | None = field(init=False, default=None)
     _names: Sequence[str] = field(init=False, repr=False, compare=False, default=())
@@ -90,8 +108,8 @@ class Form:
     def __post_init__(self) -> None:
         if isinstance(self.units, tuple):
             object.__setattr__(self, "_names", self._names_in(self.units))
-            if not any(unit.between or unit.after for unit in self.units):
-                names = tuple((unit.conv, unit.norm, unit.act) for unit in self.units)
+            if all(unit.is_plain for unit in self.units):
+                names = tuple((unit.conv, unit.norm, unit.act or "") for unit in self.units)
                 object.__setattr__(self, "plain_names", names)
         methods = [name for name in self.overrides if name in vars(self.fused)]
         object.__setattr__(self, "_methods", {name: None for name in methods})
@@ -107,6 +125,11 @@ class Form:
                 self._methods[name] = now
         return None
 
+    def pin(self) -> None:
+        """Takes the methods that the fused class overrides for the original's, as they are."""
+        for name in self._methods:
+            self._methods[name] = getattr(self.original, name)
+
     def units_of(self, module: nn.Module) -> Sequence[Unit]:
         """The convolutions of a module of this form."""
         return self.units if isinstance(self.units, tuple) else self.units(module)
@@ -118,10 +141,11 @@ class Form:
         return self._names_in(self.units(module))
 
     def _names_in(self, units: Sequence[Unit]) -> tuple[str, ...]:
-        names = [name for unit in units for name in (unit.conv, unit.norm, unit.act)]
+        names = [name for u in units for name in (u.conv, u.norm, u.act) if name is not None]
         names += [name for pair in self.norms for name in pair] + list(self.convs)
-        parents = [name.rpartition(".")[0] for name in names if "." in name]
-        return tuple(dict.fromkeys(names + parents))
+        parents = [name[:i] for name in names for i, letter in enumerate(name) if letter == "."]
+        names = [name for name in names + parents if name not in (FUNCTIONAL_RELU, "F")]
+        return tuple(dict.fromkeys(names))
 
     @property
     def is_block(self) -> bool:
@@ -129,8 +153,14 @@ class Form:
         return self.shortcut is not None and not self.norms and not self.convs
 
 
-idle: dict[type[nn.Module], Callable[[nn.Module], bool]] = {nn.Identity: lambda module: True}
+idle: dict[type[nn.Module], Callable[[nn.Module], bool]] = {
+    nn.Identity: lambda module: True,
+    originals.Sequential: lambda module: not module._modules,
+}
 """Modules that may return their input unchanged, and whether one of them would now."""
+
+in_order: dict[type[nn.Module], tuple[str, ...]] = {}
+"""Classes of other libraries that apply these children one after the other, besides Sequential."""
 
 _by_original: dict[type[nn.Module], Form] = {}
 _by_fused: dict[type[nn.Module], Form] = {}
@@ -139,6 +169,11 @@ _by_fused: dict[type[nn.Module], Form] = {}
 def register(form: Form) -> None:
     """Makes `fuse`, `unfuse` and `report` know a class."""
     _by_original[form.original] = form
+    _by_fused[form.fused] = form
+
+
+def register_fused(form: Form) -> None:
+    """Makes `of_fused` know the fused class of a form that is made for one module's structure."""
     _by_fused[form.fused] = form
 
 
@@ -161,12 +196,17 @@ def of_original(cls: type[nn.Module]) -> Form | None:
 
 def of_fused(cls: type[nn.Module]) -> Form | None:
     """The form whose fused class this is."""
-    return _by_fused.get(cls)
+    form = _by_fused.get(cls)
+    if form is None:
+        # Classes of one module each keep their form, and go with it.
+        form = getattr(cls, "_form_of_one", None)
+        form = form if form is not None and form.fused is cls else None
+    return form
 
 
 def of(module: nn.Module) -> Form | None:
     """The form of the class that a module is of or derives from."""
-    form = _by_fused.get(type(module))
+    form = of_fused(type(module))
     if form is not None:
         return form
     for cls in type(module).__mro__:
@@ -182,6 +222,8 @@ def part(module: nn.Module, name: str) -> nn.Module | None:
     children = module._modules
     if name in children:
         return children[name]
+    if name == FUNCTIONAL_RELU:
+        return FUNCTIONAL
     found: nn.Module | None = module
     for piece in name.split("."):
         found = getattr(found, piece, None)

@@ -37,6 +37,17 @@ Sequential = _defined(container.Sequential, container, "Sequential")
 AdaptiveAvgPool2d = _defined(pooling.AdaptiveAvgPool2d, pooling, "AdaptiveAvgPool2d")
 Linear = _defined(linear.Linear, linear, "Linear")
 
+
+def applies_in_order(cls: type[nn.Module]) -> bool:
+    """Whether a class is `nn.Sequential`, or derives from it and calls its children as it does."""
+    return cls is Sequential or (
+        issubclass(cls, Sequential)
+        and cls.forward is Sequential.forward
+        and cls.__iter__ is Sequential.__iter__
+        and cls.__call__ is nn.Module.__call__
+    )
+
+
 _WHERE: tuple[tuple[Any, str], ...] = (
     (Conv2d, "forward"),
     (Conv2d, "_conv_forward"),
@@ -45,6 +56,7 @@ _WHERE: tuple[tuple[Any, str], ...] = (
     (FrozenBatchNorm2d, "forward"),
     (ReLU, "forward"),
     (MaxPool2d, "forward"),
+    (Sequential, "forward"),
     (F, "conv2d"),
     (F, "batch_norm"),
     (F, "relu"),
@@ -62,6 +74,7 @@ def _now() -> tuple[Any, ...]:
         FrozenBatchNorm2d.forward,
         ReLU.forward,
         MaxPool2d.forward,
+        Sequential.forward,
         F.conv2d,
         F.batch_norm,
         F.relu,

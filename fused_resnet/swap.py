@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import backends, blocks, forms
+from . import backends, blocks, forms, recipes
+from .families import known  # noqa: F401  adds the recipes of other libraries' classes
 from .forms import Form
 from .layers import checks
 from .layers import watch as watching
@@ -56,11 +57,19 @@ class Report(Sequence[Record]):
     Attributes:
         not_used: the kernels that differed from the library on the model's devices and so are not
             used there, whatever the records say, each with what the check found.
+        unproven: classes of modules that have convolutions and norms among their children, where
+            nothing says whether their forward pass applies one to the other; `register_form` does.
     """
 
-    def __init__(self, records: Sequence[Record], not_used: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        not_used: Sequence[str] = (),
+        unproven: Sequence[str] = (),
+    ) -> None:
         self._records = tuple(records)
         self.not_used = tuple(not_used)
+        self.unproven = tuple(unproven)
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -79,8 +88,10 @@ class Report(Sequence[Record]):
         return f"Report({list(self._records)!r})"
 
     def __str__(self) -> str:
+        hints = [f"not fused, see fused_resnet.register_form: {text}" for text in self.unproven]
         if not self._records:
-            return "nothing to fuse: the model has no residual block of a class that is known"
+            first = "nothing to fuse: the model has no residual block of a class that is known"
+            return "\n".join([first, *hints])
         in_int8 = sum(record.precision == "int8" for record in self._records)
         rows = [
             (
@@ -103,7 +114,7 @@ class Report(Sequence[Record]):
         if in_int8:
             first += f", {in_int8} in eight bits; all else, the classifier too, in floating point"
         found = [f"not used, for it differs from the library: {text}" for text in self.not_used]
-        return "\n".join([first, *lines, *found])
+        return "\n".join([first, *lines, *found, *hints])
 
 
 def _precision(record: Record) -> str:
@@ -155,8 +166,8 @@ def fuse(
             "fuse: cuda_graphs is True, must be False for a model without a network that is run as "
             "a whole: torchvision's ResNet or one of models.cifar"
         )
+    _fuse_all(model)
     for module in _modules(model, "fuse"):
-        _fuse_one(module)
         if forms.of_fused(type(module)) is not None:
             vars(module).pop("memory", None)
             if memory != "normal":
@@ -181,14 +192,43 @@ def fuse_remaining(model: nn.Module) -> None:
     """Fuses what is not fused yet, with the default settings; the rest keeps its own."""
     watching.from_environment()
     forms.load_families()
-    for module in model.modules():
-        _fuse_one(module)
+    _fuse_all(model)
 
 
-def _fuse_one(module: nn.Module) -> None:
-    form = forms.of_original(type(module))
-    if form is not None and (read.structure_obstacle(module) is None or read.is_lazy(module)):
-        _assign_class(module, form.fused)
+def _fuse_all(model: nn.Module) -> None:
+    for _, module, form in _modules_with_forms(model):
+        if form is None or form.fused is type(module):
+            continue
+        if read.structure_obstacle(module, form) is None or read.is_lazy(module):
+            _assign_class(module, form.fused)
+
+
+def _modules_with_forms(model: nn.Module) -> Iterator[tuple[str, nn.Module, Form | None]]:
+    """Modules, parents first, and what is known of their class, fused or not.
+
+    Without those that a module before them goes around.
+    """
+    inside: set[int] = set()
+    for path, module in model.named_modules():
+        cls = type(module)
+        form = forms.of_fused(cls) or forms.of_original(cls)
+        if form is None:
+            if id(module) in inside:
+                continue
+            form = recipes.found(module)
+        if form is not None and (form.fused is cls or not read.structure_obstacle(module, form)):
+            inside.update(id(part) for part in _parts_inside(module, form))
+        yield path, module, form
+
+
+def _parts_inside(module: nn.Module, form: Form) -> Iterator[nn.Module]:
+    for name in form.names_of(module):
+        part = forms.part(module, name)
+        if part is not None:
+            yield part
+    shortcut = None if form.shortcut is None else getattr(module, form.shortcut)
+    if isinstance(shortcut, nn.Module):
+        yield from shortcut.modules()
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -251,18 +291,47 @@ def report(model: nn.Module, input: Tensor | None = None) -> Report:
     forms.load_families()
     sizes = _input_sizes(model, input)
     is_quantized = any(_ranges(module) is not None for module in modules)
+    records, unproven = [], _Unproven()
+    for path, module, form in _modules_with_forms(model):
+        reason = recipes.refusal(module) if form is None else None
+        form = form or forms.of(module)
+        if reason is not None:
+            records.append(Record(path, type(module).__name__, False, "eager", reason))
+        elif form is not None:
+            records.append(_record_of(path, module, form, is_quantized, sizes))
+        else:
+            unproven.look(path, module)
     return Report(
-        [
-            _record_of(path, module, form, is_quantized, sizes)
-            for path, module in model.named_modules()
-            if (form := forms.of(module)) is not None
-        ],
+        records,
         [
             f"{family}: {verdict}"
             for device in {tensor.device for tensor in model.parameters()}
             for family, verdict in backends.self_check.failed(device).items()
         ],
+        unproven.texts(),
     )
+
+
+class _Unproven:
+    """Convolutions with norms in modules that nothing is known of, by class."""
+
+    def __init__(self) -> None:
+        self._paths: dict[tuple[type, tuple[tuple[str, str], ...]], list[str]] = {}
+
+    def look(self, path: str, module: nn.Module) -> None:
+        """At one module."""
+        pairs = tuple(recipes.unproven(module))
+        if pairs:
+            self._paths.setdefault((type(module), pairs), []).append(path or "(model)")
+
+    def texts(self) -> list[str]:
+        """One for each class and structure."""
+        found = []
+        for (cls, pairs), paths in self._paths.items():
+            names = ", ".join(f"{conv} and {norm}" for conv, norm in pairs)
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            found.append(f"{cls.__name__} ({paths[0]}{more}): {names}")
+        return found
 
 
 def _modules(model: nn.Module, name: str) -> list[nn.Module]:
@@ -358,7 +427,7 @@ def _record(path: str, module: nn.Module, form: Form, sizes: _Sizes) -> Record:
 
 def _class_obstacle(module: nn.Module, form: Form) -> str | None:
     if type(module) is form.original:
-        reason = read.structure_obstacle(module)
+        reason = read.structure_obstacle(module, form)
         return "not fused: call fused_resnet.fuse" if reason is None else reason
     if type(module) is not form.fused:
         base = form.original
@@ -390,15 +459,18 @@ def _ways(module: nn.Module, form: Form, sizes: _Sizes) -> Iterator[tuple[str, s
         operator = "conv_bn_act_max_pool" if pooled else "conv_bn_act"
         if unit.conv in inside:
             operator = "norm_conv_bn_act"
+        if form.by_unit and (why := read.unit_obstacle(module, unit)) is not None:
+            yield "eager", why
+            continue
         conv, norm = forms.part(module, unit.conv), forms.part(module, unit.norm)
         yield _way(operator, unit.conv, conv, norm, sizes)
-        for name in (*unit.between, *unit.after):
+        for name in (*unit.before, *unit.between, *unit.after):
             if read.working_parts(module, (name,)):
                 yield f"eager {name}", f"{name} is {read.described(forms.part(module, name))}"
     if reason:
         yield "eager pooling", reason
     name = form.shortcut
-    downsample = getattr(module, name) if name is not None else None
+    downsample = None if name is None else read.shortcut(module, form)
     if downsample is not None:
         if read.pads_channels(downsample):
             conv = forms.part(module, units[-1].conv)

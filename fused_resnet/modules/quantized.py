@@ -189,11 +189,11 @@ def float_reason(block: nn.Module) -> str | None:
         return reason
     form = _form_of(block)
     name = form.shortcut or ""
-    shortcut = getattr(block, name)
+    shortcut = read.shortcut(block, form)
     if read.pads_channels(shortcut):
         return f"{name} pads channels"
     for unit in form.units_of(block):
-        for part in (*unit.between, *unit.after):
+        for part in (*unit.before, *unit.between, *unit.after):
             if read.working_parts(block, (part,)):
                 return f"{part} is {read.described(forms.part(block, part))}"
         if read.uses_batch_statistics(forms.part(block, unit.norm)):
@@ -221,7 +221,7 @@ def shapes_of(block: nn.Module) -> tuple[tuple[int, ...], ...]:
     """Of a block's weights, those of a projection last, as far as it has them."""
     form = _form_of(block)
     convs = [forms.part(block, unit.conv) for unit in form.units_of(block)]
-    shortcut = getattr(block, form.shortcut or "")
+    shortcut = read.shortcut(block, form)
     if isinstance(shortcut, nn.Module):
         convs += [child for child in shortcut.modules() if isinstance(child, nn.Conv2d)]
     weights = [getattr(conv, "weight", None) for conv in convs]

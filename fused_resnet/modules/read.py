@@ -33,6 +33,7 @@ from ..originals import (
     Sequential,
     SyncBatchNorm,
 )
+from . import norms
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -58,12 +59,18 @@ def working_parts(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 def passes_through(module: nn.Module) -> bool:
     """Whether a module would now return its input unchanged, and carries no hooks."""
     is_idle = forms.idle.get(type(module))
-    return is_idle is not None and is_idle(module) and _call_obstacle(module) is None
+    return is_idle is not None and is_idle(module) and call_obstacle(module) is None
 
 
 def conv_norm(module: nn.Module, unit: Unit) -> tuple[nn.Conv2d, nn.Module]:
     """The convolution and the norm of a unit."""
     return forms.part(module, unit.conv), forms.part(module, unit.norm)
+
+
+def shortcut(block: nn.Module, form: Form) -> Any:
+    """A residual block's projection, or None where its shortcut is its input."""
+    child = getattr(block, form.shortcut or "")
+    return None if isinstance(child, nn.Module) and passes_through(child) else child
 
 
 def block_layers(block: nn.Module, may_pad: bool = False) -> tuple[Layers, bool] | None:
@@ -77,10 +84,11 @@ def block_layers(block: nn.Module, may_pad: bool = False) -> tuple[Layers, bool]
         return None
     pairs = []
     for unit in form.units_of(block):
-        if working_parts(block, unit.between) or working_parts(block, unit.after):
+        around = (*unit.before, *unit.between, *unit.after)
+        if unit.act is None or working_parts(block, around):
             return None
         pairs.append(conv_norm(block, unit))
-    downsample = getattr(block, form.shortcut)
+    downsample = shortcut(block, form)
     has_projection = downsample is not None and not (may_pad and pads_channels(downsample))
     if has_projection:
         if downsample_obstacle(downsample) is not None:
@@ -99,9 +107,10 @@ def inference_block(block: nn.Module, x: Tensor) -> Block | None:
     pairs, has_projection = found
     layers = []
     for conv, norm in pairs:
-        if uses_batch_statistics(norm) or not keeps_dtype(norm, x) or not norm.eps >= 0:
+        layer = layer_of(conv, norm)
+        if uses_batch_statistics(norm) or not keeps_dtype(norm, x) or not layer.norm.eps >= 0:
             return None
-        layers.append(layer_of(conv, norm))
+        layers.append(layer)
     return Block(layers, has_projection)
 
 
@@ -121,7 +130,7 @@ def stage_blocks(stage: nn.Module, x: Tensor, may_pad: bool = False) -> list[Blo
 
     The network around it has no obstacle. `may_pad`: see `ops.pads_shortcuts`.
     """
-    if type(stage) is not Sequential or _call_obstacle(stage) is not None:
+    if type(stage) is not Sequential or call_obstacle(stage) is not None:
         return None
     plain = None if torch.compiler.is_compiling() else plain_block
     blocks = []
@@ -131,7 +140,7 @@ def stage_blocks(stage: nn.Module, x: Tensor, may_pad: bool = False) -> list[Blo
             return None
         described = plain and plain(block, form, may_pad)
         if described is None:
-            if _call_obstacle(block) is not None or own_obstacle(block) is not None:
+            if call_obstacle(block) is not None or own_obstacle(block) is not None:
                 return None
             described = inference_block(block, x)
         if described is None:
@@ -146,7 +155,7 @@ def plain_stages(stages: list[nn.Module]) -> list[Block] | None:
         return None
     blocks = []
     for stage in stages:
-        if type(stage) is not Sequential or _call_obstacle(stage) is not None:
+        if type(stage) is not Sequential or call_obstacle(stage) is not None:
             return None
         for block in stage._modules.values():
             form = forms.of_fused(type(block))
@@ -161,7 +170,7 @@ def plain_stages(stages: list[nn.Module]) -> list[Block] | None:
 
 def blocks_of_stage(stage: nn.Module) -> list[nn.Module] | None:
     """The fused blocks that calling a stage calls one after the other, if it does nothing else."""
-    if type(stage) is not Sequential or _call_obstacle(stage) is not None:
+    if type(stage) is not Sequential or call_obstacle(stage) is not None:
         return None
     blocks = list(stage._modules.values())
     for block in blocks:
@@ -173,7 +182,7 @@ def blocks_of_stage(stage: nn.Module) -> list[nn.Module] | None:
 
 def calls_forward_alone(block: nn.Module) -> bool:
     """Whether calling a block runs the forward pass of its class and no hooks."""
-    return _call_obstacle(block) is None
+    return call_obstacle(block) is None
 
 
 def plain_block(
@@ -206,9 +215,9 @@ def plain_block(
             return None
         layers.append(layer)
     downsample = children.get(form.shortcut)
-    if downsample is None:
+    if downsample is None or (type(downsample) is nn.Identity and passes_through(downsample)):
         # Whoever assigned something else than a module has it among the other attributes.
-        if getattr(block, form.shortcut) is not None:
+        if downsample is None and getattr(block, form.shortcut) is not None:
             return None
         return _new(Block, (layers, False, 0, training and block.memory == "low"))
     if may_pad and type(downsample) is cifar.PaddedShortcut:
@@ -290,7 +299,7 @@ def _plain_layer(conv: nn.Module | None, norm: nn.Module | None, training: bool)
 
 
 def _is_touched(state: dict[str, Any]) -> bool:
-    """`_call_obstacle` of the module with this `__dict__`, for `plain_block`."""
+    """`call_obstacle` of the module with this `__dict__`, for `plain_block`."""
     return bool(
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
@@ -301,12 +310,44 @@ def _is_touched(state: dict[str, Any]) -> bool:
     )
 
 
+def in_order(module: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
+    """What a module applies one after the other, with the containers that are part of it before.
+
+    Of `nn.Sequential` and the classes in `forms.in_order`; of others, the module itself.
+    """
+    names: Sequence[str] = ()
+    if is_container(module):
+        names = forms.in_order.get(type(module)) or tuple(module._modules)
+    found = [(name, module)]
+    for child_name in names:
+        child = forms.part(module, child_name)
+        if child is not None:
+            found += in_order(child, f"{name}.{child_name}" if name else child_name)
+    return found
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether a module does nothing but apply its children, each to what the last one made."""
+    return type(module) in forms.in_order or originals.applies_in_order(type(module))
+
+
 def split_downsample(
-    downsample: nn.Sequential,
+    downsample: nn.Module,
 ) -> tuple[list[nn.Module], tuple[nn.Conv2d, nn.Module]]:
     """What a projection without an obstacle does first, and its convolution and norm."""
-    *before, conv, norm = downsample._modules.values()
-    return before, (conv, norm)
+    *before, (_, conv), (_, norm) = _projection(downsample, "")
+    return [module for _, module in before], (conv, norm)
+
+
+def _projection(downsample: nn.Module, what: str) -> list[tuple[str, nn.Module]]:
+    """What a projection applies, without what is idle behind its norm."""
+    children = downsample._modules
+    if type(downsample) is Sequential and type(children.get("0")) is Conv2d and len(children) == 2:
+        return [(f"{what}.{name}", child) for name, child in children.items()]
+    applied = [pair for pair in in_order(downsample, what) if not is_container(pair[1])]
+    while len(applied) > 2 and passes_through(applied[-1][1]):
+        applied.pop()
+    return applied
 
 
 def bare_layer(conv: nn.Conv2d, x: Tensor) -> ConvNorm:
@@ -337,7 +378,7 @@ def sync_group(norm: nn.Module) -> dist.ProcessGroup | None:
 
 def uses_batch_statistics(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> bool:
     """Whether the norm's next forward pass normalises with the batch's own statistics."""
-    if type(norm) is FrozenBatchNorm2d:
+    if norms.is_frozen(norm):
         return False
     if norm.training:
         return True
@@ -353,7 +394,7 @@ def keeps_dtype(norm: nn.Module, x: Tensor) -> bool:
 
     `FrozenBatchNorm2d` multiplies and adds, so float32 buffers make a 16-bit tensor float32.
     """
-    if type(norm) is not FrozenBatchNorm2d:
+    if not norms.is_frozen(norm):
         return True
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -374,12 +415,14 @@ def layer_of(conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> ConvN
 def norm_of(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> Norm:
     """A norm, as operators take it; its running statistics may be None."""
     buffers = norm._buffers
-    affine = buffers if type(norm) is FrozenBatchNorm2d else norm._parameters
+    frozen = norms.is_frozen(norm)
+    eps = norms.eps_of(norm) if frozen else norm.eps
+    affine = buffers if frozen else norm._parameters
     try:
         mean, var = buffers["running_mean"], buffers["running_var"]
-        return Norm(mean, var, affine["weight"], affine["bias"], norm.eps)
+        return Norm(mean, var, affine["weight"], affine["bias"], eps)
     except KeyError:
-        return Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+        return Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, eps)
 
 
 def pool_of(maxpool: nn.MaxPool2d) -> Pool:
@@ -421,17 +464,12 @@ def own_obstacle(module: nn.Module) -> str | None:
     return structure_obstacle(module) or hook_obstacle(module)
 
 
-def structure_obstacle(module: nn.Module) -> str | None:
-    """What a module that `forms` knows is made of that has no fused form, or None."""
-    form = forms.of(module)
-    for unit in form.units_of(module):
-        conv, norm = conv_norm(module, unit)
-        if reason := _conv_obstacle(conv):
-            return f"{unit.conv} is {reason}"
-        if reason := _norm_obstacle(norm):
-            return f"{unit.norm} is {reason}"
-        if reason := _act_obstacle(forms.part(module, unit.act)):
-            return f"{unit.act} is {reason}"
+def structure_obstacle(module: nn.Module, form: Form | None = None) -> str | None:
+    """What a module of a form, by default that of its class, is made of that cannot be fused."""
+    form = form or forms.of(module)
+    for unit in () if form.by_unit else form.units_of(module):
+        if reason := _parts_obstacle(module, unit):
+            return reason
     for norm, act in form.norms:
         if reason := _norm_obstacle(forms.part(module, norm)):
             return f"{norm} is {reason}"
@@ -441,6 +479,40 @@ def structure_obstacle(module: nn.Module) -> str | None:
         if reason := _conv_obstacle(forms.part(module, conv)):
             return f"{conv} is {reason}"
     return form.obstacle(module)
+
+
+def _parts_obstacle(module: nn.Module, unit: Unit) -> str | None:
+    """What a unit is made of that has no fused form, or None."""
+    conv, norm = conv_norm(module, unit)
+    if reason := _conv_obstacle(conv):
+        return f"{unit.conv} is {reason}"
+    if reason := _norm_obstacle(norm):
+        return f"{unit.norm} is {reason}"
+    if unit.act is not None and (reason := _act_obstacle(forms.part(module, unit.act))):
+        return f"{unit.act} is {reason}"
+    return None
+
+
+def unit_obstacle(module: nn.Module, unit: Unit) -> str | None:
+    """Why a unit of a module that runs `by_unit` is not fused, or None."""
+    if reason := _parts_obstacle(module, unit):
+        return reason
+    for name in (unit.conv, unit.norm, unit.act):
+        if name is not None and (reason := call_obstacle(forms.part(module, name))):
+            return f"{name} {reason}"
+    return None
+
+
+def obstacle_of_unit(conv: nn.Module, norm: nn.Module, act: nn.Module | None) -> str | None:
+    """`unit_obstacle` of modules by themselves, and what of torch's has been replaced."""
+    if name := originals.replaced():
+        return f"{name} has been replaced"
+    if _has_any_global_hook():
+        return "global module hooks are registered"
+    reason = _conv_obstacle(conv) or _norm_obstacle(norm)
+    if act is not None:
+        reason = reason or _act_obstacle(act) or call_obstacle(act)
+    return reason or call_obstacle(conv) or call_obstacle(norm)
 
 
 def is_lazy(module: nn.Module) -> bool:
@@ -455,31 +527,39 @@ def hook_obstacle(module: nn.Module) -> str | None:
     """Which hooks inside a module must fire, or None."""
     if _has_any_global_hook():
         return "global module hooks are registered"
-    for name in forms.of(module).names_of(module):
-        if reason := _call_obstacle(forms.part(module, name)):
+    form = forms.of(module)
+    for name in () if form.by_unit else form.names_of(module):
+        if reason := call_obstacle(forms.part(module, name)):
             return f"{name} {reason}"
     return None
 
 
 def downsample_obstacle(downsample: nn.Module, what: str = "downsample") -> str | None:
     """Why a block's projection runs as the module it is, or None; `what` is its name."""
-    if type(downsample) is not Sequential or len(downsample._modules) not in (2, 3):
+    applied = _projection(downsample, what) if is_container(downsample) else []
+    if len(applied) not in (2, 3):
         return f"{what} is {described(downsample)}, not a convolution and a norm"
-    first = len(downsample._modules) - 2
-    _, (conv, norm) = split_downsample(downsample)
+    *_, (conv_name, conv), (norm_name, norm) = applied
     if reason := _conv_obstacle(conv):
-        return f"{what}.{first} is {reason}"
+        return f"{conv_name} is {reason}"
     if reason := _norm_obstacle(norm):
-        return f"{what}.{first + 1} is {reason}"
-    for name, module in (("", downsample), (f".{first}", conv), (f".{first + 1}", norm)):
-        if reason := _call_obstacle(module):
-            return f"{what}{name} {reason}"
+        return f"{norm_name} is {reason}"
+    if norms.has_act(norm) and not all(map(passes_through, norm.children())):
+        return f"{norm_name} has an activation"
+    for name, module in ((what, downsample), (conv_name, conv), (norm_name, norm)):
+        if reason := call_obstacle(module):
+            return f"{name} {reason}"
+    if conv in downsample.children():
+        return None
+    for name, module in in_order(downsample, what):
+        if is_container(module) and (reason := call_obstacle(module)):
+            return f"{name} {reason}"
     return None
 
 
 def pads_channels(downsample: nn.Module | None) -> bool:
     """Whether a shortcut has no parameters, only zeros to add, and need not run as a module."""
-    return type(downsample) is cifar.PaddedShortcut and _call_obstacle(downsample) is None
+    return type(downsample) is cifar.PaddedShortcut and call_obstacle(downsample) is None
 
 
 def pool_obstacle(maxpool: nn.Module) -> str | None:
@@ -488,7 +568,7 @@ def pool_obstacle(maxpool: nn.Module) -> str | None:
         return f"maxpool is {described(maxpool)}"
     if maxpool.ceil_mode or maxpool.return_indices or maxpool.dilation not in (1, (1, 1)):
         return "maxpool has ceil_mode, return_indices or dilation"
-    if reason := _call_obstacle(maxpool):
+    if reason := call_obstacle(maxpool):
         return f"maxpool {reason}"
     return None
 
@@ -503,12 +583,12 @@ def head_obstacle(avgpool: nn.Module, fc: nn.Module) -> str | None:
         return "global module hooks are registered"
     if name := originals.replaced_in_heads():
         return f"{name} has been replaced"
-    return _call_obstacle(avgpool) or _call_obstacle(fc)
+    return call_obstacle(avgpool) or call_obstacle(fc)
 
 
 def bare_conv_obstacle(conv: nn.Module | None) -> str | None:
     """Why a convolution that no norm follows runs as the module it is, or None."""
-    return _conv_obstacle(conv) or _call_obstacle(conv)
+    return _conv_obstacle(conv) or call_obstacle(conv)
 
 
 def _conv_obstacle(conv: nn.Module | None) -> str | None:
@@ -524,7 +604,12 @@ def _conv_obstacle(conv: nn.Module | None) -> str | None:
 
 def _norm_obstacle(norm: nn.Module | None) -> str | None:
     """Why a norm has no fused form, or None."""
-    return None if type(norm) in _NORMS else described(norm)
+    return None if type(norm) in _NORMS or norms.known(norm) else described(norm)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm that operators know."""
+    return _norm_obstacle(module) is None
 
 
 def _act_obstacle(act: nn.Module | None) -> str | None:
@@ -532,7 +617,7 @@ def _act_obstacle(act: nn.Module | None) -> str | None:
     return None if type(act) is ReLU else described(act)
 
 
-def _call_obstacle(module: nn.Module) -> str | None:
+def call_obstacle(module: nn.Module) -> str | None:
     """What besides the class's own forward calling this module would run."""
     state = module.__dict__
     compiling = torch.compiler.is_compiling()

@@ -33,7 +33,7 @@ from ..ops.training.graphs import (
 )
 from ..ops.training.nodes import residual_block_training, stem_training
 from ..originals import FrozenBatchNorm2d
-from . import graphs, plans, quantized
+from . import graphs, norms, plans, quantized
 from .read import (
     bare_layer,
     block_layers,
@@ -54,6 +54,7 @@ from .read import (
     plain_stages,
     pool_obstacle,
     pool_of,
+    shortcut,
     split_downsample,
     stage_blocks,
     sync_group,
@@ -94,12 +95,14 @@ def block_forward(block: nn.Module, x: Tensor) -> Tensor:
     out = x
     for unit in units[:-1]:
         out = run_unit(block, unit, out)
-    last, downsample = units[-1], getattr(block, form.shortcut)
+    last, downsample = units[-1], shortcut(block, form)
     if not working_parts(block, last.between):
         channels = forms.part(block, last.conv).out_channels
         if pads_channels(downsample) and downsample.padded_channels(x) == channels:
             return run_unit(block, last, out, downsample.subsampled(x), narrow=True)
         return run_unit(block, last, out, shortcut_of(downsample, x))
+    for before in working_parts(block, last.before):
+        out = before(out)
     out = conv_norm_act(*conv_norm(block, last), out, None, None)
     for between in working_parts(block, last.between):
         out = between(out)
@@ -121,14 +124,16 @@ def run_unit(
 
     A `narrow` residual has fewer channels than the output: see `conv_norm_act`.
     """
-    act = forms.part(module, unit.act)
+    for layer in working_parts(module, unit.before):
+        x = layer(x)
+    act = None if unit.act is None else forms.part(module, unit.act)
     between = working_parts(module, unit.between)
     act_now = None if between else act
     x = conv_norm_act(*conv_norm(module, unit), x, residual, act_now, narrow=narrow)
     if between:
         for layer in between:
             x = layer(x)
-        x = act(x)
+        x = x if act is None else act(x)
     for layer in working_parts(module, unit.after):
         x = layer(x)
     return x
@@ -219,7 +224,7 @@ def _block_training(block: nn.Module, x: Tensor) -> Tensor | None:
         return None
     layers = [layer_of(conv, norm) for conv, norm in pairs]
     groups = [sync_group(norm) for norm in norms]
-    downsample, step = getattr(block, forms.of(block).shortcut), 0
+    downsample, step = shortcut(block, forms.of(block)), 0
     if downsample is not None and not has_projection:
         step = downsample.stride
         if downsample.padded_channels(x) != layers[-1].weight.size(0):
@@ -611,7 +616,7 @@ def norm_act(norm: nn.BatchNorm2d | FrozenBatchNorm2d, x: Tensor, relu: nn.ReLU)
     """`relu(norm(x))` in one where the arguments allow, without hooks."""
     if uses_batch_statistics(norm):
         return _norm_act(norm, x, None, relu)
-    frozen = type(norm) is FrozenBatchNorm2d
+    frozen = norms.is_frozen(norm)
     described = norm_of(norm)
     error = checks.batch_norm_error("batch_norm_act", x, described, False, 0.0, None, "relu")
     if error is not None or x.dim() != 4 or (frozen and norm.weight.dtype is not x.dtype):
@@ -663,7 +668,7 @@ class NormAct:
         if (
             self._computed is not None
             or uses_batch_statistics(norm)
-            or (type(norm) is FrozenBatchNorm2d and norm.weight.dtype is not x.dtype)
+            or (norms.is_frozen(norm) and norm.weight.dtype is not x.dtype)
         ):
             return None
         before, name = norm_of(norm), "norm_conv_bn_act"
@@ -737,7 +742,7 @@ def _norm_act(
 def _unfused_norm_act(
     norm: nn.Module, x: Tensor, residual: Tensor | None, relu: nn.ReLU | None
 ) -> Tensor:
-    x = norm(x)
+    x = norms.alone(norm, x)
     if residual is not None:
         x += residual
     return x if relu is None else relu(x)

@@ -318,7 +318,7 @@ def _in_float(block: nn.Module, x: Tensor, see: Callable[[int, Tensor], None]) -
     for i, unit in enumerate(units):
         out = run.run_unit(block, unit, out)
         see(i, out)
-    shortcut = run.shortcut_of(getattr(block, form.shortcut or ""), x)
+    shortcut = run.shortcut_of(read.shortcut(block, form), x)
     out = run.run_unit(block, last, out, shortcut)
     see(len(units), out)
     return out

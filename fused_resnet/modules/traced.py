@@ -1,0 +1,294 @@
+"""Units in `torch.fx` graphs: found where nothing else reads what is between, and run as one.
+
+A convolution's only reader is a norm, that one's only reader a ReLU or the add of a residual branch
+and so on; what is called between the first and the last of them writes to nothing. The graph that
+runs fused calls `run_unit` in the place of the last one. Which modules these are, and whether they
+carry hooks, is looked at in every call, as everywhere.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from .. import forms
+from ..forms import FUNCTIONAL_RELU, Unit
+from ..layers import checks
+from ..originals import Conv2d, MaxPool2d, ReLU
+from . import norms, read, run
+from .read import input_obstacle
+
+_RELUS = (F.relu, torch.relu, torch.relu_, F.relu_)
+_ADDS = (operator.add, torch.add)
+
+# What may be called between a unit's modules: it writes to none of its inputs.
+_PURE_METHODS = {
+    "size", "dim", "flatten", "view", "reshape", "mean", "permute", "contiguous", "float", "to",
+    "add", "mul", "relu", "sigmoid", "chunk", "split", "unsqueeze", "squeeze", "transpose",
+}  # fmt: skip
+_PURE_FUNCTIONS = {
+    operator.add, operator.mul, operator.getitem, torch.add, torch.mul, torch.cat, torch.flatten,
+    torch.relu, torch.split, torch.chunk, torch.sigmoid, F.adaptive_avg_pool2d, F.avg_pool2d,
+    F.max_pool2d, getattr,
+}  # fmt: skip
+_PURE_MODULES = (
+    nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.Linear, nn.AvgPool2d, nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Identity, nn.Flatten, nn.Sigmoid, nn.Tanh,
+    nn.GELU, nn.Softmax, nn.GroupNorm, nn.LayerNorm, nn.ZeroPad2d,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """A unit of a graph.
+
+    Attributes:
+        nodes: of the convolution, the norm and what follows, in order; the last one's output is
+            the unit's.
+        unit: the modules.
+        norm_act: whether its activation is one that the norm applies.
+        residual: what is added before the activation, or None.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    unit: Unit
+    norm_act: bool
+    residual: fx.Node | None
+
+
+def find(graph: fx.Graph, root: nn.Module) -> list[Found]:
+    """The units of a graph whose modules are `root`'s."""
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    nodes = list(graph.nodes)
+    found = []
+    taken: set[fx.Node] = set()
+    for node in nodes:
+        if node not in taken and type(_module(node, root)) is Conv2d and _takes_one(node):
+            one = _longest(node, root, nodes, position, taken)
+            if one is not None:
+                taken.update(one.nodes)
+                found.append(one)
+    return found
+
+
+def _longest(
+    conv: fx.Node,
+    root: nn.Module,
+    nodes: list[fx.Node],
+    position: dict[fx.Node, int],
+    taken: set[fx.Node],
+) -> Found | None:
+    """The longest unit that begins with a convolution and moves nothing past a write."""
+    norm_node = _only_reader(conv)
+    norm = None if norm_node is None else _module(norm_node, root)
+    if norm is None or not read.is_norm(norm) or not _takes_one(norm_node):
+        return None
+    unit = Unit(str(conv.target), str(norm_node.target), None)
+    candidates = [Found((conv, norm_node), unit, False, None)]
+    last, residual, chain = norm_node, None, (conv, norm_node)
+    if norms.has_act(norm):
+        if not read.passes_through(norm.drop):
+            return None
+        if type(norm.act) is ReLU:
+            unit = Unit(unit.conv, unit.norm, f"{unit.norm}.act")
+            candidates = [Found(chain, unit, True, None)]
+        elif not read.passes_through(norm.act):
+            return None
+    if unit.act is None:
+        reader = _only_reader(last)
+        if reader is not None and reader not in taken:
+            residual = _added(reader, last)
+        if residual is not None:
+            last, chain = reader, (*chain, reader)
+            candidates.append(Found(chain, unit, False, residual))
+        reader = _only_reader(last)
+        if reader is not None and (act := _relu(reader, root)) is not None:
+            last, chain = reader, (*chain, reader)
+            unit = Unit(unit.conv, unit.norm, act)
+            candidates.append(Found(chain, unit, False, residual))
+    reader = _only_reader(last)
+    if reader is not None and unit.act is not None and residual is None:
+        maxpool = _module(reader, root)
+        if type(maxpool) is MaxPool2d and _takes_one(reader):
+            pooled = Unit(unit.conv, unit.norm, unit.act, after=(str(reader.target),))
+            one = Found((*chain, reader), pooled, candidates[-1].norm_act, None)
+            candidates.append(one)
+    for one in reversed(candidates):
+        inside = nodes[position[conv] : position[one.nodes[-1]] + 1]
+        others = [node for node in inside if node not in one.nodes]
+        if all(_writes_nothing(node, root, one) for node in others):
+            return one
+    return None
+
+
+def _module(node: fx.Node, root: nn.Module) -> nn.Module | None:
+    if node.op != "call_module":
+        return None
+    return forms.part(root, str(node.target))
+
+
+def _takes_one(node: fx.Node) -> bool:
+    """Whether a module is called with one tensor and nothing else."""
+    return len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    """The node that alone reads another's output."""
+    if len(node.users) != 1:
+        return None
+    (reader,) = node.users
+    return reader
+
+
+def _added(add: fx.Node, term: fx.Node) -> fx.Node | None:
+    """What else a node adds to a term, if that is all it does and the term may be written to."""
+    in_place = add.target in (operator.iadd, "add_")
+    is_add = add.op == "call_function" and (add.target in _ADDS or add.target is operator.iadd)
+    if not is_add and not (add.op == "call_method" and add.target in ("add", "add_")):
+        return None
+    if len(add.args) != 2 or add.kwargs or (in_place and add.args[0] is not term):
+        return None
+    first, second = add.args
+    other = second if first is term else first
+    return other if isinstance(other, fx.Node) and other is not term else None
+
+
+def _relu(node: fx.Node, root: nn.Module) -> str | None:
+    """The name of a ReLU that a node applies, or None."""
+    if node.op == "call_module":
+        applies = type(_module(node, root)) is ReLU and _takes_one(node)
+        return str(node.target) if applies else None
+    if node.op == "call_method":
+        applies = node.target in ("relu", "relu_") and len(node.args) == 1 and not node.kwargs
+    else:
+        applies = node.op == "call_function" and node.target in _RELUS
+        applies = applies and not (set(node.kwargs) - {"inplace"}) and 1 <= len(node.args) <= 2
+    return FUNCTIONAL_RELU if applies else None
+
+
+def _writes_nothing(node: fx.Node, root: nn.Module, one: Found) -> bool:
+    """Whether a unit may be computed after a node that came between its modules."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return node.op != "output"
+    if node.op == "call_method":
+        return node.target in _PURE_METHODS
+    if node.op == "call_function":
+        in_place = node.kwargs.get("inplace", False) or (node.target is F.relu)
+        return (node.target in _PURE_FUNCTIONS or node.target is run_unit) and not in_place
+    module = _module(node, root)
+    own = {forms.part(root, one.unit.conv), forms.part(root, one.unit.norm)}
+    if module is None or module in own:
+        return False
+    if type(module) is ReLU:
+        return not module.inplace
+    return isinstance(module, _PURE_MODULES) or norms.is_frozen(module)
+
+
+def fused_graph(graph: fx.Graph, found: list[Found]) -> fx.Graph:
+    """A copy of a graph with one call for each unit.
+
+    Raises:
+        RuntimeError: it is not a graph that can be copied.
+    """
+    copies: dict[fx.Node, fx.Node] = {}
+    fused = fx.Graph()
+    output = fused.graph_copy(graph, copies)
+    ends = [node for node in graph.nodes if node.op == "output"]
+    fused.output(output, getattr(ends[0], "type", None) if ends else None)
+    fused._codegen = graph._codegen
+    for one in found:
+        nodes = [copies[node] for node in one.nodes]
+        unit, last = one.unit, nodes[-1]
+        with fused.inserting_before(last):
+            modules = []
+            for name in (unit.conv, unit.norm, unit.act, *unit.after):
+                kept = name is None or name == FUNCTIONAL_RELU or not name
+                modules.append(name if kept else fused.get_attr(name))
+            if not unit.after:
+                modules.append(None)
+            x = copies[_input(one)]
+            residual = None if one.residual is None else copies[one.residual]
+            call = fused.call_function(run_unit, (x, residual, *modules))
+        last.replace_all_uses_with(call)
+        for key, copied in copies.items():
+            if copied is last:
+                copies[key] = call
+        for node in reversed(nodes):
+            fused.erase_node(node)
+    return fused
+
+
+def _input(one: Found) -> fx.Node:
+    x = one.nodes[0].args[0]
+    assert isinstance(x, fx.Node)
+    return x
+
+
+def run_unit(
+    x: Tensor,
+    residual: Tensor | None,
+    conv: nn.Conv2d,
+    norm: nn.Module,
+    act: nn.Module | str | None,
+    maxpool: nn.Module | None,
+) -> Tensor:
+    """`maxpool(act(norm(conv(x)) + residual))`, in one where the modules and tensors allow."""
+    relu = forms.FUNCTIONAL if act == FUNCTIONAL_RELU else act
+    held = act is not None and norms.has_act(norm)
+    if (
+        input_obstacle(x) is not None
+        or read.obstacle_of_unit(conv, norm, relu) is not None
+        or not (residual is None or _fits(conv, norm, x, residual))
+    ):
+        x = norm(conv(x))
+        if residual is not None:
+            x = x + residual
+        x = x if relu is None or held else relu(x)
+        return x if maxpool is None else maxpool(x)
+    if maxpool is not None:
+        return run.stem(conv, norm, relu, maxpool, x)
+    return run.conv_norm_act(conv, norm, x, residual, relu)
+
+
+def _fits(conv: nn.Conv2d, norm: nn.Module, x: Tensor, residual: Tensor) -> bool:
+    """Whether a residual is a tensor like the one it is added to."""
+    if not isinstance(residual, Tensor) or input_obstacle(residual) is not None:
+        return False
+    layer = read.layer_of(conv, norm)
+    if checks.conv_error("conv_bn_act", x, layer, None, "none") is not None:
+        return False
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return residual.dtype is dtype and tuple(residual.shape) == tuple(layer.output_shape(x.shape))
+
+
+class _Tracer(fx.Tracer):
+    """Calls of children stay calls."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def trace(module: nn.Module) -> fx.Graph:
+    """What a module's forward pass calls, as it is now.
+
+    Raises:
+        Exception: it decides by values, or the like.
+    """
+    return _Tracer().trace(module)
+
+
+def compiled(graph: fx.Graph) -> Callable[..., Any]:
+    """A graph as a function of the module and its inputs."""
+    code = graph.python_code(root_module="self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, "<fused graph>", "exec"), namespace)  # as fx does
+    forward: Callable[..., Any] = namespace["forward"]
+    return forward
