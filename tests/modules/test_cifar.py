@@ -27,7 +27,7 @@ import fused_resnet
 from fused_resnet import backends, blocks, reference
 from fused_resnet.backends import cudnn
 from fused_resnet.models import cifar, cifar_resnet
-from fused_resnet.modules.run import stages_forward
+from fused_resnet.modules.network import stages_forward
 from fused_resnet.testing import assert_error_rule, randomize_
 from fused_resnet.tuning import Choice
 
