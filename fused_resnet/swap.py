@@ -17,7 +17,8 @@ from .forms import Form
 from .layers import checks
 from .layers import watch as watching
 from .layers.ranges import BlockRanges, StemRanges
-from .modules import fake_quantized, graphs, plans, quantized, read, run
+from .modules import fake_quantized, graphs, plans, quantized, read
+from .modules.conv_norm_act import has_kernel
 
 _MEMORY = ("normal", "low")
 # Of convolutions' inputs.
@@ -166,8 +167,9 @@ def fuse(
             "fuse: cuda_graphs is True, must be False for a model without a network that is run as "
             "a whole: torchvision's ResNet or one of models.cifar"
         )
+    modules = _modules(model, "fuse")
     _fuse_all(model)
-    for module in _modules(model, "fuse"):
+    for module in modules:
         if forms.of_fused(type(module)) is not None:
             vars(module).pop("memory", None)
             if memory != "normal":
@@ -505,9 +507,7 @@ def _prologues(module: nn.Module, form: Form) -> list[str]:
                 applied = read.keeps_dtype(forms.part(module, behind[name]), conv.weight)
             else:
                 norms = (norm,)
-                applied = read.bare_conv_obstacle(conv) is None and run.has_kernel(
-                    conv, conv.weight
-                )
+                applied = read.bare_conv_obstacle(conv) is None and has_kernel(conv, conv.weight)
             batch = any(read.uses_batch_statistics(forms.part(module, n)) for n in norms)
             if applied and not batch:
                 inside.append(name)

@@ -378,7 +378,7 @@ def sync_group(norm: nn.Module) -> dist.ProcessGroup | None:
 
 def uses_batch_statistics(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> bool:
     """Whether the norm's next forward pass normalises with the batch's own statistics."""
-    if norms.is_frozen(norm):
+    if type(norm) is not BatchNorm2d and norms.is_frozen(norm):
         return False
     if norm.training:
         return True
@@ -394,7 +394,7 @@ def keeps_dtype(norm: nn.Module, x: Tensor) -> bool:
 
     `FrozenBatchNorm2d` multiplies and adds, so float32 buffers make a 16-bit tensor float32.
     """
-    if not norms.is_frozen(norm):
+    if type(norm) is BatchNorm2d or not norms.is_frozen(norm):
         return True
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -486,11 +486,17 @@ def _parts_obstacle(module: nn.Module, unit: Unit) -> str | None:
     conv, norm = conv_norm(module, unit)
     if reason := _conv_obstacle(conv):
         return f"{unit.conv} is {reason}"
-    if reason := _norm_obstacle(norm):
+    if not _applies_act(norm, unit) and (reason := _norm_obstacle(norm)):
         return f"{unit.norm} is {reason}"
     if unit.act is not None and (reason := _act_obstacle(forms.part(module, unit.act))):
         return f"{unit.act} is {reason}"
     return None
+
+
+def _applies_act(norm: nn.Module | None, unit: Unit) -> bool:
+    """Whether a norm's activation is among what a unit applies."""
+    name = f"{unit.norm}.act"
+    return name in (unit.act, *unit.between, *unit.after) and norms.has_act(norm)
 
 
 def unit_obstacle(module: nn.Module, unit: Unit) -> str | None:
@@ -509,7 +515,9 @@ def obstacle_of_unit(conv: nn.Module, norm: nn.Module, act: nn.Module | None) ->
         return f"{name} has been replaced"
     if _has_any_global_hook():
         return "global module hooks are registered"
-    reason = _conv_obstacle(conv) or _norm_obstacle(norm)
+    reason = _conv_obstacle(conv)
+    if act is None or act is not norm._modules.get("act") or not norms.has_act(norm):
+        reason = reason or _norm_obstacle(norm)
     if act is not None:
         reason = reason or _act_obstacle(act) or call_obstacle(act)
     return reason or call_obstacle(conv) or call_obstacle(norm)
@@ -544,8 +552,6 @@ def downsample_obstacle(downsample: nn.Module, what: str = "downsample") -> str 
         return f"{conv_name} is {reason}"
     if reason := _norm_obstacle(norm):
         return f"{norm_name} is {reason}"
-    if norms.has_act(norm) and not all(map(passes_through, norm.children())):
-        return f"{norm_name} has an activation"
     for name, module in ((what, downsample), (conv_name, conv), (norm_name, norm)):
         if reason := call_obstacle(module):
             return f"{name} {reason}"
@@ -604,12 +610,17 @@ def _conv_obstacle(conv: nn.Module | None) -> str | None:
 
 def _norm_obstacle(norm: nn.Module | None) -> str | None:
     """Why a norm has no fused form, or None."""
-    return None if type(norm) in _NORMS or norms.known(norm) else described(norm)
+    if type(norm) in _NORMS:
+        return None
+    known = norms.known(norm)
+    if known is None:
+        return described(norm)
+    return None if known.frozen or all(map(passes_through, norm.children())) else described(norm)
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm that operators know."""
-    return _norm_obstacle(module) is None
+    return type(module) in _NORMS or norms.known(module) is not None
 
 
 def _act_obstacle(act: nn.Module | None) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import forms
 from ..forms import FUNCTIONAL_RELU, Unit
 from ..originals import Conv2d, MaxPool2d, ReLU
-from . import norms, read, run
+from . import network, norms, read, run
 
 Parts = Sequence[tuple[str, "nn.Module | None"]]
 """Modules in the order in which they are applied, by name; None where there is none."""
@@ -109,7 +109,7 @@ def unit_forward(module: nn.Module, unit: Unit, x: Tensor) -> Tensor:
         x = part(x)
     maxpool, *rest = after
     relu = forms.part(module, unit.act)
-    x = run.stem(*read.conv_norm(module, unit), relu, maxpool, x)
+    x = network.stem(*read.conv_norm(module, unit), relu, maxpool, x)
     for part in rest:
         x = part(x)
     return x

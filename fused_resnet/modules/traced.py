@@ -21,7 +21,8 @@ from .. import forms
 from ..forms import FUNCTIONAL_RELU, Unit
 from ..layers import checks
 from ..originals import Conv2d, MaxPool2d, ReLU
-from . import norms, read, run
+from . import network, norms, read
+from .conv_norm_act import conv_norm_act
 from .read import input_obstacle
 
 _RELUS = (F.relu, torch.relu, torch.relu_, F.relu_)
@@ -252,8 +253,8 @@ def run_unit(
         x = x if relu is None or held else relu(x)
         return x if maxpool is None else maxpool(x)
     if maxpool is not None:
-        return run.stem(conv, norm, relu, maxpool, x)
-    return run.conv_norm_act(conv, norm, x, residual, relu)
+        return network.stem(conv, norm, relu, maxpool, x)
+    return conv_norm_act(conv, norm, x, residual, relu)
 
 
 def _fits(conv: nn.Conv2d, norm: nn.Module, x: Tensor, residual: Tensor) -> bool:

@@ -825,7 +825,7 @@ def test_the_quick_look_at_a_block_sees_what_the_long_one_sees(change):
             if not quick:
                 continue
             found += 1
-            assert read._call_obstacle(block) is None
+            assert read.call_obstacle(block) is None
             assert read.own_obstacle(block) is None
             long = read.inference_block(block, x)
             assert quick[1:] == long[1:]
