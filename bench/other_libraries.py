@@ -98,9 +98,7 @@ NETWORKS: dict[tuple[str, str], Callable[[], nn.Module]] = {
             *("skresnet34", "dla60", "densenet121", "resnetv2_50"),
         )
     },
-    ("timm", "resnet50, features_only"): _of(
-        _TIMM, "create_model", "resnet50", features_only=True
-    ),
+    ("timm", "resnet50, features_only"): _of(_TIMM, "create_model", "resnet50", features_only=True),
 }
 
 
@@ -121,7 +119,11 @@ def main() -> None:
         row = measured(make)
         rows[f"{library} {name}"] = {"library": library, "model": name, **row}
         print(library, name, row, flush=True)
-    document = {"processor": environment.describe_device(torch.device("cpu"))["name"], "size": SIZE, "networks": [*rows.values()]}
+    document = {
+        "processor": environment.describe_device(torch.device("cpu"))["name"],
+        "size": SIZE,
+        "networks": [*rows.values()],
+    }
     WRITTEN.write_text(json.dumps(document, indent=1) + "\n")
 
 

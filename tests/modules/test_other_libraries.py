@@ -98,9 +98,7 @@ def test_gradients_and_statistics(name, memory_format):
     exact = double_copy(eager)
     for model, values in ((eager, x), (fused, x), (exact, x.double())):
         model(values)
-    buffers = zip(
-        fused.named_buffers(), eager.buffers(), exact.buffers(), strict=True
-    )
+    buffers = zip(fused.named_buffers(), eager.buffers(), exact.buffers(), strict=True)
     for (key, mine), its, reference in buffers:
         if mine.is_floating_point():
             assert_error_rule(mine, its, reference, what=key)
@@ -116,7 +114,9 @@ def test_what_stays(name):
     fused = copy.deepcopy(eager)
     tensors = [*fused.parameters(), *fused.buffers()]
     assert fused_resnet.fuse(fused) is fused
-    assert all(a is b for a, b in zip(tensors, [*fused.parameters(), *fused.buffers()], strict=True))
+    assert all(
+        a is b for a, b in zip(tensors, [*fused.parameters(), *fused.buffers()], strict=True)
+    )
     assert list(fused.state_dict()) == list(eager.state_dict())
     for mine, its in zip(fused.modules(), eager.modules(), strict=True):
         assert isinstance(mine, type(its))
@@ -411,9 +411,11 @@ class Learns(lookalikes.DetrFrozenBatchNorm2d):
 @pytest.mark.quick
 @pytest.mark.parametrize("cls", [Shifted, Attribute, Learns, nn.InstanceNorm2d])
 def test_norms_that_compute_something_else(cls):
-    model = with_norms(cls, torchvision.models.resnet18(num_classes=10)) if cls is not (
-        nn.InstanceNorm2d
-    ) else torchvision.models.resnet18(num_classes=10, norm_layer=cls)
+    model = (
+        with_norms(cls, torchvision.models.resnet18(num_classes=10))
+        if cls is not (nn.InstanceNorm2d)
+        else torchvision.models.resnet18(num_classes=10, norm_layer=cls)
+    )
     fused_resnet.fuse(model)
     records = fused_resnet.report(model)
     assert not any(record.fused for record in records)
@@ -454,7 +456,7 @@ BRANCH = ("first", "first_norm", "relu", "second", "second_norm")
 
 @pytest.mark.quick
 def test_register_form():
-    Block = user_block()  # noqa: N806
+    Block = user_block()
     model = nn.Sequential(nn.Conv2d(3, 8, 1), *(Block() for _ in range(2))).eval()
     eager = copy.deepcopy(randomize_(model))
     assert len(fused_resnet.report(fused_resnet.fuse(model))) == 0
@@ -475,7 +477,7 @@ def test_register_form():
 
 @pytest.mark.quick
 def test_register_a_traced_form():
-    Block = fused_resnet.register_form(user_block())  # noqa: N806
+    Block = fused_resnet.register_form(user_block())
     model = fused_resnet.fuse(randomize_(Block()).eval())
     (record,) = fused_resnet.report(model)
     assert record.fused
@@ -484,19 +486,19 @@ def test_register_a_traced_form():
 
 @pytest.mark.quick
 def test_a_wrong_form():
-    Block = user_block()  # noqa: N806
+    Block = user_block()
     wrong = (*BRANCH[:2], *BRANCH[3:])
     with pytest.raises(ValueError, match=r"Block: its form computes something else: .* by \d"):
-        fused_resnet.register_form(Block, branch=wrong, shortcut="down", act="relu", example=Block())
+        fused_resnet.register_form(
+            Block, branch=wrong, shortcut="down", act="relu", example=Block()
+        )
     fused_resnet.register_form(Block, branch=wrong, shortcut="down", act="relu")
     block = fused_resnet.fuse(Block())
     (record,) = fused_resnet.report(block)
     assert not record.fused
     assert "its form computes something else: in evaluation outputs differ by" in record.reason
     fused_resnet.register_form(Block, branch=("absent", *BRANCH), shortcut="down", act="relu")
-    assert fused_resnet.report(block)[0].reason == (
-        "its form names absent, which it does not have"
-    )
+    assert fused_resnet.report(block)[0].reason == ("its form names absent, which it does not have")
 
 
 @pytest.mark.quick
@@ -635,7 +637,9 @@ def test_installed_libraries(name):
     assert {text.partition(" ")[0] for text in report.unproven} == UNPROVEN.get(name, set())
     x = image_batch(2, 64)
     with torch.no_grad():
-        results = [tensors(m(v)) for m, v in ((fused, x), (eager, x), (double_copy(eager), x.double()))]
+        results = [
+            tensors(m(v)) for m, v in ((fused, x), (eager, x), (double_copy(eager), x.double()))
+        ]
         for mine, its, exact in zip(*results, strict=True):
             assert_error_rule(mine, its, exact)
 

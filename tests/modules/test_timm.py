@@ -199,13 +199,15 @@ def test_what_has_no_fused_form_is_left_alone(arguments, path, word):
     torch.manual_seed(1)
     eager = randomize_(ResNet(**SMALL | arguments), seed=2).eval()
     model = fused_resnet.fuse(copy.deepcopy(eager))
-    assert [type(m) for m in model.modules()] == [type(m) for m in eager.modules()]
+    # Convolutions and norms in a Sequential are something else.
+    for ours, theirs in zip(model.modules(), eager.modules(), strict=True):
+        assert type(ours) is type(theirs) or type(theirs) is nn.Sequential
     record = records(model)[path]
     assert not record.fused
     assert word in record.reason
     x = image_batch(2, 40)
     with torch.no_grad():
-        assert_same_bits(model(x), eager(x))
+        assert_error_rule(model(x), eager(x), double_copy(eager)(x.double()))
 
 
 def test_batch_norm_with_an_activation_of_its_own():
@@ -256,10 +258,10 @@ def test_hooks_on_convolutions(site):
 
 
 def test_features_only():
-    """timm's extractor takes the children out of the network; its blocks are fused."""
+    """timm's extractor takes the children out of the network; its blocks and stem are fused."""
     eager = create("resnet18", features_only=True)
     fused = fused_resnet.fuse(copy.deepcopy(eager))
-    assert sum(record.fused for record in fused_resnet.report(fused)) == 8
+    assert sum(record.fused for record in fused_resnet.report(fused)) == 9
     x = image_batch(2, 64)
     with torch.no_grad():
         for ours, theirs, exact in zip(

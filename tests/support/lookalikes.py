@@ -1,4 +1,4 @@
-"""Blocks with the names, children and arithmetic of other libraries' classes, written for the tests.
+"""Blocks with the names, children and arithmetic of other libraries' classes, for the tests.
 
 Where the libraries are installed, their own classes are tested too: see
 `tests/modules/test_other_libraries.py`.
@@ -276,7 +276,9 @@ class SEBottleneck(nn.Module):
 
 
 class ConvLayer(nn.Sequential):
-    def __init__(self, inside: int, outside: int, kernel: int = 3, stride: int = 1, act: bool = True):
+    def __init__(
+        self, inside: int, outside: int, kernel: int = 3, stride: int = 1, act: bool = True
+    ):
         layers = [
             nn.Conv2d(inside, outside, kernel, stride, kernel // 2, bias=False),
             nn.BatchNorm2d(outside),
