@@ -559,9 +559,9 @@ def _tried_on_copy(module: nn.Module, form: Form) -> str | None:
     if sum(parameter.numel() for parameter in module.parameters()) > _MOST_PARAMETERS:
         copies.reverse()
     errors = []
-    for copy in copies:
+    for one in copies:
         try:
-            return _differs_in_some_mode(copy, form)
+            return _differs_in_some_mode(one, form)
         except Exception as error:  # whatever a foreign class may raise
             text = str(error).partition("\n")[0]
             errors.append(f"its form could not be tried: {type(error).__name__}: {text}")

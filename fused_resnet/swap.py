@@ -17,7 +17,7 @@ from .forms import Form
 from .layers import checks
 from .layers import watch as watching
 from .layers.ranges import BlockRanges, StemRanges
-from .modules import fake_quantized, graphs, plans, quantized, read
+from .modules import fake_quantized, graphs, plans, quantized, read, sequences
 from .modules.conv_norm_act import has_kernel
 
 _MEMORY = ("normal", "low")
@@ -458,6 +458,8 @@ def _ways(module: nn.Module, form: Form, sizes: _Sizes) -> Iterator[tuple[str, s
             yield _explained("norm_conv_bn_act", forms.part(module, name), sizes), ""
     for unit in units:
         pooled = form.pool is not None and reason is None and unit is units[-1]
+        pool = None if form.pool is not None else sequences.pool_behind(module, unit)
+        pooled = pooled or pool is not None
         operator = "conv_bn_act_max_pool" if pooled else "conv_bn_act"
         if unit.conv in inside:
             operator = "norm_conv_bn_act"
@@ -467,7 +469,7 @@ def _ways(module: nn.Module, form: Form, sizes: _Sizes) -> Iterator[tuple[str, s
         conv, norm = forms.part(module, unit.conv), forms.part(module, unit.norm)
         yield _way(operator, unit.conv, conv, norm, sizes)
         for name in (*unit.before, *unit.between, *unit.after):
-            if read.working_parts(module, (name,)):
+            if name != pool and read.working_parts(module, (name,)):
                 yield f"eager {name}", f"{name} is {read.described(forms.part(module, name))}"
     if reason:
         yield "eager pooling", reason

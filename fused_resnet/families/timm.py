@@ -87,7 +87,7 @@ _STEM = (Unit("conv1", "bn1", "act1"),)
 
 def _stem_units(model: nn.Module) -> Sequence[Unit]:
     conv = model._modules.get("conv1")
-    deep = type(conv) is Sequential and list(conv._modules) == list("0123456")
+    deep = isinstance(conv, Sequential) and list(conv._modules) == list("0123456")
     return _DEEP_STEM if deep else _STEM
 
 

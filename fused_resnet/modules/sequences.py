@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import forms
 from ..forms import FUNCTIONAL_RELU, Unit
-from ..originals import Conv2d, MaxPool2d, ReLU
+from ..originals import Conv2d, ReLU
 from . import network, norms, read, run
 
 Parts = Sequence[tuple[str, "nn.Module | None"]]
@@ -99,15 +99,23 @@ def sequence_forward(module: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
+def pool_behind(module: nn.Module, unit: Unit) -> str | None:
+    """The name of a max-pool that runs in one with the unit before it, or None."""
+    if unit.act is None or read.working_parts(module, unit.between):
+        return None
+    working = [name for name in unit.after if read.working_parts(module, (name,))]
+    pool = forms.part(module, working[0]) if working else None
+    return working[0] if pool is not None and read.pool_obstacle(pool) is None else None
+
+
 def unit_forward(module: nn.Module, unit: Unit, x: Tensor) -> Tensor:
     """`run.run_unit`, with the max-pool behind it in one where there is one."""
-    after = read.working_parts(module, unit.after)
-    pools = bool(after) and type(after[0]) is MaxPool2d
-    if unit.act is None or not pools or read.working_parts(module, unit.between):
+    pool = pool_behind(module, unit)
+    if pool is None:
         return run.run_unit(module, unit, x)
     for part in read.working_parts(module, unit.before):
         x = part(x)
-    maxpool, *rest = after
+    maxpool, *rest = read.working_parts(module, unit.after)
     relu = forms.part(module, unit.act)
     x = network.stem(*read.conv_norm(module, unit), relu, maxpool, x)
     for part in rest:

@@ -1,4 +1,4 @@
-"""Blocks with the names, children and arithmetic of other libraries' classes, for the tests.
+"""Blocks named, built and computing as classes of other libraries do, written for the tests.
 
 Where the libraries are installed, their own classes are tested too: see
 `tests/modules/test_other_libraries.py`.
