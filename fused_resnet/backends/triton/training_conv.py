@@ -378,6 +378,7 @@ def forward(
     mean, var = new_vectors(output, 2)
     block_c = combined_channels(input)
     rows = output.numel() // output.size(1)
+    assert partial is not None
     partial, slab_rows = _folded(output, partial, tile.block_m)
     launch.launch_kernel(
         input,
@@ -445,6 +446,7 @@ def backward_input(
         return output, side, None
     total, dot, grad_weight = new_vectors(output, 3)
     block_c = combined_channels(grad)
+    assert partial is not None
     partial, _ = _folded(output, partial, tile.block_m)
     launch.launch_kernel(
         grad,
