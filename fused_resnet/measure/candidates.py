@@ -1,7 +1,7 @@
 """The ways to run one layer, or one Bottleneck, that `bench kernels` puts side by side.
 
-Each takes a layer's tensors (the arguments of `conv_bn_act`, see `tuner.Case`; a Bottleneck's, see
-`tuner.ChainCase`) and returns the call to time, so that what happens once per model, not once per
+Each takes a layer's tensors (the arguments of `conv_bn_act`, see `cases.Case`; a Bottleneck's, see
+`cases.ChainCase`) and returns the call to time, so that what happens once per model, not once per
 pass, is outside of it: folding batch norm and prepacking for the libraries' fused operators,
 compiling.
 """

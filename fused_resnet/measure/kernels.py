@@ -7,7 +7,7 @@ backward (`norms.py`). Tensors and batch-norm statistics are random, channels_la
 candidate's output is checked against float64 first; one that is wrong, or fails, is a row that says
 so and is not timed. The others take turns, round by round. Nothing finds its inputs in the cache
 because it has just used them: on a GPU the L2 cache is overwritten before each call
-(`tuner.EventTimer`, CUDA events), on a CPU the calls rotate among as many sets of tensors as make
+(`race.EventTimer`, CUDA events), on a CPU the calls rotate among as many sets of tensors as make
 `ceilings.COLD_BYTES`.
 
 What is reported as GB/s and TFLOP/s counts what the layer has to do: each tensor moved once, the

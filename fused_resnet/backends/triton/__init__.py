@@ -160,7 +160,7 @@ def release(tensors: Iterable[Tensor]) -> None:
 def run_chain(
     arguments: tuple[Any, ...], problem: ChainProblem, choice: Choice
 ) -> tuple[Tensor, ...]:
-    """All that a chain consists of, as chosen, for those who time it; see `tuner.ChainCase`."""
+    """All that a chain consists of, as chosen, for those who time it; see `cases.ChainCase`."""
     launchers()
     from . import chains
 

@@ -207,10 +207,10 @@ def training_conv_kernel(
 
         output  = sum + bias + residual, zero where relu(batch_norm(below)) is
         partial = of every tile of rows and channel: with STATISTICS `rounded, rest, var`, as
-                  `batch_norm.statistics_kernel` has them; with `below` `sum(output)` and
+                  `norm_kernels.statistics_kernel` has them; with `below` `sum(output)` and
                   `sum(output (below - mean))`
 
-    The residual may come with a mask, see `batch_norm.normalize_kernel`.
+    The residual may come with a mask, see `norm_kernels.normalize_kernel`.
 
     Reads the input, `above` and the weight as `conv_kernel` does, the residual and `below` once;
     writes the output and `side` once and 12 (with `below` 8) bytes a tile of rows and channel.

@@ -69,7 +69,7 @@ def holds_training_in_graphs(*tensors: Tensor | None) -> bool:
 def block_training_in_graph(
     input: Tensor, layers: Sequence[ConvNorm], has_projection: bool, low_memory: bool
 ) -> tuple[Tensor, list[Statistics]] | None:
-    """As `training_blocks.residual_block_training`, of statistics that no processes share."""
+    """As `nodes.residual_block_training`, of statistics that no processes share."""
     arguments = _prepare(input, layers)
     if arguments is None:
         return None
@@ -80,7 +80,7 @@ def block_training_in_graph(
 def stem_training_in_graph(
     input: Tensor, layer: ConvNorm, pool: Sequence[Sequence[int]]
 ) -> tuple[Tensor, list[Statistics]] | None:
-    """As `training_blocks.stem_training`, of statistics that no processes share."""
+    """As `nodes.stem_training`, of statistics that no processes share."""
     arguments = _prepare(input, [layer])
     if arguments is None:
         return None
