@@ -9,6 +9,8 @@ from . import (
 )
 from .backends import use_backend
 from .blocks import BasicBlock, Bottleneck, ResNet
+from .modules.metadata import carries_metadata
+from .ops.decompositions import decompositions
 from .quantization import (
     dequantize,
     load_quantization_state,
@@ -27,6 +29,8 @@ __all__ = [
     "ResNet",
     "__version__",
     "backends",
+    "carries_metadata",
+    "decompositions",
     "dequantize",
     "functional",
     "fuse",

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native  # noqa: F401  (registers the operators)
-from ..layers import watch
+from ..layers import counting, watch
 from ..layers.convolution import conv2d
 from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
 from ..layers.memory import contiguous_like_eager
@@ -212,6 +212,8 @@ def _convolve(
     if out is None:
         out = operator(*before, *_packed_copy(weight, groups), *behind)
         assert out is not None
+    if counting.is_wanted():
+        counting.mark_convolution(before[0], layer)
     return out
 
 
@@ -312,6 +314,8 @@ def conv_batch_norm_statistics(
     if bias is not None:
         (bias,) = _in_accumulation_dtype(input, bias)
     norm = (None, None, None, None, 0.0) if prologue is None else prologue
+    if counting.is_wanted():
+        counting.mark([counting.convolution(input.shape, weight.shape, *geometry)])
     return _conv_training(
         input, weight, bias, *stride, *padding, *dilation, groups, *norm, statistics
     )
@@ -633,6 +637,8 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
                     return None
                 native[i : i + 2] = pack(native[i], groups)
             out = _residual_blocks_packed(input, native, *described)
+        if counting.is_wanted():
+            counting.mark_blocks(input, blocks)
         return out
     except ValueError:
         # Shapes, dtypes or devices that do not go together: step by step the reason comes out.
@@ -657,7 +663,11 @@ def pool_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | 
         return None
     side_by_side = input.stride(1) == 1 or input.stride(3) == 1
     dense = weight.stride(1) == 1 and (bias is None or bias.stride(0) == 1)
-    return _pool_linear(input, weight, bias) if side_by_side and dense else None
+    if not (side_by_side and dense):
+        return None
+    if counting.is_wanted():
+        counting.mark_linear(input, weight)
+    return _pool_linear(input, weight, bias)
 
 
 def release(tensors: Iterable[Tensor]) -> None:

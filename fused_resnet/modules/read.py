@@ -37,6 +37,8 @@ from ..originals import (
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+_COUNTING_PACKAGES = frozenset({"ptflops"})
+
 _new = tuple.__new__
 
 _NORMS = (BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d)
@@ -255,11 +257,13 @@ def _plain_layer(conv: nn.Module | None, norm: nn.Module | None, training: bool)
         or of_conv["_backward_pre_hooks"]
         or "forward" in of_conv
         or "_conv_forward" in of_conv
+        or "_compiled_call_impl" in of_conv
         or of_norm["_forward_hooks"]
         or of_norm["_forward_pre_hooks"]
         or of_norm["_backward_hooks"]
         or of_norm["_backward_pre_hooks"]
         or "forward" in of_norm
+        or "_compiled_call_impl" in of_norm
         or of_norm["training"] is not training
         or of_conv["padding_mode"] != "zeros"
         or type(padding) is not tuple
@@ -298,6 +302,7 @@ def _is_touched(state: dict[str, Any]) -> bool:
         or state["_backward_pre_hooks"]
         or "forward" in state
         or "_conv_forward" in state
+        or "_compiled_call_impl" in state
     )
 
 
@@ -396,6 +401,23 @@ def input_obstacle(x: Tensor) -> str | None:
         return "a functorch transform or forward-mode differentiation is active"
     if torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):
         return "the model is being traced for TorchScript or ONNX"
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        package = counting_package()
+        return None if package is None else f"{package} counts torch's own operators"
+    return None
+
+
+def counting_package() -> str | None:
+    """The package of a dispatch mode that counts torch's operators by their names, if one is active.
+
+    To these modes ours would be nothing. torch's own `FlopCounterMode` sees them all without this:
+    it has global hooks.
+    """
+    for index in range(torch._C._len_torch_dispatch_stack()):
+        mode = torch._C._get_dispatch_stack_at(index)
+        package = type(mode).__module__.partition(".")[0]
+        if package in _COUNTING_PACKAGES:
+            return package
     return None
 
 
@@ -540,6 +562,8 @@ def _call_obstacle(module: nn.Module) -> str | None:
         # A compiler guards on more than twice as much of what is reached through the dictionary.
         if getattr(module, hooks) if compiling else state[hooks]:
             return "carries hooks"
+    if "_compiled_call_impl" in state:
+        return "is compiled by itself"
     own = "forward" in state or "_conv_forward" in state
     return "has a forward of its own" if own else None
 

@@ -33,7 +33,7 @@ from ..ops.training.graphs import (
 )
 from ..ops.training.nodes import residual_block_training, stem_training
 from ..originals import FrozenBatchNorm2d
-from . import graphs, plans, quantized
+from . import graphs, metadata, plans, quantized
 from .read import (
     bare_layer,
     block_layers,
@@ -63,7 +63,12 @@ from .read import (
 
 
 def run_unfused(module: nn.Module, x: Any, method: str = "forward") -> Tensor:
-    """What the class that a module had before runs, as it is now."""
+    """What the class that a module had before runs, as it is now.
+
+    Unless the input is one on whose values the module runs fused: see `metadata.py`.
+    """
+    if (out := metadata.run_on_values(module, x, method)) is not None:
+        return out
     return getattr(forms.of(module).original, method)(module, x)
 
 
@@ -720,6 +725,8 @@ def _norm_act(
         error is not None
         or x.dim() != 4
         or (group is not None and torch.compiler.is_compiling())
+        # Whoever exports a model to train it looks for torch's own norms.
+        or torch.compiler.is_exporting()
         or not (narrow or residual is None or residual.shape == x.shape)
     ):
         if narrow:
