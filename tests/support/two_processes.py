@@ -361,7 +361,7 @@ def gathered():
 
     One weight of a filter changes, in the shard of the process that has it.
     """
-    cache = fused_resnet.backends.cpu._cache
+    cache = fused_resnet.backends.cpu.weights.cache
     fused_resnet.backends.cpu.empty_cache()
     plain = network().float().eval()
     model = shard(fused_resnet.fuse(copy.deepcopy(plain)))
