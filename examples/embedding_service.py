@@ -2,9 +2,9 @@
 
     python examples/embedding_service.py --clients 16 --seconds 10
 
-Each client is a thread that sends an image and waits for its vector. The service takes what has come
-in, up to a batch, and runs the network once; so a faster network answers sooner and collects smaller
-batches. The same load is run with the eager and with the fused network.
+Each client is a thread that sends an image and waits for its vector. The service takes what has
+come in, up to a batch, and runs the network once; so a faster network answers sooner and collects
+smaller batches. The same load is run with the eager and with the fused network.
 """
 
 from __future__ import annotations
@@ -93,9 +93,7 @@ def load(service: Service, clients: int, seconds: float, size: int) -> list[floa
             service.embed(image).result()
             own.append(1e3 * (time.perf_counter() - since))
 
-    threads = [
-        threading.Thread(target=ask, args=(own, seed)) for seed, own in enumerate(latencies)
-    ]
+    threads = [threading.Thread(target=ask, args=(own, seed)) for seed, own in enumerate(latencies)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -83,7 +83,8 @@ def main(
         train(tuned, second, 2, small_steps, 0.005)
         kept = "kept" if torch.equal(before, tuned.bn1.running_mean) else "changed"
         found = accuracy(tuned, second.test_images, second.test_labels)
-        print(f"digits 5 to 9, norms {'frozen' if frozen else 'trained'}: {found:.1%}, statistics {kept}")
+        norms = "frozen" if frozen else "trained"
+        print(f"digits 5 to 9, norms {norms}: {found:.1%}, statistics {kept}")
 
 
 if __name__ == "__main__":

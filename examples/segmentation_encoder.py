@@ -8,6 +8,7 @@ are noise with a brighter disc; the mask is the disc.
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Annotated
 
@@ -29,7 +30,7 @@ class UNet(nn.Module):
         widths = [512, 256, 128, 64, 64]
         self.up = nn.ModuleList(
             nn.Conv2d(deep + shallow, shallow, 3, padding=1)
-            for deep, shallow in zip(widths, widths[1:], strict=False)
+            for deep, shallow in itertools.pairwise(widths)
         )
         self.last = nn.Conv2d(64, 1, 1)
 

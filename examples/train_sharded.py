@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 examples/train_sharded.py
 
 On CPUs, over gloo. Each process has half of every parameter and of the optimizer's state; a block's
-weights are gathered while it runs. `--data-parallel` keeps them whole, under DistributedDataParallel.
-The images are scikit-learn's digits, each process with a half of every batch.
+weights are gathered while it runs. `--data-parallel` keeps them whole, under
+DistributedDataParallel. The images are scikit-learn's digits, half of every batch each process's.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def build_model(name: str, weights: str | None, seed: int) -> torch.nn.Module:
     if sources.is_elsewhere(name):
         if weights is not None:
             raise InvalidArgumentError(
-                f"--weights is {weights!r}, which is for torchvision's models; for {name} load them "
-                "in a function of yours, as module:function"
+                f"--weights is {weights!r}, which is for torchvision's models; to load {name}'s, "
+                "write a function that does and name it as module:function"
             )
         return sources.build(name, seed)
     if name not in known_models():

@@ -1,9 +1,9 @@
 """Where `compare` has a model from, by what its name begins with.
 
-    resnet50                    torchvision
-    timm:resnet26d              timm, if it is installed
-    hf:resnet-50, hf:RegNetConfig   transformers, if it is installed: a size or a configuration class
-    package.module:function     yours: a function that returns a model
+    resnet50                        torchvision
+    timm:resnet26d                  timm, if it is installed
+    hf:resnet-50, hf:RegNetConfig   transformers, if it is installed: a size or a configuration
+    package.module:function         yours: a function that returns a model
 
 Nothing is downloaded: models of the last three have random weights, or those that the function
 gives them.
@@ -81,7 +81,9 @@ def build(name: str, seed: int) -> nn.Module:
 
 def _needed(name: str, package: str) -> Any:
     if importlib.util.find_spec(package) is None:
-        raise InvalidArgumentError(f"MODEL is {name!r}, which needs {package}: pip install {package}")
+        raise InvalidArgumentError(
+            f"MODEL is {name!r}, which needs {package}: pip install {package}"
+        )
     return importlib.import_module(package)
 
 
@@ -164,7 +166,9 @@ def _function(name: str, module: str, function: str) -> Source:
                 found = getattr(importlib.import_module(module), function, None)
             except Exception as error:
                 reason = f"{type(error).__name__}: {first_line(error)}"
-                raise InvalidArgumentError(f"{what}, but importing {module} fails: {reason}") from None
+                raise InvalidArgumentError(
+                    f"{what}, but importing {module} fails: {reason}"
+                ) from None
             if not callable(found):
                 raise InvalidArgumentError(
                     f"{what}, but {module} has no function {function!r}: name one that returns a "

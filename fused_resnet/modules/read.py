@@ -408,7 +408,7 @@ def input_obstacle(x: Tensor) -> str | None:
 
 
 def counting_package() -> str | None:
-    """The package of a dispatch mode that counts torch's operators by their names, if one is active.
+    """The package of an active dispatch mode that counts torch's operators by name, or None.
 
     To these modes ours would be nothing. torch's own `FlopCounterMode` sees them all without this:
     it has global hooks.

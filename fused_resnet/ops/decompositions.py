@@ -8,9 +8,9 @@ Nothing is left of the detours of `layers/convolution.py`, which are for torch's
 
 In eight bits a block becomes what PT2E makes of one: `quantize_per_tensor` and
 `dequantize_per_tensor` of the library `quantized_decomposed` wherever an activation is stored,
-`dequantize_per_channel` of weights with their norm's scale folded into the step, and convolutions in
-float32 between. Runtimes turn these into integer kernels, whose sums are exact; as written, a sum in
-float32 that lies at half a step may be rounded to the other side of it.
+`dequantize_per_channel` of weights with their norm's scale folded into the step, and convolutions
+in float32 between. Runtimes turn these into integer kernels, whose sums are exact; as written, a
+sum in float32 that lies at half a step may be rounded to the other side of it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import functools
 
 import pytest
 import torch
@@ -54,8 +55,11 @@ def test_blocks_and_functions_by_themselves():
     with torch.inference_mode():
         features = eager.maxpool(eager.relu(eager.bn1(eager.conv1(x))))
         for path in ("layer1", "layer1.0"):
-            ours, theirs = (model.get_submodule(path) for model in (fused, eager))
-            assert counted(lambda: ours(features)) == counted(lambda: theirs(features))
+            found, expected = (
+                counted(functools.partial(model.get_submodule(path), features))
+                for model in (fused, eager)
+            )
+            assert found == expected
         conv, norm = eager.conv1, eager.bn1
         arguments = (x, conv.weight, norm.running_mean, norm.running_var)
         found = counted(lambda: functional.conv_bn_act(*arguments, stride=2, padding=3))

@@ -147,9 +147,7 @@ def test_eight_bits_become_stored_activations(block, stem):
     with torch.no_grad():
         eager.layer1[0].bn1.weight[:3] = torch.tensor([-1.0, 0.0, -0.3])
     x = image_batch(8, 40)
-    fused = fused_resnet.quantize(
-        fused_resnet.fuse(copy.deepcopy(eager)), [x], **EIGHT_BITS[stem]
-    )
+    fused = fused_resnet.quantize(fused_resnet.fuse(copy.deepcopy(eager)), [x], **EIGHT_BITS[stem])
     program = exported(fused, x)
     assert any("int8" in name for name in operators(program))
     program = decomposed(program)
@@ -217,8 +215,8 @@ def quantize_nodes(model, x, prepare):
         prepared(x)
         converted = quantization.convert_pt2e(prepared)
         out = converted(x)
-    nodes = converted.graph.nodes
-    return sum("quantize_per" in str(n.target) and "dequantize" not in str(n.target) for n in nodes), out
+    names = [str(node.target) for node in converted.graph.nodes]
+    return sum("quantize_per" in name and "dequantize" not in name for name in names), out
 
 
 @pytest.mark.parametrize("block", BLOCKS)

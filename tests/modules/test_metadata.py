@@ -92,9 +92,7 @@ def test_they_run_fused_and_keep_their_class(block, kind, unfused):
                 assert getattr(out, "label", None) == getattr(expected, "label", None)
                 values = read.as_subclass(Tensor)
                 exact = double_copy(eager).get_submodule(path)(values.double())
-                assert_error_rule(
-                    out.as_subclass(Tensor), expected.as_subclass(Tensor), exact
-                )
+                assert_error_rule(out.as_subclass(Tensor), expected.as_subclass(Tensor), exact)
     assert unfused == []
 
 
