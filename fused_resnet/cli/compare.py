@@ -18,7 +18,7 @@ from rich.text import Text
 from ..measure import compare as comparison
 from ..measure import documents, environment
 from ..measure.case import Candidate, Case, Result
-from ..measure.inputs import InvalidArgumentError
+from ..measure.errors import InvalidArgumentError
 from ..measure.text import error_text, plain
 from .console import check_output, fail, whole_number
 

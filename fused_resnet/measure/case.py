@@ -9,7 +9,7 @@ import torch
 
 from .. import backends
 from .clock import Latency
-from .inputs import InvalidArgumentError
+from .errors import InvalidArgumentError
 
 DTYPES = ("float32", "bfloat16", "float16")
 # `FACTOR` times eager's error is what this library promises. Of somebody else's engine we only ask
