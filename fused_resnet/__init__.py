@@ -10,6 +10,7 @@ from . import (
 from .backends import use_backend
 from .blocks import BasicBlock, Bottleneck, ResNet
 from .modules.metadata import carries_metadata
+from .modules.read import unfused
 from .ops.decompositions import decompositions
 from .quantization import (
     dequantize,
@@ -43,5 +44,6 @@ __all__ = [
     "report",
     "save_quantization_state",
     "unfuse",
+    "unfused",
     "use_backend",
 ]

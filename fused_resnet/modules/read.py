@@ -6,7 +6,9 @@ that names the part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +40,10 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _COUNTING_PACKAGES = frozenset({"ptflops"})
+
+# How many `unfused()` are under way, in all threads.
+_unfused = 0
+_unfused_lock = threading.Lock()
 
 _new = tuple.__new__
 
@@ -393,8 +399,32 @@ def pool_of(maxpool: nn.MaxPool2d) -> Pool:
     return Pool(*(value if isinstance(value, tuple) else (value, value) for value in values))
 
 
+@contextlib.contextmanager
+def unfused() -> Iterator[None]:
+    """Within it fused modules run, and are traced, exported and compiled, as before `fuse`.
+
+    What looks for a model's own modules and operators finds them, as PT2E's quantizers do:
+
+        with fused_resnet.unfused():
+            program = torch.export.export(model, (x,), strict=True)
+
+    It holds for all threads. Nothing about the model changes; blocks that have been quantized run
+    in floating point.
+    """
+    global _unfused
+    with _unfused_lock:
+        _unfused += 1
+    try:
+        yield
+    finally:
+        with _unfused_lock:
+            _unfused -= 1
+
+
 def input_obstacle(x: Tensor) -> str | None:
     """Why an input makes a module run unfused, or None."""
+    if _unfused:
+        return "fused_resnet.unfused() is under way"
     if type(x) not in _PLAIN_TENSORS:
         return f"input is a {type(x).__name__}"
     if transforms_active():

