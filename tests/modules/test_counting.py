@@ -121,7 +121,7 @@ def test_a_mode_that_counts_torchs_operators(monkeypatch):
             eager(x)
     assert_same_bits(out, expected)
     assert ours.seen == theirs.seen
-    assert ours.seen["aten", "convolution"] == 17
+    assert sum(count for (_, name), count in ours.seen.items() if "conv" in name) == 17
 
 
 def test_ptflops():

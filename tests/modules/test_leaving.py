@@ -99,7 +99,7 @@ def test_models_with_every_operator():
         def forward(self, x):
             norm = self.norm
             running = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-            h = functional.conv_bn_act(x, self.conv.weight, *running, conv_bias=self.conv.bias)
+            h = functional.conv_bn_act(x, self.conv.weight, *running, bias=self.conv.bias)
             h = functional.batch_norm_act(h, *running, residual=h)
             h = functional.scale_shift_act(h, running[0], running[1])
             return functional.batch_norm_act(h, None, None, norm.weight, norm.bias, training=True)
@@ -232,7 +232,8 @@ def test_pt2e_quantizes_what_it_would(block, train):
     theirs, expected = quantized_by_pt2e(eager, x, train)
     ours, out = quantized_by_pt2e(fused, x, train)
     assert ours == theirs > 10
-    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+    # In training a batch's rounding decides about the ranges that all is rounded in.
+    assert relative_error(out, expected) < (0.05 if train else 1e-3)
 
 
 @pytest.mark.quick
@@ -266,9 +267,8 @@ def test_unfused_passes():
             with fused_resnet.unfused():
                 pass
             assert_same_bits(fused(x), eager(x))
-            assert_same_bits(
-                fused.layer1(x.new_ones(1, 64, 8, 8)), eager.layer1(x.new_ones(1, 64, 8, 8))
-            )
+            features = torch.ones(1, 64, 8, 8)
+            assert_same_bits(fused.layer1(features), eager.layer1(features))
         assert_same_bits(fused(x), before)
         fused_resnet.quantize(fused, [x])
         with fused_resnet.unfused():
