@@ -61,6 +61,8 @@ def main(
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     model = build(depth, data_parallel)
+    if rank == 0:
+        print(fused_resnet.report(model))
     data = digits()
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
@@ -77,7 +79,6 @@ def main(
         logits = model.eval()(data.test_images)
     hits = (logits.argmax(1) == data.test_labels).double().mean()
     if rank == 0:
-        print(fused_resnet.report(model))
         print(f"{held(model) / 2**10:.0f} KiB of parameters in this process")
         print(f"loss {losses[0]:.2f} at first, {losses[-1]:.2f} at last; {hits:.1%} right")
     dist.destroy_process_group()
