@@ -61,7 +61,7 @@ def carries_metadata(cls: _Class) -> _Class:
 def _is_carrier(cls: type) -> bool:
     if not issubclass(cls, Tensor) or cls in (Tensor, nn.Parameter):
         return False
-    if cls.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # type: ignore[attr-defined]
+    if cls.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return False
     definer = next(base for base in cls.__mro__ if "__torch_function__" in vars(base))
     if definer is Tensor or (definer.__module__, definer.__name__) in _KNOWN:
@@ -74,7 +74,7 @@ def run_on_values(module: nn.Module, x: Any, method: str) -> Any:
 
     None where the input is nothing of the kind, or something inside the module would see it.
     """
-    cls = type(x)
+    cls: type[Any] = type(x)
     if torch.compiler.is_compiling() or not _is_carrier(cls):
         return None
     _, *inside = module.modules()

@@ -62,8 +62,13 @@ def _norm(out: Tensor, norm: Norm) -> Tensor:
 
 
 def _conv_norm(input: Tensor, layer: ConvNorm) -> Tensor:
-    weight, norm, bias, *geometry = layer
-    return _norm(torch.conv2d(input, weight, bias, *geometry), norm)
+    weight, norm, bias, stride, padding, dilation, groups = layer
+    return _norm(torch.conv2d(input, weight, bias, stride, padding, dilation, groups), norm)
+
+
+def _max_pool(out: Tensor, pool: Sequence[Sequence[int]]) -> Tensor:
+    kernel_size, stride, padding = map(list, pool)
+    return F.max_pool2d(out, kernel_size, stride, padding)
 
 
 def _conv_bn_act(input: Tensor, *arguments: Any) -> Tensor:
@@ -75,7 +80,7 @@ def _conv_bn_act(input: Tensor, *arguments: Any) -> Tensor:
 def _conv_bn_act_max_pool(input: Tensor, *arguments: Any) -> Tensor:
     layer, activation, pool = arguments[:11], arguments[11], arguments[12:]
     out = _conv_bn_act(input, *layer, None, activation)
-    return F.max_pool2d(out, *map(list, pool))
+    return _max_pool(out, pool)
 
 
 def _norm_conv_bn_act(input: Tensor, *arguments: Any) -> Tensor:
@@ -182,7 +187,7 @@ def _conv_bn_act_max_pool_int8(input: Tensor, *arguments: Any) -> Tensor:
         words = (input.float() / step).round().clamp(-LARGEST_WORD, LARGEST_WORD) * step
         out = torch.conv2d(words, weight.float(), shift.float(), *layer[3:])
     out = stored.activation(torch.relu(out), Quantization(output_step))
-    return F.max_pool2d(out, *map(list, pool)).to(input.dtype)
+    return _max_pool(out, pool).to(input.dtype)
 
 
 def _quantized_residual_blocks(

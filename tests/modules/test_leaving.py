@@ -101,7 +101,7 @@ def test_models_with_every_operator():
             running = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
             h = functional.conv_bn_act(x, self.conv.weight, *running, bias=self.conv.bias)
             h = functional.batch_norm_act(h, *running, residual=h)
-            h = functional.scale_shift_act(h, running[0], running[1])
+            h = torch.ops.fused_resnet.scale_shift_act(h, running[0], running[1], None, "relu")
             return functional.batch_norm_act(h, None, None, norm.weight, norm.bias, training=True)
 
     from torchvision.models import densenet
