@@ -58,7 +58,7 @@ def carries_metadata(cls: _Class) -> _Class:
 
 
 @functools.lru_cache(maxsize=256)
-def _is_carrier(cls: type) -> bool:
+def _is_carrier(cls: type[Any]) -> bool:
     if not issubclass(cls, Tensor) or cls in (Tensor, nn.Parameter):
         return False
     if cls.__torch_dispatch__ is not Tensor.__torch_dispatch__:
@@ -74,7 +74,7 @@ def run_on_values(module: nn.Module, x: Any, method: str) -> Any:
 
     None where the input is nothing of the kind, or something inside the module would see it.
     """
-    cls: type[Any] = type(x)
+    cls: Any = type(x)
     if torch.compiler.is_compiling() or not _is_carrier(cls):
         return None
     _, *inside = module.modules()

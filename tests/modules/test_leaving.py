@@ -106,22 +106,20 @@ def test_models_with_every_operator():
 
     from torchvision.models import densenet
 
-    for model, unfused in (
-        (cifar_resnet(8), True),
-        (fused_resnet.models.preact_resnet(18), True),
-        (densenet.DenseNet(8, (2, 2), 16), True),
-        (Functions(), False),
+    for model in (
+        cifar_resnet(8),
+        fused_resnet.models.preact_resnet(18),
+        densenet.DenseNet(8, (2, 2), 16),
+        Functions(),
     ):
-        eager = randomize_(model).eval()
+        # In float64, which leaves nothing for a batch norm behind others to blow up.
+        eager = randomize_(model).eval().double()
         fused = fused_resnet.fuse(copy.deepcopy(eager))
-        x = image_batch(2, 40)
+        x = image_batch(2, 40).double()
         program = decomposed(exported(fused, x))
         assert not any("fused_resnet" in name for name in operators(program))
         with torch.no_grad():
-            if unfused:
-                assert_error_rule(program.module()(x), eager(x), double_copy(eager)(x.double()))
-            else:
-                torch.testing.assert_close(program.module()(x), eager(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(program.module()(x), eager(x), rtol=1e-9, atol=1e-9)
 
 
 def test_a_program_in_training_is_torchs_own():
