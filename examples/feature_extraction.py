@@ -22,7 +22,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import fused_resnet
 from fused_resnet.testing import relative_error
 
-STAGES = ("layer1", "layer2", "layer3", "layer4")
+STAGES = ["layer1", "layer2", "layer3", "layer4"]
 
 
 def extractor(model: nn.Module) -> nn.Module:

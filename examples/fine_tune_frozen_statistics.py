@@ -1,10 +1,10 @@
-"""Fine-tunes a fused network with its batch norms frozen, as small batches need it.
+"""Fine-tunes a fused network in small batches, with its batch norms frozen and without.
 
     python examples/fine_tune_frozen_statistics.py
 
 A CIFAR-style ResNet learns five of scikit-learn's digits. Then it is to learn the other five from
-batches of two images, whose statistics say little: once with its norms in training mode, once with
-them in eval mode and their parameters fixed. A norm in eval mode is an affine map, so the fused
+batches of two images: once with its norms in training mode, once with them in eval mode and their
+parameters fixed. A norm in eval mode is an affine map, so the fused
 block keeps less for the backward pass, and the running statistics stay what they were.
 """
 

@@ -28,8 +28,8 @@ from fused_resnet.models import cifar_resnet
 def build(depth: int, data_parallel: bool) -> nn.Module:
     """A fused network, the same in each process, sharded block by block or wrapped as a whole."""
     torch.manual_seed(0)
-    model = cifar_resnet(depth, in_channels=1).to(memory_format=torch.channels_last)
-    fused_resnet.fuse(model)
+    # Not channels_last: FSDP2 takes parameters that are contiguous.
+    model = fused_resnet.fuse(cifar_resnet(depth, in_channels=1))
     wrapped = DistributedDataParallel(model) if data_parallel else None
     # Statistics are of both halves of a batch. Afterwards, for DDP refuses such norms on a CPU.
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
