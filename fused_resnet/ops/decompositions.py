@@ -190,18 +190,9 @@ def _conv_bn_act_max_pool_int8(input: Tensor, *arguments: Any) -> Tensor:
     return _max_pool(out, pool).to(input.dtype)
 
 
-def _quantized_residual_blocks(
-    input: Tensor,
-    tensors: Sequence[Tensor],
-    numbers: Sequence[int],
-    layer_counts: Sequence[int],
-    projections: Sequence[bool],
-    shortcut_scales: Sequence[float],
-    step: float,
-    zero_point: int,
-    output_step: float,
-) -> Tensor:
-    blocks = blocks_of(tensors, numbers, layer_counts, projections, shortcut_scales)
+def _quantized_residual_blocks(input: Tensor, *arguments: Any) -> Tensor:
+    blocks = blocks_of(*arguments[:5])
+    step, zero_point, output_step = arguments[5:]
     stored, output = Quantization(step, zero_point), Quantization(output_step)
     return reference.quantized_residual_blocks(input, blocks, stored, output)
 
