@@ -429,9 +429,10 @@ def input_obstacle(x: Tensor) -> str | None:
         return f"input is a {type(x).__name__}"
     if transforms_active():
         return "a functorch transform or forward-mode differentiation is active"
-    if torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):
+    compiling = torch.compiler.is_compiling()
+    if torch.jit.is_tracing() or (compiling and torch.onnx.is_in_onnx_export()):
         return "the model is being traced for TorchScript or ONNX"
-    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+    if not compiling and torch._C._len_torch_dispatch_stack():
         package = counting_package()
         return None if package is None else f"{package} counts torch's own operators"
     return None
