@@ -26,9 +26,10 @@ from fused_resnet.models import cifar_resnet
 # What the process runs that has the package and nothing of the model.
 SERVE = """
 import sys
+own, package, images, logits = sys.argv[1:]
+sys.path.append(own)  # where fused_resnet is, which need not be installed
 import torch
 import fused_resnet  # the package's operators
-package, images, logits = sys.argv[1:]
 with torch.inference_mode():
     out = torch._inductor.aoti_load_package(package)(torch.load(images))
 torch.save(out, logits)
@@ -64,7 +65,9 @@ def main(
         made = package(network, torch.randn(2, 3, size, size), Path(folder) / "model.pt2")
         print(f"package: {Path(made).stat().st_size / 2**20:.1f} MiB")
         torch.save(images, f"{folder}/images.pt")
-        command = [sys.executable, "-c", SERVE, made, f"{folder}/images.pt", f"{folder}/logits.pt"]
+        own = str(Path(fused_resnet.__file__).parents[1])
+        files = (made, f"{folder}/images.pt", f"{folder}/logits.pt")
+        command = [sys.executable, "-I", "-c", SERVE, own, *files]
         subprocess.run(command, check=True)
         served = torch.load(f"{folder}/logits.pt")
     with torch.inference_mode():
