@@ -70,6 +70,8 @@ _LARGEST_POOL = 1024
 _ABSENT = torch.empty(0, device="cpu")
 _ISA: str = torch.ops.fused_resnet.conv_isa()
 _TILE_ISA: str = torch.ops.fused_resnet.conv_tile_isa()
+# What multiplies pairs of bfloat16; "" where tiles do.
+_PAIR_ISA: str = torch.ops.fused_resnet.conv_pair_isa()
 # `_op` is what the wrapper in Python calls, which these would feel.
 _conv_bn_act_packed = torch.ops.fused_resnet.conv_bn_act_packed.default._op
 _norm_conv_bn_act_packed = torch.ops.fused_resnet.norm_conv_bn_act_packed.default
@@ -110,7 +112,7 @@ def explain(
     if "conv_bn_act" in operator and _is_native(dtype, tuple(weight_shape), groups):
         pooled = operator == "conv_bn_act_max_pool"
         before = "norm + " if operator == "norm_conv_bn_act" else ""
-        isa = _TILE_ISA if _on_tiles(dtype, weight_shape, groups) else _ISA
+        isa = _TILE_ISA if _on_tiles(dtype, weight_shape, groups) else _vector_isa(dtype)
         if dtype in (torch.float32, torch.float16):
             outputs = None
             if input_shape:
@@ -296,10 +298,10 @@ def conv_batch_norm_statistics(
     prologue: Norm | None,
     statistics: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """In one pass, where there are tiles: see csrc/cpu/conv_training.cpp."""
+    """In one pass, where a unit multiplies such values: see csrc/cpu/conv_training.cpp."""
     stride, padding, dilation, groups = geometry
     if (
-        not _TILE_ISA
+        not _has_unit(input.dtype)
         or not _trains(input.dtype, weight.shape, weight.stride(1), groups)
         or weight.dtype is not input.dtype
         or input.numel() == 0
@@ -512,7 +514,7 @@ def conv_input_gradient(
 def conv_weight_gradient(
     grad: Tensor, input: Tensor, weight: Tensor, geometry: Sequence[Any]
 ) -> Tensor | None:
-    """The gradient of a convolution in its weight, on tiles (csrc/cpu/weight_gradient.h).
+    """The gradient of a convolution in its weight, on tiles or pairs (csrc/cpu/weight_gradient.h).
 
     Sums are float32, in an order that the shapes alone decide.
 
@@ -523,14 +525,13 @@ def conv_weight_gradient(
         geometry: stride, padding and dilation, two numbers each, and groups.
 
     Returns:
-        The gradient, in the weight's layout; None where there are no tiles, groups have so few
-        channels that the library is faster, or the dtype is neither bfloat16 nor float32.
+        The gradient, in the weight's layout; None where no unit multiplies such values, or groups
+        have so few channels that the library is faster.
     """
     stride, padding, dilation, groups = geometry
     K, C, R, S = weight.shape
     if (
-        not _TILE_ISA
-        or input.dtype not in _GRADIENTS_ON_TILES
+        not _has_unit(input.dtype)
         or not grad.dtype is weight.dtype is input.dtype
         or C < _LEAST_ON_TILES
         or K // groups < _LEAST_ON_TILES
@@ -681,6 +682,18 @@ def _on_tiles(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> b
     return groups == 1 or (weight_shape[1] >= 16 and weight_shape[0] // groups >= 16)
 
 
+def _has_unit(dtype: torch.dtype) -> bool:
+    """Whether training's products of a dtype are on tiles, or in pairs."""
+    if _TILE_ISA:
+        return dtype in _GRADIENTS_ON_TILES
+    return bool(_PAIR_ISA) and dtype is torch.bfloat16
+
+
+def _vector_isa(dtype: torch.dtype) -> str:
+    """What runs convolutions of a dtype that are not on tiles; "" where the library's do."""
+    return _PAIR_ISA if _PAIR_ISA and dtype is torch.bfloat16 else _ISA
+
+
 @functools.lru_cache(maxsize=1024)
 def _is_native(dtype: torch.dtype, weight_shape: tuple[int, ...], groups: int) -> bool:
     """Whether the native kernel runs such convolutions."""
@@ -688,13 +701,14 @@ def _is_native(dtype: torch.dtype, weight_shape: tuple[int, ...], groups: int) -
         return False
     if _on_tiles(dtype, weight_shape, groups):
         return weight_shape[2] * weight_shape[3] <= _MOST_TAPS
-    if not _ISA:
+    isa = _vector_isa(dtype)
+    if not isa:
         return False
     K, group_c, R, S = weight_shape
     if R * S > _MOST_TAPS:
         return False
     group_k = K // groups
-    lanes = 16 if _ISA == "avx512" else 8
+    lanes = 8 if isa == "avx2" else 16
     # Groups either fill vectors of output channels by themselves or share one evenly.
     shares_a_vector = group_k < lanes and lanes % group_k == 0 and group_c <= group_k
     return groups == 1 or group_k % lanes == 0 or shares_a_vector
