@@ -421,7 +421,7 @@ def internal_calls():
 
     with pytest.MonkeyPatch.context() as patch:
         for name in calls:
-            patch.setattr(backends.cpu, f"_{name}", recorder(name))
+            patch.setattr(backends.cpu.operators, name, recorder(name))
         run_all_that_the_cpu_has()
     return calls
 
@@ -448,7 +448,7 @@ def run_all_that_the_cpu_has():
 @pytest.mark.parametrize("name", sorted(INTERNAL - ELSEWHERE))
 def test_internal_operators_keep_to_their_schemas(internal_calls, name):
     """What the CPU backend calls while a model runs writes to and aliases nothing it should not."""
-    if name == "conv_weight_gradient" and not backends.cpu._has_unit(torch.float32):
+    if name == "conv_weight_gradient" and not backends.cpu.isa.has_unit(torch.float32):
         assert not internal_calls[name]
         pytest.skip("no AMX: the gradients in weights of float32 are the library's")
     assert internal_calls[name]
@@ -474,7 +474,7 @@ def train_a_convolution():
     one = (1, 1)
     geometry = (*one, *one, *one, 1)
     for before in ((None, None, None, None, 0.0), norm):
-        backends.cpu._conv_training(x, weight, None, *geometry, *before, True)
+        backends.cpu.operators.conv_training(x, weight, None, *geometry, *before, True)
 
 
 @pytest.mark.quick
