@@ -47,10 +47,10 @@ ISA_FLAGS = {
     "_avxvnni": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
     "_avx512": _AVX512_FLAGS,
     "_avx512vnni": [*_AVX512_FLAGS, "-mavx512vnni"],
-    "_avx512bf16": [*_AVX512_FLAGS, "-mavx512bf16"],
+    # Nothing there throws, and the handler of a class with a destructor is a shared symbol.
+    "_avx512bf16": [*_AVX512_FLAGS, "-mavx512bf16", "-fno-exceptions"],
     # Vectors of a size that the target has no registers for, in functions that are all inline.
     "_avx512bf16_emulated": ["-Wno-psabi"],
-    # Nothing there throws, and the handler of a class with a destructor is a shared symbol.
     "_amx": [
         *_AVX512_FLAGS,
         "-mavx512bf16",
