@@ -19,10 +19,12 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 import fused_resnet
 from fused_resnet.testing import randomize_
 
-# How far a pass may be from float64: this many times as far as eager is, and this many units in the
-# last place of the largest value, for tensors so small that eager's error is luck.
+# How far a pass may be from float64: this many times as far as eager is, and this much of the largest
+# value, for tensors so small that eager's error is luck. In 16 bits a ReLU of a few pixels goes the
+# other way now and then, and gradients with it.
 TIMES_EAGER = 6
-UNITS = {"inference": 16, "training": 400}
+UNITS_IN_INFERENCE = 16
+OF_GRADIENTS = {torch.float32: 1e-4, torch.bfloat16: 0.7, torch.float16: 0.7}
 
 
 class Network:
@@ -106,7 +108,7 @@ def _infer(fused: nn.Module, eager: nn.Module, exact: nn.Module, x: Tensor, how:
         want, near = exact(x.double()), eager(x)
     if not torch.equal(torch.nan_to_num(got), torch.nan_to_num(again)):
         return "the same pass twice, other numbers"
-    return _differs("output", got, near, want, UNITS["inference"])
+    return _differs("output", got, near, want, UNITS_IN_INFERENCE * torch.finfo(got.dtype).eps)
 
 
 def _train(fused: nn.Module, eager: nn.Module, exact: nn.Module, x: Tensor, how: str) -> str | None:
@@ -136,25 +138,28 @@ def _train(fused: nn.Module, eager: nn.Module, exact: nn.Module, x: Tensor, how:
             continue
         if got[name] is None:
             return f"{name}: none"
-        wrong = _differs(name, got[name], near[name], want[name], UNITS["training"])
+        dtype = torch.bfloat16 if how == "autocast" else x.dtype
+        wrong = _differs(name, got[name], near[name], want[name], OF_GRADIENTS[dtype])
         if wrong is not None:
             return wrong
     return None
 
 
-def _differs(name: str, got: Tensor, near: Tensor, want: Tensor, units: float) -> str | None:
-    """What is wrong with `got`, where eager has `near` and float64 `want`."""
+def _differs(name: str, got: Tensor, near: Tensor, want: Tensor, share: float) -> str | None:
+    """What is wrong with `got`, where eager has `near` and float64 `want`.
+
+    `share` is how much of the largest value it may be off.
+    """
     if got.shape != want.shape or got.dtype is not near.dtype:
         return f"{name}: {got.dtype} {tuple(got.shape)}, must be {near.dtype} {tuple(want.shape)}"
     if not got.numel():
         return None
     if torch.isnan(near).any() or torch.isinf(near).any():
         return None  # eager left the range of the dtype
-    unit = torch.finfo(got.dtype).eps
     got, near = got.double(), near.double()
     if not torch.isfinite(got).all():
         return f"{name}: not finite"
-    limit = TIMES_EAGER * (near - want).abs().max() + units * unit * want.abs().max()
+    limit = TIMES_EAGER * (near - want).abs().max() + share * want.abs().max()
     error = (got - want).abs().max()
     return None if error <= limit else f"{name}: error {float(error)}, allowed {float(limit)}"
 
