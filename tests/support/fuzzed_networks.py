@@ -19,9 +19,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 import fused_resnet
 from fused_resnet.testing import randomize_
 
-# How far a pass may be from float64: this many times as far as eager is, and this much of the largest
-# value, for tensors so small that eager's error is luck. In 16 bits a ReLU of a few pixels goes the
-# other way now and then, and gradients with it.
+# How far a pass may be from float64: this many times as far as eager is, and this much of the
+# largest value, for tensors so small that eager's error is luck. In 16 bits a ReLU of a few pixels
+# goes the other way now and then, and gradients with it.
 TIMES_EAGER = 6
 UNITS_IN_INFERENCE = 16
 OF_GRADIENTS = {torch.float32: 1e-4, torch.bfloat16: 0.7, torch.float16: 0.7}
