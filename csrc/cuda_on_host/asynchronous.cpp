@@ -9,8 +9,8 @@
 namespace fused_resnet::on_host {
 namespace {
 
-constexpr unsigned kMostMbarriers = 64;          // of a block, here
-constexpr int64_t kMostBytes = (1 << 20) - 1;    // announced or copied in a phase
+constexpr unsigned kMostMbarriers = 64;        // of a block, here
+constexpr int64_t kMostBytes = (1 << 20) - 1;  // announced or copied in a phase
 constexpr unsigned kFewestRegisters = 24, kMostRegisters = 256;
 
 const EncodedMap& map_at(const void* map) {
@@ -76,13 +76,7 @@ void Cluster::run(uint64_t number, const GridShape& shape, Random& random) {
       }
     }
     if (!all([](const auto& b) { return b->has_ended() || b->is_at_cluster_barrier(); })) {
-      std::string said, where;
-      for (const auto& block : blocks_) {
-        const std::string waiters = block->describe_waiters();
-        if (!waiters.empty()) said += (said.empty() ? "" : "; ") + waiters;
-        if (where.empty() && !block->has_ended()) where = block->describe_deadlock();
-      }
-      throw Fault("cuda_on_host: " + (said.empty() ? where : "deadlock: " + said));
+      throw_error(describe_deadlock());
     }
     if (ended && waiting) waiting->fail_at_cluster_barrier(*ended);
     if (waiting && order_.is_kept()) {
@@ -94,6 +88,18 @@ void Cluster::run(uint64_t number, const GridShape& shape, Random& random) {
     for (const auto& block : blocks_) block->open_cluster_barrier();
     if (ended) return;
   }
+}
+
+// Nobody can go on: what is wrong, if that can be seen, and who waits for what.
+std::string Cluster::describe_deadlock() const {
+  std::string divergence, waiters;
+  for (const auto& block : blocks_) {
+    if (divergence.empty()) divergence = block->describe_divergence();
+    const std::string of_block = block->describe_waiters();
+    if (!of_block.empty()) waiters += (waiters.empty() ? "" : "; ") + of_block;
+  }
+  if (waiters.empty()) return divergence.empty() ? "deadlock: no thread can go on" : divergence;
+  return (divergence.empty() ? "" : divergence + "; ") + "deadlock: " + waiters;
 }
 
 void Cluster::start(Load load) {
@@ -122,7 +128,8 @@ void Block::join_all_views(uint32_t mask, unsigned first_warp, unsigned warps) {
   if (!order.is_kept()) return;
   View joined(order.size());
   const auto for_each = [&](auto&& visit) {
-    for (unsigned i = 32 * first_warp; i < std::min(thread_count_, 32 * (first_warp + warps)); ++i) {
+    for (unsigned i = 32 * first_warp; i < std::min(thread_count_, 32 * (first_warp + warps));
+         ++i) {
       if (mask >> i % 32 & 1) visit(agent_of(i));
     }
   };
@@ -149,8 +156,10 @@ void Block::synchronize_threads(unsigned number, unsigned threads, const Place& 
   NamedBarrier& barrier = named_barriers_[number];
   if (barrier.waiting.empty()) barrier.threads = threads;
   if (barrier.threads != threads) {
-    fail_at("divergent barrier: " + std::to_string(threads) + " threads at one where others wait "
-                "for " + std::to_string(barrier.threads),
+    fail_at("divergent barrier: " + std::to_string(threads) +
+                " threads at one where others wait "
+                "for " +
+                std::to_string(barrier.threads),
             place);
   }
   barrier.waiting.push_back(current->index);
@@ -188,8 +197,17 @@ void Block::initialize_mbarrier(void* barrier, unsigned arrivals, const Place& p
   if (mbarriers_.size() == kMostMbarriers) fail_at("bad mbarrier: one too many", place);
   const unsigned agent = order.mbarrier(rank_ * kMostMbarriers + mbarriers_.size());
   const unsigned thread = agent_of(current->index);
-  mbarriers_[offset] = {arrivals, arrivals, 0, 0, false, agent, thread, order.time_of(thread),
-                        place, View(order.size()), View(order.size())};
+  mbarriers_[offset] = {arrivals,
+                        arrivals,
+                        0,
+                        0,
+                        false,
+                        agent,
+                        thread,
+                        order.time_of(thread),
+                        place,
+                        View(order.size()),
+                        View(order.size())};
 }
 
 void Block::publish_mbarriers() {
@@ -237,8 +255,9 @@ Mbarrier* Block::published_mbarrier(size_t offset, const char* what, const Origi
   const unsigned thread = caller.agent_of(caller.current->index);
   if (thread != found->second.made_by &&
       !cluster_->order().knows(thread, found->second.made_by, found->second.made_at)) {
-    caller.fail_at("race: an mbarrier is used that " + std::string("another thread initialises at ") +
-                       found->second.origin.line() + " with no barrier in between",
+    caller.fail_at("race: an mbarrier is used that " +
+                       std::string("another thread initialises at ") + found->second.origin.line() +
+                       " with no barrier in between",
                    origin);
   }
   return &found->second;
@@ -368,8 +387,8 @@ void Block::load_box(const BoxCopy& copy, void* counts_at, const Place& place) {
 }
 
 void Block::finish_load(const Cluster::Load& load) {
-  const std::string where = load.started_by->where(load.started_by->threads_[load.thread],
-                                                   load.origin.line());
+  const std::string where =
+      load.started_by->where(load.started_by->threads_[load.thread], load.origin.line());
   if (has_ended()) {
     throw_error("early end: block " + std::to_string(index_.x) +
                 " may have ended before a load to its shared memory has, " + where);
@@ -442,7 +461,8 @@ void Block::wait_for_stores(int groups_left) {
   thread.stores.erase(thread.stores.begin(), thread.stores.begin() + done);
 }
 
-// --- setmaxnreg -----------------------------------------------------------------------------------
+// --- setmaxnreg
+// -----------------------------------------------------------------------------------
 
 void Block::change_registers(unsigned count, bool takes, const Place& place) {
   if (count % 8 != 0 || count < kFewestRegisters || count > kMostRegisters) {
@@ -473,9 +493,8 @@ void Block::change_registers_of(unsigned w) {
 void Block::grant_registers() {
   for (unsigned w = 0; w < warp_count_; ++w) {
     Warp& warp = warps_[w];
-    const unsigned more = warp.wanted_registers > warp.registers
-                              ? 32 * (warp.wanted_registers - warp.registers)
-                              : 0;
+    const unsigned more =
+        warp.wanted_registers > warp.registers ? 32 * (warp.wanted_registers - warp.registers) : 0;
     if (warp.wanted_registers == warp.registers || more > free_registers_) continue;
     free_registers_ += 32 * warp.registers;
     free_registers_ -= 32 * warp.wanted_registers;
@@ -490,7 +509,8 @@ void Block::grant_registers() {
   }
 }
 
-// --- saying who waits for what --------------------------------------------------------------------
+// --- saying who waits for what
+// --------------------------------------------------------------------
 
 std::string Block::describe_waiters() const {
   const auto awaits = [&](const Thread& thread) -> std::string {

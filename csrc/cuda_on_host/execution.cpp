@@ -259,8 +259,7 @@ std::string Block::doing(const Thread& thread) const {
   return name_of_thread;
 }
 
-// No thread can go on: somebody waits for a thread that waits elsewhere or has ended.
-std::string Block::describe_deadlock() const {
+std::string Block::describe_divergence() const {
   const Thread* barrier = nullptr;
   for (unsigned i = 0; i < thread_count_; ++i) {
     const Thread& thread = threads_[i];
@@ -297,7 +296,7 @@ std::string Block::describe_deadlock() const {
              doing(threads_[i]) + ", " + where(first, Origin(first.place).line());
     }
   }
-  return "no thread can go on, block " + block_name();
+  return "";
 }
 
 int Block::synchronize(bool predicate, const Place& place) {

@@ -138,7 +138,7 @@ struct Thread {
   Place place;
   bool accesses;  // `place` is where memory is accessed
   std::vector<Copy> copies;
-  int groups;  // of copies, committed so far
+  int groups;           // of copies, committed so far
   const void* barrier;  // the mbarrier it waits at
   unsigned number;      // of the named barrier, the parity or the registers that it waits for
   std::vector<BoxStore> stores;
@@ -200,11 +200,11 @@ struct Mbarrier {
   int64_t bytes;      // announced less copied, of this phase
   uint32_t phases;    // ended
   bool is_published;
-  unsigned agent;           // in Order
-  unsigned made_by;         // agent, and when
+  unsigned agent;    // in Order
+  unsigned made_by;  // agent, and when
   uint32_t made_at;
   Origin origin;
-  View arriving, arrived;   // what those know who arrived, and who may go on
+  View arriving, arrived;  // what those know who arrived, and who may go on
 };
 
 class Block;
@@ -240,6 +240,7 @@ class Cluster {
  private:
   enum class Pace { kAtOnce, kAtAnyTime, kLate };
   void finish(size_t index);
+  std::string describe_deadlock() const;
 
   std::vector<std::unique_ptr<Block>> blocks_;
   unsigned threads_ = 0;  // of a block
@@ -273,8 +274,10 @@ class Block {
   // what the others read here since the last barrier was written, or may be gone, by then.
   void open_cluster_barrier();
   [[noreturn]] void fail_at_cluster_barrier(const Block& ended) const;
-  // What is said where no thread of a cluster can go on, of this block's.
-  std::string describe_deadlock() const;
+  // What is said where no thread of a cluster can go on, of this block's: who waits for a thread
+  // that waits elsewhere or has ended, and who waits at an mbarrier and the like. Empty where
+  // nobody does.
+  std::string describe_divergence() const;
   std::string describe_waiters() const;
 
   // For the thread that runs.

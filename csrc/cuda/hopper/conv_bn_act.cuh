@@ -27,8 +27,8 @@
 // phase it would find ended might be two before its own. That also keeps one consumer's products
 // out of the other's way.
 //
-// Rows are 128 bytes everywhere in shared memory, permuted as TMA and wgmma permute them: chunk c of
-// 16 bytes of row r lies at chunk c ^ r % 8.
+// Rows are 128 bytes everywhere in shared memory, permuted as TMA and wgmma permute them: chunk c
+// of 16 bytes of row r lies at chunk c ^ r % 8.
 #pragma once
 
 #include <bit>
@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(HopperTile::kThreads, 1)
 
   char* const ring = device::aligned<1024>(device::shared_memory());
   char* const outputs = ring + kStages * kTile.stage_bytes();
-  auto* const full = reinterpret_cast<device::Mbarrier*>(outputs + HopperTile::kConsumers *
-                                                                       kTile.output_bytes());
+  auto* const full =
+      reinterpret_cast<device::Mbarrier*>(outputs + HopperTile::kConsumers * kTile.output_bytes());
   device::Mbarrier* const empty = full + kStages;
   device::Mbarrier* const output_free = empty + kStages;
   device::Mbarrier* const turn = output_free + HopperTile::kConsumers;
@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(HopperTile::kThreads, 1)
   const auto first_pixel = [&](int tile) { return (tile / columns * kCluster + rank) * kM; };
   const auto first_filter = [&](int tile) { return tile % columns * kN; };
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // From one lane, so that the compiler sees that it is the warp's.
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (warp < 4) {
     device::give_registers<kLoaderRegisters>();
     if (threadIdx.x == 0) {
@@ -284,10 +285,10 @@ void launch_hopper_conv(const HopperConv& conv, int tile, int multiprocessors,
                         cudaStream_t stream) {
   const auto launch = [&](auto index) {
     constexpr HopperTile kTile = kHopperTiles[index];
-    const int rows = (conv.M + HopperTile::kM * kTile.cluster - 1) /
-                     (HopperTile::kM * kTile.cluster);
-    const int clusters = std::min(rows * kTile.columns(conv.K),
-                                  std::max(1, multiprocessors / kTile.cluster));
+    const int rows =
+        (conv.M + HopperTile::kM * kTile.cluster - 1) / (HopperTile::kM * kTile.cluster);
+    const int clusters =
+        std::min(rows * kTile.columns(conv.K), std::max(1, multiprocessors / kTile.cluster));
     const device::Grid grid{dim3(clusters * kTile.cluster), HopperTile::kThreads,
                             static_cast<size_t>(kTile.shared_bytes(conv.K)), stream,
                             static_cast<unsigned>(kTile.cluster)};
