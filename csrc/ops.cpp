@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   for (const char* schema : fused_resnet::kCudaSchemas) m.def(schema);
 
   m.def("cpu_isa() -> str");
-  // The CPU backend's convolution. Internal: fused_resnet/backends/cpu.py is the only caller. Those
+  // The CPU backend's convolution. Internal: fused_resnet/backends/cpu/ is the only caller. Those
   // that take a packed weight return nothing where it seems not to be made of the weight's present
   // values.
   m.def("conv_isa() -> str");
@@ -100,7 +100,7 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   m.def("free_launch_plan(int plan) -> ()");
 
   // Plans of inference passes: internal, see csrc/cpu/inference_plan.cpp and
-  // fused_resnet/backends/cpu_plans.py.
+  // fused_resnet/backends/cpu/plans.py.
   m.def("begin_cpu_plan() -> ()");
   m.def("discard_cpu_plan() -> ()");
   m.def(

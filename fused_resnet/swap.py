@@ -16,7 +16,8 @@ from .forms import Form
 from .layers import checks
 from .layers import watch as watching
 from .layers.ranges import BlockRanges, StemRanges
-from .modules import fake_quantized, graphs, plans, quantized, read, run
+from .modules import fake_quantized, graphs, plans, quantized, read
+from .modules.conv_norm_act import has_kernel
 
 _MEMORY = ("normal", "low")
 # Of convolutions' inputs.
@@ -433,9 +434,7 @@ def _prologues(module: nn.Module, form: Form) -> list[str]:
                 applied = read.keeps_dtype(forms.part(module, behind[name]), conv.weight)
             else:
                 norms = (norm,)
-                applied = read.bare_conv_obstacle(conv) is None and run.has_kernel(
-                    conv, conv.weight
-                )
+                applied = read.bare_conv_obstacle(conv) is None and has_kernel(conv, conv.weight)
             batch = any(read.uses_batch_statistics(forms.part(module, n)) for n in norms)
             if applied and not batch:
                 inside.append(name)

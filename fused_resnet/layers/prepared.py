@@ -28,7 +28,7 @@ class Entry(NamedTuple):
     storage: weakref.ref[torch.UntypedStorage]
     version: int
     owner: weakref.ref[Tensor] | None
-    layout: object
+    layout: Any
     copy: Any
     whole: bool
 

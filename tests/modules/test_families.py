@@ -24,7 +24,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import fused_resnet
 from fused_resnet import forms, models
 from fused_resnet.models.preact import PreActResNet
-from fused_resnet.modules.run import NormAct
+from fused_resnet.modules.conv_norm_act import NormAct
 from fused_resnet.testing import assert_error_rule, randomize_
 
 

@@ -420,7 +420,7 @@ def internal_calls():
 
     with pytest.MonkeyPatch.context() as patch:
         for name in calls:
-            patch.setattr(backends.cpu, f"_{name}", recorder(name))
+            patch.setattr(backends.cpu.operators, name, recorder(name))
         run_all_that_the_cpu_has()
     return calls
 
@@ -447,7 +447,7 @@ def run_all_that_the_cpu_has():
 @pytest.mark.parametrize("name", sorted(INTERNAL - ELSEWHERE))
 def test_internal_operators_keep_to_their_schemas(internal_calls, name):
     """What the CPU backend calls while a model runs writes to and aliases nothing it should not."""
-    if name == "conv_weight_gradient" and not backends.cpu._TILE_ISA:
+    if name == "conv_weight_gradient" and not backends.cpu.isa.TILE_ISA:
         assert not internal_calls[name]
         pytest.skip("no AMX: the gradients in weights are the library's")
     assert internal_calls[name]
@@ -473,7 +473,7 @@ def train_a_convolution():
     one = (1, 1)
     geometry = (*one, *one, *one, 1)
     for before in ((None, None, None, None, 0.0), norm):
-        backends.cpu._conv_training(x, weight, None, *geometry, *before, True)
+        backends.cpu.operators.conv_training(x, weight, None, *geometry, *before, True)
 
 
 @pytest.mark.quick
