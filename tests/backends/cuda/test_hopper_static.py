@@ -86,8 +86,6 @@ def test_the_compiler_has_nothing_to_say(compiled):
     assert not re.findall(r"C75\d\d|warning|Warning", said), said
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", said)
     assert spills == [("0", "0", "0")] * len(kernels)
-        kernels
-    )
     assert set(re.findall(r"Used (\d+) registers", said)) == {str(REGISTERS)}
     for kernel in kernels:
         assert not opcodes(kernel.instructions, "LDL", "STL")
