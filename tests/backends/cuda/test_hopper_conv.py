@@ -14,8 +14,12 @@ import pytest
 import torch
 from support import ConvShape, cuda_on_host, dtype_id, make_conv_case
 
-from fused_resnet import _native, backends
+from fused_resnet import _native, backends, tuning
+from fused_resnet.layers.description import ConvNorm, Norm
+from fused_resnet.measure.tune import tuner
 from fused_resnet.testing import assert_error_rule
+from fused_resnet.tuning import architecture, cuda_tiles
+from fused_resnet.tuning.problem import ConvProblem
 
 ON_HOST = backends.cuda.on_host()
 if backends.cuda.available() != "yes":
@@ -229,6 +233,57 @@ def test_no_images():
     case = small_integers(Problem("", ConvShape(16, 16, (1, 1)), (3, 3), 1))
     empty = dataclasses.replace(case, input=case.input[:0], residual=case.residual[:0])
     assert run(instances()[0], empty).shape == (0, 16, 3, 3)
+
+
+def conv_problem(shape, batch, size, dtype="float16"):
+    r, s = shape.kernel_size
+    return ConvProblem(
+        batch, shape.in_channels, *size, shape.out_channels, r, s, shape.stride, shape.padding,
+        shape.dilation, shape.groups, dtype, True,
+    )  # fmt: skip
+
+
+def test_tune_races_them_and_nobody_else_has_them():
+    """On a GPU of compute capability 9.0, for what they can run."""
+    gpu = architecture.of_device(torch.device(DEVICE))
+    hopper = dataclasses.replace(gpu, capability=(9, 0))
+    problem = conv_problem(ConvShape(64, 256, (3, 3), (1, 1), (1, 1)), 8, (28, 28))
+    tiles = cuda_tiles.hopper_candidates(problem, hopper)
+    assert sorted(map(str, tiles)) == sorted(map(str, cuda_tiles.hopper_instances()))
+    assert len(set(map(str, tiles))) == len(instances())
+    assert all(map(cuda_tiles.is_hopper, tiles))
+    assert not any(map(cuda_tiles.is_hopper, cuda_tiles.candidates(problem, hopper)))
+    raced = tuner.candidates(problem, hopper, torch.device("cuda"))
+    assert {choice.tile for choice in raced if choice.kernel == "cuda"} > set(tiles)
+    assert not cuda_tiles.is_hopper(tuning.untuned(problem, hopper).tile)
+    ampere = dataclasses.replace(gpu, capability=(8, 0))
+    assert not cuda_tiles.hopper_candidates(problem, ampere)
+    for changes in (
+        {"C": 12}, {"K": 12}, {"K": 2056}, {"groups": 2}, {"dtype": "tfloat32"},
+        {"stride": (9, 1)}, {"padding": (1, 128)}, {"dilation": (1, 128)}, {"dilation": (66, 1)},
+    ):  # fmt: skip
+        other = dataclasses.replace(problem, **changes)
+        assert not cuda_tiles.hopper_candidates(other, hopper), changes
+
+
+@pytest.mark.parametrize("residual", ["whole", "narrow", "none"])
+def test_the_backend_runs_a_tile_of_them(residual):
+    """And what has a residual of fewer channels as today's kernel does."""
+    case = small_integers(list(problems(instances()[0]))[3])
+    case.activation = "none"
+    shortcut = {"whole": case.residual, "narrow": case.residual[:, :32], "none": None}[residual]
+    norm = Norm(case.running_mean, case.running_var, case.bn_weight, case.bn_bias, case.eps)
+    layer = ConvNorm(
+        case.weight, norm, case.bias, case.stride, case.padding, case.dilation, case.groups
+    )
+    placed = (t if t is None else t.to(DEVICE) for t in (case.input, shortcut))
+    tile = next(iter(cuda_tiles.hopper_instances()))
+    image, shortcut = placed
+    out = backends.cuda.conv_bn_act(image, layer, shortcut, "none", tile)
+    wide = None if residual == "none" else case.residual.clone()
+    if residual == "narrow":
+        wide[:, :16], wide[:, 16:48], wide[:, 48:] = 0, case.residual[:, :32], 0
+    assert_exact(out.cpu(), dataclasses.replace(case, residual=wide), residual)
 
 
 REFUSED = [
