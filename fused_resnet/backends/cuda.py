@@ -117,8 +117,8 @@ def conv_bn_act(
 ) -> Tensor:
     """One launch: see csrc/cuda/conv_bn_act.cuh for the formula and the memory traffic.
 
-    `tile` is one of `tuning.cuda_tiles.candidates` or `hopper_candidates`; None leaves the choice to
-    csrc/cuda/conv_heuristics.cpp.
+    `tile` is one of `tuning.cuda_tiles.candidates` or `hopper_candidates`; None leaves the choice
+    to csrc/cuda/conv_heuristics.cpp.
     """
     weight, norm, bias, stride, padding, dilation, groups = layer
     if cuda_tiles.is_hopper(tile) and residual is not None and residual.size(1) < weight.size(0):
