@@ -50,7 +50,7 @@ def candidates(problem: ConvProblem, architecture: Architecture) -> list[Tile]:
     return found
 
 
-# What TMA's maps and the kernel's shared memory allow (csrc/cuda/hopper/conv_bn_act.cu).
+# What TMA's maps and the kernel's shared memory allow (csrc/cuda/hopper/hopper_conv.cu).
 _HOPPER = (9, 0)
 _HOPPER_M, _HOPPER_DEPTH, _HOPPER_WARPS = 128, 64, 12
 _MOST_FILTERS, _MOST_STRIDE, _MOST_OFFSET, _FARTHEST_CORNER = 2048, 8, 255, 127

@@ -54,7 +54,7 @@ def tiles():
 def compiled(request, tmp_path_factory):
     """What the compiler said, and every instance."""
     cubin = tmp_path_factory.mktemp("hopper") / "conv.cubin"
-    source = ROOT / "csrc" / "cuda" / "hopper" / f"conv_bn_act_{request.param}.cu"
+    source = ROOT / "csrc" / "cuda" / "hopper" / f"hopper_conv_{request.param}.cu"
     command = [
         "nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-DUSE_CUDA", "--expt-relaxed-constexpr",
         "-DTORCH_TARGET_VERSION=0x020b000000000000", "-arch=sm_90a", "-Xptxas=-v", "-cubin",

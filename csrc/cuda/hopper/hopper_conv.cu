@@ -1,7 +1,7 @@
-// The operator hopper_conv_bn_act: what hopper/conv_bn_act.cuh computes, on tensors. It allocates
+// The operator hopper_conv_bn_act: what hopper/hopper_conv.cuh computes, on tensors. It allocates
 // the output, describes four tensors to TMA and launches once; tensors that do not lie densely
 // channels_last are copied first.
-#include "cuda/hopper/conv_bn_act.h"
+#include "cuda/hopper/hopper_conv.h"
 
 #include <limits>
 #include <optional>

@@ -41,7 +41,7 @@
 #include "cuda/device/tensor_copy.cuh"
 #include "cuda/device/vector.cuh"
 #include "cuda/device/warpgroup.cuh"
-#include "cuda/hopper/conv_bn_act.h"
+#include "cuda/hopper/hopper_conv.h"
 #include "cuda/hopper/tiles.h"
 #include "cuda/parameter.cuh"
 
@@ -131,6 +131,8 @@ __global__ void __launch_bounds__(HopperTile::kThreads, 1)
   if (warp < 4) {
     device::give_registers<kLoaderRegisters>();
     if (threadIdx.x == 0) {
+      device::prefetch(conv.input);
+      device::prefetch(conv.weight);
       RingPlace<kStages> place;
       for (int tile = first; tile < tiles; tile += clusters) {
         const int row = first_pixel(tile) / conv.Q, image = row / conv.P;

@@ -1,5 +1,5 @@
 // The instances of the convolution for Hopper for bfloat16.
-#include "cuda/hopper/conv_bn_act.cuh"
+#include "cuda/hopper/hopper_conv.cuh"
 
 namespace fused_resnet {
 
