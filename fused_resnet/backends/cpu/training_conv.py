@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...layers import counting
 from ...layers.description import Norm
 from . import operators, precision
 from .isa import GRADIENTS_ON_TILES, LEAST_ON_TILES, MOST_TAPS, TILE_ISA, is_native
@@ -39,6 +40,8 @@ def conv_batch_norm_statistics(
     if bias is not None:
         (bias,) = in_accumulation_dtype(input, bias)
     norm = (None, None, None, None, 0.0) if prologue is None else prologue
+    if counting.is_wanted():
+        counting.mark([counting.convolution(input.shape, weight.shape, *geometry)])
     return operators.conv_training(
         input, weight, bias, *stride, *padding, *dilation, groups, *norm, statistics
     )

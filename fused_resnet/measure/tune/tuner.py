@@ -37,7 +37,7 @@ from ...tuning import basic_block, chain, cuda_tiles, estimate, reload, table, u
 from ...tuning.architecture import Architecture
 from ...tuning.choice import BASIC_BLOCK, CHAIN_KERNELS, CONVOLUTIONS, MEASURED, Choice
 from ...tuning.problem import BasicBlockProblem, ChainProblem, ConvProblem, Problem
-from ..inputs import first_line
+from ..errors import first_line
 from .cases import Case, Run, case_of, check, described, pooled, precision
 from .race import Timer, race
 
