@@ -80,8 +80,9 @@ class WeightCache(dict[int, Entry]):
         """
         if version is None:
             return
-        for key in [key for key, entry in list(self.items()) if _is_empty(entry.storage())]:
-            del self[key]
+        for key, entry in list(self.items()):
+            if _is_empty(entry.storage()):
+                self.pop(key, None)
         forget = functools.partial(self._forget, id(weight))
         owner = None if isinstance(weight, Parameter) else weakref.ref(weight, forget)
         storage = weakref.ref(weight.untyped_storage(), forget)
