@@ -48,6 +48,9 @@ ISA_FLAGS = {
     "_avx512": _AVX512_FLAGS,
     "_avx512vnni": [*_AVX512_FLAGS, "-mavx512vnni"],
     # Nothing there throws, and the handler of a class with a destructor is a shared symbol.
+    "_avx512bf16": [*_AVX512_FLAGS, "-mavx512bf16", "-fno-exceptions"],
+    # Vectors of a size that the target has no registers for, in functions that are all inline.
+    "_avx512bf16_emulated": ["-Wno-psabi"],
     "_amx": [
         *_AVX512_FLAGS,
         "-mavx512bf16",

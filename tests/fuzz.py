@@ -45,7 +45,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZED = ROOT / "build" / "sanitized"
-ISAS = ("amx", "amx_emulated", "avx512", "avx2", "none")
+ISAS = ("amx", "amx_emulated", "avx512bf16", "avx512bf16_emulated", "avx512", "avx2", "none")
 CALLS_PER_CHILD = 500
 
 # ---- the parent ----------------------------------------------------------------------------------
