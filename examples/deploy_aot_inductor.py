@@ -21,6 +21,7 @@ import typer
 from torch import Tensor, nn
 
 import fused_resnet
+from fused_resnet import testing
 from fused_resnet.models import cifar_resnet
 
 # What the process runs that has the package and nothing of the model.
@@ -43,7 +44,7 @@ def build(name: str) -> tuple[nn.Module, int]:
         model, size = cifar_resnet(8), 32
     else:
         model, size = torchvision.models.get_model(name), 224
-    return fused_resnet.fuse(fused_resnet.testing.randomize_(model).eval()), size
+    return fused_resnet.fuse(testing.randomize_(model).eval()), size
 
 
 def package(model: nn.Module, images: Tensor, path: Path) -> str:
@@ -71,7 +72,7 @@ def main(
         subprocess.run(command, check=True)
         served = torch.load(f"{folder}/logits.pt")
     with torch.inference_mode():
-        error = fused_resnet.testing.relative_error(served, network(images))
+        error = testing.relative_error(served, network(images))
     print(f"{batch} images: difference {error:.1e} relative to the model")
 
 

@@ -22,6 +22,7 @@ import typer
 from torch import Tensor, nn
 
 import fused_resnet
+from fused_resnet import testing
 
 
 class Service:
@@ -77,7 +78,7 @@ class Service:
 def network(name: str) -> nn.Module:
     """One of torchvision's without its classifier."""
     torch.manual_seed(0)
-    model = fused_resnet.testing.randomize_(torchvision.models.get_model(name)).eval()
+    model = testing.randomize_(torchvision.models.get_model(name)).eval()
     model.fc = nn.Identity()
     return model.to(memory_format=torch.channels_last)
 

@@ -125,6 +125,7 @@ def candidates(
     found += [Choice("triton", tile, MEASURED) for tile in tiles[:most]]
     if device.type == "cuda":
         tiles = cuda_tiles.candidates(problem, architecture)[:_MOST_CUDA_TILES]
+        tiles += cuda_tiles.hopper_candidates(problem, architecture)
         found += [Choice("cuda", tile, MEASURED) for tile in tiles]
     if device.type == "cuda" and problem.pool is None and torch.backends.cudnn.is_available():
         fused = "cudnn_convolution_add_relu" if problem.residual else "cudnn_convolution_relu"
