@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   // values.
   m.def("conv_isa() -> str");
   m.def("conv_tile_isa() -> str");
+  m.def("conv_pair_isa() -> str");
   m.def(
       "float32_pixels_for_tiles(int[] weight_shape, int[] stride, int groups, bool has_pool) -> "
       "int");

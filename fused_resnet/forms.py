@@ -189,6 +189,28 @@ def load_families() -> None:
             importlib.import_module(f"{__package__}.families.{family}")
 
 
+def unsharded(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that a module had before `fully_shard` derived one from it; else `cls`."""
+    first, *rest = cls.__bases__
+    is_sharded = first.__module__.startswith("torch.distributed.") and len(rest) == 1
+    return rest[0] if is_sharded and "__deepcopy__" in vars(cls) else cls
+
+
+def resharded(cls: type[nn.Module], target: type[nn.Module]) -> type[nn.Module]:
+    """`target`, sharded as `cls` is, if it is."""
+    if unsharded(cls) is cls:
+        return target
+    key = (cls.__bases__[0], target)
+    if key not in _sharded:
+        own = {name: vars(cls)[name] for name in ("__module__", "__deepcopy__")}
+        prefix = cls.__name__.removesuffix(unsharded(cls).__name__)
+        _sharded[key] = type(f"{prefix}{target.__name__}", key, own)
+    return _sharded[key]
+
+
+_sharded: dict[tuple[type, type[nn.Module]], type[nn.Module]] = {}
+
+
 def of_original(cls: type[nn.Module]) -> Form | None:
     """The form of exactly this class, unfused."""
     return _by_original.get(cls)
@@ -204,24 +226,35 @@ def of_fused(cls: type[nn.Module]) -> Form | None:
     return form
 
 
-def of(module: nn.Module) -> Form | None:
-    """The form of the class that a module is of or derives from."""
+def of(module: nn.Module) -> Form:
+    """The form of the class that a module is of or derives from, which has one."""
+    form = _by_fused.get(type(module))
+    if form is None:
+        form = found(module)
+        assert form is not None, type(module)
+    return form
+
+
+def found(module: nn.Module) -> Form | None:
+    """The form of the class that a module is of or derives from, or None."""
     form = of_fused(type(module))
     if form is not None:
         return form
     for cls in type(module).__mro__:
-        form = _by_original.get(cls)
+        form = _by_original.get(cls) or of_fused(cls)
         if form is not None:
             return form
     return None
 
 
-def part(module: nn.Module, name: str) -> nn.Module | None:
-    """The child of this name, or None if there is none."""
+def part(module: nn.Module, name: str | None) -> Any:
+    """The child of this name, of the class that the form says, or None if there is none."""
     # Looked up where modules keep them: an attribute takes ten times as long.
     children = module._modules
     if name in children:
         return children[name]
+    if name is None:
+        return None
     if name == FUNCTIONAL_RELU:
         return FUNCTIONAL
     found: nn.Module | None = module

@@ -83,7 +83,10 @@ def of(module: nn.Module) -> list[Recipe]:
 
 def found(module: nn.Module) -> Form | None:
     """The form of a module that has not been fused, or None."""
-    if forms.of_fused(type(module)) is not None or any(map(vars(module).__contains__, _SETTINGS)):
+    cls = type(module)
+    if forms.of_fused(cls) is not None or forms.unsharded(cls) is not cls:
+        return None
+    if any(map(vars(module).__contains__, _SETTINGS)):
         return None
     if isinstance(module, fx.GraphModule):
         return _graph_form(module)
@@ -287,7 +290,7 @@ class _Structured:
     def obstacle(self, module: nn.Module) -> str | None:
         """What besides its units keeps a module from being fused, or None."""
         for name, cls, children, forward in self._containers:
-            container = forms.part(module, name) if name else module
+            container: Any = forms.part(module, name) if name else module
             if name and type(container) is not cls:
                 return f"{name} is {read.described(container)}"
             if tuple(container._modules) != children:
@@ -351,7 +354,8 @@ def _traced_form(module: nn.Module) -> Form | None:
     attributes = _attributes(module)
     if _parameter(original) is None:
         return None
-    ways, units = {}, ()
+    ways: dict[bool, fx.Graph] = {}
+    units: tuple[Unit, ...] = ()
     for training in (True, False):
         shadow = _shadow(module)
         vars(shadow)["training"] = training
@@ -537,7 +541,7 @@ def _structure(module: nn.Module) -> _Structure:
     parts: list[Hashable] = []
     for name, child in module.named_modules():
         geometry = (child.kernel_size, child.stride) if isinstance(child, Conv2d) else ()
-        parts += [name, type(child), geometry]
+        parts.append((name, type(child), geometry))
     return tuple(parts)
 
 
@@ -575,8 +579,8 @@ _MOST_PARAMETERS = 3_000_000
 def _differs_in_some_mode(module: nn.Module, form: Form) -> str | None:
     with trial.quietly(), backends.use_backend("reference"):
         copy = trial.replica(module)
-        channels = forms.part(copy, form.units[0].conv).in_channels  # type: ignore[index,union-attr]
-        x = trial.random((2, channels, 9, 9))
+        first: Any = forms.part(copy, form.units_of(copy)[0].conv)
+        x = trial.random((2, first.in_channels, 9, 9))
         for training in (False, True):
             if (reason := _differs(copy.train(training), form, x, training)) is not None:
                 return reason

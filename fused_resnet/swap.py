@@ -170,7 +170,7 @@ def fuse(
     modules = _modules(model, "fuse")
     _fuse_all(model)
     for module in modules:
-        if forms.of_fused(type(module)) is not None:
+        if forms.of_fused(forms.unsharded(type(module))) is not None:
             vars(module).pop("memory", None)
             if memory != "normal":
                 module.memory = memory
@@ -186,7 +186,8 @@ def fuse(
 
 
 def _is_network(module: nn.Module) -> bool:
-    form = forms.of_original(type(module)) or forms.of_fused(type(module))
+    cls = forms.unsharded(type(module))
+    form = forms.of_original(cls) or forms.of_fused(cls)
     return form is not None and issubclass(form.fused, blocks.Network)
 
 
@@ -199,7 +200,7 @@ def fuse_remaining(model: nn.Module) -> None:
 
 def _fuse_all(model: nn.Module) -> None:
     for _, module, form in _modules_with_forms(model):
-        if form is None or form.fused is type(module):
+        if form is None or form.fused is forms.unsharded(type(module)):
             continue
         if read.structure_obstacle(module, form) is None or read.is_lazy(module):
             _assign_class(module, form.fused)
@@ -212,7 +213,7 @@ def _modules_with_forms(model: nn.Module) -> Iterator[tuple[str, nn.Module, Form
     """
     inside: set[int] = set()
     for path, module in model.named_modules():
-        cls = type(module)
+        cls = forms.unsharded(type(module))
         form = forms.of_fused(cls) or forms.of_original(cls)
         if form is None:
             if id(module) in inside:
@@ -252,7 +253,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 def unfuse_one(module: nn.Module) -> None:
     """`unfuse` of one module without its children."""
-    form = forms.of_fused(type(module))
+    form = forms.of_fused(forms.unsharded(type(module)))
     if form is not None:
         blocks.release(module)
         for setting in ("memory", "cuda_graphs", "quantization"):
@@ -263,7 +264,7 @@ def unfuse_one(module: nn.Module) -> None:
 
 
 def _assign_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    module.__class__ = cls
+    module.__class__ = forms.resharded(type(module), cls)
     # What torch.compile made of the module may be looked at again only if the dictionary changed.
     vars(module)["_changed"] = True
     del vars(module)["_changed"]
@@ -296,7 +297,7 @@ def report(model: nn.Module, input: Tensor | None = None) -> Report:
     records, unproven = [], _Unproven()
     for path, module, form in _modules_with_forms(model):
         reason = recipes.refusal(module) if form is None else None
-        form = form or forms.of(module)
+        form = form or forms.found(module)
         if reason is not None:
             records.append(Record(path, type(module).__name__, False, "eager", reason))
         elif form is not None:
@@ -428,14 +429,15 @@ def _record(path: str, module: nn.Module, form: Form, sizes: _Sizes) -> Record:
 
 
 def _class_obstacle(module: nn.Module, form: Form) -> str | None:
-    if type(module) is form.original:
+    cls = forms.unsharded(type(module))
+    if cls is form.original:
         reason = read.structure_obstacle(module, form)
         return "not fused: call fused_resnet.fuse" if reason is None else reason
-    if type(module) is not form.fused:
+    if cls is not form.fused:
         base = form.original
-        own = any(getattr(type(module), n) is not getattr(base, n) for n in form.overrides)
+        own = any(getattr(cls, n) is not getattr(base, n) for n in form.overrides)
         detail = " with a forward of its own" if own else ""
-        return f"{type(module).__name__} is a subclass of {base.__name__}{detail}"
+        return f"{cls.__name__} is a subclass of {base.__name__}{detail}"
     if any(name in vars(module) for name in form.overrides):
         return "the module has a forward of its own"
     return None

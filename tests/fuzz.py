@@ -6,6 +6,7 @@ Every call follows from the seed and its index alone. It is one of
 
 - a public function, on odd layouts (strided, expanded, channels_last, unaligned), with NaN and
   infinity, forward and backward, compared with float64 by a path without the library's convolution;
+- a few passes of a fused network (support/fuzzed_networks.py): joined blocks, plans, training;
 - a registered operator with arguments of which some are hostile: dtypes, ranks, sizes, strides and
   numbers that do not belong there. It may return what it likes or raise, but not the exceptions of
   a program that did not expect its arguments.
@@ -44,7 +45,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZED = ROOT / "build" / "sanitized"
-ISAS = ("amx", "amx_emulated", "avx512", "avx2", "none")
+ISAS = ("amx", "amx_emulated", "avx512bf16", "avx512bf16_emulated", "avx512", "avx2", "none")
 CALLS_PER_CHILD = 500
 
 # ---- the parent ----------------------------------------------------------------------------------
@@ -262,8 +263,12 @@ def draw(seed: int, index: int, kinds: str) -> Any:
 
     rng = random.Random(f"{seed}/{index}")
     torch.manual_seed(rng.getrandbits(60))
-    public = kinds == "public" or (kinds == "all" and rng.random() < 0.5)
-    return draw_public(rng) if public else draw_raw(rng)
+    kind = rng.choices(("public", "raw", "networks"), (9, 9, 2))[0] if kinds == "all" else kinds
+    if kind == "networks":
+        from support.fuzzed_networks import draw_network
+
+        return draw_network(rng)
+    return draw_public(rng) if kind == "public" else draw_raw(rng)
 
 
 # Layouts of a tensor's values, of which `expanded` changes them.
@@ -1230,7 +1235,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=3000, help="how many (default: 3000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the first call's index")
-    parser.add_argument("--kinds", choices=("all", "public", "raw"), default="all")
+    parser.add_argument("--kinds", choices=("all", "public", "networks", "raw"), default="all")
     parser.add_argument("--isa", choices=("all", *ISAS), default="all", help="instruction set")
     parser.add_argument("--sanitize", action="store_true", help="build and run with sanitizers")
     parser.add_argument("--timeout", type=float, default=120, help="seconds a call may take")

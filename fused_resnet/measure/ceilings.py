@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..backends import cpu
-from ..tuning.problem import ConvProblem
+from ..tuning.problem import Problem
 from .clock import synchronize
 
 # On a CPU, data that was last used this many bytes ago is no longer in a core's own cache. The
@@ -31,12 +31,12 @@ _STEPS = 20000
 
 @dataclasses.dataclass(frozen=True)
 class MatrixUnit:
-    """A CPU's unit that multiplies tiles.
+    """A CPU's unit that multiplies tiles, or else pairs of bfloat16 in vectors.
 
     Attributes:
-        name: "amx".
-        rates: operations/s, two for a multiply-add, of all threads with tiles from the first-level
-            cache, by the operands' dtype: "bfloat16", and "int8" where the unit has that.
+        name: "amx" or "avx512bf16".
+        rates: operations/s, two for a multiply-add, of all threads with operands from the
+            first-level cache, by their dtype: "bfloat16", and "int8" where the unit has that.
         products: how many of bfloat16 stand for one of the problem's dtype; None where the unit
             does not run it.
     """
@@ -85,12 +85,12 @@ class Ceilings:
             unit=self.unit and other.unit and self.unit.better_of(other.unit),
         )
 
-    def least_seconds(self, problem: ConvProblem) -> float:
+    def least_seconds(self, problem: Problem) -> float:
         """The time that moving a layer's tensors once, and its products, take at the ceilings."""
         by_memory = problem.bytes_once / self.copy_bandwidth
         return max(by_memory, problem.flops / self.matrix_rate)
 
-    def unit_seconds(self, problem: ConvProblem) -> float | None:
+    def unit_seconds(self, problem: Problem) -> float | None:
         """The time that a layer's products take the matrix unit, with nothing in their way."""
         rate = None if self.unit is None else self.unit.rate
         return None if rate is None else problem.flops / rate
@@ -129,7 +129,11 @@ def _matrix_unit(dtype: str, steps: int) -> MatrixUnit | None:
             rates[operands] = 2 * products / seconds
     if not rates:
         return None
-    return MatrixUnit("amx", rates, cpu.tile_products(_element(dtype)))
+    element = _element(dtype)
+    if tiles := torch.ops.fused_resnet.conv_tile_isa():
+        return MatrixUnit(tiles, rates, cpu.tile_products(element))
+    products = 1 if element is torch.bfloat16 else None
+    return MatrixUnit(torch.ops.fused_resnet.conv_pair_isa(), rates, products)
 
 
 def _matrix_rate(device: torch.device, dtype: str, size: int) -> float:

@@ -33,7 +33,8 @@ from .case import (
 )
 from .clock import PeakMemory, interleave, kept_bytes, synchronize, threads
 from .engines import CALIBRATION_BATCH, ENGINES, IN_EIGHT_BITS, INT8, eager
-from .inputs import build_input, build_model, calibration_images, first_line
+from .errors import first_line
+from .inputs import build_input, build_model, calibration_images
 
 
 def engines_of(case: Case) -> dict[str, Engine]:
@@ -62,7 +63,7 @@ def compare(
         engines: name to engine, "eager" among them; `engines_of(case)` when None. An engine takes
             a model of its own and the input and returns the call to time. One that raises is
             skipped; one that is wrong is not timed.
-        settle: see `measure.interleave`.
+        settle: see `clock.interleave`.
         required: engines whose errors are the caller's to handle, "eager" among them.
         progress: told the stage's name, the steps done and the steps in all.
 

@@ -26,7 +26,7 @@ from typing import Any
 from .. import files
 from . import environment, schemas
 from .case import Candidate, Result
-from .inputs import InvalidArgumentError, first_line
+from .errors import InvalidArgumentError, first_line
 
 MODELS = "fused_resnet.results/2"
 KERNELS = "fused_resnet.kernels/1"
@@ -188,7 +188,7 @@ def newest(results: Path, schema: str) -> list[Path]:
 
 def document(
     results: Sequence[Result], command: str, root: Path = environment.ROOT
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The results as JSON, schema "fused_resnet.results/2".
 
     Top level: what `environment.provenance` gives, and `cases`.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,11 +54,13 @@ _ATTRIBUTES |= set(vars(nn.Module()))
 
 def known(norm: nn.Module | None) -> Known | None:
     """What is known of a norm that is of another library, or None."""
+    if norm is None:
+        return None
     cls = type(norm)
     if cls in _ORIGINALS:
         return None
     if cls not in _verdicts:
-        if norm is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return None
         # Not again for what a trial runs, and not for a module without any channels.
         _verdicts[cls] = None
@@ -92,7 +94,7 @@ def eps_of(norm: nn.Module) -> float:
     return float(norm.eps) if constant is None else constant  # type: ignore[arg-type]
 
 
-def alone(norm: nn.Module, x: Tensor) -> Tensor:
+def alone(norm: Any, x: Tensor) -> Tensor:
     """A norm's output without the activation that it may hold; no hooks but its own."""
     return originals.BatchNorm2d.forward(norm, x) if has_act(norm) else norm(x)
 
@@ -126,7 +128,7 @@ def _is_like_norm_with_act(norm: nn.Module) -> bool:
     return isinstance(norm, originals.BatchNorm2d) and list(norm._modules) == ["drop", "act"]
 
 
-def _tried_frozen(norm: nn.Module, copy: nn.Module) -> Known | None:
+def _tried_frozen(norm: nn.Module, copy: Any) -> Known | None:
     own = getattr(norm, "eps", None)
     variance = copy.running_var
     # Small, so that another eps shows.
@@ -147,8 +149,8 @@ def _agree_frozen(norm: nn.Module, eps: float) -> bool:
     return all(torch.equal(getattr(norm, n), t) for n, t in zip(_TENSORS, before, strict=True))
 
 
-def _agree_with_act(norm: nn.Module) -> bool:
-    twin = trial.twin(norm)
+def _agree_with_act(norm: Any) -> bool:
+    twin: Any = trial.twin(norm)
     for x in _inputs(norm.num_features):
         expected = originals.BatchNorm2d.forward(twin, x)
         expected = twin.act(twin.drop(expected))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import forms
 from ..forms import Unit
 from ..ops.residual_blocks import residual_blocks
-from . import quantized
+from . import metadata, quantized
 from .conv_norm_act import conv_norm_act
 from .read import (
     conv_norm,
@@ -34,7 +34,12 @@ from .training import block_training, plain_block_training
 
 
 def run_unfused(module: nn.Module, x: Any, method: str = "forward") -> Tensor:
-    """What the class that a module had before runs, as it is now."""
+    """What the class that a module had before runs, as it is now.
+
+    Unless the input is one on whose values the module runs fused: see `metadata.py`.
+    """
+    if (out := metadata.run_on_values(module, x, method)) is not None:
+        return out
     return getattr(forms.of(module).original, method)(module, x)
 
 

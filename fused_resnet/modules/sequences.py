@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -54,7 +55,7 @@ def units_in(parts: Parts) -> tuple[Unit, ...]:
     """Each convolution with a norm behind it, and what is applied until the next one."""
     parts = _with_acts(parts)
     starts = [i for i in range(len(parts) - 1) if _is_pair(parts[i][1], parts[i + 1][1])]
-    units = []
+    units: list[Unit] = []
     for start, end in itertools.pairwise([*starts, len(parts)]):
         names = [name for name, _ in parts[start:end]]
         conv, norm, *rest = names
@@ -91,7 +92,7 @@ def sequence_forward(module: nn.Module, x: Tensor) -> Tensor:
     if read.obstacle(module) is not None or read.input_obstacle(x) is not None:
         return run.run_unfused(module, x)
     form = forms.of(module)
-    for unit in form.units_of(module):
+    for unit in form.units_of(module) if form is not None else ():
         if read.unit_obstacle(module, unit) is None:
             x = unit_forward(module, unit, x)
         else:
@@ -115,8 +116,9 @@ def unit_forward(module: nn.Module, unit: Unit, x: Tensor) -> Tensor:
         return run.run_unit(module, unit, x)
     for part in read.working_parts(module, unit.before):
         x = part(x)
+    maxpool: Any
     maxpool, *rest = read.working_parts(module, unit.after)
-    relu = forms.part(module, unit.act)
+    relu: Any = forms.part(module, unit.act)
     x = network.stem(*read.conv_norm(module, unit), relu, maxpool, x)
     for part in rest:
         x = part(x)

@@ -53,13 +53,11 @@ class Found:
         nodes: of the convolution, the norm and what follows, in order; the last one's output is
             the unit's.
         unit: the modules.
-        norm_act: whether its activation is one that the norm applies.
         residual: what is added before the activation, or None.
     """
 
     nodes: tuple[fx.Node, ...]
     unit: Unit
-    norm_act: bool
     residual: fx.Node | None
 
 
@@ -88,38 +86,41 @@ def _longest(
     """The longest unit that begins with a convolution and moves nothing past a write."""
     norm_node = _only_reader(conv)
     norm = None if norm_node is None else _module(norm_node, root)
-    if norm is None or not read.is_norm(norm) or not _takes_one(norm_node):
+    if norm_node is None or norm is None or not read.is_norm(norm) or not _takes_one(norm_node):
         return None
     unit = Unit(str(conv.target), str(norm_node.target), None)
-    candidates = [Found((conv, norm_node), unit, False, None)]
-    last, residual, chain = norm_node, None, (conv, norm_node)
+    chain: tuple[fx.Node, ...] = (conv, norm_node)
+    held = False
     if norms.has_act(norm):
-        if not read.passes_through(norm.drop):
+        drop, act = norm._modules["drop"], norm._modules["act"]
+        if drop is None or act is None or not read.passes_through(drop):
             return None
-        if type(norm.act) is ReLU:
+        held = type(act) is ReLU
+        if held:
             unit = Unit(unit.conv, unit.norm, f"{unit.norm}.act")
-            candidates = [Found(chain, unit, True, None)]
-        elif not read.passes_through(norm.act):
+        elif not read.passes_through(act):
             return None
-    if unit.act is None:
-        reader = _only_reader(last)
-        if reader is not None and reader not in taken:
-            residual = _added(reader, last)
+    candidates = [Found(chain, unit, None)]
+    reader = _only_reader(chain[-1])
+    if not held and reader is not None and reader not in taken:
+        residual = _added(reader, chain[-1])
         if residual is not None:
-            last, chain = reader, (*chain, reader)
-            candidates.append(Found(chain, unit, False, residual))
-        reader = _only_reader(last)
-        if reader is not None and (act := _relu(reader, root)) is not None:
-            last, chain = reader, (*chain, reader)
-            unit = Unit(unit.conv, unit.norm, act)
-            candidates.append(Found(chain, unit, False, residual))
-    reader = _only_reader(last)
+            chain = (*chain, reader)
+            candidates.append(Found(chain, unit, residual))
+            reader = _only_reader(reader)
+    else:
+        residual = None
+    name = None if held or reader is None else _relu(reader, root)
+    if reader is not None and name is not None:
+        chain = (*chain, reader)
+        unit = Unit(unit.conv, unit.norm, name)
+        candidates.append(Found(chain, unit, residual))
+        reader = _only_reader(reader)
     if reader is not None and unit.act is not None and residual is None:
         maxpool = _module(reader, root)
         if type(maxpool) is MaxPool2d and _takes_one(reader):
             pooled = Unit(unit.conv, unit.norm, unit.act, after=(str(reader.target),))
-            one = Found((*chain, reader), pooled, candidates[-1].norm_act, None)
-            candidates.append(one)
+            candidates.append(Found((*chain, reader), pooled, None))
     for one in reversed(candidates):
         inside = nodes[position[conv] : position[one.nodes[-1]] + 1]
         others = [node for node in inside if node not in one.nodes]
@@ -207,12 +208,10 @@ def fused_graph(graph: fx.Graph, found: list[Found]) -> fx.Graph:
         nodes = [copies[node] for node in one.nodes]
         unit, last = one.unit, nodes[-1]
         with fused.inserting_before(last):
-            modules = []
-            for name in (unit.conv, unit.norm, unit.act, *unit.after):
-                kept = name is None or name == FUNCTIONAL_RELU or not name
-                modules.append(name if kept else fused.get_attr(name))
-            if not unit.after:
-                modules.append(None)
+            modules: list[fx.Node | str | None] = []
+            for name in (unit.conv, unit.norm, unit.act, *(unit.after or (None,))):
+                is_child = name is not None and name != FUNCTIONAL_RELU
+                modules.append(fused.get_attr(str(name)) if is_child else name)
             x = copies[_input(one)]
             residual = None if one.residual is None else copies[one.residual]
             call = fused.call_function(run_unit, (x, residual, *modules))
@@ -237,10 +236,10 @@ def run_unit(
     conv: nn.Conv2d,
     norm: nn.Module,
     act: nn.Module | str | None,
-    maxpool: nn.Module | None,
+    maxpool: nn.MaxPool2d | None,
 ) -> Tensor:
     """`maxpool(act(norm(conv(x)) + residual))`, in one where the modules and tensors allow."""
-    relu = forms.FUNCTIONAL if act == FUNCTIONAL_RELU else act
+    relu: Any = forms.FUNCTIONAL if act == FUNCTIONAL_RELU else act
     held = act is not None and norms.has_act(norm)
     if (
         input_obstacle(x) is not None

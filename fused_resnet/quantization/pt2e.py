@@ -79,7 +79,6 @@ def _block_ranges(
     shapes = quantized.shapes_of(block)
     reason = quantized.float_reason(block)
     form = forms.of(block)
-    assert form is not None
     names = [f"{path}.{unit.conv}" if path else unit.conv for unit in form.units_of(block)]
     ranges: list[Quantization | None] = []
     for name in names:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...layers import counting
 from ...layers.convolution import conv2d
 from ...layers.description import Block, ConvNorm, Norm, Pool
 from . import operators, precision, weights
@@ -72,6 +73,8 @@ def _convolve(
     if out is None:
         out = operator(*before, *weights.packed_copy(weight, groups), *behind)
         assert out is not None
+    if counting.is_wanted():
+        counting.mark_convolution(before[0], layer)
     return out
 
 
@@ -121,6 +124,8 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
                     return None
                 native[i : i + 2] = pack(native[i], groups)
             out = operators.residual_blocks_packed(input, native, *described)
+        if counting.is_wanted():
+            counting.mark_blocks(input, blocks)
         return out
     except ValueError:
         # Shapes, dtypes or devices that do not go together: step by step the reason comes out.
@@ -145,4 +150,8 @@ def pool_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | 
         return None
     side_by_side = input.stride(1) == 1 or input.stride(3) == 1
     dense = weight.stride(1) == 1 and (bias is None or bias.stride(0) == 1)
-    return operators.pool_linear(input, weight, bias) if side_by_side and dense else None
+    if not (side_by_side and dense):
+        return None
+    if counting.is_wanted():
+        counting.mark_linear(input, weight)
+    return operators.pool_linear(input, weight, bias)

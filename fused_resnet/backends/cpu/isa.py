@@ -23,6 +23,13 @@ LARGEST_POOL = 1024
 
 ISA: str = operators.conv_isa()
 TILE_ISA: str = operators.conv_tile_isa()
+# What multiplies pairs of bfloat16; "" where tiles do.
+PAIR_ISA: str = operators.conv_pair_isa()
+# What training multiplies on tiles, or in pairs.
+if TILE_ISA:
+    TRAINED_ON_UNIT: tuple[torch.dtype, ...] = GRADIENTS_ON_TILES
+else:
+    TRAINED_ON_UNIT = (torch.bfloat16,) if PAIR_ISA else ()
 
 
 def has_kernel(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> bool:
@@ -37,6 +44,11 @@ def on_tiles(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> bo
     return groups == 1 or (weight_shape[1] >= 16 and weight_shape[0] // groups >= 16)
 
 
+def _vector_isa(dtype: torch.dtype) -> str:
+    """What runs convolutions of a dtype that are not on tiles; "" where the library's do."""
+    return PAIR_ISA if PAIR_ISA and dtype is torch.bfloat16 else ISA
+
+
 @functools.lru_cache(maxsize=1024)
 def is_native(dtype: torch.dtype, weight_shape: tuple[int, ...], groups: int) -> bool:
     """Whether the native kernel runs such convolutions."""
@@ -44,13 +56,14 @@ def is_native(dtype: torch.dtype, weight_shape: tuple[int, ...], groups: int) ->
         return False
     if on_tiles(dtype, weight_shape, groups):
         return weight_shape[2] * weight_shape[3] <= MOST_TAPS
-    if not ISA:
+    isa = _vector_isa(dtype)
+    if not isa:
         return False
     K, group_c, R, S = weight_shape
     if R * S > MOST_TAPS:
         return False
     group_k = K // groups
-    lanes = 16 if ISA == "avx512" else 8
+    lanes = 8 if isa == "avx2" else 16
     # Groups either fill vectors of output channels by themselves or share one evenly.
     shares_a_vector = group_k < lanes and lanes % group_k == 0 and group_c <= group_k
     return groups == 1 or group_k % lanes == 0 or shares_a_vector
@@ -72,7 +85,7 @@ def explain(
     if "conv_bn_act" in operator and is_native(dtype, tuple(weight_shape), groups):
         pooled = operator == "conv_bn_act_max_pool"
         before = "norm + " if operator == "norm_conv_bn_act" else ""
-        isa = TILE_ISA if on_tiles(dtype, weight_shape, groups) else ISA
+        isa = TILE_ISA if on_tiles(dtype, weight_shape, groups) else _vector_isa(dtype)
         if dtype in (torch.float32, torch.float16):
             outputs = None
             if input_shape:

@@ -32,6 +32,7 @@ norm_vectors = _operators.norm_vectors.default._op
 pool_empty_like = _operators.pool_empty_like.default._op
 conv_isa = _operators.conv_isa.default
 conv_tile_isa = _operators.conv_tile_isa.default
+conv_pair_isa = _operators.conv_pair_isa.default
 float32_pixels_for_tiles = _operators.float32_pixels_for_tiles.default
 set_float32_products = _operators.set_float32_products.default
 cpu_pool_trim = _operators.cpu_pool_trim.default

@@ -1,4 +1,4 @@
-"""Convolutions in training: forward on tiles, and the gradients in input and weight."""
+"""Convolutions in training: forward on tiles or in pairs, the gradients in input and weight."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...layers import counting
 from ...layers.description import Norm
 from . import operators, precision
-from .isa import GRADIENTS_ON_TILES, LEAST_ON_TILES, MOST_TAPS, TILE_ISA, is_native
+from .isa import GRADIENTS_ON_TILES, LEAST_ON_TILES, MOST_TAPS, TILE_ISA, TRAINED_ON_UNIT, is_native
 from .norm import in_accumulation_dtype
 
 
@@ -23,10 +24,10 @@ def conv_batch_norm_statistics(
     prologue: Norm | None,
     statistics: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """In one pass, where there are tiles: see csrc/cpu/conv_training.cpp."""
+    """In one pass, where a unit multiplies such values: see csrc/cpu/conv_training.cpp."""
     stride, padding, dilation, groups = geometry
     if (
-        not TILE_ISA
+        input.dtype not in TRAINED_ON_UNIT
         or not _trains(input.dtype, weight.shape, weight.stride(1), groups)
         or weight.dtype is not input.dtype
         or input.numel() == 0
@@ -39,6 +40,8 @@ def conv_batch_norm_statistics(
     if bias is not None:
         (bias,) = in_accumulation_dtype(input, bias)
     norm = (None, None, None, None, 0.0) if prologue is None else prologue
+    if counting.is_wanted():
+        counting.mark([counting.convolution(input.shape, weight.shape, *geometry)])
     return operators.conv_training(
         input, weight, bias, *stride, *padding, *dilation, groups, *norm, statistics
     )
@@ -117,7 +120,7 @@ def conv_input_gradient(
 def conv_weight_gradient(
     grad: Tensor, input: Tensor, weight: Tensor, geometry: Sequence[Any]
 ) -> Tensor | None:
-    """The gradient of a convolution in its weight, on tiles (csrc/cpu/weight_gradient.h).
+    """The gradient of a convolution in its weight, on tiles or pairs (csrc/cpu/weight_gradient.h).
 
     Sums are float32, in an order that the shapes alone decide.
 
@@ -128,14 +131,13 @@ def conv_weight_gradient(
         geometry: stride, padding and dilation, two numbers each, and groups.
 
     Returns:
-        The gradient, in the weight's layout; None where there are no tiles, groups have so few
-        channels that the library is faster, or the dtype is neither bfloat16 nor float32.
+        The gradient, in the weight's layout; None where no unit multiplies such values, or groups
+        have so few channels that the library is faster.
     """
     stride, padding, dilation, groups = geometry
     K, C, R, S = weight.shape
     if (
-        not TILE_ISA
-        or input.dtype not in GRADIENTS_ON_TILES
+        input.dtype not in TRAINED_ON_UNIT
         or not grad.dtype is weight.dtype is input.dtype
         or C < LEAST_ON_TILES
         or K // groups < LEAST_ON_TILES
