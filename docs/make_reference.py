@@ -19,7 +19,8 @@ MODULES: list[tuple[ModuleType, list[str]]] = [
     (
         fused_resnet,
         [
-            *("fuse", "unfuse", "report", "BasicBlock", "Bottleneck", "ResNet", "use_backend"),
+            *("fuse", "unfuse", "report", "register_form"),
+            *("BasicBlock", "Bottleneck", "ResNet", "use_backend"),
             *("quantize", "dequantize", "quantization_state", "save_quantization_state"),
             *("load_quantization_state", "prepare_qat", "decompositions", "unfused"),
             "carries_metadata",

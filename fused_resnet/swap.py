@@ -132,8 +132,9 @@ def fuse(
     Only modules of exactly the known classes change, and only their class: parameters, buffers,
     hooks and `state_dict` stay the objects they are. Known are torchvision's `BasicBlock`,
     `Bottleneck`, `ResNet` and `DenseNet` with its layers, timm's `BasicBlock`, `Bottleneck` and
-    `ResNet`, and the blocks of `fused_resnet.models`. A module whose parts have no fused form
-    (other norms or activations) is left alone; `report` says so.
+    `ResNet`, the blocks of `fused_resnet.models`, and, by their structure, other libraries' blocks,
+    Sequentials and `torch.fx` graphs: see docs/other_networks.md and `register_form`. A module
+    whose parts have no fused form (other norms or activations) is left alone; `report` says so.
 
     Args:
         model: any module, a block itself included.

@@ -104,7 +104,9 @@ def _network_forward(model: DenseNet, x: Tensor) -> Tensor:
 
 
 def _network_obstacle(model: densenet.DenseNet) -> str | None:
-    if type(model.features) is not Sequential:
+    # Fused by itself while the network could not be.
+    form = forms.of_fused(type(model.features))
+    if (type(model.features) if form is None else form.original) is not Sequential:
         return f"features is {read.described(model.features)}"
     names = list(model.features._modules)
     if names[:4] != ["conv0", "norm0", "relu0", "pool0"] or names[-1] != "norm5":
