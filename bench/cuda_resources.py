@@ -88,6 +88,13 @@ def find_cuobjdump() -> str | None:
     return shutil.which("cuobjdump", path=os.pathsep.join(folders))
 
 
+def of_architecture(listing: str, architecture: str) -> str:
+    """What `cuobjdump` lists of just this one: its -arch sm_90 lists sm_90a too."""
+    parts = re.split(r"(?=^Fatbin elf code:)", listing, flags=re.MULTILINE)
+    own = re.compile(rf"^arch = {architecture}$", re.MULTILINE)
+    return "".join(part for part in parts if own.search(part))
+
+
 def architectures() -> list[str]:
     """What the library was built for: "sm_80"."""
     built = _native.build_info()["cuda"]["architectures"]
@@ -259,7 +266,8 @@ def _cuobjdump(option: str, architecture: str, library: Path) -> str:
     tool = find_cuobjdump()
     assert tool, "no cuobjdump"
     command = [tool, option, "-arch", architecture, str(library)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return of_architecture(listing, architecture)
 
 
 @cache

@@ -402,12 +402,13 @@ def compile_network(name: str, batch: int) -> None:
 
 
 def tests(found: Findings, where: str) -> None:
-    """The suite's exact convolutions, tile by tile, and its conformance kernels."""
-    files = [*ROOT.glob("tests/**/test_cuda_conv_exact.py"), *ROOT.glob("tests/**/test_triton.py")]
+    """Hopper's instructions one by one, the suite's exact convolutions, and Triton's kernels."""
+    names = ("test_hopper_on_host", "test_hopper_conv", "test_cuda_conv_exact", "test_triton")
+    files = [file for name in names for file in ROOT.glob(f"tests/**/{name}.py")]
     process = subprocess.Popen(
         python(
             "run_module", "pytest", "-v", "--maxfail=20", "-p", "no:cacheprovider",
-            "-k", "cuda or triton", *files,
+            "-k", "hopper or cuda or triton", *files,
         ),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

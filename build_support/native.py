@@ -29,6 +29,7 @@ from toolchain import (
     find_nvcc,
     find_torch,
     gencode_flags,
+    hopper_architectures,
     max_jobs,
 )
 
@@ -48,6 +49,9 @@ ISA_FLAGS = {
     "_avx512": _AVX512_FLAGS,
     "_avx512vnni": [*_AVX512_FLAGS, "-mavx512vnni"],
     # Nothing there throws, and the handler of a class with a destructor is a shared symbol.
+    "_avx512bf16": [*_AVX512_FLAGS, "-mavx512bf16", "-fno-exceptions"],
+    # Vectors of a size that the target has no registers for, in functions that are all inline.
+    "_avx512bf16_emulated": ["-Wno-psabi"],
     "_amx": [
         *_AVX512_FLAGS,
         "-mavx512bf16",
@@ -142,9 +146,12 @@ class BuildNative(build_ext):
     def _nvcc_command(self, source: Path, obj: Path) -> list[str]:
         assert self.nvcc is not None
         host = ["-ccbin", self.cxx[0]] if "CXX" in os.environ else []
+        architectures = self.architectures
+        if source.parent.name == "hopper":
+            architectures = hopper_architectures(architectures)
         return [
             self.nvcc.path, *host, *NVCC_FLAGS, f"--threads={self.threads_per_file}",
-            *gencode_flags(self.architectures), *self._common_flags(source, obj),
+            *gencode_flags(architectures), *self._common_flags(source, obj),
         ]  # fmt: skip
 
     def _link_command(self, objects: list[Path], output: Path, is_cuda: bool) -> list[str]:

@@ -161,6 +161,15 @@ def cuda_architectures(nvcc: Nvcc, environ: Mapping[str, str] = os.environ) -> l
     return list(dict.fromkeys(architectures))
 
 
+def hopper_architectures(architectures: list[str]) -> list[str]:
+    """What `csrc/cuda/hopper` is compiled for, of what `cuda_architectures` returned.
+
+    Its instructions are 9.0a's alone, which no other GPU runs; without 9.0 its kernels are empty.
+    """
+    names = {arch.removesuffix("+PTX") for arch in architectures}
+    return ["9.0a"] if names & {"9.0", "9.0a"} else architectures
+
+
 def gencode_flags(architectures: list[str]) -> list[str]:
     """The nvcc flags for what `cuda_architectures` returned."""
     flags = []

@@ -9,11 +9,12 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   for (const char* schema : fused_resnet::kCudaSchemas) m.def(schema);
 
   m.def("cpu_isa() -> str");
-  // The CPU backend's convolution. Internal: fused_resnet/backends/cpu.py is the only caller. Those
+  // The CPU backend's convolution. Internal: fused_resnet/backends/cpu/ is the only caller. Those
   // that take a packed weight return nothing where it seems not to be made of the weight's present
   // values.
   m.def("conv_isa() -> str");
   m.def("conv_tile_isa() -> str");
+  m.def("conv_pair_isa() -> str");
   m.def(
       "float32_pixels_for_tiles(int[] weight_shape, int[] stride, int groups, bool has_pool) -> "
       "int");
@@ -100,7 +101,7 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   m.def("free_launch_plan(int plan) -> ()");
 
   // Plans of inference passes: internal, see csrc/cpu/inference_plan.cpp and
-  // fused_resnet/backends/cpu_plans.py.
+  // fused_resnet/backends/cpu/plans.py.
   m.def("begin_cpu_plan() -> ()");
   m.def("discard_cpu_plan() -> ()");
   m.def(

@@ -21,7 +21,8 @@ MODULES: list[tuple[ModuleType, list[str]]] = [
         [
             *("fuse", "unfuse", "report", "BasicBlock", "Bottleneck", "ResNet", "use_backend"),
             *("quantize", "dequantize", "quantization_state", "save_quantization_state"),
-            *("load_quantization_state", "prepare_qat"),
+            *("load_quantization_state", "prepare_qat", "decompositions", "unfused"),
+            "carries_metadata",
         ],
     ),
     (functional, ["conv_bn_act", "norm_conv_bn_act", "conv_bn_act_max_pool", "batch_norm_act"]),

@@ -9,6 +9,9 @@ from . import (
 )
 from .backends import use_backend
 from .blocks import BasicBlock, Bottleneck, ResNet
+from .modules.metadata import carries_metadata
+from .modules.read import unfused
+from .ops.decompositions import decompositions
 from .quantization import (
     dequantize,
     load_quantization_state,
@@ -27,6 +30,8 @@ __all__ = [
     "ResNet",
     "__version__",
     "backends",
+    "carries_metadata",
+    "decompositions",
     "dequantize",
     "functional",
     "fuse",
@@ -39,5 +44,6 @@ __all__ = [
     "report",
     "save_quantization_state",
     "unfuse",
+    "unfused",
     "use_backend",
 ]

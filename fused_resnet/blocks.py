@@ -24,8 +24,9 @@ from .layers import quantized_copies, watch
 from .layers.ranges import BlockRanges, StemRanges
 from .models import cifar
 from .modules import graphs, plans
+from .modules.network import cifar_resnet_forward, resnet_forward
 from .modules.quantized import Watcher
-from .modules.run import block_forward, cifar_resnet_forward, plain_block_forward, resnet_forward
+from .modules.run import block_forward, plain_block_forward
 
 
 def named_copy(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:

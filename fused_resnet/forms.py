@@ -154,6 +154,28 @@ def load_families() -> None:
             importlib.import_module(f"{__package__}.families.{family}")
 
 
+def unsharded(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that a module had before `fully_shard` derived one from it; else `cls`."""
+    first, *rest = cls.__bases__
+    is_sharded = first.__module__.startswith("torch.distributed.") and len(rest) == 1
+    return rest[0] if is_sharded and "__deepcopy__" in vars(cls) else cls
+
+
+def resharded(cls: type[nn.Module], target: type[nn.Module]) -> type[nn.Module]:
+    """`target`, sharded as `cls` is, if it is."""
+    if unsharded(cls) is cls:
+        return target
+    key = (cls.__bases__[0], target)
+    if key not in _sharded:
+        own = {name: vars(cls)[name] for name in ("__module__", "__deepcopy__")}
+        prefix = cls.__name__.removesuffix(unsharded(cls).__name__)
+        _sharded[key] = type(f"{prefix}{target.__name__}", key, own)
+    return _sharded[key]
+
+
+_sharded: dict[tuple[type, type[nn.Module]], type[nn.Module]] = {}
+
+
 def of_original(cls: type[nn.Module]) -> Form | None:
     """The form of exactly this class, unfused."""
     return _by_original.get(cls)

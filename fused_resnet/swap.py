@@ -16,7 +16,8 @@ from .forms import Form
 from .layers import checks
 from .layers import watch as watching
 from .layers.ranges import BlockRanges, StemRanges
-from .modules import fake_quantized, graphs, plans, quantized, read, run
+from .modules import fake_quantized, graphs, plans, quantized, read
+from .modules.conv_norm_act import has_kernel
 
 _MEMORY = ("normal", "low")
 # Of convolutions' inputs.
@@ -157,7 +158,7 @@ def fuse(
         )
     for module in _modules(model, "fuse"):
         _fuse_one(module)
-        if forms.of_fused(type(module)) is not None:
+        if forms.of_fused(forms.unsharded(type(module))) is not None:
             vars(module).pop("memory", None)
             if memory != "normal":
                 module.memory = memory
@@ -173,7 +174,8 @@ def fuse(
 
 
 def _is_network(module: nn.Module) -> bool:
-    form = forms.of_original(type(module)) or forms.of_fused(type(module))
+    cls = forms.unsharded(type(module))
+    form = forms.of_original(cls) or forms.of_fused(cls)
     return form is not None and issubclass(form.fused, blocks.Network)
 
 
@@ -186,7 +188,7 @@ def fuse_remaining(model: nn.Module) -> None:
 
 
 def _fuse_one(module: nn.Module) -> None:
-    form = forms.of_original(type(module))
+    form = forms.of_original(forms.unsharded(type(module)))
     if form is not None and (read.structure_obstacle(module) is None or read.is_lazy(module)):
         _assign_class(module, form.fused)
 
@@ -210,7 +212,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 def unfuse_one(module: nn.Module) -> None:
     """`unfuse` of one module without its children."""
-    form = forms.of_fused(type(module))
+    form = forms.of_fused(forms.unsharded(type(module)))
     if form is not None:
         blocks.release(module)
         for setting in ("memory", "cuda_graphs", "quantization"):
@@ -221,7 +223,7 @@ def unfuse_one(module: nn.Module) -> None:
 
 
 def _assign_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    module.__class__ = cls
+    module.__class__ = forms.resharded(type(module), cls)
     # What torch.compile made of the module may be looked at again only if the dictionary changed.
     vars(module)["_changed"] = True
     del vars(module)["_changed"]
@@ -357,14 +359,15 @@ def _record(path: str, module: nn.Module, form: Form, sizes: _Sizes) -> Record:
 
 
 def _class_obstacle(module: nn.Module, form: Form) -> str | None:
-    if type(module) is form.original:
+    cls = forms.unsharded(type(module))
+    if cls is form.original:
         reason = read.structure_obstacle(module)
         return "not fused: call fused_resnet.fuse" if reason is None else reason
-    if type(module) is not form.fused:
+    if cls is not form.fused:
         base = form.original
-        own = any(getattr(type(module), n) is not getattr(base, n) for n in form.overrides)
+        own = any(getattr(cls, n) is not getattr(base, n) for n in form.overrides)
         detail = " with a forward of its own" if own else ""
-        return f"{type(module).__name__} is a subclass of {base.__name__}{detail}"
+        return f"{cls.__name__} is a subclass of {base.__name__}{detail}"
     if any(name in vars(module) for name in form.overrides):
         return "the module has a forward of its own"
     return None
@@ -433,9 +436,7 @@ def _prologues(module: nn.Module, form: Form) -> list[str]:
                 applied = read.keeps_dtype(forms.part(module, behind[name]), conv.weight)
             else:
                 norms = (norm,)
-                applied = read.bare_conv_obstacle(conv) is None and run.has_kernel(
-                    conv, conv.weight
-                )
+                applied = read.bare_conv_obstacle(conv) is None and has_kernel(conv, conv.weight)
             batch = any(read.uses_batch_statistics(forms.part(module, n)) for n in norms)
             if applied and not batch:
                 inside.append(name)

@@ -6,6 +6,7 @@ Every call follows from the seed and its index alone. It is one of
 
 - a public function, on odd layouts (strided, expanded, channels_last, unaligned), with NaN and
   infinity, forward and backward, compared with float64 by a path without the library's convolution;
+- a few passes of a fused network (support/fuzzed_networks.py): joined blocks, plans, training;
 - residual blocks or a stem in integers, by any of the CPU's kernels, compared bit by bit with the
   reference;
 - a registered operator with arguments of which some are hostile: dtypes, ranks, sizes, strides and
@@ -46,7 +47,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZED = ROOT / "build" / "sanitized"
-ISAS = ("amx", "amx_emulated", "avx512", "avx2", "none")
+ISAS = ("amx", "amx_emulated", "avx512bf16", "avx512bf16_emulated", "avx512", "avx2", "none")
 CALLS_PER_CHILD = 500
 
 # ---- the parent ----------------------------------------------------------------------------------
@@ -264,9 +265,13 @@ def draw(seed: int, index: int, kinds: str) -> Any:
 
     rng = random.Random(f"{seed}/{index}")
     torch.manual_seed(rng.getrandbits(60))
-    if kinds == "all":
-        kinds = rng.choice(("public", "public", "quantized", "raw", "raw"))
-    return {"public": draw_public, "quantized": draw_quantized, "raw": draw_raw}[kinds](rng)
+    drawn = ("public", "raw", "quantized", "networks")
+    kind = rng.choices(drawn, (8, 8, 4, 2))[0] if kinds == "all" else kinds
+    if kind == "networks":
+        from support.fuzzed_networks import draw_network
+
+        return draw_network(rng)
+    return {"public": draw_public, "quantized": draw_quantized, "raw": draw_raw}[kind](rng)
 
 
 # Layouts of a tensor's values, of which `expanded` changes them.
@@ -838,7 +843,9 @@ def _float_images(rng: random.Random, *shape: int) -> Any:
 def _quantized_blocks(rng: random.Random, kernels: str) -> Quantized:
     from fused_resnet.layers.quantized import Quantization, QuantizedBlock
 
-    C, H, W = (rng.choice(sizes) for sizes in ((1, 3, 16, 20, 48, 64, 130), *[(1, 2, 5, 7, 16)] * 2))
+    C, H, W = (
+        rng.choice(sizes) for sizes in ((1, 3, 16, 20, 48, 64, 130), *[(1, 2, 5, 7, 16)] * 2)
+    )
     x = _float_images(rng, rng.choice((0, 1, 1, 2, 3)), C, H, W)
     blocks, covered = [], True
     for _ in range(rng.choice((1, 1, 2, 3))):
@@ -1428,7 +1435,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=3000, help="how many (default: 3000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the first call's index")
-    parser.add_argument("--kinds", choices=("all", "public", "quantized", "raw"), default="all")
+    kinds = ("all", "public", "quantized", "networks", "raw")
+    parser.add_argument("--kinds", choices=kinds, default="all")
     parser.add_argument("--isa", choices=("all", *ISAS), default="all", help="instruction set")
     parser.add_argument("--sanitize", action="store_true", help="build and run with sanitizers")
     parser.add_argument("--timeout", type=float, default=120, help="seconds a call may take")

@@ -14,8 +14,9 @@
 //   conv_bn_act.cpp   the operator: checks, and in conv_layer.cpp weights, the split into tasks,
 //                     threads
 //   conv_kernel.inl   one task in vectors: gather the input rows into a slab, then tiles of the
-//                     product; compiled once per instruction set, by conv_avx512.cpp and
-//                     conv_avx2.cpp
+//                     product; compiled once per instruction set, by conv_avx512.cpp,
+//                     conv_avx2.cpp and, for pairs of bfloat16, conv_avx512bf16.cpp and
+//                     conv_avx512bf16_emulated.cpp
 //   conv_tiles.inl    one task on a unit that multiplies tiles of bfloat16, compiled by
 //                     conv_amx.cpp for bfloat16 and conv_float*amx.cpp for float16 and float32 in
 //                     parts, and over emulated tiles by the files whose names end in
@@ -71,7 +72,7 @@ struct Conv {
   int64_t last_w, last_q;
   Strides in, out, res;
   const void* input;
-  const void* weight;    // packed, see weight_offset() and conv_tiles.h
+  const void* weight;    // packed, see WeightLayout
   int64_t weight_block;  // of vectors' layout, be the kernel one on tiles in parts
   bool weight_is_finite;
   const float* bias;  // the convolution's own; may be null
@@ -127,6 +128,18 @@ struct Task {
   int64_t ahead_bytes = 0;
 };
 
+// How a kernel wants its weight packed.
+enum class WeightLayout : int {
+  // [work_groups][blocks of K][R][S][C][block_k] float32, zero where K ends inside a block.
+  // Expanded groups use blocks of one vector, others of ConvIsa::block_k.
+  kVectors,
+  // [work_groups][blocks of K][R][S][C / 2][block_k][2] bfloat16: the same with two input channels
+  // side by side, the last one's partner zero where C is odd.
+  kPairs,
+  // See conv_tiles.h.
+  kTiles,
+};
+
 // One instruction set's kernels.
 struct ConvIsa {
   const char* name;
@@ -138,17 +151,20 @@ struct ConvIsa {
   // Bytes of scratch memory run() needs for a task.
   int64_t (*scratch_bytes)(const Conv&, const Task&);
   void (*run)(const Conv&, const Task&, void* scratch);
+  WeightLayout layout = WeightLayout::kVectors;
 };
 
 #if defined(__x86_64__)
 extern const ConvIsa kConvAvx512;
 extern const ConvIsa kConvAvx2;
+extern const ConvIsa kConvAvx512Bf16;
 extern const ConvIsa kConvAmx;
 extern const ConvIsa kConvFloat32Amx;
 extern const ConvIsa kConvFloat16Amx;
 extern const ConvIsa kConvFloat32HighAmx;
 extern const ConvIsa kConvFloat32MediumAmx;
 #endif
+extern const ConvIsa kConvAvx512Bf16Emulated;
 extern const ConvIsa kConvAmxEmulated;
 extern const ConvIsa kConvFloat32AmxEmulated;
 extern const ConvIsa kConvFloat16AmxEmulated;
@@ -159,15 +175,6 @@ extern const ConvIsa kConvFloat32MediumAmxEmulated;
 // belongs to whole groups, whose input channels fit a vector too.
 static inline bool is_expanded(int64_t groups, int64_t c, int64_t k, int64_t lanes) {
   return groups > 1 && k < lanes && lanes % k == 0 && c <= k;
-}
-
-// The packed weight of vector kernels is [work_groups][blocks of K][R][S][C][block_k] float32, zero
-// where K ends inside a block. Expanded groups use blocks of one vector, others of
-// ConvIsa::block_k.
-static inline int64_t weight_offset(const Conv& conv, int64_t block_k, int64_t group,
-                                    int64_t block) {
-  const int64_t blocks = div_up(group_k(conv), block_k);
-  return (group * blocks + block) * reduction(conv) * block_k;
 }
 
 }  // namespace fused_resnet::cpu

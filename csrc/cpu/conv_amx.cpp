@@ -14,7 +14,8 @@ constexpr int kParts = 1;
 #include "cpu/conv_tiles.inl"
 
 namespace fused_resnet::cpu {
-const ConvIsa kConvAmx = {"amx", 16, kTileBlockK, 2, kBlockPixels, 256, scratch_bytes, run};
+const ConvIsa kConvAmx = {"amx",         16,  kTileBlockK,         2, kBlockPixels, 256,
+                          scratch_bytes, run, WeightLayout::kTiles};
 }
 
 #endif

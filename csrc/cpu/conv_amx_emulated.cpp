@@ -13,6 +13,6 @@ constexpr int kParts = 1;
 #include "cpu/conv_tiles.inl"
 
 namespace fused_resnet::cpu {
-const ConvIsa kConvAmxEmulated = {"amx_emulated", 16,  kTileBlockK,   2,
-                                  kBlockPixels,   256, scratch_bytes, run};
+const ConvIsa kConvAmxEmulated = {"amx_emulated", 16,  kTileBlockK,         2, kBlockPixels, 256,
+                                  scratch_bytes,  run, WeightLayout::kTiles};
 }

@@ -8,6 +8,7 @@
 
 #define FR_VECTOR_BYTES 64
 #define FR_TILE_PIXELS 7
+#define FR_ITEM_CHANNELS 1
 
 namespace fused_resnet::cpu {
 namespace {
@@ -16,6 +17,10 @@ typedef float Vec __attribute__((vector_size(FR_VECTOR_BYTES)));
 
 inline __attribute__((always_inline)) Vec broadcast(float x) {
   return (Vec)_mm512_set1_ps(x);
+}
+
+inline __attribute__((always_inline)) Vec multiply_add(Vec sum, Vec x, Vec w) {
+  return sum + x * w;
 }
 
 inline __attribute__((always_inline)) Vec square_root(Vec x) {

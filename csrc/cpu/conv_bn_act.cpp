@@ -140,6 +140,10 @@ std::string tile_isa_name() {
   return name_of(tile_isa);
 }
 
+std::string pair_isa_name() {
+  return name_of(pair_isa);
+}
+
 std::vector<int64_t> cpu_pool_statistics() {
   const PoolStatistics s = pool_statistics();
   return {s.live_bytes, s.cached_bytes, s.system_allocations};
@@ -151,6 +155,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CompositeExplicitAutograd, m)
 {
   m.impl("conv_isa", TORCH_BOX(&vector_isa_name));
   m.impl("conv_tile_isa", TORCH_BOX(&tile_isa_name));
+  m.impl("conv_pair_isa", TORCH_BOX(&pair_isa_name));
   m.impl("float32_pixels_for_tiles", TORCH_BOX(&float32_pixels_for_tiles));
   m.impl("set_float32_products", TORCH_BOX(&set_float32_products));
   m.impl("cpu_pool_statistics", TORCH_BOX(&cpu_pool_statistics));

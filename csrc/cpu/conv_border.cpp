@@ -67,8 +67,9 @@ struct Terms {
 
   float weight(int64_t k, int64_t c, int64_t tap) const {
     const int64_t place = layout.place(k, c, tap);
-    return layout.tiled ? static_cast<float>(static_cast<const BFloat16*>(conv.weight)[place])
-                        : static_cast<const float*>(conv.weight)[place];
+    return layout.is_bfloat16()
+               ? static_cast<float>(static_cast<const BFloat16*>(conv.weight)[place])
+               : static_cast<const float*>(conv.weight)[place];
   }
 
   float input(int64_t c, int64_t h, int64_t w) const {

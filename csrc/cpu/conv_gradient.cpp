@@ -157,7 +157,7 @@ void conv_input_gradient(Tensor grad, Tensor weight, int64_t stride_h, int64_t s
   }
   check_memory(name, conv);
   const auto [packed, finite] =
-      conv.isa == tile_isa() ? pack_transposed_tiles(weight) : packed_transposed(weight);
+      conv.isa == vector_isa() ? packed_transposed(weight) : pack_transposed_bfloat16(weight);
   conv.weight = packed.const_data_ptr();
   conv.weight_is_finite = finite;
   conv.input = grad.const_data_ptr();

@@ -1,10 +1,13 @@
 // One task of the native convolution, for the instruction set of the including file, which defines
 //   FR_VECTOR_BYTES   width of a vector register
 //   FR_TILE_PIXELS    pixels in one group of a register tile; a tile has one or two groups
-//   FR_CONV_ISA       name of the exported ConvIsa
-// and what the vector extension has no expression for: broadcast(), square_root(), load_f16() and
-// store_f16(). No standard header beyond <cstdint> may be included here: an inline library function
-// compiled for this instruction set could replace the portable one at link time.
+//   FR_ITEM_CHANNELS  channels in an item, the four bytes that a lane multiplies at once: 1, in
+//                     float32, or 2, in bfloat16. With 2 the kernel is one for bfloat16 alone.
+// and what the vector extension has no expression for: broadcast() of a float and of an item,
+// square_root(), multiply_add(), which adds items' products to sums, and load_f16() and
+// store_f16(), or with pairs store_bf16(). No standard header beyond <cstdint> may be included
+// here: an inline library function compiled for this instruction set could replace the portable one
+// at link time.
 //
 // Reading order, which is execution order: gather -> product -> epilogue -> pool -> run.
 
@@ -46,6 +49,7 @@ struct BFloat16 {
     const VecHalf raw = *reinterpret_cast<const VecHalfUnaligned*>(p);
     return (Vec)(__builtin_convertvector(raw, VecUint) << 16);
   }
+#if FR_ITEM_CHANNELS == 1
   static FR_INLINE void store(uint16_t* p, Vec v) {
     const VecUint bits = (VecUint)v;
     const VecUint nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -53,13 +57,41 @@ struct BFloat16 {
     const VecUint rounded = v != v ? (VecUint{} + 0x7fc0u) : nearest_even;
     *reinterpret_cast<VecHalfUnaligned*>(p) = __builtin_convertvector(rounded, VecHalf);
   }
+#else
+  static FR_INLINE void store(uint16_t* p, Vec v) { store_bf16(p, v); }
+#endif
 };
 
+#if FR_ITEM_CHANNELS == 1
 struct Float16 {
   using Storage = uint16_t;
   static FR_INLINE Vec load(const uint16_t* p) { return load_f16(p); }
   static FR_INLINE void store(uint16_t* p, Vec v) { store_f16(p, v); }
 };
+
+using Gathered = Float32;  // a channel as an item has it
+typedef float Item;
+#else
+using Gathered = BFloat16;
+// Pairs of channels in a tensor begin where any channel may.
+typedef uint32_t Item __attribute__((aligned(2), may_alias));
+#endif
+constexpr int kItemChannels = FR_ITEM_CHANNELS;
+
+FR_INLINE Vec load_items(const Item* p) {
+  return *reinterpret_cast<const VecUnaligned*>(p);
+}
+FR_INLINE void store_items(Item* p, Vec v) {
+  *reinterpret_cast<VecUnaligned*>(p) = v;
+}
+
+// Items that the product takes of an input pixel of a group, and of all taps.
+int64_t group_items(const Conv& conv) {
+  return div_up(group_c(conv), kItemChannels);
+}
+int64_t depth(const Conv& conv) {
+  return conv.R * conv.S * group_items(conv);
+}
 
 template <class T>
 FR_INLINE float load_one(const typename T::Storage* p) {
@@ -95,14 +127,15 @@ FR_INLINE float relu(float x) {
 
 // ---- gather: input rows -> slab ---------------------------------------------------------------
 
-// The slab holds the input pixels a task reads, as float32 [row][column][channel of the group],
-// with the padding written out as zeros. In it every tap of the filter is a constant offset, and
-// the taps of one filter row are one run of S * C consecutive values. For expanded groups "value"
-// is a vector: lane k of it is the input channel that meets output channel k of the task's block.
-// A prologue is applied on the way, so to every pixel a task reads and to no padding.
+// The slab holds the input pixels a task reads, as items [row][column][channels of the group], with
+// the padding written out as zeros, as is the partner of an odd last channel. In it every tap of
+// the filter is a constant offset, and the taps of one filter row are one run of consecutive items.
+// For expanded groups "item" is a vector: lane k of it is the input channels that meet output
+// channel k of the task's block. A prologue is applied on the way, so to every pixel a task reads
+// and to no padding.
 struct Slab {
   int64_t columns;
-  int64_t pixel, pitch;        // floats in a pixel and in a row
+  int64_t pixel, pitch;        // items in a pixel and in a row
   int64_t row_step, col_step;  // input pixels between neighbours in the slab
   int64_t p_step, q_step;      // slab rows and columns between neighbouring outputs
 
@@ -114,7 +147,7 @@ struct Slab {
     p_step = sample_rows ? 1 : conv.stride_h;
     q_step = sample_cols ? 1 : conv.stride_w;
     columns = (conv.Q - 1) * q_step + (conv.S - 1) * conv.dil_w + 1;
-    pixel = group_c(conv) * (conv.expanded ? kLanes : 1);
+    pixel = group_items(conv) * (conv.expanded ? kLanes : 1);
     pitch = columns * pixel;
   }
 
@@ -123,17 +156,40 @@ struct Slab {
   }
 };
 
-FR_INLINE void zero(float* dst, int64_t count) {
+using Channel = Gathered::Storage;  // one of the slab's
+
+FR_INLINE void zero(Item* dst, int64_t count) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) Float32::store(dst + i, Vec{});
-  for (; i < count; ++i) dst[i] = 0.0f;
+  for (; i + kLanes <= count; i += kLanes) store_items(dst + i, Vec{});
+  for (; i < count; ++i) dst[i] = 0;
 }
 
 template <class T>
-FR_INLINE void convert_run(float* dst, const typename T::Storage* src, int64_t count) {
+FR_INLINE void gather_one(Channel* dst, const typename T::Storage* src) {
+  if constexpr (kItemChannels == 1) {
+    *dst = load_one<T>(src);
+  } else {
+    *dst = *src;
+  }
+}
+
+template <class T>
+FR_INLINE void gather_run(Channel* dst, const typename T::Storage* src, int64_t count) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) Float32::store(dst + i, T::load(src + i));
-  for (; i < count; ++i) dst[i] = load_one<T>(src + i);
+  for (; i + kLanes <= count; i += kLanes) {
+    if constexpr (kItemChannels == 1) {
+      Float32::store(dst + i, T::load(src + i));
+    } else {
+      *reinterpret_cast<VecHalfUnaligned*>(dst + i) =
+          *reinterpret_cast<const VecHalfUnaligned*>(src + i);
+    }
+  }
+  for (; i < count; ++i) gather_one<T>(dst + i, src + i);
+}
+
+// Whoever has written so many channels of a pixel ends it so.
+FR_INLINE void finish_pixel(Channel* pixel, int64_t channels) {
+  if (channels % kItemChannels != 0) pixel[channels] = 0;
 }
 
 // The prologue of some channels, the first of which is at both pointers; null: none.
@@ -154,42 +210,53 @@ FR_INLINE Vec rounded_to<Float32>(Vec x) {
   return x;
 }
 
-template <class T>
 FR_INLINE Vec normalised(Vec x, const Affine& norm, int64_t c) {
-  return rounded_to<T>(relu(x * Float32::load(norm.scale + c) + Float32::load(norm.shift + c)));
+  return relu(x * Float32::load(norm.scale + c) + Float32::load(norm.shift + c));
+}
+
+// Values of a tensor of dtype T that is not written.
+template <class T>
+FR_INLINE void store_gathered(Channel* dst, Vec x) {
+  if constexpr (kItemChannels == 1) {
+    Float32::store(dst, rounded_to<T>(x));
+  } else {
+    T::store(dst, x);
+  }
 }
 
 // The channels of one pixel, read as Source and rounded to T. The slack behind scale and shift lets
 // a last vector be computed that is not full.
 template <class Source, class T>
-FR_INLINE void normalise_pixel(float* dst, const typename Source::Storage* src, int64_t channels,
+FR_INLINE void normalise_pixel(Channel* dst, const typename Source::Storage* src, int64_t channels,
                                const Affine& norm) {
   int64_t c = 0;
   for (; c + kLanes <= channels; c += kLanes) {
-    Float32::store(dst + c, normalised<T>(Source::load(src + c), norm, c));
+    store_gathered<T>(dst + c, normalised(Source::load(src + c), norm, c));
   }
   if (c == channels) return;
   alignas(64) typename Source::Storage rest[kLanes] = {};
+  alignas(64) Channel result[kLanes];
   for (int64_t i = c; i < channels; ++i) rest[i - c] = src[i];
-  const Vec x = normalised<T>(Source::load(rest), norm, c);
-  for (int64_t i = c; i < channels; ++i) dst[i] = x[i - c];
+  store_gathered<T>(result, normalised(Source::load(rest), norm, c));
+  for (int64_t i = c; i < channels; ++i) dst[i] = result[i - c];
 }
 
 // Channels that are not adjacent in memory: pixels of one channel are read along the row.
 template <class T>
-void transpose_row(float* dst, const typename T::Storage* src, const Conv& conv, int64_t count,
+void transpose_row(Channel* dst, const typename T::Storage* src, const Conv& conv, int64_t count,
                    int64_t col_step) {
-  const int64_t channels = group_c(conv), step = col_step * conv.in.w;
+  const int64_t channels = group_c(conv), next = group_items(conv) * kItemChannels;
+  const int64_t step = col_step * conv.in.w;
   for (int64_t c = 0; c < channels; ++c) {
     const typename T::Storage* pixel = src + c * conv.in.c;
-    for (int64_t j = 0; j < count; ++j) dst[j * channels + c] = load_one<T>(pixel + j * step);
+    for (int64_t j = 0; j < count; ++j) gather_one<T>(dst + j * next + c, pixel + j * step);
   }
 }
 
 // One pixel of a block of expanded groups: `channels` input channels, of which output channel k
 // meets k / group_k * group_c and the ones that follow.
 template <class T>
-void expand_pixel(float* dst, const typename T::Storage* src, const Conv& conv, int64_t channels,
+void expand_pixel(Item* dst, const typename T::Storage* src, const Conv& conv, int64_t channels,
                   const Affine& norm) {
   const int64_t c_per_group = group_c(conv), k_per_group = conv.K / conv.groups;
   VecInt source;
@@ -201,15 +268,25 @@ void expand_pixel(float* dst, const typename T::Storage* src, const Conv& conv, 
     pixel = Vec{};
     for (int64_t c = 0; c < channels; ++c) pixel[c] = load_one<T>(src + c * conv.in.c);
   }
-  if (norm.scale != nullptr) pixel = normalised<T>(pixel, norm, 0);
-  for (int64_t c = 0; c < c_per_group; ++c) {
-    Float32::store(dst + c * kLanes, __builtin_shuffle(pixel, source + static_cast<int32_t>(c)));
+  if (norm.scale != nullptr) pixel = rounded_to<T>(normalised(pixel, norm, 0));
+  for (int64_t c = 0; c < c_per_group; c += kItemChannels, dst += kLanes) {
+    const int32_t first = static_cast<int32_t>(c);
+    const Vec channel = __builtin_shuffle(pixel, source + first);
+    if constexpr (kItemChannels == 1) {
+      store_items(dst, channel);
+    } else {
+      // A bfloat16 is the upper half of a float32.
+      const bool single = c + 1 == c_per_group;
+      const VecUint second =
+          single ? VecUint{} : (VecUint)__builtin_shuffle(pixel, source + (first + 1));
+      store_items(dst, (Vec)((VecUint)channel >> 16 | second));
+    }
   }
 }
 
 template <class T>
 void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int64_t p_end,
-            const Task& task, float* dst) {
+            const Task& task, Item* dst) {
   using Storage = typename T::Storage;
   int64_t channels = group_c(conv), first_channel = task.group * channels;
   if (conv.expanded) {
@@ -237,7 +314,9 @@ void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int6
       continue;
     }
     const Storage* src = image + h * conv.in.h + (first * slab.col_step - conv.pad_w) * conv.in.w;
-    float* inside = dst + first * slab.pixel;
+    Item* inside = dst + first * slab.pixel;
+    Channel* to = reinterpret_cast<Channel*>(inside);
+    const int64_t next = slab.pixel * kItemChannels;
     const int64_t present = h + 1 == conv.H && count > conv.last_w ? conv.last_w : count;
     zero(dst, first * slab.pixel);
     if (conv.expanded) {
@@ -246,23 +325,22 @@ void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int6
                         channels, norm);
       }
     } else if (conv.in.c != 1) {
-      transpose_row<T>(inside, src, conv, present, slab.col_step);
-      if (norm.scale != nullptr) {
-        for (int64_t j = 0; j < present; ++j) {
-          float* pixel = inside + j * channels;
-          normalise_pixel<Float32, T>(pixel, pixel, channels, norm);
-        }
+      transpose_row<T>(to, src, conv, present, slab.col_step);
+      for (int64_t j = 0; j < present; ++j, to += next) {
+        if (norm.scale != nullptr) normalise_pixel<Gathered, T>(to, to, channels, norm);
+        finish_pixel(to, channels);
       }
     } else if (norm.scale != nullptr) {
-      for (int64_t j = 0; j < present; ++j) {
-        normalise_pixel<T, T>(inside + j * channels, src + j * slab.col_step * conv.in.w, channels,
-                              norm);
+      for (int64_t j = 0; j < present; ++j, to += next) {
+        normalise_pixel<T, T>(to, src + j * slab.col_step * conv.in.w, channels, norm);
+        finish_pixel(to, channels);
       }
-    } else if (slab.col_step == 1 && conv.in.w == channels) {
-      convert_run<T>(inside, src, present * channels);
+    } else if (slab.col_step == 1 && conv.in.w == channels && channels == next) {
+      gather_run<T>(to, src, present * channels);
     } else {
-      for (int64_t j = 0; j < present; ++j) {
-        convert_run<T>(inside + j * channels, src + j * slab.col_step * conv.in.w, channels);
+      for (int64_t j = 0; j < present; ++j, to += next) {
+        gather_run<T>(to, src + j * slab.col_step * conv.in.w, channels);
+        finish_pixel(to, channels);
       }
     }
     zero(inside + count * slab.pixel, (slab.columns - last) * slab.pixel);
@@ -273,13 +351,13 @@ void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int6
 
 // Up to two groups of `pixels` output pixels, each group evenly spaced in every tensor.
 struct Tile {
-  const float* in[kGroups];
+  const Item* in[kGroups];
   int64_t out[kGroups], res[kGroups];  // element offsets of the first pixel, channel 0
   int32_t pixels, groups;
 };
 
 struct Product {
-  int64_t pixel_stride;  // floats between a tile's pixels in the slab (or the input itself)
+  int64_t pixel_stride;  // items between a tile's pixels in the slab (or the input itself)
   int64_t runs, run_length;
   const int64_t* run_offset;
   // What to bring into the second-level cache meanwhile: with every step of the product what lies
@@ -367,11 +445,11 @@ __attribute__((noinline)) void store_padded(float* tile, int64_t out, int64_t re
 }
 
 // kG groups of kM pixels times kV vectors of output channels. With AVX-512 and kM = 7 that is 28
-// accumulators, 2 registers of weights and 1 input value broadcast to all lanes: 28 multiply-adds
+// accumulators, 2 registers of weights and 1 input item broadcast to all lanes: 28 multiply-adds
 // for 16 loads, so the two multiply-add units are what limits it. With kExpanded the slab holds
 // vectors, and each meets one vector of weights: 15 loads for 14 multiply-adds.
 template <class T, bool kExpanded, int kG, int kM, int kV>
-void multiply(const Product& product, const Tile& tile, const float* weight, const Epilogue<T>& e) {
+void multiply(const Product& product, const Tile& tile, const Item* weight, const Epilogue<T>& e) {
   const int64_t stride = product.pixel_stride;
   Vec acc[kG][kM][kV];
   FR_FOR (g, kG)
@@ -393,8 +471,8 @@ void multiply(const Product& product, const Tile& tile, const float* weight, con
       }
   }
 
-  // Sums of more than kChunk products are made of sums of so many: the error of one long chain
-  // would grow with its length.
+  // Sums of more than kChunk items' products are made of sums of so many: the error of one long
+  // chain would grow with its length.
   Vec total[kG][kM][kV];
   // Kept in memory: GCC gives it the registers that small tiles leave, and the weights none.
   asm volatile("" : : "r"(total) : "memory");
@@ -402,8 +480,8 @@ void multiply(const Product& product, const Tile& tile, const float* weight, con
   bool has_total = false;
   const char* prefetch = product.prefetch;
   for (int64_t run = 0; run < product.runs; ++run) {
-    const float* in0 = tile.in[0] + product.run_offset[run];
-    const float* in1 = tile.in[kG - 1] + product.run_offset[run];
+    const Item* in0 = tile.in[0] + product.run_offset[run];
+    const Item* in1 = tile.in[kG - 1] + product.run_offset[run];
     for (int64_t rest = product.run_length; rest > 0;) {
       const int64_t count = rest < kChunk ? rest : kChunk;
       if (steps + count > kChunk) {
@@ -418,12 +496,12 @@ void multiply(const Product& product, const Tile& tile, const float* weight, con
       }
       for (int64_t j = 0; j < count; ++j) {
         Vec w[kV];
-        FR_FOR (v, kV) w[v] = Float32::load(weight + v * kLanes);
+        FR_FOR (v, kV) w[v] = load_items(weight + v * kLanes);
         FR_FOR (g, kG)
           FR_FOR (i, kM) {
-            const float* in = (g == 0 ? in0 : in1) + i * stride;
-            const Vec x = kExpanded ? Float32::load(in) : broadcast(*in);
-            FR_FOR (v, kV) acc[g][i][v] += x * w[v];
+            const Item* in = (g == 0 ? in0 : in1) + i * stride;
+            const Vec x = kExpanded ? load_items(in) : broadcast(*in);
+            FR_FOR (v, kV) acc[g][i][v] = multiply_add(acc[g][i][v], x, w[v]);
           }
         __builtin_prefetch(prefetch, 0, 2);
         prefetch += product.prefetch_step;
@@ -480,7 +558,7 @@ void multiply(const Product& product, const Tile& tile, const float* weight, con
 }
 
 template <class T>
-using Multiply = void (*)(const Product&, const Tile&, const float*, const Epilogue<T>&);
+using Multiply = void (*)(const Product&, const Tile&, const Item*, const Epilogue<T>&);
 
 // multiply<> for a tile of `groups` x `pixels` and `vectors` of output channels.
 template <class T, bool kExpanded, int kG, int kV, int kM = 1>
@@ -507,11 +585,14 @@ Multiply<T> multiply_for(bool expanded, int groups, int pixels, int vectors) {
 
 // ---- a task ------------------------------------------------------------------------------------
 
-// A float32 pointwise convolution reads its pixels where they are, if it reads them as they are.
+// A pointwise convolution reads its pixels where they are, if they are items as they are.
 bool reads_input_in_place(const Conv& conv) {
-  return conv.dtype == Dtype::kFloat32 && conv.in_scale == nullptr && !conv.expanded &&
-         is_pointwise(conv) && conv.stride_h == 1 && conv.stride_w == 1 && conv.pad_h == 0 &&
-         conv.pad_w == 0 && conv.in.c == 1;
+  const bool is_gathered = kItemChannels == 1
+                               ? conv.dtype == Dtype::kFloat32
+                               : (group_c(conv) | conv.in.n | conv.in.h | conv.in.w) % 2 == 0;
+  return is_gathered && conv.in_scale == nullptr && !conv.expanded && is_pointwise(conv) &&
+         conv.stride_h == 1 && conv.stride_w == 1 && conv.pad_h == 0 && conv.pad_w == 0 &&
+         conv.in.c == 1;
 }
 
 // Cuts rows into groups of at most kTilePixels and pairs groups of equal length, so that nearly
@@ -527,7 +608,7 @@ struct TileList {
 
   static int64_t capacity(int64_t rows, int64_t q) { return rows * div_up(q, kTilePixels); }
 
-  void add(const float* in, int64_t out, int64_t res, int64_t pixels) {
+  void add(const Item* in, int64_t out, int64_t res, int64_t pixels) {
     int64_t& partner = waiting[pixels];
     const bool paired = partner >= 0;
     Tile& tile = tiles[paired ? partner : count];
@@ -540,7 +621,7 @@ struct TileList {
     partner = paired ? -1 : count++;
   }
 
-  void add_row(const float* in, int64_t in_step, int64_t out, int64_t out_step, int64_t res,
+  void add_row(const Item* in, int64_t in_step, int64_t out, int64_t out_step, int64_t res,
                int64_t res_step, int64_t q) {
     const int64_t parts = div_up(q, kTilePixels);
     for (int64_t part = 0, begin = 0; part < parts; ++part) {
@@ -559,9 +640,9 @@ int64_t norm_size(const Conv& conv, const Task& task) {
 
 // What a task prefetches when its own weights are through: its share of the next layer's. Threads
 // that divide the output channels among them do so in the next layer too.
-const float* next_layer(const Conv& conv, const Task& task, int64_t blocks) {
+const Item* next_layer(const Conv& conv, const Task& task, int64_t blocks) {
   if (conv.next_weight == nullptr || conv.expanded) return nullptr;
-  return static_cast<const float*>(conv.next_weight) +
+  return static_cast<const Item*>(conv.next_weight) +
          conv.next_weight_bytes / 4 * task.block_begin / blocks;
 }
 
@@ -630,15 +711,16 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
   const Slab slab(conv);
   int64_t offsets[kMaxRuns];
   Product product;
-  product.pixel_stride = reads_input_in_place(conv) ? conv.in.w : slab.q_step * slab.pixel;
+  product.pixel_stride =
+      reads_input_in_place(conv) ? conv.in.w / kItemChannels : slab.q_step * slab.pixel;
   product.run_offset = offsets;
   if (conv.dil_w == 1 || conv.S == 1) {
     product.runs = conv.R;
-    product.run_length = conv.S * group_c(conv);
+    product.run_length = conv.S * group_items(conv);
     for (int64_t r = 0; r < conv.R; ++r) offsets[r] = r * conv.dil_h * slab.pitch;
   } else {
     product.runs = conv.R * conv.S;
-    product.run_length = group_c(conv);
+    product.run_length = group_items(conv);
     for (int64_t r = 0; r < conv.R; ++r) {
       for (int64_t s = 0; s < conv.S; ++s) {
         offsets[r * conv.S + s] = r * conv.dil_h * slab.pitch + s * conv.dil_w * slab.pixel;
@@ -683,13 +765,14 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
       e.vectorised = e.channels == vectors * kLanes && base.out_channel == 1 &&
                      (!has_residual || base.res_channel == 1);
       e.padded = has_residual && e.res_end - e.res_begin < e.channels;
-      const float* weight =
-          static_cast<const float*>(conv.weight) + weight_offset(conv, width, task.group, block);
+      const int64_t weight_items = width * depth(conv);
+      const Item* weight =
+          static_cast<const Item*>(conv.weight) + (task.group * blocks + block) * weight_items;
       // Without help the first tile of a block would wait for its weights. So while the tiles of
       // one block run, the next block is asked for, a part of it by each of the first tiles. Once
       // all of the weights have been seen, it is the next tiles' pixels that are asked for.
-      const float* next = block + 1 < task.block_end ? weight + width * reduction(conv)
-                                                     : next_layer(conv, task, blocks);
+      const Item* next =
+          block + 1 < task.block_end ? weight + weight_items : next_layer(conv, task, blocks);
       int64_t parts = 1;
       while (parts < 8 && parts * 2 <= end - begin) parts *= 2;
       Multiply<T> kernel = nullptr;
@@ -700,13 +783,13 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
         product.prefetch = reinterpret_cast<const char*>(weight);
         product.prefetch_step = 0;
         const char* pixels_ahead =
-            begin > 0 || next == nullptr ? coming.take(reduction(conv)) : nullptr;
+            begin > 0 || next == nullptr ? coming.take(depth(conv)) : nullptr;
         if (pixels_ahead != nullptr) {
           product.prefetch = pixels_ahead;
           product.prefetch_step = ComingPixels::kLine;
         } else if (next != nullptr && part < parts) {
           product.prefetch =
-              reinterpret_cast<const char*>(next + part * (width / parts) * reduction(conv));
+              reinterpret_cast<const char*>(next + part * (width / parts) * depth(conv));
           product.prefetch_step = width / parts * 4;
         }
         if (tile.groups != groups || tile.pixels != pixels) {
@@ -730,7 +813,8 @@ int64_t image_row_count(const Conv& conv, const Task& task) {
 // Scratch memory: [tiles][scale, shift and bias][slab][convolution rows awaiting the pool].
 struct Scratch {
   Tile* tiles;
-  float *norm, *slab, *conv_rows;
+  Item* slab;
+  float *norm, *conv_rows;
   int64_t bytes;
 
   Scratch(const Conv& conv, const Task& task, void* memory) {
@@ -751,7 +835,7 @@ struct Scratch {
     char* base = static_cast<char*>(memory);
     tiles = reinterpret_cast<Tile*>(base);
     norm = reinterpret_cast<float*>(base + tile_bytes);
-    slab = reinterpret_cast<float*>(base + tile_bytes + norm_bytes);
+    slab = reinterpret_cast<Item*>(base + tile_bytes + norm_bytes);
     conv_rows = reinterpret_cast<float*>(base + tile_bytes + norm_bytes + slab_bytes);
     bytes = tile_bytes + norm_bytes + slab_bytes + conv_row_bytes;
   }
@@ -765,14 +849,15 @@ int64_t scratch_bytes(const Conv& conv, const Task& task) {
 
 // Tiles of rows [p_begin, p_end) of image n; the slab is filled for them. Returns the slab's end.
 template <class T>
-float* add_rows(const Conv& conv, const Task& task, int64_t n, int64_t p_begin, int64_t p_end,
-                const Strides& out, int64_t out_base, float* slab_memory, TileList& list) {
+Item* add_rows(const Conv& conv, const Task& task, int64_t n, int64_t p_begin, int64_t p_end,
+               const Strides& out, int64_t out_base, Item* slab_memory, TileList& list) {
   const int64_t res_base = n * conv.res.n;
   if (reads_input_in_place(conv)) {
-    const float* image =
-        static_cast<const float*>(conv.input) + n * conv.in.n + task.group * group_c(conv);
+    const Item* image = static_cast<const Item*>(conv.input) +
+                        (n * conv.in.n + task.group * group_c(conv)) / kItemChannels;
+    const int64_t row = conv.in.h / kItemChannels, pixel = conv.in.w / kItemChannels;
     for (int64_t p = p_begin; p < p_end; ++p) {
-      list.add_row(image + p * conv.in.h, conv.in.w, out_base + (p - p_begin) * out.h, out.w,
+      list.add_row(image + p * row, pixel, out_base + (p - p_begin) * out.h, out.w,
                    res_base + p * conv.res.h, conv.res.w, p + 1 == conv.P ? conv.last_q : conv.Q);
     }
     return slab_memory;
@@ -791,7 +876,7 @@ template <class T>
 void run_conv(const Conv& conv, const Task& task, void* memory) {
   const Scratch scratch(conv, task, memory);
   TileList list(scratch.tiles);
-  float* slab_memory = scratch.slab;
+  Item* slab_memory = scratch.slab;
   for (int64_t row = task.row_begin; row < task.row_end;) {
     const int64_t n = row / conv.P, p = row % conv.P;
     const int64_t rest = conv.P - p, wanted = task.row_end - row;
@@ -892,6 +977,7 @@ void run_as(const Conv& conv, const Task& task, void* memory) {
   }
 }
 
+#if FR_ITEM_CHANNELS == 1
 void run(const Conv& conv, const Task& task, void* memory) {
   switch (conv.dtype) {
     case Dtype::kFloat32:
@@ -902,6 +988,11 @@ void run(const Conv& conv, const Task& task, void* memory) {
       return run_as<Float16>(conv, task, memory);
   }
 }
+#else
+void run(const Conv& conv, const Task& task, void* memory) {
+  run_as<BFloat16>(conv, task, memory);
+}
+#endif
 
 }  // namespace
 }  // namespace fused_resnet::cpu

@@ -45,6 +45,19 @@ const ConvIsa* vector_isa() {
   return nullptr;
 }
 
+const ConvIsa* pair_isa() {
+  switch (pair_unit()) {
+#if defined(__x86_64__)
+    case PairUnit::avx512bf16:
+      return &kConvAvx512Bf16;
+#endif
+    case PairUnit::emulated:
+      return &kConvAvx512Bf16Emulated;
+    default:
+      return nullptr;
+  }
+}
+
 const ConvIsa* tile_isa() {
   switch (tile_unit()) {
 #if defined(__x86_64__)
@@ -67,6 +80,7 @@ const ConvIsa* conv_isa(ScalarType dtype, int64_t groups, int64_t c, int64_t k) 
   if (dtype == ScalarType::BFloat16 && tile_isa() != nullptr && fills_tiles(groups, c, k)) {
     return tile_isa();
   }
+  if (dtype == ScalarType::BFloat16 && pair_isa() != nullptr) return pair_isa();
   return vector_isa();
 }
 
@@ -210,7 +224,7 @@ struct WeightShape : PackedLayout {
                     *conv_isa(weight.scalar_type(), group_count, weight.size(1),
                               weight.size(0) / group_count)) {}
 
-  // The same, transposed: see pack_transposed_tiles(). The source is then the last tap.
+  // The same, transposed: see pack_transposed_bfloat16(). The source is then the last tap.
   WeightShape transposed() const {
     WeightShape t = *this;
     t.K = C, t.C = K;
@@ -219,7 +233,9 @@ struct WeightShape : PackedLayout {
     return t;
   }
 
-  ScalarType packed_dtype() const { return tiled ? ScalarType::BFloat16 : ScalarType::Float; }
+  ScalarType packed_dtype() const {
+    return is_bfloat16() ? ScalarType::BFloat16 : ScalarType::Float;
+  }
   int64_t source(int64_t k, int64_t c, int64_t r, int64_t s) const {
     return k * stride.n + c * stride.c + r * stride.h + s * stride.w;
   }
@@ -227,7 +243,7 @@ struct WeightShape : PackedLayout {
  private:
   WeightShape(const Tensor& weight, int64_t group_count, const ConvIsa& its_isa)
       : PackedLayout(weight.size(0), weight.size(1), weight.size(2) * weight.size(3), group_count,
-                     its_isa, &its_isa == tile_isa()),
+                     its_isa),
         R(weight.size(2)),
         S(weight.size(3)),
         stride(strides_of(weight)),
@@ -281,15 +297,32 @@ void pack_pair(const T* first, const T* second, int64_t stride, int64_t count, B
   }
 }
 
+// `count` channels of the reduction in pairs, those of a row's output channels together, `row`
+// values from one pair to the next. What is behind the last channel is left as it is.
+template <class T>
+void pack_pairs(const T* from, int64_t next_k, int64_t next_c, int64_t count, int64_t valid,
+                BFloat16* to, int64_t row) {
+  for (int64_t c = 0; c + 1 < count; c += 2, to += row) {
+    pack_pair(from + c * next_c, from + (c + 1) * next_c, next_k, valid, to);
+  }
+  if (count % 2 == 0) return;
+  for (int64_t k = 0; k < valid; ++k) {
+    to[2 * k] = static_cast<BFloat16>(from[(count - 1) * next_c + k * next_k]);
+  }
+}
+
 template <class T>
 void pack_block(const T* source, const WeightShape& shape, int64_t channel, int64_t valid,
                 BFloat16* out) {
   const TiledWeight& tiles = shape.tiles;
   const Strides& stride = shape.stride;
   std::memset(static_cast<void*>(out), 0, static_cast<size_t>(shape.block_size()) * sizeof(*out));
-  const int64_t halves[2] = {std::min(valid, kTileRows), std::max<int64_t>(valid - kTileRows, 0)};
+  // The output channels of a row of pairs.
+  const bool tiled = shape.kind == WeightLayout::kTiles;
+  const int64_t width = tiled ? kTileRows : shape.block_k;
+  const bool dense = tiled && tiles.dense;
   T rows[kTileBlockK][kPackedAtOnce];
-  for (int64_t tap = 0; tap < tiles.taps && !tiles.dense; ++tap) {
+  for (int64_t tap = 0; tap < shape.taps && !dense; ++tap) {
     const T* from = source + shape.source(channel, 0, tap / shape.S, tap % shape.S);
     for (int64_t c0 = 0; c0 < shape.C; c0 += kTileDepth, from += kTileDepth * stride.c) {
       const int64_t count = std::min(kTileDepth, shape.C - c0);
@@ -301,20 +334,13 @@ void pack_block(const T* source, const WeightShape& shape, int64_t channel, int6
         }
         first = &rows[0][0], next_k = kPackedAtOnce, next_c = 1;
       }
-      for (int64_t half = 0; half < 2; ++half) {
-        const T* in_half = first + half * kTileRows * next_k;
-        BFloat16* to = out + tiled_weight_offset(tiles, 0, half * kTileRows, c0, tap);
-        for (int64_t c = 0; c + 1 < count; c += 2, to += 2 * kTileRows) {
-          pack_pair(in_half + c * next_c, in_half + (c + 1) * next_c, next_k, halves[half], to);
-        }
-        if (count % 2 == 0) continue;
-        for (int64_t k = 0; k < halves[half]; ++k) {
-          to[2 * k] = static_cast<BFloat16>(in_half[(count - 1) * next_c + k * next_k]);
-        }
+      for (int64_t k = 0; k < valid; k += width) {
+        pack_pairs(first + k * next_k, next_k, next_c, count, std::min(width, valid - k),
+                   out + shape.place_in_block(k, c0, tap), 2 * width);
       }
     }
   }
-  for (int64_t tap = 0; tap < tiles.taps && tiles.dense; ++tap) {
+  for (int64_t tap = 0; tap < shape.taps && dense; ++tap) {
     for (int64_t c = 0; c < shape.C; ++c) {
       const T* from = source + shape.source(channel, c, tap / shape.S, tap % shape.S);
       for (int64_t k = 0; k < valid; ++k) {
@@ -343,8 +369,8 @@ bool pack_as(const T* source, const WeightShape& shape, Packed* packed) {
 
 template <class T>
 bool pack(const T* source, const WeightShape& shape, void* packed) {
-  return shape.tiled ? pack_as(source, shape, static_cast<BFloat16*>(packed))
-                     : pack_as(source, shape, static_cast<float*>(packed));
+  return shape.is_bfloat16() ? pack_as(source, shape, static_cast<BFloat16*>(packed))
+                             : pack_as(source, shape, static_cast<float*>(packed));
 }
 
 // How many values of a weight each call compares with the packed copy. If one in a hundred has
@@ -425,7 +451,7 @@ bool block_is_packed(const T* source, const WeightShape& shape, int64_t channel,
       const T* from = source + shape.source(channel, c, tap / shape.S, tap % shape.S);
       for (int64_t k = 0; k < valid; ++k) {
         difference |= float32_bits(from[k * shape.stride.n]) ^
-                      float32_bits(block[tiled_weight_offset(shape.tiles, 0, k, c, tap)]);
+                      float32_bits(block[shape.place_in_block(k, c, tap)]);
       }
     }
     if (difference != 0) return false;
@@ -453,8 +479,9 @@ bool blocks_are_packed(const T* source, const WeightShape& shape, const Packed* 
 // Compares all values.
 template <class T>
 bool whole_is_packed(const T* source, const WeightShape& shape, const void* packed) {
-  return shape.tiled ? blocks_are_packed(source, shape, static_cast<const BFloat16*>(packed))
-                     : blocks_are_packed(source, shape, static_cast<const float*>(packed));
+  return shape.is_bfloat16()
+             ? blocks_are_packed(source, shape, static_cast<const BFloat16*>(packed))
+             : blocks_are_packed(source, shape, static_cast<const float*>(packed));
 }
 
 void check_weight(const Tensor& weight, int64_t groups) {
@@ -518,8 +545,9 @@ bool seems_current(const Tensor& packed, const Tensor& weight, const WeightShape
   if (weight.numel() == 0) return true;
   return with_element_type(weight, "weight", [&](const auto* source) {
     const void* values = packed.const_data_ptr();
-    return shape.tiled ? sample_is_packed(source, shape, static_cast<const BFloat16*>(values))
-                       : sample_is_packed(source, shape, static_cast<const float*>(values));
+    return shape.is_bfloat16()
+               ? sample_is_packed(source, shape, static_cast<const BFloat16*>(values))
+               : sample_is_packed(source, shape, static_cast<const float*>(values));
   });
 }
 
@@ -640,7 +668,7 @@ PackedWeight pack_for_one_call(Tensor weight, int64_t groups) {
   return {packed, finite};
 }
 
-PackedWeight pack_transposed_tiles(Tensor weight) {
+PackedWeight pack_transposed_bfloat16(Tensor weight) {
   const WeightShape shape(weight, 1), transposed = shape.transposed();
   Tensor packed = pool_tensor({transposed.packed_size()}, {1}, transposed.packed_dtype());
   const bool finite = with_element_type(weight, "weight", [&](const auto* source) {
@@ -818,8 +846,8 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   const bool few_pixels = rows * conv.Q < 128 * threads;
   // bfloat16 on tiles is faster than its weights come; but pixels with more channels than there are
   // outputs would come from the other threads' caches.
-  const bool waits_for_weights =
-      item == 2 && weight_bytes > l2_bytes() / 8 && group_k(conv) >= group_c(conv);
+  const bool waits_for_weights = item == 2 && conv.isa->layout != WeightLayout::kPairs &&
+                                 weight_bytes > l2_bytes() / 8 && group_k(conv) >= group_c(conv);
   // In parts on tiles: every task splits its weights, which takes as long as 25 pixels.
   const bool splits = conv.dtype != Dtype::kBFloat16 && conv.isa != vector_isa();
 
@@ -899,8 +927,7 @@ void run_with_border(const Conv& conv) {
   const auto image_of = [&](const void* tensor, int64_t stride, int64_t n) {
     return tensor == nullptr ? nullptr : static_cast<const char*>(tensor) + n * stride * item;
   };
-  const PackedLayout layout(conv.K, group_c(conv), conv.R * conv.S, conv.groups, *conv.isa,
-                            conv.isa == tile_isa());
+  const PackedLayout layout(conv.K, group_c(conv), conv.R * conv.S, conv.groups, *conv.isa);
   for (int64_t n = 0; n < conv.N; ++n) {
     Conv image = conv;
     image.N = 1;

@@ -49,6 +49,9 @@ const ConvIsa* vector_isa();
 // This machine's kernels on tiles, or null.
 const ConvIsa* tile_isa();
 
+// This machine's kernels on pairs of bfloat16, or null.
+const ConvIsa* pair_isa();
+
 // The kernels that run a convolution whose groups have c input and k output channels, or null.
 const ConvIsa* conv_isa(torch::headeronly::ScalarType dtype, int64_t groups, int64_t c, int64_t k);
 
@@ -60,8 +63,7 @@ void set_float32_products(int64_t products);
 int64_t float32_pixels_for_tiles(std::vector<int64_t> weight_shape, std::vector<int64_t> stride,
                                  int64_t groups, bool has_pool);
 
-// A weight (K, C / groups, R, S) in the layout of the kernel that will read it; see weight_offset()
-// in conv.h and tiled_weight_offset() in conv_tiles.h.
+// A weight (K, C / groups, R, S) in the layout of the kernel that will read it: its WeightLayout.
 torch::stable::Tensor pack_conv_weight(torch::stable::Tensor weight, int64_t groups);
 
 // A weight that is packed for one call, since it changes before the next, in the pool's memory.
@@ -71,9 +73,9 @@ struct PackedWeight {
 };
 PackedWeight pack_for_one_call(torch::stable::Tensor weight, int64_t groups);
 
-// The weight of the convolution that passes a gradient back, for kernels on tiles: input and output
-// channels have changed places and the taps run backwards.
-PackedWeight pack_transposed_tiles(torch::stable::Tensor weight);
+// The weight of the convolution that passes a gradient back, for kernels on tiles or pairs: input
+// and output channels have changed places and the taps run backwards.
+PackedWeight pack_transposed_bfloat16(torch::stable::Tensor weight);
 
 // Whether `packed` is `weight` in the kernel's layout, value by value.
 bool conv_weight_is_packed(torch::stable::Tensor weight, torch::stable::Tensor packed,

@@ -29,6 +29,17 @@ const WeightGradientIsa* gradient_isa(ScalarType dtype) {
     case TileUnit::emulated:
       return parts ? &kWeightGradientFloat32AmxEmulated : &kWeightGradientAmxEmulated;
     default:
+      break;
+  }
+  if (parts) return nullptr;
+  switch (pair_unit()) {
+#if defined(__x86_64__)
+    case PairUnit::avx512bf16:
+      return &kWeightGradientAvx512Bf16;
+#endif
+    case PairUnit::emulated:
+      return &kWeightGradientAvx512Bf16Emulated;
+    default:
       return nullptr;
   }
 }
@@ -149,7 +160,7 @@ void conv_weight_gradient(Tensor grad, Tensor input, int64_t stride_h, int64_t s
   check_dtype(name, "grad_weight", grad_weight, dtype);
   FR_CHECK(is_non_overlapping_and_dense(grad_weight), name, ": grad_weight must be dense");
   const WeightGradientIsa* isa = gradient_isa(dtype);
-  FR_CHECK(isa != nullptr, name, ": this processor has no AMX");
+  FR_CHECK(isa != nullptr, name, ": this processor has no unit for ", dtype_string(grad));
   WeightGradient g{};
   g.N = input.size(0);
   g.C = input.size(1);

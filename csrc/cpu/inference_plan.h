@@ -2,7 +2,7 @@
 // prepared for inputs like the one that the pass was recorded with.
 //
 // An operator that takes part adds a `PlanStep` to the recording of its thread, if there is one,
-// when it has done its work; see `plan_recording`. backends/cpu_plans.py begins and ends
+// when it has done its work; see `plan_recording`. backends/cpu/plans.py begins and ends
 // recordings.
 #pragma once
 

@@ -23,16 +23,21 @@ namespace {
 struct Allowed {
   const char* name;
   Isa vectors;
+  PairUnit pairs;
   TileUnit tiles;
 };
 
 // What FUSED_RESNET_CPU_ISA may say.
 constexpr Allowed kAllowed[] = {
-    {"none", Isa::baseline, TileUnit::none},           {"avx2", Isa::avx2, TileUnit::none},
-    {"avx512", Isa::avx512, TileUnit::none},           {"amx", Isa::avx512, TileUnit::amx},
-    {"amx_emulated", Isa::avx512, TileUnit::emulated},
+    {"none", Isa::baseline, PairUnit::none, TileUnit::none},
+    {"avx2", Isa::avx2, PairUnit::none, TileUnit::none},
+    {"avx512", Isa::avx512, PairUnit::none, TileUnit::none},
+    {"avx512bf16", Isa::avx512, PairUnit::avx512bf16, TileUnit::none},
+    {"avx512bf16_emulated", Isa::avx512, PairUnit::emulated, TileUnit::none},
+    {"amx", Isa::avx512, PairUnit::avx512bf16, TileUnit::amx},
+    {"amx_emulated", Isa::avx512, PairUnit::none, TileUnit::emulated},
 };
-constexpr Allowed kEverything = {"", Isa::avx512, TileUnit::amx};
+constexpr Allowed kEverything = {"", Isa::avx512, PairUnit::avx512bf16, TileUnit::amx};
 
 // An unknown value is an error: a mistyped one would otherwise look like a processor that has
 // everything.
@@ -64,12 +69,20 @@ Isa detect() {
   return std::min(best, allowed().vectors);
 }
 
+bool has_avx512bf16() {
+#if defined(__x86_64__)
+  return cpu_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__)
   // From asm/prctl.h of Linux 5.16: the registers are mapped for a process that asks for them.
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return cpu_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16") &&
-         __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+  return has_avx512bf16() && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-bf16") &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
@@ -79,6 +92,12 @@ bool has_amx() {
 TileUnit detect_tile_unit() {
   const TileUnit most = allowed().tiles;
   return most == TileUnit::amx && !has_amx() ? TileUnit::none : most;
+}
+
+PairUnit detect_pair_unit() {
+  const PairUnit most = allowed().pairs;
+  const bool missing = most == PairUnit::avx512bf16 && !has_avx512bf16();
+  return missing || tile_unit() != TileUnit::none ? PairUnit::none : most;
 }
 
 std::string cpu_isa_name() {
@@ -93,6 +112,11 @@ std::string cpu_isa_name() {
 
 TileUnit tile_unit() {
   static const TileUnit unit = detect_tile_unit();
+  return unit;
+}
+
+PairUnit pair_unit() {
+  static const PairUnit unit = detect_pair_unit();
   return unit;
 }
 

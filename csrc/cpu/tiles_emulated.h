@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cpu/conv_tiles.h"
-#include "cpu/vectors_baseline.h"
+#include "cpu/dot_emulated.h"
 
 namespace fused_resnet::cpu {
 namespace {
@@ -23,21 +23,9 @@ inline void copy(float* dst, const float* src, int64_t count) {
   for (int64_t i = 0; i < count; ++i) dst[i] = src[i];
 }
 
-// Subnormals are zeros to the unit, whether it reads or writes them.
-inline float flushed(float x) {
-  return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0, x) : x;
-}
-
 template <int kN>
 inline void store_block(uint16_t* dst, const float* y) {
-  for (int k = 0; k < kN * 16; ++k) {
-    uint32_t bits;
-    const float x = flushed(y[k]);
-    memcpy(&bits, &x, sizeof(bits));
-    // A NaN keeps what it can of its payload and becomes quiet.
-    dst[k] = x != x ? static_cast<uint16_t>(bits >> 16 | 0x40)
-                    : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  }
+  for (int k = 0; k < kN * 16; ++k) dst[k] = rounded_to_bfloat16(y[k]);
 }
 
 template <int kN>
@@ -97,13 +85,7 @@ inline void load_weights(const char* rows) {
 }
 
 // Of each pair of sums, even and odd members of the pairs, rounded to nearest even after every
-// product. A product of two bfloat16 is exact in double, and a sum of two float32 rounded to double
-// rounds to float32 as the exact sum does.
-inline float fused_multiply_add(float sum, float a, float b) {
-  const double product = static_cast<double>(a) * static_cast<double>(b);
-  return flushed(static_cast<float>(static_cast<double>(sum) + product));
-}
-
+// product.
 template <int s, int i, int j>
 inline void multiply_add_to() {
   for (int row = 0; row < 16; ++row) {

@@ -1,5 +1,5 @@
 // What weight_gradient_tiles.inl asks of tiles_emulated.h beyond that: factors of a product over
-// pixels. See transposed_tiles_amx.h.
+// pixels. See transposed_tiles_avx512.h.
 #pragma once
 
 #include "cpu/tiles_emulated.h"

@@ -6,8 +6,9 @@
 // The files, in the order a call runs through them:
 //   conv_weight_gradient.cpp    the operator: checks, the split into tasks, threads
 //   weight_gradient_tiles.inl   one task on a unit that multiplies tiles of bfloat16, compiled by
-//                               weight_gradient_amx.cpp and weight_gradient_float32_amx.cpp, and
-//                               over emulated tiles by the two that end in _emulated.cpp
+//                               weight_gradient_amx.cpp and weight_gradient_float32_amx.cpp, or in
+//                               pairs by weight_gradient_avx512bf16.cpp, and for any processor by
+//                               those that end in _emulated.cpp
 //   weight_gradient.h           what those share
 //
 // The order of every sum depends on the shape alone: over the steps of a chunk of pixels, over the
@@ -81,8 +82,10 @@ struct WeightGradientIsa {
 #if defined(__x86_64__)
 extern const WeightGradientIsa kWeightGradientAmx;
 extern const WeightGradientIsa kWeightGradientFloat32Amx;
+extern const WeightGradientIsa kWeightGradientAvx512Bf16;
 #endif
 extern const WeightGradientIsa kWeightGradientAmxEmulated;
 extern const WeightGradientIsa kWeightGradientFloat32AmxEmulated;
+extern const WeightGradientIsa kWeightGradientAvx512Bf16Emulated;
 
 }  // namespace fused_resnet::cpu

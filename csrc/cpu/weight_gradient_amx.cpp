@@ -3,7 +3,8 @@
 
 #include "cpu/weight_gradient.h"
 
-#include "cpu/transposed_tiles_amx.h"
+#include "cpu/tiles_amx.h"
+#include "cpu/transposed_tiles_avx512.h"
 
 namespace fused_resnet::cpu {
 namespace {

@@ -1,10 +1,14 @@
-// One task of a gradient in a weight (weight_gradient.h) on a unit that multiplies tiles, for the
-// including file, which defines Element, Storage and kParts as for conv_tiles.inl, includes one of
-// transposed_tiles_amx.h and transposed_tiles_emulated.h, with
+// One task of a gradient in a weight (weight_gradient.h) on a unit that multiplies tiles, or in
+// vectors that multiply pairs, for the including file, which defines Element, Storage and kParts as
+// for conv_tiles.inl, includes one of transposed_tiles_avx512.h and transposed_tiles_emulated.h,
+// with
 //   pair_rows(), transpose_rows()  tiles of the two factors, of pixels as they lie in memory
 //   transpose_block()              32 x 32 float32
 //   has_nonfinite()                of vectors
 // beside what tiles_amx.h and tiles_emulated.h have, and ends with the exported WeightGradientIsa.
+// Where it defines FR_PAIRS the product of tiles is that of pairs_avx512bf16.h or
+// pairs_emulated.h:
+//   multiply_pairs()               rows of two tiles by columns of two, over all steps
 // No standard header beyond <cstdint> may be included here.
 //
 // A block is 32 channels of one tensor by 32 of the other for one tap, 2 x 2 tiles of sums. A step
@@ -320,6 +324,14 @@ struct Product {
   int64_t count, part, half;
 };
 
+#ifdef FR_PAIRS
+template <int kM, int kN>
+void multiply(const Product& product, float* sums, Pending& pending) {
+  pending.take(pending.rows);
+  multiply_pairs<kM, kN>(product.rows, product.columns, product.steps, product.count, product.half,
+                         sums);
+}
+#else
 // Tiles of one part each.
 template <int kM, int kN, bool kRows, bool kColumns>
 FR_INLINE void multiply_step(const char* rows, const char* columns, int64_t half) {
@@ -371,6 +383,7 @@ void multiply(const Product& product, float* sums, Pending& pending) {
     if constexpr (kN == 2) store_sums<1, 1>(sums + 16 * kBlock + 16, kBlock * 4);
   }
 }
+#endif
 
 // ---- result ------------------------------------------------------------------------------------
 
@@ -473,7 +486,9 @@ void combine(const WeightGradient& g, int64_t group, int64_t row_block) {
 // ---- a task ------------------------------------------------------------------------------------
 
 void run(const WeightGradient& g, const GradientTask& task, void* memory) {
+#ifndef FR_PAIRS
   const TileState state;
+#endif
   const Layout layout(g);
   const Scratch scratch(g, task, layout, memory);
   const int64_t taps = g.R * g.S, row_bytes = kRowBytes;

@@ -37,6 +37,7 @@
 #include "cuda/device/shared_memory.cuh"
 #include "cuda/device/vector.cuh"
 #include "cuda/narrow_residual.cuh"
+#include "cuda/parameter.cuh"
 
 namespace fused_resnet {
 
@@ -49,20 +50,6 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   constexpr int kRowsInLine = kChunks < 8 ? 8 / kChunks : 1;
   constexpr int kPlaces = kChunks < 8 ? kChunks : 8;
   return (row * kChunks + (chunk ^ (row / kRowsInLine * kStep % kPlaces))) * 16;
-}
-
-__device__ __forceinline__ float read(const Parameter& parameter, int i, float otherwise) {
-  if (parameter.values == nullptr) return otherwise;
-  switch (parameter.type) {
-    case Parameter::Type::kFloat16:
-      return device::widen(static_cast<const __half*>(parameter.values)[i]);
-    case Parameter::Type::kBFloat16:
-      return device::widen(static_cast<const __nv_bfloat16*>(parameter.values)[i]);
-    case Parameter::Type::kFloat64:
-      return static_cast<float>(static_cast<const double*>(parameter.values)[i]);
-    default:
-      return static_cast<const float*>(parameter.values)[i];
-  }
 }
 
 // A place along the sum. Steps are short of a tap's channels or a few taps long, so it advances

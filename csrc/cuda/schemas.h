@@ -16,6 +16,12 @@ inline constexpr const char* kCudaSchemas[] = {
     "conv_tiles() -> int[]",
     "conv_tiles_for(int[] problem, int[] gpu) -> int[]",
 
+    // Internal likewise: csrc/cuda/hopper. `tile` is an index into what hopper_conv_tiles lists.
+    "hopper_conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tensor running_var, "
+    "Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, int stride_h, int stride_w, "
+    "int pad_h, int pad_w, int dil_h, int dil_w, Tensor? residual, bool relu, int tile) -> Tensor",
+    "hopper_conv_tiles() -> int[]",
+
     // Internal likewise. `tile` is an index into what basic_block_tiles lists.
     "basic_block_tiled(Tensor input, Tensor weight1, Tensor running_mean1, Tensor running_var1, "
     "Tensor? bn_weight1, Tensor? bn_bias1, float eps1, Tensor? bias1, Tensor weight2, "

@@ -39,6 +39,7 @@ constexpr unsigned kMostThreads = 1024;
 constexpr size_t kMostSharedBytes = 227 << 10;  // compute capability 9.0
 constexpr size_t kSharedAlignment = 128;
 constexpr unsigned kMostBlocksOfCluster = 8;
+constexpr unsigned kRegisters = 1 << 16;  // of a block that has its multiprocessor alone
 
 const char* name(Operation operation) {
   switch (operation) {
@@ -52,6 +53,18 @@ const char* name(Operation operation) {
       return "ldmatrix";
     case Operation::kMultiply:
       return "mma";
+    case Operation::kStoreMatrices:
+      return "stmatrix";
+    case Operation::kFenceSums:
+      return "wgmma.fence";
+    case Operation::kMultiplyWarpgroup:
+      return "wgmma";
+    case Operation::kCommitProducts:
+      return "wgmma.commit_group";
+    case Operation::kWaitForProducts:
+      return "wgmma.wait_group";
+    case Operation::kChangeRegisters:
+      return "setmaxnreg";
   }
   return "";
 }
@@ -105,16 +118,23 @@ void Block::begin(const uint3& index, uint64_t seed) {
   done_count_ = barrier_count_ = cluster_count_ = predicate_count_ = 0;
   outside_reads_.clear();
   fault_.reset();
+  for (NamedBarrier& barrier : named_barriers_) barrier.waiting.clear();
+  mbarriers_.clear();
+  free_registers_ = 0;
   for (unsigned w = 0; w < warp_count_; ++w) {
     const unsigned lanes = std::min(32u, thread_count_ - 32 * w);
     warps_[w] = {};
     warps_[w].ready = lanes == 32 ? ~0u : (1u << lanes) - 1;
+    warps_[w].registers = warps_[w].wanted_registers = kRegisters / thread_count_ / 8 * 8;
     warps_[w].shuffle(random_);
+    products_[w] = {};
   }
   for (unsigned i = 0; i < thread_count_; ++i) {
     Thread& thread = threads_[i];
     thread.copies.clear();
     thread.groups = 0;
+    thread.stores.clear();
+    thread.store_groups = 0;
     thread.accesses = false;
     const GuardedPages& stack = *stacks_[i];
     thread.stack_begin = stack.begin();
@@ -142,17 +162,31 @@ void Block::thread_entry() {
 }
 
 void Block::finish_thread() {
+  if (!products_[current->index / 32].under_way.empty()) {
+    fail_at("unfinished product: a thread ends that has not waited for one", current->place);
+  }
+  if (!current->stores.empty()) {
+    fail_at("unfinished copy: a thread ends that has not waited for its stores", current->place);
+  }
   current->state = State::kDone;
   warps_[current->index / 32].ready &= ~(1u << current->index % 32);
-  if (++done_count_ == thread_count_) leave();
+  if (++done_count_ == thread_count_) {
+    check_warpgroup_ends();
+    leave();
+  }
   go_on();
   __builtin_unreachable();
 }
 
-// Continues somewhere; returns when the calling thread is chosen.
+// Continues somewhere, in another block if none can go on here; returns when the calling thread is
+// chosen.
 void Block::go_on() {
-  Thread* chosen = next();
-  if (!chosen) fail(describe_deadlock());
+  Thread* chosen = cluster_->interrupts() ? nullptr : next();
+  if (!chosen) {
+    Thread* from = current;
+    switch_fiber(from->fiber, host_);
+    return;
+  }
   if (chosen == current) return;
   Thread* from = current;
   enter(*chosen);
@@ -211,6 +245,13 @@ std::string Block::doing(const Thread& thread) const {
       return name_of_thread + " waits in __syncthreads at " + Origin(thread.place).line();
     case State::kAtClusterBarrier:
       return name_of_thread + " waits for its cluster at " + Origin(thread.place).line();
+    case State::kAtNamedBarrier:
+      return name_of_thread + " waits at a barrier of some threads at " +
+             Origin(thread.place).line();
+    case State::kAtMbarrier:
+      return name_of_thread + " waits at an mbarrier at " + Origin(thread.place).line();
+    case State::kAwaitsRegisters:
+      return name_of_thread + " waits for registers at " + Origin(thread.place).line();
     case State::kInWarp:
       return name_of_thread + " waits in " + name(thread.operation) + " at " +
              Origin(thread.place).line();
@@ -218,8 +259,7 @@ std::string Block::doing(const Thread& thread) const {
   return name_of_thread;
 }
 
-// No thread can go on: somebody waits for a thread that waits elsewhere or has ended.
-std::string Block::describe_deadlock() const {
+std::string Block::describe_divergence() const {
   const Thread* barrier = nullptr;
   for (unsigned i = 0; i < thread_count_; ++i) {
     const Thread& thread = threads_[i];
@@ -256,7 +296,7 @@ std::string Block::describe_deadlock() const {
              doing(threads_[i]) + ", " + where(first, Origin(first.place).line());
     }
   }
-  return "no thread can go on, block " + block_name();
+  return "";
 }
 
 int Block::synchronize(bool predicate, const Place& place) {
@@ -276,6 +316,7 @@ int Block::synchronize(bool predicate, const Place& place) {
     barrier_count_ = 0;
     ++barriers_;
     predicate_result_ = predicate_count_;
+    join_all_views(~0u, 0, warp_count_);
     release_all();
   }
   go_on();
@@ -304,11 +345,8 @@ void Block::synchronize_cluster(const Place& place) {
   }
   thread.state = State::kAtClusterBarrier;
   warps_[thread.index / 32].ready &= ~(1u << thread.index % 32);
-  if (++cluster_count_ == thread_count_) {
-    switch_fiber(thread.fiber, host_);  // the barrier is open when this thread's turn comes
-  } else {
-    go_on();
-  }
+  ++cluster_count_;
+  go_on();  // the barrier is open when this thread's turn comes
 }
 
 void Block::open_cluster_barrier() {
@@ -339,7 +377,7 @@ void Block::load_from_block(void* target, const void* shared, unsigned rank, siz
   const char* const begin = static_cast<const char*>(shared);
   check_alignment(begin, bytes, origin);
   check_bounds(begin, bytes, origin);
-  const size_t count = cluster_ == nullptr ? 1 : cluster_->size();
+  const size_t count = cluster_->blocks().size();
   if (rank >= count) {
     fail_at("out of bounds: block " + std::to_string(rank) + " of a cluster of " +
                 std::to_string(count),
@@ -349,7 +387,7 @@ void Block::load_from_block(void* target, const void* shared, unsigned rank, siz
   if (rank == rank_) {
     check_shared(begin, bytes, false, origin);
   } else {
-    Block& other = *(*cluster_)[rank];
+    Block& other = *cluster_->blocks()[rank];
     const size_t offset = begin - shared_begin;
     if (!other.shared_accesses_.read_from_outside(offset, bytes, other.phase_)) {
       fail_at(other.shared_accesses_.complaint(), origin);
@@ -385,17 +423,19 @@ void Block::in_warp(Operation operation, uint32_t mask, void* payload, const Pla
   warp.groups[g].arrived |= 1u << lane;
   if (warp.groups[g].arrived == mask) {
     warp.groups[g] = warp.groups[--warp.group_count];
-    carry_out(operation, mask, warp);
+    carry_out(operation, mask, thread.index / 32);
     warp.ready |= mask;
     warp.shuffle(random_);
   }
   go_on();
 }
 
-void Block::carry_out(Operation operation, uint32_t mask, Warp& warp) {
+void Block::carry_out(Operation operation, uint32_t mask, unsigned w) {
+  Warp& warp = warps_[w];
   switch (operation) {
     case Operation::kSynchronize:
       ++warp.barriers;
+      join_all_views(mask, w, 1);
       return;
     case Operation::kVote: {
       uint32_t ballot = 0;
@@ -424,11 +464,27 @@ void Block::carry_out(Operation operation, uint32_t mask, Warp& warp) {
     case Operation::kMultiply:
       statistics.multiplications += 1;
       return multiply_of_warp(warp);
+    case Operation::kStoreMatrices:
+      return store_matrices_of_warp(warp);
+    case Operation::kFenceSums:
+      products_[w].is_fenced = true;
+      return;
+    case Operation::kMultiplyWarpgroup:
+      return multiply_of_warpgroup(w);
+    case Operation::kCommitProducts:
+      ++products_[w].groups;
+      return;
+    case Operation::kWaitForProducts:
+      return wait_for_products_of(w, *static_cast<const int*>(warp.payloads[0]));
+    case Operation::kChangeRegisters:
+      return change_registers_of(w);
   }
 }
 
 SharedAccesses::Time Block::now() const {
-  return {current->index, barriers_, warps_[current->index / 32].barriers};
+  Order& order = cluster_->order();
+  return {current->index, barriers_, warps_[current->index / 32].barriers,
+          order.is_kept() ? &order : nullptr, rank_ * thread_count_};
 }
 
 void Block::check_alignment(const void* address, size_t bytes, const Origin& origin) {
@@ -470,6 +526,7 @@ void Block::check_global(const char* begin, size_t bytes, const Origin& origin) 
 void Block::check_shared(const char* begin, size_t bytes, bool writes, const Origin& origin) {
   check_bounds(begin, bytes, origin);
   const size_t offset = begin - shared_begin;
+  if (writes && !mbarriers_.empty()) check_not_mbarrier(offset, offset + bytes, origin);
   const bool fine = writes ? shared_accesses_.write(offset, bytes, now(), origin)
                            : shared_accesses_.read(offset, bytes, now(), origin);
   if (!fine) fail_at(shared_accesses_.complaint(), origin);
@@ -580,32 +637,9 @@ char* Block::spare_stack_end() {
   return spare_stack_->end() - 8;
 }
 
-namespace {
-
-// Runs blocks to their end, all of them up to a barrier before any goes beyond it.
-void run_cluster(const std::vector<std::unique_ptr<Block>>& blocks, Random& random) {
-  for (bool go_on = true; go_on;) {
-    const size_t count = blocks.size(), first = random.below(count);
-    const bool backwards = random.below(2);
-    for (size_t i = 0; i < count; ++i) {
-      blocks[(first + (backwards ? count - i : i)) % count]->resume();
-    }
-    for (const auto& block : blocks) {
-      if (block->has_ended() != blocks[0]->has_ended()) {
-        const Block& ended = block->has_ended() ? *block : *blocks[0];
-        (block->has_ended() ? *blocks[0] : *block).fail_at_cluster_barrier(ended);
-      }
-    }
-    for (const auto& block : blocks) block->open_cluster_barrier();
-    go_on = !blocks[0]->has_ended();
-  }
-}
-
-}  // namespace
-
 void run_grid(const GridShape& shape, void (*thread)(void*), void* argument) {
   if (running) throw_error("a kernel starts a kernel");
-  static thread_local std::vector<std::unique_ptr<Block>> blocks;
+  static thread_local Cluster cluster;
   static std::mutex one_grid_at_a_time;
   const std::lock_guard lock(one_grid_at_a_time);
   const SignalStack stack;
@@ -621,12 +655,7 @@ void run_grid(const GridShape& shape, void (*thread)(void*), void* argument) {
     throw_error("clusters of " + std::to_string(shape.cluster) + " blocks in a grid of " +
                 std::to_string(shape.blocks.x));
   }
-  blocks.resize(shape.cluster);
-  for (unsigned rank = 0; rank < shape.cluster; ++rank) {
-    if (!blocks[rank]) blocks[rank] = std::make_unique<Block>();
-    blocks[rank]->prepare(shape, thread, argument);
-    blocks[rank]->join(&blocks, rank);
-  }
+  cluster.prepare(shape, thread, argument);
   count /= shape.cluster;
   blockDim = dim3(shape.threads);
   gridDim = shape.blocks;
@@ -634,20 +663,16 @@ void run_grid(const GridShape& shape, void (*thread)(void*), void* argument) {
   const uint64_t first = random.below(count);
   const bool backwards = random.below(2);
   for (uint64_t i = 0; i < count; ++i) {
-    const uint64_t c = (first + (backwards ? count - i : i)) % count;
-    for (unsigned rank = 0; rank < shape.cluster; ++rank) {
-      const uint64_t b = c * shape.cluster + rank;
-      const uint3 index = {static_cast<unsigned>(b % shape.blocks.x),
-                           static_cast<unsigned>(b / shape.blocks.x % shape.blocks.y),
-                           static_cast<unsigned>(b / shape.blocks.x / shape.blocks.y)};
-      blocks[rank]->begin(index, random.next());
-    }
-    run_cluster(blocks, random);
+    cluster.run((first + (backwards ? count - i : i)) % count, shape, random);
   }
 }
 
 char* shared_memory() {
   return block().shared_begin;
+}
+
+uint32_t shared_address(const void* shared) {
+  return block().address_of(static_cast<const char*>(shared));
 }
 
 int synchronize_block(bool predicate, Place place) {
@@ -739,6 +764,81 @@ void load_matrices(uint32_t* registers, int count, const void* row, bool transpo
 void multiply(Element element, float* d, const uint32_t* a, const uint32_t* b, Place place) {
   Multiply operands{element, d, a, b};
   block().in_warp(Operation::kMultiply, ~0u, &operands, place);
+}
+
+void store_matrices(void* row, const uint32_t* registers, int count, Place place) {
+  Block& b = block();
+  if (!b.is_shared(static_cast<const char*>(row))) {
+    b.fail_at("out of bounds: stmatrix outside of shared memory", place);
+  }
+  b.check_access(row, 16, 16, true, place);
+  StoreMatrices store{registers, count, row};
+  b.in_warp(Operation::kStoreMatrices, ~0u, &store, place);
+}
+
+void initialize_mbarrier(void* barrier, unsigned arrivals, Place place) {
+  block().initialize_mbarrier(barrier, arrivals, place);
+}
+
+void publish_mbarriers() {
+  block().publish_mbarriers();
+}
+
+void arrive(void* barrier, unsigned bytes, Place place) {
+  block().arrive(barrier, bytes, place);
+}
+
+void arrive_in_block(void* barrier, unsigned rank, Place place) {
+  block().arrive_in_block(barrier, rank, place);
+}
+
+void wait_for_phase(void* barrier, unsigned parity, Place place) {
+  block().wait_for_phase(barrier, parity, place);
+}
+
+void synchronize_threads(int barrier, unsigned threads, Place place) {
+  block().synchronize_threads(barrier, threads, place);
+}
+
+void load_box(const BoxCopy& copy, void* barrier, Place place) {
+  block().load_box(copy, barrier, place);
+}
+
+void store_box(const BoxCopy& copy, Place place) {
+  block().store_box(copy, place);
+}
+
+void commit_stores() {
+  ++block().current->store_groups;
+}
+
+void wait_for_stores(int groups_left) {
+  block().wait_for_stores(groups_left);
+}
+
+void fence_for_copies() {
+  block().fence_for_copies();
+}
+
+void fence_sums(Place place) {
+  block().in_warp(Operation::kFenceSums, ~0u, nullptr, place);
+}
+
+void multiply_warpgroup(const WarpgroupMultiply& multiply, Place place) {
+  WarpgroupMultiply own = multiply;
+  block().in_warp(Operation::kMultiplyWarpgroup, ~0u, &own, place);
+}
+
+void commit_products(Place place) {
+  block().in_warp(Operation::kCommitProducts, ~0u, nullptr, place);
+}
+
+void wait_for_products(int groups_left, Place place) {
+  block().in_warp(Operation::kWaitForProducts, ~0u, &groups_left, place);
+}
+
+void change_registers(unsigned count, bool takes, Place place) {
+  block().change_registers(count, takes, place);
 }
 
 void check_atomic(const void* address, size_t bytes, Place place) {

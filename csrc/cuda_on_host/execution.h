@@ -4,7 +4,12 @@
 // A CUDA thread is a fiber. A block's fibers run one at a time, each until it has to wait for
 // others: at a barrier, or in an operation of its warp, which the last lane to come carries out for
 // all. Which fiber goes on is drawn from a seed, so a missing barrier shows as a difference between
-// seeds where it does not show as a wrong result. Blocks of a cluster take turns at its barriers.
+// seeds where it does not show as a wrong result. Blocks of a cluster take turns at its barriers, and
+// at any time once an mbarrier is there.
+//
+// What Hopper does asynchronously, TMA's copies and a warpgroup's products, is done by turns at once,
+// at some time or as late as can be: until then the target holds NaN. Accesses that no barrier,
+// wait or proxy fence orders are faults, whatever was done when.
 //
 // A mistake ends the kernel with a Fault that names block, thread and source line.
 #pragma once
@@ -16,6 +21,11 @@
 #include <source_location>
 #include <stdexcept>
 #include <string>
+
+namespace fused_resnet::device {
+struct Im2col;
+struct Tiles;
+}  // namespace fused_resnet::device
 
 namespace fused_resnet::on_host {
 
@@ -45,6 +55,7 @@ void run_grid(const GridShape& shape, F& thread) {
 // The rest is called by the threads of a running block.
 
 char* shared_memory();
+uint32_t shared_address(const void* shared);
 
 // Waits for all threads of the block; returns how many of them gave a true predicate.
 int synchronize_block(bool predicate, Place place);
@@ -77,6 +88,52 @@ enum class Element { kFloat16, kBFloat16, kTf32 };
 
 // mma.sync: m16n8k16 of 16-bit elements, m16n8k8 of tf32.
 void multiply(Element element, float* d, const uint32_t* a, const uint32_t* b, Place place);
+
+// stmatrix; `count` registers.
+void store_matrices(void* row, const uint32_t* registers, int count, Place place);
+
+// mbarriers. `bytes` are announced before the arrival.
+void initialize_mbarrier(void* barrier, unsigned arrivals, Place place);
+void publish_mbarriers();
+void arrive(void* barrier, unsigned bytes, Place place);
+void arrive_in_block(void* barrier, unsigned rank, Place place);
+void wait_for_phase(void* barrier, unsigned parity, Place place);
+
+// bar.sync of some of the block's threads.
+void synchronize_threads(int barrier, unsigned threads, Place place);
+
+// TMA. `blocks` has a bit for each block of the cluster that a load goes to, none for this one.
+struct BoxCopy {
+  const void* map;
+  void* shared;
+  const int* at;
+  int rank;
+  const int* offset = nullptr;  // of an im2col map
+  unsigned blocks = 0;
+};
+void encode_map(void* map, const device::Tiles& tiles);
+void encode_map(void* map, const device::Im2col& im2col);
+void load_box(const BoxCopy& copy, void* barrier, Place place);
+void store_box(const BoxCopy& copy, Place place);
+void commit_stores();
+void wait_for_stores(int groups_left);
+void fence_for_copies();
+
+// wgmma of m64nNk16, and what stands around it.
+struct WarpgroupMultiply {
+  Element element;
+  int n;
+  float* sums;
+  uint64_t a, b;
+  bool accumulate;
+};
+void fence_sums(Place place);
+void multiply_warpgroup(const WarpgroupMultiply& multiply, Place place);
+void commit_products(Place place);
+void wait_for_products(int groups_left, Place place);
+
+// setmaxnreg.
+void change_registers(unsigned count, bool takes, Place place);
 
 int device_attribute(int attribute);
 

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -13,6 +14,7 @@
 #include "cuda_on_host/execution.h"
 #include "cuda_on_host/fiber.h"
 #include "cuda_on_host/memory.h"
+#include "cuda_on_host/order.h"
 #include "cuda_on_host/shared_accesses.h"
 
 namespace fused_resnet::on_host {
@@ -47,8 +49,28 @@ class Random {
 };
 
 // What a thread does that does not run, or did last.
-enum class State : uint8_t { kAtBarrier, kAtClusterBarrier, kInWarp, kDone };
-enum class Operation : uint8_t { kSynchronize, kVote, kShuffle, kLoadMatrices, kMultiply };
+enum class State : uint8_t {
+  kAtBarrier,
+  kAtClusterBarrier,
+  kAtNamedBarrier,
+  kAtMbarrier,
+  kAwaitsRegisters,
+  kInWarp,
+  kDone
+};
+enum class Operation : uint8_t {
+  kSynchronize,
+  kVote,
+  kShuffle,
+  kLoadMatrices,
+  kMultiply,
+  kStoreMatrices,
+  kFenceSums,
+  kMultiplyWarpgroup,
+  kCommitProducts,
+  kWaitForProducts,
+  kChangeRegisters
+};
 
 // What a lane brings to an operation of its warp.
 struct Vote {
@@ -72,12 +94,37 @@ struct Multiply {
   const uint32_t* b;
 };
 
+struct StoreMatrices {
+  const uint32_t* registers;
+  int count;
+  void* row;
+};
+struct ChangeRegisters {
+  unsigned count;
+  bool takes;
+};
+
+// What an instruction of TMA's says to copy.
+struct Box {
+  const void* map;
+  std::array<int, 4> at;
+  std::array<int, 2> offset;
+};
+
 // A cp.async on its way.
 struct Copy {
   char* target;
   std::array<char, 16> data;
   int bytes;
   int group;
+};
+
+// A store of TMA's on its way.
+struct BoxStore {
+  Box box;
+  char* source;
+  int group;
+  uint64_t number;  // of its read of shared memory
 };
 
 struct Thread {
@@ -91,7 +138,32 @@ struct Thread {
   Place place;
   bool accesses;  // `place` is where memory is accessed
   std::vector<Copy> copies;
-  int groups;  // of copies, committed so far
+  int groups;           // of copies, committed so far
+  const void* barrier;  // the mbarrier it waits at
+  unsigned number;      // of the named barrier, the parity or the registers that it waits for
+  std::vector<BoxStore> stores;
+  int store_groups;  // committed so far
+};
+
+// A warp's products of one warpgroup instruction, which its threads' sums wait for.
+struct Product {
+  WarpgroupMultiply multiply;
+  size_t sums;  // index of the accumulators
+  int group;
+  std::vector<uint64_t> reads;  // the numbers of what it reads
+};
+struct Accumulators {
+  std::array<float*, 32> sums;  // of each lane
+  int n;
+  std::vector<float> values;  // 16 rows
+};
+struct Products {
+  bool is_fenced = false;
+  std::vector<WarpgroupMultiply> begun;  // all of them, to be compared with the other warps'
+  std::vector<Product> under_way;
+  std::vector<Accumulators> accumulators;
+  int groups = 0;      // committed so far
+  uint32_t waits = 0;  // the warp's own time in Order
 };
 
 struct Warp {
@@ -107,6 +179,8 @@ struct Warp {
   unsigned group_count;
   std::array<Group, 32> groups;
   std::array<void*, 32> payloads;
+  unsigned registers;         // of each thread
+  unsigned wanted_registers;  // more than that while it waits for them
 
   void shuffle(Random& random) {
     const uint64_t bits = random.next();
@@ -120,32 +194,111 @@ struct Warp {
   }
 };
 
+struct Mbarrier {
+  unsigned arrivals;  // of a phase
+  unsigned missing;   // of this phase
+  int64_t bytes;      // announced less copied, of this phase
+  uint32_t phases;    // ended
+  bool is_published;
+  unsigned agent;    // in Order
+  unsigned made_by;  // agent, and when
+  uint32_t made_at;
+  Origin origin;
+  View arriving, arrived;  // what those know who arrived, and who may go on
+};
+
+class Block;
+
+// The blocks that run at the same time.
+class Cluster {
+ public:
+  void prepare(const GridShape& shape, void (*function)(void*), void* argument);
+  // Runs a cluster to its end. Throws a Fault.
+  void run(uint64_t number, const GridShape& shape, Random& random);
+  const std::vector<std::unique_ptr<Block>>& blocks() const { return blocks_; }
+
+  // Keeps an order from now on.
+  void keep_order();
+  Order& order() { return order_; }
+  // Whether others get their turn before the thread goes on.
+  bool interrupts() { return order_.is_kept() && random_.below(16) == 0; }
+  uint32_t address() const { return address_; }
+
+  // A load of TMA's into one block.
+  struct Load {
+    Box box;
+    Block* block;
+    size_t offset;  // in its shared memory
+    uint64_t number;
+    size_t barrier;  // offset
+    unsigned thread;
+    const Block* started_by;
+    Origin origin;
+  };
+  void start(Load load);
+
+ private:
+  enum class Pace { kAtOnce, kAtAnyTime, kLate };
+  void finish(size_t index);
+  std::string describe_deadlock() const;
+
+  std::vector<std::unique_ptr<Block>> blocks_;
+  unsigned threads_ = 0;  // of a block
+  Order order_;
+  Random random_;
+  Pace pace_ = Pace::kAtOnce;
+  uint32_t address_ = 0;
+  std::vector<Load> loads_;
+};
+
 // The blocks of a grid run in one of these, one after the other, or in one for each of a cluster.
 class Block {
  public:
   Block();
   void prepare(const GridShape& shape, void (*function)(void*), void* argument);
   void begin(const uint3& index, uint64_t seed);
-  // Goes on to the end, or to a barrier of the cluster. Throws a Fault.
+  // Goes on until no thread can, or others get their turn. Throws a Fault.
   void resume();
   bool has_ended() const { return done_count_ == thread_count_; }
+  bool can_go_on() const;
+  bool is_at_cluster_barrier() const { return cluster_count_ == thread_count_; }
 
-  // The blocks of this one's cluster, and its place among them.
-  void join(const std::vector<std::unique_ptr<Block>>* cluster, unsigned rank) {
+  // This one's cluster, and its place in there.
+  void join(Cluster* cluster, unsigned rank) {
     cluster_ = cluster;
     rank_ = rank;
   }
   unsigned rank() const { return rank_; }
+  unsigned thread_count() const { return thread_count_; }
   // When all of them wait at a barrier, or have ended: lets this one pass. Throws a Fault where
   // what the others read here since the last barrier was written, or may be gone, by then.
   void open_cluster_barrier();
   [[noreturn]] void fail_at_cluster_barrier(const Block& ended) const;
+  // What is said where no thread of a cluster can go on, of this block's: who waits for a thread
+  // that waits elsewhere or has ended, and who waits at an mbarrier and the like. Empty where
+  // nobody does.
+  std::string describe_divergence() const;
+  std::string describe_waiters() const;
 
   // For the thread that runs.
   int synchronize(bool predicate, const Place& place);
   void synchronize_cluster(const Place& place);
   void load_from_block(void* target, const void* shared, unsigned rank, size_t bytes,
                        const Origin& origin);
+  void synchronize_threads(unsigned number, unsigned threads, const Place& place);
+  void initialize_mbarrier(void* barrier, unsigned arrivals, const Place& place);
+  void publish_mbarriers();
+  void arrive(void* barrier, unsigned bytes, const Place& place);
+  void arrive_in_block(void* barrier, unsigned rank, const Place& place);
+  void wait_for_phase(void* barrier, unsigned parity, const Place& place);
+  void load_box(const BoxCopy& copy, void* barrier, const Place& place);
+  void store_box(const BoxCopy& copy, const Place& place);
+  void wait_for_stores(int groups_left);
+  void fence_for_copies() { keep_order().fence(agent_of(current->index)); }
+  void change_registers(unsigned count, bool takes, const Place& place);
+  uint32_t address_of(const char* shared) const;
+  void check_warpgroup_ends();
+
   void in_warp(Operation operation, uint32_t mask, void* payload, const Place& place);
   void check_alignment(const void* address, size_t bytes, const Origin& origin);
   // Also that it is within bounds and, in shared memory, initialised and ordered by barriers.
@@ -165,6 +318,9 @@ class Block {
   bool is_shared(const char* address) const {
     return address >= shared_->begin() && address < shared_->end();
   }
+  // For a load that was started: of this block.
+  void finish_load(const Cluster::Load& load);
+
   void start_copy(const Copy& copy, const Origin& origin);
   void finish_copy(const Copy& copy);
   void write_atomically(const void* address, size_t bytes);
@@ -196,7 +352,7 @@ class Block {
   Thread* next();
   [[noreturn]] void leave();
   [[noreturn]] void fail(const std::string& message);
-  void carry_out(Operation operation, uint32_t mask, Warp& warp);
+  void carry_out(Operation operation, uint32_t mask, unsigned warp);
   void check_bounds(const char* begin, size_t bytes, const Origin& origin);
   void check_global(const char* begin, size_t bytes, const Origin& origin);
   void check_shared(const char* begin, size_t bytes, bool writes, const Origin& origin);
@@ -204,7 +360,25 @@ class Block {
   std::string block_name() const;
   std::string where(const Thread& thread, const std::string& line) const;
   std::string doing(const Thread& thread) const;
-  std::string describe_deadlock() const;
+  Order& keep_order() {
+    cluster_->keep_order();
+    return cluster_->order();
+  }
+  unsigned agent_of(unsigned thread) const { return rank_ * thread_count_ + thread; }
+  void join_all_views(uint32_t warp_mask, unsigned first, unsigned count);
+  Mbarrier& mbarrier_at(const void* barrier, const Origin& origin);
+  Mbarrier* published_mbarrier(size_t offset, const char* what, const Origin& origin);
+  void wait_as(State state, const Place& place);
+  void make_ready(Thread& thread) { warps_[thread.index / 32].ready |= 1u << thread.index % 32; }
+  void end_phase_if_complete(size_t offset, Mbarrier& barrier);
+  void check_not_mbarrier(size_t begin, size_t end, const Origin& origin);
+  void grant_registers();
+  void finish_store(const BoxStore& store);
+  void store_matrices_of_warp(const Warp& warp);
+  void multiply_of_warpgroup(unsigned warp);
+  void carry_out(unsigned warp, const Product& product);  // its rows of the product
+  void wait_for_products_of(unsigned warp, int groups_left);
+  void change_registers_of(unsigned warp);
 
   void (*function_)(void*) = nullptr;
   void* argument_ = nullptr;
@@ -235,12 +409,22 @@ class Block {
     size_t offset, bytes;
     std::string reader;
   };
-  const std::vector<std::unique_ptr<Block>>* cluster_ = nullptr;
+  Cluster* cluster_ = nullptr;
   unsigned rank_ = 0;
   uint3 index_{};
   uint32_t phase_ = 0;
   std::vector<OutsideRead> outside_reads_;
   int predicate_count_ = 0, predicate_result_ = 0;
+
+  // Of the threads that wait at one of bar.sync's barriers.
+  struct NamedBarrier {
+    unsigned threads = 0;
+    std::vector<unsigned> waiting;
+  };
+  std::array<NamedBarrier, 16> named_barriers_;
+  std::map<size_t, Mbarrier> mbarriers_;  // by offset
+  std::array<Products, 32> products_;     // of each warp
+  unsigned free_registers_ = 0;           // that warps gave back
   std::optional<std::string> fault_;
 };
 

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda_on_host/order.h"
+
 namespace fused_resnet::on_host {
 
 // Where in the source something happened: known from a device function's default argument or, for
@@ -38,6 +40,10 @@ class SharedAccesses {
     unsigned thread;
     uint32_t barriers;
     uint16_t warp_barriers;
+    Order* order = nullptr;  // if it is kept
+    unsigned first_thread = 0;  // of the block, in there
+
+    unsigned agent() const { return first_thread + thread; }
   };
 
   void begin_block(size_t bytes, uint32_t barriers);
@@ -54,6 +60,31 @@ class SharedAccesses {
   // A cp.async, which may write at any time until it is waited for.
   bool begin_copy(size_t offset, size_t bytes, const Time& now, const Origin& origin);
   void end_copy(size_t offset, size_t bytes, const Time& now);
+
+  // What the hardware does to shared memory by itself: TMA's copies and a warpgroup's products.
+  enum class Work { kLoad, kStore, kProduct };
+  struct Asynchronous {
+    size_t begin, end;  // bytes
+    Work work;
+    unsigned thread;  // that started it
+    Origin origin;
+    bool is_under_way = true;
+    // Who knows of its end: whoever knows that the agent came to this time.
+    unsigned agent = 0;
+    uint32_t time = 0;
+    uint64_t number = 0;
+
+    bool writes() const { return work == Work::kLoad; }
+  };
+  // Returns the number by which end_asynchronous knows it, 0 where something is wrong.
+  uint64_t begin_asynchronous(Asynchronous work, const Time& now);
+  // Whether the copies and products so far leave these bytes to an access, as far as a thread knows;
+  // `what` the access is.
+  bool is_free(size_t begin, size_t end, bool writes, const char* what, const Time& now);
+  // Whether it is what is done to just these bytes.
+  bool is_of(uint64_t number, size_t begin, size_t end) const;
+  // It is done, and known to who knows that the agent came to this time.
+  void end_asynchronous(uint64_t number, unsigned agent, uint32_t time);
 
   // Neither is an atomic operation at odds with another, nor is it looked at more closely.
   void write_atomically(size_t offset, size_t bytes);
@@ -75,16 +106,28 @@ class SharedAccesses {
     std::array<Access, 2> reads;  // since then, of different warps where there are several
     uint32_t block = 0;           // what the rest is about
     uint8_t written = 0;          // bytes
+    // When, in the threads' own times, where an order is kept: of the write, and of the reads.
+    std::array<uint16_t, 3> times{};
   };
   static_assert(sizeof(Word) == 64);
 
   static Access access(const Time& now, const Origin& origin, unsigned bytes);
-  static bool is_unordered(const Access& before, unsigned bytes, const Time& now);
+  static bool is_unordered(const Word& word, const Access& before, unsigned bytes, const Time& now);
+  static uint16_t time_of(const Time& now);
+  static bool copies_know(const Word& word, const Access& before, const Time& now);
+  void touch(size_t begin, size_t end);
   bool read_word(Word& word, size_t offset, unsigned bytes, const Time& now, const Origin& origin);
   Word& word(size_t index);
   void complain(const char* what, const Access& before, size_t offset, const Time& now);
 
+  // Of each 128 bytes: whether threads accessed them, or a load wrote them and nobody has since.
+  enum class Line : uint8_t { kUntouched, kOfThreads, kLoaded };
+  static constexpr size_t kLine = 128;
+
   std::vector<Word> words_;
+  std::vector<Line> lines_;
+  std::vector<Asynchronous> asynchronous_;
+  uint64_t last_number_ = 0;
   uint32_t block_ = 0;
   std::string complaint_;
 };

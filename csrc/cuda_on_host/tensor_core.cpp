@@ -6,6 +6,7 @@
 
 #include "cuda_on_host/execution_state.h"
 #include "cuda_on_host/number_formats.h"
+#include "cuda_on_host/tensor_core.h"
 
 namespace fused_resnet::on_host {
 namespace {
@@ -33,40 +34,41 @@ int exponent_of(float x, int least) {
   return std::max(static_cast<int>(std::bit_cast<uint32_t>(x) >> 23 & 0xffu) - 127, least);
 }
 
-// row[n] += sum of a[k] b[k][n] over `depth` elements.
-void add_products(float (&row)[kN], const float* a, const float (*b)[kN], int depth, int least) {
-  int largest[kN];
-  for (int n = 0; n < kN; ++n) largest[n] = row[n] == 0 ? kNoExponent : exponent_of(row[n], -126);
+// row[n] += sum of a[k] b[k][n] over `depth` elements, for kColumns of them.
+template <int kColumns>
+void add_products(float* row, const float* a, const float* b, int pitch, int depth, int least) {
+  int largest[kColumns];
+  for (int n = 0; n < kColumns; ++n) largest[n] = row[n] == 0 ? kNoExponent : exponent_of(row[n], -126);
   bool is_plain = false;
   for (int k = 0; k < depth; ++k) {
     const int exponent = a[k] == 0 ? 2 * kNoExponent : exponent_of(a[k], least);
     is_plain |= exponent == kNotFinite;
-    for (int n = 0; n < kN; ++n) {
-      const int other = exponent_of(b[k][n], least);
+    for (int n = 0; n < kColumns; ++n) {
+      const int other = exponent_of(b[k * pitch + n], least);
       is_plain |= other == kNotFinite;
-      largest[n] = std::max(largest[n], b[k][n] == 0 ? kNoExponent : exponent + other);
+      largest[n] = std::max(largest[n], b[k * pitch + n] == 0 ? kNoExponent : exponent + other);
     }
   }
-  for (int n = 0; n < kN; ++n) {
+  for (int n = 0; n < kColumns; ++n) {
     if (largest[n] == kNoExponent) largest[n] = 0;
     is_plain |= largest[n] > kLargestExponent || largest[n] < kSmallestExponent;
   }
   if (is_plain) {  // infinity, NaN, and what is close to the largest and to subnormal numbers
     for (int k = 0; k < depth; ++k) {
-      for (int n = 0; n < kN; ++n) row[n] += a[k] * b[k][n];
+      for (int n = 0; n < kColumns; ++n) row[n] += a[k] * b[k * pitch + n];
     }
     return;
   }
-  int sums[kN];
-  float scale[kN];
-  for (int n = 0; n < kN; ++n) {
+  int sums[kColumns];
+  float scale[kColumns];
+  for (int n = 0; n < kColumns; ++n) {
     scale[n] = power_of_two(kFractionBits - largest[n]);
     sums[n] = static_cast<int>(row[n] * scale[n]);
   }
   for (int k = 0; k < depth; ++k) {
-    for (int n = 0; n < kN; ++n) sums[n] += static_cast<int>(a[k] * b[k][n] * scale[n]);
+    for (int n = 0; n < kColumns; ++n) sums[n] += static_cast<int>(a[k] * b[k * pitch + n] * scale[n]);
   }
-  for (int n = 0; n < kN; ++n) {
+  for (int n = 0; n < kColumns; ++n) {
     const int magnitude = std::abs(sums[n]);
     float sum = static_cast<float>(magnitude);
     sum = std::bit_cast<float>(std::bit_cast<int>(sum) - (static_cast<int>(sum) > magnitude));
@@ -81,7 +83,7 @@ void multiply_tiles(float (&sums)[kM][kN], const float (&a)[kM][kDepth],
                     const float (&b)[kDepth][kN], int least) {
   for (int m = 0; m < kM; ++m) {
     for (int k = 0; k < kDepth; k += kTogether) {
-      add_products(sums[m], &a[m][k], &b[k], kTogether, least);
+      add_products<kN>(sums[m], &a[m][k], b[k], kN, kTogether, least);
     }
   }
 }
@@ -100,13 +102,34 @@ void widen(float (&wide)[kRows][kColumns], const uint16_t (&narrow)[kRows][kColu
     }
 #endif
     for (int j = 0; j < kColumns; ++j) {
-      wide[i][j] =
-          element == Element::kFloat16 ? from_float16(narrow[i][j]) : from_bfloat16(narrow[i][j]);
+      wide[i][j] = widened(element, narrow[i][j]);
     }
   }
 }
 
+// Of subnormal numbers, the least exponent.
+int least_exponent(Element element) {
+  return element == Element::kFloat16 ? -14 : -126;
+}
+
 }  // namespace
+
+float widened(Element element, uint16_t bits) {
+  return element == Element::kFloat16 ? from_float16(bits) : from_bfloat16(bits);
+}
+
+void multiply_rows(Element element, float* sums, const float* a, const float* b, int rows,
+                   int columns) {
+  constexpr int kColumns = 64, kTogether = 8;
+  for (int first = 0; first < columns; first += kColumns) {
+    for (int m = 0; m < rows; ++m) {
+      for (int k = 0; k < 16; k += kTogether) {
+        add_products<kColumns>(sums + m * columns + first, a + m * 16 + k, b + k * columns + first,
+                               columns, kTogether, least_exponent(element));
+      }
+    }
+  }
+}
 
 void multiply_of_warp(const Warp& warp) {
   const auto of_lane = [&](int lane) { return static_cast<const Multiply*>(warp.payloads[lane]); };
@@ -142,12 +165,24 @@ void multiply_of_warp(const Warp& warp) {
     float a[kM][16], b[16][kN];
     widen(a, narrow_a, element);
     widen(b, narrow_b, element);
-    multiply_tiles<8>(sums, a, b, element == Element::kFloat16 ? -14 : -126);
+    multiply_tiles<8>(sums, a, b, least_exponent(element));
   }
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
     memcpy(of_lane(lane)->d, &sums[g][2 * t], 8);
     memcpy(of_lane(lane)->d + 2, &sums[g + 8][2 * t], 8);
+  }
+}
+
+void Block::store_matrices_of_warp(const Warp& warp) {
+  const auto of_lane = [&](int lane) {
+    return static_cast<const StoreMatrices*>(warp.payloads[lane]);
+  };
+  for (int matrix = 0; matrix < of_lane(0)->count; ++matrix) {
+    for (int lane = 0; lane < 32; ++lane) {
+      char* const row = static_cast<char*>(of_lane(8 * matrix + lane / 4)->row);
+      memcpy(row + lane % 4 * 4, &of_lane(lane)->registers[matrix], 4);
+    }
   }
 }
 

@@ -57,7 +57,7 @@ class Backend:
         """Whether it runs tensors of this device where nobody chose a backend."""
         return False
 
-    def explain(self, operator: str, **arguments: Any) -> str:
+    def explain(self, operator: str, *, dtype: torch.dtype, **arguments: Any) -> str:
         """How it runs an operator; see `backends.explain`."""
         return f"{self.name}: {library.explain(operator)}"
 

@@ -85,7 +85,9 @@ def run_on_host() -> None:
     _operator.cache_clear()
     _basic_block.cache_clear()
     _batch_norm.cache_clear()
+    _hopper.cache_clear()
     cuda_tiles.instances.cache_clear()
+    cuda_tiles.hopper_instances.cache_clear()
 
 
 def explain(operator: str, *, dtype: torch.dtype, **_: object) -> str:
@@ -115,15 +117,22 @@ def conv_bn_act(
 ) -> Tensor:
     """One launch: see csrc/cuda/conv_bn_act.cuh for the formula and the memory traffic.
 
-    `tile` is one of `tuning.cuda_tiles.candidates`; None leaves the choice to
-    csrc/cuda/conv_heuristics.cpp.
+    `tile` is one of `tuning.cuda_tiles.candidates` or `hopper_candidates`; None leaves the choice
+    to csrc/cuda/conv_heuristics.cpp.
     """
     weight, norm, bias, stride, padding, dilation, groups = layer
+    if cuda_tiles.is_hopper(tile) and residual is not None and residual.size(1) < weight.size(0):
+        tile = None  # which has no residual of fewer channels
     tensors = (weight, *norm[:4], bias, residual)
     if not _can_run(input, *tensors, padding=padding, groups=groups):
         return library.conv_bn_act(input, layer, residual, activation, finish=_finish())
     if not _trusts_convolution(input, layer, residual is not None, activation, tile):
         return library.conv_bn_act(input, layer, residual, activation)
+    if tile is not None and cuda_tiles.is_hopper(tile):
+        return _hopper()(
+            input, weight, *norm, bias, *stride, *padding, *dilation, residual,
+            activation == "relu", cuda_tiles.hopper_instances()[tile],
+        )  # fmt: skip
     tf32 = library.precision(input) == "tf32"
     chosen = [] if tile is None else [cuda_tiles.index(tile, input.dtype, tf32), tile.split_k]
     return _operator()(
@@ -561,6 +570,12 @@ def _finish() -> Any:
 def _operator() -> Any:
     assert _native.cuda_operators is not None
     return _native.cuda_operators.conv_bn_act_tiled.default
+
+
+@functools.cache
+def _hopper() -> Any:
+    assert _native.cuda_operators is not None
+    return _native.cuda_operators.hopper_conv_bn_act.default
 
 
 @functools.cache

@@ -143,18 +143,17 @@ def explain(
         dilation: see `stride`.
         groups: see `stride`.
     """
-    backend = choose(device.type)
-    arguments = {
-        "device": device,
-        "dtype": dtype,
-        "weight_shape": weight_shape,
-        "input_shape": input_shape,
-        "stride": stride,
-        "padding": padding,
-        "dilation": dilation,
-        "groups": groups,
-    }
-    return backend.explain(operator, **arguments)
+    return choose(device.type).explain(
+        operator,
+        device=device,
+        dtype=dtype,
+        weight_shape=weight_shape,
+        input_shape=input_shape,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
 
 
 def cpu_isa() -> str:

@@ -7,7 +7,7 @@ import sys
 import torch
 import typer
 
-from ..measure.inputs import InvalidArgumentError, first_line
+from ..measure.errors import InvalidArgumentError, first_line
 from . import bench, compare, doctor, tune
 from .console import fail
 

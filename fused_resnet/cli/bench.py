@@ -20,7 +20,7 @@ from ..measure import comparison, documents, kernels, models
 from ..measure.candidates import for_blocks, for_device, for_norms
 from ..measure.case import Case, check_device
 from ..measure.engines import ENGINES
-from ..measure.inputs import InvalidArgumentError
+from ..measure.errors import InvalidArgumentError
 from ..measure.text import error_text, heading, kept_text, plain
 from ..tuning.problem import DTYPES
 from .console import batch_size, check_model, check_output, fail, progress_bar, whole_number

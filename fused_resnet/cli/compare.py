@@ -18,14 +18,20 @@ from rich.text import Text
 from ..measure import compare as comparison
 from ..measure import documents, environment
 from ..measure.case import Candidate, Case, Result
-from ..measure.inputs import InvalidArgumentError
+from ..measure.errors import InvalidArgumentError
 from ..measure.text import error_text, plain
 from .console import check_output, fail, whole_number
 
 
 def compare(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A torchvision residual network, e.g. resnet50.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A torchvision residual network, e.g. resnet50; timm:NAME; hf:resnet-50 or "
+            "another hf:...Config of transformers; or module:function of yours, which returns a "
+            "model.",
+        ),
     ],
     batch: Annotated[
         int | None, whole_number("Images in the input; by default as many as --image names.")
@@ -64,7 +70,7 @@ def compare(
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the results here, as PNG.")] = None,
 ) -> None:
-    """Runs a torchvision model eager and fused, side by side on the same input."""
+    """Runs a model eager and fused, side by side on the same input."""
     check_output("json", json)
     check_output("plot", plot)
     if plot is not None:
@@ -124,18 +130,17 @@ def _print_result(console: Console, result: Result) -> None:
     rounds = 0 if latency is None else len(latency.samples)
 
     table = Table(
-        title=f"{case.model}, batch {case.batch_size}, {case.dtype}, {mode}", header_style="bold"
+        title=plain(f"{case.model}, batch {case.batch_size}, {case.dtype}, {mode}"),
+        header_style="bold",
     )
-    table.add_column("")
-    columns = ["latency ms\nmedian", "\np10 to p90", "images/s", "time /\neager"]
-    columns += ["peak\nmemory"] if case.memory else []
-    columns += ["error vs\nfloat64"]
-    columns += ["gradient\nerror"] if case.train else []
-    columns += ["top-5 vs\nfloat64"]
-    for column in columns:
-        table.add_column(column, justify="right")
+    table.add_column("", no_wrap=True)
+    columns = [_column(result, candidate) for candidate in result.candidates]
     for candidate in result.candidates:
-        table.add_row(*_row(result, candidate))
+        table.add_column(plain(candidate.name), justify="right", no_wrap=True)
+    for name in _ROWS:
+        cells = [column.get(name, "") for column in columns]
+        if any(cells):
+            table.add_row(name, *cells)
     console.print(table)
     console.print(plain(f"{where}{threads}; torch {torch.__version__}; {rounds} rounds"))
     weights = case.weights or "random, batch-norm statistics too"
@@ -157,28 +162,33 @@ def _print_result(console: Console, result: Result) -> None:
         console.print(f"interrupted after {rounds} of {case.rounds} rounds")
 
 
-def _row(result: Result, candidate: Candidate) -> list[str | Text]:
-    name = plain(candidate.name)
+_ROWS = (
+    *("latency ms, median", "10th percentile", "90th percentile", "images/s", "time / eager"),
+    *("peak memory", "error vs float64", "gradient error", "top-5 vs float64"),
+)
+
+
+def _column(result: Result, candidate: Candidate) -> dict[str, str | Text]:
+    """A candidate's figures by their names in `_ROWS`."""
     case, latency, accuracy = result.case, candidate.latency, candidate.accuracy
     if accuracy is None:
-        return [name, "skipped"]
+        return {"latency ms, median": "skipped"}
+    column: dict[str, str | Text] = {
+        "error vs float64": error_text(accuracy.error),
+        "top-5 vs float64": f"{100 * accuracy.top5:.0f} %",
+    }
+    if case.train:
+        column["gradient error"] = error_text(accuracy.gradient_error)
     if latency is None:
-        blank = [""] * (3 + case.memory)
-        errors = [accuracy.error, accuracy.gradient_error] if case.train else [accuracy.error]
-        cells = [*blank, *map(error_text, errors), f"{100 * accuracy.top5:.0f} %"]
-        return [name, plain("wrong", "red"), *cells]
-    row: list[str | Text] = [
-        name,
-        f"{latency.median:.2f}",
-        f"{latency.quantile(0.1):.2f} to {latency.quantile(0.9):.2f}",
-        f"{result.images_per_second(candidate):.1f}",
-        f"{candidate.ratio_to_eager:.2f}",
-    ]
+        return {**column, "latency ms, median": plain("wrong", "red")}
     if case.memory:
         peak = candidate.peak_memory
-        row.append("-" if peak is None else f"{peak / 2**20:.0f} MiB")
-    row.append(error_text(accuracy.error))
-    if case.train:
-        row.append(error_text(accuracy.gradient_error))
-    row.append(f"{100 * accuracy.top5:.0f} %")
-    return row
+        column["peak memory"] = "-" if peak is None else f"{peak / 2**20:.0f} MiB"
+    return {
+        **column,
+        "latency ms, median": f"{latency.median:.2f}",
+        "10th percentile": f"{latency.quantile(0.1):.2f}",
+        "90th percentile": f"{latency.quantile(0.9):.2f}",
+        "images/s": f"{result.images_per_second(candidate):.1f}",
+        "time / eager": f"{candidate.ratio_to_eager:.2f}",
+    }

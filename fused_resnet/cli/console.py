@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..measure.inputs import InvalidArgumentError, known_models
+from ..measure.errors import InvalidArgumentError
+from ..measure.inputs import known_models
 from ..measure.text import visible
 
 

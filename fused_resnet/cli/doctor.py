@@ -45,9 +45,10 @@ def doctor(
     cpu: dict[str, Any] = dict(environment.describe_device(torch.device("cpu")))
     cpu["flags"] = " ".join(cpu["flags"]) or "none of those that matter"
     cpu["threads"] = torch.get_num_threads()
-    vectors, tiles = torch.ops.fused_resnet.conv_isa(), torch.ops.fused_resnet.conv_tile_isa()
+    ops = torch.ops.fused_resnet
+    vectors, pairs, tiles = ops.conv_isa(), ops.conv_pair_isa(), ops.conv_tile_isa()
     cpu["convolutions"] = (vectors or "the library's") + (
-        f", bfloat16 and large float32 {tiles}" if tiles else ""
+        f", bfloat16 and large float32 {tiles}" if tiles else f", bfloat16 {pairs}" if pairs else ""
     )
     del cpu["type"]
     section("CPU", cpu)

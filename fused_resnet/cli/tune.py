@@ -16,7 +16,7 @@ from rich.table import Table
 
 from .. import backends, tuning
 from ..measure import case, networks
-from ..measure.inputs import InvalidArgumentError
+from ..measure.errors import InvalidArgumentError
 from ..measure.text import heading, plain
 from ..measure.tune import race, tuner
 from ..tuning import architecture, basic_block, chain, estimate

@@ -18,7 +18,10 @@ from torchvision.models import densenet
 
 from .. import blocks, forms
 from ..forms import Form, Unit
-from ..modules import read, run
+from ..modules import read
+from ..modules.conv_norm_act import NormAct, bare_conv, norm_act
+from ..modules.network import stem
+from ..modules.run import run_unfused
 from ..originals import Sequential
 
 
@@ -47,11 +50,11 @@ class DenseLayer(blocks.Fused, densenet._DenseLayer):
 def _layer_forward(layer: DenseLayer, input: Tensor | list[Tensor]) -> Tensor:
     features = input if isinstance(input, list) else [input]
     if read.obstacle(layer) is not None or any(map(read.input_obstacle, features)):
-        return run.run_unfused(layer, input)
+        return run_unfused(layer, input)
     x = features[0] if len(features) == 1 else torch.cat(features, 1)
-    normalised = run.NormAct(layer.norm1, x, layer.relu1)
+    normalised = NormAct(layer.norm1, x, layer.relu1)
     h = normalised.conv_norm_act(layer.conv1, layer.norm2, layer.relu2)
-    x = run.bare_conv(layer.conv2, h)
+    x = bare_conv(layer.conv2, h)
     return F.dropout(x, p=layer.drop_rate, training=layer.training) if layer.drop_rate > 0 else x
 
 
@@ -69,8 +72,8 @@ class Transition(blocks.Fused, densenet._Transition):
 
 def _transition_forward(transition: Transition, x: Tensor) -> Tensor:
     if read.obstacle(transition) is not None or read.input_obstacle(x) is not None:
-        return run.run_unfused(transition, x)
-    normalised = run.NormAct(transition.norm, x, transition.relu)
+        return run_unfused(transition, x)
+    normalised = NormAct(transition.norm, x, transition.relu)
     return transition.pool(normalised.conv(transition.conv))
 
 
@@ -91,12 +94,12 @@ class DenseNet(blocks.Fused, densenet.DenseNet):
 
 def _network_forward(model: DenseNet, x: Tensor) -> Tensor:
     if read.obstacle(model) is not None or read.input_obstacle(x) is not None:
-        return run.run_unfused(model, x)
+        return run_unfused(model, x)
     conv0, norm0, relu0, pool0, *middle, norm5 = model.features._modules.values()
-    x = run.stem(conv0, norm0, relu0, pool0, x)
+    x = stem(conv0, norm0, relu0, pool0, x)
     for module in middle:
         x = module(x)
-    x = run.norm_act(norm5, x, relu0)
+    x = norm_act(norm5, x, relu0)
     return model.classifier(torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1))
 
 

@@ -15,7 +15,9 @@ from torchvision.ops import StochasticDepth
 from .. import blocks, forms
 from ..forms import Form, Unit
 from ..models import preact, residual
-from ..modules import read, run
+from ..modules import read
+from ..modules.conv_norm_act import NormAct, conv_add
+from ..modules.run import block_forward, run_unfused, run_unit
 
 
 class PreActBasicBlock(blocks.Fused, preact.PreActBasicBlock):
@@ -51,7 +53,7 @@ class Residual(blocks.Fused, residual.Residual):
         if torch.jit.is_scripting():
             return self._unfused_forward(x)
         else:
-            return run.block_forward(self, x)
+            return block_forward(self, x)
 
 
 class ResidualBlock(blocks.Fused, residual.ResidualBlock):
@@ -63,14 +65,14 @@ class ResidualBlock(blocks.Fused, residual.ResidualBlock):
         if torch.jit.is_scripting():
             return self._unfused_forward(x)
         else:
-            return run.block_forward(self, x)
+            return block_forward(self, x)
 
 
 def _preact_forward(block: PreActBasicBlock | PreActBottleneck, x: Tensor) -> Tensor:
     if read.obstacle(block) is not None or read.input_obstacle(x) is not None:
-        return run.run_unfused(block, x)
+        return run_unfused(block, x)
     form = forms.of(block)
-    normalised = run.NormAct(block.bn1, x, block.relu)
+    normalised = NormAct(block.bn1, x, block.relu)
     shortcut = x
     if block.downsample is not None:
         if read.bare_conv_obstacle(block.downsample) is None:
@@ -81,8 +83,8 @@ def _preact_forward(block: PreActBasicBlock | PreActBottleneck, x: Tensor) -> Te
     conv, norm = forms.part(block, first.conv), forms.part(block, first.norm)
     h = normalised.conv_norm_act(conv, norm, forms.part(block, first.act))
     for unit in units:
-        h = run.run_unit(block, unit, h)
-    return run.conv_add(forms.part(block, form.convs[0]), h, shortcut)
+        h = run_unit(block, unit, h)
+    return conv_add(forms.part(block, form.convs[0]), h, shortcut)
 
 
 _TWO_UNITS = (Unit("conv1", "bn1", "relu"), Unit("conv2", "bn2", "relu"))

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from .. import blocks, forms
 from ..forms import Form, Unit
-from ..modules import read, run
+from ..modules import read
+from ..modules.network import stages_forward, stem
+from ..modules.run import block_forward, run_unfused, run_unit
 from ..originals import Sequential
 
 
@@ -31,7 +33,7 @@ class BasicBlock(blocks.Fused, resnet.BasicBlock):
         if torch.jit.is_scripting():
             return self._unfused_forward(x)
         else:
-            return run.block_forward(self, x)
+            return block_forward(self, x)
 
 
 class Bottleneck(blocks.Fused, resnet.Bottleneck):
@@ -43,7 +45,7 @@ class Bottleneck(blocks.Fused, resnet.Bottleneck):
         if torch.jit.is_scripting():
             return self._unfused_forward(x)
         else:
-            return run.block_forward(self, x)
+            return block_forward(self, x)
 
 
 class ResNet(blocks.Fused, resnet.ResNet):
@@ -66,13 +68,13 @@ def _features(model: ResNet, x: Tensor) -> Tensor:
         or read.input_obstacle(x) is not None
         or model.grad_checkpointing
     ):
-        return run.run_unfused(model, x, "forward_features")
+        return run_unfused(model, x, "forward_features")
     *first, last = _stem_units(model)
     for unit in first:
-        x = run.run_unit(model, unit, x)
+        x = run_unit(model, unit, x)
     parts = (forms.part(model, name) for name in (last.conv, last.norm, last.act, "maxpool"))
-    x = run.stem(*parts, x)
-    return run.stages_forward([model.layer1, model.layer2, model.layer3, model.layer4], x)
+    x = stem(*parts, x)
+    return stages_forward([model.layer1, model.layer2, model.layer3, model.layer4], x)
 
 
 _DEEP_STEM = (

@@ -28,7 +28,7 @@ class Entry(NamedTuple):
     storage: weakref.ref[torch.UntypedStorage]
     version: int
     owner: weakref.ref[Tensor] | None
-    layout: object
+    layout: Any
     copy: Any
     whole: bool
 
@@ -73,9 +73,16 @@ class WeightCache(dict[int, Entry]):
         layout: object = None,
         whole: bool = False,
     ) -> None:
-        """Keeps a copy made of a weight; `version` is that from before it was read."""
+        """Keeps a copy made of a weight; `version` is that from before it was read.
+
+        Copies go whose weights have given back their memory and not themselves, as those that FSDP
+        gathers do when they are sharded again.
+        """
         if version is None:
             return
+        for key, entry in list(self.items()):
+            if _is_empty(entry.storage()):
+                self.pop(key, None)
         forget = functools.partial(self._forget, id(weight))
         owner = None if isinstance(weight, Parameter) else weakref.ref(weight, forget)
         storage = weakref.ref(weight.untyped_storage(), forget)
@@ -91,6 +98,10 @@ class WeightCache(dict[int, Entry]):
         # The address may already belong to another weight.
         if entry is not None and (entry.owner is dead or entry.storage is dead):
             del self[key]
+
+
+def _is_empty(storage: torch.UntypedStorage | None) -> bool:
+    return storage is not None and storage.nbytes() == 0
 
 
 def version_of(weight: Tensor) -> int | None:

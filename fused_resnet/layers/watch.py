@@ -9,6 +9,7 @@ compares all.
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 
 from torch import Tensor, nn
@@ -78,9 +79,25 @@ def remember(module: nn.Module) -> None:
 
 def is_watched(weight: Tensor) -> bool:
     """Whether all of a weight is to be compared in every call."""
-    if from_environment() == "full":
+    if from_environment() == "full" or _is_gathered(weight):
         return True
     return any(weight is tensor for module in list(_watched) for tensor in _tensors(module))
+
+
+def _is_gathered(weight: Tensor) -> bool:
+    """Whether FSDP puts a weight together from shards: under one version, whatever its values."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return False
+    from torch.distributed._composable_state import _module_state_mapping
+
+    for reference in list(_module_state_mapping.values()):
+        state = reference()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
+            for parameter in getattr(group, "fsdp_params", ()):
+                if getattr(parameter, "_unsharded_param", None) is weight:
+                    return True
+    return False
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

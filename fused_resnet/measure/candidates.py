@@ -24,7 +24,7 @@ from ..tuning import architecture, chain, choose
 from ..tuning.choice import CHAINED
 from ..tuning.problem import ChainProblem, ConvProblem, Problem
 from . import norms
-from .inputs import InvalidArgumentError
+from .errors import InvalidArgumentError
 from .tune import cases
 
 Call = Callable[[], Any]

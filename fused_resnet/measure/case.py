@@ -9,7 +9,7 @@ import torch
 
 from .. import backends
 from .clock import Latency
-from .inputs import InvalidArgumentError
+from .errors import InvalidArgumentError
 
 DTYPES = ("float32", "bfloat16", "float16")
 # `FACTOR` times eager's error is what this library promises. Of somebody else's engine we only ask
@@ -30,7 +30,7 @@ class Case:
     """What is compared, on which input, and how it is measured.
 
     Attributes:
-        model: name of a torchvision residual network.
+        model: name of a torchvision residual network, or of another's: see `sources.py`.
         batch: images in the input; None for as many as `images` has, or one.
         dtype: "float32", "bfloat16" or "float16", of parameters, buffers and input alike. Training
             in 16 bits is what people call mixed precision: float32 parameters and input, the

@@ -31,12 +31,12 @@ _STEPS = 20000
 
 @dataclasses.dataclass(frozen=True)
 class MatrixUnit:
-    """A CPU's unit that multiplies tiles.
+    """A CPU's unit that multiplies tiles, or else pairs of bfloat16 in vectors.
 
     Attributes:
-        name: "amx".
-        rates: operations/s, two for a multiply-add, of all threads with tiles from the first-level
-            cache, by the operands' dtype: "bfloat16", and "int8" where the unit has that.
+        name: "amx" or "avx512bf16".
+        rates: operations/s, two for a multiply-add, of all threads with operands from the
+            first-level cache, by their dtype: "bfloat16", and "int8" where the unit has that.
         products: how many of bfloat16 stand for one of the problem's dtype; None where the unit
             does not run it.
     """
@@ -129,7 +129,11 @@ def _matrix_unit(dtype: str, steps: int) -> MatrixUnit | None:
             rates[operands] = 2 * products / seconds
     if not rates:
         return None
-    return MatrixUnit("amx", rates, cpu.tile_products(_element(dtype)))
+    element = _element(dtype)
+    if tiles := torch.ops.fused_resnet.conv_tile_isa():
+        return MatrixUnit(tiles, rates, cpu.tile_products(element))
+    products = 1 if element is torch.bfloat16 else None
+    return MatrixUnit(torch.ops.fused_resnet.conv_pair_isa(), rates, products)
 
 
 def _matrix_rate(device: torch.device, dtype: str, size: int) -> float:

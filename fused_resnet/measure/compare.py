@@ -33,7 +33,8 @@ from .case import (
 )
 from .clock import PeakMemory, interleave, kept_bytes, synchronize, threads
 from .engines import CALIBRATION_BATCH, ENGINES, IN_EIGHT_BITS, INT8, eager
-from .inputs import build_input, build_model, calibration_images, first_line
+from .errors import first_line
+from .inputs import build_input, build_model, calibration_images
 
 
 def engines_of(case: Case) -> dict[str, Engine]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from . import documents
-from .inputs import InvalidArgumentError
+from .errors import InvalidArgumentError
 
 FASTER, SLOWER, SAME, ADDED, GONE, BROKEN, MENDED = (
     "faster", "slower", "same", "added", "gone", "broken", "mended",

@@ -26,7 +26,7 @@ from typing import Any
 from .. import files
 from . import environment, schemas
 from .case import Candidate, Result
-from .inputs import InvalidArgumentError, first_line
+from .errors import InvalidArgumentError, first_line
 
 MODELS = "fused_resnet.results/2"
 KERNELS = "fused_resnet.kernels/1"

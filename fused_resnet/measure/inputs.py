@@ -1,4 +1,4 @@
-"""Models and images for the comparison: torchvision's by name, the user's by path."""
+"""Models and images for the comparison: models by name, images by path."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import PIL.Image
@@ -14,6 +14,8 @@ import torch
 import torchvision
 
 from ..testing import randomize_
+from . import sources
+from .errors import InvalidArgumentError, first_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MOST_CALIBRATION = 128
@@ -23,10 +25,6 @@ CALIBRATION_CROPS = 16
 _LONGEST = 100
 
 
-class InvalidArgumentError(ValueError):
-    """An argument the user can correct; the message is one line and names it."""
-
-
 def known_models() -> list[str]:
     """Names of the models in torchvision whose residual blocks this package replaces."""
     include = ["resnet*", "resnext*", "wide_resnet*"]
@@ -34,22 +32,32 @@ def known_models() -> list[str]:
 
 
 def build_model(name: str, weights: str | None, seed: int) -> torch.nn.Module:
-    """A torchvision model in float32 on the CPU.
+    """A model in float32 on the CPU.
 
     Args:
-        name: one of `known_models()`.
+        name: one of `known_models()`, or see `sources.py`.
         weights: None for seeded random parameters and batch-norm statistics; the name of one of
             torchvision's weights for the model (`IMAGENET1K_V2`, downloaded unless cached); or
             the path of a file that holds a state_dict, bare or under "state_dict" or "model".
+            Of models from elsewhere, None.
         seed: of the random parameters.
 
     Raises:
         InvalidArgumentError: unknown model, or weights that cannot be had, read, or loaded
             strictly.
     """
+    if sources.is_elsewhere(name):
+        if weights is not None:
+            raise InvalidArgumentError(
+                f"--weights is {weights!r}, which is for torchvision's models; to load {name}'s, "
+                "write a function that does and name it as module:function"
+            )
+        return sources.build(name, seed)
     if name not in known_models():
         known = ", ".join(known_models())
-        raise InvalidArgumentError(f"MODEL is {name!r}, must be one of {known}")
+        raise InvalidArgumentError(
+            f"MODEL is {name!r}, must be one of {known}, or timm:NAME, hf:NAME or module:function"
+        )
     if weights is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -165,19 +173,26 @@ def load_image(path: str | os.PathLike[str], argument: str = "--image") -> PIL.I
     raise InvalidArgumentError(f"{argument} is {path!r}, which is {reason}")
 
 
+def _preset_of(model: str) -> tuple[Callable[[PIL.Image.Image], torch.Tensor], int]:
+    """What makes of a photograph what a model reads, and the rows and columns of that."""
+    if sources.is_elsewhere(model):
+        source = sources.source_of(model)
+        return source.preset, source.size
+    preset = torchvision.models.get_model_weights(model).DEFAULT.transforms()
+    return preset, preset.crop_size[0]
+
+
 def build_input(model: str, images: Sequence[str], batch: int, seed: int) -> torch.Tensor:
-    """A batch of photographs as the model's ImageNet weights expect them.
+    """A batch of photographs as the model's, or ImageNet's, weights expect them.
 
     Each image goes through torchvision's transforms (resize, centre crop, normalise). Where the
     batch is larger than the list, the images come again as random crops, so that no two inputs
     are the same.
 
     Returns:
-        float32, (batch, 3, 224, 224).
+        float32, (batch, 3, size, size), 224 of torchvision's models.
     """
-    entries = torchvision.models.get_model_weights(model)
-    preset = entries.DEFAULT.transforms()
-    size = preset.crop_size[0]
+    preset, size = _preset_of(model)
     paths: Sequence[str | os.PathLike[str]] = images or [sample_photograph()]
     loaded = [load_image(path) for path in paths]
     tensors = [preset(image) for image in loaded[:batch]]
@@ -198,14 +213,14 @@ def calibration_images(
     """Photographs to calibrate a quantized model on, as `build_input` makes them.
 
     Args:
-        model: one of `known_models()`.
+        model: as of `build_model`.
         folder: where they are, folders inside included; of more than `MOST_CALIBRATION` every so
             many-th is taken. None for `CALIBRATION_CROPS` crops of `images`.
         images: see `build_input`.
         seed: of these crops, which are others than the input's of the same seed.
 
     Returns:
-        float32, (N, 3, 224, 224).
+        float32, (N, 3, size, size).
 
     Raises:
         InvalidArgumentError: there is no such folder, or no image in it, or one that cannot be
@@ -223,11 +238,5 @@ def calibration_images(
             f"--calibrate is {folder!r}, which has no image ({', '.join(IMAGE_SUFFIXES)})"
         )
     step = -(-len(paths) // MOST_CALIBRATION)
-    preset = torchvision.models.get_model_weights(model).DEFAULT.transforms()
+    preset, _ = _preset_of(model)
     return torch.stack([preset(load_image(path, "--calibrate")) for path in paths[::step]])
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

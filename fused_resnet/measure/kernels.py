@@ -34,7 +34,7 @@ from . import ceilings, documents, environment, networks, norms, telemetry
 from .candidates import Call, Prepare
 from .case import FACTOR_OF_OTHERS
 from .clock import Latency, threads
-from .inputs import first_line
+from .errors import first_line
 from .tune import cases, race
 
 TIMED, WRONG, FAILED = "timed", "wrong", "failed"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from .case import Candidate, Case, Engine, Result
 from .compare import compare
 from .engines import engines_for, settle_for
-from .inputs import InvalidArgumentError, first_line
+from .errors import InvalidArgumentError, first_line
 
 
 def measure(

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import swap
 from ..layers.description import Block
-from ..modules import read, run
+from ..modules import read
+from ..modules.network import stem
 from ..tuning import basic_block, chain
 from ..tuning.problem import CHAIN_DTYPES, BasicBlockProblem, ChainProblem, ConvProblem
 
@@ -79,7 +80,7 @@ def _first_input_and_blocks(
         model.to(getattr(torch, dtype))
         images = images.to(getattr(torch, dtype))
     with torch.no_grad():
-        x = run.stem(model.conv1, model.bn1, model.relu, model.maxpool, images)
+        x = stem(model.conv1, model.bn1, model.relu, model.maxpool, images)
     stages = [model.layer1, model.layer2, model.layer3, model.layer4]
     blocks = read.stages_blocks(stages, x)
     assert blocks is not None, "a fused model in eval mode"

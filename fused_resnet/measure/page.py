@@ -15,7 +15,7 @@ from typing import Any
 from .. import files
 from . import documents, kernels
 from .documents import writing
-from .inputs import InvalidArgumentError, first_line
+from .errors import InvalidArgumentError, first_line
 from .text import error_text, kept_text
 
 _STYLE = """

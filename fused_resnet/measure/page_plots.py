@@ -9,7 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .inputs import InvalidArgumentError
+from .errors import InvalidArgumentError
 from .kernels import flop_unit, unit_rate
 
 try:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import documents, schemas
-from .inputs import InvalidArgumentError
+from .errors import InvalidArgumentError
 from .text import heading, plain
 
 SCHEMA = "fused_resnet.static/1"

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from .. import forms
 from ..layers.quantized import LARGEST, LARGEST_WEIGHT, Quantization
 from ..layers.ranges import SMALLEST_STEP, BlockRanges, quantization_of
-from . import quantized, read, run
+from . import quantized, read
+from .conv_norm_act import conv_norm_act
 
 
 class MovingRange:
@@ -199,4 +200,4 @@ def rounded_weight(weight: Tensor) -> Tensor:
 def _unit(
     conv: nn.Conv2d, norm: nn.Module, x: Tensor, residual: Tensor | None, relu: Any
 ) -> Tensor:
-    return run.conv_norm_act(conv, norm, x, residual, relu, weight=rounded_weight(conv.weight))
+    return conv_norm_act(conv, norm, x, residual, relu, weight=rounded_weight(conv.weight))

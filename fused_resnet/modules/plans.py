@@ -24,6 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends, forms, originals
 from ..backends import Plan
+from ..layers import counting
 from ..layers.ranges import BlockRanges
 from ..models.cifar import PaddedShortcut
 from ..ops.registration import nothing_intercepts
@@ -37,6 +38,8 @@ _PLAIN = frozenset(
     {Conv2d, BatchNorm2d, FrozenBatchNorm2d, MaxPool2d, ReLU, Sequential, nn.Identity,
      PaddedShortcut, pooling.AdaptiveAvgPool2d, linear.Linear, dropout.Dropout, flatten.Flatten}
 )  # fmt: skip
+# Attributes with which a module is called in a way of its own.
+_OWN_CALLS = ("forward", "_conv_forward", "_compiled_call_impl")
 # Shapes of a model that have a plan at a time; the oldest goes first.
 _MOST_PLANS = 16
 # Passes in a row that find modules changed, after which a model is taken to change in every pass.
@@ -123,7 +126,7 @@ class Modules:
                 for state in self._states
                 if "quantization" in state
             )
-            and not any("forward" in state or "_conv_forward" in state for state in self._states)
+            and not any(name in state for state in self._states for name in _OWN_CALLS)
             and self._have_no_hooks()
         )
 
@@ -179,6 +182,8 @@ class _Plans:
         self.children = dict(model._modules)
         self.is_whole = False
         self.by_key: dict[Hashable, Plan | str] = {}
+        # What profilers are to count of each.
+        self.marked: dict[Hashable, list[counting.Marked]] = {}
         # Passes through the modules since there was last a plan, and plans in a row that were out
         # of date when they were to run.
         self.passes: collections.Counter[Hashable] = collections.Counter()
@@ -199,7 +204,9 @@ class _Plans:
 
     def put(self, key: Hashable, plan: Plan | str) -> None:
         while len(self.by_key) >= _MOST_PLANS:
-            self.by_key.pop(next(iter(self.by_key)), None)
+            oldest = next(iter(self.by_key))
+            self.by_key.pop(oldest, None)
+            self.marked.pop(oldest, None)
         self.by_key[key] = plan
         self.passes.clear()
 
@@ -226,12 +233,15 @@ def again(model: nn.Module, x: Tensor) -> Tensor | None:
     ):
         return None
     backend = backends.choose(x.device.type)
-    plan = plans.by_key.get(_key(backend, x))
+    key = _key(backend, x)
+    plan = plans.by_key.get(key)
     if plan is None or isinstance(plan, str) or not plans.are_of(model):
         return None
     out = plan.run(x)
     if out is not None:
         plans.changes = plans.lost = 0
+        if counting.is_wanted():
+            counting.mark(plans.marked[key])
     return out
 
 
@@ -291,6 +301,8 @@ def planned(
         out = plan.run(x)
         if out is not None:
             plans.lost = 0
+            if counting.is_wanted():
+                counting.mark(plans.marked[key])
             return out
         plans.by_key.pop(key, None)
         plans.lost += 1
@@ -326,7 +338,7 @@ def _recorded(
     recorder = backend.recorder(x, tensors)
     if recorder is None:
         return compute(model, x)
-    with recorder:
+    with counting.collected() as plans.marked[key], recorder:
         out = compute(model, x)
     plan = recorder.plan(out)
     if not isinstance(plan, str) and not _gives(plan, x, out):

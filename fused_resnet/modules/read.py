@@ -6,7 +6,9 @@ that names the part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +38,12 @@ from ..originals import (
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_COUNTING_PACKAGES = frozenset({"ptflops"})
+
+# How many `unfused()` are under way, in all threads.
+_unfused = 0
+_unfused_lock = threading.Lock()
 
 _new = tuple.__new__
 
@@ -255,11 +263,13 @@ def _plain_layer(conv: nn.Module | None, norm: nn.Module | None, training: bool)
         or of_conv["_backward_pre_hooks"]
         or "forward" in of_conv
         or "_conv_forward" in of_conv
+        or "_compiled_call_impl" in of_conv
         or of_norm["_forward_hooks"]
         or of_norm["_forward_pre_hooks"]
         or of_norm["_backward_hooks"]
         or of_norm["_backward_pre_hooks"]
         or "forward" in of_norm
+        or "_compiled_call_impl" in of_norm
         or of_norm["training"] is not training
         or of_conv["padding_mode"] != "zeros"
         or type(padding) is not tuple
@@ -298,6 +308,7 @@ def _is_touched(state: dict[str, Any]) -> bool:
         or state["_backward_pre_hooks"]
         or "forward" in state
         or "_conv_forward" in state
+        or "_compiled_call_impl" in state
     )
 
 
@@ -388,14 +399,56 @@ def pool_of(maxpool: nn.MaxPool2d) -> Pool:
     return Pool(*(value if isinstance(value, tuple) else (value, value) for value in values))
 
 
+@contextlib.contextmanager
+def unfused() -> Iterator[None]:
+    """Within it fused modules run, and are traced, exported and compiled, as before `fuse`.
+
+    What looks for a model's own modules and operators finds them, as PT2E's quantizers do:
+
+        with fused_resnet.unfused():
+            program = torch.export.export(model, (x,), strict=True)
+
+    It holds for all threads. Nothing about the model changes; blocks that have been quantized run
+    in floating point.
+    """
+    global _unfused
+    with _unfused_lock:
+        _unfused += 1
+    try:
+        yield
+    finally:
+        with _unfused_lock:
+            _unfused -= 1
+
+
 def input_obstacle(x: Tensor) -> str | None:
     """Why an input makes a module run unfused, or None."""
+    if _unfused:
+        return "fused_resnet.unfused() is under way"
     if type(x) not in _PLAIN_TENSORS:
         return f"input is a {type(x).__name__}"
     if transforms_active():
         return "a functorch transform or forward-mode differentiation is active"
-    if torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):
+    compiling = torch.compiler.is_compiling()
+    if torch.jit.is_tracing() or (compiling and torch.onnx.is_in_onnx_export()):
         return "the model is being traced for TorchScript or ONNX"
+    if not compiling and torch._C._len_torch_dispatch_stack():
+        package = counting_package()
+        return None if package is None else f"{package} counts torch's own operators"
+    return None
+
+
+def counting_package() -> str | None:
+    """The package of an active dispatch mode that counts torch's operators by name, or None.
+
+    To these modes ours would be nothing. torch's own `FlopCounterMode` sees them all without this:
+    it has global hooks.
+    """
+    for index in range(torch._C._len_torch_dispatch_stack()):
+        mode = torch._C._get_dispatch_stack_at(index)
+        package = type(mode).__module__.partition(".")[0]
+        if package in _COUNTING_PACKAGES:
+            return package
     return None
 
 
@@ -540,6 +593,8 @@ def _call_obstacle(module: nn.Module) -> str | None:
         # A compiler guards on more than twice as much of what is reached through the dictionary.
         if getattr(module, hooks) if compiling else state[hooks]:
             return "carries hooks"
+    if "_compiled_call_impl" in state:
+        return "is compiled by itself"
     own = "forward" in state or "_conv_forward" in state
     return "has a forward of its own" if own else None
 

@@ -108,12 +108,13 @@ def _run(input: Tensor, copies: Sequence[Copy], ranges: Sequence[Sequence[Quanti
     return quantized_residual_blocks(input, made, ranges[0][0], ranges[-1][-1])
 
 
-def _ranges(
+def ranges_of(
     layer_counts: Sequence[int],
     projections: Sequence[bool],
     steps: Sequence[float],
     zero_points: Sequence[int],
 ) -> list[list[Quantization]]:
+    """Of each block the ranges that the operator is called with, as it takes them."""
     stored = [Quantization(*one) for one in zip(steps, zero_points, strict=True)]
     ranges, first = [], 0
     for count, projection in zip(layer_counts, projections, strict=True):
@@ -134,7 +135,7 @@ def _kernel(
     zero_points: Sequence[int],
 ) -> Tensor:
     blocks = list(described_blocks(tensors, numbers, eps, layer_counts, projections))
-    ranges = _ranges(layer_counts, projections, steps, zero_points)
+    ranges = ranges_of(layer_counts, projections, steps, zero_points)
     copies = copies_of(blocks, ranges)
     for i, copy in enumerate(copies):
         if not copy.is_finite:

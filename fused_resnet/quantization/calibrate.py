@@ -23,6 +23,7 @@ from ..layers.quantized import Quantization
 from ..layers.quantized_copies import copies_of, copy_of_stem
 from ..layers.ranges import BlockRanges, StemRanges, words_of
 from ..modules import quantized, read, run
+from ..modules.network import float_stem
 from ..ops.conv_bn_act_max_pool_int8 import conv_bn_act_max_pool_int8
 from ..ops.residual_blocks_int8 import residual_blocks_int8
 from .observers import MinMaxObserver
@@ -119,7 +120,7 @@ class Calibration:
     def _stem_observed(self, network: nn.Module, x: Tensor) -> Tensor:
         (stem,) = (stem for stem in self._stems if stem.network is network)
         stem.observer.update(x)
-        out = run.float_stem(network, x)
+        out = float_stem(network, x)
         self._written.append((weakref.ref(out), out._version, stem))
         return out
 
@@ -284,7 +285,7 @@ def measure_noise(
         stored = conv_bn_act_max_pool_int8(x, described, *kept.ranges)
         if stored is None:
             return None
-        out = run.float_stem(network, x)
+        out = float_stem(network, x)
         power.see(out, stored)
         return out
 

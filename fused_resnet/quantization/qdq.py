@@ -49,9 +49,7 @@ def ranges_of(model: nn.Module, scales: Any) -> dict[str, BlockRanges]:
     if not any(node.op_type == "QuantizeLinear" for node in scales.graph.node):
         raise ValueError("quantize: scales has no QuantizeLinear: nothing in it is in eight bits")
     blocks = {
-        path: block
-        for path, block in model.named_modules()
-        if quantized.is_quantizable(block)
+        path: block for path, block in model.named_modules() if quantized.is_quantizable(block)
     }
     known = {path.rpartition(".")[0] for path in graph.convolutions}
     if blocks and known.isdisjoint(blocks):

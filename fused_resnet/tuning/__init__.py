@@ -174,5 +174,7 @@ def _can_run(problem: Problem, gpu: architecture.Architecture, entry: table.Entr
     if entry.tile is None:
         return True
     if entry.kernel == "cuda":
+        if cuda_tiles.is_hopper(entry.tile):
+            return entry.tile in cuda_tiles.hopper_candidates(problem, gpu)
         return entry.tile in cuda_tiles.candidates(problem, gpu)
     return estimate.fits(problem, gpu, entry.tile)

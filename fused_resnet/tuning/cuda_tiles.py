@@ -1,7 +1,11 @@
-"""The tiles of the CUDA convolution: its instances, as csrc/cuda/conv_tiles.h lists them.
+"""The tiles of the CUDA convolutions: their instances, as csrc/cuda/conv_tiles.h lists them.
 
 They are a `Tile` here, as Triton's are; which of them can run a problem, and the order they are
 likely to be fast in, is csrc/cuda/conv_heuristics.cpp's to say.
+
+Those of the convolution for Hopper (csrc/cuda/hopper/tiles.h) are tiles too, told from the others
+by their warps: `block_m` pixels are a cluster's. No GPU has measured them, so nothing but a table
+that `tune` wrote on such a GPU names one.
 """
 
 from __future__ import annotations
@@ -43,6 +47,63 @@ def candidates(problem: ConvProblem, architecture: Architecture) -> list[Tile]:
     for index, split in zip(numbers[::2], numbers[1::2], strict=True):
         m, n, k, warps, stages = shapes[index]
         found.append(Tile(m, n, k, split, warps, stages))
+    return found
+
+
+# What TMA's maps and the kernel's shared memory allow (csrc/cuda/hopper/hopper_conv.cu).
+_HOPPER = (9, 0)
+_HOPPER_M, _HOPPER_DEPTH, _HOPPER_WARPS = 128, 64, 12
+_MOST_FILTERS, _MOST_STRIDE, _MOST_OFFSET, _FARTHEST_CORNER = 2048, 8, 255, 127
+
+
+def hopper_candidates(problem: ConvProblem, architecture: Architecture) -> list[Tile]:
+    """The tiles of the convolution for Hopper that can run a problem, the least wasteful first.
+
+    None on another GPU, in other dtypes than float16 and bfloat16, and for what TMA cannot address.
+    """
+    offsets = [
+        dilation * (taps - 1)
+        for dilation, taps in zip(problem.dilation, (problem.R, problem.S), strict=True)
+    ]
+    corners = zip(problem.padding, offsets, strict=True)
+    if (
+        _native.cuda_operators is None
+        or architecture.capability != _HOPPER
+        or problem.pool is not None
+        or problem.dtype not in ("float16", "bfloat16")
+        or problem.groups != 1
+        or problem.C % 8
+        or problem.K % 8
+        or problem.K > _MOST_FILTERS
+        or max(problem.stride) > _MOST_STRIDE
+        or max(offsets) > _MOST_OFFSET
+        or any(max(pad, offset - pad - 1) > _FARTHEST_CORNER for pad, offset in corners)
+    ):
+        return []
+    pixels = problem.N * problem.P * problem.Q
+
+    def computed(tile: Tile) -> int:
+        rows, columns = -(-pixels // tile.block_m), -(-problem.K // tile.block_n)
+        return rows * tile.block_m * columns * tile.block_n
+
+    return sorted(hopper_instances(), key=computed)
+
+
+def is_hopper(tile: Tile | None) -> bool:
+    """Whether a tile is one of the convolution for Hopper."""
+    return tile is not None and tile.num_warps == _HOPPER_WARPS
+
+
+@functools.cache
+def hopper_instances() -> dict[Tile, int]:
+    """Indices of the instances in csrc/cuda/hopper/tiles.h."""
+    assert _native.cuda_operators is not None
+    numbers = _native.cuda_operators.hopper_conv_tiles()
+    found = {}
+    for place, at in enumerate(range(0, len(numbers), 4)):
+        n, stages, cluster, _ = numbers[at : at + 4]
+        tile = Tile(_HOPPER_M * cluster, n, _HOPPER_DEPTH, 1, _HOPPER_WARPS, stages)
+        found[tile] = place
     return found
 
 

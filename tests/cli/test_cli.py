@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -11,18 +12,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 import torchvision
+from rich.console import Console
 from support import Run
 from support.results_schema import check_document
 
 from fused_resnet import backends
+from fused_resnet.cli import compare as compare_command
 from fused_resnet.measure import clock, compare, engines, inputs
-from fused_resnet.measure.case import Call, Case
+from fused_resnet.measure.case import Accuracy, Call, Candidate, Case, Result
 
 
 def quick(*arguments: object) -> tuple[object, ...]:
@@ -251,6 +255,17 @@ def bad_arguments(tmp_path: Path) -> list[tuple[tuple[object, ...], tuple[str, .
             ("resnet18", "--quantize", "--calibrate", bad_folder),
             ("--calibrate", "bad.jpg", "not an image"),
         ),
+        (("timm:resnet19",), ("MODEL", "'timm:resnet19'", "does not have", "resnet18")),
+        (("hf:resnet-19",), ("MODEL", "'hf:resnet-19'", "transformers")),
+        (("nowhere:make",), ("MODEL", "'nowhere:make'", "importing nowhere", "No module")),
+        (
+            ("json:nothing",),
+            ("MODEL", "'json:nothing'", "no function 'nothing'", "module:function"),
+        ),
+        (("json:dumps",), ("MODEL", "'json:dumps'", "calling it without arguments")),
+        (("collections:Counter",), ("MODEL", "a Counter", "torch.nn.Module")),
+        ((":make",), ("MODEL", "':make'", "module:function")),
+        (("timm:resnet18", "--weights", small), ("--weights", "small.pt", "module:function")),
         (("resnet18", "--bogus"), ("--bogus",)),
         ((), ("MODEL",)),
     ]
@@ -266,6 +281,95 @@ def test_bad_arguments_get_one_line(run: Run, tmp_path: Path) -> None:
         assert err.startswith("fused-resnet: ")
         for part in parts:
             assert part in err, (arguments, err)
+
+
+OWN_MODEL = """
+import torch
+from torchvision.models import resnet
+
+class Output:
+    def __init__(self, logits):
+        self.logits = logits
+
+class Wrapped(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=3)
+
+    def forward(self, x):
+        return Output(self.body(x))
+
+def build():
+    return Wrapped()
+"""
+
+
+@pytest.mark.quick
+def test_compare_of_models_from_elsewhere(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function beside which the command runs, and timm; one process measures memory."""
+    (tmp_path / "own_model.py").write_text(OWN_MODEL)
+    monkeypatch.chdir(tmp_path)
+    written = tmp_path / "results.json"
+    rest = ("--rounds", 2, "--threads", 1, "--json", written)
+    code, out, err = run("compare", "own_model:build", *rest)
+    assert code == 0, err
+    assert "4 x BasicBlock: cpu" in out
+    (case,) = json.loads(written.read_text())["cases"]
+    check_document(json.loads(written.read_text()))
+    assert case["model"] == "own_model:build"
+    assert all(candidate["peak_memory_bytes"] > 0 for candidate in case["candidates"])
+    pytest.importorskip("timm")
+    code, out, err = run("compare", "timm:resnet18d", "--no-memory", *rest[:-2])
+    assert code == 0, err
+    assert "x BasicBlock: cpu: native" in out or "x BasicBlock: cpu: library" in out
+
+
+def test_compare_of_transformers(run: Run) -> None:
+    pytest.importorskip("transformers")
+    for name in ("hf:resnet-18", "hf:ResNetConfig"):
+        code, out, err = run("compare", name, "--rounds", 1, "--threads", 1, "--no-memory")
+        assert code == 0, err
+        assert name in out
+
+
+def test_compare_needs_what_it_is_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    for name, package in (("timm:resnet18", "timm"), ("hf:resnet-18", "transformers")):
+        code, _, err = run(*quick()[:1], name)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"needs {package}: pip install {package}" in err
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_table_fits_a_terminal(train: bool, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 columns, every candidate there can be, large figures: no cell is cut or broken."""
+    samples = [123456.78, 123457.78]
+
+    def candidate(name: str, **changes: Any) -> Candidate:
+        values: dict[str, Any] = {
+            "latency": clock.Latency(samples),
+            "accuracy": Accuracy(1.2e-7, 3.4e-7 if train else None, 1.0),
+            "peak_memory": 12345 * 2**20,
+            "ratio_to_eager": 1.0,
+        }
+        return Candidate(name, **{**values, **changes})
+
+    candidates = [candidate("eager"), candidate("torch.compile"), candidate("fused")]
+    candidates.append(candidate("fused, int8", latency=None, wrong=True))
+    result = Result(Case("timm:resnet26d", train=train), 1, tuple(candidates), (), False, {})
+    monkeypatch.setenv("COLUMNS", "80")
+    console = Console(width=80, file=io.StringIO())
+    compare_command._print_result(console, result)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    for part in ("torch.compile", "fused, int8", "123457.28", "12345 MiB", "1.2e-07", "wrong"):
+        assert part in text
+    assert "…" not in text
+    assert text.count("latency ms, median") == 1
+    assert ("gradient error" in text) == train
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

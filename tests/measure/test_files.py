@@ -673,7 +673,10 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
         """,
         FUSED_RESNET_CPU_ISA="avx3",
     )
-    message = "FUSED_RESNET_CPU_ISA is 'avx3', must be one of none, avx2, avx512, amx, amx_emulated"
+    message = (
+        "FUSED_RESNET_CPU_ISA is 'avx3', must be one of none, avx2, avx512, avx512bf16, "
+        "avx512bf16_emulated, amx, amx_emulated"
+    )
     assert out.count(f"raised {message}") == 2
     assert message in " ".join(out.split())
     assert re.findall(r"ended (\d+)", out) == ["0", "2"]

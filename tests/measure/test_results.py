@@ -19,7 +19,7 @@ from fused_resnet.measure import (
     documents,
     environment,
 )
-from fused_resnet.measure.inputs import InvalidArgumentError
+from fused_resnet.measure.errors import InvalidArgumentError
 
 
 def test_result_files_follow_the_schema() -> None:

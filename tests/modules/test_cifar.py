@@ -27,7 +27,7 @@ import fused_resnet
 from fused_resnet import backends, blocks, reference
 from fused_resnet.backends import cudnn
 from fused_resnet.models import cifar, cifar_resnet
-from fused_resnet.modules.run import stages_forward
+from fused_resnet.modules.network import stages_forward
 from fused_resnet.testing import assert_error_rule, randomize_
 from fused_resnet.tuning import Choice
 
@@ -628,13 +628,13 @@ def test_blocks_with_option_a_in_one_call(stride, planes, layout, monkeypatch):
         eager.append(resnet.BasicBlock(inplanes, planes, step or 1, shortcut))
     eager = randomize_(nn.Sequential(*eager), seed=2).eval().to(memory_format=layout)
     fused = fused_resnet.fuse(copy.deepcopy(eager))
-    native, calls = backends.cpu._residual_blocks_packed, []
+    native, calls = backends.cpu.operators.residual_blocks_packed, []
 
     def counted(*arguments):
         calls.append(arguments[-1])
         return native(*arguments)
 
-    monkeypatch.setattr(backends.cpu, "_residual_blocks_packed", counted)
+    monkeypatch.setattr(backends.cpu.operators, "residual_blocks_packed", counted)
     x = torch.randn(3, 12, 7, 8).contiguous(memory_format=layout)
     with torch.no_grad():
         out = stages_forward([fused], x)

@@ -58,13 +58,13 @@ def fused_model(block="bottleneck", layers=1, stages=2):
 @pytest.fixture
 def packs(monkeypatch):
     """Grows by one whenever a weight is brought into the CPU kernel's layout."""
-    calls, pack = [], backends.cpu._pack_conv_weight
+    calls, pack = [], backends.cpu.operators.pack_conv_weight
 
     def counted(weight, groups):
         calls.append(tuple(weight.shape))
         return pack(weight, groups)
 
-    monkeypatch.setattr(backends.cpu, "_pack_conv_weight", counted)
+    monkeypatch.setattr(backends.cpu.operators, "pack_conv_weight", counted)
     return calls
 
 
@@ -346,9 +346,9 @@ def test_weights_of_a_package_are_packed_once(tmp_path):
     code = """
         import torch
         torch.set_num_threads(2)
-        from fused_resnet.backends import cpu
-        calls, pack = [], cpu._pack_conv_weight
-        cpu._pack_conv_weight = lambda *arguments: calls.append(1) or pack(*arguments)
+        from fused_resnet.backends.cpu import operators
+        calls, pack = [], operators.pack_conv_weight
+        operators.pack_conv_weight = lambda *arguments: calls.append(1) or pack(*arguments)
         x, expected = torch.load({tensors!r})
         run = torch._inductor.aoti_load_package({package!r})
         for mode in (torch.no_grad, torch.inference_mode):

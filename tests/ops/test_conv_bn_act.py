@@ -606,13 +606,14 @@ def test_avx2(ahead):
     ahead()
 
 
+@pytest.mark.parametrize("isa", ["amx_emulated", "avx512bf16_emulated"])
 @pytest.mark.ahead(
-    lambda: rerun_on_instruction_set(
-        "amx_emulated", __file__, f"cpu and bfloat16 and ({MAIN_CASES})"
+    lambda isa: rerun_on_instruction_set(
+        isa, __file__, f"cpu and bfloat16 and ({MAIN_CASES}) and not emulated"
     )
 )
-def test_amx_emulated(ahead):
-    """The main cases again, on the kernel for AMX over emulated tiles."""
+def test_emulated(isa, ahead):
+    """The main cases again, on the kernels for AMX and for AVX512_BF16, emulated."""
     ahead()
 
 

@@ -232,6 +232,37 @@ def test_data_parallel_training_with_shared_statistics(results):
             torch.testing.assert_close(rank["shared"][name], value, rtol=1e-7, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("order", ["fuse first", "shard first"])
+def test_sharded_training(results, order):
+    """FSDP2's gradients, parameters and buffers are those of the unfused network under it."""
+    for rank in results("sharded"):
+        for name, theirs in rank["eager"].items():
+            assert relative_error(rank[order][name], theirs) < 1e-8, name
+        assert rank[f"{order}: class"] == ["FSDPBasicBlock", "FSDPModule", "BasicBlock"]
+        assert rank[f"{order}: memory"] == "low"
+        assert rank[f"{order}: unfused"] == ["FSDPBasicBlock", "FSDPModule", "BasicBlock"]
+        assert all(fused and not reason for fused, _, reason in rank[f"{order}: report"])
+        assert rank[f"{order}: training again"].keys() == rank["eager"].keys()
+
+
+def test_copies_of_gathered_weights(results):
+    """They go with the gathered weights, but for the last block's; and are never out of date."""
+    for rank in results("gathered"):
+        for ours, theirs in (rank["first"], rank["second"]):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        # Of four blocks the last has four times as many weights as the one before it.
+        assert 0 < rank["kept"] < 0.85 * rank["weights"]
+        assert rank["kept later"] < 0.85 * rank["weights"]
+
+
+def test_compiled_parallel_training(results):
+    for rank, sharded in zip(results("compiled"), results("sharded"), strict=True):
+        # DDP hands the first process's buffers to all, FSDP leaves each its own.
+        for way, eager in (("data parallel", rank["eager"]), ("sharded", sharded["eager"])):
+            for name, theirs in eager.items():
+                assert relative_error(rank[way][name], theirs) < 1e-8, (way, name)
+
+
 @pytest.mark.quick
 def test_without_processes_it_is_ordinary():
     """As in torch, `SyncBatchNorm` normalises by itself where there is no process group."""

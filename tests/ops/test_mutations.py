@@ -171,7 +171,8 @@ def test_nan_check_notices_a_relu_that_kills_nan(monkeypatch):
 
 def test_staleness_check_notices_a_stale_weight(monkeypatch):
     """A cache of packed weights that nothing ever invalidates."""
-    pack, kept = backends.cpu._packed_copy, {}
+    weights = backends.cpu.weights
+    pack, kept = weights.packed_copy, {}
 
     def never_again(weight, groups):
         if id(weight) not in kept:
@@ -181,10 +182,10 @@ def test_staleness_check_notices_a_stale_weight(monkeypatch):
     model = fused_resnet.fuse(small_resnet())
     x = image_batch(2, 40)
     with torch.no_grad():
-        monkeypatch.setattr(backends.cpu, "_packed", lambda *weight: never_again(*weight)[1])
-        monkeypatch.setattr(backends.cpu, "_as_packed_anew", never_again)
-        monkeypatch.setattr(backends.cpu, "_packed_anew", lambda *weight: never_again(*weight)[1])
-        monkeypatch.setattr(backends.cpu, "_packed_copy", never_again)
+        monkeypatch.setattr(weights, "packed", lambda *weight: never_again(*weight)[1])
+        monkeypatch.setattr(weights, "as_packed_anew", never_again)
+        monkeypatch.setattr(weights, "packed_anew", lambda *weight: never_again(*weight)[1])
+        monkeypatch.setattr(weights, "packed_copy", never_again)
         model(x)
         assert kept
         for parameter in model.parameters():

@@ -96,6 +96,7 @@ CUDA = {
 # Those without tensors.
 QUERIES = {
     "conv_isa",
+    "conv_pair_isa",
     "conv_tile_isa",
     "cpu_isa",
     "cpu_pool_statistics",
@@ -420,7 +421,7 @@ def internal_calls():
 
     with pytest.MonkeyPatch.context() as patch:
         for name in calls:
-            patch.setattr(backends.cpu, f"_{name}", recorder(name))
+            patch.setattr(backends.cpu.operators, name, recorder(name))
         run_all_that_the_cpu_has()
     return calls
 
@@ -447,9 +448,9 @@ def run_all_that_the_cpu_has():
 @pytest.mark.parametrize("name", sorted(INTERNAL - ELSEWHERE))
 def test_internal_operators_keep_to_their_schemas(internal_calls, name):
     """What the CPU backend calls while a model runs writes to and aliases nothing it should not."""
-    if name == "conv_weight_gradient" and not backends.cpu._TILE_ISA:
+    if name == "conv_weight_gradient" and not backends.cpu.isa.has_unit(torch.float32):
         assert not internal_calls[name]
-        pytest.skip("no AMX: the gradients in weights are the library's")
+        pytest.skip("no AMX: the gradients in weights of float32 are the library's")
     assert internal_calls[name]
     operator = getattr(torch.ops.fused_resnet, name).default
     for arguments in internal_calls[name]:
@@ -473,7 +474,7 @@ def train_a_convolution():
     one = (1, 1)
     geometry = (*one, *one, *one, 1)
     for before in ((None, None, None, None, 0.0), norm):
-        backends.cpu._conv_training(x, weight, None, *geometry, *before, True)
+        backends.cpu.operators.conv_training(x, weight, None, *geometry, *before, True)
 
 
 @pytest.mark.quick

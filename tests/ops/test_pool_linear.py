@@ -89,8 +89,8 @@ def network(monkeypatch):
         calls.append(arguments)
         return kernel(*arguments)
 
-    kernel = cpu._pool_linear
-    monkeypatch.setattr(cpu, "_pool_linear", counted)
+    kernel = cpu.operators.pool_linear
+    monkeypatch.setattr(cpu.operators, "pool_linear", counted)
     torch.manual_seed(0)
     block = torchvision.models.resnet.BasicBlock
     model = torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=5).eval()

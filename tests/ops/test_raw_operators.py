@@ -507,6 +507,17 @@ def test_the_fuzzer_sees_what_goes_wrong(tmp_path, monkeypatch):
         assert f"--first {call} --calls 1" in done.stdout
 
 
+def test_the_fuzzer_draws_networks(monkeypatch):
+    """Some live through their passes; all of them are findings where a forward pass is wrong."""
+    options = fuzz.parsed(["--seed", "5", "--kinds", "networks"])
+    outcomes = {index: fuzz.run_call(options, index)[1:] for index in range(12)}
+    assert set(outcomes.values()) == {("ok", None)}
+    forward = fused_resnet.blocks.ResNet.forward
+    monkeypatch.setattr(fused_resnet.blocks.ResNet, "forward", lambda *a: 1.2 * forward(*a))
+    found = {fuzz.run_call(options, index)[1] for index in range(12)}
+    assert {"wrong in inference_mode", "wrong in no_grad", "wrong in train"} <= found
+
+
 def test_the_fuzzer_knows_the_library_by_another_convolution(monkeypatch):
     options = fuzz.parsed(["--seed", "3", "--kinds", "public"])
 

@@ -27,7 +27,7 @@ from fused_resnet import backends, functional
 from fused_resnet.layers.description import Norm, Sums
 from fused_resnet.measure.clock import kept_bytes
 from fused_resnet.models import cifar_resnet
-from fused_resnet.modules import run as module_run
+from fused_resnet.modules import buffers
 from fused_resnet.testing import assert_error_rule, relative_error
 
 MEMORY = ["normal", "low"]
@@ -485,10 +485,10 @@ def test_running_statistics_are_rounded_as_eager_rounds_them(monkeypatch):
         norm(torch.stack([value, value]))
         statistics.append((value.flatten(), torch.zeros(512), None))
     counts = [2] * 2
-    module_run._count_batches(norms, counts, statistics)
+    buffers.count_batches(norms, counts, statistics)
     with monkeypatch.context() as patch:
-        patch.setattr(module_run, "_count_together", lambda *_: False)
-        module_run._count_batches(one_by_one, counts, statistics)
+        patch.setattr(buffers, "_count_together", lambda *_: False)
+        buffers.count_batches(one_by_one, counts, statistics)
     for found in (norms, one_by_one):
         for ours, theirs in zip(found, eager, strict=True):
             assert_same_bits(ours.running_mean, theirs.running_mean)

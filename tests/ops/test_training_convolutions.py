@@ -66,7 +66,7 @@ def error(result, exact):
 @pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
 def test_the_gradient_in_the_input(shape, dtype, monkeypatch):
     # Also where the library's would be chosen, as it is in bfloat16 with AMX.
-    monkeypatch.setattr(cpu, "_on_tiles", lambda *_: False)
+    monkeypatch.setattr(cpu.isa, "on_tiles", lambda *_: False)
     arguments = grad, x, weight, geometry = make_convolution(shape, dtype)
     exact = library_gradient(grad.double(), x.double(), weight.double(), geometry)
     bound = 1.5 * error(library_gradient(*arguments), exact)

@@ -192,6 +192,14 @@ def test_architecture_flags():
     ]
 
 
+def test_hopper_architectures():
+    """Hopper's kernels are 9.0a's alone; elsewhere they are compiled empty."""
+    assert toolchain.hopper_architectures(["8.0", "9.0", "12.0+PTX"]) == ["9.0a"]
+    assert toolchain.hopper_architectures(["9.0a"]) == ["9.0a"]
+    assert toolchain.hopper_architectures(["8.0", "9.0+PTX"]) == ["9.0a"]
+    assert toolchain.hopper_architectures(["8.6+PTX"]) == ["8.6+PTX"]
+
+
 def test_sanitizers():
     flags = native.sanitizer_flags("address,undefined")
     assert "-fsanitize=address,undefined" in flags

@@ -13,7 +13,7 @@ import fused_resnet
 from fused_resnet import backends
 from fused_resnet.layers import quantized_copies
 from fused_resnet.models import cifar_resnet
-from fused_resnet.modules import plans, run
+from fused_resnet.modules import network, plans
 from fused_resnet.quantization.quantize import default_stem
 from fused_resnet.testing import randomize_, relative_error
 
@@ -102,7 +102,7 @@ def by_hand(model, x):
 def outputs(model, x):
     """What the stem gives, as the network runs it."""
     with torch.no_grad():
-        return run.network_stem(model, x)
+        return network.network_stem(model, x)
 
 
 @pytest.mark.parametrize("backend_name", ["cpu", "reference"])
@@ -257,7 +257,7 @@ def test_another_first_convolution():
 def test_autocast_and_other_dtypes():
     model, x = made()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        out = run.network_stem(model, x)
+        out = network.network_stem(model, x)
     assert out.dtype is torch.bfloat16
     expected = outputs(model, x.bfloat16().float())
     assert_same_bits(out, expected.bfloat16())

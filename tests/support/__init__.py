@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import os
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -592,6 +592,59 @@ def run_python(code: str, timeout: float = 300, **environment: str) -> str:
     )
     assert status == 0, f"exit status {status}\n{out[-2000:]}\n{err[-4000:]}"
     return out
+
+
+def conv_layouts(x: Tensor) -> Iterator[Tensor]:
+    """The same values in other places: channels first, and channels and pixels that lie apart."""
+    yield x.contiguous(memory_format=torch.channels_last)
+    yield x.contiguous()
+    n, c, h, w = x.shape
+    for before, behind in ((8, 32), (9, 32), (0, 1)):
+        channels = torch.full((n, h, w, before + c + behind), torch.nan, dtype=x.dtype)
+        channels = channels.permute(0, 3, 1, 2)
+        channels[:, before : before + c] = x
+        yield channels[:, before : before + c]
+    pixels = torch.full((n, h + 1, w + 2, c), torch.nan, dtype=x.dtype).permute(0, 3, 1, 2)
+    pixels[:, :, 1:, 1:-1] = x
+    yield pixels[:, :, 1:, 1:-1]
+
+
+_DIGEST = """
+import hashlib
+import torch
+from support import STEM, ConvShape, make_conv_case
+
+digest = hashlib.sha256()
+for shape in (ConvShape(64, 64, (3, 3), padding=(1, 1)), ConvShape(256, 40, (1, 1)), STEM):
+    for scale in (1.0, 1e-19, 1e-21, 1e-38, 1e19, 3e19, "special"):
+        name, torch.backends.mkldnn.conv.fp32_precision = sys.argv[1:]
+        dtype = getattr(torch, name)
+        case = make_conv_case(shape, size=(9, 7), dtype=dtype, activation="none",
+                              affine=False, residual=False)
+        case.running_mean.zero_()
+        if scale == "special":
+            values = case.input.permute(0, 2, 3, 1).reshape(-1)
+            for i, value in enumerate((torch.inf, -torch.inf, torch.nan, 1e-40, -0.0, 3e38)):
+                values[37 * i + 5 :: 997] = value
+            case.input.copy_(values.view(case.input.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2))
+        else:
+            case.input *= scale
+            case.weight *= scale
+        case.running_var.fill_(1.0)
+        out = case.fused().contiguous()
+        out[out.isnan()] = torch.nan
+        digest.update(out.view(torch.int16).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def conv_digests(sets: Sequence[str], dtype: str, precision: str = "none") -> list[str]:
+    """What the kernels of each instruction set compute of some convolutions, as a digest.
+
+    Among the values are such as overflow or become subnormal in a product or a sum.
+    """
+    code = _DIGEST.replace("sys.argv[1:]", repr((dtype, precision)))
+    return [run_python(code, FUSED_RESNET_CPU_ISA=isa) for isa in sets]
 
 
 def rerun_on_instruction_set(isa: str, file: str, selected: str) -> None:

@@ -110,6 +110,21 @@ def build(sources: Sequence[Path]) -> Path:
     return library
 
 
+def build_for_gpu(source: Path) -> Path:
+    """A library of kernels of the tests' own, compiled by nvcc for compute capability 9.0a."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    command = [
+        nvcc, "-shared", "-std=c++20", "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000", "-gencode=arch=compute_90a,code=sm_90a",
+        "-Xcompiler=-fPIC", f"-I{ROOT / 'csrc'}", "-isystem", str(TORCH / "include"), str(source),
+        f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch_cuda", "-o",
+    ]  # fmt: skip
+    library = BUILD / f"{source.stem}.so"
+    _run(command, library)
+    return library
+
+
 def link_command(objects: Sequence[Path]) -> list[str]:
     """What makes the library, but for `-o` and its path."""
     return [

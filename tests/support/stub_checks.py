@@ -45,7 +45,7 @@ from fused_resnet.backends.triton import (
 from fused_resnet.backends.triton import plans as triton_plans
 from fused_resnet.layers.description import ConvNorm, Norm
 from fused_resnet.measure.tune import cases, race
-from fused_resnet.modules import graphs, plans, run
+from fused_resnet.modules import graphs, network, plans
 from fused_resnet.tuning import training as training_choice
 from fused_resnet.tuning.choice import CONVOLUTIONS, Choice, Tile
 from fused_resnet.tuning.problem import ChainProblem
@@ -181,9 +181,9 @@ def triton_s_own() -> tuple[list[tuple], Names, list[launch.Launch]]:
     names = Names()
     token = launch.recorder.set(names)
     with launch.logged() as moved:
-        run._resnet_features(model, x)
+        network._resnet_features(model, x)
     launch.recorder.reset(token)
-    return origins(lambda: run._resnet_features(model, x), names, moved), names, moved
+    return origins(lambda: network._resnet_features(model, x), names, moved), names, moved
 
 
 def check_launches_are_triton_s_own() -> None:
@@ -193,10 +193,10 @@ def check_launches_are_triton_s_own() -> None:
     assert len(its) >= 10, len(its)
     assert any(attributes for *_, attributes, _ in its), "no launch overlaps another"
     with torch.inference_mode():
-        ours = origins(lambda: plans.planned(model, parts(), x, run._resnet_features), *called)
+        ours = origins(lambda: plans.planned(model, parts(), x, network._resnet_features), *called)
         assert runs[-1][1]
         assert len(stub.launches()) == runs[-1][0].launch_count
-        own, again = run._resnet_features(model, x), runs[-1][0].run(x)
+        own, again = network._resnet_features(model, x), runs[-1][0].run(x)
     for one, other in zip(ours, its, strict=True):
         assert one == other, (one, other)
     assert "output_ptr -> result" in ours[-1][-1], ours[-1]
@@ -218,7 +218,7 @@ def check_a_wrong_plan_would_be_seen() -> None:
         settled()
 
     def compared() -> None:
-        ours = origins(lambda: plans.planned(model, parts(), x, run._resnet_features), *called)
+        ours = origins(lambda: plans.planned(model, parts(), x, network._resnet_features), *called)
         assert ours == its, "differs"
 
     seen = r"where it reads|nothing wrote|differs"
@@ -239,7 +239,7 @@ def check_stream_and_memory() -> None:
 
 
 def parts() -> list[nn.Module]:
-    return [model._modules[name] for name in run._RESNET_PARTS]
+    return [model._modules[name] for name in network._RESNET_PARTS]
 
 
 def check_threads() -> None:
@@ -416,7 +416,10 @@ def check_changes() -> None:
                 return input
 
             runs.clear()
-            with _set(run, "_resnet_features", ordinary), _set(run, "run_unfused", _unfused(asked)):
+            with (
+                _set(network, "_resnet_features", ordinary),
+                _set(network, "run_unfused", _unfused(asked)),
+            ):
                 model(x)
             assert (len(asked), runs) == (1, []), what
     settled()
@@ -684,8 +687,8 @@ def check_graphs_are_left_alone_where_something_is_seen() -> None:
 
             launched = stub.graph_launches()
             with (
-                _set(run, "_resnet", ordinary),
-                _set(run, "run_unfused", _unfused(asked)),
+                _set(network, "_resnet", ordinary),
+                _set(network, "run_unfused", _unfused(asked)),
                 context(),
             ):
                 net(x)
@@ -804,7 +807,7 @@ def check_out_of_resources_runs_the_next_tile() -> None:
         for kernel in (conv_kernels.conv_kernel, bottleneck.bottleneck_kernel):
             kernel.device_caches.clear()
         stub.reset()
-        out = run._resnet_features(fresh, small)
+        out = network._resnet_features(fresh, small)
         first = len(tried)
         launched = stub.launches()
         assert out.shape == (4, 512, 8, 8)
@@ -818,7 +821,7 @@ def check_out_of_resources_runs_the_next_tile() -> None:
         # The second pass knows.
         tried.clear()
         stub.reset()
-        run._resnet_features(fresh, small)
+        network._resnet_features(fresh, small)
         assert len(tried) == len(stub.launches()) == len(launched)
         _check_prologue()
     tuning._left_out.clear()

@@ -317,6 +317,87 @@ def two_steps(model: nn.Module, wrapped: nn.Module, rank: int | None) -> dict[st
     }
 
 
+def shard(model: nn.Module) -> nn.Module:
+    """FSDP2 over both processes: each block by itself, then the rest."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for module in list(model.modules()):
+        if isinstance(module, resnet.BasicBlock):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in tensors.items()}
+
+
+def sharded():
+    """Two steps under FSDP2, fused before or after, and what the report says of it."""
+    results = {}
+    for name in ("eager", "fuse first", "shard first"):
+        model = network()
+        if name == "fuse first":
+            fused_resnet.fuse(model, memory="low")
+        shard(model)
+        if name == "shard first":
+            fused_resnet.fuse(model, memory="low")
+        results[name] = whole(two_steps(model, model, RANK))
+        if name != "eager":
+            block = model.layer1[0]
+            results[f"{name}: class"] = [cls.__name__ for cls in type(block).__mro__[:3]]
+            results[f"{name}: memory"] = block.memory
+            records = fused_resnet.report(model)
+            results[f"{name}: report"] = [(r.fused, r.backend, r.reason) for r in records]
+            fused_resnet.unfuse(model)
+            results[f"{name}: unfused"] = [cls.__name__ for cls in type(block).__mro__[:3]]
+            results[f"{name}: training again"] = whole(two_steps(model, model, RANK))
+    return results
+
+
+def gathered():
+    """Inference on native kernels: the copies that are kept of gathered weights, and a change.
+
+    One weight of a filter changes, in the shard of the process that has it.
+    """
+    cache = fused_resnet.backends.cpu.weights.cache
+    fused_resnet.backends.cpu.empty_cache()
+    plain = network().float().eval()
+    model = shard(fused_resnet.fuse(copy.deepcopy(plain)))
+    x = draw(2, 3, 32, 32, seed=20).float()
+    results = {"weights": sum(p.numel() * 4 for p in plain.parameters() if p.dim() == 4)}
+    with torch.no_grad():
+        results["first"] = (model(x), plain(x))
+        results["kept"] = sum(entry.copy.nbytes for entry in cache.values())
+        model(x)
+        results["kept later"] = sum(entry.copy.nbytes for entry in cache.values())
+        for changed in (plain.layer4[0].conv2.weight, plain.conv1.weight):
+            changed[1, 2, 1, 0] += 30
+        for name in ("layer4.0.conv2.weight", "conv1.weight"):
+            model.reshard()
+            local = model.get_parameter(name).to_local()
+            if RANK == 0:  # the first half of the filters
+                local[1, 2, 1, 0] += 30
+        results["second"] = (model(x), plain(x))
+    return results
+
+
+def compiled():
+    """A step under torch.compile of DDP's and FSDP2's wrapped networks."""
+    results = {}
+    for name in ("eager", "data parallel", "sharded"):
+        model = network()
+        if name != "eager":
+            fused_resnet.fuse(model)
+        wrapped = shard(model) if name == "sharded" else DistributedDataParallel(model)
+        if name != "eager":
+            torch._dynamo.reset()
+            wrapped = torch.compile(wrapped, backend="aot_eager")
+        results[name] = whole(two_steps(model, wrapped, RANK))
+    return results
+
+
 SCENARIOS = (
     functions,
     models,
@@ -330,6 +411,9 @@ SCENARIOS = (
     twice,
     report,
     data_parallel,
+    sharded,
+    gathered,
+    compiled,
 )
 
 

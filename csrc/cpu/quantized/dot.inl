@@ -125,16 +125,17 @@ FR_BYTES_INLINE void sum_products(const DotTaps& taps, const uint8_t* const (&in
         for (; four != end; four += 64, at += 4) {
           Ints held[kHeld];
           for (int v = 0; v < kHeld; ++v) {
-            held[v] = load_ints(reinterpret_cast<const int32_t*>(four + weights_of(v, block_bytes)));
+            held[v] =
+                load_ints(reinterpret_cast<const int32_t*>(four + weights_of(v, block_bytes)));
           }
 #pragma GCC unroll 8
           for (int i = 0; i < kDotPixels; ++i) {
             const Ints pixel = broadcast_four(in[i] + at);
 #pragma GCC unroll 16
             for (int v = 0; v < kVectors; ++v) {
-              total[i][v] = v < kHeld ? dot(total[i][v], pixel, held[v])
-                                      : dot_memory(total[i][v], pixel,
-                                                   four + weights_of(v, block_bytes));
+              total[i][v] = v < kHeld
+                                ? dot(total[i][v], pixel, held[v])
+                                : dot_memory(total[i][v], pixel, four + weights_of(v, block_bytes));
             }
           }
         }
@@ -186,8 +187,12 @@ struct DotRun {
   explicit DotRun(const ByteConv& c) : conv(c) {
     const ByteFilter& filter = c.filter;
     const int64_t pixel = c.in.pixel();
-    taps = {filter.R,       filter.joined ? 1 : filter.S, c.dil_h * c.in.pitch() * pixel,
-            c.dil_w * pixel, filter.steps(),              filter.block_bytes()};
+    taps = {filter.R,
+            filter.joined ? 1 : filter.S,
+            c.dil_h * c.in.pitch() * pixel,
+            c.dil_w * pixel,
+            filter.steps(),
+            filter.block_bytes()};
     projection = taps;
     if (!c.doubled) {
       projection = {1, 1, 0, 0, c.projection.steps(), c.projection.block_bytes()};
@@ -217,8 +222,7 @@ void convolve(const DotRun& run, const DotPixels& pixels, int64_t channel) {
   const ByteConv& conv = run.conv;
   const ByteWeight &weight = conv.weight, &other = conv.projection_weight;
   alignas(64) int32_t first[kProjection ? kDotPixels * kChannels : 1];
-  const int64_t base =
-      conv.filter.groups == 1 ? 0 : conv.filter.base(channel / kByteBlockK);
+  const int64_t base = conv.filter.groups == 1 ? 0 : conv.filter.base(channel / kByteBlockK);
   const uint8_t* in[kDotPixels];
   for (int i = 0; i < kDotPixels; ++i) in[i] = pixels.in[i] + base;
   Ints sums[kDotPixels][kVectors];
@@ -247,9 +251,10 @@ void convolve(const DotRun& run, const DotPixels& pixels, int64_t channel) {
 #pragma GCC unroll 8
   for (int i = 0; i < kDotPixels; ++i) {
     if (i < pixels.count) {
-      finish<kOffset, kShortcut>(step, sums[i], first + (kProjection ? i * kChannels : 0),
-                                 kShortcut == ByteShortcut::bytes ? pixels.added[i] + channel : nullptr,
-                                 pixels.out[i] + channel);
+      finish<kOffset, kShortcut>(
+          step, sums[i], first + (kProjection ? i * kChannels : 0),
+          kShortcut == ByteShortcut::bytes ? pixels.added[i] + channel : nullptr,
+          pixels.out[i] + channel);
     }
   }
 }

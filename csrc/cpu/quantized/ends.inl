@@ -1,5 +1,5 @@
-// Between floating-point tensors and bytes, on the vectors of bytes_*.h, which the including file has
-// included.
+// Between floating-point tensors and bytes, on the vectors of bytes_*.h, which the including file
+// has included.
 
 namespace fused_resnet::cpu {
 namespace {

@@ -28,7 +28,8 @@ FR_BYTES_INLINE Ints dot_memory(Ints sums, Ints pixels, const int8_t* weights) {
 #include "cpu/quantized/ends.inl"
 
 namespace fused_resnet::cpu {
-const ByteKernels kBytesAvx512Vnni = {"avx512 vnni", pieces, run, quantize, quantize_words, dequantize};
+const ByteKernels kBytesAvx512Vnni = {"avx512 vnni", pieces,         run,
+                                      quantize,      quantize_words, dequantize};
 }
 
 #endif

@@ -42,6 +42,11 @@ inline void load_matrix_x2_transposed(uint32_t (&r)[2], const void* row,
   on_host::load_matrices(r, 2, row, true, place);
 }
 
+inline void store_matrix_x4(void* row, const uint32_t (&r)[4],
+                            on_host::Place place = on_host::Place::current()) {
+  on_host::store_matrices(row, r, 4, place);
+}
+
 template <typename T>
 void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                  on_host::Place place = on_host::Place::current()) {
@@ -92,6 +97,14 @@ __device__ __forceinline__ void load_matrix_x2_transposed(uint32_t (&r)[2], cons
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])
                : "r"(shared_address(row))
+               : "memory");
+}
+
+// Stores four matrices, the reverse of load_matrix_x4. Of compute capability 9.0 and later.
+__device__ __forceinline__ void store_matrix_x4(void* row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(row)),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
 

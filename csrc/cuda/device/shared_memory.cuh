@@ -21,11 +21,19 @@ __device__ __forceinline__ char* shared_memory() {
 #endif
 }
 
-#ifndef FUSED_RESNET_ON_HOST
 // The address that instructions on shared memory take.
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
+#ifdef FUSED_RESNET_ON_HOST
+  return on_host::shared_address(shared);
+#else
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
 #endif
+}
+
+// The first place from `shared` on whose address is a multiple of kBytes, a power of two.
+template <int kBytes>
+__device__ __forceinline__ char* aligned(char* shared) {
+  return shared + (-shared_address(shared) & (kBytes - 1));
+}
 
 }  // namespace fused_resnet::device

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...layers.description import ConvNorm, conv_norm_of
 from ...testing import FACTOR
 from ...tuning.problem import BasicBlockProblem, ChainProblem, ConvProblem, Problem
-from ..inputs import first_line
+from ..errors import first_line
 
 # Images whose float64 reference is computed at a time.
 _IMAGES_AT_ONCE = 16

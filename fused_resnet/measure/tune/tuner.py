@@ -37,7 +37,7 @@ from ...tuning import basic_block, chain, cuda_tiles, estimate, reload, table, u
 from ...tuning.architecture import Architecture
 from ...tuning.choice import BASIC_BLOCK, CHAIN_KERNELS, CONVOLUTIONS, MEASURED, Choice
 from ...tuning.problem import BasicBlockProblem, ChainProblem, ConvProblem, Problem
-from ..inputs import first_line
+from ..errors import first_line
 from .cases import Case, Run, case_of, check, described, pooled, precision
 from .race import Timer, race
 
@@ -125,6 +125,7 @@ def candidates(
     found += [Choice("triton", tile, MEASURED) for tile in tiles[:most]]
     if device.type == "cuda":
         tiles = cuda_tiles.candidates(problem, architecture)[:_MOST_CUDA_TILES]
+        tiles += cuda_tiles.hopper_candidates(problem, architecture)
         found += [Choice("cuda", tile, MEASURED) for tile in tiles]
     if device.type == "cuda" and problem.pool is None and torch.backends.cudnn.is_available():
         fused = "cudnn_convolution_add_relu" if problem.residual else "cudnn_convolution_relu"

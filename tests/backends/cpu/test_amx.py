@@ -19,11 +19,12 @@ from support import (
     ConvShape,
     assert_same_nonfinite,
     assert_within_bound,
+    conv_digests,
+    conv_layouts,
     make_conv_case,
     make_norm_conv_case,
     relative_error,
     rerun_on_instruction_set,
-    run_python,
 )
 from torchvision.models.resnet import BasicBlock
 
@@ -35,6 +36,8 @@ TILES = torch.ops.fused_resnet.conv_tile_isa()
 IS_FORCED = bool(os.environ.get("FUSED_RESNET_CPU_ISA"))
 needs_tiles = pytest.mark.skipif(not TILES, reason="no AMX; run again over emulated tiles")
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
+# Their digests are compared.
+SETS = ("amx", "amx_emulated", "avx512")
 needs_amx = pytest.mark.skipif(TILES != "amx", reason="this processor has no AMX")
 
 # What each part of the kernel has to get right: planes of strided inputs, rows that share their
@@ -59,19 +62,6 @@ SHAPES = [
 ]
 
 
-def layouts(x):
-    """The same values in other places: channels first, and channels and pixels that lie apart."""
-    yield x.contiguous(memory_format=torch.channels_last)
-    yield x.contiguous()
-    n, c, h, w = x.shape
-    channels = torch.full((n, h, w, c + 40), torch.nan, dtype=x.dtype).permute(0, 3, 1, 2)
-    channels[:, 8 : 8 + c] = x
-    yield channels[:, 8 : 8 + c]
-    pixels = torch.full((n, h + 1, w + 2, c), torch.nan, dtype=x.dtype).permute(0, 3, 1, 2)
-    pixels[:, :, 1:, 1:-1] = x
-    yield pixels[:, :, 1:, 1:-1]
-
-
 @needs_tiles
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,7 +79,7 @@ def test_layouts_and_sizes(shape, size, dtype):
             activation=activation,
         )  # fmt: skip
         expected, bound = case.double().eager(), case.rounding_bound()
-        for x in layouts(case.input):
+        for x in conv_layouts(case.input):
             case.input = x
             assert_within_bound(case.fused(), expected, bound)
         if residual:
@@ -134,7 +124,7 @@ def test_prologue(dtype):
     for shape in (SHAPES[0], SHAPES[3], SHAPES[6], SHAPES[7], SHAPES[9]):
         case = make_norm_conv_case(shape, size=(11, 10), dtype=dtype)
         expected, bound = case.double().eager(), case.rounding_bound()
-        for x in layouts(case.input):
+        for x in conv_layouts(case.input):
             case.input = x
             assert_within_bound(case.fused(), expected, bound)
 
@@ -475,42 +465,6 @@ def test_float32_that_is_nearly_subnormal():
         assert relative_error(case.fused(), exact) <= 1.5 * relative_error(case.eager(), exact)
 
 
-BITS = """
-import hashlib
-import torch
-from support import STEM, ConvShape, make_conv_case
-
-digest = hashlib.sha256()
-for shape in (ConvShape(64, 64, (3, 3), padding=(1, 1)), ConvShape(256, 40, (1, 1)), STEM):
-    for scale in (1.0, 1e-19, 1e-21, 1e-38, 1e19, 3e19, "special"):
-        name, torch.backends.mkldnn.conv.fp32_precision = sys.argv[1:]
-        dtype = getattr(torch, name)
-        case = make_conv_case(shape, size=(9, 7), dtype=dtype, activation="none",
-                              affine=False, residual=False)
-        case.running_mean.zero_()
-        if scale == "special":
-            values = case.input.permute(0, 2, 3, 1).reshape(-1)
-            for i, value in enumerate((torch.inf, -torch.inf, torch.nan, 1e-40, -0.0, 3e38)):
-                values[37 * i + 5 :: 997] = value
-            case.input.copy_(values.view(case.input.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2))
-        else:
-            case.input *= scale
-            case.weight *= scale
-        case.running_var.fill_(1.0)
-        out = case.fused().contiguous()
-        out[out.isnan()] = torch.nan
-        digest.update(out.view(torch.int16).numpy().tobytes())
-print(digest.hexdigest())
-"""
-
-
-def digests(dtype: str, allowed: str) -> list[str]:
-    """What each instruction set computes, as a digest."""
-    code = BITS.replace("sys.argv[1:]", repr((dtype, allowed)))
-    sets = ("amx", "amx_emulated", "avx512")
-    return [run_python(code, FUSED_RESNET_CPU_ISA=isa) for isa in sets]
-
-
 @needs_amx
 @pytest.mark.parametrize(
     ("dtype", "allowed"),
@@ -522,7 +476,7 @@ def digests(dtype: str, allowed: str) -> list[str]:
         ("float32", "bf16"),
     ],
 )
-@pytest.mark.ahead(lambda dtype, allowed: digests(dtype, allowed))
+@pytest.mark.ahead(lambda dtype, allowed: conv_digests(SETS, dtype, allowed))
 def test_emulated_tiles_have_the_units_bits(dtype, allowed, ahead):
     """Rounding, subnormals and the order of sums: what the emulation says is what the unit does."""
     unit, emulated, vectors = ahead()

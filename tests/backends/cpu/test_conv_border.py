@@ -132,12 +132,11 @@ def test_input_gradients(shape, dtype, adds):
     assert_right(found, exact + case.input.double() if adds else exact, dtype)
 
 
-@pytest.mark.skipif(
-    not torch.ops.fused_resnet.conv_tile_isa(), reason="no AMX; run again over emulated tiles"
-)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 def test_forward_pass_in_training(dtype):
     """Outputs, and the statistics of channels whose weights are finite."""
+    if not backends.cpu.isa.has_unit(dtype):
+        pytest.skip("this processor has no unit for it; run again on an emulated one")
     case = make_conv_case(SHAPES[0], size=(7, 6), dtype=dtype)
     case.weight = case.weight.contiguous(memory_format=torch.channels_last)
     spoil(case.weight, math.inf)
@@ -224,7 +223,7 @@ def test_weights_that_change():
     assert_right(case.fused(), case.double().eager(conv_of_taps), torch.float32)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "amx_emulated"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "avx512bf16_emulated", "amx_emulated"])
 @pytest.mark.ahead(lambda isa: rerun_on_instruction_set(isa, __file__, "not other_processors"))
 def test_other_processors(isa, ahead):
     ahead()

@@ -18,10 +18,10 @@ from torchvision.models.resnet import BasicBlock
 
 import fused_resnet
 from fused_resnet import backends, models
-from fused_resnet.backends import cpu, cpu_plans
+from fused_resnet.backends import cpu
 from fused_resnet.modules import plans
 
-pytestmark = pytest.mark.skipif(not cpu._ISA, reason="plans are of native kernels: no AVX2 here")
+pytestmark = pytest.mark.skipif(not cpu.isa.ISA, reason="plans are of native kernels: no AVX2 here")
 
 
 @pytest.fixture
@@ -29,13 +29,13 @@ def ran(monkeypatch):
     """Grows by one with each pass that a plan ran."""
     passes = []
 
-    def run(self, input, original=cpu_plans.Plan.run):
+    def run(self, input, original=cpu.plans.Plan.run):
         out = original(self, input)
         if out is not None:
             passes.append(self)
         return out
 
-    monkeypatch.setattr(cpu_plans.Plan, "run", run)
+    monkeypatch.setattr(cpu.plans.Plan, "run", run)
     return passes
 
 
@@ -516,7 +516,7 @@ def test_copies_are_given_back_on_demand(release, ran):
     settle(model, x, ran)
     model.layer1[0].conv1.weight.data[0, 0, 1, 1] += 100
     release(model)
-    assert not any(id(weight) in cpu_plans._of_weights for weight in model.parameters())
+    assert not any(id(weight) in cpu.plans._of_weights for weight in model.parameters())
     count = len(ran)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), as_eager(model, x), rtol=1e-3, atol=1e-3)
@@ -535,7 +535,7 @@ def test_a_plan_goes_with_its_model(ran):
     gc.collect()
     assert plan() is None
     assert storage() is None
-    assert not any(key in cpu_plans._of_weights for key in keys)
+    assert not any(key in cpu.plans._of_weights for key in keys)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

@@ -147,7 +147,7 @@ def test_watching_begins_and_ends():
     def watched():
         with torch.no_grad():
             model(x)
-        return cpu._cache.find(weight).whole
+        return cpu.weights.cache.find(weight).whole
 
     assert not watched()
     fused_resnet.fuse(model, watch="full")
@@ -434,7 +434,7 @@ def test_a_dead_models_memory_goes_back(end):
             else:
                 model.to("meta")
         gc.collect()
-        print(len(fused_resnet.backends.cpu._cache), packed - before, packed - resident())
+        print(len(fused_resnet.backends.cpu.weights.cache), packed - before, packed - resident())
         """
     )
     entries, packed, freed = map(int, out.split())

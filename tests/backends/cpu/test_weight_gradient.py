@@ -1,4 +1,4 @@
-"""A convolution's gradient in its weight on tiles: on AMX, and over emulated tiles anywhere."""
+"""A convolution's gradient in its weight, on tiles or in pairs, or with either emulated."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from support import rerun_on_instruction_set
 
 from fused_resnet.backends import cpu
 
-needs_tiles = pytest.mark.skipif(
-    not torch.ops.fused_resnet.conv_tile_isa(), reason="no AMX; run again over emulated tiles"
-)
-DTYPES = [torch.bfloat16, torch.float32]
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
+def dtype(request):
+    """What some processors have a unit for."""
+    if not cpu.isa.has_unit(request.param):
+        pytest.skip("this processor has no unit for it; run again on an emulated one")
+    return request.param
+
 
 # C, K, taps, stride, padding, dilation, groups, size: channels that end inside a block or a tile,
 # the input transposed instead of the gradient (K > C), planes of strided inputs, images of several
@@ -71,8 +75,6 @@ def error(actual, exact):
     return float((actual.double() - exact).norm() / exact.norm())
 
 
-@needs_tiles
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_float64(shape, dtype):
     for batch, layout in ((1, torch.channels_last), (3, torch.contiguous_format)):
@@ -84,8 +86,6 @@ def test_against_float64(shape, dtype):
         assert error(actual, exact) <= bound
 
 
-@needs_tiles
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_that_are_not_finite(dtype):
     """An infinity that only padding's zeros, or no output, meets stays where it belongs.
 
@@ -112,8 +112,6 @@ def test_values_that_are_not_finite(dtype):
             assert error(actual[finite], exact[finite]) <= bound
 
 
-@needs_tiles
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_number_of_threads_gives_the_same_bits(dtype):
     before = torch.get_num_threads()
     try:
@@ -127,9 +125,8 @@ def test_any_number_of_threads_gives_the_same_bits(dtype):
         torch.set_num_threads(before)
 
 
-@needs_tiles
-def test_empty_batches_and_what_is_left_to_the_library():
-    grad, x, weight, geometry = draw(SHAPES[0], 2, torch.float32)
+def test_empty_batches_and_what_is_left_to_the_library(dtype):
+    grad, x, weight, geometry = draw(SHAPES[0], 2, dtype)
     assert not cpu.conv_weight_gradient(grad[:0], x[:0], weight, geometry).any()
     double = grad.double(), x.double(), weight.double()
     assert cpu.conv_weight_gradient(*double, geometry) is None
@@ -141,7 +138,8 @@ def test_empty_batches_and_what_is_left_to_the_library():
         torch.ops.fused_resnet.conv_weight_gradient(grad, x, 1, 1, 1, 1, 1, 1, 0, out)
 
 
-@pytest.mark.ahead(lambda: rerun_on_instruction_set("amx_emulated", __file__, "not emulated"))
-def test_over_emulated_tiles(ahead):
+@pytest.mark.parametrize("isa", ["amx_emulated", "avx512bf16_emulated"])
+@pytest.mark.ahead(lambda isa: rerun_on_instruction_set(isa, __file__, "not emulated"))
+def test_on_emulated_units(isa, ahead):
     """This file's cases again, on any processor."""
     ahead()

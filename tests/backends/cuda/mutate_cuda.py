@@ -63,6 +63,7 @@ BATCH_NORM = "csrc/cuda/batch_norm.cuh"
 BATCH_NORM_ARITHMETIC = "csrc/cuda/batch_norm_arithmetic.cuh"
 BATCH_NORM_CLUSTER = "csrc/cuda/batch_norm_cluster.cuh"
 BASIC_BLOCK = "csrc/cuda/basic_block.cuh"
+HOPPER_CONV = "csrc/cuda/hopper/hopper_conv.cuh"
 NARROW_RESIDUAL = "csrc/cuda/narrow_residual.cuh"
 TIME_LIMIT = 45  # seconds of computing for the tests of one mutant; unbroken, a third of it
 
@@ -120,6 +121,13 @@ SUITES = {
         Suite("batch_norm.cu", "backends/cuda/test_cuda_batch_norm.py", "narrow and float32"),
         Suite(
             "conv_bn_act_float16.cu", "backends/cuda/test_cuda_conv_exact.py", "narrow and [float16"
+        ),
+    ],
+    HOPPER_CONV: [
+        Suite(
+            "hopper/hopper_conv_float16.cu",
+            "backends/cuda/test_hopper_conv.py",
+            "not bfloat16 and not tune and not backend and not refuse",
         ),
     ],
     BASIC_BLOCK: [
@@ -292,10 +300,14 @@ OPERATORS = [
     (r"\bmin\((.+?), (.+)\)(?=;| \*)", [r"(\1)", r"(\2)"]),
     (r"<kStages - 2>", ["<kStages - 1>"]),
     (r"\bfor_copies<0>", ["for_copies<1>"]),
+    (r"\bwait_for_products<0>", ["wait_for_products<1>"]),
+    (r"\bwait_for_products<1>", ["wait_for_products<2>"]),
+    (r"\b(empty|full) \+ place\.stage, ", [r"\1, "]),
     (r"\bif \((.+)\) (?=\{|return|continue)", ["if (true) ", "if (false) "]),
     (r"\bif \((.+)\)(?= \w)", ["if (true)", "if (false)"]),
     (r"(?<== )([^=;]+?) \? ((?:[^:;]|::)+) : ([^;]+);", [r"\2;", r"\3;"]),
     (r"^\s*(__syncthreads|__threadfence|device::commit_copies|device::wait_\S*)\(\);", [";"]),
+    (r"^\s*(__syncwarp|device::(wait|fence|commit|publish|synchronize|leave)\w*)\b[^;]*\);", [";"]),
     (r"^\s*(?!__|device::(commit|wait))[^\s/][^{}]*;\s*$", [";"]),
 ]
 
@@ -410,7 +422,8 @@ def few_instances() -> Path:
     """A folder with sources of fewer instances.
 
     Of the convolutions, for each way to multiply and load and each length of a row of shared memory
-    the smallest; of batch norm, those for float32.
+    the smallest; of batch norm, those for float32; of Hopper's convolution, one of each schedule,
+    one of these in clusters.
     """
     folder = Path(tempfile.mkdtemp(prefix="cuda-mutants-"))
     atexit.register(_remove, folder, os.getpid())
@@ -426,6 +439,13 @@ def few_instances() -> Path:
     (folder / "cuda").mkdir()
     text = "\n".join(line for line in lines if not row.match(line) or line in kept)
     (folder / "cuda" / "conv_tiles.h").write_text(text + "\n")
+    (folder / "cuda" / "hopper").mkdir()
+    text = (ROOT / "csrc" / "cuda" / "hopper" / "tiles.h").read_text()
+    kept_tiles = re.compile(r"\{(128, 4, 2|64, 8, 1), Schedule")
+    rows = [
+        line for line in text.splitlines() if ", Schedule::k" not in line or kept_tiles.search(line)
+    ]
+    (folder / "cuda" / "hopper" / "tiles.h").write_text("\n".join(rows) + "\n")
     operands = (ROOT / "csrc" / "cuda" / "batch_norm_operands.cuh").read_text()
     left_out = re.compile(r"return run\(__(half|nv_bfloat16)\(\)\);")
     assert len(left_out.findall(operands)) == 2
@@ -453,7 +473,7 @@ def _remove(folder: Path, owner: int) -> None:
 @functools.cache
 def unbroken_code(source: str) -> str:
     """The machine code of a source as it is, compiled as mutants are."""
-    return machine_code(few_instances() / Path(source).with_suffix(".o"))
+    return machine_code(few_instances() / f"{Path(source).stem}.o")
 
 
 def machine_code(obj: Path) -> str:

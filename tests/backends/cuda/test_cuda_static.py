@@ -43,6 +43,7 @@ def kernels(architecture: str) -> dict[str, list[str]]:
     """The instructions of every kernel, by mangled name."""
     command = [CUOBJDUMP, "-sass", "-arch", architecture, str(LIBRARY)]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    listing = static_cuda.of_architecture(listing, architecture)
     found = {}
     for part in listing.split("Function : ")[1:]:
         name, _, body = part.partition("\n")
@@ -157,6 +158,7 @@ def test_nothing_is_spilled(architecture):
 def test_nothing_is_kept_in_local_memory(architecture):
     command = [CUOBJDUMP, "-res-usage", "-arch", architecture, str(LIBRARY)]
     usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = static_cuda.of_architecture(usage, architecture)
     bytes_used = re.findall(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert len(bytes_used) == len(kernels(architecture))
     assert set(bytes_used) == {("0", "0")}

@@ -104,7 +104,7 @@ class Stages(ResNet):
             self.add_module(f"layer{index + 1}", stages[index] if index < len(stages) else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        from fused_resnet.modules.run import stages_forward
+        from fused_resnet.modules.network import stages_forward
 
         return stages_forward([one for one in self._modules.values() if one], x)
 

@@ -1,8 +1,9 @@
-// What weight_gradient_tiles.inl asks of tiles_amx.h beyond that: factors of a product over pixels.
+// What weight_gradient_tiles.inl asks of tiles_avx512.h beyond that: factors of a product over
+// pixels.
 // Bit for bit as transposed_tiles_emulated.h has it.
 #pragma once
 
-#include "cpu/tiles_amx.h"
+#include "cpu/tiles_avx512.h"
 
 namespace fused_resnet::cpu {
 namespace {

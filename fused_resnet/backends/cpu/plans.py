@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.prepared import version_of
-from . import recording
+from ...layers.prepared import version_of
+from .. import recording
 
 _operators = torch.ops.fused_resnet
 # They add themselves to the recording of their thread.

@@ -1,0 +1,130 @@
+"""The machine code of the convolution for Hopper, compiled here: it needs no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support import cuda_on_host
+
+ROOT = Path(__file__).parents[3]
+SCRIPT = ROOT / "bench" / "cuda_resources.py"
+spec = importlib.util.spec_from_file_location("static_cuda", SCRIPT)
+static_cuda = importlib.util.module_from_spec(spec)
+sys.modules["static_cuda"] = static_cuda
+spec.loader.exec_module(static_cuda)
+CUOBJDUMP = static_cuda.find_cuobjdump()
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc"),
+    pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump"),
+]
+
+REGISTERS = 168  # of each of 384 threads, which leaves the consumers 232
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An instance of csrc/cuda/hopper/tiles.h."""
+
+    n: int
+    cluster: int
+    takes_turns: bool
+    instructions: list[str]
+
+    @property
+    def parts(self):
+        """Products of 64 rows side by side."""
+        return 2 if self.takes_turns else 1
+
+
+def tiles():
+    source = (ROOT / "csrc" / "cuda" / "hopper" / "tiles.h").read_text()
+    rows = re.findall(r"^ +\{(\d+), \d+, (\d), Schedule::(\w+)\}", source, re.MULTILINE)
+    return [(int(n), int(cluster), schedule == "kTakeTurns") for n, cluster, schedule in rows]
+
+
+@pytest.fixture(scope="module", params=["float16", "bfloat16"])
+def compiled(request, tmp_path_factory):
+    """What the compiler said, and every instance."""
+    cubin = tmp_path_factory.mktemp("hopper") / "conv.cubin"
+    source = ROOT / "csrc" / "cuda" / "hopper" / f"hopper_conv_{request.param}.cu"
+    command = [
+        "nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-DUSE_CUDA", "--expt-relaxed-constexpr",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000", "-arch=sm_90a", "-Xptxas=-v", "-cubin",
+        f"-I{ROOT / 'csrc'}", "-isystem", cuda_on_host.TORCH / "include", source, "-o", cubin,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    listing = subprocess.run(
+        [CUOBJDUMP, "-sass", cubin], check=True, capture_output=True, text=True
+    )
+    found = {}
+    for part in listing.stdout.split("Function : ")[1:]:
+        name, _, body = part.partition("\n")
+        index = int(re.search(r"hopper_conv_bn_act\w*?Li(\d+)E", name)[1])
+        found[index] = Kernel(*tiles()[index], re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", body))
+    assert sorted(found) == list(range(len(tiles())))
+    return request.param, done.stderr, found.values()
+
+
+def opcodes(instructions, *names):
+    """The instructions with one of these names, without predicate and operands."""
+    found = (re.sub(r"^@\S+\s+", "", instruction).split()[0] for instruction in instructions)
+    return [opcode for opcode in found if opcode.partition(".")[0] in names]
+
+
+def test_the_compiler_has_nothing_to_say(compiled):
+    """Products are not serialised (C7510), nothing is spilled, and registers are as planned."""
+    _, said, kernels = compiled
+    assert not re.findall(r"C75\d\d|warning|Warning", said), said
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", said)
+    assert spills == [("0", "0", "0")] * len(kernels)
+    assert set(re.findall(r"Used (\d+) registers", said)) == {str(REGISTERS)}
+    for kernel in kernels:
+        assert not opcodes(kernel.instructions, "LDL", "STL")
+        assert REGISTERS * 384 >= 40 * 128 + 232 * 256
+        registers = [i.split()[-1] for i in kernel.instructions if "USETMAXREG" in i]
+        assert sorted(map(lambda r: int(r, 0), registers)) == [40, 232]
+
+
+def test_the_loop_only_multiplies_and_waits(compiled):
+    """64 channels: four products of each part behind one fence, and one wait for all but these."""
+    dtype, _, kernels = compiled
+    for kernel in kernels:
+        code = kernel.instructions
+        products = opcodes(code, "HGMMA")
+        suffix = ".F32" if dtype == "float16" else ".F32.BF16"
+        assert products == [f"HGMMA.64x{kernel.n}x16{suffix}"] * (4 * kernel.parts)
+        places = [i for i, x in enumerate(code) if "HGMMA" in x]
+        last = next(i for i, x in enumerate(code) if "WARPGROUP.DEPBAR" in x)
+        loop = code[places[0] : last + 1]
+        assert "gsb0, 0x1" in code[last]
+        assert not opcodes(loop, "LDS", "STS", "LDG", "STG", "BAR", "MEMBAR", "WARPSYNC", "BRA")
+        assert len([x for x in loop if "WARPGROUP" in x]) == 1
+        assert len([x for x in code if "WARPGROUP.ARRIVE" in x]) == 1
+        # All issued in one go: what stands between costs less than a product takes.
+        assert len(loop) < 24 * len(places)
+
+
+def test_copies_are_the_hardwares(compiled):
+    """TMA loads windows, filters and residual and stores outputs; threads load parameters alone."""
+    _, _, kernels = compiled
+    for kernel in kernels:
+        code = kernel.instructions
+        loads = opcodes(code, "UTMALDG")
+        multicast = ".MULTICAST" if kernel.cluster > 1 else ""
+        assert sorted(loads) == ["UTMALDG.2D", f"UTMALDG.3D{multicast}", "UTMALDG.4D.IM2COL"]
+        assert set(opcodes(code, "UTMASTG")) == {"UTMASTG.2D"}
+        assert not opcodes(code, "STG", "LDGSTS")
+        rounds = kernel.parts * kernel.n // 16
+        assert opcodes(code, "STSM") == ["STSM.16.M88.4"] * rounds
+        assert opcodes(code, "LDSM") == ["LDSM.16.M88.4"] * rounds
+        clusters = opcodes(code, "UCGABAR_ARV")
+        assert len(clusters) == (2 if kernel.cluster > 1 else 0)
