@@ -2,10 +2,10 @@
 
     python examples/quantize_digits.py
 
-Trains in float32, fused; quantizes what came out, calibrated on training images; then trains on with
-the rounding of eight bits and quantizes with the ranges that this has left. Prints how many of the
-test images each of the three names rightly, and how long it takes for all of them. Takes a minute
-or two on a CPU.
+Trains in float32, fused; quantizes what came out, calibrated on training images; then trains on
+with the rounding of eight bits and quantizes with the ranges that this has left. Prints how many of
+the test images each of the three names rightly, and how long it takes for all of them. Takes
+minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Observer(str, enum.Enum):
 
 
 def train(model: nn.Module, data: Digits, epochs: int, rate: float, seed: int) -> float:
-    """Trains a model for some epochs, its rate rising and falling once; the last one's mean loss."""
+    """Trains a model, its rate rising and falling once; returns the last epoch's mean loss."""
     optimizer = torch.optim.SGD(
         model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
@@ -108,7 +108,7 @@ def main(
     trained = fused_resnet.prepare_qat(quantized)
     loss = train(trained, data, more_epochs, LEARNING_RATE / 10, seed + 1)
     trained = fused_resnet.quantize(trained)
-    results.append(("eight bits, trained for", loss, *logits_of(trained, data)))
+    results.append(("trained on", loss, *logits_of(trained, data)))
 
     console = Console()
     console.print(fused_resnet.report(trained))

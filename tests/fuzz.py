@@ -817,7 +817,7 @@ def draw_quantized(rng: random.Random) -> Quantized:
 
 
 def _byte_conv(rng: random.Random, C: int, K: int, filter: Any, groups: int, geometry: Any) -> Any:
-    """A convolution whose outputs fill the range of a byte, or, now and then, leave it far behind."""
+    """A convolution whose outputs fill the range of a byte, or now and then leave it far behind."""
     import torch
 
     from fused_resnet.layers.quantized import QuantizedConv
@@ -843,9 +843,7 @@ def _float_images(rng: random.Random, *shape: int) -> Any:
 def _quantized_blocks(rng: random.Random, kernels: str) -> Quantized:
     from fused_resnet.layers.quantized import Quantization, QuantizedBlock
 
-    C, H, W = (
-        rng.choice(sizes) for sizes in ((1, 3, 16, 20, 48, 64, 130), *[(1, 2, 5, 7, 16)] * 2)
-    )
+    C, H, W = rng.choice((1, 3, 16, 20, 48, 64, 130)), *(rng.choice((1, 2, 5, 7, 16)) for _ in "HW")
     x = _float_images(rng, rng.choice((0, 1, 1, 2, 3)), C, H, W)
     blocks, covered = [], True
     for _ in range(rng.choice((1, 1, 2, 3))):

@@ -108,9 +108,9 @@ class _Graph:
     def _quantization(self, node: Any) -> Quantization | None:
         from onnx import TensorProto, numpy_helper
 
-        constants = [self._constants.get(name) for name in node.input[1:]]
-        if any(constant is None for constant in constants):
+        if not self._constants.keys() >= {*node.input[1:]}:
             return None  # worked out anew for each input
+        constants = [self._constants[name] for name in node.input[1:]]
         step, *zero_points = map(numpy_helper.to_array, constants)
         kind = constants[1].data_type if zero_points else TensorProto.UINT8
         if kind not in (TensorProto.UINT8, TensorProto.INT8) or step.size != 1:

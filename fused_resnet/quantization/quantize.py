@@ -61,8 +61,8 @@ def quantize(
             has; with `scales` the noise alone is measured on them.
         scales: what torchao's `convert_pt2e` made of the same network, or an exported program of
             that, or an ONNX model with QuantizeLinear and DequantizeLinear (a file's name, or what
-            `onnx.load` returns): steps and zero points of activations are taken from it. A block at which it has
-            none stays in floating point. Weights are rounded by steps of their own.
+            `onnx.load` returns): steps and zero points of activations are taken from it. A block at
+            which it has none stays in floating point. Weights are rounded by steps of their own.
         dtype: "int8": unsigned activations of one step and zero point each, signed weights of one
             step a filter; see docs/quantization.md.
         stem: what a network's first convolution runs in, with the norm, ReLU and max-pool behind
