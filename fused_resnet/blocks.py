@@ -1,10 +1,10 @@
 """`BasicBlock`, `Bottleneck` and `ResNet` whose forward passes run fused.
 
 They add nothing to a module but its class, so that `fuse` and `unfuse` need only assign classes.
-The functions after them run any module that `forms.py` knows. What the fused way does not cover
-runs exactly as the original class does, found out anew in every forward pass: `obstacle` says what
-keeps a module from it, `input_obstacle` what keeps an input, and a single convolution or norm whose
-arguments do not fit runs unfused inside `conv_norm_act`.
+What they run is in `modules/`. What the fused way does not cover runs exactly as the original class
+does, found out anew in every forward pass: `obstacle` says what keeps a module from it,
+`input_obstacle` what keeps an input, and a single convolution or norm whose arguments do not fit
+runs unfused inside `conv_norm_act`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,10 @@ class Fused(nn.Module):
     memory = "normal"
     watch = "sample"
     quantization: BlockRanges | StemRanges | Watcher | None = None
+
+    if TYPE_CHECKING:
+        # Its children are those of the class that it stands for.
+        def __getattr__(self, name: str) -> Any: ...
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

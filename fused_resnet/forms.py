@@ -186,8 +186,17 @@ def of_fused(cls: type[nn.Module]) -> Form | None:
     return _by_fused.get(cls)
 
 
-def of(module: nn.Module) -> Form | None:
-    """The form of the class that a module is of or derives from."""
+def of(module: nn.Module) -> Form:
+    """The form of the class that a module is of or derives from, which has one."""
+    form = _by_fused.get(type(module))
+    if form is None:
+        form = found(module)
+        assert form is not None, type(module)
+    return form
+
+
+def found(module: nn.Module) -> Form | None:
+    """The form of the class that a module is of or derives from, or None."""
     form = _by_fused.get(type(module))
     if form is not None:
         return form
@@ -198,8 +207,8 @@ def of(module: nn.Module) -> Form | None:
     return None
 
 
-def part(module: nn.Module, name: str) -> nn.Module | None:
-    """The child of this name, or None if there is none."""
+def part(module: nn.Module, name: str) -> Any:
+    """The child of this name, of the class that the form says, or None if there is none."""
     # Looked up where modules keep them: an attribute takes ten times as long.
     children = module._modules
     if name in children:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,16 @@ from torch import nn
 from torch.nn.modules import activation, batchnorm, container, conv, linear, pooling
 from torchvision.ops import misc
 
+_Module = TypeVar("_Module", bound=nn.Module)
 
-def _defined(cls: type[nn.Module], module: Any, name: str) -> type[nn.Module]:
+
+def _defined(cls: type[_Module], module: Any, name: str) -> type[_Module]:
     """The class that `module` defined as `name`, even if `cls`, derived from it, replaces it."""
     for base in cls.__mro__:
         if (base.__module__, base.__name__) == (module.__name__, name):
             return base
-    return type(name, (nn.Module,), {})  # which no module is of
+    nobody: Any = type(name, (nn.Module,), {})  # which no module is of
+    return nobody
 
 
 Conv2d = _defined(conv.Conv2d, conv, "Conv2d")
@@ -36,6 +39,9 @@ MaxPool2d = _defined(pooling.MaxPool2d, pooling, "MaxPool2d")
 Sequential = _defined(container.Sequential, container, "Sequential")
 AdaptiveAvgPool2d = _defined(pooling.AdaptiveAvgPool2d, pooling, "AdaptiveAvgPool2d")
 Linear = _defined(linear.Linear, linear, "Linear")
+
+AnyNorm: TypeAlias = nn.BatchNorm2d | misc.FrozenBatchNorm2d
+"""A norm that convolutions can have behind them."""
 
 _WHERE: tuple[tuple[Any, str], ...] = (
     (Conv2d, "forward"),
@@ -56,7 +62,7 @@ def _now() -> tuple[Any, ...]:
     """What is in each of these places; written out, since every forward pass asks."""
     return (
         Conv2d.forward,
-        Conv2d._conv_forward,  # type: ignore[attr-defined]  # none says it is a Conv2d
+        Conv2d._conv_forward,
         BatchNorm2d.forward,
         SyncBatchNorm.forward,
         FrozenBatchNorm2d.forward,

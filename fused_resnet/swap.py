@@ -257,7 +257,7 @@ def report(model: nn.Module, input: Tensor | None = None) -> Report:
         [
             _record_of(path, module, form, is_quantized, sizes)
             for path, module in model.named_modules()
-            if (form := forms.of(module)) is not None
+            if (form := forms.found(module)) is not None
         ],
         [
             f"{family}: {verdict}"

@@ -21,6 +21,17 @@ from . import library
 from .recording import Recorder
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Of an input, a norm's weight and bias, and a residual."""
+
+UnfoundNorm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
+"""A `Norm` whose mean and variance may be None, of statistics that are still to be found."""
+
+NormSums = tuple[Tensor, Tensor, Tensor]
+"""Of a gradient behind a norm of `tensor`, (C,) each: its sum, its sum with `tensor - mean`, and
+that over `sqrt(var + eps)`."""
+
+NormGradients = tuple[Tensor, Tensor, Tensor]
+"""Of a norm's input, weight and bias."""
 
 
 class Backend:
@@ -184,13 +195,17 @@ class Backend:
         return None
 
     def batch_norm_add_relu(
-        self, input: Tensor, norm: tuple, residual: Tensor, residual_norm: tuple | None
-    ) -> tuple[Tensor, Tensor | None, tuple, tuple | None] | None:
+        self,
+        input: Tensor,
+        norm: UnfoundNorm,
+        residual: Tensor,
+        residual_norm: UnfoundNorm | None,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None] | None:
         """`relu(batch_norm(input) + batch_norm(residual))` in one pass, and its mask as bits.
 
         Args:
             input: (N, C, *).
-            norm: as a `Norm`, but for mean and variance, which are None if still to be found.
+            norm: of the input.
             residual: as the input, or with fewer channels.
             residual_norm: likewise; or None for a residual that is added as it is.
 
@@ -303,7 +318,7 @@ class Backend:
         norm: Norm,
         residual: Tensor,
         residual_norm: Norm,
-    ) -> tuple[tuple, tuple] | None:
+    ) -> tuple[NormGradients, NormGradients] | None:
         """Behind two norms, their add and its ReLU: of each input, its gradient and its norm's."""
         return None
 
@@ -339,7 +354,7 @@ class Backend:
         residual: Tensor | None,
         below: tuple[Tensor, Norm] | None,
         residual_mask: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None] | None:
+    ) -> tuple[Tensor, NormSums | None] | None:
         """A convolution's gradient in its input, and what would follow it.
 
         Args:
@@ -353,8 +368,7 @@ class Backend:
             residual_mask: bits of `batch_norm_add_relu`, if the residual is to be masked by it.
 
         Returns:
-            The gradient, with `below` behind that norm, and then its sum, its sum with
-            `tensor - mean` and that over `sqrt(var + eps)`; or None.
+            The gradient, with `below` behind that norm, and then its sums; or None.
         """
         return None
 
@@ -378,7 +392,7 @@ class Backend:
         size: Sequence[int],
         geometry: Sequence[Any],
         below: tuple[Tensor, Norm],
-    ) -> tuple[Tensor, tuple, Tensor, Tensor, tuple[Tensor, Tensor]] | None:
+    ) -> tuple[Tensor, NormSums, Tensor, Tensor, tuple[Tensor, Tensor]] | None:
         """`conv_backward_input` of a 1x1 convolution, with the norm behind it and its shortcut.
 
         `grad` is of `output = relu(batch_norm(raw) + shortcut)`, `behind` is raw and that norm.

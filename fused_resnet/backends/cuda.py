@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from ..tuning import architecture, basic_block, cuda_tiles
 from ..tuning.choice import BASIC_BLOCK, Tile
 from ..tuning.problem import BasicBlockProblem, ConvProblem
 from . import check_cases, library, self_check
-from .backend import Backend, Gradients
+from .backend import Backend, Gradients, UnfoundNorm
 from .self_check import Case, Family
 
 __all__ = [
@@ -156,13 +156,15 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
     problem = basic_block.problem_of(input, blocks)
     if problem is None:
         return None
+    tile: Tile | None
     if on_host():
         tile = basic_block.tiles(problem, architecture.of_device(input.device))[0]
     else:
         tile = tuning.choose(problem, input.device).tile
     if tile is None or not trusts_basic_block(problem, tile, input.device):
         return None
-    return run_basic_block(input, *blocks[0].layers, tile)
+    first, second = blocks[0].layers
+    return run_basic_block(input, first, second, tile)
 
 
 def run_basic_block(input: Tensor, first: ConvNorm, second: ConvNorm, tile: Tile) -> Tensor:
@@ -247,14 +249,13 @@ def batch_norm_act_training_keeping_mask(
 
 
 def batch_norm_add_relu(
-    input: Tensor, norm: tuple, residual: Tensor, residual_norm: tuple | None
-) -> tuple[Tensor, Tensor | None, tuple, None] | None:
+    input: Tensor, norm: UnfoundNorm, residual: Tensor, residual_norm: UnfoundNorm | None
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor], None] | None:
     """`relu(batch_norm(input) + residual)`, and a mask of what its backward lets pass.
 
     Args:
         input: (N, C, *), with at least one element.
-        norm: mean and biased variance, or None twice where they are still to be found, weight,
-            bias and eps.
+        norm: of the input.
         residual: see `batch_norm_act_training`.
         residual_norm: one of the residual's own, which these kernels do not apply; or None.
 
@@ -276,15 +277,16 @@ def batch_norm_add_relu(
     if not is_narrow:
         residual = _alike(input, residual)
     if norm[0] is None and not is_narrow and _fits_cluster(1, input, residual):
-        output, *statistics = _batch_norm("in_one_launch")(
+        output, mean, var = _batch_norm("in_one_launch")(
             input, *_vectors(*norm[2:4]), eps, residual, True, mask
         )
-        return output, mask, tuple(statistics), None
-    if norm[0] is None:
-        norm = (*_batch_norm("statistics")(input), *norm[2:])
-    vectors = _vectors(*norm[:4])
+        return output, mask, (mean, var), None
+    mean, var, weight, bias, _ = norm
+    if mean is None or var is None:
+        mean, var = _batch_norm("statistics")(input)
+    vectors = _vectors(mean, var, weight, bias)
     output = _batch_norm("normalize")(input, *vectors, eps, residual, True, mask)
-    return output, mask, norm[:2], None
+    return output, mask, (mean, var), None
 
 
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
@@ -445,6 +447,14 @@ def _can_add(residual: Tensor | None, input: Tensor) -> bool:
     )
 
 
+@overload
+def _alike(input: Tensor, tensor: Tensor) -> Tensor: ...
+
+
+@overload
+def _alike(input: Tensor, tensor: Tensor | None) -> Tensor | None: ...
+
+
 def _alike(input: Tensor, tensor: Tensor | None) -> Tensor | None:
     """`tensor`, copied if its strides are not those of `input`; masks are in that order."""
     if tensor is None or tensor.dtype is torch.uint8 or tensor.stride() == input.stride():
@@ -494,8 +504,9 @@ def _trusts_convolution(
 
     def problem() -> ConvProblem:
         dtype = "tfloat32" if tf32 else _name_of(input.dtype)
-        filters = (weight.size(0), *weight.shape[2:])
-        return ConvProblem(*input.shape, *filters, *geometry, dtype, residual)
+        N, C, H, W = input.shape
+        K, _, R, S = weight.shape
+        return ConvProblem(N, C, H, W, K, R, S, *geometry, dtype, residual)
 
     def family() -> Family:
         given = problem()

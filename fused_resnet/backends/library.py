@@ -47,7 +47,8 @@ def precision(input: Tensor) -> str:
     kernels for GPUs, have no TF32.
     """
     if input.dtype is torch.float32 and input.device.type == "cuda":
-        return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+        settings = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # made at import
+        return "tf32" if settings.fp32_precision == "tf32" else "ieee"
     return "ieee"
 
 
@@ -59,8 +60,8 @@ def conv_bn_act(
     finish: Callable[..., Tensor] = scale_shift_act,
 ) -> Tensor:
     """The library's convolution, then batch norm, residual and activation in one pass."""
-    weight, norm, *rest = layer
-    out = conv2d(input, weight, *rest)
+    weight, norm, bias, stride, padding, dilation, groups = layer
+    out = conv2d(input, weight, bias, stride, padding, dilation, groups)
     scale, shift = scale_and_shift(norm, out.dtype)
     return finish(out, scale, shift, residual, activation)
 
@@ -144,11 +145,15 @@ def batch_norm_act_backward(
     mean, var = mean.to(accumulate).contiguous(), var.to(accumulate).contiguous()
     weight = None if weight is None else weight.to(accumulate).contiguous()
     statistics = (None, None, mean, (var + eps).rsqrt_()) if training else (mean, var, None, None)
-    gradients = torch.ops.aten.native_batch_norm_backward(
+    grad_input, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
         grad, input, weight, *statistics, training, eps, tuple(need[:3])
     )
-    grads = (g if wanted else None for g, wanted in zip((*gradients, grad), need, strict=True))
-    return tuple(grads)
+    return (
+        grad_input if need[0] else None,
+        grad_weight if need[1] else None,
+        grad_bias if need[2] else None,
+        grad if need[3] else None,
+    )
 
 
 def batch_norm_act_backward_sums(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -88,7 +87,7 @@ def kernels_command(
     blocks = for_blocks(candidates, without or ())
     in_training = for_norms(candidates)
 
-    def problems_of(case: kernels.Case, selected: str = "") -> Counter[Any]:
+    def problems_of(case: kernels.Case, selected: str = "") -> Mapping[Any, int]:
         if case.mode == "training":
             return case.norms(selected)
         return case.problems(selected) | case.blocks(selected)
@@ -509,7 +508,7 @@ def _model_cells(
         status = plain("-") if one["skipped"] else plain("wrong", "red")
         return [plain(one["name"]), status, *[""] * (4 + kept + energy), error]
     peak, joules = one["peak_memory_bytes"], one["energy_joules"]
-    cells = [
+    cells: list[str | Text] = [
         plain(one["name"]),
         f"{taken['median']:.2f}",
         f"{taken['p10']:.2f} to {taken['p90']:.2f}",

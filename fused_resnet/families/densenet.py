@@ -32,11 +32,11 @@ class DenseLayer(blocks.Fused, densenet._DenseLayer):
     def forward(self, input: list[Tensor]) -> Tensor:  # noqa: D102
         pass
 
-    @torch.jit._overload_method
+    @torch.jit._overload_method  # type: ignore[no-redef]
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102, F811
         pass
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: D102, F811
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[no-redef]  # noqa: D102, F811
         if torch.jit.is_scripting():
             features = [input] if isinstance(input, Tensor) else input
             x = self.conv2(self.relu2(self.norm2(self.bn_function(features))))

@@ -76,7 +76,7 @@ def _preact_forward(block: PreActBasicBlock | PreActBottleneck, x: Tensor) -> Te
     shortcut = x
     if block.downsample is not None:
         if read.bare_conv_obstacle(block.downsample) is None:
-            shortcut = normalised.conv(block.downsample)
+            shortcut = normalised.conv(forms.part(block, "downsample"))
         else:
             shortcut = block.downsample(normalised.tensor())
     first, *units = form.units_of(block)
@@ -89,7 +89,7 @@ def _preact_forward(block: PreActBasicBlock | PreActBottleneck, x: Tensor) -> Te
 
 _TWO_UNITS = (Unit("conv1", "bn1", "relu"), Unit("conv2", "bn2", "relu"))
 
-forms.idle[StochasticDepth] = lambda module: not module.training or module.p == 0
+forms.idle[StochasticDepth] = lambda module: not module.training or bool(module.p == 0)
 forms.register(
     Form(
         preact.PreActBasicBlock,

@@ -72,8 +72,8 @@ def _features(model: ResNet, x: Tensor) -> Tensor:
     *first, last = _stem_units(model)
     for unit in first:
         x = run_unit(model, unit, x)
-    parts = (forms.part(model, name) for name in (last.conv, last.norm, last.act, "maxpool"))
-    x = stem(*parts, x)
+    conv, norm, act = (forms.part(model, name) for name in (last.conv, last.norm, last.act))
+    x = stem(conv, norm, act, model.maxpool, x)
     return stages_forward([model.layer1, model.layer2, model.layer3, model.layer4], x)
 
 
@@ -91,7 +91,7 @@ def _stem_units(model: nn.Module) -> Sequence[Unit]:
     return _DEEP_STEM if deep else _STEM
 
 
-forms.idle[DropPath] = lambda module: not module.training or module.drop_prob == 0
+forms.idle[DropPath] = lambda module: not module.training or bool(module.drop_prob == 0)
 forms.idle[DropBlock2d] = lambda module: not module.training or not module.drop_prob
 forms.register(
     Form(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor
@@ -106,6 +106,9 @@ class Sums(NamedTuple):
     count: float | Tensor  # type: ignore[assignment]  # hides the method of tuples
 
 
+Geometry: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+"""A convolution's stride, padding and dilation, two numbers each, and groups."""
+
 TENSORS = 6  # a layer's: weight, running_mean, running_var, bn_weight, bn_bias, bias
 NUMBERS = 7  # stride, padding and dilation, two each, and groups
 
@@ -114,12 +117,12 @@ class Layer(NamedTuple):
     """What is not a tensor of a convolution and its norm in training.
 
     Attributes:
-        geometry: stride, padding and dilation, two numbers each, and groups.
+        geometry: of the convolution.
         eps: of the norm.
         group: the processes whose batches make the statistics; None for this process's own.
     """
 
-    geometry: tuple[Any, ...]
+    geometry: Geometry
     eps: float
     group: dist.ProcessGroup | None
 

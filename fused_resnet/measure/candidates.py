@@ -1,7 +1,7 @@
 """The ways to run one layer, or one Bottleneck, that `bench kernels` puts side by side.
 
-Each takes a layer's tensors (the arguments of `conv_bn_act`, see `tuner.Case`; a Bottleneck's, see
-`tuner.ChainCase`) and returns the call to time, so that what happens once per model, not once per
+Each takes a layer's tensors (the arguments of `conv_bn_act`, see `cases.Case`; a Bottleneck's, see
+`cases.ChainCase`) and returns the call to time, so that what happens once per model, not once per
 pass, is outside of it: folding batch norm and prepacking for the libraries' fused operators,
 compiling.
 """
@@ -19,16 +19,17 @@ from torch import Tensor
 from .. import backends, functional
 from ..backends import library, triton
 from ..backends.triton import eligible
-from ..layers.description import Norm
+from ..layers.description import ConvNorm, Norm
 from ..tuning import architecture, chain, choose
 from ..tuning.choice import CHAINED
-from ..tuning.problem import ChainProblem, ConvProblem, Problem
+from ..tuning.problem import ChainProblem, ConvProblem
 from . import norms
 from .errors import InvalidArgumentError
 from .tune import cases
 
 Call = Callable[[], Any]
-Prepare = Callable[[tuple[Any, ...], Problem], Call]
+Prepare = Callable[[tuple[Any, ...], Any], Call]
+"""Of a layer's or block's tensors and its problem, of the kind that the candidate is for."""
 
 ONE_KERNEL = "fused, one kernel"
 
@@ -120,9 +121,7 @@ def eager_block(arguments: tuple[Any, ...], problem: ChainProblem) -> Call:
 def fused_block(backend: str) -> Prepare:
     """The same, one of this package's convolutions after the other."""
 
-    def run(
-        input: Tensor, layer: tuple[Any, ...], residual: Tensor | None, activation: str
-    ) -> Tensor:
+    def run(input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str) -> Tensor:
         *norm, bias, stride, padding, dilation, groups = layer.flat()
         return functional.conv_bn_act(
             input, *norm, bias=bias, stride=stride, padding=padding, dilation=dilation,

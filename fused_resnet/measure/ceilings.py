@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..backends import cpu
-from ..tuning.problem import ConvProblem
+from ..tuning.problem import Problem
 from .clock import synchronize
 
 # On a CPU, data that was last used this many bytes ago is no longer in a core's own cache. The
@@ -85,12 +85,12 @@ class Ceilings:
             unit=self.unit and other.unit and self.unit.better_of(other.unit),
         )
 
-    def least_seconds(self, problem: ConvProblem) -> float:
+    def least_seconds(self, problem: Problem) -> float:
         """The time that moving a layer's tensors once, and its products, take at the ceilings."""
         by_memory = problem.bytes_once / self.copy_bandwidth
         return max(by_memory, problem.flops / self.matrix_rate)
 
-    def unit_seconds(self, problem: ConvProblem) -> float | None:
+    def unit_seconds(self, problem: Problem) -> float | None:
         """The time that a layer's products take the matrix unit, with nothing in their way."""
         rate = None if self.unit is None else self.unit.rate
         return None if rate is None else problem.flops / rate

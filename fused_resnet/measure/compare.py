@@ -63,7 +63,7 @@ def compare(
         engines: name to engine, "eager" among them; `engines_of(case)` when None. An engine takes
             a model of its own and the input and returns the call to time. One that raises is
             skipped; one that is wrong is not timed.
-        settle: see `measure.interleave`.
+        settle: see `clock.interleave`.
         required: engines whose errors are the caller's to handle, "eager" among them.
         progress: told the stage's name, the steps done and the steps in all.
 

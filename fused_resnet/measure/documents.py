@@ -188,7 +188,7 @@ def newest(results: Path, schema: str) -> list[Path]:
 
 def document(
     results: Sequence[Result], command: str, root: Path = environment.ROOT
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The results as JSON, schema "fused_resnet.results/2".
 
     Top level: what `environment.provenance` gives, and `cases`.

@@ -151,18 +151,18 @@ def onnx_runtime(
         raise NotImplementedError(f"its CPU provider has no {case.dtype} convolution")
     example = input.contiguous()
     exported = io.BytesIO()
-    axes = {"dynamic_axes": {"input": {0: "batch"}, "logits": {0: "batch"}}} if eight_bits else {}
+    axes = {"input": {0: "batch"}, "logits": {0: "batch"}} if eight_bits else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # The exporter built on torch.export needs another package and gives the same graph here.
         torch.onnx.export(
             model,
             (example,),
-            exported,
+            exported,  # type: ignore[arg-type]  # this exporter takes a file, too
             dynamo=False,
             input_names=["input"],
             output_names=["logits"],
-            **axes,
+            dynamic_axes=axes,
         )
     content = exported.getvalue()
     if eight_bits:
@@ -242,7 +242,7 @@ def compiled_mode(mode: str) -> Engine:
     def engine(model: torch.nn.Module, input: torch.Tensor, case: Case) -> Call:
         if input.device.type != "cuda":
             raise NotImplementedError("is a candidate on a GPU only")
-        return step.step(model, torch.compile(model, mode=mode), input, case)
+        return step(model, torch.compile(model, mode=mode), input, case)
 
     return engine
 
@@ -335,6 +335,7 @@ def engines_for(
     device_type: str, train: bool, without: Collection[str] = (), eight_bits: bool = False
 ) -> dict[str, Engine]:
     """The candidates on a device, in the tables' order; "eager" cannot be left out."""
+    names: tuple[str, ...]
     if eight_bits:
         names = _EIGHT_BITS_ON_GPU if device_type == "cuda" else _EIGHT_BITS_ON_CPU
     else:

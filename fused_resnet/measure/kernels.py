@@ -7,7 +7,7 @@ backward (`norms.py`). Tensors and batch-norm statistics are random, channels_la
 candidate's output is checked against float64 first; one that is wrong, or fails, is a row that says
 so and is not timed. The others take turns, round by round. Nothing finds its inputs in the cache
 because it has just used them: on a GPU the L2 cache is overwritten before each call
-(`tuner.EventTimer`, CUDA events), on a CPU the calls rotate among as many sets of tensors as make
+(`race.EventTimer`, CUDA events), on a CPU the calls rotate among as many sets of tensors as make
 `ceilings.COLD_BYTES`.
 
 What is reported as GB/s and TFLOP/s counts what the layer has to do: each tensor moved once, the
@@ -197,12 +197,14 @@ def totals(case: Mapping[str, Any]) -> dict[str, Total | None]:
             taken = one["microseconds"]
             share = None if taken is None else layer["count"] * taken["median"]
             times.setdefault(one["name"], []).append(share)
-    return {
-        name: None
-        if None in all_of
-        else Total(1e-3 * sum(all_of), least / sum(all_of), unit / sum(all_of) if unit else None)
-        for name, all_of in times.items()
-    }
+    found: dict[str, Total | None] = {}
+    for name, all_of in times.items():
+        taken = sum(one for one in all_of if one is not None)
+        if None in all_of:
+            found[name] = None
+        else:
+            found[name] = Total(1e-3 * taken, least / taken, unit / taken if unit else None)
+    return found
 
 
 def flop_unit(case: Mapping[str, Any]) -> tuple[str, float]:
@@ -280,8 +282,7 @@ def _rows(
 def _make_case(problem: Problem | norms.NormProblem, device: torch.device) -> Any:
     if isinstance(problem, norms.NormProblem):
         return norms.make_case(problem, device)
-    make = cases.make_chain_case if isinstance(problem, ChainProblem) else cases.make_case
-    return make(problem, device)
+    return cases.case_of(problem, device)
 
 
 def _checked(
@@ -292,7 +293,7 @@ def _checked(
     Eager is the measure of error, so only what is not finite makes it wrong.
     """
 
-    def run(arguments: tuple[Any, ...], problem: Problem) -> Any:
+    def run(arguments: tuple[Any, ...], problem: Any) -> Any:
         return prepare(arguments, problem)()
 
     try:
@@ -311,8 +312,8 @@ def _checked(
         if not (math.isfinite(error) if name == "eager" else error <= limit):
             return Row(name, WRONG, f"error {error:.1e}, at most {limit:.1e}", _finite(error))
         nan = cases.nan_error(run, case)
-    except Exception as error:
-        return Row(name, FAILED, _text(error))
+    except Exception as failure:
+        return Row(name, FAILED, _text(failure))
     if nan is not None and name.startswith("fused"):
         return Row(name, WRONG, nan, error, False)
     return Row(name, TIMED, None, error, nan is None)
@@ -456,7 +457,7 @@ def _layer_document(layer: Layer, limits: ceilings.Ceilings) -> dict[str, Any]:
 
 
 def _candidate_document(
-    row: Row, problem: ConvProblem, least: float, unit: float | None, eager: float | None
+    row: Row, problem: Problem, least: float, unit: float | None, eager: float | None
 ) -> dict[str, Any]:
     timed = ("microseconds", "gigabytes_per_second", "teraflops_per_second", "roofline")
     fields: dict[str, Any] = {

@@ -47,7 +47,9 @@ def chains_of_model(
     None stands for a block that has to run convolution by convolution; so do all in other dtypes
     than `CHAIN_DTYPES`. Arguments as of `of_model`.
     """
-    return chain.problems_of(*_first_input_and_blocks(name, batch, dtype, size))
+    problems = chain.problems_of(*_first_input_and_blocks(name, batch, dtype, size))
+    assert problems is not None, "Bottlenecks that follow each other"
+    return problems
 
 
 def basic_blocks_of_model(
@@ -64,8 +66,8 @@ def basic_blocks_of_model(
         problem = basic_block.problem_of(x, [block])
         if problem is not None:
             found[problem] += 1
-        for weight, _, *rest in block.main:
-            x = torch.conv2d(x, weight, *rest)
+        for weight, _, bias, stride, padding, dilation, groups in block.main:
+            x = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return found
 
 
@@ -74,7 +76,7 @@ def _first_input_and_blocks(
 ) -> tuple[Tensor, list[Block]]:
     """What a model's stem hands on, and the blocks behind it, on tensors without data."""
     with torch.device("meta"):
-        model = swap.fuse(torchvision.models.get_model(name).eval())
+        model: Any = swap.fuse(torchvision.models.get_model(name).eval())
         images = torch.empty(batch, 3, size, size)
     if dtype in CHAIN_DTYPES:
         model.to(getattr(torch, dtype))
@@ -118,8 +120,7 @@ def problem_of(
     input: Tensor = arguments[0]
     weight: Tensor = arguments[1]
     stride, padding, dilation, groups = arguments[8:12]
+    N, C, H, W = input.shape
     K, _, R, S = weight.shape
-    return ConvProblem(
-        *input.shape, K, R, S, tuple(stride), tuple(padding), tuple(dilation), groups, dtype,
-        residual, pool,
-    )  # fmt: skip
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    return ConvProblem(N, C, H, W, K, R, S, *geometry, dtype, residual, pool)

@@ -21,7 +21,7 @@ OTHER_COLOUR = "#d9a441"
 def draw(document: Mapping[str, Any], path: Path) -> None:
     """Draws latency bars with their p10-to-p90 range, and the errors beside them, as a PNG.
 
-    `document` is what `compare.document` returns; its cases are drawn below one another.
+    `document` is what `documents.document` returns; its cases are drawn below one another.
 
     Raises:
         OSError: the file cannot be written; it stays as it was.

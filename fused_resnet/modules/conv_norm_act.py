@@ -15,14 +15,14 @@ from ..ops import running_statistics
 from ..ops.conv_bn_act import conv_bn_act
 from ..ops.norm_conv_bn_act import norm_conv_bn_act
 from ..ops.registration import needs_grad
-from ..originals import FrozenBatchNorm2d
+from ..originals import AnyNorm, FrozenBatchNorm2d
 from .buffers import momentum_of
 from .read import bare_layer, keeps_dtype, layer_of, norm_of, sync_group, uses_batch_statistics
 
 
 def conv_norm_act(
     conv: nn.Conv2d,
-    norm: nn.BatchNorm2d | FrozenBatchNorm2d,
+    norm: AnyNorm,
     x: Tensor,
     residual: Tensor | None,
     relu: nn.ReLU | None,
@@ -47,7 +47,7 @@ def conv_norm_act(
         and keeps_dtype(norm, x)
     ):
         return conv_bn_act(x, layer, residual, activation)
-    if narrow:
+    if narrow and residual is not None:
         residual = reference.pad_channels(residual, conv.out_channels)
     return _unfused_norm_act(norm, _conv(conv, x, weight), residual, relu)
 
@@ -56,7 +56,7 @@ def _conv(conv: nn.Conv2d, x: Tensor, weight: Tensor | None) -> Tensor:
     return conv(x) if weight is None else conv._conv_forward(x, weight, conv.bias)
 
 
-def norm_act(norm: nn.BatchNorm2d | FrozenBatchNorm2d, x: Tensor, relu: nn.ReLU) -> Tensor:
+def norm_act(norm: AnyNorm, x: Tensor, relu: nn.ReLU) -> Tensor:
     """`relu(norm(x))` in one where the arguments allow, without hooks."""
     if uses_batch_statistics(norm):
         return _norm_act(norm, x, None, relu)
@@ -80,7 +80,7 @@ class NormAct:
         relu: without hooks.
     """
 
-    def __init__(self, norm: nn.BatchNorm2d | FrozenBatchNorm2d, x: Tensor, relu: nn.ReLU) -> None:
+    def __init__(self, norm: AnyNorm, x: Tensor, relu: nn.ReLU) -> None:
         self._norm, self._x, self._relu = norm, x, relu
         self._computed: Tensor | None = None
 
@@ -90,9 +90,7 @@ class NormAct:
             self._computed = norm_act(self._norm, self._x, self._relu)
         return self._computed
 
-    def conv_norm_act(
-        self, conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d, relu: nn.ReLU | None
-    ) -> Tensor:
+    def conv_norm_act(self, conv: nn.Conv2d, norm: AnyNorm, relu: nn.ReLU | None) -> Tensor:
         """`conv_norm_act` of it, without a residual."""
         activation = "none" if relu is None else "relu"
         out = None
@@ -161,7 +159,8 @@ def _norm_act(
     running_var = norm.running_var if tracks else None
     momentum = 0.0 if norm.momentum is None else norm.momentum
     group = sync_group(norm)
-    described = Norm(running_mean, running_var, norm.weight, norm.bias, norm.eps)
+    # `Norm(...)`, which may lack statistics.
+    described = tuple.__new__(Norm, (running_mean, running_var, norm.weight, norm.bias, norm.eps))
     error = checks.batch_norm_error(
         "batch_norm_act", x, described, True, momentum, residual, activation, group is not None
     )
@@ -173,7 +172,7 @@ def _norm_act(
         or torch.compiler.is_exporting()
         or not (narrow or residual is None or residual.shape == x.shape)
     ):
-        if narrow:
+        if narrow and residual is not None:
             residual = reference.pad_channels(residual, x.size(1))
         return _unfused_norm_act(norm, x, residual, relu)
     if group is not None:

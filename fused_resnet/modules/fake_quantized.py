@@ -118,7 +118,6 @@ class FakeQuantization:
         if self.reason or read.obstacle(block) is not None or read.input_obstacle(x) is not None:
             return None
         form = forms.of(block)
-        assert form is not None
         found = read.block_layers(block)
         if found is None:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from ..layers.description import Block
 from ..ops import conv_bn_act_max_pool
 from ..ops.pool_linear import pool_linear
 from ..ops.residual_blocks import pads_shortcuts, residual_blocks
+from ..originals import AnyNorm
 from . import graphs, plans, quantized
 from .conv_norm_act import conv_norm_act
 from .read import (
@@ -52,7 +54,8 @@ _RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"
 
 def _resnet_features(model: nn.Module, x: Tensor) -> Tensor:
     """All of it but the pool and the linear layer at the end."""
-    _, _, _, maxpool, *stages = (model._modules[name] for name in _RESNET_PARTS)
+    children: dict[str, Any] = model._modules
+    _, _, _, maxpool, *stages = (children[name] for name in _RESNET_PARTS)
     # Before the stem, which leaves nothing of these modules in the caches, and runs no hook.
     plain = None if pool_obstacle(maxpool) is not None else plain_stages(stages)
     return stages_forward(stages, network_stem(model, x), plain)
@@ -75,7 +78,8 @@ _CIFAR_PARTS = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3")
 
 
 def _cifar_features(model: nn.Module, x: Tensor) -> Tensor:
-    _, _, _, *stages = (model._modules[name] for name in _CIFAR_PARTS)
+    children: dict[str, Any] = model._modules
+    _, _, _, *stages = (children[name] for name in _CIFAR_PARTS)
     return stages_forward(stages, network_stem(model, x))
 
 
@@ -86,17 +90,15 @@ def _planned(
     features: Callable[[nn.Module, Tensor], Tensor],
 ) -> Tensor:
     """`features` of a network, by its children of these names, and its head, from plans."""
-    children = model._modules
+    children: dict[str, Any] = model._modules
     parts = [children[name] for name in names]
     avgpool, fc = children["avgpool"], children["fc"]
     if plans.include_heads(x) and head_obstacle(avgpool, fc) is None:
-        return plans.planned(
-            model,
-            [*parts, avgpool, fc],
-            x,
-            lambda model, x: head(model.avgpool, model.fc, features(model, x)),
-            whole=True,
-        )
+
+        def whole(model: Any, x: Tensor) -> Tensor:
+            return head(model.avgpool, model.fc, features(model, x))
+
+        return plans.planned(model, [*parts, avgpool, fc], x, whole, whole=True)
     return head(avgpool, fc, plans.planned(model, parts, x, features))
 
 
@@ -118,7 +120,7 @@ def float_stem(network: nn.Module, x: Tensor) -> Tensor:
     return stem(conv, norm, relu, forms.part(network, form.pool), x)
 
 
-def stem(conv: nn.Conv2d, norm: nn.Module, relu: nn.ReLU, maxpool: nn.Module, x: Tensor) -> Tensor:
+def stem(conv: nn.Conv2d, norm: AnyNorm, relu: nn.ReLU, maxpool: nn.MaxPool2d, x: Tensor) -> Tensor:
     """`maxpool(relu(norm(conv(x))))`."""
     if pool_obstacle(maxpool) is None and not uses_batch_statistics(norm):
         layer = layer_of(conv, norm)
@@ -206,7 +208,7 @@ def _joined_parts(blocks: list[nn.Module], parts: list[quantized.Part], x: Tenso
     return x
 
 
-def head(avgpool: nn.Module, fc: nn.Module, x: Tensor) -> Tensor:
+def head(avgpool: nn.AdaptiveAvgPool2d, fc: nn.Linear, x: Tensor) -> Tensor:
     """`fc(flatten(avgpool(x), 1))`."""
     if (
         not torch.compiler.is_compiling()

@@ -197,7 +197,7 @@ class _Plans:
                 return False
         except (TypeError, ValueError, RuntimeError):
             return False
-        form = forms.of(model)
+        form = forms.found(model)
         if form is None or form.replaced() is not None:
             return False
         return self.modules.are_same(self.modules.parts)

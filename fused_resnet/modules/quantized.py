@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import forms
-from ..forms import Form
 from ..layers import checks
 from ..layers.description import Block, Pool, Stem
 from ..layers.quantized import LARGEST_REDUCTION
@@ -69,7 +68,7 @@ def stem_of(network: nn.Module, bits: int, x: Tensor | None = None) -> Stem | No
 
     None where it cannot, on such an input if there is one. The network has no obstacle.
     """
-    form = _form_of(network)
+    form = forms.of(network)
     conv, norm = read.conv_norm(network, form.units_of(network)[0])
     if read.uses_batch_statistics(norm):
         return None
@@ -127,7 +126,7 @@ def part_of(block: nn.Module, x: Tensor) -> Part | None:
 
 def _described(block: nn.Module, x: Tensor) -> Block | None:
     if not torch.compiler.is_compiling() and read.obstacle_of_call(x) is None:
-        described = read.plain_block(block, _form_of(block), False)
+        described = read.plain_block(block, forms.of(block), False)
         if described is not None:
             return described
     if read.obstacle(block) is not None or read.input_obstacle(x) is not None:
@@ -177,17 +176,11 @@ def run_parts(parts: Sequence[Part], x: Tensor) -> Tensor | None:
     return x
 
 
-def _form_of(block: nn.Module) -> Form:
-    form = forms.of(block)
-    assert form is not None
-    return form
-
-
 def float_reason(block: nn.Module) -> str | None:
     """Why a fused block cannot run in eight bits as it is now, whatever its ranges, or None."""
     if (reason := read.obstacle(block)) is not None:
         return reason
-    form = _form_of(block)
+    form = forms.of(block)
     name = form.shortcut or ""
     shortcut = getattr(block, name)
     if read.pads_channels(shortcut):
@@ -219,7 +212,7 @@ def float_reason(block: nn.Module) -> str | None:
 
 def shapes_of(block: nn.Module) -> tuple[tuple[int, ...], ...]:
     """Of a block's weights, those of a projection last, as far as it has them."""
-    form = _form_of(block)
+    form = forms.of(block)
     convs = [forms.part(block, unit.conv) for unit in form.units_of(block)]
     shortcut = getattr(block, form.shortcut or "")
     if isinstance(shortcut, nn.Module):
@@ -230,5 +223,5 @@ def shapes_of(block: nn.Module) -> tuple[tuple[int, ...], ...]:
 
 def names_of_activations(block: nn.Module) -> list[str]:
     """What messages call the input, each inner activation and the output."""
-    units = _form_of(block).units_of(block)
+    units = forms.of(block).units_of(block)
     return ["the input", *(f"the output of {unit.conv}" for unit in units[:-1]), "the output"]

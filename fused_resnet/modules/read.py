@@ -49,7 +49,7 @@ _new = tuple.__new__
 
 _NORMS = (BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d)
 
-Layers = list[tuple[nn.Conv2d, nn.Module]]
+Layers = list[tuple[nn.Conv2d, Any]]
 """Convolutions, each with the norm behind it."""
 
 
@@ -69,7 +69,7 @@ def passes_through(module: nn.Module) -> bool:
     return is_idle is not None and is_idle(module) and _call_obstacle(module) is None
 
 
-def conv_norm(module: nn.Module, unit: Unit) -> tuple[nn.Conv2d, nn.Module]:
+def conv_norm(module: nn.Module, unit: Unit) -> tuple[nn.Conv2d, Any]:
     """The convolution and the norm of a unit."""
     return forms.part(module, unit.conv), forms.part(module, unit.norm)
 

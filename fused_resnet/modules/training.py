@@ -39,13 +39,13 @@ def plain_block_training(
     plan = _plan_of(described, x)
     if plan is None:
         return None
-    children = block._modules
+    children: dict[str, Any] = block._modules
     norms = []
-    for _, norm, _ in form.plain_names:
-        norms.append(children[norm])
+    for _, name, _ in form.plain_names or ():
+        norms.append(children[name])
     if described.has_projection:
-        _, norm = children[form.shortcut]._modules.values()
-        norms.append(norm)
+        _, projected = children[form.shortcut or ""]._modules.values()
+        norms.append(projected)
     parameters: list[Tensor | None] = []
     for weight, norm, bias, _, _, _, _ in described.layers:
         parameters += (weight, bias, norm.weight, norm.bias)
@@ -103,8 +103,9 @@ def _trained(block: Block, groups: list[dist.ProcessGroup | None], x: Tensor) ->
     elif tuple(x.shape) != (N, K, P, Q):
         return None
     layers = []
-    for (_, norm, _, *geometry), group in zip(block.layers, groups, strict=True):
-        layers.append(Layer(tuple(geometry), norm.eps, group))
+    for layer, group in zip(block.layers, groups, strict=True):
+        _, norm, _, stride, padding, dilation, in_groups = layer
+        layers.append(Layer((stride, padding, dilation, in_groups), norm.eps, group))
     trained = TrainedBlock(tuple(layers), *block[1:])
     return _Plan(trained, [N * P * Q for N, _, P, Q in shapes])
 
@@ -119,7 +120,7 @@ def block_training(block: nn.Module, x: Tensor) -> Tensor | None:
         return None
     layers = [layer_of(conv, norm) for conv, norm in pairs]
     groups = [sync_group(norm) for norm in norms]
-    downsample, step = getattr(block, forms.of(block).shortcut), 0
+    downsample, step = getattr(block, forms.of(block).shortcut or ""), 0
     if downsample is not None and not has_projection:
         step = downsample.stride
         if downsample.padded_channels(x) != layers[-1].weight.size(0):
@@ -145,7 +146,7 @@ def block_training(block: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def network_stem_training(
-    conv: nn.Conv2d, norm: nn.Module, maxpool: nn.MaxPool2d, x: Tensor
+    conv: nn.Conv2d, norm: nn.BatchNorm2d, maxpool: nn.MaxPool2d, x: Tensor
 ) -> Tensor | None:
     """The stem as one node of the graph, or None where it cannot be one."""
     if not _may_train_as_one(x) or pool_obstacle(maxpool) is not None:

@@ -30,6 +30,7 @@ def act_backward(
     """
     if activation == "none":
         return grad
+    assert output is not None
     if output.dtype is torch.uint8:
         return torch.where(unpacked(output, grad if like is None else like).bool(), grad, 0)
     return aten.threshold_backward(grad, output.detach(), 0)
@@ -40,7 +41,7 @@ def norm_backward(
     input: Tensor | None,
     norm: Norm,
     training: bool,
-    mask: tuple[bool, bool, bool],
+    mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of batch norm in its input, weight and bias, each where `mask` asks for it.
 
@@ -93,7 +94,7 @@ def norm_act_backward(
     norm: Norm,
     activation: str,
     training: bool,
-    need: tuple[bool, bool, bool, bool],
+    need: Sequence[bool],
     overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of batch norm, residual add and activation in input, weight, bias and residual.
@@ -122,26 +123,35 @@ def norm_act_backward(
     ):
         if input is None:  # any tensor like it will do
             input = grad if output is None else output
-        grads = backends.choose(grad.device.type).batch_norm_act_backward(
+        backend = backends.choose(grad.device.type)
+        grad_input, grad_weight, grad_bias, grad_residual = backend.batch_norm_act_backward(
             grad, input, output, norm, activation, training, need, overwrite
         )
     else:
         if activation == "relu" and output is None:
+            assert input is not None
             output = torch.ops.fused_resnet.batch_norm_act_inference(
                 input.detach(), *norm, None, activation
             )
-        has_bits = output is not None and output.dtype is torch.uint8
-        like = contiguous_like_eager(input) if has_bits else None
-        grad = act_backward(grad, output, activation, like)
-        grads = norm_backward(grad, input, norm, training, need[:3])
-        grads = (*grads, grad)
-    grad_input, grad_weight, grad_bias, grad_residual = grads
+        like = None
+        if output is not None and output.dtype is torch.uint8:
+            assert input is not None
+            like = contiguous_like_eager(input)
+        grad_residual = act_backward(grad, output, activation, like)
+        grad_input, grad_weight, grad_bias = norm_backward(
+            grad_residual, input, norm, training, need[:3]
+        )
     return (
         grad_input if need[0] else None,
-        grad_weight.to(norm.weight.dtype) if need[1] else None,
-        grad_bias.to(norm.bias.dtype) if need[2] else None,
+        in_dtype_of(norm.weight, grad_weight) if need[1] else None,
+        in_dtype_of(norm.bias, grad_bias) if need[2] else None,
         grad_residual if need[3] else None,
     )
+
+
+def in_dtype_of(parameter: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """The gradient of a parameter, in its dtype."""
+    return None if parameter is None or grad is None else grad.to(parameter.dtype)
 
 
 def middle_channels(grad: Tensor, channels: int) -> Tensor:
@@ -181,7 +191,8 @@ def conv_norm_backward(
     Returns:
         The gradients of the operator's first eight arguments, None where not needed.
     """
-    weight, norm, bias, *geometry = layer
+    weight, norm, bias, stride, padding, dilation, groups = layer
+    geometry = (stride, padding, dilation, groups)
     conv_mask = (need[0], need[1], need[7])
     conv = conv2d(input, weight, bias, *geometry) if need[4] else None
     grad_conv, grad_bn_weight, grad_bn_bias = norm_backward(
@@ -189,6 +200,7 @@ def conv_norm_backward(
     )
     grad_input = grad_weight = grad_bias = None
     if any(conv_mask):
+        assert grad_conv is not None
         grad_input, grad_weight, grad_bias = conv2d_backward(
             grad_conv, input, weight, *geometry, conv_mask
         )
@@ -197,7 +209,7 @@ def conv_norm_backward(
         grad_weight,
         None,
         None,
-        like(grad_bn_weight, norm.weight.dtype) if need[4] else None,
+        in_dtype_of(norm.weight, grad_bn_weight) if need[4] else None,
         like(grad_bn_bias, bn_bias_dtype) if need[5] else None,
         None,
         grad_bias,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -259,6 +259,16 @@ def register_in_graphs(name: str, kernel: Callable[..., Any]) -> None:
     torch.library.register_torch_dispatch(
         f"fused_resnet::{name}", FunctionalTensorMode, rule, lib=library
     )
+
+
+@overload
+def autocast_tensor(tensor: Tensor, dtype: torch.dtype, device_type: str) -> Tensor: ...
+
+
+@overload
+def autocast_tensor(
+    tensor: Tensor | None, dtype: torch.dtype, device_type: str
+) -> Tensor | None: ...
 
 
 def autocast_tensor(tensor: Tensor | None, dtype: torch.dtype, device_type: str) -> Tensor | None:

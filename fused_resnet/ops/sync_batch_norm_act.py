@@ -29,7 +29,7 @@ from .. import backends, reference
 from ..layers.description import Norm, Sums
 from ..layers.memory import contiguous_like_eager
 from .batch_norm_act_inference import batch_norm_act_inference
-from .gradients import middle_channels
+from .gradients import in_dtype_of, middle_channels
 from .registration import is_plain
 
 Shared = tuple[Tensor, Tensor, Tensor]
@@ -101,7 +101,7 @@ class Processes(NamedTuple):
     """
 
     group: dist.ProcessGroup
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides the method of tuples
 
 
 def shared_backward(
@@ -139,24 +139,26 @@ def shared_backward(
     invstd = (var + eps).rsqrt()
     # Of an infinite variance: nothing comes of the sum, which may be infinite too.
     dot = dot.masked_fill(invstd == 0, 0)
-    grad_weight = (dot * invstd).to(weight.dtype) if need[1] else None
-    grad_bias = total.to(bias.dtype) if need[2] else None
-    grad_input, grad_residual = None, grad
+    grad_weight = in_dtype_of(weight, dot * invstd) if need[1] else None
+    grad_bias = in_dtype_of(bias, total) if need[2] else None
+    grad_input: Tensor | None = None
+    grad_residual: Tensor | None = grad
     if need[0]:
-        sums = torch.cat((total, dot)).double()
-        dist.all_reduce(sums, group=group)
-        total, dot = sums.to(total.dtype).chunk(2)
+        joint = torch.cat((total, dot)).double()
+        dist.all_reduce(joint, group=group)
+        total, dot = joint.to(total.dtype).chunk(2)
     if grad.numel() == 0:
         grad_input = torch.empty_like(input) if need[0] else None
-    elif (need[0] or need[3]) and backend is None:
-        grad_input, grad_residual = reference.batch_norm_act_backward_input(
-            grad, input, output, *norm, activation, total, dot, count, need[3], overwrite
-        )
     elif need[0] or need[3]:
         sums = Sums(total, dot, count)
-        grad_input, grad_residual = backend.batch_norm_act_backward_input(
-            grad, input, output, norm, activation, sums, need[3], overwrite
-        )
+        if backend is None:
+            grad_input, grad_residual = reference.batch_norm_act_backward_input(
+                grad, input, output, *norm, activation, *sums, need[3], overwrite
+            )
+        else:
+            grad_input, grad_residual = backend.batch_norm_act_backward_input(
+                grad, input, output, norm, activation, sums, need[3], overwrite
+            )
     return (
         grad_input if need[0] else None,
         grad_weight,

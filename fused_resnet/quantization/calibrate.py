@@ -41,7 +41,7 @@ class _Sites:
         self.path = path
         self.block = block
         self.reason = quantized.float_reason(block)
-        units = len(forms.of(block).units_of(block))  # type: ignore[union-attr]
+        units = len(forms.of(block).units_of(block))
         self.observers = [make() for _ in range(units + 1)]
         self.source: _Sites | None = None
         self.has_run = False
@@ -167,7 +167,7 @@ class Calibration:
 
     def _stem_ranges_of(self, stem: _Stem, blocks: dict[str, BlockRanges]) -> StemRanges:
         bits, observer = self._stem_bits, stem.observer
-        unit = forms.of(stem.network).units_of(stem.network)[0]  # type: ignore[union-attr]
+        unit = forms.of(stem.network).units_of(stem.network)[0]
         weight = getattr(forms.part(stem.network, unit.conv), "weight", None)
         shape = () if weight is None else tuple(weight.shape)
 
@@ -313,7 +313,6 @@ def is_foldable(block: nn.Module, ranges: Sequence[Quantization]) -> bool:
 def _in_float(block: nn.Module, x: Tensor, see: Callable[[int, Tensor], None]) -> Tensor:
     """A block of nothing but convolutions, norms and ReLUs; `see` what each one leaves."""
     form = forms.of(block)
-    assert form is not None
     *units, last = form.units_of(block)
     out = x
     for i, unit in enumerate(units):

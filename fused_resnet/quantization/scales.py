@@ -42,7 +42,6 @@ def block_ranges(
     shapes = quantized.shapes_of(block)
     reason = quantized.float_reason(block)
     form = forms.of(block)
-    assert form is not None
     names = [f"{path}.{unit.conv}" if path else unit.conv for unit in form.units_of(block)]
     ranges = [*map(input_of, names), output_of(names[-1])]
     kept = []

@@ -170,7 +170,7 @@ def _matched(model: nn.Module, blocks: Any) -> dict[str, BlockRanges]:
                 f"{name}: block {path!r}: convolution {index} has {_described(has)}, in the state "
                 f"{_described(had)}"
             )
-        form = forms.of(own[path])
+        form = forms.found(own[path])
         needed = 1 + len(form.units_of(own[path])) if form else 0
         if not kept.reason and len(kept.ranges) != needed:
             raise ValueError(
@@ -200,7 +200,7 @@ def _matched_stems(model: nn.Module, stems: Any) -> dict[str, StemRanges]:
             len(kept.ranges) != 2 or (bits == 16 and kept.ranges[0].zero_point != WORD_ZERO_POINT)
         ):
             raise ValueError(f"{what} is damaged: ranges are {data['ranges']}")
-        unit = forms.of(own[path]).units_of(own[path])[0]  # type: ignore[union-attr]
+        unit = forms.of(own[path]).units_of(own[path])[0]
         shape = tuple(getattr(forms.part(own[path], unit.conv), "weight").shape)  # noqa: B009
         if kept.shapes != (shape,):
             raise ValueError(

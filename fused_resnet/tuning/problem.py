@@ -43,9 +43,9 @@ class ConvProblem:
     K: int
     R: int
     S: int
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
     dtype: str
     residual: bool

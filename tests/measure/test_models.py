@@ -123,6 +123,26 @@ def test_other_engines_in_eight_bits(name: str, package: str) -> None:
     assert 1e-4 < other.accuracy.error < 0.05
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_of_the_compiler(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They time what `torch.compile` makes of the model in that mode; on a GPU only."""
+    case, seen = Case("resnet18"), []
+
+    def compile_(model: torch.nn.Module, **options: str) -> torch.nn.Module:
+        seen.append(options)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    model, input = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    engine = engines.compiled_mode(mode)
+    with pytest.raises(NotImplementedError, match="on a GPU only"):
+        engine(model, input, case)
+    on_gpu: Any = types.SimpleNamespace(device=torch.device("cuda"))
+    call = engine(lambda _: model(input), on_gpu, case)
+    torch.testing.assert_close(call(), model(input))
+    assert seen == [{"mode": mode}]
+
+
 def test_candidates_in_eight_bits() -> None:
     found = engines.engines_for("cpu", False, (), True)
     assert list(found)[:3] == ["eager", "fused", engines.INT8]

@@ -481,27 +481,10 @@ def test_reads_stay_inside_their_tensors():
     """Every tensor ends where unreadable memory begins: an overread kills the child process."""
     out = run_python(
         """
-        import ctypes, mmap, math
         import torch
         import support
         from support import SAMPLE_SHAPES, ConvShape
-
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.mmap.restype = ctypes.c_void_p
-        integers = [ctypes.c_int] * 3
-        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *integers, ctypes.c_long]
-        libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        page = mmap.PAGESIZE
-
-        def at_the_edge(tensor):
-            size = tensor.untyped_storage().nbytes()
-            room = math.ceil(size / page) * page
-            start = libc.mmap(None, room + 2 * page, 3, 0x22, -1, 0)
-            assert libc.mprotect(start, page, 0) == 0
-            assert libc.mprotect(start + page + room, page, 0) == 0
-            raw = (ctypes.c_char * size).from_address(start + page + room - size)
-            flat = torch.frombuffer(raw, dtype=tensor.dtype)
-            return flat.as_strided(tensor.shape, tensor.stride(), 0).copy_(tensor)
+        from support.guard_pages import at_the_edge
 
         expanded = ConvShape(44, 44, (3, 3), (1, 1), (1, 1), (1, 1), 11)
         for shape in [*SAMPLE_SHAPES, expanded]:

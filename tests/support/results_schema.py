@@ -1,4 +1,4 @@
-"""The schemas of result files as assertions: `compare.document` and `bench.kernels.document`."""
+"""The schemas of result files as assertions: `documents.document` and `kernels.document`."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def test_progress_ends_at_one() -> None:
 
 
 def test_timed_for_real_on_the_cpu() -> None:
-    """The whole way with `measure.interleave` as the timer; a slow candidate is not chosen."""
+    """The whole way with `clock.interleave` as the timer; a slow candidate is not chosen."""
 
     def slow(out: Tensor) -> Tensor:
         time.sleep(0.01)

@@ -25,6 +25,11 @@ ISA: str = operators.conv_isa()
 TILE_ISA: str = operators.conv_tile_isa()
 # What multiplies pairs of bfloat16; "" where tiles do.
 PAIR_ISA: str = operators.conv_pair_isa()
+# What training multiplies on tiles, or in pairs.
+if TILE_ISA:
+    TRAINED_ON_UNIT: tuple[torch.dtype, ...] = GRADIENTS_ON_TILES
+else:
+    TRAINED_ON_UNIT = (torch.bfloat16,) if PAIR_ISA else ()
 
 
 def has_kernel(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> bool:
@@ -37,13 +42,6 @@ def on_tiles(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> bo
     if not TILE_ISA or dtype is not torch.bfloat16:
         return False
     return groups == 1 or (weight_shape[1] >= 16 and weight_shape[0] // groups >= 16)
-
-
-def has_unit(dtype: torch.dtype) -> bool:
-    """Whether training's products of a dtype are on tiles, or in pairs."""
-    if TILE_ISA:
-        return dtype in GRADIENTS_ON_TILES
-    return bool(PAIR_ISA) and dtype is torch.bfloat16
 
 
 def _vector_isa(dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...layers import counting
 from ...layers.description import Norm
 from . import operators, precision
-from .isa import GRADIENTS_ON_TILES, LEAST_ON_TILES, MOST_TAPS, TILE_ISA, has_unit, is_native
+from .isa import GRADIENTS_ON_TILES, LEAST_ON_TILES, MOST_TAPS, TILE_ISA, TRAINED_ON_UNIT, is_native
 from .norm import in_accumulation_dtype
 
 
@@ -27,7 +27,7 @@ def conv_batch_norm_statistics(
     """In one pass, where a unit multiplies such values: see csrc/cpu/conv_training.cpp."""
     stride, padding, dilation, groups = geometry
     if (
-        not has_unit(input.dtype)
+        input.dtype not in TRAINED_ON_UNIT
         or not _trains(input.dtype, weight.shape, weight.stride(1), groups)
         or weight.dtype is not input.dtype
         or input.numel() == 0
@@ -137,7 +137,7 @@ def conv_weight_gradient(
     stride, padding, dilation, groups = geometry
     K, C, R, S = weight.shape
     if (
-        not has_unit(input.dtype)
+        input.dtype not in TRAINED_ON_UNIT
         or not grad.dtype is weight.dtype is input.dtype
         or C < LEAST_ON_TILES
         or K // groups < LEAST_ON_TILES

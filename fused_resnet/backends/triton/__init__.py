@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,7 +143,8 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
             return None
         if not cuda.trusts_basic_block(problem, choice.tile, input.device):
             return None
-        return cuda.run_basic_block(input, *blocks[0].layers, choice.tile)
+        first, second = blocks[0].layers
+        return cuda.run_basic_block(input, first, second, choice.tile)
     launchers()
     return chains.residual_blocks(input, blocks)
 
@@ -155,8 +157,10 @@ def release(tensors: Iterable[Tensor]) -> None:
         module.release(tensors)
 
 
-def run_chain(arguments: tuple, problem: ChainProblem, choice: Choice) -> tuple[Tensor, ...]:
-    """All that a chain consists of, as chosen, for those who time it; see `tuner.ChainCase`."""
+def run_chain(
+    arguments: tuple[Any, ...], problem: ChainProblem, choice: Choice
+) -> tuple[Tensor, ...]:
+    """All that a chain consists of, as chosen, for those who time it; see `cases.ChainCase`."""
     launchers()
     from . import chains
 

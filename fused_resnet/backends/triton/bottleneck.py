@@ -7,7 +7,7 @@ begins at the only convolution that has one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -314,7 +314,9 @@ def bottleneck(
         channels_last.
     """
     N, width, H, W = input.shape
-    stride, padding, dilation = (1, 1), (0, 0), (1, 1)
+    stride: Sequence[int] = (1, 1)
+    padding: Sequence[int] = (0, 0)
+    dilation: Sequence[int] = (1, 1)
     R = S = 0
     P, Q = H, W
     if convolution is not None:
@@ -387,10 +389,10 @@ def bottleneck(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )  # fmt: skip
-        if partial is not None:
+        if partial is not None and reduce is not None and next_input is not None:
             conv.sum_partials(input, partial, reduce.norm, reduce.bias, next_input, wide)
-    results = (output, next_input)
-    return tuple(None if t is None else t.permute(0, 3, 1, 2) for t in results)
+    reduced = None if next_input is None else next_input.permute(0, 3, 1, 2)
+    return output.permute(0, 3, 1, 2), reduced
 
 
 def release(tensors: Iterable[Tensor]) -> None:

@@ -82,7 +82,7 @@ def _run_all(
         if reduced is None:
             reduced = conv_bn_act(x, main[0], None, "relu")
         problem, choice = problems[index], choices[index]
-        if choice is None:
+        if problem is None or choice is None:
             x, reduced = _convolutions(reduced, x, main[1:], projection), None
             continue
         following = blocks[index + 1].layers[0] if problem.next_width else None
@@ -112,19 +112,22 @@ def run(
     Returns:
         Its output, and where the choice is a chain with the next block's convolution, that one's.
     """
-    *main, projection, following = layers
+    wide, expand, projection, following = layers
+    assert wide is not None
+    assert expand is not None
     if choice.kernel not in CHAINED or not (
         settled.get((problem, choice, launch.open_row.get() is None, reduced.device))
         or checks.trusts_chain(problem, reduced, choice, sys.modules[__name__])
     ):
-        return _convolutions(reduced, x, main, projection), None
+        return _convolutions(reduced, x, (wide, expand), projection), None
     if choice.kernel == CHAIN_WITHOUT_NEXT:
         following = None
+    assert choice.tile is not None
     tile = tile_for(problem, choice.tile)
     if choice.kernel == PAIR:
-        hidden = conv_bn_act(reduced, main[0], None, "relu")
-        return bottleneck.bottleneck(hidden, x, None, main[1], projection, following, tile)
-    return bottleneck.bottleneck(reduced, x, *main, projection, following, tile)
+        hidden = conv_bn_act(reduced, wide, None, "relu")
+        return bottleneck.bottleneck(hidden, x, None, expand, projection, following, tile)
+    return bottleneck.bottleneck(reduced, x, wide, expand, projection, following, tile)
 
 
 def _convolutions(

@@ -7,6 +7,7 @@ compiler sees kernels and not an opaque operator; every size may be symbolic the
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -89,7 +90,7 @@ def conv_bn_act(
         "RESIDUAL_CHANNELS": None if residual is None else residual_channels(residual, output),
         "RELU": activation == "relu",
     }
-    tiled = {
+    tiled: dict[str, Any] = {
         **common,
         "R": R,
         "S": S,

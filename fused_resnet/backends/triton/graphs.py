@@ -93,7 +93,7 @@ def triton_conv_bn_act_max_pool(
     dilation: Sequence[int],
     activation: str,
 ) -> Tensor:
-    """`conv.conv_bn_act_max_pool`."""
+    """`stem.conv_bn_act_max_pool`."""
     name = "triton_conv_bn_act_max_pool"
     norm = Norm(running_mean, running_var, bn_weight, bn_bias, eps)
     layer = ConvNorm(weight, norm, bias, stride, padding, dilation, 1)

@@ -26,9 +26,9 @@ from .problem import out_of_resources, problem_of, run_chosen
 
 def conv_bn_act(input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str) -> Tensor:
     """One launch (two where the sum is split): see `conv_kernels.py` for formula and traffic."""
-    weight, norm, bias, *geometry = layer
+    weight, norm, bias, stride, padding, dilation, groups = layer
     if can_run(input, weight, *norm[:4], bias, residual):
-        problem = problem_of(input, weight, *geometry, residual is not None)
+        problem = problem_of(input, weight, stride, padding, dilation, groups, residual is not None)
         run = functools.partial(_run, input, layer, residual, activation, problem)
         return run_chosen(problem, input.device, problems.choose(problem, input.device), run)
     return library.conv_bn_act(input, layer, residual, activation)
@@ -64,15 +64,15 @@ def norm_conv_bn_act(
     input: Tensor, before: Norm, layer: ConvNorm, residual: Tensor | None, activation: str
 ) -> Tensor:
     """The norm in the convolution's loads where that is predicted to be faster than before it."""
-    weight, norm, bias, *geometry = layer
+    weight, norm, bias, stride, padding, dilation, groups = layer
     tile = None
     if (
-        layer.groups == 1
+        groups == 1
         and not is_traced(input)
         and input.numel() > 0
         and can_run(input, weight, *before[:4], *norm[:4], bias, residual)
     ):
-        problem = problem_of(input, weight, *geometry, residual is not None)
+        problem = problem_of(input, weight, stride, padding, dilation, groups, residual is not None)
         tile = _prologue_tile(problem, input.device)
     if tile is not None:
         try:
@@ -97,10 +97,10 @@ def _prologue_tile(problem: ConvProblem, device: torch.device) -> Tile | None:
 
 def conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: Pool) -> Tensor:
     """One launch for a stem with its usual pool, else the convolution and the library's pool."""
-    weight, norm, bias, *geometry = layer
+    weight, norm, bias, stride, padding, dilation, groups = layer
     if can_run(input, weight, *norm[:4], bias):
         windows = tuple(itertools.chain(*pool))
-        problem = problem_of(input, weight, *geometry, False, windows)
+        problem = problem_of(input, weight, stride, padding, dilation, groups, False, windows)
         if kernel_for(problem) == "stem_pool":
             run = functools.partial(_run_with_pool, input, layer, activation, pool, problem)
             return run_chosen(problem, input.device, problems.choose(problem, input.device), run)

@@ -16,7 +16,7 @@ from ...tuning import training as training_choice
 from ...tuning.choice import ESTIMATE, Choice, Tile
 from ...tuning.problem import ConvProblem
 from .. import library, self_check
-from ..backend import Gradients
+from ..backend import Gradients, NormGradients, NormSums, UnfoundNorm
 from ..self_check import settled
 from . import checks
 from .eligible import can_normalize, can_train, is_channels_last
@@ -67,8 +67,8 @@ def batch_norm_act_training_keeping_mask(
 
 
 def batch_norm_add_relu(
-    input: Tensor, norm: tuple, residual: Tensor, residual_norm: tuple | None
-) -> tuple[Tensor, Tensor | None, tuple, tuple | None] | None:
+    input: Tensor, norm: UnfoundNorm, residual: Tensor, residual_norm: UnfoundNorm | None
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None] | None:
     """Norm, shortcut with or without a norm, and ReLU in one pass: see `norm.py`.
 
     Returns:
@@ -90,7 +90,7 @@ def batch_norm_add_relu_backward(
     norm: Norm,
     residual: Tensor,
     residual_norm: Norm,
-) -> tuple[tuple, tuple] | None:
+) -> tuple[NormGradients, NormGradients] | None:
     """Behind two norms, their add and its ReLU: see `norm.py`.
 
     Returns:
@@ -255,7 +255,8 @@ def conv_batch_norm_statistics(
     normalises, tile = prologue is not None, training.INTERPRETED_TILE
     if device.type != "cuda" and not self_check.everywhere:
         return training.forward(input, weight, bias, geometry, prologue, tile)
-    problem = problem_of(input, weight, *geometry, False)
+    stride, padding, dilation, groups = geometry
+    problem = problem_of(input, weight, stride, padding, dilation, groups, False)
     while True:
         if device.type == "cuda":
             gpu = architecture.of_device(device)
@@ -332,7 +333,7 @@ def norm_conv_backward_input(
     size: Sequence[int],
     geometry: Sequence[Any],
     below: tuple[Tensor, Norm],
-) -> tuple[Tensor, tuple, Tensor, Tensor, tuple[Tensor, Tensor]] | None:
+) -> tuple[Tensor, NormSums, Tensor, Tensor, tuple[Tensor, Tensor]] | None:
     """`conv_backward_input` of a 1x1 convolution, with the norm that follows it and its shortcut.
 
     Args:

@@ -207,10 +207,10 @@ def training_conv_kernel(
 
         output  = sum + bias + residual, zero where relu(batch_norm(below)) is
         partial = of every tile of rows and channel: with STATISTICS `rounded, rest, var`, as
-                  `batch_norm.statistics_kernel` has them; with `below` `sum(output)` and
+                  `norm_kernels.statistics_kernel` has them; with `below` `sum(output)` and
                   `sum(output (below - mean))`
 
-    The residual may come with a mask, see `batch_norm.normalize_kernel`.
+    The residual may come with a mask, see `norm_kernels.normalize_kernel`.
 
     Reads the input, `above` and the weight as `conv_kernel` does, the residual and `below` once;
     writes the output and `side` once and 12 (with `below` 8) bytes a tile of rows and channel.
@@ -378,6 +378,7 @@ def forward(
     mean, var = new_vectors(output, 2)
     block_c = combined_channels(input)
     rows = output.numel() // output.size(1)
+    assert partial is not None
     partial, slab_rows = _folded(output, partial, tile.block_m)
     launch.launch_kernel(
         input,
@@ -445,6 +446,7 @@ def backward_input(
         return output, side, None
     total, dot, grad_weight = new_vectors(output, 3)
     block_c = combined_channels(grad)
+    assert partial is not None
     partial, _ = _folded(output, partial, tile.block_m)
     launch.launch_kernel(
         grad,

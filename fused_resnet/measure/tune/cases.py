@@ -66,9 +66,11 @@ class ChainCase:
         return 1 if isinstance(self.problem, BasicBlockProblem) else 2
 
 
-Run = Callable[[tuple[Any, ...], Problem], Any]
-"""Runs a candidate on a case's arguments. Returns a tensor, pooled where the problem has a pool; of
-a chain a tuple, as `ChainCase.expected`."""
+Run = Callable[[tuple[Any, ...], Any], Any]
+"""Runs a candidate on a case's arguments, given its problem, of the kind that the candidate is for.
+
+Returns a tensor, pooled where the problem has a pool; of a chain a tuple, as `ChainCase.expected`.
+"""
 
 
 def case_of(problem: Problem, device: torch.device) -> Case | ChainCase:
@@ -92,14 +94,16 @@ def make_basic_block_case(
 
 def make_chain_case(problem: ChainProblem, device: torch.device, seed: int = 0) -> ChainCase:
     """Random tensors for a chain, channels_last, and their float64 results."""
-    parts = (problem.convolution, problem.expand, problem.project, problem.reduce)
-    cases = [
-        None if part is None else _random_arguments(part, device, seed + index)
-        for index, part in enumerate(parts)
-    ]
-    reduced, shortcut = cases[0][0], cases[1][12]
-    if cases[2] is not None:
-        shortcut = cases[2][0]
+    convolution = _random_arguments(problem.convolution, device, seed)
+    expand = _random_arguments(problem.expand, device, seed + 1)
+    projection = following = None
+    reduced, shortcut = convolution[0], expand[12]
+    if problem.project is not None:
+        projection = _random_arguments(problem.project, device, seed + 2)
+        shortcut = projection[0]
+    if problem.reduce is not None:
+        following = _random_arguments(problem.reduce, device, seed + 3)
+    cases = (convolution, expand, projection, following)
     layers = (None if one is None else described(one)[1] for one in cases)
     return _block_case(problem, (reduced, shortcut, *layers), 2)
 
@@ -137,9 +141,10 @@ def eager_chain(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
 
 
 def _eager_layer(input: Tensor, layer: ConvNorm, residual: Tensor | None, relu: bool) -> Tensor:
-    weight, (*norm, eps), *rest = layer
-    out = F.conv2d(input, weight, *rest)
-    out = F.batch_norm(out, *norm, False, 0.0, eps)
+    weight, norm, bias, stride, padding, dilation, groups = layer
+    out = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    mean, var, bn_weight, bn_bias, eps = norm
+    out = F.batch_norm(out, mean, var, bn_weight, bn_bias, False, 0.0, eps)
     if residual is not None:
         out += residual
     return F.relu(out) if relu else out
@@ -184,16 +189,18 @@ def _random_arguments(problem: ConvProblem, device: torch.device, seed: int) -> 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(problem.K, generator=generator, device=device) * (high - low) + low
 
-    nhwc = {"memory_format": torch.channels_last, "dtype": dtype}
+    def laid(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype=dtype, memory_format=torch.channels_last)
+
     channels = problem.C // problem.groups
     weight = normal(problem.K, channels, problem.R, problem.S)
     weight /= (channels * problem.R * problem.S) ** 0.5
     residual = None
     if problem.residual:
-        residual = normal(problem.N, problem.K, problem.P, problem.Q).to(**nhwc)
+        residual = laid(normal(problem.N, problem.K, problem.P, problem.Q))
     return (
-        normal(problem.N, problem.C, problem.H, problem.W).to(**nhwc),
-        weight.to(**nhwc),
+        laid(normal(problem.N, problem.C, problem.H, problem.W)),
+        laid(weight),
         normal(problem.K).mul_(0.3),
         uniform(0.5, 2.0),
         uniform(0.5, 1.5),
@@ -227,7 +234,8 @@ def check(run: Run, case: Case | ChainCase) -> str | None:
 def precision(dtype: str) -> Iterator[None]:
     """Lets float32 convolutions use TF32, or not, as a problem's dtype says."""
     # Both, since torch refuses to say whether cuDNN may use TF32 where they differ.
-    settings = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    cudnn: Any = torch.backends.cudnn
+    settings = (cudnn.conv, cudnn.rnn)
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "tf32" if dtype == "tfloat32" else "ieee"

@@ -38,7 +38,7 @@ from ...tuning.architecture import Architecture
 from ...tuning.choice import BASIC_BLOCK, CHAIN_KERNELS, CONVOLUTIONS, MEASURED, Choice
 from ...tuning.problem import BasicBlockProblem, ChainProblem, ConvProblem, Problem
 from ..errors import first_line
-from .cases import Case, Run, case_of, check, described, pooled, precision
+from .cases import Case, ChainCase, Run, case_of, check, described, pooled, precision
 from .race import Timer, race
 
 MOST_TILES = 32
@@ -79,7 +79,7 @@ class Result:
         return table.Entry(
             self.choice.kernel,
             self.choice.tile,
-            of(self.choice),
+            round(self.microseconds[str(self.choice)], 3),
             of(self.untuned),
             of(baseline(self.problem)),
             datetime.date.today().isoformat(),
@@ -228,11 +228,12 @@ def tune_all(
     try:
         for index, problem in enumerate(problems):
             progress(problem, index)
+
+            def tell(share: float, at: int = index, what: Problem = problem) -> None:
+                progress(what, at + share)
+
             try:
-                result = tune(
-                    problem, architecture, device, timer, runner=runner,
-                    progress=lambda share, at=index, what=problem: progress(what, at + share),
-                )  # fmt: skip
+                result = tune(problem, architecture, device, timer, runner=runner, progress=tell)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 session.skipped[problem] = f"out of memory: {first_line(error)}"
                 continue
@@ -257,7 +258,14 @@ def run_of(choice: Choice) -> Run:
     if choice.kernel == "triton":
         return lambda arguments, problem: _run_triton(arguments, problem, choice)
     if choice.kernel == BASIC_BLOCK:
-        return lambda arguments, problem: (cuda.run_basic_block(*arguments, choice.tile),)
+        tile = choice.tile
+        assert tile is not None
+
+        def run(arguments: tuple[Any, ...], problem: object) -> tuple[Tensor]:
+            x, first, second = arguments
+            return (cuda.run_basic_block(x, first, second, tile),)
+
+        return run
     if choice.kernel in CHAIN_KERNELS:
         return lambda arguments, problem: _run_chain(arguments, problem, choice)
     if choice.kernel == "cuda":
@@ -267,7 +275,7 @@ def run_of(choice: Choice) -> Run:
     return lambda arguments, problem: cudnn.conv_bn_act(*described(arguments))
 
 
-def _call(run: Run, case: Case) -> Callable[[], object]:
+def _call(run: Run, case: Case | ChainCase) -> Callable[[], object]:
     return lambda: run(case.arguments, case.problem)
 
 

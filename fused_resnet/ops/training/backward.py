@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...backends.backend import NormSums
 from ...layers.description import PARAMETERS, Layer, TrainedBlock
 from ..gradients import act_backward, aten, middle_channels
 from ..registration import gradients_batched
@@ -15,7 +16,7 @@ from .passes import Pass, kernels_for, passes_of, run_block
 
 
 def block_backward(
-    block: TrainedBlock, kept: Sequence[Tensor | None], need: Sequence[bool], grad: Tensor
+    block: TrainedBlock, kept: Sequence[Any], need: Sequence[bool], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a block's input and of its layers' parameters, None where not needed.
 
@@ -57,10 +58,14 @@ class _BlockBackward:
     `grad` is that behind the layer at hand, `shortcut` that of the shortcut as soon as it is known.
     """
 
+    input: Tensor
+    output: Tensor
+    grad: Tensor | None
+
     def __init__(
         self,
         block: TrainedBlock,
-        kept: Sequence[Tensor | None],
+        kept: Sequence[Any],
         need: Sequence[bool],
         grad: Tensor,
     ) -> None:
@@ -83,7 +88,7 @@ class _BlockBackward:
         self.grads: list[Tensor | None] = [None] * count
         self.shortcut: Tensor | None = None
         # Of `grad`, where the convolution behind found them.
-        self.sums: tuple[Tensor, Tensor, Tensor] | None = None
+        self.sums: NormSums | None = None
         # The gradients of the projection's norm's weight and bias, if already known.
         self.joined: list[Tensor] | None = None
         self.is_projected = not (block.has_projection and self.plan.need_shortcut)
@@ -119,6 +124,7 @@ class _BlockBackward:
 
     def layer(self, index: int) -> None:
         """Behind its norm, then behind its convolution."""
+        assert self.grad is not None  # or this layer would not be gone behind
         step, is_last = self.passes[index], index == self.block.main - 1
         below = self.need_input or index > self.plan.first
         need_weight, need_bias, *need_norm = self.needs[index]
@@ -126,7 +132,9 @@ class _BlockBackward:
         h = self._hidden_before(index) if need_conv or step.raw is None else None
         if step.raw is None:
             step.convolve(h)
-        found = None  # the gradient of its input and the sums below, if a kernel has both
+        # The gradient of its input and the sums below, if a kernel has both.
+        found: tuple[Tensor, NormSums | None] | None = None
+        norm_grads: Sequence[Tensor | None]
         if is_last:
             found, norm_grads = self._last_norm(index, need_conv, need_norm)
         elif self.sums is not None:
@@ -137,12 +145,16 @@ class _BlockBackward:
             self.grad, *norm_grads, _ = step.norm_backward(
                 self.grad, None, "relu", need, overwrite=not self.again
             )
-        self.sums = step.raw = None
+        self.sums = None
+        del step.raw
         add_to = self.shortcut if index == 0 and self.plan.adds else None
         if below and found is None:
+            assert h is not None
             found, add_to = self._input_gradient(index, h, add_to)
         conv_grads: tuple[Tensor | None, ...] = (None, None, None)
         if need_weight or need_bias or (below and found is None):
+            assert self.grad is not None
+            assert h is not None
             need = (below and found is None, need_weight, need_bias)
             conv_grads = step.conv_backward(self.grad, h, need, add_to)
         self.grad = conv_grads[0]
@@ -152,7 +164,7 @@ class _BlockBackward:
 
     def _last_norm(
         self, index: int, need_conv: bool, need_norm: Sequence[bool]
-    ) -> tuple[tuple | None, Sequence[Tensor | None]]:
+    ) -> tuple[tuple[Tensor, NormSums] | None, Sequence[Tensor | None]]:
         """Behind the norm before the add, its shortcut; the convolution in front may go along.
 
         Returns:
@@ -160,6 +172,7 @@ class _BlockBackward:
             the norm's weight and bias.
         """
         step, grad, plan = self.passes[index], self.grad, self.plan
+        assert grad is not None
         masks = plan.need_shortcut and not plan.masked
         need = (need_conv, *need_norm, masks)
         both = found = None
@@ -171,23 +184,25 @@ class _BlockBackward:
         if index > 0 and (self.need_input or index > plan.first) and not plan.masked:
             found = step.last_backward(grad, self.output, self.passes[index - 1])
         if both is not None:
-            (self.grad, *norm_grads), (self.shortcut, *self.joined) = both
-            self.passes[-1].raw = None
-            return None, step.norm_gradients(*norm_grads, need)
+            self.grad, grad_weight, grad_bias = both[0]
+            self.shortcut, *self.joined = both[1]
+            del self.passes[-1].raw
+            return None, step.norm_gradients(grad_weight, grad_bias, need)
         if found is not None:
-            *input_grads, self.grad, self.shortcut, norm_grads = found
-            return tuple(input_grads), step.norm_gradients(*norm_grads, need)
+            grad_input, sums, self.grad, self.shortcut, (grad_weight, grad_bias) = found
+            return (grad_input, sums), step.norm_gradients(grad_weight, grad_bias, need)
         self.grad, *norm_grads, residual_grad = step.norm_backward(grad, self.output, "relu", need)
         self.shortcut = grad if plan.masked else residual_grad
         return None, norm_grads
 
     def _input_gradient(
         self, index: int, h: Tensor, add_to: Tensor | None
-    ) -> tuple[tuple | None, Tensor | None]:
+    ) -> tuple[tuple[Tensor, NormSums | None] | None, Tensor | None]:
         """The gradient of a convolution's input by a kernel that does more than that, or None.
 
         And what is still to be added to it otherwise.
         """
+        assert self.grad is not None
         step, size = self.passes[index], h.shape[2:]
         if index > 0:
             return step.input_backward(self.grad, size, None, self.passes[index - 1]), add_to
@@ -195,6 +210,7 @@ class _BlockBackward:
             mask = self.output if self.plan.masked else None
             found = step.input_backward(self.grad, size, add_to, None, mask)
             if found is None and mask is not None:
+                assert add_to is not None
                 add_to = act_backward(add_to, mask, "relu")
             return found, add_to
         if not self.is_projected and step.adds_to_input_gradient(self.grad, size, self.input):
@@ -206,20 +222,23 @@ class _BlockBackward:
     def _behind_projection(self, add_to: Tensor | None) -> Tensor | None:
         """The gradient in the input, plus `add_to`; keeps those of the parameters."""
         step, behind = self.passes[-1], self.shortcut
+        assert behind is not None  # or the projection would not be gone behind
         need_conv = (self.need_input, *self.needs[-1][:2])
         need_norm = (any(need_conv), *self.needs[-1][2:], False)
+        norm_grads: Sequence[Tensor | None]
         if self.joined is not None:
-            norm_grads = step.norm_gradients(*self.joined, need_norm)
+            norm_grads = step.norm_gradients(self.joined[0], self.joined[1], need_norm)
         else:
             if step.raw is None:
                 step.convolve(self.input)
             if self.plan.masked:
-                masked = (self.output, "relu", need_norm)
+                found = step.norm_backward(behind, self.output, "relu", need_norm)
             else:
-                masked = (None, "none", need_norm, not self.again)
-            behind, *norm_grads, _ = step.norm_backward(behind, *masked)
-        conv_grads = (None, None, None)
+                found = step.norm_backward(behind, None, "none", need_norm, not self.again)
+            behind, *norm_grads, _ = found
+        conv_grads: tuple[Tensor | None, ...] = (None, None, None)
         if any(need_conv):
+            assert behind is not None
             conv_grads = step.conv_backward(behind, self.input, need_conv, add_to)
         self.grads[-PARAMETERS:] = (*conv_grads[1:], *norm_grads)
         return conv_grads[0]
@@ -231,6 +250,8 @@ class _BlockBackward:
             if not self.is_projected:
                 grad = self._behind_projection(grad if self.need_input else None)
         elif self.need_input and not self.plan.adds:
+            assert grad is not None
+            assert self.shortcut is not None
             grad = grad.clone() if self.again else grad
             shortcut = middle_channels(self.shortcut, self.input.size(1))
             block.subsampled(grad).add_(shortcut)
@@ -240,7 +261,7 @@ class _BlockBackward:
 def stem_backward(
     layer: Layer,
     pool: Sequence[Sequence[int]],
-    kept: Sequence[Tensor | None],
+    kept: Sequence[Any],
     need: Sequence[bool],
     grad: Tensor,
 ) -> tuple[Tensor | None, ...]:
@@ -277,10 +298,12 @@ def stem_backward(
     need_conv = tuple(need[:3])
     mask_from = out if again else None
     del out
-    grad, grad_bn_weight, grad_bn_bias, _ = step.norm_backward(
+    grad_conv, grad_bn_weight, grad_bn_bias, _ = step.norm_backward(
         grad, mask_from, "relu", (any(need_conv), need[3], need[4], False), not again
     )
-    conv_grads: tuple = (None, None, None)
+    del grad
+    conv_grads: tuple[Tensor | None, ...] = (None, None, None)
     if any(need_conv):
-        conv_grads = step.conv_backward(grad, input, need_conv)
+        assert grad_conv is not None
+        conv_grads = step.conv_backward(grad_conv, input, need_conv)
     return *conv_grads, grad_bn_weight, grad_bn_bias

@@ -69,7 +69,7 @@ def holds_training_in_graphs(*tensors: Tensor | None) -> bool:
 def block_training_in_graph(
     input: Tensor, layers: Sequence[ConvNorm], has_projection: bool, low_memory: bool
 ) -> tuple[Tensor, list[Statistics]] | None:
-    """As `training_blocks.residual_block_training`, of statistics that no processes share."""
+    """As `nodes.residual_block_training`, of statistics that no processes share."""
     arguments = _prepare(input, layers)
     if arguments is None:
         return None
@@ -80,7 +80,7 @@ def block_training_in_graph(
 def stem_training_in_graph(
     input: Tensor, layer: ConvNorm, pool: Sequence[Sequence[int]]
 ) -> tuple[Tensor, list[Statistics]] | None:
-    """As `training_blocks.stem_training`, of statistics that no processes share."""
+    """As `nodes.stem_training`, of statistics that no processes share."""
     arguments = _prepare(input, [layer])
     if arguments is None:
         return None
@@ -184,11 +184,14 @@ def _needed(
     gradients: Sequence[Tensor | None], tensors: Sequence[Tensor | None], need: Sequence[bool]
 ) -> list[Tensor]:
     """The gradients that are needed, as their fake ones lie in memory."""
-    return [
-        grad if grad.stride() == tensor.stride() else torch.empty_like(tensor).copy_(grad)
-        for grad, tensor, needed in zip(gradients, tensors, need, strict=True)
-        if needed
-    ]
+    found = []
+    for grad, tensor, needed in zip(gradients, tensors, need, strict=True):
+        if needed:
+            assert grad is not None
+            assert tensor is not None
+            alike = grad.stride() == tensor.stride()
+            found.append(grad if alike else torch.empty_like(tensor).copy_(grad))
+    return found
 
 
 register_kernel(
@@ -207,13 +210,13 @@ def _backward_fake(
     *description: Any,
 ) -> list[Tensor]:
     tensors = zip((input, *parameters), need, strict=True)
-    return [torch.empty_like(tensor) for tensor, needed in tensors if needed]
+    return [torch.empty_like(t) for t, needed in tensors if needed and t is not None]
 
 
 class _BlockTraining(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, description: tuple, input: Tensor, *parameters: Tensor | None
+        ctx: Any, description: tuple[Any, ...], input: Tensor, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             output, *kept = _operator(input, parameters, *description)
@@ -253,7 +256,7 @@ def _stem_kernel(
     parameters: Sequence[Tensor | None],
     numbers: Sequence[int],
     eps: float,
-    pool: Sequence[int],
+    pool: list[int],
 ) -> list[Tensor]:
     with torch.no_grad():
         return _stem_composite(input, parameters, numbers, eps, pool)
@@ -264,7 +267,7 @@ def _stem_composite(
     parameters: Sequence[Tensor | None],
     numbers: Sequence[int],
     eps: float,
-    pool: Sequence[int],
+    pool: list[int],
 ) -> list[Tensor]:
     """The output, the norm's mean and variance, and the convolution's output."""
     (step,) = passes_of([_layer(numbers, eps)], parameters, kernels_for(input))
@@ -274,7 +277,7 @@ def _stem_composite(
         return [torch.max_pool2d(out, *_pool(pool)), mean.detach(), var.detach(), step.raw]
 
 
-def _pool(numbers: Sequence[int]) -> tuple[Sequence[int], ...]:
+def _pool(numbers: list[int]) -> tuple[list[int], list[int], list[int]]:
     return numbers[0:2], numbers[2:4], numbers[4:6]
 
 
@@ -287,7 +290,7 @@ def _stem_fake(
     parameters: Sequence[Tensor | None],
     numbers: Sequence[int],
     eps: float,
-    pool: Sequence[int],
+    pool: list[int],
 ) -> list[Tensor]:
     (step,) = passes_of([_layer(numbers, eps)], parameters, (None, False))
     raw = step.convolve(input)
@@ -304,7 +307,7 @@ def _stem_backward_kernel(
     need: Sequence[bool],
     numbers: Sequence[int],
     eps: float,
-    pool: Sequence[int],
+    pool: list[int],
 ) -> list[Tensor]:
     """The gradients of input and parameters that are needed, lying in memory as these do."""
     mean, var, raw = kept
@@ -330,13 +333,13 @@ def _stem_backward_fake(
     *description: Any,
 ) -> list[Tensor]:
     tensors = zip((input, *parameters), need, strict=True)
-    return [torch.empty_like(tensor) for tensor, needed in tensors if needed]
+    return [torch.empty_like(t) for t, needed in tensors if needed and t is not None]
 
 
 class _StemTraining(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, description: tuple, input: Tensor, *parameters: Tensor | None
+        ctx: Any, description: tuple[Any, ...], input: Tensor, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             output, *kept = _stem_operator(input, parameters, *description)

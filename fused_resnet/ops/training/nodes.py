@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ... import backends
-from ...layers.description import PARAMETERS, ConvNorm, Layer, TrainedBlock
+from ...layers.description import PARAMETERS, ConvNorm, Layer, Pool, TrainedBlock
 from ..registration import autocast_tensor, gradients_batched, is_plain, needs_grad
 from .backward import block_backward, stem_backward
 from .passes import Pass, Statistics, is_computed_again, passes_of, run_block
@@ -68,19 +68,19 @@ def stem_training(
     input: Tensor,
     layer: ConvNorm,
     group: dist.ProcessGroup | None,
-    pool: Sequence[Sequence[int]],
+    pool: Pool,
     keep: Keep,
 ) -> Tensor | None:
     """`max_pool2d(relu(batch_norm(conv(input))), *pool)`; see `residual_block_training`."""
-    weight, norm, bias, *geometry = layer
-    parameters = [weight, bias, norm.weight, norm.bias]
+    weight, norm, bias, stride, padding, dilation, groups = layer
+    parameters: list[Tensor | None] = [weight, bias, norm.weight, norm.bias]
     kernels = _kernels(input, parameters)
     if kernels is None:
         return None
-    described = Layer(tuple(geometry), norm.eps, group)
+    described = Layer((stride, padding, dilation, groups), norm.eps, group)
     input, parameters = _as_autocast_casts(input, parameters)
     with torch.autocast(input.device.type, enabled=False):
-        return _Stem.apply(input, described, tuple(pool), keep, kernels, *parameters)
+        return _Stem.apply(input, described, pool, keep, kernels, *parameters)
 
 
 def _kernels(input: Tensor, parameters: Sequence[Tensor | None]) -> backends.Backend | None:
@@ -119,7 +119,8 @@ class _ResidualBlock(torch.autograd.Function):
         passes = passes_of(block.layers, parameters, (kernels, True))
         with torch._C._AutoDispatchBelowAutograd():
             output, mask = run_block(block, passes, input, [])
-        statistics, saved = [], []
+        statistics: list[Statistics] = []
+        saved: list[Tensor | None] = []
         for index, step in enumerate(passes):
             kept = step.saved(not (block.low_memory and is_computed_again(block, passes, index)))
             statistics.append(kept[1:])
@@ -154,7 +155,7 @@ class _Stem(torch.autograd.Function):
         ctx: Any,
         input: Tensor,
         layer: Layer,
-        pool: tuple,
+        pool: Pool,
         keep: Keep,
         kernels: backends.Backend,
         *parameters: Tensor | None,

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import backends
+from ...backends.backend import NormGradients, NormSums
 from ...layers.convolution import (
     conv2d,
     conv2d_backward,
     plain_conv2d,
     plain_conv2d_backward,
 )
-from ...layers.description import PARAMETERS, SAVED, Layer, Norm, Sums, TrainedBlock
+from ...layers.description import PARAMETERS, SAVED, Layer, Norm, Pool, Sums, TrainedBlock
 from ..batch_norm_act_inference import batch_norm_act_inference
 from ..batch_norm_act_training import batch_norm_act_training
 from ..gradients import norm_act_backward
@@ -33,6 +34,13 @@ _new = tuple.__new__
 class Pass:
     """One layer's tensors, and its steps in both directions.
 
+    Attributes:
+        weight: of the convolution.
+        bias: of the convolution, or None.
+        raw: the convolution's output; None before forward, and in backward where forward did not
+            keep it.
+        count: how many values a channel the norm's batch has, where processes share it.
+
     Args:
         layer: what it computes.
         parameters: weight and bias of the convolution, then of the norm.
@@ -42,13 +50,19 @@ class Pass:
         saved: what `saved` returned, in backward.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+    raw: Tensor
+    norm: Norm
+    count: Tensor | None
+
     def __init__(
         self,
         layer: Layer,
-        parameters: Sequence[Tensor | None],
+        parameters: Sequence[Any],
         kernels: backends.Backend | None,
         is_direct: bool,
-        saved: Sequence[Tensor | None] = (None,) * SAVED,
+        saved: Sequence[Any] = (None,) * SAVED,
     ) -> None:
         self.layer = layer
         self.weight, self.bias, bn_weight, bn_bias = parameters
@@ -91,13 +105,13 @@ class Pass:
             return None
         output, mask, statistics, of_shortcut = found
         self.norm = _new(Norm, (*statistics, *self.norm[2:]))
-        if projection is not None:
-            projection.norm = _new(Norm, (*of_shortcut, *norm[2:]))
+        if projection is not None and of_shortcut is not None:
+            projection.norm = _new(Norm, (*of_shortcut, *projection.norm[2:]))
         return output, mask
 
     def add_relu_backward(
         self, grad: Tensor, mask: Tensor, projection: Pass
-    ) -> tuple[tuple, tuple] | None:
+    ) -> tuple[NormGradients, NormGradients] | None:
         """The gradients of both norms behind `add_relu`, from one kernel; or None."""
         if self._kernels is None or projection._kernels is None:
             return None
@@ -112,7 +126,7 @@ class Pass:
         residual: Tensor | None,
         below: Pass | None,
         residual_mask: Tensor | None = None,
-    ) -> tuple[Tensor, tuple | None] | None:
+    ) -> tuple[Tensor, NormSums | None] | None:
         """The backend's `conv_backward_input`, where it has one that runs this."""
         kernels = self._kernels if below is None else below._kernels
         if kernels is None:
@@ -128,7 +142,9 @@ class Pass:
             grad, self.weight, size, self.layer.geometry, residual
         )
 
-    def last_backward(self, grad: Tensor, output: Tensor, below: Pass) -> tuple | None:
+    def last_backward(
+        self, grad: Tensor, output: Tensor, below: Pass
+    ) -> tuple[Tensor, NormSums, Tensor, Tensor, tuple[Tensor, Tensor]] | None:
         """The backend's `norm_conv_backward_input`, likewise."""
         if self._kernels is None or below._kernels is None:
             return None
@@ -143,12 +159,13 @@ class Pass:
         )
 
     def norm_backward_from(
-        self, grad: Tensor, sums: tuple[Tensor, Tensor, Tensor], need: Sequence[bool]
+        self, grad: Tensor, sums: NormSums, need: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The norm's gradients from that behind it, which it may overwrite, and its sums."""
         total, dot, grad_weight = sums
         grad_input = None
         if need[0]:
+            assert self._kernels is not None  # which found the sums
             batch = Sums(total, dot, grad.numel() // grad.size(1))
             grad_input, _ = self._kernels.batch_norm_act_backward_input(
                 grad, self.raw, None, self.norm, "none", batch, False, True
@@ -156,13 +173,19 @@ class Pass:
         return (grad_input, *self.norm_gradients(grad_weight, total, need))
 
     def norm_gradients(
-        self, grad_weight: Tensor, grad_bias: Tensor, need: Sequence[bool]
+        self, grad_weight: Tensor | None, grad_bias: Tensor | None, need: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Those of the weight and the bias, in their dtypes, where `need[1:]` asks for them."""
-        return (
-            grad_weight.to(self.norm.weight.dtype) if need[1] else None,
-            grad_bias.to(self.norm.bias.dtype) if need[2] else None,
-        )
+        _, _, weight, bias, _ = self.norm
+        if not need[1] or weight is None or grad_weight is None:
+            grad_weight = None
+        else:
+            grad_weight = grad_weight.to(weight.dtype)
+        if not need[2] or bias is None or grad_bias is None:
+            grad_bias = None
+        else:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_weight, grad_bias
 
     def convolve(self, input: Tensor, by_library: bool = False) -> Tensor:
         """The convolution's output, which it keeps; where no kernel has it, by the library."""
@@ -183,14 +206,14 @@ class Pass:
             shared = mean, var, self.count = shared_statistics(raw, group)
             out = normalize(raw, shared, weight, bias, eps, residual, activation)
         else:
-            run = batch_norm_act_training
+            run: Callable[..., tuple[Tensor, Tensor, Tensor]] = batch_norm_act_training
             if self._norms is not None:
                 run = self._norms.batch_norm_act_training
             out, mean, var = run(raw, weight, bias, eps, residual, activation)
         self.norm = _new(Norm, (mean, var, weight, bias, eps))
         return out
 
-    def pool(self, raw: Tensor, pool: tuple) -> tuple[Tensor, Tensor | None]:
+    def pool(self, raw: Tensor, pool: Pool) -> tuple[Tensor, Tensor | None]:
         """`max_pool2d(normalize(raw, None, "relu"), *pool)`.
 
         And the maxima's places in their windows, where the backend keeps them.
@@ -215,7 +238,7 @@ class Pass:
             run = self._direct.batch_norm_act_inference
         return run(self.raw, self.norm, residual, activation)
 
-    def saved(self, keep_raw: bool = True) -> tuple[Tensor | None, ...]:
+    def saved(self, keep_raw: bool = True) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """What backward needs of it."""
         mean, var, _, _, _ = self.norm
         return (self.raw if keep_raw else None, mean, var, self.count)
@@ -231,13 +254,14 @@ class Pass:
         """Gradients of the norm: of its input, weight, bias and residual."""
         group = self.layer.group
         if group is not None:
+            assert self.count is not None
             processes = Processes(group, self.count)
             return shared_backward(
                 grad, self.raw, output, self.norm, processes, activation, need, overwrite
             )
         if self._norms is None or grad.numel() == 0:
             return norm_act_backward(
-                grad, self.raw, output, self.norm, activation, True, tuple(need), overwrite
+                grad, self.raw, output, self.norm, activation, True, need, overwrite
             )
         grad_input, grad_weight, grad_bias, grad_residual = self._norms.batch_norm_act_backward(
             grad, self.raw, output, self.norm, activation, True, need, overwrite
@@ -292,9 +316,9 @@ def kernels_for(tensor: Tensor) -> tuple[backends.Backend | None, bool]:
 
 def passes_of(
     layers: Sequence[Layer],
-    parameters: Sequence[Tensor | None],
+    parameters: Sequence[Any],
     kernels: tuple[backends.Backend | None, bool],
-    saved: Sequence[Tensor | None] = (),
+    saved: Sequence[Any] = (),
 ) -> list[Pass]:
     """A `Pass` for each layer, with its share of the parameters and of what was saved."""
     passes = []
@@ -319,7 +343,8 @@ def run_block(
 
     Appends the main convolutions' inputs to `hidden` if autograd records.
     """
-    h, before = input, None
+    h = input
+    before: Pass | None = None
     records = torch.is_grad_enabled()
     projection = passes[-1] if block.has_projection else None
     last = passes[block.main - 1]

@@ -135,7 +135,7 @@ def test_input_gradients(shape, dtype, adds):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 def test_forward_pass_in_training(dtype):
     """Outputs, and the statistics of channels whose weights are finite."""
-    if not backends.cpu.isa.has_unit(dtype):
+    if dtype not in backends.cpu.isa.TRAINED_ON_UNIT:
         pytest.skip("this processor has no unit for it; run again on an emulated one")
     case = make_conv_case(SHAPES[0], size=(7, 6), dtype=dtype)
     case.weight = case.weight.contiguous(memory_format=torch.channels_last)

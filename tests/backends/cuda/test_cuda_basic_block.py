@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 
@@ -29,32 +28,16 @@ from fused_resnet.tuning.choice import BASIC_BLOCK
 RUNNER = next((runner for runner in RUNNERS if runner.name == "cuda"), None)
 ON_HOST = RUNNER is not None and RUNNER.device == "cpu"
 
-pytestmark = pytest.mark.skipif(RUNNER is None, reason=backends.available()["cuda"])
+pytestmark = [
+    pytest.mark.skipif(RUNNER is None, reason=backends.available()["cuda"]),
+    pytest.mark.usefixtures("guarded_tensors"),
+]
 
 C, COLUMNS = basic_block.CHANNELS, basic_block.COLUMNS
 DTYPES = [torch.float16, torch.bfloat16]
 TILES = [shape.tile for shape in basic_block.SHAPES]
 SMALLEST = TILES[-1]
 TILE_ID = [f"{shape.rows} rows, {shape.warps} warps" for shape in basic_block.SHAPES]
-
-
-@pytest.fixture(autouse=True)
-def guarded_tensors(request):
-    """On the host, tensors end at a page that cannot be accessed."""
-    request.node.user_properties.append(("backend", "cuda"))
-    with cuda_on_host.guarded() if ON_HOST else contextlib.nullcontext():
-        yield
-
-
-@pytest.fixture
-def set_seed():
-    """Chooses the order of threads and when copies arrive; on a GPU that is as it is."""
-    if not ON_HOST:
-        yield lambda seed: None
-        return
-    module = cuda_on_host.load()
-    yield module.set_seed
-    module.set_seed(0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ compared with those of a float64 run whose ReLUs go the same way.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import math
@@ -42,6 +41,8 @@ if ON_HOST:
     from support import cuda_on_host
 
 DEVICE = "cpu" if ON_HOST else "cuda"
+
+pytestmark = pytest.mark.usefixtures("guarded_tensors")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 EPS = 1e-5
 UNIT = torch.finfo(torch.float32).eps
@@ -52,25 +53,6 @@ SHAPES = [
     (2, 1), (1009, 1), (4099, 1), (1021, 3), (1, 8), (97, 24), (409, 40), (521, 64), (67, 33),
     (131, 264), (75, 2048), (1, 132),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def guarded_tensors(request):
-    """On the host, tensors end at a page that cannot be accessed."""
-    request.node.user_properties.append(("backend", "cuda"))
-    with cuda_on_host.guarded() if ON_HOST else contextlib.nullcontext():
-        yield
-
-
-@pytest.fixture
-def set_seed():
-    """Chooses the order of threads and blocks; on a GPU that is as it is."""
-    if not ON_HOST:
-        yield lambda seed: None
-        return
-    module = cuda_on_host.load()
-    yield module.set_seed
-    module.set_seed(0)
 
 
 @pytest.fixture(params=[False, True], ids=["launches", "cluster"])

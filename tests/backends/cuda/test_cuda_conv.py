@@ -5,7 +5,6 @@ What any backend promises of `conv_bn_act` is in test_conv_bn_act.py, which runs
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -42,7 +41,10 @@ from fused_resnet.tuning import Choice, ConvProblem, Tile, architecture, cuda_ti
 RUNNER = next((runner for runner in RUNNERS if runner.name == "cuda"), None)
 ON_HOST = RUNNER is not None and RUNNER.device == "cpu"
 
-pytestmark = pytest.mark.skipif(RUNNER is None, reason=backends.available()["cuda"])
+pytestmark = [
+    pytest.mark.skipif(RUNNER is None, reason=backends.available()["cuda"]),
+    pytest.mark.usefixtures("guarded_tensors"),
+]
 
 VECTORS, ELEMENTS, DIAGONAL = range(3)  # Loads in csrc/cuda/conv_tiles.h
 H100 = architecture.named("H100")
@@ -93,25 +95,6 @@ def instances() -> list[Instance]:
 
 
 INSTANCES = instances()
-
-
-@pytest.fixture(autouse=True)
-def guarded_tensors(request):
-    """On the host, tensors end at a page that cannot be accessed."""
-    request.node.user_properties.append(("backend", "cuda"))
-    with cuda_on_host.guarded() if ON_HOST else contextlib.nullcontext():
-        yield
-
-
-@pytest.fixture
-def set_seed():
-    """Chooses the order of threads and when copies arrive; on a GPU that is as it is."""
-    if not ON_HOST:
-        yield lambda seed: None
-        return
-    module = cuda_on_host.load()
-    yield module.set_seed
-    module.set_seed(0)
 
 
 def case_of(shape: ConvShape, **arguments) -> ConvCase:
