@@ -7,6 +7,8 @@ Every call follows from the seed and its index alone. It is one of
 - a public function, on odd layouts (strided, expanded, channels_last, unaligned), with NaN and
   infinity, forward and backward, compared with float64 by a path without the library's convolution;
 - a few passes of a fused network (support/fuzzed_networks.py): joined blocks, plans, training;
+- residual blocks or a stem in integers, by any of the CPU's kernels, compared bit by bit with the
+  reference;
 - a registered operator with arguments of which some are hostile: dtypes, ranks, sizes, strides and
   numbers that do not belong there. It may return what it likes or raise, but not the exceptions of
   a program that did not expect its arguments.
@@ -263,12 +265,13 @@ def draw(seed: int, index: int, kinds: str) -> Any:
 
     rng = random.Random(f"{seed}/{index}")
     torch.manual_seed(rng.getrandbits(60))
-    kind = rng.choices(("public", "raw", "networks"), (9, 9, 2))[0] if kinds == "all" else kinds
+    drawn = ("public", "raw", "quantized", "networks")
+    kind = rng.choices(drawn, (8, 8, 4, 2))[0] if kinds == "all" else kinds
     if kind == "networks":
         from support.fuzzed_networks import draw_network
 
         return draw_network(rng)
-    return draw_public(rng) if kind == "public" else draw_raw(rng)
+    return {"public": draw_public, "quantized": draw_quantized, "raw": draw_raw}[kind](rng)
 
 
 # Layouts of a tensor's values, of which `expanded` changes them.
@@ -764,6 +767,144 @@ def draw_public(rng: random.Random) -> Public:
     return Public(name, tensors, numbers, grad)
 
 
+# ---- eight bits ----------------------------------------------------------------------------------
+
+
+class Quantized:
+    """Residual blocks or a stem in integers, valid, by one of the CPU's kernels."""
+
+    def __init__(self, name: str, kernels: str, arguments: tuple[Any, ...], covered: bool) -> None:
+        self.name, self.kernels, self.arguments, self.covered = name, kernels, arguments, covered
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.kernels!r} {describe(self.arguments)}"
+
+    def run(self) -> tuple[str, str | None]:
+        import torch
+
+        from fused_resnet import reference
+        from fused_resnet.backends import cpu
+
+        input = self.arguments[0]
+        before = input.clone()
+        expected = getattr(reference, self.name)(*self.arguments)
+        call = {
+            "quantized_residual_blocks": cpu.run_quantized_blocks,
+            "quantized_stem": cpu.run_quantized_stem,
+        }[self.name]
+        output = call(*self.arguments, self.kernels)
+        if output is None:
+            return "ok", "has no kernel" if self.covered else None
+        if output.shape != expected.shape or output.dtype is not expected.dtype:
+            wrong = f"{tuple(output.shape)} {output.dtype}, {tuple(expected.shape)}"
+            return "wrong shape", wrong
+        unlike = output != expected
+        if unlike.any():
+            place = tuple(int(i) for i in unlike.nonzero()[0])
+            return "wrong bits", (
+                f"{int(unlike.sum())} of {unlike.numel()} values, at {place} "
+                f"{float(output[place])}, must be {float(expected[place])}"
+            )
+        same_input = torch.equal(torch.nan_to_num(input, 7), torch.nan_to_num(before, 7))
+        return ("ok", None) if same_input else ("input changed", str(tuple(input.shape)))
+
+
+def draw_quantized(rng: random.Random) -> Quantized:
+    import torch
+
+    kernels = rng.choice(torch.ops.fused_resnet.quantized_kernels().split(","))
+    return _quantized_stem(rng, kernels) if rng.random() < 0.3 else _quantized_blocks(rng, kernels)
+
+
+def _byte_conv(rng: random.Random, C: int, K: int, filter: Any, groups: int, geometry: Any) -> Any:
+    """A convolution whose outputs fill the range of a byte, or now and then leave it far behind."""
+    import torch
+
+    from fused_resnet.layers.quantized import QuantizedConv
+
+    reduction = C // groups * filter[0] * filter[1]
+    scale = torch.rand(K) / (math.sqrt(reduction) * 73) * rng.choice((1, 1, 1, 1, 1e12, 0))
+    weight = torch.randint(-127, 128, (K, C // groups, *filter), dtype=torch.int8)
+    if rng.random() < 0.1:
+        weight.fill_(rng.choice((-127, 127)))
+    return QuantizedConv(weight, scale, torch.randn(K) * 30, *geometry, groups)
+
+
+def _float_images(rng: random.Random, *shape: int) -> Any:
+    import torch
+
+    x = (torch.randn(shape) * 3).to(_dtype(rng))
+    if x.numel() and rng.random() < 0.2:
+        places = torch.randint(x.numel(), (1 + x.numel() // 40,))
+        x.view(-1)[places] = rng.choice((math.nan, math.inf, -math.inf, -0.0))
+    return laid_out(x, rng.choice(LAYOUTS), rng)
+
+
+def _quantized_blocks(rng: random.Random, kernels: str) -> Quantized:
+    from fused_resnet.layers.quantized import Quantization, QuantizedBlock
+
+    C, H, W = rng.choice((1, 3, 16, 20, 48, 64, 130)), *(rng.choice((1, 2, 5, 7, 16)) for _ in "HW")
+    x = _float_images(rng, rng.choice((0, 1, 1, 2, 3)), C, H, W)
+    blocks, covered = [], True
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        convs, c, h, w = [], C, H, W
+        count = rng.choice((1, 2, 2, 3))
+        strided = rng.randrange(count) if rng.random() < 0.4 else count
+        K = C if rng.random() < 0.5 else rng.choice((1, 5, 16, 33, 64, 96, 144))
+        for i in range(count):
+            groups = rng.choice((1, 1, 1, 2, 4, 5))
+            k = K if i == count - 1 else rng.choice((1, 2, 4, 8, 12, 17, 33)) * groups
+            groups = groups if c % groups == 0 and k % groups == 0 else 1
+            filter = [rng.choice((1, 1, 3, 3, 5)) for _ in range(2)]
+            dilation = [rng.choice((1, 1, 1, 2, 3)) for _ in range(2)]
+            padding = [(f - 1) * d // 2 for f, d in zip(filter, dilation, strict=True)]
+            stride = [rng.choice((1, 2, 3)), rng.choice((1, 2))] if i == strided else [1, 1]
+            convs.append(_byte_conv(rng, c, k, filter, groups, (stride, padding, dilation)))
+            c, h, w = k, -(-h // stride[0]), -(-w // stride[1])
+        steps = convs[strided].stride if strided < count else [1, 1]
+        projects = K != C or (h, w) != (H, W) or rng.random() < 0.1
+        if projects:
+            convs.append(_byte_conv(rng, C, K, (1, 1), 1, (steps, [0, 0], [1, 1])))
+            covered &= list(convs[count - 1].stride) == [1, 1]
+        blocks.append(QuantizedBlock(tuple(convs), projects, rng.choice((0.37, 1.0, 2.5))))
+        C, H, W = c, h, w
+    stored = Quantization(0.03999999910593033, rng.choice((0, 0, 1, 128, 255)))
+    return Quantized(
+        "quantized_residual_blocks", kernels, (x, blocks, stored, Quantization(0.125)), covered
+    )
+
+
+def _quantized_stem(rng: random.Random, kernels: str) -> Quantized:
+    import torch
+
+    from fused_resnet.layers.description import ConvNorm, Norm, Pool
+    from fused_resnet.layers.quantized import Quantization, quantized_stem
+
+    C, K = rng.choice((1, 2, 3, 3, 4, 5, 9, 12)), rng.choice((1, 16, 20, 48, 64, 80))
+    filter = [rng.choice((1, 3, 5, 7)) for _ in range(2)]
+    stride, dilation = ([rng.choice(some) for _ in range(2)] for some in ((1, 2, 3), (1, 1, 2)))
+    padding = [rng.choice((0, 1, f // 2)) for f in filter]
+    H, W = (
+        max(rng.choice((1, 5, 8, 20, 33)), d * (f - 1) + 1 - 2 * p)
+        for f, d, p in zip(filter, dilation, padding, strict=True)
+    )
+    sizes = [
+        (size + 2 * p - d * (f - 1) - 1) // s + 1
+        for size, f, s, p, d in zip((H, W), filter, stride, padding, dilation, strict=True)
+    ]
+    kernel = [min(rng.choice((1, 2, 3)), size) for size in sizes]
+    pool = Pool(kernel, [rng.choice((1, 2, 3)) for _ in kernel], [k // 2 for k in kernel])
+    bits = rng.choice((8, 16))
+    mean, var, scale, shift = _vectors(4, K)
+    output = Quantization(2.0**-5)
+    input = Quantization(2.0**-13, 128) if bits == 16 else Quantization(2.0**-5, 117)
+    norm = Norm(mean - 0.5, var, scale, shift - 0.5, 1e-5)
+    layer = ConvNorm(torch.randn(K, C, *filter), norm, None, stride, padding, dilation, 1)
+    x = _float_images(rng, rng.choice((0, 1, 2)), C, H, W)
+    stem = quantized_stem(layer, pool, bits, input, output)
+    return Quantized("quantized_stem", kernels, (x, stem, input, output), True)
+
+
 # ---- registered operators ------------------------------------------------------------------------
 
 NUMBERS = (
@@ -882,7 +1023,7 @@ def hostile(value: Any, rng: random.Random) -> tuple[Any, str]:
         number = rng.choice(FLOATS)
         return number, f"is {number}"
     if isinstance(value, str):
-        return rng.choice(("gelu", "", "relu", "none")), "another string"
+        return rng.choice(("gelu", "", "relu", "none", "baseline")), "another string"
     if isinstance(value, list):
         kind = rng.randrange(4)
         if kind == 0 and value:
@@ -1201,6 +1342,59 @@ def _pool_linear(rng: random.Random) -> list[Any]:
     return [x, torch.randn(10, 24).to(dtype), torch.randn(10).to(dtype)]
 
 
+def _packed_bytes(
+    rng: random.Random, K: int, C: int, R: int, groups: int, unit: int
+) -> tuple[Any, list[int]]:
+    """A packed convolution, and its numbers as the operators have them."""
+    import torch
+
+    conv = _byte_conv(rng, C, K, (R, R), groups, ((1, 1), (R // 2, R // 2), (1, 1)))
+    packed = torch.ops.fused_resnet.pack_quantized_conv(
+        conv.weight, conv.scale, conv.shift, 1, groups, unit
+    )
+    return packed, [*conv.weight.shape, 1, 1, R // 2, R // 2, 1, 1, groups]
+
+
+def _pack_quantized_conv(rng: random.Random) -> list[Any]:
+    C, groups, unit = rng.choice(((8, 1, 16), (8, 2, 16), (3, 1, 3), (6, 1, 6)))
+    conv = _byte_conv(rng, C, 8, (3, 3), groups, ((1, 1), (1, 1), (1, 1)))
+    return [conv.weight, conv.scale, conv.shift, rng.choice((1, 2)), groups, unit]
+
+
+def _kernels(rng: random.Random) -> str:
+    import torch
+
+    return rng.choice(("", *torch.ops.fused_resnet.quantized_kernels().split(",")))
+
+
+def _quantized_residual_blocks_packed(rng: random.Random) -> list[Any]:
+    first, numbers = _packed_bytes(rng, 24, 16, 3, rng.choice((1, 2)), 16)
+    second, more = _packed_bytes(rng, 16, 24, 1, 1, 16)
+    x = _image(rng, 2, 16, 5, 7, dtype=_dtype(rng))
+    shape = [[first, second], numbers + more, [2], [0], [0.5]]
+    return [x, *shape, 0.1, rng.choice((0, 9)), 0.1, _kernels(rng)]
+
+
+def _quantized_stem_packed(rng: random.Random) -> list[Any]:
+    words = rng.random() < 0.5
+    C = 6 if words else 3
+    packed, numbers = _packed_bytes(rng, 16, C, 3, 1, C)
+    low = _packed_bytes(rng, 16, C, 3, 1, C)[0] if words else None
+    x = _image(rng, 2, 3, 7, 6, dtype=_dtype(rng))
+    return [x, packed, low, numbers, [3, 3, 2, 2, 1, 1], 0.1, 128, 0.1, _kernels(rng)]
+
+
+def _quantized_copies_match(rng: random.Random) -> list[Any]:
+    import torch
+
+    from fused_resnet.layers.quantized import quantized_weight
+
+    weight = torch.randn(8, 4, 3, 3).to(_dtype(rng))
+    bytes, step = quantized_weight(weight)
+    vectors = [*_vectors(2, 8), weight.clone()]
+    return [[weight], [bytes], [step], vectors, [vector.clone() for vector in vectors]]
+
+
 OPERATORS: dict[str, Callable[[random.Random], list[Any]]] = {
     "batch_norm_act_backward": _batch_norm_act_backward,
     "batch_norm_act_backward_input": _batch_norm_act_backward_input,
@@ -1219,8 +1413,12 @@ OPERATORS: dict[str, Callable[[random.Random], list[Any]]] = {
     "norm_conv_bn_act_packed": _norm_conv_bn_act_packed,
     "norm_vectors": _norm_vectors,
     "pack_conv_weight": lambda rng: [_convolution(rng)["weight"], 1],
+    "pack_quantized_conv": _pack_quantized_conv,
     "pool_empty_like": lambda rng: [_norm_input(rng)[0]],
     "pool_linear": _pool_linear,
+    "quantized_copies_match": _quantized_copies_match,
+    "quantized_residual_blocks_packed": _quantized_residual_blocks_packed,
+    "quantized_stem_packed": _quantized_stem_packed,
     "residual_blocks": _residual_blocks,
     "residual_blocks_packed": _residual_blocks_packed,
     "scale_shift_act": _scale_shift_act,
@@ -1235,7 +1433,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=3000, help="how many (default: 3000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the first call's index")
-    parser.add_argument("--kinds", choices=("all", "public", "networks", "raw"), default="all")
+    kinds = ("all", "public", "quantized", "networks", "raw")
+    parser.add_argument("--kinds", choices=kinds, default="all")
     parser.add_argument("--isa", choices=("all", *ISAS), default="all", help="instruction set")
     parser.add_argument("--sanitize", action="store_true", help="build and run with sanitizers")
     parser.add_argument("--timeout", type=float, default=120, help="seconds a call may take")

@@ -142,6 +142,7 @@ class InferencePlan {
       : steps_(std::move(recording->steps_)), input_(*recording->input_) {
     for (const auto& step : steps_) {
       for (int64_t i = 0; i < step->checks(); ++i) checks_.push_back({step.get(), i});
+      if (!step->only_checks()) working_.push_back(step.get());
     }
   }
 
@@ -199,9 +200,16 @@ class InferencePlan {
       return std::nullopt;
     }
     std::optional<Tensor> value;
-    for (const auto& step : steps_) {
-      if (step->only_checks()) continue;
-      value = step->run(value ? *value : input);
+    for (size_t i = 0; i < working_.size(); ++i) {
+      const Tensor& from = value ? *value : input;
+      if (i + 1 < working_.size()) {
+        if (std::optional<Tensor> both = working_[i + 1]->run_behind(*working_[i], from)) {
+          value = std::move(both);
+          ++i;
+          continue;
+        }
+      }
+      value = working_[i]->run(from);
     }
     return value;
   }
@@ -262,6 +270,7 @@ class InferencePlan {
   };
 
   std::vector<std::unique_ptr<PlanStep>> steps_;
+  std::vector<const PlanStep*> working_;  // of these, those that do more than check
   std::vector<Check> checks_;
   std::vector<Parameter> parameters_;
   ObjectLayout layout_;

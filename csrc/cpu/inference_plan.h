@@ -37,6 +37,13 @@ class PlanStep {
   virtual bool only_checks() const { return false; }
   // From several threads at a time.
   virtual torch::stable::Tensor run(const torch::stable::Tensor& input) const = 0;
+  // What `before` and then this one make of an input, where they need no tensor between them.
+  virtual std::optional<torch::stable::Tensor> run_behind(
+      const PlanStep& before, const torch::stable::Tensor& input) const {
+    static_cast<void>(before);
+    static_cast<void>(input);
+    return std::nullopt;
+  }
 };
 
 // What is known of a tensor without reading its values.

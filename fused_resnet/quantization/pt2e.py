@@ -8,17 +8,17 @@ the quantizer annotated the blocks. Which module a node came from says its `nn_m
 
 from __future__ import annotations
 
-import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import forms
 from ..layers.quantized import LARGEST, Quantization
-from ..layers.ranges import SMALLEST_STEP, BlockRanges, float32
+from ..layers.ranges import BlockRanges
 from ..modules import quantized
+from .scales import block_ranges, stored_as
 
 _STORED = "quantized_decomposed.quantize_per_tensor"
 _READ = "quantized_decomposed.dequantize_per_tensor"
@@ -51,7 +51,7 @@ def ranges_of(model: nn.Module, converted: Any) -> dict[str, BlockRanges]:
     if not isinstance(graph, torch.fx.Graph):
         raise TypeError(
             f"quantize: scales is a {type(converted).__name__}, must be the torch.fx.GraphModule "
-            "that convert_pt2e returned, or a torch.export.ExportedProgram of it"
+            "that convert_pt2e returned, a torch.export.ExportedProgram of it, or an ONNX model"
         )
     if not any(_is(node, _STORED) for node in graph.nodes):
         raise ValueError(f"quantize: scales has no {_STORED}: it was not converted by convert_pt2e")
@@ -59,8 +59,13 @@ def ranges_of(model: nn.Module, converted: Any) -> dict[str, BlockRanges]:
     for node in graph.nodes:
         if _is(node, *_CONVOLUTIONS):
             convolutions.setdefault(_path(node), node)
+
+    def of(path: str, how: Callable[[torch.fx.Node], Quantization | None]) -> Quantization | None:
+        node = convolutions.get(path)
+        return None if node is None else how(node)
+
     found = {
-        path: _block_ranges(path, block, convolutions)
+        path: block_ranges(path, block, lambda p: of(p, _input_of), lambda p: of(p, _output_of))
         for path, block in model.named_modules()
         if quantized.is_quantizable(block)
     }
@@ -71,30 +76,6 @@ def ranges_of(model: nn.Module, converted: Any) -> dict[str, BlockRanges]:
             f"{next(iter(found))!r}, its first one is {next(iter(convolutions), '')!r}"
         )
     return found
-
-
-def _block_ranges(
-    path: str, block: nn.Module, convolutions: dict[str, torch.fx.Node]
-) -> BlockRanges:
-    shapes = quantized.shapes_of(block)
-    reason = quantized.float_reason(block)
-    form = forms.of(block)
-    names = [f"{path}.{unit.conv}" if path else unit.conv for unit in form.units_of(block)]
-    ranges: list[Quantization | None] = []
-    for name in names:
-        node = convolutions.get(name)
-        ranges.append(None if node is None else _input_of(node))
-    last = convolutions.get(names[-1])
-    ranges.append(None if last is None else _output_of(last))
-    kept = []
-    for index, what in enumerate(quantized.names_of_activations(block)):
-        one = ranges[index]
-        if one is None:
-            reason = reason or f"scales has none for {what}"
-        else:
-            # Behind a ReLU the same multiples of the step, counted from zero.
-            kept.append(one if index == 0 else one._replace(zero_point=0))
-    return BlockRanges(path, shapes, () if reason else tuple(kept), None, reason or "")
 
 
 def _input_of(conv: torch.fx.Node) -> Quantization | None:
@@ -125,9 +106,7 @@ def _quantization(node: torch.fx.Node) -> Quantization | None:
         return None  # given by tensors: a dynamic quantizer
     assert isinstance(smallest, int)
     assert isinstance(largest, int)
-    if largest - smallest > LARGEST or not SMALLEST_STEP <= float32(step) < math.inf:
-        return None
-    return Quantization(float32(step), min(max(zero_point - smallest, 0), LARGEST))
+    return None if largest - smallest > LARGEST else stored_as(step, zero_point - smallest)
 
 
 def _is(node: torch.fx.Node, *operators: str) -> bool:

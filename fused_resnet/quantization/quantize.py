@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import blocks, forms, swap
 from ..layers.ranges import BlockRanges, StemRanges
 from ..modules import fake_quantized, quantized
-from . import pt2e
+from . import pt2e, qdq
 from .calibrate import NOISE_IMAGES, NOT_FINITE, Calibration, is_foldable, measure_noise
 from .observers import OBSERVERS, MinMaxObserver, PercentileObserver
 
@@ -52,7 +52,7 @@ def quantize(
     convolutions of networks other than torchvision's ResNets and this package's for small images.
 
     A model that is quantized already is calibrated anew. One that was trained after `prepare_qat`
-    has ranges, and needs no batches, and so do the `scales` of a model that torchao converted.
+    has ranges, and needs no batches, and so do the `scales` of a model that others quantized.
 
     Args:
         model: any module with residual blocks that `fuse` knows.
@@ -60,8 +60,9 @@ def quantize(
             device. They are read once. None for the ranges that training has left, or `scales`
             has; with `scales` the noise alone is measured on them.
         scales: what torchao's `convert_pt2e` made of the same network, or an exported program of
-            that: steps and zero points of activations are taken from it. A block at which it has
-            none stays in floating point. Weights are rounded by steps of their own.
+            that, or an ONNX model with QuantizeLinear and DequantizeLinear (a file's name, or what
+            `onnx.load` returns): steps and zero points of activations are taken from it. A block at
+            which it has none stays in floating point. Weights are rounded by steps of their own.
         dtype: "int8": unsigned activations of one step and zero point each, signed weights of one
             step a filter; see docs/quantization.md.
         stem: what a network's first convolution runs in, with the norm, ReLU and max-pool behind
@@ -80,6 +81,7 @@ def quantize(
     Raises:
         TypeError: `model` is not a module, a batch neither a tensor nor a pair, or `scales` no
             graph.
+        ImportError: `scales` is an ONNX model, and `onnx` is not installed.
         ValueError: an argument is none of the above; there is no batch, or one on another device
             than the model; none is given and the model was not trained for it; an activation is NaN
             or infinite; or no block can run in eight bits. The model is then as it was.
@@ -223,7 +225,8 @@ def _found(
             ranges = calibration.ranges()
             stems = calibration.stem_ranges(ranges)
         else:
-            ranges = _foldable(model, pt2e.ranges_of(model, scales))
+            read = qdq if qdq.is_onnx(scales) else pt2e
+            ranges = _foldable(model, read.ranges_of(model, scales))
         return measure_noise(model, ranges, stems, first) if first else (ranges, stems)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -100,3 +101,38 @@ def test_the_curves_that_are_kept(train_digits):
         for name in ("eager", "fused")
     ]
     assert abs(means[0] - means[1]) < 0.01
+
+
+@pytest.fixture
+def quantize_digits(monkeypatch):
+    pytest.importorskip("sklearn", reason="scikit-learn, which has the images, is not installed")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import quantize_digits
+
+    yield quantize_digits
+    sys.modules.pop("quantize_digits")
+
+
+@pytest.mark.quick
+def test_quantizing_on_digits(quantize_digits):
+    """Each network is right about most images, and the eight-bit ones mostly as float32 is."""
+    arguments = ("--epochs", 3, "--more-epochs", 1, "--depth", 8, "--threads", 1)
+    result = call(quantize_digits, *arguments)
+    assert result.exit_code == 0, result.output
+    rows = re.findall(r"│ ([a-z0-9, ]+?) +│ +([0-9.]+) % │ +([0-9.]+) %", result.output)
+    assert [name for name, *_ in rows] == ["float32", "eight bits", "trained on"]
+    for _, top_1, agreement in rows:
+        assert float(top_1) > 90
+        assert float(agreement) > 95
+    assert float(rows[0][2]) == 100
+
+
+@pytest.mark.quick
+def test_arguments_of_quantizing(quantize_digits):
+    for arguments, message in (
+        (("--depth", 9), "must be 6n + 2"),
+        (("--observer", "median"), "observer"),
+    ):
+        result = call(quantize_digits, *arguments)
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.replace("│", " ").split())

@@ -229,29 +229,57 @@ class ByteBlocks : public PlanStep {
   }
 
   Tensor run(const Tensor& input) const override {
-    const ByteLayer& end = blocks_.back().last();
-    const int64_t N = input.size(0);
-    Tensor output = empty_activation(N, end.filter.K, end.P, end.Q, input.scalar_type(),
-                                     is_channels_last(input));
-    if (N == 0) return output;
+    if (input.size(0) == 0) return empty_output(input);
+    std::unique_ptr<Images> first = images_for(blocks_[0], input.size(0));
+    first->fill_halo(static_cast<int>(zero_point_));
+    quantize_input(kernels_, input, static_cast<float>(1 / step_), zero_point_, first->view);
+    return run_all(std::move(first), input);
+  }
 
-    // What a block reads: its first convolution, with its padding, and its shortcut.
-    const auto images_for = [&](const Block& reader) {
-      const ByteLayer& first = reader.layers[0];
-      const int64_t beyond = std::max(first.beyond(), reader.layers.back().beyond());
-      return std::make_unique<Images>(kOp,
-                                      ByteImages{nullptr, N, first.filter.C * first.filter.groups,
-                                                 first.H, first.W, first.pad_h, first.pad_w},
-                                      beyond);
-    };
-    std::unique_ptr<Images> current = images_for(blocks_[0]);
-    current->fill_halo(static_cast<int>(zero_point_));
-    quantize_input(kernels_, input, static_cast<float>(1 / step_), zero_point_, current->view);
+  // A step's bytes are what quantizing its float32 tensor would give, where both have these steps.
+  std::optional<Tensor> run_behind(const PlanStep& before, const Tensor& input) const override {
+    const auto* stem = dynamic_cast<const ByteStep*>(&before);
+    if (stem == nullptr || stem->step_of_bytes() != step_ || zero_point_ != 0 ||
+        input.size(0) == 0 || input.scalar_type() != ScalarType::Float) {
+      return std::nullopt;
+    }
+    const ByteLayer& first = blocks_[0].layers[0];
+    // Otherwise the tensor between them lies in more than one way.
+    if (first.filter.C * first.filter.groups == 1 || first.H * first.W == 1) return std::nullopt;
+    return run_all(stem->run_bytes(input, reader_of(blocks_[0])), input);
+  }
+
+ private:
+  // A block's first convolution, with its padding, and its shortcut.
+  static ByteReader reader_of(const Block& block) {
+    const ByteLayer& first = block.layers[0];
+    return {first.pad_h, first.pad_w, std::max(first.beyond(), block.layers.back().beyond())};
+  }
+
+  static std::unique_ptr<Images> images_for(const Block& block, int64_t N) {
+    const ByteLayer& first = block.layers[0];
+    const ByteReader reader = reader_of(block);
+    return std::make_unique<Images>(kOp,
+                                    ByteImages{nullptr, N, first.filter.C * first.filter.groups,
+                                               first.H, first.W, reader.halo_h, reader.halo_w},
+                                    reader.beyond);
+  }
+
+  // Laid out as `input`.
+  Tensor empty_output(const Tensor& input) const {
+    const ByteLayer& end = blocks_.back().last();
+    return empty_activation(input.size(0), end.filter.K, end.P, end.Q, input.scalar_type(),
+                            is_channels_last(input));
+  }
+
+  Tensor run_all(std::unique_ptr<Images> current, const Tensor& input) const {
+    const int64_t N = input.size(0);
+    Tensor output = empty_output(input);
     for (size_t i = 0; i < blocks_.size(); ++i) {
       const ByteLayer& last = blocks_[i].last();
       std::unique_ptr<Images> next =
           i + 1 < blocks_.size()
-              ? images_for(blocks_[i + 1])
+              ? images_for(blocks_[i + 1], N)
               : std::make_unique<Images>(
                     kOp, ByteImages{nullptr, N, last.filter.K, last.P, last.Q, 0, 0}, 0);
       next->fill_halo(0);
@@ -262,7 +290,6 @@ class ByteBlocks : public PlanStep {
     return output;
   }
 
- private:
   const std::vector<Tensor> packed_;
   const ByteKernels& kernels_;
   const std::vector<Block> blocks_;

@@ -1,4 +1,4 @@
-// Vectors for kernel.inl: AVX-512 (F, BW, DQ, VL).
+// Vectors for tile_run.inl, dot.inl and ends.inl: AVX-512 (F, BW, DQ, VL).
 #pragma once
 
 #include "cpu/quantized/conv.h"
@@ -56,6 +56,29 @@ FR_BYTES_INLINE void store_bytes(uint8_t* p, Ints x) {
 }
 FR_BYTES_INLINE void store_words(uint16_t* p, Ints x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
+}
+
+// Up to four vectors rounded, clamped to 0 and 255, and stored as so many times 16 bytes. NaN and
+// what is below all integers become the least integer, which saturation then makes 0. min returns
+// its second operand when one is NaN.
+template <int kVectors>
+FR_BYTES_INLINE void store_rounded(uint8_t* p, const Floats (&x)[kVectors]) {
+  static_assert(kVectors == 1 || kVectors == 2 || kVectors == 4);
+  const Floats most = broadcast(255.0f);
+  Ints q[4];
+  for (int v = 0; v < 4; ++v) q[v] = _mm512_cvtps_epi32(_mm512_min_ps(most, x[v % kVectors]));
+  // A lane of 128 bits now has four bytes of each vector.
+  const Ints lanes =
+      _mm512_packus_epi16(_mm512_packus_epi32(q[0], q[1]), _mm512_packus_epi32(q[2], q[3]));
+  const Ints order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const Ints bytes = _mm512_permutexvar_epi32(order, lanes);
+  if constexpr (kVectors == 4) _mm512_storeu_si512(p, bytes);
+  if constexpr (kVectors == 2) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(bytes));
+  }
+  if constexpr (kVectors == 1) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_castsi512_si128(bytes));
+  }
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Vectors of one for kernel.inl, for any processor.
+// Vectors of one for tile_run.inl, dot.inl and ends.inl, for any processor.
 #pragma once
 
 #include "cpu/quantized/conv.h"
@@ -58,6 +58,12 @@ inline void store_bytes(uint8_t* p, Ints x) {
 }
 inline void store_words(uint16_t* p, Ints x) {
   *p = static_cast<uint16_t>(x);
+}
+
+// Rounded, clamped to 0 and 255, and stored as bytes; NaN becomes 0.
+template <int kVectors>
+inline void store_rounded(uint8_t* p, const Floats (&x)[kVectors]) {
+  for (int v = 0; v < kVectors; ++v) store_bytes(p + v, round_between(x[v], 0.0f, 255.0f));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What the convolutions of bytes (kernel.inl) and those who call them share.
+// What the convolutions of bytes (tile_run.inl, dot.inl) and those who call them share.
 //
 // With q the input's bytes, z its zero point, w the weight, all sums exact in 32 bits,
 //
@@ -145,6 +145,10 @@ struct ByteConv {
 
   bool keeps_weight;  // whether a task's weights stay in its second-level cache
 
+  // Whether a zero point has to be taken from anything.
+  FR_BYTES_INLINE bool has_offset() const {
+    return weight.zero_point != 0 || added_zero_point != 0 || projection_weight.zero_point != 0;
+  }
   // Output pixels lie under an evenly spaced sequence of the input's; or else each line does.
   FR_BYTES_INLINE bool even() const { return stride_h == 1 && stride_w == 1; }
   FR_BYTES_INLINE int64_t tiles_per_line() const { return bytes_div_up(Q, kByteRows); }
@@ -155,9 +159,9 @@ struct ByteConv {
   }
 };
 
-// Some tiles of pixels times some blocks of output channels.
+// Some pieces of the output pixels times some blocks of output channels.
 struct ByteTask {
-  int64_t tile_begin, tile_end;
+  int64_t begin, end;
   int64_t block_begin, block_end;
 };
 
@@ -166,6 +170,8 @@ enum class ByteFloats { float32, float16, bfloat16 };
 
 struct ByteKernels {
   const char* name;
+  // How many pieces a convolution's output pixels come in.
+  int64_t (*pieces)(const ByteConv&);
   void (*run)(const ByteConv&, const ByteTask&);
   // clamp(round(source * inverse), -zero_point, 255 - zero_point) + zero_point; NaN becomes 0.
   void (*quantize)(ByteFloats type, const void* source, int64_t count, float inverse,

@@ -1,13 +1,97 @@
-// The unit of kernel.inl on vectors: dot(sums, pixels, weights) adds to each of kLanes sums four
-// products of unsigned and signed bytes, exactly. Included by kernel.inl's includers behind
-// bytes_*.h, dot(), kDotPixels and kDotVectors: how many pixels and vectors of output channels fill
-// the registers.
+// The convolution of bytes on vectors. The including file has defined, in its anonymous namespace,
+// vectors (bytes_*.h) and
+//
+//   dot(sums, pixels, weights)   adds to each of kLanes sums four products of unsigned and signed
+//                                bytes, exactly
+//   kDotPixels, kDotChannels     how many pixels and output channels are summed in registers
+//   kDotHeld, dot_memory         how many vectors of weights stay in registers for all pixels; of
+//                                what is more, dot() with the weights where they lie
+//
+// A task's output pixels are taken kDotPixels at a time, each by its own address, so that no
+// product is without an output, but for the task's last few pixels. Sums go from registers to the
+// step behind them; a projection's meet the others' of these pixels and channels, which wait in
+// the first-level cache.
+//
+// Nothing but <stdint.h> is included: see cpu/isa.h.
 
 namespace fused_resnet::cpu {
 namespace {
 
-struct UnitState {
-  UnitState() {}
+// Output pixels that are taken together, and where each one's input, output and shortcut begin.
+struct DotPixels {
+  int64_t count;  // of those that have an output; the others are like the last of these
+  const uint8_t* in[kDotPixels];
+  const uint8_t* projected[kDotPixels];
+  const uint8_t* added[kDotPixels];
+  uint8_t* out[kDotPixels];
+};
+
+// A task's output pixels, line by line.
+class DotWalk {
+ public:
+  DotWalk(const ByteConv& conv, int64_t begin, int64_t end)
+      : conv_(conv), left_(end - begin), n_(begin / (conv.P * conv.Q)) {
+    const int64_t in_image = begin % (conv.P * conv.Q);
+    p_ = in_image / conv.Q;
+    q_ = in_image % conv.Q;
+    find();
+  }
+
+  // The next of them; false where there are none.
+  FR_BYTES_INLINE bool next(DotPixels& pixels) {
+    if (left_ == 0) return false;
+    pixels.count = left_ < kDotPixels ? left_ : kDotPixels;
+    left_ -= pixels.count;
+    const int64_t in_step = conv_.stride_w * conv_.in.pixel(), out_step = conv_.out.pixel();
+    const int64_t projected_step = projected_ == nullptr ? 0 : conv_.projection.pixel();
+    const int64_t added_step = added_ == nullptr ? 0 : conv_.added.pixel();
+    for (int64_t i = 0; i < pixels.count; ++i) {
+      pixels.in[i] = in_;
+      pixels.projected[i] = projected_;
+      pixels.added[i] = added_;
+      pixels.out[i] = out_;
+      in_ += in_step;
+      projected_ += projected_step;
+      added_ += added_step;
+      out_ += out_step;
+      if (++q_ == conv_.Q) {
+        q_ = 0;
+        if (++p_ == conv_.P) p_ = 0, ++n_;
+        find();
+      }
+    }
+    for (int64_t i = pixels.count; i < kDotPixels; ++i) {
+      pixels.in[i] = pixels.in[i - 1];
+      pixels.projected[i] = pixels.projected[i - 1];
+    }
+    return true;
+  }
+
+ private:
+  void find() {
+    const int64_t lines = conv_.in.lines(), pitch = conv_.in.pitch();
+    const int64_t index = (n_ * lines + p_ * conv_.stride_h) * pitch + q_ * conv_.stride_w;
+    in_ = conv_.in.data + (conv_.origin + index) * conv_.in.pixel();
+    out_ = conv_.out.data + conv_.out.position(n_, p_, q_) * conv_.out.pixel();
+    added_ = projected_ = nullptr;
+    if (conv_.shortcut == ByteShortcut::bytes) {
+      added_ = conv_.added.data + conv_.added.position(n_, p_, q_) * conv_.added.pixel();
+    }
+    if (conv_.projected != nullptr) {
+      projected_ = conv_.projected + index * conv_.projection.pixel();
+    }
+  }
+
+  const ByteConv& conv_;
+  int64_t left_, n_, p_, q_;
+  const uint8_t *in_, *projected_, *added_;
+  uint8_t* out_;
+};
+
+// The taps of a filter, from a pixel on: R x S runs of `steps` times four bytes.
+struct DotTaps {
+  int64_t R, S, run_h, run_w, steps;
+  int64_t block_bytes;  // from a block of 32 output channels' weights to the next one's
 };
 
 FR_BYTES_INLINE Ints broadcast_four(const uint8_t* p) {
@@ -16,59 +100,230 @@ FR_BYTES_INLINE Ints broadcast_four(const uint8_t* p) {
   return broadcast_int(four);
 }
 
-// `sums` and the weights begin at the first of the output channels.
-template <int kPixels, int kVectors, class P>
-FR_BYTES_INLINE void multiply_pixels(const P& product, const uint8_t* in, const int8_t* weight,
-                                     int32_t* sums) {
-  constexpr int64_t kFour = 4 * kLanes;  // bytes of a vector of weights
-  Ints total[kPixels][kVectors];
-  for (int i = 0; i < kPixels; ++i) {
+// Where the weights of a vector of output channels are, from those of the first.
+FR_BYTES_INLINE int64_t weights_of(int64_t vector, int64_t block_bytes) {
+  const int64_t k = vector * kLanes;
+  return k / kByteBlockK * block_bytes + k % kByteBlockK / 16 * kByteTile + k % 16 * 4;
+}
+
+// All products of some pixels and kVectors vectors of output channels, whose first weights are at
+// `weight`.
+template <int kVectors>
+FR_BYTES_INLINE void sum_products(const DotTaps& taps, const uint8_t* const (&in)[kDotPixels],
+                                  const int8_t* weight, Ints (&total)[kDotPixels][kVectors]) {
+  constexpr int kHeld = kVectors < kDotHeld ? kVectors : kDotHeld;
+  const int64_t block_bytes = taps.block_bytes;
+  for (int i = 0; i < kDotPixels; ++i) {
     for (int v = 0; v < kVectors; ++v) total[i][v] = broadcast_int(0);
   }
-  for (int64_t r = 0; r < product.R; ++r) {
-    for (int64_t s = 0; s < product.S; ++s) {
-      const uint8_t* at = in + r * product.run_h + s * product.run_w;
-      for (int64_t step = 0; step < product.steps; ++step, at += 4) {
-        const int8_t* four = weight + step / 16 * 2 * kByteTile + step % 16 * 64;
-        Ints weights[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-          // A tile has 16 output channels.
-          constexpr int64_t kHalf = 16 / kLanes;
-          weights[v] = load_ints(
-              reinterpret_cast<const int32_t*>(four + v / kHalf * kByteTile + v % kHalf * kFour));
-        }
-        for (int i = 0; i < kPixels; ++i) {
-          const Ints pixel = broadcast_four(at + i * product.row);
-          for (int v = 0; v < kVectors; ++v) total[i][v] = dot(total[i][v], pixel, weights[v]);
+  for (int64_t r = 0; r < taps.R; ++r) {
+    for (int64_t s = 0; s < taps.S; ++s) {
+      int64_t at = r * taps.run_h + s * taps.run_w;
+      for (int64_t left = taps.steps; left > 0; left -= 16, weight += 2 * kByteTile) {
+        const int8_t* four = weight;
+        const int8_t* const end = four + (left < 16 ? left : 16) * 64;
+        for (; four != end; four += 64, at += 4) {
+          Ints held[kHeld];
+          for (int v = 0; v < kHeld; ++v) {
+            held[v] =
+                load_ints(reinterpret_cast<const int32_t*>(four + weights_of(v, block_bytes)));
+          }
+#pragma GCC unroll 8
+          for (int i = 0; i < kDotPixels; ++i) {
+            const Ints pixel = broadcast_four(in[i] + at);
+#pragma GCC unroll 16
+            for (int v = 0; v < kVectors; ++v) {
+              total[i][v] = v < kHeld
+                                ? dot(total[i][v], pixel, held[v])
+                                : dot_memory(total[i][v], pixel, four + weights_of(v, block_bytes));
+            }
+          }
         }
       }
-      weight += product.chunks * 2 * kByteTile;
-    }
-  }
-  for (int i = 0; i < kPixels; ++i) {
-    for (int v = 0; v < kVectors; ++v) {
-      store_ints(sums + i * kByteBlockK + v * kLanes, total[i][v]);
     }
   }
 }
 
-template <int kN, class P>
-FR_BYTES_INLINE void multiply_tile(const P& product, const uint8_t* in, int32_t* sums) {
-  constexpr int64_t kVectors = kDotVectors * kLanes <= kN * 16 ? kDotVectors : kN * 16 / kLanes;
-  for (int64_t k = 0; k < kN * 16; k += kVectors * kLanes) {
-    const int8_t* weight = product.weight + k / 16 * kByteTile + k % 16 * 4;
-    for (int64_t i = 0; i < kByteRows; i += kDotPixels) {
-      multiply_pixels<kDotPixels, kVectors>(product, in + i * product.row, weight,
-                                            sums + i * kByteBlockK + k);
+// The step behind the products of some output channels, from the first of them on.
+struct DotStep {
+  const float *scale, *shift, *other_scale;
+  const int32_t *offset, *other_offset;  // zero point times the filters' sums
+  Ints added_zero_point;
+  Floats shortcut_scale;
+};
+
+// Of one pixel: `sums` of the filter, or those of the projection, and then the filter's in
+// `first`.
+template <bool kOffset, ByteShortcut kShortcut, int kVectors>
+FR_BYTES_INLINE void finish(const DotStep& step, const Ints (&sums)[kVectors], const int32_t* first,
+                            const uint8_t* added, uint8_t* out) {
+  constexpr bool kProjection = kShortcut == ByteShortcut::projection;
+  Floats t[kVectors];
+#pragma GCC unroll 16
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t k = v * kLanes;
+    Ints sum = kProjection ? load_ints(first + k) : sums[v];
+    if constexpr (kOffset) sum = subtract(sum, load_ints(step.offset + k));
+    t[v] = add(multiply(to_floats(sum), load_floats(step.scale + k)), load_floats(step.shift + k));
+    if constexpr (kShortcut == ByteShortcut::bytes) {
+      Ints x = load_bytes(added + k);
+      if constexpr (kOffset) x = subtract(x, step.added_zero_point);
+      t[v] = add(t[v], multiply(to_floats(x), step.shortcut_scale));
+    }
+    if constexpr (kProjection) {
+      Ints other = sums[v];
+      if constexpr (kOffset) other = subtract(other, load_ints(step.other_offset + k));
+      t[v] = add(t[v], multiply(to_floats(other), load_floats(step.other_scale + k)));
+    }
+  }
+  store_rounded(out, t);
+}
+
+// A task's convolution, and what of it does not change from pixel to pixel.
+struct DotRun {
+  const ByteConv& conv;
+  DotTaps taps, projection;
+
+  explicit DotRun(const ByteConv& c) : conv(c) {
+    const ByteFilter& filter = c.filter;
+    const int64_t pixel = c.in.pixel();
+    taps = {filter.R,
+            filter.joined ? 1 : filter.S,
+            c.dil_h * c.in.pitch() * pixel,
+            c.dil_w * pixel,
+            filter.steps(),
+            filter.block_bytes()};
+    projection = taps;
+    if (!c.doubled) {
+      projection = {1, 1, 0, 0, c.projection.steps(), c.projection.block_bytes()};
+    }
+  }
+};
+
+FR_BYTES_INLINE const int8_t* weight_at(const ByteWeight& weight, int64_t channel,
+                                        int64_t block_bytes) {
+  return weight.tiles + channel / kByteBlockK * block_bytes +
+         channel % kByteBlockK / 16 * kByteTile;
+}
+
+// The zero point times the sums of some filters.
+FR_BYTES_INLINE void find_offsets(const ByteWeight& weight, int64_t channel, int64_t count,
+                                  int32_t* offsets) {
+  for (int64_t k = 0; k < count; ++k) {
+    offsets[k] = weight.zero_point * weight.filter_sums[channel + k];
+  }
+}
+
+// Some pixels and kVectors vectors of output channels, from `channel` on.
+template <bool kOffset, ByteShortcut kShortcut, int kVectors>
+void convolve(const DotRun& run, const DotPixels& pixels, int64_t channel) {
+  constexpr bool kProjection = kShortcut == ByteShortcut::projection;
+  constexpr int64_t kChannels = kVectors * kLanes;
+  const ByteConv& conv = run.conv;
+  const ByteWeight &weight = conv.weight, &other = conv.projection_weight;
+  alignas(64) int32_t first[kProjection ? kDotPixels * kChannels : 1];
+  const int64_t base = conv.filter.groups == 1 ? 0 : conv.filter.base(channel / kByteBlockK);
+  const uint8_t* in[kDotPixels];
+  for (int i = 0; i < kDotPixels; ++i) in[i] = pixels.in[i] + base;
+  Ints sums[kDotPixels][kVectors];
+  sum_products(run.taps, in, weight_at(weight, channel, run.taps.block_bytes), sums);
+  if constexpr (kProjection) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kDotPixels; ++i) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) store_ints(first + i * kChannels + v * kLanes, sums[i][v]);
+    }
+    sum_products(run.projection, conv.doubled ? pixels.in : pixels.projected,
+                 weight_at(other, channel, run.projection.block_bytes), sums);
+  }
+  alignas(64) int32_t offsets[kOffset ? 2 * kChannels : 1];
+  DotStep step = {weight.scale + channel,
+                  weight.shift + channel,
+                  kProjection ? other.scale + channel : nullptr,
+                  offsets,
+                  offsets + (kOffset ? kChannels : 0),
+                  broadcast_int(conv.added_zero_point),
+                  broadcast(conv.shortcut_scale)};
+  if constexpr (kOffset) {
+    find_offsets(weight, channel, kChannels, offsets);
+    if constexpr (kProjection) find_offsets(other, channel, kChannels, offsets + kChannels);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kDotPixels; ++i) {
+    if (i < pixels.count) {
+      finish<kOffset, kShortcut>(
+          step, sums[i], first + (kProjection ? i * kChannels : 0),
+          kShortcut == ByteShortcut::bytes ? pixels.added[i] + channel : nullptr,
+          pixels.out[i] + channel);
     }
   }
 }
 
-template <int kM, int kN, class P, class Q>
-void multiply(const P& product, Q&) {
-  multiply_tile<kN>(product, product.in0, product.sums);
-  if constexpr (kM == 2) {
-    multiply_tile<kN>(product, product.in1, product.sums + kByteRows * kByteBlockK);
+// The next output channels, up to kDotChannels of them; returns how many. Beyond 16 they begin
+// where a block of weights does. With groups, blocks read different input channels.
+template <bool kOffset, ByteShortcut kShortcut>
+int64_t convolve(const DotRun& run, const DotPixels& pixels, int64_t channel, int64_t end) {
+  const int64_t left = end - channel;
+  if constexpr (kDotChannels >= 64) {
+    if (left > 48 && run.conv.filter.groups == 1) {
+      convolve<kOffset, kShortcut, 64 / kLanes>(run, pixels, channel);
+      return 64;
+    }
+  }
+  if constexpr (kDotChannels >= 32) {
+    if (left > 16) {
+      convolve<kOffset, kShortcut, 32 / kLanes>(run, pixels, channel);
+      return 32;
+    }
+  }
+  convolve<kOffset, kShortcut, 16 / kLanes>(run, pixels, channel);
+  return 16;
+}
+
+template <bool kOffset, ByteShortcut kShortcut>
+void run_task(const ByteConv& conv, const ByteTask& task) {
+  const DotRun run(conv);
+  const int64_t pixels_end = conv.in.N * conv.P * conv.Q, blocks_end = task.block_end * kByteBlockK;
+  const int64_t begin = task.begin * kDotPixels, whole = task.end * kDotPixels;
+  const int64_t end = whole < pixels_end ? whole : pixels_end;
+  const int64_t first = task.block_begin * kByteBlockK;
+  const int64_t last = blocks_end < conv.filter.K ? blocks_end : conv.filter.K;
+  DotPixels pixels;
+  // Either some pixels take all output channels in turn, or, with weights that do not stay in the
+  // cache, some channels take all pixels.
+  if (conv.keeps_weight) {
+    for (DotWalk walk(conv, begin, end); walk.next(pixels);) {
+      for (int64_t channel = first; channel < last;) {
+        channel += convolve<kOffset, kShortcut>(run, pixels, channel, last);
+      }
+    }
+    return;
+  }
+  for (int64_t channel = first, taken = 0; channel < last; channel += taken) {
+    for (DotWalk walk(conv, begin, end); walk.next(pixels);) {
+      taken = convolve<kOffset, kShortcut>(run, pixels, channel, last);
+    }
+  }
+}
+
+template <ByteShortcut kShortcut>
+void run_task(const ByteConv& conv, const ByteTask& task, bool offset) {
+  offset ? run_task<true, kShortcut>(conv, task) : run_task<false, kShortcut>(conv, task);
+}
+
+int64_t pieces(const ByteConv& conv) {
+  return bytes_div_up(conv.in.N * conv.P * conv.Q, kDotPixels);
+}
+
+void run(const ByteConv& conv, const ByteTask& task) {
+  const bool offset = conv.has_offset();
+  switch (conv.shortcut) {
+    case ByteShortcut::bytes:
+      return run_task<ByteShortcut::bytes>(conv, task, offset);
+    case ByteShortcut::projection:
+      return run_task<ByteShortcut::projection>(conv, task, offset);
+    case ByteShortcut::none:
+      return run_task<ByteShortcut::none>(conv, task, offset);
   }
 }
 

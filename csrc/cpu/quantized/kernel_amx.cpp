@@ -5,10 +5,12 @@
 //
 #include "cpu/quantized/tiles.inl"
 //
-#include "cpu/quantized/kernel.inl"
+#include "cpu/quantized/tile_run.inl"
+//
+#include "cpu/quantized/ends.inl"
 
 namespace fused_resnet::cpu {
-const ByteKernels kBytesAmx = {"amx", run, quantize, quantize_words, dequantize};
+const ByteKernels kBytesAmx = {"amx", pieces, run, quantize, quantize_words, dequantize};
 }
 
 #endif

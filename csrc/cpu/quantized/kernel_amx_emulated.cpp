@@ -3,8 +3,11 @@
 //
 #include "cpu/quantized/tiles.inl"
 //
-#include "cpu/quantized/kernel.inl"
+#include "cpu/quantized/tile_run.inl"
+//
+#include "cpu/quantized/ends.inl"
 
 namespace fused_resnet::cpu {
-const ByteKernels kBytesAmxEmulated = {"amx_emulated", run, quantize, quantize_words, dequantize};
+const ByteKernels kBytesAmxEmulated = {"amx_emulated", pieces,         run,
+                                       quantize,       quantize_words, dequantize};
 }

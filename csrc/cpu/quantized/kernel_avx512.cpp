@@ -6,7 +6,7 @@
 namespace fused_resnet::cpu {
 namespace {
 
-constexpr int kDotPixels = 8, kDotVectors = 2;
+constexpr int kDotPixels = 7, kDotChannels = 32, kDotHeld = 2;
 
 // Two products of a byte below 128, or of 128, and a weight fit 16 bits together; of two larger
 // bytes they may not.
@@ -18,15 +18,19 @@ FR_BYTES_INLINE Ints dot(Ints sums, Ints pixels, Ints weights) {
   return _mm512_add_epi32(sums, _mm512_madd_epi16(low, ones));
 }
 
+FR_BYTES_INLINE Ints dot_memory(Ints sums, Ints pixels, const int8_t* weights) {
+  return dot(sums, pixels, load_ints(reinterpret_cast<const int32_t*>(weights)));
+}
+
 }  // namespace
 }  // namespace fused_resnet::cpu
 
 #include "cpu/quantized/dot.inl"
 //
-#include "cpu/quantized/kernel.inl"
+#include "cpu/quantized/ends.inl"
 
 namespace fused_resnet::cpu {
-const ByteKernels kBytesAvx512 = {"avx512", run, quantize, quantize_words, dequantize};
+const ByteKernels kBytesAvx512 = {"avx512", pieces, run, quantize, quantize_words, dequantize};
 }
 
 #endif

@@ -6,10 +6,18 @@
 namespace fused_resnet::cpu {
 namespace {
 
-constexpr int kDotPixels = 8, kDotVectors = 2;
+constexpr int kDotPixels = 6, kDotChannels = 64, kDotHeld = 4;
 
 FR_BYTES_INLINE Ints dot(Ints sums, Ints pixels, Ints weights) {
   return _mm512_dpbusd_epi32(sums, pixels, weights);
+}
+
+// The compiler would load all weights first, for which there are no registers.
+FR_BYTES_INLINE Ints dot_memory(Ints sums, Ints pixels, const int8_t* weights) {
+  asm("vpdpbusd %2, %1, %0"
+      : "+v"(sums)
+      : "v"(pixels), "m"(*reinterpret_cast<const __m512i*>(weights)));
+  return sums;
 }
 
 }  // namespace
@@ -17,10 +25,11 @@ FR_BYTES_INLINE Ints dot(Ints sums, Ints pixels, Ints weights) {
 
 #include "cpu/quantized/dot.inl"
 //
-#include "cpu/quantized/kernel.inl"
+#include "cpu/quantized/ends.inl"
 
 namespace fused_resnet::cpu {
-const ByteKernels kBytesAvx512Vnni = {"avx512 vnni", run, quantize, quantize_words, dequantize};
+const ByteKernels kBytesAvx512Vnni = {"avx512 vnni", pieces,         run,
+                                      quantize,      quantize_words, dequantize};
 }
 
 #endif

@@ -7,10 +7,14 @@
 namespace fused_resnet::cpu {
 namespace {
 
-constexpr int kDotPixels = 4, kDotVectors = 2;
+constexpr int kDotPixels = 6, kDotChannels = 16, kDotHeld = 2;
 
 FR_BYTES_INLINE Ints dot(Ints sums, Ints pixels, Ints weights) {
   return _mm256_dpbusd_avx_epi32(sums, pixels, weights);
+}
+
+FR_BYTES_INLINE Ints dot_memory(Ints sums, Ints pixels, const int8_t* weights) {
+  return dot(sums, pixels, load_ints(reinterpret_cast<const int32_t*>(weights)));
 }
 
 }  // namespace
@@ -18,10 +22,10 @@ FR_BYTES_INLINE Ints dot(Ints sums, Ints pixels, Ints weights) {
 
 #include "cpu/quantized/dot.inl"
 //
-#include "cpu/quantized/kernel.inl"
+#include "cpu/quantized/ends.inl"
 
 namespace fused_resnet::cpu {
-const ByteKernels kBytesAvxVnni = {"avx vnni", run, quantize, quantize_words, dequantize};
+const ByteKernels kBytesAvxVnni = {"avx vnni", pieces, run, quantize, quantize_words, dequantize};
 }
 
 #endif

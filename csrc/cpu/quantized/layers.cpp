@@ -45,6 +45,7 @@ ByteFilter make_filter(const char* op, int64_t K, int64_t C, int64_t R, int64_t 
                        int64_t dilation_w, int64_t groups, int64_t unit) {
   for (const int64_t size : {K, C, R, S}) check_number(op, "weight's size", size, 1, 1 << 24);
   check_number(op, "groups", groups, 1, K);
+  check_number(op, "unit", unit, 1, kByteChunk);
   FR_CHECK(K % groups == 0, op, ": groups is ", groups, ", it must divide weight's ", K,
            " output channels");
   const int64_t reduction = checked_product(op, "weight", {C, R, S, 255, 128});
@@ -190,21 +191,19 @@ ByteLayer make_byte_layer(const char* op, const Tensor& packed, const int64_t* n
 }
 
 void run_byte_conv(const ByteKernels& kernels, ByteConv conv) {
-  const int64_t tiles = conv.tiles(), blocks = conv.filter.blocks();
+  const int64_t pieces = kernels.pieces(conv), blocks = conv.filter.blocks();
   int64_t block_bytes = conv.filter.block_bytes();
   if (conv.shortcut == ByteShortcut::projection) block_bytes += conv.projection.block_bytes();
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t input_bytes = conv.in.N * conv.in.H * conv.in.W * conv.in.pixel();
   // Whatever is more is what the threads divide.
   int64_t block_tasks = blocks * block_bytes > input_bytes ? std::min(threads, blocks) : 1;
-  const int64_t pairs = bytes_div_up(tiles, 2);
-  const int64_t tile_tasks = std::min(pairs, bytes_div_up(threads, block_tasks));
+  const int64_t pixel_tasks = std::min(pieces, bytes_div_up(threads, block_tasks));
   conv.keeps_weight = bytes_div_up(blocks, block_tasks) * block_bytes <= l2_bytes() / 2;
-  torch::stable::parallel_for(0, tile_tasks * block_tasks, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, pixel_tasks * block_tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t t = i % tile_tasks, b = i / tile_tasks;
-      const ByteTask task = {2 * (pairs * t / tile_tasks),
-                             std::min(tiles, 2 * (pairs * (t + 1) / tile_tasks)),
+      const int64_t t = i % pixel_tasks, b = i / pixel_tasks;
+      const ByteTask task = {pieces * t / pixel_tasks, pieces * (t + 1) / pixel_tasks,
                              blocks * b / block_tasks, blocks * (b + 1) / block_tasks};
       kernels.run(conv, task);
     }

@@ -6,10 +6,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <string>
 
 #include "checks.h"
 #include "cpu/buffer_pool.h"
+#include "cpu/inference_plan.h"
 #include "cpu/quantized/conv.h"
 
 namespace fused_resnet::cpu {
@@ -55,6 +57,19 @@ struct ByteLayer {
   bool is_pointwise() const {
     return filter.R == 1 && filter.S == 1 && pad_h == 0 && pad_w == 0 && filter.groups == 1;
   }
+};
+
+// What reads an image's bytes: how far it looks beyond the edges, and behind the last pixel.
+struct ByteReader {
+  int64_t halo_h, halo_w, beyond;
+};
+
+// A step of a plan whose output can be had in bytes with zero point 0.
+class ByteStep : public PlanStep {
+ public:
+  virtual std::unique_ptr<Images> run_bytes(const torch::stable::Tensor& input,
+                                            const ByteReader& reader) const = 0;
+  virtual double step_of_bytes() const = 0;
 };
 
 // `numbers`: see kByteNumbers. `unit`: of the input's pixels, see ByteImages.

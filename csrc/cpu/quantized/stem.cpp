@@ -1,7 +1,7 @@
 // The operator quantized_stem_packed of the CPU backend: a network's first convolution in eight or
 // sixteen bits with batch norm, ReLU and max-pool, as `reference.quantized_stem` has it.
 //
-// An image's few channels make pixels of 4 or 8 bytes, so that a filter row of 7 taps is one chunk
+// An image's few channels make pixels of as few bytes, so that a filter row of 7 taps is one chunk
 // of the reduction. With sixteen bits a channel is two bytes, the lower one first, each with zero
 // point 128, and there are two weights: what the upper parts give together, and what an upper and a
 // lower one do; their sums meet in the step behind them, as a block's and its projection's do.
@@ -29,6 +29,9 @@ namespace fused_resnet::cpu {
 namespace {
 
 constexpr const char* kOp = "quantized_stem";
+
+// Up to so many bytes of channels a pixel has no others.
+constexpr int64_t kMostNarrow = 8;
 
 // A floating-point image's lines, quantized: bytes, or words of both parts.
 class LineQuantizer {
@@ -65,17 +68,11 @@ class LineQuantizer {
       }
       source = elements_.data();
     }
-    quantize(source, W_ * C_, values_.data());
     const int64_t own = C_ * part_;
-    switch (pixel) {
-      case 4:
-        return spread<4>(target, own);
-      case 8:
-        return spread<8>(target, own);
-      default:
-        for (int64_t w = 0; w < W_; ++w) {
-          std::memcpy(target + w * pixel, values_.data() + w * own, static_cast<size_t>(own));
-        }
+    quantize(source, W_ * C_, pixel == own ? target : values_.data());
+    if (pixel == own) return;
+    for (int64_t w = 0; w < W_; ++w) {
+      std::memcpy(target + w * pixel, values_.data() + w * own, static_cast<size_t>(own));
     }
   }
 
@@ -97,13 +94,6 @@ class LineQuantizer {
       uint8_t* to = target + c * static_cast<int64_t>(sizeof(T));
       for (int64_t w = 0; w < W_; ++w) std::memcpy(to + w * pixel, plane + w, sizeof(T));
     }
-  }
-
-  // From pixels of `own` bytes; reads up to kPixel.
-  template <int64_t kPixel>
-  void spread(uint8_t* target, int64_t own) const {
-    const uint8_t* from = values_.data();
-    for (int64_t w = 0; w < W_; ++w) std::memcpy(target + w * kPixel, from + w * own, kPixel);
   }
 
   const ByteKernels& kernels_;
@@ -160,7 +150,7 @@ void max_pool(const MaxPool& pool, const ByteImages& from, const ByteImages& to)
 }
 
 // A stem on images of one size, its weights packed.
-class ByteStem : public PlanStep {
+class ByteStem : public ByteStep {
  public:
   ByteStem(const Tensor& input, Tensor packed, std::optional<Tensor> packed_low,
            const std::vector<int64_t>& numbers, const std::vector<int64_t>& pool, double step,
@@ -169,15 +159,13 @@ class ByteStem : public PlanStep {
         packed_low_(std::move(packed_low)),
         kernels_(byte_kernels(kOp, kernels_name)),
         channels_(input.size(1) * (words() ? 2 : 1)),
-        unit_(channels_ <= 4   ? 4
-              : channels_ <= 8 ? 8
-                               : kBytePixel),
+        unit_(channels_ <= kMostNarrow ? channels_ : kBytePixel),
         layer_(make_byte_layer(kOp, packed_, numbers.data(), channels_, input.size(2),
                                input.size(3), unit_)),
         pool_(make_pool(pool, layer_.P, layer_.Q)),
         inverse_(static_cast<float>(1 / step)),
         zero_point_(zero_point),
-        output_step_(static_cast<float>(output_step)) {
+        output_step_(output_step) {
     FR_CHECK(layer_.filter.groups == 1, kOp, ": groups is ", layer_.filter.groups, ", must be 1");
     FR_CHECK(
         !words() || (packed_low_->scalar_type() == ScalarType::Char && packed_low_->dim() == 1 &&
@@ -190,7 +178,15 @@ class ByteStem : public PlanStep {
     Tensor output =
         empty_activation(N, K, pool_.P, pool_.Q, input.scalar_type(), is_channels_last(input));
     if (N == 0) return output;
+    const std::unique_ptr<Images> pooled = run_bytes(input, {0, 0, 0});
+    dequantize_output(kernels_, pooled->view, static_cast<float>(output_step_), output);
+    return output;
+  }
 
+  double step_of_bytes() const override { return output_step_; }
+
+  std::unique_ptr<Images> run_bytes(const Tensor& input, const ByteReader& reader) const override {
+    const int64_t N = input.size(0), K = layer_.filter.K;
     // As many images at a time as leave what is pooled in the threads' second-level caches.
     const int64_t hidden_bytes = layer_.P * layer_.Q * bytes_round_up(K, kBytePixel);
     const int64_t threads = torch::stable::get_num_threads();
@@ -202,7 +198,10 @@ class ByteStem : public PlanStep {
     image.fill_halo(static_cast<int>(zero));
     Images hidden(kOp, {nullptr, at_once, K, layer_.P, layer_.Q, pool_.pad_h, pool_.pad_w}, 0);
     hidden.fill_halo(0);
-    Images pooled(kOp, {nullptr, N, K, pool_.P, pool_.Q, 0, 0}, 0);
+    auto pooled = std::make_unique<Images>(
+        kOp, ByteImages{nullptr, N, K, pool_.P, pool_.Q, reader.halo_h, reader.halo_w},
+        reader.beyond);
+    pooled->fill_halo(0);
     for (int64_t n = 0; n < N; n += at_once) {
       const int64_t count = std::min(at_once, N - n);
       const ByteImages from = slice_images(image.view, 0, count);
@@ -216,10 +215,9 @@ class ByteStem : public PlanStep {
         conv.projection_weight = byte_weight(packed_low_->const_data_ptr(), layer_.filter, zero);
       }
       run_byte_conv(kernels_, conv);
-      max_pool(pool_, between, slice_images(pooled.view, n, count));
+      max_pool(pool_, between, slice_images(pooled->view, n, count));
     }
-    dequantize_output(kernels_, pooled.view, output_step_, output);
-    return output;
+    return pooled;
   }
 
  private:
@@ -234,7 +232,7 @@ class ByteStem : public PlanStep {
   const MaxPool pool_;
   const float inverse_;
   const int64_t zero_point_;
-  const float output_step_;
+  const double output_step_;
 };
 
 // `packed`: the weight, with sixteen bits that of the upper parts, which has two input channels for

@@ -1,4 +1,4 @@
-// The unit of kernel.inl on tiles: 16 pixels or 16 output channels of 64 bytes of the reduction
+// The unit of tile_run.inl: 16 pixels or 16 output channels of 64 bytes of the reduction
 // each. Behind byte_tiles_*.h, which has them: two tiles of pixels, two of weights, four of sums.
 
 namespace fused_resnet::cpu {

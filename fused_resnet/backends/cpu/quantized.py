@@ -12,6 +12,8 @@ from . import operators
 
 # What a pixel's bytes are a multiple of, kBytePixel in csrc/cpu/quantized/conv.h.
 _PIXEL = 16
+# Up to so many channels of a stem a pixel has no other bytes, kMostNarrow in stem.cpp.
+_NARROW = 8
 _cache = WeightCache()
 
 
@@ -64,7 +66,7 @@ def run_quantized_stem(
     """
     conv, low, pool = stem
     channels = conv.weight.shape[1]
-    unit = 4 if channels <= 4 else 8 if channels <= 8 else _PIXEL
+    unit = channels if channels <= _NARROW else _PIXEL
     packed = _packed(conv, unit)
     packed_low = None if low is None else _packed(low, unit)
     numbers = (*conv.weight.shape, *conv.stride, *conv.padding, *conv.dilation, conv.groups)

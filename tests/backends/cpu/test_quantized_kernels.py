@@ -274,7 +274,7 @@ def test_a_stem_takes_images_in_groups():
 
 def packed_stem(**changes):
     weight, vector = torch.zeros(16, 6, 3, 3, dtype=torch.int8), torch.zeros(16)
-    packed = torch.ops.fused_resnet.pack_quantized_conv(weight, vector, vector, 1, 1, 8)
+    packed = torch.ops.fused_resnet.pack_quantized_conv(weight, vector, vector, 1, 1, 6)
     arguments = {
         "input": torch.zeros(1, 3, 5, 5),
         "packed": packed,

@@ -1,5 +1,5 @@
-// The convolution of bytes, for one unit of multiplication. The including file has defined, in its
-// anonymous namespace, vectors (bytes_*.h) and the unit:
+// The convolution of bytes on tiles of 16 evenly spaced pixels. The including file has defined, in
+// its anonymous namespace, vectors (bytes_*.h) and the unit (tiles.inl):
 //
 //   UnitState                  held while a task runs
 //   multiply<kM, kN>(product, pending)   all products of kM tiles of pixels and kN of output
@@ -42,28 +42,29 @@ struct Pending {
 
 template <bool kOffset, ByteShortcut kShortcut, int kN>
 void finish(const Pending& e, int64_t begin, int64_t end) {
-  const Floats least = broadcast(0.0f), most = broadcast(255.0f);
   const Floats shortcut_scale = broadcast(e.shortcut_scale);
   const Ints zero_point = broadcast_int(e.added_zero_point);
   for (int64_t i = begin; i < end; ++i) {
     const Position& at = e.positions[i];
     if (at.out < 0) continue;
-    for (int64_t k = 0; k < kN * 16; k += kLanes) {
+    Floats t[kN * 16 / kLanes];
+    for (int v = 0; v < kN * 16 / kLanes; ++v) {
+      const int64_t k = v * kLanes;
       Ints sum = load_ints(e.sums + i * kByteBlockK + k);
       if constexpr (kOffset) sum = subtract(sum, load_ints(e.offset + k));
-      Floats t = add(multiply(to_floats(sum), load_floats(e.scale + k)), load_floats(e.shift + k));
+      t[v] = add(multiply(to_floats(sum), load_floats(e.scale + k)), load_floats(e.shift + k));
       if constexpr (kShortcut == ByteShortcut::bytes) {
         Ints x = load_bytes(e.added + at.added + k);
         if constexpr (kOffset) x = subtract(x, zero_point);
-        t = add(t, multiply(to_floats(x), shortcut_scale));
+        t[v] = add(t[v], multiply(to_floats(x), shortcut_scale));
       }
       if constexpr (kShortcut == ByteShortcut::projection) {
         Ints other = load_ints(e.other + i * kByteBlockK + k);
         if constexpr (kOffset) other = subtract(other, load_ints(e.other_offset + k));
-        t = add(t, multiply(to_floats(other), load_floats(e.other_scale + k)));
+        t[v] = add(t[v], multiply(to_floats(other), load_floats(e.other_scale + k)));
       }
-      store_bytes(e.output + at.out + k, round_between(t, least, most));
     }
+    store_rounded(e.output + at.out, t);
   }
 }
 
@@ -195,14 +196,19 @@ const int32_t* offsets(const ByteWeight& weight, int64_t channel, int32_t* memor
   return memory;
 }
 
+int64_t pieces(const ByteConv& conv) {
+  return bytes_div_up(conv.tiles(), 2);
+}
+
 void run(const ByteConv& conv, const ByteTask& task) {
+  const int64_t tile_begin = 2 * task.begin, tiles = conv.tiles();
+  const int64_t tile_end = 2 * task.end < tiles ? 2 * task.end : tiles;
   const UnitState state;
   Sums sums;
   Pixels pixels[2];
   const ByteFilter &filter = conv.filter, &projection = conv.projection;
   const bool projects = conv.shortcut == ByteShortcut::projection;
-  const bool offset = conv.weight.zero_point != 0 || conv.added_zero_point != 0 ||
-                      (projects && conv.projection_weight.zero_point != 0);
+  const bool offset = conv.has_offset();
   const int64_t pixel = conv.in.pixel();
   const int64_t block_bytes = filter.block_bytes();
   const int64_t runs = filter.runs(), chunks = filter.chunks(), steps = filter.steps();
@@ -287,9 +293,9 @@ void run(const ByteConv& conv, const ByteTask& task) {
   // stay in the cache, each block of these takes all pixels.
   int flip = 0;
   if (conv.keeps_weight) {
-    for (int64_t tile = task.tile_begin; tile < task.tile_end; flip = 1 - flip) {
-      const bool first = tile == task.tile_begin;
-      tile = next_pixels(conv, tile, task.tile_end, pixels[flip]);
+    for (int64_t tile = tile_begin; tile < tile_end; flip = 1 - flip) {
+      const bool first = tile == tile_begin;
+      tile = next_pixels(conv, tile, tile_end, pixels[flip]);
       if (pixels[flip].tiles == 0) break;
       for (int64_t block = task.block_begin; block < task.block_end; ++block) {
         multiply_all(pixels[flip], block, first);
@@ -297,114 +303,15 @@ void run(const ByteConv& conv, const ByteTask& task) {
     }
   } else {
     for (int64_t block = task.block_begin; block < task.block_end; ++block) {
-      for (int64_t tile = task.tile_begin; tile < task.tile_end; flip = 1 - flip) {
-        const bool first = tile == task.tile_begin;
-        tile = next_pixels(conv, tile, task.tile_end, pixels[flip]);
+      for (int64_t tile = tile_begin; tile < tile_end; flip = 1 - flip) {
+        const bool first = tile == tile_begin;
+        tile = next_pixels(conv, tile, tile_end, pixels[flip]);
         if (pixels[flip].tiles == 0) break;
         multiply_all(pixels[flip], block, first);
       }
     }
   }
   pending.take(pending.pixels);
-}
-
-// ---- between floating-point tensors and bytes --------------------------------------------------
-
-template <class V>
-void quantize_as(const typename V::Element* source, int64_t count, float inverse,
-                 int32_t zero_point, uint8_t* target) {
-  const Floats factor = broadcast(inverse);
-  const Floats least = broadcast(static_cast<float>(-zero_point));
-  const Floats most = broadcast(static_cast<float>(255 - zero_point));
-  const Ints zero = broadcast_int(zero_point);
-  alignas(64) uint8_t bytes[kLanes];
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t rest = count - i;
-    const Floats x = rest >= kLanes ? V::load(source + i) : V::load(source + i, rest);
-    const Ints q = add_ints(round_between(multiply(x, factor), least, most), zero);
-    if (rest >= kLanes) {
-      store_bytes(target + i, q);
-    } else {
-      store_bytes(bytes, q);
-      for (int64_t k = 0; k < rest; ++k) target[i + k] = bytes[k];
-    }
-  }
-}
-
-void quantize(ByteFloats type, const void* source, int64_t count, float inverse, int32_t zero_point,
-              uint8_t* target) {
-  switch (type) {
-    case ByteFloats::float32:
-      return quantize_as<FloatValues>(static_cast<const float*>(source), count, inverse, zero_point,
-                                      target);
-    case ByteFloats::float16:
-      return quantize_as<HalfValues>(static_cast<const Half*>(source), count, inverse, zero_point,
-                                     target);
-    case ByteFloats::bfloat16:
-      return quantize_as<Bfloat16Values>(static_cast<const BFloat16*>(source), count, inverse,
-                                         zero_point, target);
-  }
-}
-
-template <class V>
-void quantize_words_as(const typename V::Element* source, int64_t count, float inverse,
-                       uint16_t* target) {
-  constexpr float kMost = 127 * 256 + 127;
-  const Floats factor = broadcast(inverse), least = broadcast(-kMost), most = broadcast(kMost);
-  const Ints middle = broadcast_int(128 * 256 + 128);
-  alignas(64) uint16_t words[kLanes];
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t rest = count - i;
-    const Floats x = rest >= kLanes ? V::load(source + i) : V::load(source + i, rest);
-    const Ints q = add_ints(round_between(multiply(x, factor), least, most), middle);
-    if (rest >= kLanes) {
-      store_words(target + i, q);
-    } else {
-      store_words(words, q);
-      for (int64_t k = 0; k < rest; ++k) target[i + k] = words[k];
-    }
-  }
-}
-
-void quantize_words(ByteFloats type, const void* source, int64_t count, float inverse,
-                    uint16_t* target) {
-  switch (type) {
-    case ByteFloats::float32:
-      return quantize_words_as<FloatValues>(static_cast<const float*>(source), count, inverse,
-                                            target);
-    case ByteFloats::float16:
-      return quantize_words_as<HalfValues>(static_cast<const Half*>(source), count, inverse,
-                                           target);
-    case ByteFloats::bfloat16:
-      return quantize_words_as<Bfloat16Values>(static_cast<const BFloat16*>(source), count, inverse,
-                                               target);
-  }
-}
-
-template <class V>
-void dequantize_as(const uint8_t* source, int64_t count, float step, typename V::Element* target) {
-  const Floats factor = broadcast(step);
-  alignas(64) uint8_t bytes[kLanes] = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t rest = count - i;
-    if (rest >= kLanes) {
-      V::store(target + i, multiply(to_floats(load_bytes(source + i)), factor));
-    } else {
-      for (int64_t k = 0; k < rest; ++k) bytes[k] = source[i + k];
-      V::store(target + i, multiply(to_floats(load_bytes(bytes)), factor), rest);
-    }
-  }
-}
-
-void dequantize(ByteFloats type, const uint8_t* source, int64_t count, float step, void* target) {
-  switch (type) {
-    case ByteFloats::float32:
-      return dequantize_as<FloatValues>(source, count, step, static_cast<float*>(target));
-    case ByteFloats::float16:
-      return dequantize_as<HalfValues>(source, count, step, static_cast<Half*>(target));
-    case ByteFloats::bfloat16:
-      return dequantize_as<Bfloat16Values>(source, count, step, static_cast<BFloat16*>(target));
-  }
 }
 
 }  // namespace
