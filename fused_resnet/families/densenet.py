@@ -10,6 +10,7 @@ recorded they are one pass over that. The norm and ReLU between the two convolut
 in the first one's epilogue.
 """
 
+# ruff: noqa: D102, F811  # TorchScript takes no comment behind the one for mypy.
 # Without `from __future__ import annotations`, which TorchScript's overloads do not read.
 import torch
 import torch.nn.functional as F
@@ -29,14 +30,14 @@ class DenseLayer(blocks.Fused, densenet._DenseLayer):
     """torchvision's `_DenseLayer`, its norms and ReLUs in one pass or in a convolution."""
 
     @torch.jit._overload_method
-    def forward(self, input: list[Tensor]) -> Tensor:  # noqa: D102
+    def forward(self, input: list[Tensor]) -> Tensor:
         pass
 
     @torch.jit._overload_method  # type: ignore[no-redef]
-    def forward(self, input: Tensor) -> Tensor:  # noqa: D102, F811
+    def forward(self, input: Tensor) -> Tensor:
         pass
 
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[no-redef]  # noqa: D102, F811
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[no-redef]
         if torch.jit.is_scripting():
             features = [input] if isinstance(input, Tensor) else input
             x = self.conv2(self.relu2(self.norm2(self.bn_function(features))))
@@ -61,7 +62,7 @@ def _layer_forward(layer: DenseLayer, input: Tensor | list[Tensor]) -> Tensor:
 class Transition(blocks.Fused, densenet._Transition):
     """torchvision's `_Transition`, its norm and ReLU in one pass or in its convolution."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             for module in self:
                 input = module(input)
@@ -85,7 +86,7 @@ class DenseNet(blocks.Fused, densenet.DenseNet):
 
     _unfused_forward = blocks.named_copy(densenet.DenseNet.forward, "_unfused_forward")
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._unfused_forward(x)
         else:
