@@ -7,9 +7,9 @@
 
 namespace fused_resnet::on_host {
 
-// What a thread, or whoever waits for a barrier, knows to have happened: for each agent, up to which
-// time of its own. Agents are the threads of a cluster, then its mbarriers (whose time is the phases
-// they ended), then its warps (the products they waited for). In a second half, the threads'
+// What a thread, or whoever waits for a barrier, knows to have happened: for each agent, up to
+// which time of its own. Agents are the threads of a cluster, then its mbarriers (whose time is the
+// phases they ended), then its warps (the products they waited for). In a second half, the threads'
 // accesses to shared memory of which a proxy fence lets asynchronous copies and products know.
 using View = std::vector<uint32_t>;
 
@@ -32,9 +32,7 @@ class Order {
   unsigned warp(unsigned number) const { return warps_begin_ + number; }
   uint32_t* of(unsigned thread) { return &views_[thread * size()]; }
   uint32_t time_of(unsigned thread) { return of(thread)[thread]; }
-  bool knows(unsigned thread, unsigned agent, uint32_t time) {
-    return of(thread)[agent] >= time;
-  }
+  bool knows(unsigned thread, unsigned agent, uint32_t time) { return of(thread)[agent] >= time; }
   // Whether copies that the thread starts know an access of another thread.
   bool copies_know(unsigned thread, unsigned other, uint32_t time) {
     return of(thread)[agents_ + other] >= time;
@@ -54,7 +52,8 @@ class Order {
  private:
   // The later time of each.
   __attribute__((optimize("O3"))) void add(uint32_t* into, const uint32_t* from) const {
-    for (size_t i = 0, count = size(); i < count; ++i) into[i] = into[i] < from[i] ? from[i] : into[i];
+    for (size_t i = 0, count = size(); i < count; ++i)
+      into[i] = into[i] < from[i] ? from[i] : into[i];
   }
 
   unsigned threads_ = 0, warps_begin_ = 0, agents_ = 0;

@@ -74,7 +74,8 @@ bool SharedAccesses::is_unordered(const Word& word, const Access& before, unsign
   }
   if (!now.order) return true;
   const uint32_t time = word.times[&before - &word.write];
-  const unsigned first = now.first_thread + (before.is_warps ? before.thread / 32 * 32 : before.thread);
+  const unsigned first =
+      now.first_thread + (before.is_warps ? before.thread / 32 * 32 : before.thread);
   for (unsigned agent = first; agent < first + (before.is_warps ? 32 : 1); ++agent) {
     if (agent != now.agent() && !now.order->knows(now.agent(), agent, time)) return true;
   }
@@ -84,7 +85,8 @@ bool SharedAccesses::is_unordered(const Word& word, const Access& before, unsign
 // Whether a copy or product that begins now may count on what a thread did before.
 bool SharedAccesses::copies_know(const Word& word, const Access& before, const Time& now) {
   const uint32_t time = word.times[&before - &word.write];
-  const unsigned first = now.first_thread + (before.is_warps ? before.thread / 32 * 32 : before.thread);
+  const unsigned first =
+      now.first_thread + (before.is_warps ? before.thread / 32 * 32 : before.thread);
   for (unsigned agent = first; agent < first + (before.is_warps ? 32 : 1); ++agent) {
     if (!now.order->copies_know(now.agent(), agent, time)) return false;
   }
@@ -112,10 +114,11 @@ bool SharedAccesses::is_free(size_t begin, size_t end, bool writes, const char* 
   for (const Asynchronous& other : asynchronous_) {
     if (other.end <= begin || end <= other.begin || !(writes || other.writes())) continue;
     if (!other.is_under_way && now.order->knows(now.agent(), other.agent, other.time)) continue;
-    const std::string where = std::string(" offset ") + std::to_string(std::max(begin, other.begin)) +
+    const std::string where = std::string(" offset ") +
+                              std::to_string(std::max(begin, other.begin)) +
                               " of shared memory, which ";
-    const std::string who = " of thread " + std::to_string(other.thread) + " at " +
-                            other.origin.line();
+    const std::string who =
+        " of thread " + std::to_string(other.thread) + " at " + other.origin.line();
     if (other.work == Work::kLoad) {
       complaint_ = std::string("unfinished copy: ") + what + where + "the load" + who +
                    " may not have written yet";
@@ -155,14 +158,14 @@ uint64_t SharedAccesses::begin_asynchronous(Asynchronous work, const Time& now) 
             complaint_ = std::string("unfenced: ") + what + " offset " + std::to_string(i * kWord) +
                          " of shared memory, which thread " + std::to_string(before->thread) +
                          (before == &touched.write ? " writes at " : " reads at ") +
-                         before->origin.line() +
-                         " with no fence for copies and barrier in between";
+                         before->origin.line() + " with no fence for copies and barrier in between";
             return 0;
           }
         }
         if (!work.writes() && (touched.written & part) != part) {
           complaint_ = std::string("uninitialised read: ") + what + " offset " +
-                       std::to_string(i * kWord) + " of shared memory, to which nothing was written";
+                       std::to_string(i * kWord) +
+                       " of shared memory, to which nothing was written";
           return 0;
         }
       }

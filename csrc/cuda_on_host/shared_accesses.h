@@ -40,7 +40,7 @@ class SharedAccesses {
     unsigned thread;
     uint32_t barriers;
     uint16_t warp_barriers;
-    Order* order = nullptr;  // if it is kept
+    Order* order = nullptr;     // if it is kept
     unsigned first_thread = 0;  // of the block, in there
 
     unsigned agent() const { return first_thread + thread; }
@@ -78,8 +78,8 @@ class SharedAccesses {
   };
   // Returns the number by which end_asynchronous knows it, 0 where something is wrong.
   uint64_t begin_asynchronous(Asynchronous work, const Time& now);
-  // Whether the copies and products so far leave these bytes to an access, as far as a thread knows;
-  // `what` the access is.
+  // Whether the copies and products so far leave these bytes to an access, as far as a thread
+  // knows; `what` the access is.
   bool is_free(size_t begin, size_t end, bool writes, const char* what, const Time& now);
   // Whether it is what is done to just these bytes.
   bool is_of(uint64_t number, size_t begin, size_t end) const;

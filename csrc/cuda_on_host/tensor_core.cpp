@@ -38,7 +38,8 @@ int exponent_of(float x, int least) {
 template <int kColumns>
 void add_products(float* row, const float* a, const float* b, int pitch, int depth, int least) {
   int largest[kColumns];
-  for (int n = 0; n < kColumns; ++n) largest[n] = row[n] == 0 ? kNoExponent : exponent_of(row[n], -126);
+  for (int n = 0; n < kColumns; ++n)
+    largest[n] = row[n] == 0 ? kNoExponent : exponent_of(row[n], -126);
   bool is_plain = false;
   for (int k = 0; k < depth; ++k) {
     const int exponent = a[k] == 0 ? 2 * kNoExponent : exponent_of(a[k], least);
@@ -66,7 +67,8 @@ void add_products(float* row, const float* a, const float* b, int pitch, int dep
     sums[n] = static_cast<int>(row[n] * scale[n]);
   }
   for (int k = 0; k < depth; ++k) {
-    for (int n = 0; n < kColumns; ++n) sums[n] += static_cast<int>(a[k] * b[k * pitch + n] * scale[n]);
+    for (int n = 0; n < kColumns; ++n)
+      sums[n] += static_cast<int>(a[k] * b[k * pitch + n] * scale[n]);
   }
   for (int n = 0; n < kColumns; ++n) {
     const int magnitude = std::abs(sums[n]);

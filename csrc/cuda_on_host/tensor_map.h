@@ -29,14 +29,14 @@ static_assert(sizeof(EncodedMap) <= 128);
 
 // 16 bytes of a box, of which `valid` are the tensor's.
 struct BoxChunk {
-  char* global;         // of the first byte, if it were there
-  uint32_t skipped;     // bytes before those that are
-  uint32_t valid;       // bytes that are
-  uint32_t address;     // in shared memory
+  char* global;      // of the first byte, if it were there
+  uint32_t skipped;  // bytes before those that are
+  uint32_t valid;    // bytes that are
+  uint32_t address;  // in shared memory
 };
 
-// Calls `visit` for every chunk of the box at `at` (and `offset`) that begins at an address of shared
-// memory.
+// Calls `visit` for every chunk of the box at `at` (and `offset`) that begins at an address of
+// shared memory.
 void for_each_chunk(const EncodedMap& map, const std::array<int, 4>& at,
                     const std::array<int, 2>& offset, uint32_t address,
                     const std::function<void(const BoxChunk&)>& visit);

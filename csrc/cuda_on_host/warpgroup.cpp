@@ -132,9 +132,8 @@ void Block::multiply_of_warpgroup(unsigned w) {
 
   // The sums belong to the products from now on.
   auto& accumulators = products.accumulators;
-  const auto found = std::find_if(accumulators.begin(), accumulators.end(), [&](const auto& known) {
-    return known.sums[0] == first.sums;
-  });
+  const auto found = std::find_if(accumulators.begin(), accumulators.end(),
+                                  [&](const auto& known) { return known.sums[0] == first.sums; });
   product.sums = found - accumulators.begin();
   if (found == accumulators.end()) {
     accumulators.push_back({{}, first.n, std::vector<float>(kRows * first.n)});
@@ -191,7 +190,8 @@ void Block::wait_for_products_of(unsigned w, int groups_left) {
     }
   }
   products.under_way.erase(products.under_way.begin(), products.under_way.begin() + done);
-  for (unsigned lane = 0; lane < 32; ++lane) order.of(agent_of(32 * w + lane))[agent] = products.waits;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    order.of(agent_of(32 * w + lane))[agent] = products.waits;
   products.is_fenced = false;
   // Sums of which no product is under way any more are the threads' again.
   std::vector<Accumulators> kept;

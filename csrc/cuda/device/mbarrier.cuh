@@ -1,5 +1,5 @@
-// mbarriers: what threads and asynchronous copies of a cluster meet at, in shared memory. Of compute
-// capability 9.0 and later.
+// mbarriers: what threads and asynchronous copies of a cluster meet at, in shared memory. Of
+// compute capability 9.0 and later.
 //
 // A barrier goes from phase to phase. A phase ends when as many arrivals came as the barrier was
 // initialised with and every byte that was announced has been copied; the next begins at once.
@@ -68,10 +68,10 @@ __device__ __forceinline__ void arrive(Mbarrier* barrier) {
 
 // Announces copies of so many bytes and arrives.
 __device__ __forceinline__ void arrive_and_expect(Mbarrier* barrier, unsigned bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 // Arrives at the barrier that lies in another block of the cluster where `barrier` is in this one.

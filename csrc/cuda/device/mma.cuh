@@ -102,10 +102,10 @@ __device__ __forceinline__ void load_matrix_x2_transposed(uint32_t (&r)[2], cons
 
 // Stores four matrices, the reverse of load_matrix_x4. Of compute capability 9.0 and later.
 __device__ __forceinline__ void store_matrix_x4(void* row, const uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   shared_address(row)),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+      : "memory");
 }
 
 // T is __half or __nv_bfloat16.

@@ -1,10 +1,10 @@
-// TMA: copies of boxes of a tensor between global and shared memory, which one thread starts and the
-// hardware carries out. Of compute capability 9.0 and later.
+// TMA: copies of boxes of a tensor between global and shared memory, which one thread starts and
+// the hardware carries out. Of compute capability 9.0 and later.
 //
-// A TensorMap (cuda/device/tensor_map.h) says what the tensor is and what a box; an instruction says
-// where the box begins, the innermost dimension first, in elements. What of a box lies outside of
-// the tensor is loaded as zeros and not stored. A load counts all bytes of its box at an Mbarrier;
-// stores are waited for in groups, as cp.async is.
+// A TensorMap (cuda/device/tensor_map.h) says what the tensor is and what a box; an instruction
+// says where the box begins, the innermost dimension first, in elements. What of a box lies outside
+// of the tensor is loaded as zeros and not stored. A load counts all bytes of its box at an
+// Mbarrier; stores are waited for in groups, as cp.async is.
 //
 // These copies go through another proxy than a thread's own loads and stores: between such accesses
 // to shared memory and a copy from or to there stands a fence_for_copies of the thread that made
@@ -33,8 +33,7 @@ void load_tile_to_blocks(const TensorMap& map, void* shared, Mbarrier* barrier, 
 }
 
 inline void load_pixels(const TensorMap& map, void* shared, Mbarrier* barrier, const int (&at)[4],
-                        const int (&offset)[2],
-                        on_host::Place place = on_host::Place::current()) {
+                        const int (&offset)[2], on_host::Place place = on_host::Place::current()) {
   on_host::load_box({&map, shared, at, 4, offset}, barrier, place);
 }
 

@@ -79,8 +79,7 @@ Function* driver_function(const char* name) {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result;
 #if CUDART_VERSION >= 12050
-  STD_CUDA_CHECK(
-      cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result));
+  STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result));
 #else
   STD_CUDA_CHECK(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result));
 #endif

@@ -1,5 +1,6 @@
-// wgmma: D (+)= A B on tiles of 64 x kN that the four warps of a warpgroup share, asynchronously, with
-// A and B in shared memory. Of compute capability 9.0a. All threads of the warpgroup take part.
+// wgmma: D (+)= A B on tiles of 64 x kN that the four warps of a warpgroup share, asynchronously,
+// with A and B in shared memory. Of compute capability 9.0a. All threads of the warpgroup take
+// part.
 //
 // The kN / 2 sums of a thread are, with g = lane / 4, t = lane % 4 and w its warp in the warpgroup:
 //   sums[4 j], sums[4 j + 1]       row 16 w + g, columns 8 j + 2 t and the next
@@ -7,8 +8,9 @@
 // A is 64 rows and B kN rows (the columns of the product) of 32 bytes, 16 elements, each.
 //
 // From the first multiply on until wait_for_products the sums are the hardware's: nothing else may
-// touch them. fence_sums stands between whatever last wrote them and the first multiply, and between
-// a wait and the next. What lies in shared memory is read until the products are waited for.
+// touch them. fence_sums stands between whatever last wrote them and the first multiply, and
+// between a wait and the next. What lies in shared memory is read until the products are waited
+// for.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -73,10 +75,9 @@ void multiply_warpgroup(float (&sums)[kN / 2], uint64_t a, uint64_t b, bool accu
   static_assert(kN == 64 || kN == 128 || kN == 256);
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
   constexpr bool kHalf = std::is_same_v<T, __half>;
-  on_host::multiply_warpgroup(
-      {kHalf ? on_host::Element::kFloat16 : on_host::Element::kBFloat16, kN, sums, a, b,
-       accumulate},
-      place);
+  on_host::multiply_warpgroup({kHalf ? on_host::Element::kFloat16 : on_host::Element::kBFloat16, kN,
+                               sums, a, b, accumulate},
+                              place);
 }
 
 inline void commit_products(on_host::Place place = on_host::Place::current()) {
@@ -110,31 +111,31 @@ __device__ __forceinline__ void fence_sums() {
 }
 
 // The sums' operands in the instruction's text, and in its list.
-#define FUSED_RESNET_NAMES_64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7" \
-  ", %8, %9, %10, %11, %12, %13, %14, %15" \
+#define FUSED_RESNET_NAMES_64                \
+  "%0, %1, %2, %3, %4, %5, %6, %7"           \
+  ", %8, %9, %10, %11, %12, %13, %14, %15"   \
   ", %16, %17, %18, %19, %20, %21, %22, %23" \
   ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define FUSED_RESNET_NAMES_128 \
-  FUSED_RESNET_NAMES_64 \
+#define FUSED_RESNET_NAMES_128               \
+  FUSED_RESNET_NAMES_64                      \
   ", %32, %33, %34, %35, %36, %37, %38, %39" \
   ", %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55" \
   ", %56, %57, %58, %59, %60, %61, %62, %63"
-#define FUSED_RESNET_NAMES_256 \
-  FUSED_RESNET_NAMES_128 \
-  ", %64, %65, %66, %67, %68, %69, %70, %71" \
-  ", %72, %73, %74, %75, %76, %77, %78, %79" \
-  ", %80, %81, %82, %83, %84, %85, %86, %87" \
-  ", %88, %89, %90, %91, %92, %93, %94, %95" \
-  ", %96, %97, %98, %99, %100, %101, %102, %103" \
+#define FUSED_RESNET_NAMES_256                       \
+  FUSED_RESNET_NAMES_128                             \
+  ", %64, %65, %66, %67, %68, %69, %70, %71"         \
+  ", %72, %73, %74, %75, %76, %77, %78, %79"         \
+  ", %80, %81, %82, %83, %84, %85, %86, %87"         \
+  ", %88, %89, %90, %91, %92, %93, %94, %95"         \
+  ", %96, %97, %98, %99, %100, %101, %102, %103"     \
   ", %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119" \
   ", %120, %121, %122, %123, %124, %125, %126, %127"
-#define FUSED_RESNET_SUMS_8(i)                                                                   \
-  "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]),     \
+#define FUSED_RESNET_SUMS_8(i)                                                               \
+  "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), \
       "+f"(sums[i + 5]), "+f"(sums[i + 6]), "+f"(sums[i + 7])
-#define FUSED_RESNET_SUMS_32(i)                                                       \
+#define FUSED_RESNET_SUMS_32(i)                                                    \
   FUSED_RESNET_SUMS_8(i), FUSED_RESNET_SUMS_8(i + 8), FUSED_RESNET_SUMS_8(i + 16), \
       FUSED_RESNET_SUMS_8(i + 24)
 #define FUSED_RESNET_SUMS_64 FUSED_RESNET_SUMS_32(0)
@@ -142,18 +143,21 @@ __device__ __forceinline__ void fence_sums() {
 #define FUSED_RESNET_SUMS_256 \
   FUSED_RESNET_SUMS_128, FUSED_RESNET_SUMS_32(64), FUSED_RESNET_SUMS_32(96)
 // `a`, `b` and `flag` are the numbers of the operands behind the sums.
-#define FUSED_RESNET_WGMMA(n, type, a_name, b_name, flag_name)                                   \
-  asm volatile(                                                                                  \
-      "{\n"                                                                                      \
-      ".reg .pred accumulate;\n"                                                                 \
-      "setp.ne.b32 accumulate, %" #flag_name ", 0;\n"                                            \
-      "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type                            \
-      " {" FUSED_RESNET_NAMES_##n "}, %" #a_name ", %" #b_name ", accumulate, 1, 1, 0, 0;\n"     \
-      "}"                                                                                        \
-      : FUSED_RESNET_SUMS_##n                                                                    \
+#define FUSED_RESNET_WGMMA(n, type, a_name, b_name, flag_name)                                    \
+  asm volatile(                                                                                   \
+      "{\n"                                                                                       \
+      ".reg .pred accumulate;\n"                                                                  \
+      "setp.ne.b32 accumulate, %" #flag_name                                                      \
+      ", 0;\n"                                                                                    \
+      "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" FUSED_RESNET_NAMES_##n \
+      "}, %" #a_name ", %" #b_name                                                                \
+      ", accumulate, 1, 1, 0, 0;\n"                                                               \
+      "}"                                                                                         \
+      : FUSED_RESNET_SUMS_##n                                                                     \
       : "l"(a), "l"(b), "r"(static_cast<int32_t>(accumulate)))
 
-// sums = (accumulate ? sums : 0) + A B, begun here. The descriptors are the same in all threads. T is
+// sums = (accumulate ? sums : 0) + A B, begun here. The descriptors are the same in all threads. T
+// is
 // __half or __nv_bfloat16.
 template <typename T, int kN>
 __device__ __forceinline__ void multiply_warpgroup(float (&sums)[kN / 2], uint64_t a, uint64_t b,

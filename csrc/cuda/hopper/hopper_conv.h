@@ -21,8 +21,8 @@ struct HopperConv {
   int stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
 };
 
-// Runs instance kHopperTiles[tile] on as many blocks as there are multiprocessors. T is the tensors'
-// dtype.
+// Runs instance kHopperTiles[tile] on as many blocks as there are multiprocessors. T is the
+// tensors' dtype.
 template <typename T>
 void launch_hopper_conv(const HopperConv& conv, int tile, int multiprocessors, cudaStream_t stream);
 

@@ -9,8 +9,8 @@ enum class Schedule {
   kTakeTurns,  // every second tile as a whole: one stores while the other multiplies
 };
 
-// A tile is 128 output pixels by n filters, and a step of its loop 64 channels of one tap. `cluster`
-// blocks work on as many tiles of the same filters, of which each loads a part for all.
+// A tile is 128 output pixels by n filters, and a step of its loop 64 channels of one tap.
+// `cluster` blocks work on as many tiles of the same filters, of which each loads a part for all.
 struct HopperTile {
   int n, stages, cluster;
   Schedule schedule;
