@@ -21,11 +21,12 @@ import fused_resnet
 from fused_resnet.testing import randomize_
 
 # How far a pass may be from float64: this many times as far as eager is, and this much of the
-# largest value, for tensors so small that eager's error is luck. Training in 16 bits is asked for
-# finite numbers alone: statistics of two or three pixels make anything of a rounding.
+# largest value (of one, if that is more), for tensors so small that eager's error is luck. Training
+# in 16 bits is asked for finite numbers alone: statistics of two or three pixels make anything of a
+# rounding.
 TIMES_EAGER = 6
 UNITS_IN_INFERENCE = 16
-IN_TRAINING = {torch.float32: 1e-4, torch.bfloat16: math.inf, torch.float16: math.inf}
+IN_TRAINING = {torch.float32: 5e-4, torch.bfloat16: math.inf, torch.float16: math.inf}
 
 
 class Network:
@@ -162,7 +163,7 @@ def _differs(name: str, got: Tensor, near: Tensor, want: Tensor, share: float) -
         return f"{name}: not finite"
     if math.isinf(share):
         return None
-    limit = TIMES_EAGER * (near - want).abs().max() + share * want.abs().max()
+    limit = TIMES_EAGER * (near - want).abs().max() + share * want.abs().max().clamp(min=1)
     error = (got - want).abs().max()
     return None if error <= limit else f"{name}: error {float(error)}, allowed {float(limit)}"
 
