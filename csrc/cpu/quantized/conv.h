@@ -149,8 +149,11 @@ struct ByteConv {
   FR_BYTES_INLINE bool has_offset() const {
     return weight.zero_point != 0 || added_zero_point != 0 || projection_weight.zero_point != 0;
   }
-  // Output pixels lie under an evenly spaced sequence of the input's; or else each line does.
-  FR_BYTES_INLINE bool even() const { return stride_h == 1 && stride_w == 1; }
+  // Output pixels lie under an evenly spaced sequence of the input's; or else each line does, as
+  // where padding beyond the filter's reach gives a line more outputs than it has pixels.
+  FR_BYTES_INLINE bool even() const {
+    return stride_h == 1 && stride_w == 1 && Q <= in.pitch() && P <= in.lines();
+  }
   FR_BYTES_INLINE int64_t tiles_per_line() const { return bytes_div_up(Q, kByteRows); }
   FR_BYTES_INLINE int64_t tiles() const {
     if (!even()) return in.N * P * tiles_per_line();

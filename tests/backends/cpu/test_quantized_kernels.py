@@ -127,6 +127,15 @@ def test_unlike_padding_and_filters(kernels):
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
+def test_padding_beyond_the_filter(kernels):
+    """Lines have more outputs than pixels: what is under them is no even sequence any more."""
+    torch.manual_seed(2)
+    for first in (conv(32, 32, 1, 1, padding=1), conv(32, 32, 1, 3, padding=(1, 2))):
+        block = QuantizedBlock((first, conv(32, 32, 3, 3)), False, 0.4)
+        assert_right(batch(32, 6, 7, 3), [block], 3, kernels)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_largest_sums(kernels):
     """255 * 127 in all products: what saturates in 16 bits does so here."""
     C = 2048
@@ -219,6 +228,8 @@ STEMS = {
     "many channels": (36, 12, (3, 3), POOL, 2, 1, 1, (1, 12, 12, 40)),
     "dilation": (16, 3, (3, 3), POOL, 1, 2, 2, (1, 3, 10, 11)),
     "one pixel": (16, 3, (1, 1), NO_POOL, 3, 0, 1, (2, 3, 1, 1)),
+    "padding beyond the columns": (20, 3, (3, 1), NO_POOL, 1, 1, 1, (2, 3, 5, 5)),
+    "padding beyond both": (20, 3, (1, 1), NO_POOL, 1, 2, 1, (3, 3, 6, 20)),
 }
 
 
