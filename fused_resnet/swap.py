@@ -174,7 +174,7 @@ def fuse(
         if forms.of_fused(forms.unsharded(type(module))) is not None:
             vars(module).pop("memory", None)
             if memory != "normal":
-                module.memory = memory
+                vars(module)["memory"] = memory
             if watching.set_watch(module, watch):
                 blocks.release(module)
         if isinstance(module, blocks.Network):
@@ -381,7 +381,7 @@ def _record_of(
     """A module's record, with its precision; `is_quantized` is whether a block of the model is."""
     record = _record(path, module, form, sizes)
     units = form.units_of(module)
-    weight = getattr(forms.part(module, units[0].conv), "weight", None) if units else None
+    weight: Any = getattr(forms.part(module, units[0].conv), "weight", None) if units else None
     dtype = "" if weight is None else str(weight.dtype).removeprefix("torch.")
     if record.fused and (trained := fake_quantized.of(module)) is not None:
         if not trained.reason:
@@ -476,22 +476,22 @@ def _ways(module: nn.Module, form: Form, sizes: _Sizes) -> Iterator[tuple[str, s
                 yield f"eager {name}", f"{name} is {read.described(forms.part(module, name))}"
     if reason:
         yield "eager pooling", reason
-    name = form.shortcut
-    downsample = None if name is None else read.shortcut(module, form)
+    projected = form.shortcut
+    downsample = None if projected is None else read.shortcut(module, form)
     if downsample is not None:
         if read.pads_channels(downsample):
             conv = forms.part(module, units[-1].conv)
             backend = backends.choose(conv.weight.device.type)
             if not backend.reads_narrow_residuals:
                 yield "padded shortcut", ""
-        elif reason := read.downsample_obstacle(downsample, name):
-            yield f"eager {name}", reason
+        elif why := read.downsample_obstacle(downsample, projected or ""):
+            yield f"eager {projected}", why
         else:
             before, projection = read.split_downsample(downsample)
-            yield _way("conv_bn_act", f"{name}.{len(before)}", *projection, sizes)
+            yield _way("conv_bn_act", f"{projected}.{len(before)}", *projection, sizes)
             for index, first in enumerate(before):
                 if type(first) is not nn.Identity:
-                    yield "eager pooling", f"{name}.{index} is {read.described(first)}"
+                    yield "eager pooling", f"{projected}.{index} is {read.described(first)}"
 
 
 def _readers(module: nn.Module, form: Form, norm: str) -> list[str]:
@@ -508,10 +508,10 @@ def _prologues(module: nn.Module, form: Form) -> list[str]:
         for name in _readers(module, form, norm):
             conv = forms.part(module, name)
             if name in behind:
-                norms = (norm, behind[name])
+                norms = [norm, behind[name]]
                 applied = read.keeps_dtype(forms.part(module, behind[name]), conv.weight)
             else:
-                norms = (norm,)
+                norms = [norm]
                 applied = read.bare_conv_obstacle(conv) is None and has_kernel(conv, conv.weight)
             batch = any(read.uses_batch_statistics(forms.part(module, n)) for n in norms)
             if applied and not batch:
@@ -522,7 +522,7 @@ def _prologues(module: nn.Module, form: Form) -> list[str]:
 def _norm_way(norm: nn.Module) -> tuple[str, str]:
     training = read.uses_batch_statistics(norm)
     operator = "batch_norm_act_training" if training else "batch_norm_act_inference"
-    like = next(t for t in (norm.weight, norm.running_mean) if t is not None)
+    like: Any = next(t for t in (norm.weight, norm.running_mean) if t is not None)
     return backends.explain(operator, device=like.device, dtype=like.dtype), ""
 
 
@@ -530,9 +530,9 @@ def _way(
     operator: str, name: str, conv: nn.Conv2d, norm: nn.Module, sizes: _Sizes
 ) -> tuple[str, str]:
     weight = conv.weight
-    where = {"device": weight.device, "dtype": weight.dtype}
     if read.uses_batch_statistics(norm):
-        way = backends.explain("batch_norm_act_training", **where)
+        operator = "batch_norm_act_training"
+        way = backends.explain(operator, device=weight.device, dtype=weight.dtype)
         group = read.sync_group(norm)
         shared = "" if group is None else f", statistics of {dist.get_world_size(group)} processes"
         return f"eager convolution, {way}{shared}", ""
@@ -549,6 +549,7 @@ def _way(
 
 def _explained(operator: str, conv: nn.Conv2d, sizes: _Sizes) -> str:
     weight = conv.weight
+    padding: Any = conv.padding  # no text, which is an obstacle
     return backends.explain(
         operator,
         device=weight.device,
@@ -556,7 +557,7 @@ def _explained(operator: str, conv: nn.Conv2d, sizes: _Sizes) -> str:
         weight_shape=tuple(weight.shape),
         input_shape=sizes.get(conv, ()),
         stride=conv.stride,
-        padding=conv.padding,
+        padding=padding,
         dilation=conv.dilation,
         groups=conv.groups,
     )

@@ -26,6 +26,7 @@ from ..models import cifar
 from ..ops.registration import transforms_active
 from ..originals import (
     AdaptiveAvgPool2d,
+    AnyNorm,
     BatchNorm2d,
     Conv2d,
     FrozenBatchNorm2d,
@@ -225,7 +226,8 @@ def plain_block(
     downsample = children.get(form.shortcut)
     if downsample is None or (type(downsample) is nn.Identity and passes_through(downsample)):
         # Whoever assigned something else than a module has it among the other attributes.
-        if downsample is None and getattr(block, form.shortcut) is not None:
+        name = form.shortcut
+        if downsample is None and name is not None and getattr(block, name) is not None:
             return None
         return _new(Block, (layers, False, 0, training and block.memory == "low"))
     if may_pad and type(downsample) is cifar.PaddedShortcut:
@@ -234,7 +236,9 @@ def plain_block(
     if type(downsample) is not Sequential or _is_touched(downsample.__dict__):
         return None
     projection = [*downsample._modules.values()]
-    layer = _plain_layer(*projection, training) if len(projection) == 2 else None
+    if len(projection) != 2:
+        return None
+    layer = _plain_layer(projection[0], projection[1], training)
     if layer is None:
         return None
     layers.append(layer)
@@ -347,6 +351,7 @@ def split_downsample(
 ) -> tuple[list[nn.Module], tuple[nn.Conv2d, nn.Module]]:
     """What a projection without an obstacle does first, and its convolution and norm."""
     *before, (_, conv), (_, norm) = _projection(downsample, "")
+    assert isinstance(conv, nn.Conv2d)
     return [module for _, module in before], (conv, norm)
 
 
@@ -354,7 +359,7 @@ def _projection(downsample: nn.Module, what: str) -> list[tuple[str, nn.Module]]
     """What a projection applies, without what is idle behind its norm."""
     children = downsample._modules
     if type(downsample) is Sequential and type(children.get("0")) is Conv2d and len(children) == 2:
-        return [(f"{what}.{name}", child) for name, child in children.items()]
+        return [(f"{what}.{name}", child) for name, child in children.items() if child is not None]
     applied = [pair for pair in in_order(downsample, what) if not is_container(pair[1])]
     while len(applied) > 2 and passes_through(applied[-1][1]):
         applied.pop()
@@ -367,7 +372,8 @@ def bare_layer(conv: nn.Conv2d, x: Tensor) -> ConvNorm:
     zeros = x.new_zeros(conv.out_channels, dtype=dtype)
     # Not an eps of 0, which `F.batch_norm` refuses in some versions of torch.
     norm = Norm(zeros, torch.full_like(zeros, 0.5), None, None, 0.5)
-    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    padding: Any = conv.padding  # no text, which is an obstacle
+    geometry = (conv.stride, padding, conv.dilation, conv.groups)
     return ConvNorm(conv.weight, norm, conv.bias, *geometry)
 
 
@@ -387,7 +393,7 @@ def sync_group(norm: nn.Module) -> dist.ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def uses_batch_statistics(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> bool:
+def uses_batch_statistics(norm: AnyNorm) -> bool:
     """Whether the norm's next forward pass normalises with the batch's own statistics."""
     if type(norm) is not BatchNorm2d and norms.is_frozen(norm):
         return False
@@ -412,28 +418,34 @@ def keeps_dtype(norm: nn.Module, x: Tensor) -> bool:
     return norm.weight.dtype is (torch.get_autocast_dtype(device) if autocast else x.dtype)
 
 
-def layer_of(conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> ConvNorm:
+def layer_of(conv: nn.Conv2d, norm: AnyNorm) -> ConvNorm:
     """A convolution and the norm behind it, as operators take them."""
     # Looked up where modules keep them: `module.weight` takes ten times as long.
+    weight: Any
+    bias: Tensor | None
     try:
         weight, bias = conv._parameters["weight"], conv._parameters["bias"]
     except KeyError:  # the parameters of nn.DataParallel's replicas are plain attributes
         weight, bias = conv.weight, conv.bias
-    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    padding: Any = conv.padding  # no text, which is an obstacle
+    geometry = (conv.stride, padding, conv.dilation, conv.groups)
     return ConvNorm(weight, norm_of(norm), bias, *geometry)
 
 
-def norm_of(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> Norm:
+def norm_of(norm: AnyNorm) -> Norm:
     """A norm, as operators take it; its running statistics may be None."""
     buffers = norm._buffers
     frozen = norms.is_frozen(norm)
     eps = norms.eps_of(norm) if frozen else norm.eps
     affine = buffers if frozen else norm._parameters
+    mean: Any
+    var: Any
     try:
         mean, var = buffers["running_mean"], buffers["running_var"]
         return Norm(mean, var, affine["weight"], affine["bias"], eps)
     except KeyError:
-        return Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, eps)
+        mean, var = norm.running_mean, norm.running_var
+        return Norm(mean, var, norm.weight, norm.bias, eps)
 
 
 def pool_of(maxpool: nn.MaxPool2d) -> Pool:
@@ -647,6 +659,8 @@ def head_obstacle(avgpool: nn.Module, fc: nn.Module) -> str | None:
 
 def bare_conv_obstacle(conv: nn.Module | None) -> str | None:
     """Why a convolution that no norm follows runs as the module it is, or None."""
+    if conv is None:
+        return described(conv)
     return _conv_obstacle(conv) or call_obstacle(conv)
 
 
@@ -666,7 +680,7 @@ def _norm_obstacle(norm: nn.Module | None) -> str | None:
     if type(norm) in _NORMS:
         return None
     known = norms.known(norm)
-    if known is None:
+    if norm is None or known is None:
         return described(norm)
     return None if known.frozen or all(map(passes_through, norm.children())) else described(norm)
 
