@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import importlib
 import importlib.metadata
 import json
@@ -121,6 +122,9 @@ def main() -> None:
         print(library, name, row, flush=True)
     document = {
         "processor": environment.describe_device(torch.device("cpu"))["name"],
+        "torch": torch.__version__,
+        "commit": environment.commit(),
+        "date": datetime.date.today().isoformat(),
         "size": SIZE,
         "networks": [*rows.values()],
     }

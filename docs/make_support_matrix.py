@@ -8,6 +8,7 @@ Nothing is run: the test files are imported, and the marks of their functions re
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 SUPPORT = DOCS / "support.md"
+MEASURED = DOCS.parent / "bench" / "other_libraries.json"
 
 NETWORKS = {
     "torchvision's networks": ("modules.test_models", "name", ["test_inference", "test_gradients"]),
@@ -70,6 +72,7 @@ def text() -> str:
     ]
     for title, (file, argument, tests) in NETWORKS.items():
         parts.append(f"## {title}\n\n{_network_table(file, argument, tests)}")
+    parts.append(f"## Other libraries' networks\n\n{_other_libraries()}")
     parts.append(
         "## Parts of a fused block that stay eager\n\n"
         "The rest of the block is fused. The reason is the one `report` gives.\n\n"
@@ -83,6 +86,29 @@ def text() -> str:
     rows = [(_words(name), _first_line(test)) for f in TOOLS for name, test in _tests(f)]
     parts.append("## Compilers, tracers and transforms\n\n" + _table(["", ""], rows))
     return "\n".join(parts)
+
+
+def _other_libraries() -> str:
+    """What `bench/other_libraries.py` measured."""
+    measured = json.loads(MEASURED.read_text())
+    size = measured["size"]
+    rows = [
+        (
+            row["library"],
+            row["model"],
+            f"{row['fused']} of {row['convolutions']}",
+            f"{row['fused_ms'] / row['eager_ms']:.2f}",
+        )
+        for row in measured["networks"]
+    ]
+    return (
+        "Convolutions that run with the norm behind them, of all, and the time of an inference "
+        f"pass by eager's:\nfloat32, batch 1, {size} x {size} pixels, one thread of an "
+        f"{measured['processor']}, torch {measured['torch']}, commit {measured['commit']},\n"
+        f"{measured['date']}, by `bench/other_libraries.py`, in one run that other work may have "
+        "disturbed.\nHow these are known is in [other_networks.md](other_networks.md).\n\n"
+        + _table(["library", "model", "fused", "time"], rows)
+    )
 
 
 def _network_table(file: str, argument: str, tests: list[str]) -> str:
