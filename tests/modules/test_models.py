@@ -259,7 +259,7 @@ def test_blocks_take_torchvisions_constructor_arguments(backend):
         built.load_state_dict(eager.state_dict(), strict=True)
         assert isinstance(built.layer1[0], block)
         assert type(built.layer1[0]) is ours
-        x = image_batch(1, 32).to(backend.device)
+        x = image_batch(4, 32).to(backend.device)  # one image's error is luck
         with torch.no_grad():
             assert_error_rule(built(x), eager(x), double_copy(eager)(x.double()))
             same = fused_resnet.fuse(copy.deepcopy(eager)).layer1

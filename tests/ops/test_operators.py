@@ -92,6 +92,8 @@ CUDA = {
     "conv_bn_act_tiled",
     "conv_tiles",
     "conv_tiles_for",
+    "hopper_conv_bn_act",
+    "hopper_conv_tiles",
 }
 # Those without tensors.
 QUERIES = {

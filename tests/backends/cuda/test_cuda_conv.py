@@ -444,7 +444,9 @@ def test_the_tuner_may_choose_it():
     problem = problem_of(case_of(KINDS["3x3"][1], dtype=torch.float16))
     choices = tuner.candidates(problem, H100, torch.device("cuda"))
     ours = [choice for choice in choices if choice.kernel == "cuda"]
-    assert 1 <= len(ours) <= tuner._MOST_CUDA_TILES
+    hopper = cuda_tiles.hopper_candidates(problem, H100)
+    assert [choice.tile for choice in ours[-len(hopper) :]] == hopper
+    assert 1 <= len(ours) - len(hopper) <= tuner._MOST_CUDA_TILES
     assert ours[0].tile == cuda_tiles.candidates(problem, H100)[0]
     case = cases.make_case(problem, torch.device(RUNNER.device))
     for choice in ours[:2]:
