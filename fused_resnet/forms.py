@@ -154,7 +154,7 @@ class Form:
 
 
 idle: dict[type[nn.Module], Callable[[nn.Module], bool]] = {
-    nn.Identity: lambda module: True,
+    originals.Identity: lambda module: True,
     originals.Sequential: lambda module: not module._modules,
 }
 """Modules that may return their input unchanged, and whether one of them would now."""

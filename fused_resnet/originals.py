@@ -39,6 +39,7 @@ MaxPool2d = _defined(pooling.MaxPool2d, pooling, "MaxPool2d")
 Sequential = _defined(container.Sequential, container, "Sequential")
 AdaptiveAvgPool2d = _defined(pooling.AdaptiveAvgPool2d, pooling, "AdaptiveAvgPool2d")
 Linear = _defined(linear.Linear, linear, "Linear")
+Identity = _defined(linear.Identity, linear, "Identity")
 
 AnyNorm: TypeAlias = nn.BatchNorm2d | misc.FrozenBatchNorm2d
 """A norm that convolutions can have behind them."""

@@ -642,7 +642,7 @@ def _applies(module: nn.Module, names: tuple[str, ...]) -> bool:
     try:
         with trial.quietly():
             copy = trial.replica(module)
-            convs = [child for child in copy.modules() if isinstance(child, nn.Conv2d)]
+            convs = [child for child in copy.modules() if isinstance(child, Conv2d)]
             x = trial.random((2, convs[0].in_channels, 9, 9))
             for training in (False, True):
                 one, other = trial.twin(copy.train(training)), trial.twin(copy)

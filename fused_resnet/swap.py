@@ -19,6 +19,7 @@ from .layers import watch as watching
 from .layers.ranges import BlockRanges, StemRanges
 from .modules import fake_quantized, graphs, plans, quantized, read, sequences
 from .modules.conv_norm_act import has_kernel
+from .originals import Conv2d, Identity
 
 _MEMORY = ("normal", "low")
 # Of convolutions' inputs.
@@ -364,7 +365,7 @@ def _input_sizes(model: nn.Module, input: Tensor | None) -> _Sizes:
             seen.setdefault(module, set()).add(arguments[0].shape)
 
     # Blocks whose convolutions carry hooks call them.
-    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    convs = [module for module in model.modules() if isinstance(module, Conv2d)]
     handles = [conv.register_forward_pre_hook(look) for conv in convs]
     try:
         with torch.no_grad():
@@ -490,7 +491,7 @@ def _ways(module: nn.Module, form: Form, sizes: _Sizes) -> Iterator[tuple[str, s
             before, projection = read.split_downsample(downsample)
             yield _way("conv_bn_act", f"{projected}.{len(before)}", *projection, sizes)
             for index, first in enumerate(before):
-                if type(first) is not nn.Identity:
+                if type(first) is not Identity:
                     yield "eager pooling", f"{projected}.{index} is {read.described(first)}"
 
 

@@ -28,14 +28,22 @@ from ..layers import counting
 from ..layers.ranges import BlockRanges
 from ..models.cifar import PaddedShortcut
 from ..ops.registration import nothing_intercepts
-from ..originals import BatchNorm2d, Conv2d, FrozenBatchNorm2d, MaxPool2d, ReLU, Sequential
+from ..originals import (
+    BatchNorm2d,
+    Conv2d,
+    FrozenBatchNorm2d,
+    Identity,
+    MaxPool2d,
+    ReLU,
+    Sequential,
+)
 from . import guard
 from .read import _HOOKS, input_obstacle
 
 VARIABLE = "FUSED_RESNET_PLANS"
 
 _PLAIN = frozenset(
-    {Conv2d, BatchNorm2d, FrozenBatchNorm2d, MaxPool2d, ReLU, Sequential, nn.Identity,
+    {Conv2d, BatchNorm2d, FrozenBatchNorm2d, MaxPool2d, ReLU, Sequential, Identity,
      PaddedShortcut, pooling.AdaptiveAvgPool2d, linear.Linear, dropout.Dropout, flatten.Flatten}
 )  # fmt: skip
 # Attributes with which a module is called in a way of its own.

@@ -19,7 +19,7 @@ from ..layers.quantized import LARGEST_REDUCTION
 from ..layers.ranges import BlockRanges, StemRanges
 from ..ops.conv_bn_act_max_pool_int8 import conv_bn_act_max_pool_int8
 from ..ops.residual_blocks_int8 import DTYPES, residual_blocks_int8
-from ..originals import Sequential
+from ..originals import Conv2d, MaxPool2d, Sequential
 from . import read
 
 Watcher: TypeAlias = Callable[[nn.Module, Tensor], "Tensor | None"]
@@ -77,7 +77,7 @@ def stem_of(network: nn.Module, bits: int, x: Tensor | None = None) -> Stem | No
         maxpool = forms.part(network, form.pool)
         if maxpool is None or read.pool_obstacle(maxpool) is not None:
             return None
-        assert isinstance(maxpool, nn.MaxPool2d)
+        assert isinstance(maxpool, MaxPool2d)
         pool = read.pool_of(maxpool)
     layer = read.layer_of(conv, norm)
     # Twice, of the two parts that sixteen bits are.
@@ -216,7 +216,7 @@ def shapes_of(block: nn.Module) -> tuple[tuple[int, ...], ...]:
     convs = [forms.part(block, unit.conv) for unit in form.units_of(block)]
     shortcut = read.shortcut(block, form)
     if isinstance(shortcut, nn.Module):
-        convs += [child for child in shortcut.modules() if isinstance(child, nn.Conv2d)]
+        convs += [child for child in shortcut.modules() if isinstance(child, Conv2d)]
     weights = [getattr(conv, "weight", None) for conv in convs]
     return tuple(tuple(weight.shape) for weight in weights if isinstance(weight, Tensor))
 

@@ -30,6 +30,7 @@ from ..originals import (
     BatchNorm2d,
     Conv2d,
     FrozenBatchNorm2d,
+    Identity,
     Linear,
     MaxPool2d,
     ReLU,
@@ -224,7 +225,7 @@ def plain_block(
             return None
         layers.append(layer)
     downsample = children.get(form.shortcut)
-    if downsample is None or (type(downsample) is nn.Identity and passes_through(downsample)):
+    if downsample is None or (type(downsample) is Identity and passes_through(downsample)):
         # Whoever assigned something else than a module has it among the other attributes.
         name = form.shortcut
         if downsample is None and name is not None and getattr(block, name) is not None:
@@ -351,7 +352,7 @@ def split_downsample(
 ) -> tuple[list[nn.Module], tuple[nn.Conv2d, nn.Module]]:
     """What a projection without an obstacle does first, and its convolution and norm."""
     *before, (_, conv), (_, norm) = _projection(downsample, "")
-    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(conv, Conv2d)
     return [module for _, module in before], (conv, norm)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import pathlib
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torchvision.models.resnet as torchvision_resnet
 from support import image_batch, run_python
 from torch import nn
 
-from fused_resnet import fuse, originals, report
+from fused_resnet import fuse, originals, quantize, report
 from fused_resnet.models import cifar_resnet
 
 
@@ -68,7 +70,10 @@ def test_replaced_and_put_back(place, before, training, monkeypatch):
     torch.testing.assert_close(fused(x), plain)
 
 
-@pytest.mark.parametrize("name", ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d", "Sequential"])
+CLASSES = ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d", "Sequential", "Identity"]
+
+
+@pytest.mark.parametrize("name", CLASSES)
 def test_a_class_in_the_place_of_torchs(name, monkeypatch):
     """Models built with it have its layers; those built before are torch's own and run fused."""
     before = _network()
@@ -82,11 +87,45 @@ def test_a_class_in_the_place_of_torchs(name, monkeypatch):
     expected = model(x)
     fused = fuse(copy.deepcopy(model))
     torch.testing.assert_close(fused(x), expected)
-    if name != "Sequential":
+    if name not in ("Sequential", "Identity"):
         assert any("Fake" in record.reason for record in report(fused))
     expected = before(x)
     assert all(record.fused for record in report(fuse(before)))
     torch.testing.assert_close(before(x), expected)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_eight_bits_with_a_class_in_the_place_of_torchs(name, monkeypatch):
+    """What was built before is quantized as without the replacement, stem and projections too."""
+    torch.manual_seed(0)
+    model = torchvision_resnet.ResNet(torchvision_resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    model.eval()
+    batches = [image_batch(size=32)]
+    expected = quantize(copy.deepcopy(model), batches, stem=True)(batches[0])
+    monkeypatch.setattr(nn, name, type("Fake", (getattr(nn, name),), {}))
+    assert torch.equal(quantize(model, batches, stem=True)(batches[0]), expected)
+    assert all(record.fused for record in report(model))
+
+
+def test_nobody_asks_for_what_torch_has_under_the_name_now():
+    """Functions know modules by `originals`, not by what `torch.nn` holds when they run."""
+    package = pathlib.Path(originals.__file__).parent
+    names = {name for name in vars(originals) if hasattr(nn, name)}
+    assert {*CLASSES, "Linear", "AdaptiveAvgPool2d", "SyncBatchNorm"} <= names
+    asked = []
+    for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package).parts[0] in ("models", "measure"):  # these build networks
+            continue
+        for call in ast.walk(ast.parse(path.read_text())):
+            values = []
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "isinstance":
+                values = call.args[1:]
+            elif isinstance(call, ast.Compare):
+                values = call.comparators
+            for value in (node for argument in values for node in ast.walk(argument)):
+                if isinstance(value, ast.Attribute) and ast.unparse(value.value) in ("nn", "torch.nn"):
+                    asked += [f"{path.name}:{value.lineno}"] if value.attr in names else []
+    assert asked == []
 
 
 @pytest.mark.parametrize("name", ["forward", "_conv_forward"])
