@@ -131,7 +131,7 @@ def _cpu_info() -> dict[str, str]:
 def _cpu_name() -> str:
     info = _cpu_info()
     name = info.get("model name") or platform.processor() or platform.machine() or "unknown CPU"
-    if "model" in info and name.endswith("Processor"):
+    if "model" in info and not re.search(r"\d", name):
         # Virtual machines hide the product's name; family and model still tell generations apart.
         name += (
             f" (family {info['cpu family']}, model {info['model']}, stepping {info['stepping']})"
