@@ -244,6 +244,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if metafunc.definition.get_closest_marker("whole_model") is not None:
             left_out.add("on the host")
         runners = [runner for runner in RUNNERS if runner.how not in left_out]
+        if metafunc.definition.get_closest_marker("lays_channels_last") is not None:
+            runners = [one for one in runners if backends.named(one.name).lays_channels_last]
         metafunc.parametrize("backend", runners, ids=lambda runner: runner.name, indirect=True)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
+from ..layers.memory import memory_format_of
 from ..layers.quantized import Quantization, QuantizedBlock, QuantizedStem
 from . import library
 from .recording import Recorder
@@ -33,6 +34,8 @@ that over `sqrt(var + eps)`."""
 NormGradients = tuple[Tensor, Tensor, Tensor]
 """Of a norm's input, weight and bias."""
 
+_ARRANGED = (torch.float16, torch.bfloat16, torch.float32)
+
 
 class Backend:
     """Kernels for one kind of device, and what they can do.
@@ -47,6 +50,8 @@ class Backend:
         has_norm_kernels: whether `batch_norm_act_backward` and the methods for shared statistics
             are to be used, rather than torch's own operators.
         plans_eight_bits: whether its plans know when an eight-bit copy of a block is out of date.
+        lays_channels_last: whether its kernels read and write nothing else, so that what a network
+            or a block is given is best copied to it once, and back at the end.
         recorded_pass: which pass for a shape is made a plan: the first, or a later one, where the
             first does what later ones don't.
     """
@@ -58,6 +63,7 @@ class Backend:
     hold_blocks_in_graphs = False
     has_norm_kernels = False
     plans_eight_bits = False
+    lays_channels_last = False
     recorded_pass = 1
 
     def available(self) -> str:
@@ -105,6 +111,23 @@ class Backend:
             parameters: all other tensors that the pass may read.
         """
         return None
+
+    def arranged(self, input: Tensor) -> Tensor:
+        """The input of a network or a block, (N, C, H, W), copied if it is not channels_last.
+
+        Only where `lays_channels_last`; what its kernels would not take is returned as it is.
+        """
+        if (
+            input.dtype not in _ARRANGED
+            or not input.numel()
+            or memory_format_of(input) is torch.channels_last
+        ):
+            return input
+        return self.to_channels_last(input)
+
+    def to_channels_last(self, input: Tensor) -> Tensor:
+        """A dense channels_last copy."""
+        return input.contiguous(memory_format=torch.channels_last)
 
     def conv_bn_act(
         self, input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str

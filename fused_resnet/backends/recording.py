@@ -16,6 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Plan(abc.ABC):
     """A forward pass, for inputs like the one it was made with."""
 
+    def can_run(self) -> bool:
+        """Whether it may be used at this moment; where not, it stays what later passes use."""
+        return True
+
     @abc.abstractmethod
     def run(self, input: Tensor) -> Tensor | None:
         """What the pass returned, of this input and of the parameters as they are now.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.nn import Parameter
+
+from .description import Block
 
 # What `suggest_memory_format` said, by shape and strides; it calls fifty functions.
 _formats: dict[tuple[torch.Size, tuple[int, ...]], torch.memory_format] = {}
@@ -34,6 +38,17 @@ def contiguous_like_eager(input: Tensor) -> Tensor:
         return input
     memory_format = suggest_memory_format(input)
     return input.contiguous(memory_format=memory_format)
+
+
+def lies_channels_last(input: Tensor, blocks: Sequence[Block]) -> bool:
+    """Whether eager's blocks would return channels_last: once a convolution does, all do."""
+    if memory_format_of(input) is torch.channels_last:
+        return True
+    return any(
+        memory_format_of(layer.weight) is torch.channels_last
+        for block in blocks
+        for layer in block.main
+    )
 
 
 def unpacked(mask: Tensor, like: Tensor) -> Tensor:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import forms
+from .. import backends, forms
 from ..layers import checks
 from ..layers.description import Block
+from ..layers.memory import lies_channels_last, memory_format_of
 from ..ops import conv_bn_act_max_pool
 from ..ops.pool_linear import pool_linear
+from ..ops.registration import nothing_intercepts
 from ..ops.residual_blocks import pads_shortcuts, residual_blocks
-from ..originals import AnyNorm
+from ..originals import AnyNorm, Sequential
 from . import graphs, plans, quantized
 from .conv_norm_act import conv_norm_act
 from .read import (
@@ -53,11 +55,13 @@ _RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"
 
 
 def _resnet_features(model: nn.Module, x: Tensor) -> Tensor:
-    """All of it but the pool and the linear layer at the end."""
+    """All of it but the pool and the linear layer at the end; see `_arranged`."""
     children: dict[str, Any] = model._modules
     _, _, _, maxpool, *stages = (children[name] for name in _RESNET_PARTS)
     # Before the stem, which leaves nothing of these modules in the caches, and runs no hook.
     plain = None if pool_obstacle(maxpool) is not None else plain_stages(stages)
+    if plain is not None:
+        x = _arranged(model, x, stages)
     return stages_forward(stages, network_stem(model, x), plain)
 
 
@@ -78,9 +82,31 @@ _CIFAR_PARTS = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3")
 
 
 def _cifar_features(model: nn.Module, x: Tensor) -> Tensor:
+    """Likewise."""
     children: dict[str, Any] = model._modules
     _, _, _, *stages = (children[name] for name in _CIFAR_PARTS)
+    if all(stage_blocks(stage, x, may_pad=True) is not None for stage in stages):
+        x = _arranged(model, x, stages)
     return stages_forward(stages, network_stem(model, x))
+
+
+def _arranged(model: nn.Module, x: Tensor, stages: list[nn.Module]) -> Tensor:
+    """The input of a network between whose layers nothing is seen, as its kernels want it.
+
+    From channels_last everything up to the last block's output follows, so that nothing is copied
+    between two layers; `_planned` hands what is behind the blocks the format that eager would.
+    """
+    return backends.choose(x.device.type).arranged(x) if _may_arrange(model, x, stages) else x
+
+
+def _may_arrange(model: nn.Module, x: Tensor, parts: Sequence[nn.Module]) -> bool:
+    return (
+        backends.choose(x.device.type).lays_channels_last
+        and not torch.is_grad_enabled()
+        and nothing_intercepts(x)
+        and model.quantization is None
+        and not quantized.any_has_ranges(parts)
+    )
 
 
 def _planned(
@@ -99,7 +125,25 @@ def _planned(
             return head(model.avgpool, model.fc, features(model, x))
 
         return plans.planned(model, [*parts, avgpool, fc], x, whole, whole=True)
-    return head(avgpool, fc, plans.planned(model, parts, x, features))
+    out = plans.planned(model, parts, x, features)
+    if head_obstacle(avgpool, fc) is not None and _lies_otherwise(model, x, parts, out):
+        out = out.contiguous()
+    return head(avgpool, fc, out)
+
+
+def _lies_otherwise(model: nn.Module, x: Tensor, parts: Sequence[nn.Module], out: Tensor) -> bool:
+    """Whether an output of the blocks is channels_last only because of `_arranged`."""
+    if (
+        not _may_arrange(model, x, parts)
+        or memory_format_of(out) is not torch.channels_last
+        or memory_format_of(x) is torch.channels_last
+    ):
+        return False
+    described = [stage_blocks(part, x, may_pad=True) for part in parts if type(part) is Sequential]
+    (unit,) = forms.of(model).units_of(model)
+    if memory_format_of(forms.part(model, unit.conv).weight) is torch.channels_last:
+        return False
+    return not any(blocks is None or lies_channels_last(x, blocks) for blocks in described)
 
 
 def network_stem(network: nn.Module, x: Tensor) -> Tensor:

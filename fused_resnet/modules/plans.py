@@ -243,7 +243,7 @@ def again(model: nn.Module, x: Tensor) -> Tensor | None:
     backend = backends.choose(x.device.type)
     key = _key(backend, x)
     plan = plans.by_key.get(key)
-    if plan is None or isinstance(plan, str) or not plans.are_of(model):
+    if plan is None or isinstance(plan, str) or not plan.can_run() or not plans.are_of(model):
         return None
     out = plan.run(x)
     if out is not None:
@@ -304,6 +304,8 @@ def planned(
     plans.is_whole = whole
     plan = plans.by_key.get(key)
     if isinstance(plan, str):
+        return compute(model, x)
+    if plan is not None and not plan.can_run():
         return compute(model, x)
     if plan is not None:
         out = plan.run(x)

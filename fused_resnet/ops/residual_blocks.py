@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import backends
 from ..layers import checks
 from ..layers.description import TENSORS, Block, described_blocks, flattened_blocks, tensors_of
+from ..layers.memory import lies_channels_last, memory_format_of
 from . import operator_checks
 from .conv_bn_act import conv_bn_act
 from .registration import (
@@ -62,20 +63,27 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
     if needs_grad(input, *tensors):
         return None
     backend = backends.choose(input.device.type)
+    given = input
+    if backend.lays_channels_last and memory_format_of(input) is not torch.channels_last:
+        input = backend.arranged(input)
     out = backend.residual_blocks(input, blocks)
-    if out is not None or _pads_a_shortcut(blocks):
+    if out is None:
+        if _pads_a_shortcut(blocks):
+            return None
+        # The modules' own way to a convolution takes as long as a small one.
+        if len(blocks) == 1:
+            fits = checks.plain_block_fits(input, blocks[0])
+        else:
+            fits = checks.blocks_fit(input, blocks)
+        if not fits:
+            return None
+        out = input
+        with torch._C._AutoDispatchBelowAutograd():
+            for block in blocks:
+                out = _by_convolutions(backend.conv_bn_act, out, block)
+    if input is given or lies_channels_last(given, blocks):
         return out
-    # The modules' own way to a convolution takes as long as a small one.
-    if len(blocks) == 1:
-        fits = checks.plain_block_fits(input, blocks[0])
-    else:
-        fits = checks.blocks_fit(input, blocks)
-    if not fits:
-        return None
-    with torch._C._AutoDispatchBelowAutograd():
-        for block in blocks:
-            input = _by_convolutions(backend.conv_bn_act, input, block)
-    return input
+    return out.contiguous()
 
 
 def pads_shortcuts(input: Tensor) -> bool:

@@ -33,7 +33,7 @@ from triton.compiler import compiler
 
 import fused_resnet
 from fused_resnet import tuning
-from fused_resnet.backends import triton
+from fused_resnet.backends import arranged, triton
 from fused_resnet.backends.triton import (
     bottleneck,
     conv_kernels,
@@ -43,6 +43,7 @@ from fused_resnet.backends.triton import (
     training_conv,
 )
 from fused_resnet.backends.triton import plans as triton_plans
+from fused_resnet.layers import watch
 from fused_resnet.layers.description import ConvNorm, Norm
 from fused_resnet.measure.tune import cases, race
 from fused_resnet.modules import graphs, network, plans
@@ -53,10 +54,10 @@ from fused_resnet.tuning.problem import ChainProblem
 stub = Stub()
 
 
-def make_model() -> ResNet:
+def make_model(memory_format: torch.memory_format = torch.channels_last) -> ResNet:
     """Two stages of three Bottlenecks, one of them in one launch; no library kernel at the end."""
     torch.manual_seed(0)
-    model = ResNet(Bottleneck, [2, 1, 1, 1]).half().to(memory_format=torch.channels_last)
+    model = ResNet(Bottleneck, [2, 1, 1, 1]).half().to(memory_format=memory_format)
     model.layer3, model.layer4 = nn.Sequential(), nn.Sequential()
     model.avgpool, model.fc = nn.Identity(), nn.Identity()
     return fused_resnet.fuse(model.eval()).cuda()
@@ -121,6 +122,9 @@ class Names:
         kinds = [(n, compiled.src.signature[n]) for n in kernel.arg_names]
         names = [n if k.startswith("*") else None for n, k in kinds if k != "constexpr"]
         self.of_launches.append([*names, None, None])  # Triton's scratch
+
+    def add_rows(self, weight: Tensor, rows: Tensor) -> None:
+        """What a launch reads instead of a weight."""
 
 
 def followed(
@@ -440,10 +444,9 @@ def check_inputs() -> None:
         assert not planned(lambda: model(other))
         assert planned(lambda: model(other))
         assert planned(lambda: model(x))
-        # Not channels_last: something has to copy it, which no plan holds.
-        other = x.contiguous()
-        for _ in range(3):
-            assert not planned(lambda: model(other))
+        other = x.contiguous()  # which a launch of the plan copies
+        assert not planned(lambda: model(other))
+        assert planned(lambda: model(other))
         # At an odd address, for which other kernels were compiled.
         memory = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")
         odd = memory[1:].as_strided(x.shape, x.stride())
@@ -470,18 +473,128 @@ def check_capture() -> None:
         assert {one.stream for one in stub.launches()} != {0}
 
 
+# ---- Models that are not channels_last ----
+
+
+def contiguous_model() -> tuple[ResNet, Tensor]:
+    """Such a model and input; what has a head that may not be planned is copied back by torch."""
+    return make_model(torch.contiguous_format), x.contiguous()
+
+
+def convolutions_to_arrange(net: ResNet) -> list[Tensor]:
+    return [m.weight for m in net.modules() if isinstance(m, nn.Conv2d) and m.kernel_size > (1, 1)]
+
+
+@torch.no_grad()
+def check_contiguous_models_copy_once() -> None:
+    """One launch for the input, one copy of each weight in the first pass, of the output none."""
+    net, images = contiguous_model()
+    plans.forget(net)
+    before = stub.runtime_launches()
+    with launch.logged() as log:
+        network._resnet_features(net, images)
+    weights = convolutions_to_arrange(net)
+    assert stub.runtime_launches() - before == len(weights) == 4
+    before = stub.runtime_launches()
+    with launch.logged() as again:
+        out = network._resnet_features(net, images)
+    assert stub.runtime_launches() == before, "something was copied by torch"
+    kernels = [one.kernel for one in again]
+    assert kernels == [one.kernel for one in log]
+    assert kernels[0] == "channels_last_kernel"
+    assert kernels.count("channels_last_kernel") == 1
+    with launch.logged() as usual:
+        network._resnet_features(model, x)
+    assert kernels[1:] == [one.kernel for one in usual]
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def check_contiguous_models_are_planned() -> None:
+    """Launched as Triton would, each copy read where it lies, until a weight changes."""
+    net, images = contiguous_model()
+    with torch.no_grad():
+        assert not planned(lambda: net(images))
+        assert planned(lambda: net(images)), [*plans._of_models[net].by_key.values()]
+        expected = stub.launches()
+        stub.reset()
+        with launch.logged():
+            net(images)
+        own = stub.launches()
+        assert [one[:1] + one[2:6] for one in expected] == [one[:1] + one[2:6] for one in own]
+        weights = convolutions_to_arrange(net)
+        kept = {arranged.rows_of(weight).data_ptr() for weight in weights}
+        read = {value for one in expected for value in one.parameters}
+        assert kept <= read
+        assert not {weight.data_ptr() for weight in weights} & read
+        assert images.data_ptr() in expected[0].parameters
+        weights[1].mul_(2)
+        assert not planned(lambda: net(images)), "a weight has changed"
+        assert planned(lambda: net(images))
+        again = {value for one in stub.launches() for value in one.parameters}
+        assert {arranged.rows_of(weight).data_ptr() for weight in weights} <= again
+        weights[2].data = weights[2].data.clone()
+        assert not planned(lambda: net(images)), "a weight has moved"
+        assert planned(lambda: net(images))
+        arranged.release(weights)
+        assert not planned(lambda: net(images)), "the copies are gone"
+        assert planned(lambda: net(images))
+        for weight in weights:  # as `fuse` would for a model with watch="full"
+            arranged.release([weight])
+        with _set(watch, "is_watched", lambda weight: True):
+            for _ in range(3):
+                assert not planned(lambda: net(images)), "watched weights are copied in every pass"
+
+
+def check_contiguous_models_in_a_capture() -> None:
+    """The graph holds the copying of weights, and the plan is there afterwards."""
+    net, images = contiguous_model()
+    with torch.inference_mode():
+        assert [planned(lambda: net(images)) for _ in range(2)] == [False, True]
+        weights = convolutions_to_arrange(net)
+        with torch.inference_mode(False):
+            kept = {arranged.rows_of(weight).data_ptr() for weight in weights}
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            before = stub.runtime_launches()
+            assert not planned(lambda: net(images))
+            assert stub.runtime_launches() - before >= len(weights)
+            read = {value for one in stub.launches() for value in one.parameters}
+            assert not read & kept
+        assert planned(lambda: net(images))
+
+
+def check_copies_of_weights_are_waited_for() -> None:
+    """A stream that did not make a copy waits for it, and its memory is not given away."""
+    weight = torch.randn(64, 64, 3, 3).half().cuda()
+    rows = arranged.rows_of(weight)
+    waited, kept = [], []
+    wait, record = torch.cuda.Stream.wait_event, Tensor.record_stream
+    stream = torch.cuda.Stream()
+    with (
+        _set(torch.cuda.Stream, "wait_event", lambda s, e: waited.append(s) or wait(s, e)),
+        _set(Tensor, "record_stream", lambda t, s: kept.append((t, s)) or record(t, s)),
+    ):
+        assert arranged.rows_of(weight) is rows
+        assert arranged.is_kept(weight, rows)
+        assert not waited
+        with torch.cuda.stream(stream):
+            assert arranged.rows_of(weight) is rows
+            assert arranged.is_kept(weight, rows)
+    assert waited == [stream] * 2
+    assert [(id(t), s) for t, s in kept] == [(id(rows), stream)] * 2
+
+
 def check_captured_weights_are_arranged_in_the_graph() -> None:
     """A kept copy would stay what it was, and its memory need not stay at all."""
     weight = torch.randn(64, 64, 3, 3).half().cuda()
-    kept = bottleneck._arranged(weight)
-    assert bottleneck._arranged(weight) is kept
+    kept = arranged.rows_of(weight)
+    assert arranged.rows_of(weight) is kept
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         before = stub.runtime_launches()
-        copy = bottleneck._arranged(weight)
+        copy = arranged.rows_of(weight)
         assert copy is not kept
         assert copy.data_ptr() != kept.data_ptr()
         assert stub.runtime_launches() == before + 1, "it is not copied in the graph"
-    assert bottleneck._arranged(weight) is kept
+    assert arranged.rows_of(weight) is kept
 
 
 def check_reloaded_tables() -> None:

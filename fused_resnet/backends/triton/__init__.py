@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import sys
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from ...layers.quantized import Quantization, QuantizedBlock
 from ...tuning import basic_block
 from ...tuning.choice import ESTIMATE, Choice
 from ...tuning.problem import ChainProblem
-from .. import cuda, library
+from .. import arranged, cuda, library
 from ..backend import Backend
 from ..recording import Recorder
 from . import checks
@@ -34,7 +33,7 @@ from .inference import (
     conv_bn_act_max_pool,
     norm_conv_bn_act,
 )
-from .lazy import launchers
+from .lazy import launchers, layouts
 from .training import (
     batch_norm_act_backward,
     batch_norm_act_backward_input,
@@ -77,7 +76,6 @@ __all__ = [
     "max_pool_backward_from_offsets",
     "norm_conv_backward_input",
     "norm_conv_bn_act",
-    "release",
     "residual_blocks",
     "run_chain",
 ]
@@ -149,14 +147,6 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
     return chains.residual_blocks(input, blocks)
 
 
-def release(tensors: Iterable[Tensor]) -> None:
-    """Drops what was made of these weights; see `bottleneck._arranged`."""
-    # Nothing was made where the module was never imported.
-    module = sys.modules.get(f"{__name__}.bottleneck")
-    if module is not None:
-        module.release(tensors)
-
-
 def run_chain(
     arguments: tuple[Any, ...], problem: ChainProblem, choice: Choice
 ) -> tuple[Tensor, ...]:
@@ -180,6 +170,7 @@ class Triton(Backend):
     name = "triton"
     reads_narrow_residuals = True
     has_norm_kernels = True
+    lays_channels_last = True
 
     @property
     def device_type(self) -> str:  # type: ignore[override]
@@ -222,6 +213,12 @@ class Triton(Backend):
             return None
         return tuning.generation(), library.precision(input), input.data_ptr() % 16 == 0
 
+    def to_channels_last(self, input: Tensor) -> Tensor:
+        """See `Backend.to_channels_last`."""
+        if is_traced(input):
+            return super().to_channels_last(input)
+        return layouts().channels_last(input)
+
     def graph_key(self, input: Tensor) -> Hashable | None:
         """See `Backend.graph_key`."""
         own, key = self.plan_key(input), cuda.graph_key(input)
@@ -239,7 +236,7 @@ class Triton(Backend):
     available = staticmethod(available)
     in_graphs = staticmethod(in_graphs)
     explain = staticmethod(explain)
-    release = staticmethod(release)
+    release = staticmethod(arranged.release)
     conv_bn_act = staticmethod(conv_bn_act)
     norm_conv_bn_act = staticmethod(norm_conv_bn_act)
     conv_bn_act_max_pool = staticmethod(conv_bn_act_max_pool)

@@ -7,7 +7,7 @@ begins at the only convolution that has one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ...layers import watch
 from ...layers.description import ConvNorm, output_size
-from ...layers.prepared import WeightCache, version_of
 from ...tuning.chain import slice_stages
 from ...tuning.choice import Tile
 from . import conv, device, launch
@@ -296,7 +294,7 @@ def bottleneck(
     The weights need not be arranged for it: a slice of `expand`, (K, width), is as good an operand
     as its transpose is to the tensor cores, as is one of `reduce`, (next width, K), of which each
     row has BLOCK_O neighbouring values. Those of the 3x3 lie as in `conv.conv_bn_act`, channels
-    last; `launch.filter_rows` copies them where they do not.
+    last; `launch.kept_rows` copies them where they do not.
 
     Args:
         input: (N, width, H, W), float16 or bfloat16: the output of the block's first convolution,
@@ -336,7 +334,7 @@ def bottleneck(
         identity = shortcut.contiguous(memory_format=torch.channels_last)
         source = identity if project is None else launch.channels_last(shortcut)
         weights = [
-            None if layer is None else _arranged(layer[0])
+            None if layer is None else launch.kept_rows(layer[0])
             for layer in (convolution, expand, project, reduce)
         ]
         project_stride = (1, 1) if project is None else project.stride
@@ -393,36 +391,6 @@ def bottleneck(
             conv.sum_partials(input, partial, reduce.norm, reduce.bias, next_input, wide)
     reduced = None if next_input is None else next_input.permute(0, 3, 1, 2)
     return output.permute(0, 3, 1, 2), reduced
-
-
-def release(tensors: Iterable[Tensor]) -> None:
-    """Drops the arranged copies of these weights."""
-    _cache.release(tensors)
-
-
-_cache = WeightCache()
-
-
-def _arranged(weight: Tensor) -> Tensor:
-    """The weight as (K, R, S, C), copied once per storage and version where it does not lie so.
-
-    A watched weight is copied in every call: to compare it would be to wait for the GPU. So is a
-    weight in a graph that is captured, which would go on reading a kept copy when the weight has
-    changed, or the copy has been released.
-    """
-    rows = weight.permute(0, 2, 3, 1)
-    if rows.is_contiguous():
-        return rows
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-        return rows.contiguous()
-    layout = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
-    entry = _cache.find(weight, layout)
-    if entry is not None and not entry.whole:
-        return entry.copy
-    version = version_of(weight)
-    copy = rows.contiguous()
-    _cache.put(weight, version, copy, layout, watch.is_watched(weight))
-    return copy
 
 
 def _norm(layer: ConvNorm | None) -> tuple[Any, ...]:

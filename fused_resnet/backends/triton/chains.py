@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from ... import tuning
-from ...layers.memory import memory_format_of
+from ...layers.memory import lies_channels_last
 from ...tuning import chain
 from ...tuning.choice import CHAIN, CHAIN_WITHOUT_NEXT, CHAINED, PAIR, Choice, Tile
 from ...tuning.problem import ChainProblem
@@ -70,15 +70,10 @@ def _run_all(
     problems: Sequence[ChainProblem | None],
     choices: Sequence[Choice | None],
 ) -> Tensor:
-    """All blocks, each as chosen."""
-    channels_last = memory_format_of(input) is torch.channels_last
+    """All blocks, each as chosen; the output in the format that convolutions would hand on."""
     x, reduced = input, None
     for index, block in enumerate(blocks):
         main, projection = block.main, block.projection
-        # The format that convolutions would hand on.
-        channels_last |= any(
-            memory_format_of(layer.weight) is torch.channels_last for layer in main
-        )
         if reduced is None:
             reduced = conv_bn_act(x, main[0], None, "relu")
         problem, choice = problems[index], choices[index]
@@ -89,7 +84,7 @@ def _run_all(
         rest = (*main[1:], projection, following)
         chained = functools.partial(run, reduced, x, rest, problem)
         x, reduced = run_chosen(problem, input.device, choice, chained)
-    return x if channels_last else x.contiguous()
+    return x if lies_channels_last(input, blocks) else x.contiguous()
 
 
 def run(

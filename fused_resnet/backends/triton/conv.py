@@ -23,8 +23,8 @@ from .launch import (
     BAND,
     as_conv2d_would,
     channels_last,
-    filter_rows,
     has_dense_rows,
+    kept_rows,
     residual_channels,
     row_block,
     skew,
@@ -82,7 +82,7 @@ def conv_bn_act(
     M = N * P * Q
     if M == 0:
         return as_conv2d_would(output, input, weight)
-    pixels, filters = channels_last(input), filter_rows(weight)
+    pixels, filters = channels_last(input), kept_rows(weight)
     if kernel == "row" and pixels.stride(3) != C:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
     residual_strides = (0, 0, 0, 0) if residual is None else residual.stride()

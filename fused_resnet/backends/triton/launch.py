@@ -26,6 +26,7 @@ from torch.nn import Parameter
 
 from ...layers.memory import memory_format_of
 from ...tuning import chain
+from .. import arranged
 
 _PARAMETERS = ("weight", "expand", "project", "reduce", "mean", "var", "bias")
 
@@ -274,6 +275,17 @@ def channels_last(input: Tensor) -> Tensor:
 def filter_rows(weight: Tensor) -> Tensor:
     """`weight` as (K, R, S, C / groups) without gaps, copied if need be."""
     return weight.permute(0, 2, 3, 1).contiguous()
+
+
+def kept_rows(weight: Tensor) -> Tensor:
+    """`filter_rows`, copied once: see `arranged.rows_of`."""
+    rows = weight.permute(0, 2, 3, 1)
+    if rows.is_contiguous():
+        return rows
+    rows = arranged.rows_of(weight)
+    if (seen_by := recorder.get()) is not None:
+        seen_by.add_rows(weight, rows)
+    return rows
 
 
 def residual_channels(residual: Tensor, output: Tensor) -> int | None:

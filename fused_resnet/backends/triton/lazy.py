@@ -53,3 +53,12 @@ def stems() -> ModuleType:
     from . import stem
 
     return stem
+
+
+@functools.cache
+def layouts() -> ModuleType:
+    """`layout.py`, imported likewise."""
+    launchers()
+    from . import layout
+
+    return layout

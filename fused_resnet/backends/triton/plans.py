@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from .. import recording
+from .. import arranged, recording
 from . import launch
 
 _ALLOCATIONS = frozenset(
@@ -128,6 +128,9 @@ class Recorder(recording.Recorder):
         self._addresses = recording.address_of(self._parameters)
         self._parts: dict[int, _Part] = {}
         self._launches: list[_Launch] = []
+        # Copies of weights by their addresses, behind the parameters, and what they are of.
+        self._rows: dict[int, int] = {}
+        self._kept: list[tuple[Tensor, Tensor]] = []
         self._obstacle: str | None = None
         if self._input_storage() in {p.untyped_storage().data_ptr() for p in self._parameters}:
             self._obstacle = "the input is part of a parameter"
@@ -168,6 +171,13 @@ class Recorder(recording.Recorder):
             self._launches.append(self._described(kernel, compiled, grid, arguments, constants))
         except _CannotPlanError as error:
             self._obstacle = f"{kernel.fn.__name__}: {error}"
+
+    def add_rows(self, weight: Tensor, rows: Tensor) -> None:
+        """Takes note of what a launch that follows reads instead of a weight."""
+        at = rows.data_ptr()
+        if at != weight.data_ptr() and at not in self._rows and arranged.is_kept(weight, rows):
+            self._rows[at] = len(self._parameters) + len(self._kept)
+            self._kept.append((weight, rows))
 
     def _described(
         self,
@@ -219,7 +229,7 @@ class Recorder(recording.Recorder):
         at, storage = tensor.data_ptr(), tensor.untyped_storage().data_ptr()
         if storage == self._input_storage():
             return _INPUT, at - self._input.data_ptr()
-        index = self._addresses.get(at)
+        index = self._rows.get(at, self._addresses.get(at))
         if index is not None:
             return _FIRST_PARAMETER + index, 0
         part = self._parts.get(storage)
@@ -249,7 +259,7 @@ class Recorder(recording.Recorder):
             or output.numel() * output.element_size() != result.size
         ):
             return "its output is only a part of what one of its kernels wrote"
-        return Plan(self._input, self._parameters, self._launches, output, result)
+        return Plan(self._input, self._parameters, self._kept, self._launches, output, result)
 
 
 def _lay_out(parts: Sequence[_Part]) -> int:
@@ -279,10 +289,13 @@ class Plan(recording.Plan):
         self,
         input: Tensor,
         parameters: Sequence[Tensor],
+        kept: Sequence[tuple[Tensor, Tensor]],
         launches: Sequence[_Launch],
         output: Tensor,
         result: _Part,
     ) -> None:
+        self._kept = list(kept)
+        parameters = [*parameters, *(rows for _, rows in kept)]
         # Unloaded with the last reference.
         self._kernels = [each.compiled for each in launches]
         parts = {id(base): base for each in launches for base, _ in each.arguments
@@ -325,8 +338,15 @@ class Plan(recording.Plan):
         weakref.finalize(self, operators.free_launch_plan.default, self._plan)
         self._run = operators.run_launch_plan.default
 
+    def can_run(self) -> bool:
+        """See `recording.Plan.can_run`: copies have no place in a graph that is captured."""
+        return not self._kept or not torch.cuda.is_current_stream_capturing()
+
     def run(self, input: Tensor) -> Tensor | None:
         """See `recording.Plan.run`; on the current stream of the input's device."""
+        for weight, rows in self._kept:
+            if not arranged.is_kept(weight, rows):
+                return None
         index = input.device.index
         stream = torch._C._cuda_getCurrentRawStream(index)
         with (

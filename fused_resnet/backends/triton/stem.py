@@ -30,7 +30,7 @@ from .device import affine, normalized, relu
 from .launch import (
     as_conv2d_would,
     channels_last,
-    filter_rows,
+    kept_rows,
     row_block,
     skew,
 )
@@ -497,7 +497,7 @@ def conv_bn_act_max_pool(
     columns = N * pooled_Q
     if columns == 0:
         return as_conv2d_would(output, input, weight)
-    pixels, filters = channels_last(input), filter_rows(weight)
+    pixels, filters = channels_last(input), kept_rows(weight)
     if pixels.stride(3) != C:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
     strips = ceil_div(columns, tile.block_m)

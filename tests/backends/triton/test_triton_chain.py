@@ -45,6 +45,7 @@ pytestmark = pytest.mark.skipif(RUNNER is None, reason=backends.available()["tri
 
 if RUNNER is not None:
     backends.triton.launchers()
+    from fused_resnet.backends import arranged
     from fused_resnet.backends.triton import bottleneck, chains
     from fused_resnet.backends.triton import launch as launches
 
@@ -648,28 +649,28 @@ def test_weights_are_arranged_once(tile):
     stage = Stage()
     model, x = bottlenecks(stage), input_of(stage, torch.float16)
     fused = fused_resnet.fuse(model).to(x.device).half()
-    bottleneck._cache.clear()
+    arranged._cache.clear()
     weight = fused[0].conv2.weight
     with torch.no_grad(), fused_resnet.use_backend("triton"):
         before = fused(x)
-        assert list(bottleneck._cache) == [id(weight)]
-        kept = bottleneck._cache[id(weight)]
+        assert list(arranged._cache) == [id(weight)]
+        kept = arranged._cache[id(weight)]
         assert_same_bits(fused(x), before)
-        assert bottleneck._cache[id(weight)] is kept
+        assert arranged._cache[id(weight)] is kept
         weight[0] += 1.0
         after = fused(x)
-        assert bottleneck._cache[id(weight)] is not kept
+        assert arranged._cache[id(weight)] is not kept
         assert not torch.equal(after, before)
         fused.to(memory_format=torch.channels_last)
-        assert not bottleneck._cache
+        assert not arranged._cache
         assert_same_bits(fused(x), after)
-        assert not bottleneck._cache
+        assert not arranged._cache
         fused.to(memory_format=torch.contiguous_format)
         fused(x)
-        assert len(bottleneck._cache) == 1
+        assert len(arranged._cache) == 1
         del weight, kept, fused, model
     gc.collect()
-    assert not bottleneck._cache
+    assert not arranged._cache
 
 
 # Broken kernels: a line of bottleneck.py, and what it becomes.
