@@ -24,6 +24,7 @@ const EncodedMap& map_at(const void* map) {
 void Cluster::prepare(const GridShape& shape, void (*function)(void*), void* argument) {
   blocks_.resize(shape.cluster);
   threads_ = shape.threads;
+  global_accesses_.begin_grid();
   for (unsigned rank = 0; rank < shape.cluster; ++rank) {
     if (!blocks_[rank]) blocks_[rank] = std::make_unique<Block>();
     blocks_[rank]->prepare(shape, function, argument);
@@ -35,7 +36,7 @@ void Cluster::keep_order() {
   if (!order_.is_kept()) order_.begin(blocks_.size(), threads_, kMostMbarriers);
 }
 
-void Cluster::run(uint64_t number, const GridShape& shape, Random& random) {
+void Cluster::run(uint64_t number, Random& random) {
   order_.end();
   loads_.clear();
   random_ = Random(random.next());
@@ -43,10 +44,7 @@ void Cluster::run(uint64_t number, const GridShape& shape, Random& random) {
   address_ = 1024 + 128 * random_.below(8);  // aligned as a launch promises, and no better
   for (unsigned rank = 0; rank < blocks_.size(); ++rank) {
     const uint64_t b = number * blocks_.size() + rank;
-    const uint3 index = {static_cast<unsigned>(b % shape.blocks.x),
-                         static_cast<unsigned>(b / shape.blocks.x % shape.blocks.y),
-                         static_cast<unsigned>(b / shape.blocks.x / shape.blocks.y)};
-    blocks_[rank]->begin(index, random.next());
+    blocks_[rank]->begin(index_of(b), b, random.next());
   }
   const auto all = [&](auto&& is) { return std::all_of(blocks_.begin(), blocks_.end(), is); };
   std::vector<Block*> ready;
@@ -84,6 +82,11 @@ void Cluster::run(uint64_t number, const GridShape& shape, Random& random) {
       const unsigned threads = threads_ * blocks_.size();
       for (unsigned t = 0; t < threads; ++t) order_.release(t, joined);
       for (unsigned t = 0; t < threads; ++t) order_.acquire(t, joined);
+    }
+    if (waiting) {
+      std::vector<GlobalAccesses::Time> times;
+      for (const auto& block : blocks_) times.push_back({block->number(), 0, block->barriers()});
+      global_accesses_.join(times);
     }
     for (const auto& block : blocks_) block->open_cluster_barrier();
     if (ended) return;
@@ -348,7 +351,7 @@ void Block::load_box(const BoxCopy& copy, void* counts_at, const Place& place) {
             place);
   }
   check_bounds(target, map.box_bytes(), place);
-  check_global(reinterpret_cast<const char*>(map.address), map.tensor_bytes(), place);
+  check_global_bounds(reinterpret_cast<const char*>(map.address), map.tensor_bytes(), place);
   Box box{copy.map, {}, {}};
   for (int i = 0; i < copy.rank; ++i) box.at[i] = copy.at[i];
   for (int i = 0; copy.offset && i < 2; ++i) {
@@ -426,7 +429,7 @@ void Block::store_box(const BoxCopy& copy, const Place& place) {
   }
   keep_order();
   check_bounds(source, map.box_bytes(), place);
-  check_global(reinterpret_cast<const char*>(map.address), map.tensor_bytes(), place);
+  check_global_bounds(reinterpret_cast<const char*>(map.address), map.tensor_bytes(), place);
   const size_t offset = source - shared_begin;
   const uint64_t number = shared_accesses_.begin_asynchronous(
       {offset, offset + map.box_bytes(), SharedAccesses::Work::kStore, current->index, place},

@@ -76,6 +76,12 @@ bool same_line(const Place& a, const Place& b) {
 
 }  // namespace
 
+uint3 index_of(uint64_t block) {
+  return {static_cast<unsigned>(block % gridDim.x),
+          static_cast<unsigned>(block / gridDim.x % gridDim.y),
+          static_cast<unsigned>(block / gridDim.x / gridDim.y)};
+}
+
 void throw_error(const std::string& message) {
   throw Fault("cuda_on_host: " + message);
 }
@@ -108,8 +114,9 @@ void Block::prepare(const GridShape& shape, void (*thread_function)(void*), void
   }
 }
 
-void Block::begin(const uint3& index, uint64_t seed) {
+void Block::begin(const uint3& index, uint64_t number, uint64_t seed) {
   index_ = index;
+  number_ = number;
   random_ = Random(seed);
   memset(shared_->begin(), 0xff, shared_->end() - shared_->begin());
   late_copies_ = random_.below(2);
@@ -226,10 +233,18 @@ void Block::fail_at(const std::string& message, const Origin& origin) {
   fail(message + ", " + where(*current, origin.line()));
 }
 
-std::string Block::block_name() const {
+namespace {
+
+std::string name(const uint3& block) {
   std::ostringstream out;
-  out << "(" << index_.x << ", " << index_.y << ", " << index_.z << ")";
+  out << "(" << block.x << ", " << block.y << ", " << block.z << ")";
   return out.str();
+}
+
+}  // namespace
+
+std::string Block::block_name() const {
+  return name(index_);
 }
 
 std::string Block::where(const Thread& thread, const std::string& line) const {
@@ -507,7 +522,7 @@ void Block::check_bounds(const char* begin, size_t bytes, const Origin& origin) 
   }
 }
 
-void Block::check_global(const char* begin, size_t bytes, const Origin& origin) {
+void Block::check_global_bounds(const char* begin, size_t bytes, const Origin& origin) {
   const TensorMemory* memory = nullptr;
   for (const TensorMemory& known : tensors_) {
     if (begin >= known.reach_begin && begin < known.reach_end) memory = &known;
@@ -521,6 +536,19 @@ void Block::check_global(const char* begin, size_t bytes, const Origin& origin) 
                 std::to_string(memory->end - memory->begin) + " bytes of a tensor",
             origin);
   }
+}
+
+void Block::check_global(const char* begin, size_t bytes, bool writes, const Origin& origin) {
+  check_global_bounds(begin, bytes, origin);
+  GlobalAccesses& accesses = cluster_->global_accesses();
+  if (const auto* store = accesses.unordered(begin, bytes, global_time())) {
+    fail_at(std::string("race: a ") + (writes ? "write to" : "read of") +
+                " global memory, which block " + name(index_of(store->block)) + ", thread " +
+                std::to_string(store->thread) + " writes at " + store->origin.line() +
+                " with no barrier, fence and atomic operation in between",
+            origin);
+  }
+  if (writes) accesses.store(begin, bytes, global_time(), origin);
 }
 
 void Block::check_shared(const char* begin, size_t bytes, bool writes, const Origin& origin) {
@@ -552,7 +580,15 @@ void Block::finish_copy(const Copy& copy) {
 
 void Block::write_atomically(const void* address, size_t bytes) {
   const char* begin = static_cast<const char*>(address);
-  if (is_shared(begin)) shared_accesses_.write_atomically(begin - shared_begin, bytes);
+  if (is_shared(begin)) {
+    shared_accesses_.write_atomically(begin - shared_begin, bytes);
+  } else {
+    cluster_->global_accesses().atomic(address, global_time());
+  }
+}
+
+void Block::fence_global_memory() {
+  cluster_->global_accesses().fence(global_time());
 }
 
 namespace {
@@ -663,7 +699,7 @@ void run_grid(const GridShape& shape, void (*thread)(void*), void* argument) {
   const uint64_t first = random.below(count);
   const bool backwards = random.below(2);
   for (uint64_t i = 0; i < count; ++i) {
-    cluster.run((first + (backwards ? count - i : i)) % count, shape, random);
+    cluster.run((first + (backwards ? count - i : i)) % count, random);
   }
 }
 
@@ -839,6 +875,10 @@ void wait_for_products(int groups_left, Place place) {
 
 void change_registers(unsigned count, bool takes, Place place) {
   block().change_registers(count, takes, place);
+}
+
+void fence_global_memory() {
+  block().fence_global_memory();
 }
 
 void check_atomic(const void* address, size_t bytes, Place place) {

@@ -74,6 +74,9 @@ uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane, Place place);
 void load(void* target, const void* source, size_t bytes, Place place);
 void store(void* target, const void* source, size_t bytes, Place place);
 
+// __threadfence.
+void fence_global_memory();
+
 // Before an atomic operation.
 void check_atomic(const void* address, size_t bytes, Place place);
 

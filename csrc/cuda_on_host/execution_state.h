@@ -13,6 +13,7 @@
 
 #include "cuda_on_host/execution.h"
 #include "cuda_on_host/fiber.h"
+#include "cuda_on_host/global_accesses.h"
 #include "cuda_on_host/memory.h"
 #include "cuda_on_host/order.h"
 #include "cuda_on_host/shared_accesses.h"
@@ -214,12 +215,13 @@ class Cluster {
  public:
   void prepare(const GridShape& shape, void (*function)(void*), void* argument);
   // Runs a cluster to its end. Throws a Fault.
-  void run(uint64_t number, const GridShape& shape, Random& random);
+  void run(uint64_t number, Random& random);
   const std::vector<std::unique_ptr<Block>>& blocks() const { return blocks_; }
 
   // Keeps an order from now on.
   void keep_order();
   Order& order() { return order_; }
+  GlobalAccesses& global_accesses() { return global_accesses_; }
   // Whether others get their turn before the thread goes on.
   bool interrupts() { return order_.is_kept() && random_.below(16) == 0; }
   uint32_t address() const { return address_; }
@@ -245,6 +247,7 @@ class Cluster {
   std::vector<std::unique_ptr<Block>> blocks_;
   unsigned threads_ = 0;  // of a block
   Order order_;
+  GlobalAccesses global_accesses_;  // of the grid
   Random random_;
   Pace pace_ = Pace::kAtOnce;
   uint32_t address_ = 0;
@@ -256,7 +259,8 @@ class Block {
  public:
   Block();
   void prepare(const GridShape& shape, void (*function)(void*), void* argument);
-  void begin(const uint3& index, uint64_t seed);
+  // `number` counts the blocks of the grid.
+  void begin(const uint3& index, uint64_t number, uint64_t seed);
   // Goes on until no thread can, or others get their turn. Throws a Fault.
   void resume();
   bool has_ended() const { return done_count_ == thread_count_; }
@@ -269,6 +273,8 @@ class Block {
     rank_ = rank;
   }
   unsigned rank() const { return rank_; }
+  uint64_t number() const { return number_; }
+  uint32_t barriers() const { return barriers_; }
   unsigned thread_count() const { return thread_count_; }
   // When all of them wait at a barrier, or have ended: lets this one pass. Throws a Fault where
   // what the others read here since the last barrier was written, or may be gone, by then.
@@ -312,7 +318,7 @@ class Block {
     if (is_shared(begin)) {
       check_shared(begin, bytes, writes, origin);
     } else {
-      check_global(begin, bytes, origin);
+      check_global(begin, bytes, writes, origin);
     }
   }
   bool is_shared(const char* address) const {
@@ -324,6 +330,8 @@ class Block {
   void start_copy(const Copy& copy, const Origin& origin);
   void finish_copy(const Copy& copy);
   void write_atomically(const void* address, size_t bytes);
+  void fence_global_memory();
+  GlobalAccesses::Time global_time() const { return {number_, current->index, barriers_}; }
   [[noreturn]] void fail_at(const std::string& message, const Origin& origin);
   [[noreturn]] void fail_after_signal();
 
@@ -354,7 +362,8 @@ class Block {
   [[noreturn]] void fail(const std::string& message);
   void carry_out(Operation operation, uint32_t mask, unsigned warp);
   void check_bounds(const char* begin, size_t bytes, const Origin& origin);
-  void check_global(const char* begin, size_t bytes, const Origin& origin);
+  void check_global_bounds(const char* begin, size_t bytes, const Origin& origin);
+  void check_global(const char* begin, size_t bytes, bool writes, const Origin& origin);
   void check_shared(const char* begin, size_t bytes, bool writes, const Origin& origin);
   SharedAccesses::Time now() const;
   std::string block_name() const;
@@ -412,6 +421,7 @@ class Block {
   Cluster* cluster_ = nullptr;
   unsigned rank_ = 0;
   uint3 index_{};
+  uint64_t number_ = 0;
   uint32_t phase_ = 0;
   std::vector<OutsideRead> outside_reads_;
   int predicate_count_ = 0, predicate_result_ = 0;
@@ -427,6 +437,9 @@ class Block {
   unsigned free_registers_ = 0;           // that warps gave back
   std::optional<std::string> fault_;
 };
+
+// In the grid, of the block that this number counts to.
+uint3 index_of(uint64_t block);
 
 // The block that runs on this host thread, or null.
 extern thread_local Block* running;

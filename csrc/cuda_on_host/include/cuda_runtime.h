@@ -137,7 +137,9 @@ atomicExch(T* target, std::type_identity_t<T> value,
   *target = value;
   return before;
 }
-inline void __threadfence() {}
+inline void __threadfence() {
+  fused_resnet::on_host::fence_global_memory();
+}
 inline void __threadfence_block() {}
 
 template <typename T>

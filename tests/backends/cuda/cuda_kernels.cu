@@ -425,6 +425,77 @@ __global__ void cluster_reused_early(const float* input, float* output) {
   device::leave_cluster();
 }
 
+// The block that comes last reads what the other one has stored. Two blocks a grid.
+enum class Handover {
+  kRight,
+  kNoBarrierBefore,
+  kNoFenceBefore,
+  kLateFence,
+  kNoFenceBehind,
+  kFenceBehindBarrier
+};
+
+__device__ unsigned tickets = 0;
+
+template <Handover kKind>
+__device__ __forceinline__ float taken_over(float value, float* output) {
+  output[this_element()] = value;
+  if (kKind != Handover::kNoBarrierBefore) __syncthreads();
+  bool is_last = false;
+  if (threadIdx.x == 0) {
+    if (kKind != Handover::kNoFenceBefore && kKind != Handover::kLateFence) __threadfence();
+    is_last = atomicAdd(&tickets, 1u) % 2 == 1;
+    if (kKind == Handover::kLateFence) __threadfence();
+    if (kKind != Handover::kNoFenceBehind && kKind != Handover::kFenceBehindBarrier) {
+      __threadfence();
+    }
+  }
+  is_last = __syncthreads_or(is_last) != 0;
+  if (kKind == Handover::kFenceBehindBarrier && threadIdx.x == 0) __threadfence();
+  return is_last ? output[element_of_other_block()] : value;  // handover
+}
+
+template <Handover kKind>
+__device__ __forceinline__ void hand_over(const float* input, float* output) {
+  const float value = input[this_element()];
+  const float taken = taken_over<kKind>(value, output);
+  // Whoever took over puts the other's there again.
+  if (taken != value) output[element_of_other_block()] = taken;  // handover
+}
+
+#define HANDOVER(name, kind)                                              \
+  template <bool kWrong>                                                  \
+  __global__ void name(const float* input, float* output) {               \
+    hand_over<kWrong ? Handover::kind : Handover::kRight>(input, output); \
+  }
+
+HANDOVER(handover_without_barrier, kNoBarrierBefore)
+HANDOVER(handover_without_fence, kNoFenceBefore)
+HANDOVER(handover_fenced_late, kLateFence)
+HANDOVER(handover_without_second_fence, kNoFenceBehind)
+HANDOVER(handover_fenced_behind_barrier, kFenceBehindBarrier)
+
+// Blocks that run side by side may store in any order.
+template <bool kWrong>
+__global__ void stored_by_two_blocks(const float* input, float* output) {
+  if (kWrong) output[threadIdx.x] = input[threadIdx.x];  // stored_by_two_blocks
+  output[this_element()] = input[this_element()];        // stored_by_two_blocks
+}
+
+// A barrier of the cluster orders stores to global memory too.
+template <bool kWrong>
+__global__ void cluster_reads_global(const float* input, float* output) {
+  output[this_element()] = input[this_element()];
+  if (kWrong) {
+    __syncthreads();
+  } else {
+    device::synchronize_cluster();
+  }
+  const float other = output[element_of_other_block()];  // cluster_reads_global
+  device::synchronize_cluster();
+  output[element_of_other_block()] = other;
+}
+
 template <bool kWrong>
 __global__ void cluster_early_end(const float* input, float* output) {
   float* shared = shared_floats();
@@ -561,6 +632,13 @@ const std::map<std::string, std::array<Copying, 2>> kCopying = {
     BOTH(mma_by_half_a_warp),
     BOTH(shuffle_from_absent_lane),
     BOTH(operations_of_a_warp_differ),
+    BOTH(handover_without_barrier),
+    BOTH(handover_without_fence),
+    BOTH(handover_fenced_late),
+    BOTH(handover_without_second_fence),
+    BOTH(handover_fenced_behind_barrier),
+    BOTH(stored_by_two_blocks),
+    BOTH(cluster_reads_global),
     BOTH(cluster_missing_barrier),
     BOTH(cluster_reused_early),
     BOTH(cluster_early_end),
