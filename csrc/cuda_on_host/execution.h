@@ -9,7 +9,9 @@
 //
 // What Hopper does asynchronously, TMA's copies and a warpgroup's products, is done by turns at
 // once, at some time or as late as can be: until then the target holds NaN. Accesses that no
-// barrier, wait or proxy fence orders are faults, whatever was done when.
+// barrier, wait or proxy fence orders are faults, whatever was done when. So are accesses to global
+// memory that another block stored to, with no fences and atomic operations (or barrier of their
+// cluster) in between; stores of TMA's and what is read before another block stores are left out.
 //
 // A mistake ends the kernel with a Fault that names block, thread and source line.
 #pragma once

@@ -73,8 +73,8 @@ def sources() -> list[Path]:
     """All that the library is made of, kernels of the tests' own included."""
     own = sorted((ROOT / "csrc" / "cuda_on_host").glob("*.cpp"))
     host = sorted((ROOT / "csrc" / "cuda").rglob("*.cpp"))
-    # Of a function that several of them have, such as a string's, the linker takes the first one: not
-    # a kernel's, whose accesses would be taken for those of the thread that runs.
+    # Of a function that several of them have, such as a string's, the linker takes the first one:
+    # not a kernel's, whose accesses would be taken for those of the thread that runs.
     return [*own, *host, *kernel_sources(), *sorted((ROOT / "tests").rglob("*.cu"))]
 
 
