@@ -109,11 +109,38 @@ def conv_tiles() -> list[list[int]]:
     return [numbers[at : at + 7] for at in range(0, len(numbers), 7)]
 
 
+@cache
+def byte_tiles() -> list[list[int]]:
+    """The rows of csrc/cuda/byte_conv.h, as the operator byte_conv_tiles lists them."""
+    assert _native.cuda_operators is not None, _native.cuda_status
+    numbers = _native.cuda_operators.byte_conv_tiles()
+    return [numbers[at : at + 7] for at in range(0, len(numbers), 7)]
+
+
+def byte_kernel(kernel: str, arguments: list[str]) -> tuple[dict[str, Any], int, int]:
+    """`description` of a kernel of csrc/cuda/byte_conv.cuh, by its arguments."""
+    if kernel == "pool_bytes":
+        fields = {"dtype": DTYPES[arguments[0]], "elements": int(arguments[1])}
+        return {"kernel": kernel} | fields, ELEMENTWISE_THREADS, 0
+    if kernel == "store_bytes":
+        words, vectors = (argument == "true" for argument in arguments[1:])
+        fields = {"dtype": DTYPES[arguments[0]], "loads": LOADS[0 if vectors else 1]}
+        products = "uint16" if words else "uint8"
+        return {"kernel": kernel, "products": products} | fields, ELEMENTWISE_THREADS, 0
+    piece, m, n, depth, warps, stages, _ = byte_tiles()[int(arguments[0])]
+    fields = {"kernel": kernel, "dtype": "uint8", "products": "int8", "elements": piece}
+    fields |= {"block_m": m, "block_n": n, "block_k": depth}
+    fields |= {"num_warps": warps, "num_stages": stages, "projects": arguments[1] == "true"}
+    return fields, 32 * warps, stages * (m + n) * depth + m * n + n * 5 * 4
+
+
 def description(name: str) -> tuple[dict[str, Any], int, int]:
     """A kernel's own fields by its demangled name; its threads and dynamic shared memory."""
     match = re.search(r"(\w+)(?:<(.*?)>)?\(", name)
     assert match, name
     kernel, arguments = match[1], (match[2] or "float").split(", ")
+    if kernel in ("byte_conv", "pool_bytes", "store_bytes"):
+        return byte_kernel(kernel, arguments)
     fields: dict[str, Any] = {"kernel": kernel, "dtype": DTYPES[arguments[0]]}
     if kernel.startswith("batch_norm"):
         own_fields, threads, shared = batch_norm(kernel, arguments[1:])
@@ -200,7 +227,7 @@ def instructions(listing: str) -> dict[str, Any]:
         base = name.split(".")[0]
         width = re.search(r"\.(U?8|U?16|64|128)\b", name)
         wide = base + (f".{width[1]}" if width else "")
-        if base == "HMMA":
+        if base in ("HMMA", "IMMA"):
             counts["tensor_core"][name] += 1
         elif base in ("LDG", "LDGSTS"):
             counts["global_loads"][wide] += 1
@@ -257,7 +284,7 @@ def identity(entry: dict[str, Any]) -> dict[str, Any]:
     names = (
         "kernel", "dtype", "architecture", "products", "loads", "block_m", "block_n", "block_k",
         "num_warps", "num_stages", "residual", "narrow", "elements", "index", "mask",
-        "cluster",
+        "cluster", "projects",
     )  # fmt: skip
     return {name: entry[name] for name in names if name in entry}
 

@@ -29,6 +29,16 @@ inline constexpr const char* kCudaSchemas[] = {
     "Tensor? bias2, int tile) -> Tensor",
     "basic_block_tiles() -> int[]",
 
+    // Internal likewise, of csrc/cuda/byte_conv.cu: a convolution is four tensors (packed weight,
+    // sums of its filters, scale, shift) and eleven numbers. `tile` is an index into what
+    // byte_conv_tiles lists, for the convolutions that it can run, or -1.
+    "byte_blocks(Tensor input, Tensor[] tensors, int[] numbers, int[] layer_counts, "
+    "int[] projections, float[] shortcut_scales, float step, int zero_point, float output_step, "
+    "int tile) -> Tensor",
+    "byte_stem(Tensor input, Tensor[] tensors, int[] numbers, int[] pool, float step, "
+    "int zero_point, float output_step, int tile) -> Tensor",
+    "byte_conv_tiles() -> int[]",
+
     // Internal too: see csrc/cuda/batch_norm.cu.
     "batch_norm_statistics(Tensor input) -> (Tensor mean, Tensor var)",
     "batch_norm_normalize(Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "

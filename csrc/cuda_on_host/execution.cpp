@@ -52,6 +52,7 @@ const char* name(Operation operation) {
     case Operation::kLoadMatrices:
       return "ldmatrix";
     case Operation::kMultiply:
+    case Operation::kMultiplyBytes:
       return "mma";
     case Operation::kStoreMatrices:
       return "stmatrix";
@@ -479,6 +480,9 @@ void Block::carry_out(Operation operation, uint32_t mask, unsigned w) {
     case Operation::kMultiply:
       statistics.multiplications += 1;
       return multiply_of_warp(warp);
+    case Operation::kMultiplyBytes:
+      statistics.multiplications += 1;
+      return multiply_bytes_of_warp(warp);
     case Operation::kStoreMatrices:
       return store_matrices_of_warp(warp);
     case Operation::kFenceSums:
@@ -800,6 +804,11 @@ void load_matrices(uint32_t* registers, int count, const void* row, bool transpo
 void multiply(Element element, float* d, const uint32_t* a, const uint32_t* b, Place place) {
   Multiply operands{element, d, a, b};
   block().in_warp(Operation::kMultiply, ~0u, &operands, place);
+}
+
+void multiply_bytes(int32_t* d, const uint32_t* a, const uint32_t* b, Place place) {
+  MultiplyBytes operands{d, a, b};
+  block().in_warp(Operation::kMultiplyBytes, ~0u, &operands, place);
 }
 
 void store_matrices(void* row, const uint32_t* registers, int count, Place place) {

@@ -94,6 +94,9 @@ enum class Element { kFloat16, kBFloat16, kTf32 };
 // mma.sync: m16n8k16 of 16-bit elements, m16n8k8 of tf32.
 void multiply(Element element, float* d, const uint32_t* a, const uint32_t* b, Place place);
 
+// mma.sync of m16n8k32: unsigned bytes by signed ones, into 32 bits that wrap around.
+void multiply_bytes(int32_t* d, const uint32_t* a, const uint32_t* b, Place place);
+
 // stmatrix; `count` registers.
 void store_matrices(void* row, const uint32_t* registers, int count, Place place);
 

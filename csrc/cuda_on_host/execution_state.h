@@ -65,6 +65,7 @@ enum class Operation : uint8_t {
   kShuffle,
   kLoadMatrices,
   kMultiply,
+  kMultiplyBytes,
   kStoreMatrices,
   kFenceSums,
   kMultiplyWarpgroup,
@@ -91,6 +92,11 @@ struct LoadMatrices {
 struct Multiply {
   Element element;
   float* d;
+  const uint32_t* a;
+  const uint32_t* b;
+};
+struct MultiplyBytes {
+  int32_t* d;
   const uint32_t* a;
   const uint32_t* b;
 };
@@ -446,5 +452,6 @@ extern thread_local Block* running;
 
 void load_matrices_of_warp(const Warp& warp);
 void multiply_of_warp(const Warp& warp);
+void multiply_bytes_of_warp(const Warp& warp);
 
 }  // namespace fused_resnet::on_host

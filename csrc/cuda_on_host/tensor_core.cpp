@@ -176,6 +176,31 @@ void multiply_of_warp(const Warp& warp) {
   }
 }
 
+void multiply_bytes_of_warp(const Warp& warp) {
+  constexpr int kDepth = 32;
+  const auto of_lane = [&](int lane) {
+    return static_cast<const MultiplyBytes*>(warp.payloads[lane]);
+  };
+  uint8_t a[kM][kDepth];
+  int8_t b[kN][kDepth];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    const MultiplyBytes& operands = *of_lane(lane);
+    for (int i = 0; i < 4; ++i) memcpy(&a[g + i % 2 * 8][4 * t + i / 2 * 16], &operands.a[i], 4);
+    for (int i = 0; i < 2; ++i) memcpy(&b[g][4 * t + i * 16], &operands.b[i], 4);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t* row = a[g + i / 2 * 8];
+      const int8_t* column = b[2 * t + i % 2];
+      uint32_t sum = static_cast<uint32_t>(of_lane(lane)->d[i]);
+      for (int k = 0; k < kDepth; ++k) sum += static_cast<uint32_t>(row[k] * column[k]);
+      of_lane(lane)->d[i] = static_cast<int32_t>(sum);
+    }
+  }
+}
+
 void Block::store_matrices_of_warp(const Warp& warp) {
   const auto of_lane = [&](int lane) {
     return static_cast<const StoreMatrices*>(warp.payloads[lane]);

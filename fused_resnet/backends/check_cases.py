@@ -20,7 +20,14 @@ from .. import reference
 from ..layers.convolution import conv2d
 from ..layers.description import ConvNorm, Norm, Pool, Sums, output_size
 from ..layers.memory import unpacked
-from ..layers.quantized import Quantization, QuantizedBlock
+from ..layers.quantized import (
+    WORD_ZERO_POINT,
+    Quantization,
+    QuantizedBlock,
+    QuantizedConv,
+    QuantizedStem,
+    interleaved,
+)
 from ..tuning.problem import BasicBlockProblem, ChainProblem, ConvProblem
 from . import library
 from .self_check import Case
@@ -71,6 +78,18 @@ class _Draw:
         weight = self.images(problem.K, channels, problem.R, problem.S, scale=depth**-0.5)
         geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
         return ConvNorm(weight, self.norm(problem.K), None, *geometry)
+
+    def bytes_layer(
+        self, channels: int, filters: int, size: int = 1, stride: int = 1, groups: int = 1
+    ) -> QuantizedConv:
+        """A convolution in eight bits whose outputs reach from the smallest to the largest byte."""
+        depth = channels // groups * size * size
+        weight = self.values(filters, channels // groups, size, size, scale=60, dtype=torch.float32)
+        weight = weight.round().clamp(-127, 127).to(torch.int8)
+        scale = self.uniform(0.5, 1.5, filters, torch.float32) / (80 * depth**0.5)
+        shift = self.values(filters, scale=80, dtype=torch.float32) + 60
+        pair = (size // 2, size // 2)
+        return QuantizedConv(weight, scale, shift, (stride, stride), pair, (1, 1), groups)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -283,6 +302,57 @@ def quantized_blocks(
         return [cast(reference.quantized_residual_blocks(x, blocks, stored, output))]
 
     return Case(lambda: [run(x, blocks, stored, output)], by_library)
+
+
+def quantized_blocks_of_all_kinds(
+    dtype: torch.dtype, device: torch.device, run: Callable[..., Tensor]
+) -> Case:
+    """Blocks in eight bits for kernels that are compiled for no shape.
+
+    Channels fill chunks of 16 bytes, of 4, and none; each with and without a projection.
+    """
+    draw = _Draw(dtype, device)
+
+    def block(*layers: tuple[int, ...], projection: tuple[int, ...] = ()) -> QuantizedBlock:
+        convs = [draw.bytes_layer(*layer) for layer in (*layers, projection) if layer]
+        return QuantizedBlock(tuple(convs), bool(projection), 0.7)
+
+    blocks = [
+        block((32, 16), (16, 16, 3), (16, 32)),
+        block((32, 16), (16, 16, 3, 2), (16, 96), projection=(32, 96, 1, 2)),
+        block((96, 48, 3, 1, 3), (48, 96, 1)),
+        block((96, 32), (32, 32, 3, 1, 4), (32, 96)),
+        block((96, 20), (20, 20, 3), (20, 24), projection=(96, 24)),
+        block((24, 9), (9, 9, 3), (9, 24)),
+        block((24, 9), (9, 7), projection=(24, 7)),
+    ]
+    stored = Quantization(0.05, 77)
+    return quantized_blocks(32, dtype, device, (blocks, stored, Quantization(0.03)), run)
+
+
+def quantized_stems(dtype: torch.dtype, device: torch.device, run: Callable[..., Tensor]) -> Case:
+    """A stem in eight bits, and one in sixteen."""
+    draw = _Draw(dtype, device)
+    pool = Pool((3, 3), (2, 2), (1, 1))
+    layer = draw.bytes_layer(3, 24, 7, 2)
+    upper, low = draw.bytes_layer(3, 24, 7, 2), draw.bytes_layer(6, 24, 7, 2)
+    upper = upper._replace(weight=interleaved(torch.zeros_like(upper.weight), upper.weight))
+    low = low._replace(shift=torch.zeros_like(low.shift), scale=low.scale / 256)
+    given = [
+        (QuantizedStem(layer, None, pool), Quantization(0.02, 110)),
+        (QuantizedStem(upper, low, pool), Quantization(1e-4, WORD_ZERO_POINT)),
+    ]
+    x = draw.images(2, 3, 27, 25)
+    output = Quantization(0.03)
+
+    def by_library(cast: _Cast) -> list[Tensor]:
+        return [cast(reference.quantized_stem(x, stem, stored, output)) for stem, stored in given]
+
+    return Case(
+        lambda: [run(x, stem, stored, output) for stem, stored in given],
+        by_library,
+        names=("eight bits", "sixteen bits"),
+    )
 
 
 # Norms, by the name of what runs them.

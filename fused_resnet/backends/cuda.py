@@ -22,10 +22,11 @@ from torch.nn import Parameter
 from .. import _native, tuning
 from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
 from ..layers.memory import contiguous_like_eager
+from ..layers.quantized import Quantization, QuantizedBlock, QuantizedStem
 from ..tuning import architecture, basic_block, cuda_tiles
 from ..tuning.choice import BASIC_BLOCK, Tile
 from ..tuning.problem import BasicBlockProblem, ConvProblem
-from . import check_cases, library, self_check
+from . import check_cases, cuda_quantized, library, self_check
 from .backend import Backend, Gradients, UnfoundNorm
 from .self_check import Case, Family
 
@@ -86,6 +87,7 @@ def run_on_host() -> None:
     _basic_block.cache_clear()
     _batch_norm.cache_clear()
     _hopper.cache_clear()
+    cuda_quantized.forget_operators()
     cuda_tiles.instances.cache_clear()
     cuda_tiles.hopper_instances.cache_clear()
 
@@ -102,6 +104,8 @@ def explain(operator: str, *, dtype: torch.dtype, **_: object) -> str:
     if operator.startswith("conv_bn_act") and dtype in _DTYPES:
         pool = " + library pooling" if operator == "conv_bn_act_max_pool" else ""
         return f"{backend}: implicit GEMM{pool}"
+    if operator in ("quantized_residual_blocks", "quantized_stem") and dtype in _DTYPES:
+        return f"{backend}: implicit GEMM in eight bits"
     if operator.startswith("batch_norm_act") and dtype in _DTYPES:
         passes = "statistics + normalize" if operator.endswith("training") else "normalize"
         return f"{backend}: {passes}, where channels_last; else {library.explain(operator)}"
@@ -631,6 +635,36 @@ class Cuda(Backend):
     def is_default(self, device_type: str) -> bool:
         """See `Backend.is_default`."""
         return device_type == "cuda" and available() == "yes" and not on_host()
+
+    def quantized_residual_blocks(
+        self,
+        input: Tensor,
+        blocks: Sequence[QuantizedBlock],
+        stored: Quantization,
+        output: Quantization,
+    ) -> Tensor:
+        """A launch for each convolution: see `cuda_quantized.py`."""
+        run = cuda_quantized.residual_blocks
+        if (
+            input.dtype in _DTYPES
+            and cuda_quantized.covers(input, blocks)
+            and cuda_quantized.trusts(self.name, input, run, None)
+        ):
+            return run(input, blocks, stored, output)
+        return super().quantized_residual_blocks(input, blocks, stored, output)
+
+    def quantized_stem(
+        self, input: Tensor, stem: QuantizedStem, stored: Quantization, output: Quantization
+    ) -> Tensor:
+        """Three launches: see `cuda_quantized.py`."""
+        run = cuda_quantized.stem
+        if (
+            input.dtype in _DTYPES
+            and cuda_quantized.covers_stem(input, stem)
+            and cuda_quantized.trusts(self.name, input, cuda_quantized.residual_blocks, run)
+        ):
+            return run(input, stem, stored, output)
+        return super().quantized_stem(input, stem, stored, output)
 
     available = staticmethod(available)
     graph_key = staticmethod(graph_key)

@@ -67,8 +67,8 @@ def quantize(
             step a filter; see docs/quantization.md.
         stem: what a network's first convolution runs in, with the norm, ReLU and max-pool behind
             it: "int16" or "int8", in integers as the blocks, or "float", as it is. By default
-            "int16" on the CPU and "float" on a GPU, which has no kernel for the others. "float" as
-            well where ranges are those of training or `scales`.
+            "int16" on the CPU and "float" on a GPU, where the CUDA backend alone has kernels for
+            the others. "float" as well where ranges are those of training or `scales`.
         observer: how ranges are chosen: "minmax", "percentile", "mse" or "histogram".
         percentile: of "percentile", the share of values to cover at either end, in percent.
         min_sqnr_db: blocks whose output in eight bits has a lower signal-to-noise ratio than this,

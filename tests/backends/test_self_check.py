@@ -22,10 +22,15 @@ from torchvision.models.resnet import BasicBlock
 
 import fused_resnet
 from fused_resnet import backends, functional, reference
-from fused_resnet.backends import check_cases, cuda, library, self_check
+from fused_resnet.backends import check_cases, cuda, cuda_quantized, library, self_check
 from fused_resnet.backends.self_check import Case, Family, Verdict
-from fused_resnet.layers.description import ConvNorm, Norm
-from fused_resnet.layers.quantized import Quantization, QuantizedBlock, QuantizedConv
+from fused_resnet.layers.description import ConvNorm, Norm, Pool
+from fused_resnet.layers.quantized import (
+    Quantization,
+    QuantizedBlock,
+    QuantizedConv,
+    QuantizedStem,
+)
 from fused_resnet.tuning import ChainProblem, ConvProblem
 from fused_resnet.tuning.problem import BasicBlockProblem
 
@@ -247,6 +252,39 @@ def test_right_basic_blocks_are_used() -> None:
     tile = backends.cuda.basic_block.tiles(problem, backends.cuda.architecture.of_device(CPU))[-1]
     assert cuda.trusts_basic_block(problem, tile, CPU)
     assert [verdict.passed for verdict in found().values()] == [True]
+
+
+@CUDA
+def test_right_cuda_kernels_of_eight_bits_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And wrong ones are not: a step in one channel, of a block or of a stem, is enough."""
+    draw = check_cases._Draw(torch.float32, CPU)
+    layer = draw.bytes_layer(16, 16, 3)
+    blocks = [QuantizedBlock((layer, layer), False, 0.7)]
+    of_blocks = (images(1, 16, 5, 4), blocks, Quantization(0.05, 128), Quantization(0.03))
+    stem = QuantizedStem(draw.bytes_layer(3, 24, 7, 2), None, Pool((3, 3), (2, 2), (1, 1)))
+    of_stem = (images(1, 3, 13, 14), stem, Quantization(0.02, 100), Quantization(0.03))
+    right = reference.quantized_residual_blocks(*of_blocks)
+    right_stem = reference.quantized_stem(*of_stem)
+    backend = backends.named("cuda")
+    assert_same_bits(backend.quantized_residual_blocks(*of_blocks), right)
+    assert_same_bits(backend.quantized_stem(*of_stem), right_stem)
+    assert [verdict.passed for verdict in found().values()] == [True, True]
+    self_check.forget()
+
+    def spoiled(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrong(*arguments: Any, **named: Any) -> Tensor:
+            out = run(*arguments, **named).clone()
+            out[:, 3, :, 2] += 0.03
+            return out
+
+        return wrong
+
+    for name in ("residual_blocks", "stem"):
+        monkeypatch.setattr(cuda_quantized, name, spoiled(getattr(cuda_quantized, name)))
+    with pytest.warns(UserWarning, match=r"cuda: eight bits.*relative error"):
+        assert_same_bits(backend.quantized_residual_blocks(*of_blocks), right)
+    with pytest.warns(UserWarning, match=r"cuda: stem in eight and sixteen bits.*relative error"):
+        assert_same_bits(backend.quantized_stem(*of_stem), right_stem)
 
 
 # What is wrong.

@@ -77,8 +77,8 @@ ELSEWHERE = {
 }
 # Those that stand for a backend's kernels in a compiler's graph: tested in test_triton.py.
 IN_GRAPHS = {"triton_conv_bn_act", "triton_conv_bn_act_max_pool"}
-# The CUDA backend's own: tested in test_cuda_conv.py, test_cuda_batch_norm.py and
-# test_cuda_basic_block.py.
+# The CUDA backend's own: tested in test_cuda_conv.py, test_cuda_batch_norm.py,
+# test_cuda_basic_block.py and test_cuda_quantized.py.
 CUDA = {
     "basic_block_tiled",
     "basic_block_tiles",
@@ -89,6 +89,9 @@ CUDA = {
     "batch_norm_input_gradient",
     "batch_norm_normalize",
     "batch_norm_statistics",
+    "byte_blocks",
+    "byte_conv_tiles",
+    "byte_stem",
     "conv_bn_act_tiled",
     "conv_tiles",
     "conv_tiles_for",

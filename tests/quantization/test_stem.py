@@ -105,7 +105,10 @@ def outputs(model, x):
         return network.network_stem(model, x)
 
 
-@pytest.mark.parametrize("backend_name", ["cpu", "reference"])
+INTEGERS = ["cpu", "reference", *(["cuda"] if backends.cuda.on_host() else [])]
+
+
+@pytest.mark.parametrize("backend_name", INTEGERS)
 @pytest.mark.parametrize("stem", ["int16", "int8"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_stem_is_what_the_integers_say(name, stem, backend_name):

@@ -35,11 +35,12 @@ FLAGS = [
     "-std=c++20", "-O2", "-g1", "-march=native", "-fPIC", "-fvisibility=hidden", "-Wall",
     "-ftls-model=initial-exec", "-fno-optimize-sibling-calls", "-fno-omit-frame-pointer",
 ]  # fmt: skip
+# Without contraction: __fmul_rn and __fadd_rn round by themselves, as on a GPU.
 # The compiler's calls of the thread sanitizer's functions are csrc/cuda_on_host's way to see a
 # kernel's loads and stores; the sanitizer itself takes no part. Accesses stay as wide as they are
 # written.
 KERNEL_FLAGS = [
-    "-x", "c++", "-DFUSED_RESNET_ON_HOST", "-DNDEBUG",
+    "-ffp-contract=off", "-x", "c++", "-DFUSED_RESNET_ON_HOST", "-DNDEBUG",
     "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wno-unknown-pragmas",
     "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
     "-fno-tree-vectorize", "-fno-tree-sra",

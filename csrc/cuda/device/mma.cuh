@@ -8,6 +8,9 @@
 //   tf32, depth 8, one element to a register:
 //     a[0], a[1], a[2], a[3]   rows g, g + 8, g, g + 8; columns t, t, t + 4, t + 4
 //     b[0], b[1]               rows t, t + 4; column g
+//   8-bit types, depth 32, four elements to a register, the lowest column or row in the low byte:
+//     a[0], a[1], a[2], a[3]   rows g, g + 8, g, g + 8; columns 4t to 4t + 3, the last two 16 on
+//     b[0], b[1]               rows 4t to 4t + 3 and 16 further; column g
 //   d[0..3]                    rows g, g, g + 8, g + 8; columns 2t, 2t + 1, 2t, 2t + 1
 #pragma once
 
@@ -59,6 +62,11 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 inline void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                             on_host::Place place = on_host::Place::current()) {
   on_host::multiply(on_host::Element::kTf32, d, a, b, place);
+}
+
+inline void mma_16x8x32_bytes(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                              on_host::Place place = on_host::Place::current()) {
+  on_host::multiply_bytes(d, a, b, place);
 }
 
 inline uint32_t to_tf32(float x) {
@@ -132,6 +140,15 @@ __device__ __forceinline__ void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// A unsigned, B signed; the sums wrap around.
+__device__ __forceinline__ void mma_16x8x32_bytes(int32_t (&d)[4], const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 

@@ -164,8 +164,12 @@ inline float __fmaf_rn(float a, float b, float c) {
 inline float __fadd_rn(float a, float b) {
   return a + b;
 }
+// Compiled with -ffp-contract=off, so that no product is joined with a sum.
 inline float __fmul_rn(float a, float b) {
   return a * b;
+}
+inline float __int2float_rn(int x) {
+  return static_cast<float>(x);
 }
 inline float __fdiv_rn(float a, float b) {
   return a / b;

@@ -77,6 +77,26 @@ __global__ void multiply_tf32(const float* a, const float* b, float* d) {
   for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * kN + 2 * t + i % 2] = sums[i];
 }
 
+// a (16, 32) unsigned and b (8, 32) signed, row by row, d += a b^T.
+__global__ void multiply_bytes(const uint8_t* a, const int8_t* b, int* d) {
+  char* shared = device::shared_memory();
+  char* shared_b = shared + kM * 32;
+  const int lane = threadIdx.x;
+  device::copy_async_16(shared + lane * 16, a + lane * 16, true);
+  if (lane < 16) device::copy_async_16(shared_b + lane * 16, b + lane * 16, true);
+  device::commit_copies();
+  device::wait_for_copies<0>();
+  __syncthreads();
+  uint32_t fragment_a[4], fragment_b[2];
+  device::load_matrix_x4(fragment_a, shared + lane % 16 * 32 + lane / 16 * 16);
+  device::load_matrix_x2(fragment_b, shared_b + lane % 8 * 32 + lane / 8 % 2 * 16);
+  const int g = lane / 4, t = lane % 4;
+  int sums[4];
+  for (int i = 0; i < 4; ++i) sums[i] = d[(g + i / 2 * 8) * kN + 2 * t + i % 2];
+  device::mma_16x8x32_bytes(sums, fragment_a, fragment_b);
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * kN + 2 * t + i % 2] = sums[i];
+}
+
 template <typename T, typename Kernel>
 void run_multiply(Kernel kernel, const Tensor& a, const Tensor& b, const Tensor& d) {
   device::launch(kernel, {1, 32, (kM + kN) * 32}, static_cast<const T*>(a.const_data_ptr()),
@@ -93,6 +113,11 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& d, bool transposed
       return run_multiply<__nv_bfloat16>(
           transposed ? multiply_transposed<__nv_bfloat16> : multiply_16_bits<__nv_bfloat16>, a, b,
           d);
+    case torch::headeronly::ScalarType::Byte:
+      device::launch(
+          multiply_bytes, {1, 32, (kM + kN) * 32}, static_cast<const uint8_t*>(a.const_data_ptr()),
+          static_cast<const int8_t*>(b.const_data_ptr()), static_cast<int*>(d.mutable_data_ptr()));
+      return;
     default:
       return run_multiply<float>(multiply_tf32, a, b, d);
   }

@@ -63,6 +63,7 @@ BATCH_NORM = "csrc/cuda/batch_norm.cuh"
 BATCH_NORM_ARITHMETIC = "csrc/cuda/batch_norm_arithmetic.cuh"
 BATCH_NORM_CLUSTER = "csrc/cuda/batch_norm_cluster.cuh"
 BASIC_BLOCK = "csrc/cuda/basic_block.cuh"
+BYTE_CONV = "csrc/cuda/byte_conv.cuh"
 HOPPER_CONV = "csrc/cuda/hopper/hopper_conv.cuh"
 NARROW_RESIDUAL = "csrc/cuda/narrow_residual.cuh"
 TIME_LIMIT = 45  # seconds of computing for the tests of one mutant; unbroken, a third of it
@@ -129,6 +130,9 @@ SUITES = {
             "backends/cuda/test_hopper_conv.py",
             "not bfloat16 and not tune and not backend and not refuse",
         ),
+    ],
+    BYTE_CONV: [
+        Suite("byte_conv.cu", "backends/cuda/test_cuda_quantized.py", "not refuse and not module"),
     ],
     BASIC_BLOCK: [
         Suite(

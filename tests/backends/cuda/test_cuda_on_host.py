@@ -81,6 +81,24 @@ def test_fragments_of_special_values(dtype):
     assert torch.equal(out, a.float()[:, 3:4].expand(16, 8))
 
 
+def test_sums_of_bytes():
+    """Unsigned by signed ones, the largest of both among them, into 32 bits that wrap around."""
+    for seed in SEEDS:
+        module.set_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        a = torch.randint(0, 256, (16, 32), generator=generator, dtype=torch.uint8)
+        b = torch.randint(-128, 128, (8, 32), generator=generator, dtype=torch.int8)
+        a[3], b[2], b[5] = 255, -128, 127
+        d = torch.randint(-(2**31), 2**31, (16, 8), generator=generator).to(torch.int32)
+        d[3, 2], d[3, 5] = -(2**31) + 1, 2**31 - 1
+        out = d.clone()
+        operators.test_multiply(a, b, out, False)
+        expected = d.long() + a.long() @ b.long().T
+        assert torch.equal(out, ((expected + 2**31) % 2**32 - 2**31).to(torch.int32))
+        assert expected[3, 2] < -(2**31)
+        assert expected[3, 5] >= 2**31
+
+
 def cut_off(x: Fraction, unit: Fraction) -> Fraction:
     """Towards zero, to a multiple of `unit`."""
     return int(x / unit) * unit

@@ -102,6 +102,74 @@ def basic_blocks(architecture: str) -> dict[str, tuple[str, basic_block.Shape, l
     return found
 
 
+@dataclass(frozen=True)
+class ByteConvolution:
+    """An instance of the kernel of bytes: a row of csrc/cuda/byte_conv.h, with one sum or two."""
+
+    piece: int
+    m: int
+    n: int
+    depth: int
+    warps: int
+    stages: int
+    sums: int
+    instructions: list[str]
+
+
+def byte_convolutions(architecture: str) -> dict[str, ByteConvolution]:
+    """Every instance of it, by mangled name."""
+    found = {}
+    tiles = static_cuda.byte_tiles()
+    for name, instructions in kernels(architecture).items():
+        if match := re.search(r"byte_convILi(\d+)ELb([01])E", name):
+            *tile, _ = tiles[int(match[1])]
+            found[name] = ByteConvolution(*tile, 1 + int(match[2]), instructions)
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bytes_are_multiplied_on_tensor_cores(architecture):
+    """As many instructions as one step of a warp's tile takes, for each sum."""
+    found = byte_convolutions(architecture)
+    projecting = sum(tile[-1] for tile in static_cuda.byte_tiles())
+    assert len(found) == len(static_cuda.byte_tiles()) + projecting
+    for name, conv in found.items():
+        matrix = opcodes(conv.instructions, "IMMA")
+        expected = conv.m * conv.n * conv.depth // (16 * 8 * 32) // conv.warps * conv.sums
+        assert matrix == ["IMMA.16832.U8.S8"] * expected, name
+        loads = opcodes(conv.instructions, "LDSM")
+        assert set(loads) == {"LDSM.16.M88.4"}, name
+        assert len(loads) < len(matrix), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bytes_are_accessed_16_at_a_time(architecture):
+    """The weights always; pixels where they come in pieces of 16 bytes; outputs of each dtype."""
+    for name, conv in byte_convolutions(architecture).items():
+        copies = opcodes(conv.instructions, "LDGSTS")
+        whole = [copy for copy in copies if copy.startswith("LDGSTS.E.BYPASS.128")]
+        pixels, filters = (rows * conv.depth // (16 * 32 * conv.warps) for rows in (conv.m, conv.n))
+        # Before the loop and in it; a shortcut's besides.
+        assert len(whole) >= 2 * conv.sums * (filters + pixels * (conv.piece == 16)), name
+        assert (whole == copies) == (conv.piece != 4), name
+        narrow = 2 * conv.sums * 4 * pixels if conv.piece == 4 else 0
+        assert len(copies) - len(whole) == narrow, name
+        stores = opcodes(conv.instructions, "STG")
+        assert sum(store.endswith(".128") for store in stores) == 4, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bytes_round_every_operation(architecture):
+    """No product is joined with a sum; each output has as many of both as its definition."""
+    for name, conv in byte_convolutions(architecture).items():
+        assert not opcodes(conv.instructions, "FFMA"), name
+        outputs = conv.m * conv.n // (32 * conv.warps)
+        products, sums = (opcodes(conv.instructions, x) for x in ("FMUL", "FADD"))
+        # Behind them the output's step, of 16 bytes of a dtype at once, or of one byte.
+        assert outputs * conv.sums <= len(products), name
+        assert outputs * (1 + conv.sums) <= len(sums), name
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_basic_blocks_multiply_on_tensor_cores(architecture):
     """As many instructions as two taps of a warp's rows take, four and two loads for each 8."""

@@ -6,6 +6,7 @@ import importlib.util
 import pytest
 import torch
 from support import assert_same_bits
+from support.quantized_blocks import SHAPES, conv, images
 
 import fused_resnet
 from fused_resnet import backends, reference
@@ -14,19 +15,6 @@ from fused_resnet.layers.quantized import Quantization, QuantizedBlock, Quantize
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
-
-
-def conv(rng, filters, channels, size=3, stride=1, padding=None, dilation=1, groups=1):
-    """A convolution whose outputs fill the 256 steps and go beyond both ends."""
-    (R, S), (p, q) = (size, size) if isinstance(size, int) else size, (0, 0)
-    p, q = (dilation * (R // 2), dilation * (S // 2)) if padding is None else padding
-    shape = (filters, channels // groups, R, S)
-    weight = torch.randint(-127, 128, shape, generator=rng, dtype=torch.int8)
-    depth = weight[0].numel()
-    scale = (torch.rand(filters, generator=rng) + 0.5) / (depth**0.5 * 80)
-    shift = 80 * torch.randn(filters, generator=rng) + 60
-    step = (stride, stride) if isinstance(stride, int) else stride
-    return QuantizedConv(weight, scale, shift, step, (p, q), (dilation, dilation), groups)
 
 
 def check(input, blocks, stored, device="cpu"):
@@ -49,58 +37,6 @@ def check(input, blocks, stored, device="cpu"):
 
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def images(rng, *shape, dtype=torch.float32):
-    return (4 * torch.randn(shape, generator=rng)).to(dtype)
-
-
-SHAPES = {
-    "more channels than a step": lambda g: (
-        [QuantizedBlock((conv(g, 150, 140, 1), conv(g, 140, 150, 1)), False, 0.7)],
-        (2, 140, 3, 3),
-    ),
-    "more pixels than a tile": lambda g: (
-        [QuantizedBlock((conv(g, 5, 3), conv(g, 3, 5)), False, 1.3)],
-        (3, 3, 13, 11),
-    ),
-    "bottleneck with a projection": lambda g: (
-        [
-            QuantizedBlock(
-                (conv(g, 8, 20, 1), conv(g, 8, 8, 3, 2), conv(g, 24, 8, 1), conv(g, 24, 20, 1, 2)),
-                True,
-                1.0,
-            )
-        ],
-        (2, 20, 7, 9),
-    ),
-    "groups that fill no tile": lambda g: (
-        [QuantizedBlock((conv(g, 12, 18, 3, groups=6), conv(g, 18, 12, 1)), False, 0.4)],
-        (1, 18, 6, 5),
-    ),
-    "filters that are not square, dilation, uneven steps": lambda g: (
-        [
-            QuantizedBlock(
-                (
-                    conv(g, 6, 6, (1, 5), (1, 1), (0, 4), 2),
-                    conv(g, 9, 6, (5, 2), (3, 2), (2, 1)),
-                    conv(g, 9, 6, 1, (3, 2)),
-                ),
-                True,
-                1.0,
-            )
-        ],
-        (2, 6, 8, 9),
-    ),
-    "one block on the other": lambda g: (
-        [
-            QuantizedBlock((conv(g, 6, 6), conv(g, 6, 6)), False, 0.9),
-            QuantizedBlock((conv(g, 8, 6, 3, 2), conv(g, 8, 8), conv(g, 8, 6, 1, 2)), True, 1.0),
-            QuantizedBlock((conv(g, 8, 8),), False, 1.1),
-        ],
-        (2, 6, 7, 7),
-    ),
-}
 
 
 @pytest.mark.parametrize("zero_point", [0, 1, 77, 255])
