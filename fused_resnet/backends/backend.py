@@ -213,9 +213,14 @@ class Backend:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
         """`batch_norm_act_training` with ReLU, and its mask, a bit a value in memory order (uint8).
 
-        The mask is None where it has none for this input; all is where it never has one.
+        As `batch_norm_add_relu` does it; None where that is. A mask of None stands for the output.
         """
-        return None
+        norm = (None, None, weight, bias, eps)
+        found = self.batch_norm_add_relu(input, norm, residual, None)
+        if found is None:
+            return None
+        output, mask, (mean, var), _ = found
+        return output, mean, var, mask
 
     def batch_norm_add_relu(
         self,

@@ -38,7 +38,6 @@ __all__ = [
     "batch_norm_act_backward_sums",
     "batch_norm_act_inference",
     "batch_norm_act_training",
-    "batch_norm_act_training_keeping_mask",
     "batch_norm_add_relu",
     "batch_statistics",
     "conv_bn_act",
@@ -235,21 +234,6 @@ def batch_norm_act_training(
     norm = Norm(mean, var, weight, bias, eps)
     output = batch_norm_act_inference(input, norm, residual, activation)
     return output, mean, var
-
-
-def batch_norm_act_training_keeping_mask(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`batch_norm_act_training` with ReLU, and its mask, a bit a value; None where it has none."""
-    found = batch_norm_add_relu(input, (None, None, weight, bias, eps), residual, None)
-    if found is None:
-        return *batch_norm_act_training(input, weight, bias, eps, residual, "relu"), None
-    output, mask, (mean, var), _ = found
-    return output, mean, var, mask
 
 
 def batch_norm_add_relu(
@@ -674,7 +658,6 @@ class Cuda(Backend):
     batch_norm_act_inference = staticmethod(batch_norm_act_inference)
     residual_blocks = staticmethod(residual_blocks)
     batch_norm_act_training = staticmethod(batch_norm_act_training)
-    batch_norm_act_training_keeping_mask = staticmethod(batch_norm_act_training_keeping_mask)
     batch_statistics = staticmethod(batch_statistics)
     batch_norm_act_backward = staticmethod(batch_norm_act_backward)
     batch_norm_act_backward_sums = staticmethod(batch_norm_act_backward_sums)

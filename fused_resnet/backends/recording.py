@@ -33,7 +33,16 @@ class Recorder(TorchDispatchMode):
 
     It changes nothing, so nothing in the pass goes another way because of it: see
     `ops.registration.is_plain`.
+
+    Args:
+        input: of the pass.
+        parameters: everything else that the pass may read, each once.
     """
+
+    def __init__(self, input: Tensor, parameters: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._input, self._parameters = input, list(parameters)
+        self._obstacle: str | None = None  # why there can be no plan
 
     @abc.abstractmethod
     def plan(self, output: Tensor) -> Plan | str:

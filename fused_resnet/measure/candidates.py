@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, functional
@@ -36,7 +35,7 @@ ONE_KERNEL = "fused, one kernel"
 
 def eager(arguments: tuple[Any, ...], problem: ConvProblem) -> Call:
     """Convolution, batch norm, add, ReLU and pool as torchvision's blocks run them."""
-    return lambda: _operators(arguments, problem)
+    return lambda: cases.eager_conv(arguments, problem)
 
 
 def compiled() -> Prepare:
@@ -50,7 +49,7 @@ def compiled() -> Prepare:
             # Layers share the code, and with it the limit of recompilations, after which a
             # program would be eager in silence.
             torch._dynamo.reset()
-            current, program = problem, torch.compile(_operators, dynamic=False)
+            current, program = problem, torch.compile(cases.eager_conv, dynamic=False)
         return lambda: program(arguments, problem)
 
     return prepare
@@ -65,7 +64,7 @@ def onednn_fused(arguments: tuple[Any, ...], problem: ConvProblem) -> Call:
     )
     geometry = (padding, stride, dilation, groups)
     if residual is None:
-        return lambda: _pooled(
+        return lambda: cases.pooled(
             torch.ops.mkldnn._convolution_pointwise(
                 input, packed, bias, *geometry, activation, [], ""
             ),
@@ -83,7 +82,7 @@ def cudnn_fused(arguments: tuple[Any, ...], problem: ConvProblem) -> Call:
     geometry = (bias, stride, padding, dilation, groups)
     if residual is None:
         run = torch.ops.aten.cudnn_convolution_relu
-        return lambda: _pooled(run(input, weight, *geometry), problem)
+        return lambda: cases.pooled(run(input, weight, *geometry), problem)
     run = torch.ops.aten.cudnn_convolution_add_relu
     return lambda: run(input, weight, residual, 1.0, *geometry)
 
@@ -234,20 +233,6 @@ def for_norms(found: Collection[str]) -> dict[str, norms.Prepare]:
         elif name.startswith("fused, "):
             ways[name] = norms.fused(functools.partial(_on_backend, name.removeprefix("fused, ")))
     return ways
-
-
-def _operators(arguments: tuple[Any, ...], problem: ConvProblem) -> Tensor:
-    input, weight, mean, var, bn_weight, bn_bias, eps, bias, *convolution, residual, _ = arguments
-    out = F.conv2d(input, weight, bias, *convolution)
-    out = F.batch_norm(out, mean, var, bn_weight, bn_bias, False, 0.0, eps)
-    if residual is not None:
-        out += residual
-    return _pooled(F.relu_(out), problem)
-
-
-def _pooled(out: Tensor, problem: ConvProblem) -> Tensor:
-    pool = problem.pool
-    return out if pool is None else F.max_pool2d(out, pool[0:2], pool[2:4], pool[4:6])
 
 
 def _folded(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:

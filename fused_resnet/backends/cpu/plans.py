@@ -42,19 +42,12 @@ _of_weights: dict[int, weakref.WeakSet[Plan]] = {}
 
 
 class Recorder(recording.Recorder):
-    """Lets native calls write themselves down, and sees what else is called.
-
-    Args:
-        input: of the pass.
-        parameters: everything else that the pass may read, each once.
-    """
+    """Lets native calls write themselves down, and sees what else is called."""
 
     def __init__(self, input: Tensor, parameters: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._input, self._parameters = input, list(parameters)
+        super().__init__(input, parameters)
         # From before the pass: another thread may write to a weight while it is being copied.
         self._versions = [*map(version_of, parameters)]
-        self._obstacle: str | None = None
         if any(p.device.type != "cpu" or p.layout is not torch.strided for p in parameters):
             self._obstacle = "a parameter is not an ordinary tensor on the CPU"
 

@@ -39,7 +39,6 @@ from .training import (
     batch_norm_act_backward_input,
     batch_norm_act_backward_sums,
     batch_norm_act_training,
-    batch_norm_act_training_keeping_mask,
     batch_norm_add_relu,
     batch_norm_add_relu_backward,
     batch_norm_relu_max_pool,
@@ -59,7 +58,6 @@ __all__ = [
     "batch_norm_act_backward_sums",
     "batch_norm_act_inference",
     "batch_norm_act_training",
-    "batch_norm_act_training_keeping_mask",
     "batch_norm_add_relu",
     "batch_norm_add_relu_backward",
     "batch_norm_relu_max_pool",
@@ -243,7 +241,6 @@ class Triton(Backend):
     batch_norm_act_inference = staticmethod(batch_norm_act_inference)
     residual_blocks = staticmethod(residual_blocks)
     batch_norm_act_training = staticmethod(batch_norm_act_training)
-    batch_norm_act_training_keeping_mask = staticmethod(batch_norm_act_training_keeping_mask)
     batch_statistics = staticmethod(batch_statistics)
     batch_norm_act_backward = staticmethod(batch_norm_act_backward)
     batch_norm_act_backward_sums = staticmethod(batch_norm_act_backward_sums)

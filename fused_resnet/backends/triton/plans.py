@@ -115,23 +115,16 @@ class _Launch:
 
 
 class Recorder(recording.Recorder):
-    """Sees allocations through the dispatcher, and launches through `launch.launch_kernel`.
-
-    Args:
-        input: of the pass.
-        parameters: everything else that the pass may read, each once.
-    """
+    """Sees allocations through the dispatcher, and launches through `launch.launch_kernel`."""
 
     def __init__(self, input: Tensor, parameters: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._input, self._parameters = input, list(parameters)
+        super().__init__(input, parameters)
         self._addresses = recording.address_of(self._parameters)
         self._parts: dict[int, _Part] = {}
         self._launches: list[_Launch] = []
         # Copies of weights by their addresses, behind the parameters, and what they are of.
         self._rows: dict[int, int] = {}
         self._kept: list[tuple[Tensor, Tensor]] = []
-        self._obstacle: str | None = None
         if self._input_storage() in {p.untyped_storage().data_ptr() for p in self._parameters}:
             self._obstacle = "the input is part of a parameter"
 

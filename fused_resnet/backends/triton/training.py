@@ -51,21 +51,6 @@ def batch_norm_act_training(
     return library.batch_norm_act_training(*arguments)
 
 
-def batch_norm_act_training_keeping_mask(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`batch_norm_act_training` with ReLU, and its mask, a bit a value; None where it has none."""
-    found = batch_norm_add_relu(input, (None, None, weight, bias, eps), residual, None)
-    if found is None:
-        return *batch_norm_act_training(input, weight, bias, eps, residual, "relu"), None
-    output, mask, (mean, var), _ = found
-    return output, mean, var, mask
-
-
 def batch_norm_add_relu(
     input: Tensor, norm: UnfoundNorm, residual: Tensor, residual_norm: UnfoundNorm | None
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None] | None:

@@ -173,7 +173,7 @@ def make_case(problem: ConvProblem, device: torch.device, seed: int = 0) -> Case
     """Random tensors for a problem, channels_last, and their float64 result."""
     arguments = _random_arguments(problem, device, seed)
     expected = _expected(arguments, problem)
-    eager = relative_error(_eager(arguments, problem), expected)
+    eager = relative_error(eager_conv(arguments, problem), expected)
     floor = 4 * torch.finfo(torch.float32).eps
     return Case(problem, arguments, expected, max(FACTOR * eager, floor))
 
@@ -246,20 +246,20 @@ def precision(dtype: str) -> Iterator[None]:
             setting.fp32_precision = value
 
 
-def _eager(arguments: tuple[Any, ...], problem: ConvProblem) -> Tensor:
+def eager_conv(arguments: tuple[Any, ...], problem: ConvProblem) -> Tensor:
     """Convolution, batch norm, add, ReLU and pooling as operators of their own."""
     input, weight, mean, var, bn_weight, bn_bias, eps, bias, *convolution, residual, _ = arguments
     out = F.conv2d(input, weight, bias, *convolution)
     out = F.batch_norm(out, mean, var, bn_weight, bn_bias, False, 0.0, eps)
     if residual is not None:
         out += residual
-    return pooled(F.relu(out), problem)
+    return pooled(F.relu_(out), problem)
 
 
 def _expected(
     arguments: tuple[Any, ...], problem: ConvProblem, images: int = _IMAGES_AT_ONCE
 ) -> Tensor:
-    """`_eager` in float64, some images at a time, since float64 convolutions need much memory."""
+    """`eager_conv` in float64, some images at a time, since those need much memory."""
     doubled = [
         value.double() if isinstance(value, Tensor) and value.dim() != 4 else value
         for value in arguments
@@ -270,7 +270,7 @@ def _expected(
         doubled[0] = arguments[0][first : first + images].double()
         if arguments[12] is not None:
             doubled[12] = arguments[12][first : first + images].double()
-        parts.append(_eager(tuple(doubled), problem))
+        parts.append(eager_conv(tuple(doubled), problem))
     return torch.cat(parts)
 
 
