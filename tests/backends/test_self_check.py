@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from conftest import RUNNERS, Runner
 from hypothesis import strategies as st
 from support import assert_same_bits
+from support.threads import run_in_threads
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock
@@ -559,15 +559,11 @@ def test_several_processes_at_once(checked: Path) -> None:
     """No verdict is lost: writers take turns."""
     families = [Family("triton", f"kernel {index}", "float32") for index in range(24)]
 
-    def write(some: list[Family]) -> None:
-        for family in some:
+    def write(at: int) -> None:
+        for family in families[at::4]:
             self_check._write(CPU, family, Verdict(True, 0.0, 1.0))
 
-    threads = [threading.Thread(target=write, args=(families[at::4],)) for at in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(write)
     assert set(self_check._read(self_check._path(CPU))) == set(map(str, families))
 
 

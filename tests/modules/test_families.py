@@ -10,10 +10,10 @@ import torch
 from support import (
     assert_gradients_by_error_rule,
     assert_same_bits,
+    assert_step_in_float64,
     double_copy,
     dtype_id,
     image_batch,
-    parameter_gradients,
     run_python,
 )
 from torch import nn
@@ -238,21 +238,7 @@ def test_gradients_and_statistics(network, mode):
     eager = build(network).double().train(mode == "train")
     fused = fused_resnet.fuse(copy.deepcopy(eager))
     x = image_batch(4, 40).double()
-    torch.manual_seed(3)
-    out, ours = parameter_gradients(fused, x)
-    torch.manual_seed(3)
-    expected, theirs = parameter_gradients(eager, x)
-    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-    assert ours.keys() == theirs.keys()
-    # That of a convolution's bias before batch statistics is zero but for rounding.
-    largest = max(gradient.abs().max().item() for gradient in theirs.values())
-    for name, gradient in theirs.items():
-        limit = 1e-9 * (gradient.abs().max().item() + 1e-3 * largest)
-        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=limit, msg=name)
-    for (name, ours_buffer), theirs_buffer in zip(
-        fused.named_buffers(), eager.buffers(), strict=True
-    ):
-        torch.testing.assert_close(ours_buffer, theirs_buffer, rtol=1e-11, atol=1e-11, msg=name)
+    assert_step_in_float64(fused, eager, x)
 
 
 @pytest.mark.quick

@@ -18,6 +18,7 @@ from support import (
     run_python,
     small_resnet,
 )
+from support.threads import run_in_threads
 from torch import nn
 
 import fused_resnet
@@ -381,26 +382,15 @@ def test_threads_share_a_model(dtype):
     jobs = [image_batch(1 + i % 3, 32 + 8 * (i % 4), dtype, seed=i) for i in range(12)]
     with torch.inference_mode():
         expected = [model(x).clone() for x in jobs]
-    failures = []
 
     def work(offset):
-        try:
-            torch.set_num_threads(1 + offset % 2)
-            with torch.inference_mode():
-                for i in range(offset, offset + 3 * len(jobs)):
-                    i %= len(jobs)
-                    out = model(jobs[i])
-                    assert_same_bits(out, expected[i], f"job {i} in thread {offset}")
-        except BaseException as error:
-            failures.append(error)
+        torch.set_num_threads(1 + offset % 2)
+        with torch.inference_mode():
+            for i in range(offset, offset + 3 * len(jobs)):
+                i %= len(jobs)
+                assert_same_bits(model(jobs[i]), expected[i], f"job {i} in thread {offset}")
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    run_in_threads(work)
 
 
 def test_threads_meet_a_cold_model():
@@ -414,21 +404,12 @@ def test_threads_meet_a_cold_model():
         x = image_batch(1, 32)
         with torch.no_grad():
             expected = twin(x)
-        results = []
-        barrier = threading.Barrier(4)
 
-        def work(model=model, barrier=barrier, results=results, x=x):
-            barrier.wait()
-            with torch.no_grad():
-                results.append(model(x))
+        @torch.no_grad()
+        def work(_, model=model, x=x):
+            return model(x)
 
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(results) == 4
-        for out in results:
+        for out in run_in_threads(work):
             assert_same_bits(out, expected)
 
 
@@ -437,27 +418,18 @@ def test_threads_after_an_update(change):
     """An update that ended before the threads started is seen by all of them, entirely."""
     model = fused_resnet.fuse(small_resnet())
     x = image_batch(1, 32)
+
+    @torch.no_grad()
+    def work(_):
+        return model(x)
+
     for attempt in range(8):
         with torch.no_grad():
             for weight in weights(model):
                 target = weight if change == "in place" else weight.data
                 target.mul_(-1.0 if attempt % 2 else 1.01)
             expected = fused_resnet.fuse(copy.deepcopy(model))(x)
-        results = []
-        barrier = threading.Barrier(4)
-
-        def work(barrier=barrier, results=results):
-            barrier.wait()
-            with torch.no_grad():
-                results.append(model(x))
-
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(results) == 4
-        for out in results:
+        for out in run_in_threads(work):
             assert_same_bits(out, expected)
 
 

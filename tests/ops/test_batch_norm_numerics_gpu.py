@@ -5,13 +5,11 @@ Where there is none these are interpreted (Triton) and run on the host (CUDA).
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import RUNNERS
-from support import assert_same_bits, dtype_id
+from support import assert_same_bits, dtype_id, triton_norms
 from support.hard_batch_norms import HARD, check, fused, hard_input, results
 
 import fused_resnet
@@ -45,16 +43,7 @@ def use_kernels(monkeypatch):
             if torch.cuda.get_device_capability() < (9, 0):
                 pytest.skip("the GPU has no clusters")
         elif how == "gpu_tiles" and RUNNER[name].device != "cuda":
-            norms = backends.triton.lazy.norms()
-            layout_of = norms.layout_of
-
-            def as_on_a_gpu(input):
-                found = layout_of(input)
-                channels = norms._LINE // input.element_size() if found.S == 1 else 1
-                block_c = min(1 << (found.C - 1).bit_length(), channels)
-                return dataclasses.replace(found, block_r=norms._STEP // block_c, block_c=block_c)
-
-            monkeypatch.setattr(norms, "layout_of", as_on_a_gpu)
+            triton_norms.use_tiles_of_a_gpu(monkeypatch)
 
     return use
 

@@ -14,6 +14,7 @@ from support import (
     DTYPES,
     STEM_POOL,
     ConvShape,
+    assert_conv_gradients_by_error_rule,
     assert_gradients_by_error_rule,
     assert_same_bits,
     assert_same_nonfinite,
@@ -57,17 +58,7 @@ def test_conv_bn_act(backend, shape, dtype, activation, pool):
         device=backend.device,
     )
     names = [n for n in DIFFERENTIABLE if n in make().tensors()]
-    _, ours = conv_gradients(make(), lambda c: c.fused(), names)
-    _, theirs = conv_gradients(make(), lambda c: c.eager(), names)
-    _, exact = conv_gradients(make().double(), lambda c: c.eager(), names)
-    assert set(ours) == set(names)
-    for name in names:
-        assert ours[name].dtype == theirs[name].dtype, name
-        assert exact[name].abs().max() > 0, name
-        if dtype == torch.float64:
-            assert relative_error(ours[name], exact[name]) < 1e-13, name
-        else:
-            assert_error_rule(ours[name], theirs[name], exact[name])
+    assert_conv_gradients_by_error_rule(make, names)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)

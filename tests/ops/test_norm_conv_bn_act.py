@@ -15,6 +15,7 @@ from support import (
     QUICK_SHAPES,
     SAMPLE_SHAPES,
     ConvShape,
+    assert_conv_gradients_by_error_rule,
     assert_same_bits,
     assert_same_nonfinite,
     assert_within_bound,
@@ -325,17 +326,7 @@ def test_gradients(backend, shape, dtype, activation):
         activation=activation,
         device=backend.device,
     )
-    _, ours = conv_gradients(make(), lambda c: c.fused(), OURS)
-    _, theirs = conv_gradients(make(), lambda c: c.eager(), OURS)
-    _, exact = conv_gradients(make().double(), lambda c: c.eager(), OURS)
-    assert set(ours) == set(OURS)
-    for name in OURS:
-        assert ours[name].dtype == theirs[name].dtype, name
-        assert exact[name].abs().max() > 0, name
-        if dtype == torch.float64:
-            assert relative_error(ours[name], exact[name]) < 1e-13, name
-        else:
-            assert_error_rule(ours[name], theirs[name], exact[name], what=name)
+    assert_conv_gradients_by_error_rule(make, OURS)
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -1,10 +1,10 @@
 """The documentation says what the code does."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from support import load_script
 
 import fused_resnet
 
@@ -12,23 +12,16 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_support_matrix_is_current():
     """Committed as `python docs/make_support_matrix.py` writes it."""
     pytest.importorskip("timm", reason="timm is not installed, whose networks are in the matrix")
-    matrix = script("make_support_matrix")
+    matrix = load_script(DOCS / "make_support_matrix.py")
     assert matrix.SUPPORT.read_text() == matrix.text(), "run python docs/make_support_matrix.py"
 
 
 def test_the_reference_is_current():
     """Committed as `python docs/make_reference.py` writes it, and nothing public is missing."""
-    reference = script("make_reference")
+    reference = load_script(DOCS / "make_reference.py")
     text = reference.REFERENCE.read_text()
     assert text == reference.text(), "run python docs/make_reference.py"
     for name in fused_resnet.__all__:

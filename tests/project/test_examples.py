@@ -1,6 +1,5 @@
 """The examples run, and the results kept beside them say what they should."""
 
-import importlib.util
 import json
 import re
 import statistics
@@ -11,6 +10,7 @@ import matplotlib.image
 import pytest
 import torch
 import typer
+from support import load_script
 from typer.testing import CliRunner
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -18,12 +18,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 @pytest.fixture(scope="module")
 def train_digits():
-    specification = importlib.util.spec_from_file_location(
-        "train_digits", EXAMPLES / "train_digits.py"
-    )
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[module.__name__] = module  # where dataclasses look for their module
-    specification.loader.exec_module(module)
+    module = load_script(EXAMPLES / "train_digits.py")
     yield module
     del sys.modules[module.__name__]
 

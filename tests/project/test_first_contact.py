@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from support import load_script
 
 import fused_resnet
 
@@ -20,17 +19,7 @@ SCRIPT = ROOT / "bench" / "first_contact.py"
 PACKAGE = str(Path(fused_resnet.__file__).parents[1])
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("first_contact", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["first_contact"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-first_contact = load(SCRIPT)
+first_contact = load_script(SCRIPT)
 
 
 def run(

@@ -1,6 +1,5 @@
 """Each example of the gallery runs, in small, and prints what it is about."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -16,10 +16,7 @@ EXAMPLES = ROOT / "examples"
 def run(capsys, monkeypatch, name, **options):
     """What an example prints, called with these options; the others are its own."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    module.main(**options)
+    load_script(EXAMPLES / f"{name}.py").main(**options)
     return capsys.readouterr().out
 
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import itertools
 import os
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,7 +33,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import fused_resnet
 from fused_resnet import functional
-from fused_resnet.testing import FACTOR, relative_error
+from fused_resnet.testing import FACTOR, assert_error_rule, relative_error
 
 from .processes import current_environment, run_code
 
@@ -496,6 +499,21 @@ def conv_gradients(case, evaluate, names):
     return out.detach(), {n: leaves[n].grad for n in leaves if n in names}
 
 
+def assert_conv_gradients_by_error_rule(make, names):
+    """Those of a case that `make()` gives in these tensors; in float64 to rounding."""
+    _, ours = conv_gradients(make(), lambda c: c.fused(), names)
+    _, theirs = conv_gradients(make(), lambda c: c.eager(), names)
+    _, exact = conv_gradients(make().double(), lambda c: c.eager(), names)
+    assert set(ours) == set(names)
+    for name in names:
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert exact[name].abs().max() > 0, name
+        if make().input.dtype == torch.float64:
+            assert relative_error(ours[name], exact[name]) < 1e-13, name
+        else:
+            assert_error_rule(ours[name], theirs[name], exact[name], what=name)
+
+
 def bits(tensor: Tensor) -> bytes:
     """The tensor's elements as bytes, in logical order: NaN payloads and signed zeros count."""
     flat = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1)
@@ -580,6 +598,17 @@ def conv_of_taps(
         out[..., rows, columns] += sums
     out = out.flatten(1, 2)
     return out if bias is None else out + bias.view(1, -1, 1, 1)
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script of the repository as a module of its name, which can be pickled and inspected."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_python(code: str, timeout: float = 300, **environment: str) -> str:
@@ -707,6 +736,32 @@ def parameter_gradients(model, x):
         "input": x.grad,
         **{n: p.grad for n, p in model.named_parameters() if p.grad is not None},
     }
+
+
+def assert_step_in_float64(fused, eager, x, outputs=1e-10, gradients=1e-9, buffers=1e-11):
+    """Output, gradients and buffers of two models that draw from the same seed.
+
+    Args:
+        fused: in float64, where a wrong formula shows.
+        eager: its twin.
+        x: their input.
+        outputs: how far an element may be off, relatively and absolutely; so are `buffers`.
+        gradients: the same, of the largest of a gradient and, in part, of all.
+        buffers: see `outputs`.
+    """
+    torch.manual_seed(3)
+    out, ours = parameter_gradients(fused, x)
+    torch.manual_seed(3)
+    expected, theirs = parameter_gradients(eager, x)
+    torch.testing.assert_close(out, expected, rtol=outputs, atol=outputs)
+    assert ours.keys() == theirs.keys()
+    # That of a convolution's bias before batch statistics is zero but for rounding.
+    largest = max(gradient.abs().max().item() for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        limit = gradients * (gradient.abs().max().item() + 1e-3 * largest)
+        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=limit, msg=name)
+    for (name, buffer), expected in zip(fused.named_buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected, rtol=buffers, atol=buffers, msg=name)
 
 
 class Decisions(TorchDispatchMode):

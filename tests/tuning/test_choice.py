@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import threading
 import time
 from pathlib import Path
 
 import pytest
+from support.threads import run_in_threads
 from support.tuning import CPU, CUDA, GPU, LIBRARY_ENTRY, SMALL, model_problems
 
 from fused_resnet import tuning
@@ -85,17 +85,11 @@ def test_choice_is_cheap_and_reads_tables_once(
 
 def test_choice_from_many_threads(an_h100: architecture.Architecture) -> None:
     table.merge(table.user_path(GPU), GPU, dict.fromkeys(model_problems()[::2], LIBRARY_ENTRY))
-    found: list[list[Choice]] = []
 
-    def work() -> None:
-        found.append([tuning.choose(problem, CUDA) for problem in model_problems()])
+    def work(_: int) -> list[Choice]:
+        return [tuning.choose(problem, CUDA) for problem in model_problems()]
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 8
+    found = run_in_threads(work, 8)
     assert all(choices == found[0] for choices in found)
     assert {choice.source for choice in found[0]} == {MEASURED, ESTIMATE}
 

@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import os
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.threads import run_in_threads
 from support.tuning import GPU, LIBRARY_ENTRY, SMALL, STEM, document, model_problems, problems
 
 from fused_resnet import tuning
@@ -114,13 +114,7 @@ def test_many_processes_write_at_once(tmp_path: Path) -> None:
 
 def test_many_threads_write_at_once(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
-    threads = [
-        threading.Thread(target=_write_many, args=(path, 1 + 5 * index, 5)) for index in range(6)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(lambda index: _write_many(path, 1 + 5 * index, 5), 6)
     assert {problem.N for problem in table.read(path)} == set(range(1, 31))
 
 

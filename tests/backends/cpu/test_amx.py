@@ -8,28 +8,25 @@ import contextlib
 import ctypes
 import mmap
 import os
-import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support import (
     STEM,
-    STEM_POOL,
     ConvShape,
     assert_same_nonfinite,
     assert_within_bound,
     conv_digests,
-    conv_layouts,
+    conv_units,
     make_conv_case,
-    make_norm_conv_case,
     relative_error,
     rerun_on_instruction_set,
 )
+from support.threads import run_in_threads
 from torchvision.models.resnet import BasicBlock
 
 import fused_resnet
-from fused_resnet.layers.description import Norm
 
 TILES = torch.ops.fused_resnet.conv_tile_isa()
 # Then float32 is on tiles wherever they can run it.
@@ -68,145 +65,42 @@ SHAPES = [
 @pytest.mark.parametrize("size", [(7, 7), (14, 9), (1, 37)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layouts_and_sizes(shape, size, dtype):
-    for batch, residual, activation in ((1, True, "none"), (3, False, "relu")):
-        case = make_conv_case(
-            shape,
-            batch=batch,
-            size=tuple(max(n, d * (k - 1) + 1) for n, d, k in zip(
-                size, shape.dilation, shape.kernel_size, strict=True)),
-            dtype=dtype,
-            residual=residual,
-            activation=activation,
-        )  # fmt: skip
-        expected, bound = case.double().eager(), case.rounding_bound()
-        for x in conv_layouts(case.input):
-            case.input = x
-            assert_within_bound(case.fused(), expected, bound)
-        if residual:
-            case.residual = case.residual.contiguous()
-            assert_within_bound(case.fused(), expected, bound)
+    conv_units.check_layouts(shape, size, dtype)
 
 
 @needs_tiles
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_tasks(dtype):
-    """More rows than a task takes and weights that do not stay in the cache."""
-    for shape, size, batch in (
-        (ConvShape(64, 64, (3, 3), padding=(1, 1)), (40, 41), 4),
-        (ConvShape(512, 1040, (3, 3), padding=(1, 1)), (3, 5), 2),
-        (ConvShape(64, 256, (1, 1)), (40, 41), 3),
-        (ConvShape(288, 64, (1, 1), (2, 2)), (21, 19), 5),
-    ):
-        case = make_conv_case(shape, batch=batch, size=size, dtype=dtype)
-        assert_within_bound(case.fused(), case.double().eager(), case.rounding_bound())
+    conv_units.check_many_tasks(dtype)
 
 
 @needs_tiles
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_stem_with_its_pool(channels_last, dtype):
-    for size in ((33, 70), (20, 9)):
-        case = make_conv_case(STEM, size=size, batch=3, dtype=dtype, pool=STEM_POOL)
-        if not channels_last:
-            case.input = case.input.contiguous()
-        # The pool takes the maximum of what was rounded, and rounding is monotonic.
-        pool = case.pool
-        case.pool = None
-        expected, bound = case.double().eager(), case.rounding_bound()
-        case.pool = pool
-        most = F.max_pool2d(bound, **pool)
-        assert_within_bound(case.fused(), F.max_pool2d(expected, **pool), most)
+    conv_units.check_stem_with_its_pool(channels_last, dtype)
 
 
 @needs_tiles
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_prologue(dtype):
     for shape in (SHAPES[0], SHAPES[3], SHAPES[6], SHAPES[7], SHAPES[9]):
-        case = make_norm_conv_case(shape, size=(11, 10), dtype=dtype)
-        expected, bound = case.double().eager(), case.rounding_bound()
-        for x in conv_layouts(case.input):
-            case.input = x
-            assert_within_bound(case.fused(), expected, bound)
+        conv_units.check_prologue(shape, dtype)
 
 
 @needs_tiles
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("add", [False, True])
 def test_gradient_in_the_input(add, dtype):
-    """The forward's kernel with transposed weights, whose taps run backwards."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*sizes):
-        return torch.randn(sizes, generator=generator).to(dtype)
-
-    for c, k, taps, stride, padding, dilation in (
-        (64, 96, (3, 3), 1, (1, 1), 1),
-        (33, 20, (2, 3), 1, (1, 3), 2),
-        (40, 64, (1, 1), 1, (0, 0), 1),
-        (96, 32, (1, 1), 2, (0, 0), 1),
-        (5, 7, (5, 1), 1, (2, 0), 1),
-    ):
-        weight = draw(k, c, *taps).to(memory_format=torch.channels_last)
-        x = draw(2, c, 11, 9).to(memory_format=torch.channels_last)
-        wide = x.double().requires_grad_()
-        out = F.conv2d(wide, weight.double(), None, stride, padding, dilation)
-        grad = draw(*out.shape).to(memory_format=torch.channels_last)
-        out.backward(grad.double())
-        before = draw(*x.shape).to(memory_format=torch.channels_last) if add else None
-        expected = wide.grad + (before.double() if add else 0)
-        actual = fused_resnet.backends.cpu.conv_input_gradient(
-            grad, x, weight, ((stride,) * 2, padding, (dilation,) * 2, 1), before
-        )
-        # Sums in float32, rounded once; float16's without the products of second parts.
-        slack = 1e-5 if dtype is torch.float16 else 2e-6
-        error = (actual.double() - expected).abs()
-        assert (
-            error <= expected.abs() * torch.finfo(dtype).eps + slack * expected.abs().max()
-        ).all()
+    # float16's sums are without the products of second parts.
+    conv_units.check_gradient_in_the_input(add, dtype, 1e-5 if dtype is torch.float16 else 2e-6)
 
 
 @needs_tiles
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_forward_in_training(dtype):
-    """The convolution, with a norm before it, and its output's statistics, on any threads."""
-    cpu = fused_resnet.backends.cpu
-    generator = torch.Generator().manual_seed(0)
-    threads = torch.get_num_threads()
-    for c, k, taps, stride, padding, groups in (
-        (64, 96, 3, 1, 1, 1),
-        (33, 70, 3, 2, 1, 1),
-        (64, 160, 1, 1, 0, 1),
-        (3, 40, 7, 2, 3, 1),
-        (64, 96, 3, 1, 1, 2),
-    ):
-        size = (3, c, 19, 17) if TILES == "amx" else (2, c, 9, 8)
-        x = torch.randn(size, generator=generator) + 1
-        weight = torch.randn(k, c // groups, taps, taps, generator=generator)
-        x, weight = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, weight))
-        bias = torch.randn(k, generator=generator).to(dtype) * 30  # a mean that is not near zero
-        geometry = ((stride,) * 2, (padding,) * 2, (1, 1), groups)
-        mean, bn_weight, bn_bias = torch.randn(3, c, generator=generator)
-        norm = Norm(mean, torch.rand(c, generator=generator) + 0.5, bn_weight, bn_bias, 1e-5)
-        for before in (None, norm):
-            found = []
-            for count in (1, 3):
-                torch.set_num_threads(count)
-                found.append(cpu.conv_batch_norm_statistics(x, weight, bias, geometry, before))
-            torch.set_num_threads(threads)
-            for one in found[1:]:
-                assert all(map(torch.equal, one, found[0]))
-            out, mean, variance = found[0]
-            h = x if before is None else cpu.batch_norm_act_inference(x, norm, None, "relu")
-            exact = F.conv2d(h.double(), weight.double(), bias.double(), stride, padding, 1, groups)
-            error = (out.double() - exact).abs()
-            limit = exact.abs() * torch.finfo(dtype).eps + 2e-6 * exact.abs().max()
-            assert (error <= limit).all()
-            values = out.double().transpose(0, 1).flatten(1)
-            torch.testing.assert_close(mean.double(), values.mean(1), rtol=2e-7, atol=1e-6)
-            expected = values.var(1, unbiased=False)
-            torch.testing.assert_close(variance.double(), expected, rtol=1e-6, atol=0)
-            if before is None:
-                assert torch.equal(cpu.convolution(x, weight, bias, geometry), out)
+    batch, size = (3, (19, 17)) if TILES == "amx" else (2, (9, 8))
+    conv_units.check_forward_in_training(dtype, batch, size)
 
 
 @needs_tiles
@@ -229,12 +123,7 @@ def test_statistics_that_float32_cannot_sum():
 @needs_tiles
 @pytest.mark.quick
 def test_explain_names_the_unit():
-    explain = fused_resnet.backends.explain
-    arguments = {"device": torch.device("cpu"), "dtype": torch.bfloat16}
-    text = explain("conv_bn_act", weight_shape=(64, 64, 3, 3), **arguments)
-    assert text == f"cpu: native convolution ({TILES})"
-    text = explain("norm_conv_bn_act", weight_shape=(64, 64, 3, 3), **arguments)
-    assert text == f"cpu: native norm + convolution ({TILES})"
+    conv_units.check_explanation(TILES)
 
 
 @contextlib.contextmanager
@@ -514,24 +403,6 @@ def tiles_in_use() -> bool:
     """Whether this thread has tiles configured or in them anything (XINUSE bits 17 and 18)."""
     # mov ecx, 1; xgetbv; ret
     return bool(machine_code(b"\xb9\x01\x00\x00\x00\x0f\x01\xd0\xc3")() & 0x60000)
-
-
-def run_in_threads(function, count=4):
-    failures = []
-
-    def guarded(i):
-        try:
-            function(i)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 @needs_amx

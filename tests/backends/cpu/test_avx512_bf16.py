@@ -4,23 +4,18 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support import (
     STEM,
-    STEM_POOL,
     ConvShape,
     assert_same_nonfinite,
-    assert_within_bound,
     conv_digests,
-    conv_layouts,
+    conv_units,
     make_conv_case,
-    make_norm_conv_case,
     relative_error,
     rerun_on_instruction_set,
 )
 
 import fused_resnet
-from fused_resnet.layers.description import Norm
 
 PAIRS = torch.ops.fused_resnet.conv_pair_isa()
 needs_pairs = pytest.mark.skipif(
@@ -61,139 +56,35 @@ SHAPES = [
 @pytest.mark.parametrize("size", [(7, 7), (14, 9), (1, 37)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layouts_and_sizes(shape, size):
-    reach = [d * (k - 1) + 1 for d, k in zip(shape.dilation, shape.kernel_size, strict=True)]
-    size = tuple(map(max, size, reach))
-    for batch, residual, activation in ((1, True, "none"), (3, False, "relu")):
-        case = make_conv_case(
-            shape, batch=batch, size=size, dtype=BF16, residual=residual, activation=activation
-        )
-        expected, bound = case.double().eager(), case.rounding_bound()
-        for x in conv_layouts(case.input):
-            case.input = x
-            assert_within_bound(case.fused(), expected, bound)
-        if residual:
-            case.residual = case.residual.contiguous()
-            assert_within_bound(case.fused(), expected, bound)
+    conv_units.check_layouts(shape, size, BF16)
 
 
 @needs_pairs
 def test_many_tasks():
-    """More rows than a task takes, weights that do not stay in the cache, on any threads."""
-    threads = torch.get_num_threads()
-    for shape, size, batch in (
-        (ConvShape(64, 64, (3, 3), padding=(1, 1)), (40, 41), 4),
-        (ConvShape(512, 1040, (3, 3), padding=(1, 1)), (3, 5), 2),
-        (ConvShape(64, 256, (1, 1)), (40, 41), 3),
-        (ConvShape(288, 64, (1, 1), (2, 2)), (21, 19), 5),
-    ):
-        case = make_conv_case(shape, batch=batch, size=size, dtype=BF16)
-        found = []
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            found.append(case.fused())
-        torch.set_num_threads(threads)
-        assert torch.equal(*found)
-        assert_within_bound(found[0], case.double().eager(), case.rounding_bound())
+    conv_units.check_many_tasks(BF16)
 
 
 @needs_pairs
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_stem_with_its_pool(channels_last):
-    for size in ((33, 70), (20, 9)):
-        case = make_conv_case(STEM, size=size, batch=3, dtype=BF16, pool=STEM_POOL)
-        if not channels_last:
-            case.input = case.input.contiguous()
-        # The pool takes the maximum of what was rounded, and rounding is monotonic.
-        pool = case.pool
-        case.pool = None
-        expected, bound = case.double().eager(), case.rounding_bound()
-        case.pool = pool
-        most = F.max_pool2d(bound, **pool)
-        assert_within_bound(case.fused(), F.max_pool2d(expected, **pool), most)
+    conv_units.check_stem_with_its_pool(channels_last, BF16)
 
 
 @needs_pairs
 @pytest.mark.parametrize("shape", [SHAPES[i] for i in (0, 3, 6, 7, 8, 9, 14, 15)], ids=str)
 def test_prologue(shape):
-    case = make_norm_conv_case(shape, size=(11, 10), dtype=BF16)
-    expected, bound = case.double().eager(), case.rounding_bound()
-    for x in conv_layouts(case.input):
-        case.input = x
-        assert_within_bound(case.fused(), expected, bound)
+    conv_units.check_prologue(shape, BF16)
 
 
 @needs_pairs
 @pytest.mark.parametrize("add", [False, True])
 def test_gradient_in_the_input(add):
-    """The forward's kernel with transposed weights, whose taps run backwards."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*sizes):
-        return torch.randn(sizes, generator=generator).to(BF16)
-
-    for c, k, taps, stride, padding, dilation in (
-        (64, 96, (3, 3), 1, (1, 1), 1),
-        (33, 21, (2, 3), 1, (1, 3), 2),
-        (40, 64, (1, 1), 1, (0, 0), 1),
-        (96, 32, (1, 1), 2, (0, 0), 1),
-        (5, 7, (5, 1), 1, (2, 0), 1),
-    ):
-        weight = draw(k, c, *taps).to(memory_format=torch.channels_last)
-        x = draw(2, c, 11, 9).to(memory_format=torch.channels_last)
-        wide = x.double().requires_grad_()
-        out = F.conv2d(wide, weight.double(), None, stride, padding, dilation)
-        grad = draw(*out.shape).to(memory_format=torch.channels_last)
-        out.backward(grad.double())
-        before = draw(*x.shape).to(memory_format=torch.channels_last) if add else None
-        expected = wide.grad + (before.double() if add else 0)
-        actual = fused_resnet.backends.cpu.conv_input_gradient(
-            grad, x, weight, ((stride,) * 2, padding, (dilation,) * 2, 1), before
-        )
-        # Sums in float32, rounded once.
-        error = (actual.double() - expected).abs()
-        limit = expected.abs() * torch.finfo(BF16).eps + 2e-6 * expected.abs().max()
-        assert (error <= limit).all()
+    conv_units.check_gradient_in_the_input(add, BF16)
 
 
 @needs_pairs
 def test_forward_in_training():
-    """The convolution, with a norm before it, and its output's statistics, on any threads."""
-    cpu = fused_resnet.backends.cpu
-    generator = torch.Generator().manual_seed(0)
-    threads = torch.get_num_threads()
-    for c, k, taps, stride, padding, groups in (
-        (64, 96, 3, 1, 1, 1),
-        (33, 70, 3, 2, 1, 1),
-        (64, 160, 1, 1, 0, 1),
-        (3, 40, 7, 2, 3, 1),
-        (64, 96, 3, 1, 1, 2),
-    ):
-        x = torch.randn(2, c, 13, 11, generator=generator) + 1
-        weight = torch.randn(k, c // groups, taps, taps, generator=generator)
-        x, weight = (t.to(BF16).contiguous(memory_format=torch.channels_last) for t in (x, weight))
-        bias = torch.randn(k, generator=generator).to(BF16) * 30  # a mean that is not near zero
-        geometry = ((stride,) * 2, (padding,) * 2, (1, 1), groups)
-        mean, bn_weight, bn_bias = torch.randn(3, c, generator=generator)
-        norm = Norm(mean, torch.rand(c, generator=generator) + 0.5, bn_weight, bn_bias, 1e-5)
-        for before in (None, norm):
-            found = []
-            for count in (1, 3):
-                torch.set_num_threads(count)
-                found.append(cpu.conv_batch_norm_statistics(x, weight, bias, geometry, before))
-            torch.set_num_threads(threads)
-            assert all(map(torch.equal, *found))
-            out, mean, variance = found[0]
-            h = x if before is None else cpu.batch_norm_act_inference(x, norm, None, "relu")
-            exact = F.conv2d(h.double(), weight.double(), bias.double(), stride, padding, 1, groups)
-            error = (out.double() - exact).abs()
-            limit = exact.abs() * torch.finfo(BF16).eps + 2e-6 * exact.abs().max()
-            assert (error <= limit).all()
-            values = out.double().transpose(0, 1).flatten(1)
-            torch.testing.assert_close(mean.double(), values.mean(1), rtol=2e-7, atol=1e-6)
-            expected = values.var(1, unbiased=False)
-            torch.testing.assert_close(variance.double(), expected, rtol=1e-6, atol=0)
-            if before is None:
-                assert torch.equal(cpu.convolution(x, weight, bias, geometry), out)
+    conv_units.check_forward_in_training(BF16, 2, (13, 11))
 
 
 @needs_pairs
@@ -217,14 +108,11 @@ def test_values_that_are_not_finite(shape):
 @needs_pairs
 @pytest.mark.quick
 def test_explain_names_the_unit():
+    conv_units.check_explanation(PAIRS)
     explain = fused_resnet.backends.explain
-    arguments = {"device": torch.device("cpu"), "weight_shape": (64, 64, 3, 3)}
-    text = explain("conv_bn_act", dtype=BF16, **arguments)
-    assert text == f"cpu: native convolution ({PAIRS})"
-    text = explain("norm_conv_bn_act", dtype=BF16, **arguments)
-    assert text == f"cpu: native norm + convolution ({PAIRS})"
     for dtype in (torch.float32, torch.float16):
-        assert PAIRS not in explain("conv_bn_act", dtype=dtype, **arguments)
+        where = {"device": torch.device("cpu"), "dtype": dtype, "weight_shape": (64, 64, 3, 3)}
+        assert PAIRS not in explain("conv_bn_act", **where)
 
 
 # Their digests are compared.

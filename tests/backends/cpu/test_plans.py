@@ -5,13 +5,13 @@ import functools
 import gc
 import io
 import pickle
-import threading
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support import assert_same_bits, image_batch, small_resnet
+from support.threads import run_in_threads, with_threads
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock
@@ -415,13 +415,8 @@ def test_compiled_graphs_hold_operators(ran):
 def test_another_number_of_threads_gives_the_same_bits(ran):
     model, x = make_model(), image_batch()
     before = settle(model, x, ran)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert_same_bits(settle(model, x, ran), before)
-    finally:
-        torch.set_num_threads(threads)
+    for out in with_threads(lambda: settle(model, x, ran), 1, 2, 3):
+        assert_same_bits(out, before)
 
 
 def test_the_precision_that_torch_is_set_to_is_followed(ran):
@@ -445,22 +440,13 @@ def test_the_precision_that_torch_is_set_to_is_followed(ran):
 def test_threads_call_at_once(ran):
     model, inputs = make_model(), [image_batch(seed=seed) for seed in range(4)]
     expected = [settle(model, x, ran) for x in inputs]
-    wrong = []
 
     @torch.inference_mode()
     def work(i):
-        try:
-            for _ in range(10):
-                assert_same_bits(model(inputs[i]), expected[i])
-        except BaseException as error:
-            wrong.append(error)
+        for _ in range(10):
+            assert_same_bits(model(inputs[i]), expected[i])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong, wrong
+    run_in_threads(work)
     assert len(ran) >= 40
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from support import assert_same_bits
+from support.threads import with_threads
 
 from fused_resnet import reference
 from fused_resnet.backends import cpu
@@ -174,16 +175,10 @@ def test_no_images(kernels):
 def test_threads():
     torch.manual_seed(4)
     x, blocks = batch(64, 9, 9, N=5), [bottleneck(64, 64, 256), bottleneck(256, 64, 256)]
-    outputs = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            outputs.append(cpu.run_quantized_blocks(x, blocks, stored(), OUTPUT))
-    finally:
-        torch.set_num_threads(before)
-    assert_same_bits(outputs[1], outputs[0])
-    assert_same_bits(outputs[2], outputs[0])
+    run = lambda: cpu.run_quantized_blocks(x, blocks, stored(), OUTPUT)  # noqa: E731
+    first, *others = with_threads(run, 1, 2, 7)
+    for out in others:
+        assert_same_bits(out, first)
 
 
 @pytest.mark.parametrize("make", [lambda: bottleneck(64, 64, 256), lambda: basic(64, 64)])

@@ -3,12 +3,12 @@
 import copy
 import io
 import pickle
-import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support import BLOCKS, assert_same_bits, double_copy, image_batch, run_python, small_resnet
+from support.threads import run_in_threads
 from torch import nn
 from torchvision.models import resnet18
 from typer.testing import CliRunner
@@ -309,28 +309,18 @@ def test_threads_after_an_unseen_write():
     with torch.no_grad():
         expected = [convolve(conv, nn.Parameter(sign * weight.detach()), x) for sign in (1, -1)]
         convolve(conv, weight, x)
-    wrong, errors = [], []
+
+    @torch.no_grad()
+    def work(_):
+        torch.set_num_threads(1)
+        return convolve(conv, weight, x)
+
+    wrong = 0
     for attempt in range(150):
         weight.data.mul_(-1)
-        barrier = threading.Barrier(6)
-
-        def work(barrier=barrier, right=expected[(attempt + 1) % 2]):
-            try:
-                torch.set_num_threads(1)
-                barrier.wait()
-                with torch.no_grad():
-                    if not torch.equal(convolve(conv, weight, x), right):
-                        wrong.append(1)
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=work) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not errors
-    assert not wrong, f"{len(wrong)} wrong outputs"
+        right = expected[(attempt + 1) % 2]
+        wrong += sum(not torch.equal(out, right) for out in run_in_threads(work, 6))
+    assert not wrong
 
 
 def test_forks_while_threads_allocate():

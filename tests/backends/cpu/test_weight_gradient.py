@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support import rerun_on_instruction_set
+from support.threads import with_threads
 
 from fused_resnet.backends import cpu
 
@@ -113,16 +116,10 @@ def test_values_that_are_not_finite(dtype):
 
 
 def test_any_number_of_threads_gives_the_same_bits(dtype):
-    before = torch.get_num_threads()
-    try:
-        for shape in SHAPES:
-            arguments, found = draw(shape, 3, dtype), []
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                found.append(cpu.conv_weight_gradient(*arguments))
-            assert all(torch.equal(found[0], other) for other in found[1:])
-    finally:
-        torch.set_num_threads(before)
+    for shape in SHAPES:
+        call = functools.partial(cpu.conv_weight_gradient, *draw(shape, 3, dtype))
+        first, *others = with_threads(call, 1, 2, 5)
+        assert all(torch.equal(first, other) for other in others)
 
 
 def test_empty_batches_and_what_is_left_to_the_library(dtype):

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support import ConvShape, dtype_id, make_conv_case
+from support import ConvShape, dtype_id
+from support.exact_convolutions import Problem, assert_exact, small_integers
 
 from fused_resnet import _native, backends, reference
 
@@ -66,14 +67,6 @@ def _instances():
         row = numbers[at : at + 7]
         for dtype in [torch.float32] if row[0] else [torch.float16, torch.bfloat16]:
             yield Instance(index, dtype, *row)
-
-
-@dataclass(frozen=True)
-class Problem:
-    name: str
-    shape: ConvShape
-    size: tuple[int, int]
-    batch: int = 2
 
 
 def problems(tile):
@@ -129,31 +122,6 @@ def cases():
             yield pytest.param(tile, problem, id=f"{tile}-{problem.name}".replace(" ", "_"))
 
 
-def small_integers(problem, dtype, **options):
-    """A case whose every sum is exact, in tf32 too."""
-    case = make_conv_case(
-        problem.shape, batch=problem.batch, size=problem.size, dtype=dtype, **options
-    )
-    K = problem.shape.out_channels
-    changes = {
-        "weight": torch.randint(-3, 4, case.weight.shape).to(dtype),
-        "running_mean": torch.randint(-3, 4, (K,)).to(case.running_mean.dtype),
-        # With eps, the squares of 1/2, 1, 2 and 4.
-        "running_var": torch.tensor([0.0, 0.75, 3.75, 15.75])[torch.randint(4, (K,))],
-        "eps": 0.25,
-    }
-    if case.bn_weight is not None:
-        changes["bn_weight"] = torch.tensor([-1, -0.5, 0.5, 1, 2])[torch.randint(5, (K,))]
-        changes["bn_bias"] = torch.randint(-3, 4, (K,)).float()
-    if case.bias is not None:
-        changes["bias"] = torch.randint(-3, 4, (K,)).to(dtype)
-    changes["weight"] = changes["weight"].to(memory_format=torch.channels_last)
-    case.input = (case.input * 2).round()
-    if case.residual is not None:
-        case.residual = (case.residual * 2).round()
-    return dataclasses.replace(case, **changes)
-
-
 def run(tile, case, split=1):
     """The operator, on copies of its tensors that end where accesses must."""
     guarded = cuda_on_host.guarded() if ON_HOST else contextlib.nullcontext()
@@ -174,13 +142,6 @@ def copy_of(tensor):
     if tensor.storage_offset() or tensor.numel() == 0 or extent != tensor.numel():
         return tensor
     return torch.empty_like(tensor).copy_(tensor)
-
-
-def assert_exact(out, case, what=""):
-    exact = case.double().eager().to(out.dtype)
-    torch.testing.assert_close(
-        out, exact, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}"
-    )
 
 
 def set_seed(seed):

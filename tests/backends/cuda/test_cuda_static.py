@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from support import cuda_on_host
+from support import cuda_on_host, load_script
 
 import fused_resnet
 from fused_resnet import _native
@@ -22,12 +20,8 @@ from fused_resnet.tuning import basic_block
 
 LIBRARY = Path(fused_resnet.__file__).parent / "_cuda.abi3.so"
 CUDA = _native.build_info()["cuda"]
-SCRIPT = Path(__file__).parents[3] / "bench" / "cuda_resources.py"
-spec = importlib.util.spec_from_file_location("static_cuda", SCRIPT)
-static_cuda = importlib.util.module_from_spec(spec)
-sys.modules["static_cuda"] = static_cuda
-spec.loader.exec_module(static_cuda)
-CUOBJDUMP = static_cuda.find_cuobjdump()
+cuda_resources = load_script(Path(__file__).parents[3] / "bench" / "cuda_resources.py")
+CUOBJDUMP = cuda_resources.find_cuobjdump()
 
 pytestmark = [
     pytest.mark.skipif(CUDA is None, reason="built without CUDA kernels"),
@@ -43,7 +37,7 @@ def kernels(architecture: str) -> dict[str, list[str]]:
     """The instructions of every kernel, by mangled name."""
     command = [CUOBJDUMP, "-sass", "-arch", architecture, str(LIBRARY)]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    listing = static_cuda.of_architecture(listing, architecture)
+    listing = cuda_resources.of_architecture(listing, architecture)
     found = {}
     for part in listing.split("Function : ")[1:]:
         name, _, body = part.partition("\n")
@@ -226,7 +220,7 @@ def test_nothing_is_spilled(architecture):
 def test_nothing_is_kept_in_local_memory(architecture):
     command = [CUOBJDUMP, "-res-usage", "-arch", architecture, str(LIBRARY)]
     usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = static_cuda.of_architecture(usage, architecture)
+    usage = cuda_resources.of_architecture(usage, architecture)
     bytes_used = re.findall(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert len(bytes_used) == len(kernels(architecture))
     assert set(bytes_used) == {("0", "0")}
@@ -312,13 +306,14 @@ def test_aligned_paths_access_16_bytes(architecture):
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
 def test_the_report_is_of_these_kernels():
     """`bench/results/static/cuda.json` lists what the library holds for the first architecture."""
-    report = json.loads(static_cuda.REPORT.read_text())
+    report = json.loads(cuda_resources.REPORT.read_text())
     architecture = ARCHITECTURES[0]
-    own = [static_cuda.description(static_cuda.demangled(name)) for name in kernels(architecture)]
-    if architecture in static_cuda.WITHOUT_CLUSTERS:
+    names = map(cuda_resources.demangled, kernels(architecture))
+    own = [cuda_resources.description(name) for name in names]
+    if architecture in cuda_resources.WITHOUT_CLUSTERS:
         own = [described for described in own if "cluster" not in described[0]]
     own = sorted(json.dumps(fields, sort_keys=True) for fields, _, _ in own)
-    listed = [static_cuda.identity(e) for e in report["entries"]]
+    listed = [cuda_resources.identity(e) for e in report["entries"]]
     listed = [e for e in listed if e.pop("architecture") == architecture]
     assert sorted(json.dumps(fields, sort_keys=True) for fields in listed) == own
 
@@ -373,7 +368,7 @@ def test_batch_norm_in_clusters(architecture):
     # Forward with and without a mask, backward with four kinds of mask, in three dtypes.
     assert len(found) == 3 * (2 + 4)
     for name, instructions in found.items():
-        if architecture in static_cuda.WITHOUT_CLUSTERS:
+        if architecture in cuda_resources.WITHOUT_CLUSTERS:
             assert not opcodes(instructions, "LDG", "STG", "LDGSTS", "BAR"), name
             continue
         backward = "backward" in name

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from support import ConvShape, cuda_on_host, dtype_id, make_conv_case
+from support.exact_convolutions import Problem, assert_exact, small_integers
 
 from fused_resnet import _native, backends, tuning
 from fused_resnet.layers.description import ConvNorm, Norm
@@ -51,14 +52,6 @@ def instances():
     return [Instance(i // 4, *numbers[i : i + 4]) for i in range(0, len(numbers), 4)]
 
 
-@dataclass(frozen=True)
-class Problem:
-    name: str
-    shape: ConvShape
-    size: tuple[int, int]
-    batch: int = 2
-
-
 def problems(tile):
     """Sizes beside every border of the tile: channels, filters, pixels, taps, steps and stages."""
     yield Problem("one step", ConvShape(DEPTH, tile.n, (1, 1)), (7, 9), 1)
@@ -81,28 +74,8 @@ def problems(tile):
     yield Problem("far steps", ConvShape(16, 16, (2, 1), (8, 7), (2, 1)), (20, 18), 2)
 
 
-def small_integers(problem, dtype=torch.float16, **options):
-    """A case whose every sum is exact."""
-    case = make_conv_case(
-        problem.shape, batch=problem.batch, size=problem.size, dtype=dtype, **options
-    )
-    K = problem.shape.out_channels
-    changes = {
-        "input": case.input.round(),
-        "weight": torch.randint(-2, 3, case.weight.shape).to(case.weight),
-        "running_mean": torch.randint(-3, 4, (K,)).to(case.running_mean.dtype),
-        # With eps, the squares of 1/2, 1, 2 and 4.
-        "running_var": torch.tensor([0.0, 0.75, 3.75, 15.75])[torch.randint(4, (K,))],
-        "eps": 0.25,
-    }
-    if case.bn_weight is not None:
-        changes["bn_weight"] = torch.tensor([-1, -0.5, 0.5, 1, 2])[torch.randint(5, (K,))]
-        changes["bn_bias"] = torch.randint(-3, 4, (K,)).float()
-    if case.bias is not None:
-        changes["bias"] = torch.randint(-3, 4, (K,)).to(dtype)
-    if case.residual is not None:
-        changes["residual"] = (case.residual * 2).round()
-    return dataclasses.replace(case, **changes)
+def half_integers(problem, **options):
+    return small_integers(problem, torch.float16, **options)
 
 
 def run(tile, case):
@@ -115,13 +88,6 @@ def run(tile, case):
             placed.residual, case.activation == "relu", tile.index,
         )  # fmt: skip
     return out.cpu()
-
-
-def assert_exact(out, case, what=""):
-    exact = case.double().eager().to(out.dtype)
-    torch.testing.assert_close(
-        out, exact, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}"
-    )
 
 
 def set_seed(seed):
@@ -143,8 +109,8 @@ def cases():
 
 @pytest.mark.parametrize(("tile", "problem"), list(cases()))
 def test_exact(tile, problem):
-    full = small_integers(problem, bias=True)
-    bare = small_integers(problem, residual=False, affine=False, activation="none")
+    full = half_integers(problem, bias=True)
+    bare = half_integers(problem, residual=False, affine=False, activation="none")
     for seed, case in enumerate((full, bare, full)):
         set_seed(seed)
         assert_exact(run(tile, case), case, f"{'everything' if case is full else 'bare'}, {seed}")
@@ -186,7 +152,7 @@ def test_error_rule(kind, dtype):
 def test_nonfinite_values(tile, number):
     """Infinities and NaNs reach the outputs that they are summed into, and no others."""
     problem = list(problems(tile))[number]
-    case = small_integers(problem, activation="none")
+    case = half_integers(problem, activation="none")
     case.input[0, 1, 2, 3] = math.nan
     case.input[1, -1, -1, -2] = math.inf
     case.input[1, 0, 0, 0] = -math.inf
@@ -201,7 +167,7 @@ def test_nonfinite_values(tile, number):
 @pytest.mark.parametrize("tile", instances()[:3], ids=str)
 def test_parameters_of_any_dtype(tile):
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        case = small_integers(list(problems(tile))[3], bias=True)
+        case = half_integers(list(problems(tile))[3], bias=True)
         for name in ("running_mean", "running_var", "bn_weight", "bn_bias", "bias"):
             setattr(case, name, getattr(case, name).to(dtype))
         assert_exact(run(tile, case), case, dtype)
@@ -210,7 +176,7 @@ def test_parameters_of_any_dtype(tile):
 def test_options_alone():
     """Every optional tensor without the others."""
     tile = instances()[0]
-    every = small_integers(list(problems(tile))[2], bias=True)
+    every = half_integers(list(problems(tile))[2], bias=True)
     optional = {"bn_weight", "bn_bias", "bias", "residual"}
     for kept in optional:
         case = dataclasses.replace(every, **dict.fromkeys(optional - {kept}))
@@ -220,7 +186,7 @@ def test_options_alone():
 def test_layouts():
     """Tensors that do not lie densely channels_last are copied."""
     tile = instances()[0]
-    case = small_integers(list(problems(tile))[2])
+    case = half_integers(list(problems(tile))[2])
     for name in ("input", "weight", "residual"):
         tensor = getattr(case, name)
         wide = tensor.new_full([2 * size for size in tensor.shape], math.nan)
@@ -230,7 +196,7 @@ def test_layouts():
 
 
 def test_no_images():
-    case = small_integers(Problem("", ConvShape(16, 16, (1, 1)), (3, 3), 1))
+    case = half_integers(Problem("", ConvShape(16, 16, (1, 1)), (3, 3), 1))
     empty = dataclasses.replace(case, input=case.input[:0], residual=case.residual[:0])
     assert run(instances()[0], empty).shape == (0, 16, 3, 3)
 
@@ -269,7 +235,7 @@ def test_tune_races_them_and_nobody_else_has_them():
 @pytest.mark.parametrize("residual", ["whole", "narrow", "none"])
 def test_the_backend_runs_a_tile_of_them(residual):
     """And what has a residual of fewer channels as today's kernel does."""
-    case = small_integers(list(problems(instances()[0]))[3])
+    case = half_integers(list(problems(instances()[0]))[3])
     case.activation = "none"
     shortcut = {"whole": case.residual, "narrow": case.residual[:, :32], "none": None}[residual]
     norm = Norm(case.running_mean, case.running_var, case.bn_weight, case.bn_bias, case.eps)
@@ -307,7 +273,7 @@ def test_what_it_refuses(shape, said):
 
 def test_it_refuses_other_tensors():
     tile = instances()[0]
-    case = small_integers(list(problems(tile))[3])
+    case = half_integers(list(problems(tile))[3])
     for changes, said in [
         ({"input": case.input.float(), "weight": case.weight.float()}, "input is float32"),
         ({"residual": case.residual[:, :8]}, "residual has shape .*, must have the output's"),

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support import cuda_on_host
+from support import cuda_on_host, load_script
 
 ROOT = Path(__file__).parents[3]
-SCRIPT = ROOT / "bench" / "cuda_resources.py"
-spec = importlib.util.spec_from_file_location("static_cuda", SCRIPT)
-static_cuda = importlib.util.module_from_spec(spec)
-sys.modules["static_cuda"] = static_cuda
-spec.loader.exec_module(static_cuda)
-CUOBJDUMP = static_cuda.find_cuobjdump()
+cuda_resources = load_script(ROOT / "bench" / "cuda_resources.py")
+CUOBJDUMP = cuda_resources.find_cuobjdump()
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc"),

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import RUNNERS
 from ops.test_training import block_results, kept_by, make_block
-from support import BLOCKS, assert_same_bits, assert_same_nonfinite, dtype_id
+from support import BLOCKS, assert_same_bits, assert_same_nonfinite, dtype_id, triton_norms
 
 import fused_resnet
 from fused_resnet import backends, functional
@@ -38,18 +38,10 @@ SHAPES = [(13, 1, 3, 1), (7, 3, 1, 1), (1, 3, 1, 2), (2, 24, 11, 5), (1, 70, 1, 
 
 @pytest.fixture
 def norms(monkeypatch):
-    """`norm.py`, going through tensors as on a GPU in slabs of `steps` at most."""
+    """`norm.py`, going through tensors as on a GPU."""
     module = backends.triton.lazy.norms()
-    original = module.layout_of
-
-    def as_on_a_gpu(input):
-        layout = original(input)
-        channels = module._LINE // input.element_size() if layout.S == 1 else 1
-        block_c = min(1 << (layout.C - 1).bit_length(), channels)
-        return dataclasses.replace(layout, block_r=module._STEP // block_c, block_c=block_c)
-
     if RUNNER.device != "cuda":
-        monkeypatch.setattr(module, "layout_of", as_on_a_gpu)
+        triton_norms.use_tiles_of_a_gpu(monkeypatch)
     with fused_resnet.use_backend("triton"):
         yield module
 

@@ -11,8 +11,10 @@ import importlib.util
 import itertools
 import json
 import math
+import textwrap
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import run_python
@@ -139,14 +141,22 @@ def judge(entry: dict, allowed: float = 0) -> None:
         assert copies == {"LDGSTS.128"}, (what, loads)
 
 
+def found_by(code: str) -> Any:
+    """What code prints as JSON, in a process that compiles; `static` is the report's script."""
+    head = f"""
+import json, sys
+sys.path.insert(0, {str(BENCH)!r})
+import triton_resources as static
+"""
+    out = run_python(head + textwrap.dedent(code), TRITON_INTERPRET="0")
+    return json.loads(out.splitlines()[-1])
+
+
 @cache
 def compiled(architecture: str) -> list[dict]:
     """The launches of some layers, compiled now."""
-    out = run_python(
+    return found_by(
         f"""
-        import json, sys
-        sys.path.insert(0, {str(BENCH)!r})
-        import triton_resources as static
         from fused_resnet.tuning.estimate import best
         gpu = static.ARCHITECTURES[static.GPUS[{architecture!r}]]
         found = []
@@ -158,10 +168,8 @@ def compiled(architecture: str) -> list[dict]:
                 entry |= dict(kernel=launch.kernel.fn.__name__, layer=name, dtype="float16")
                 found.append(entry | dict(architecture={architecture!r}))
         print(json.dumps(found))
-        """,
-        TRITON_INTERPRET="0",
+        """
     )
-    return json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
@@ -180,11 +188,8 @@ def test_what_compiles_now(architecture, ahead):
 @cache
 def chains_compiled(architecture: str) -> list[dict]:
     """A chain and a pair whose slices are shared, compiled now, apart and in a row."""
-    out = run_python(
+    return found_by(
         f"""
-        import json, sys
-        sys.path.insert(0, {str(BENCH)!r})
-        import triton_resources as static
         gpu = static.ARCHITECTURES[static.GPUS[{architecture!r}]]
         rows = gpu.capability[0] in static.chain.OVERLAPPING
         found = []
@@ -208,10 +213,8 @@ def chains_compiled(architecture: str) -> list[dict]:
                     entry |= dict(kernel=launch.kernel.fn.__name__, layer=name, dtype="float16")
                     found.append(entry | dict(architecture={architecture!r}, row=True))
         print(json.dumps(found))
-        """,
-        TRITON_INTERPRET="0",
+        """
     )
-    return json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
@@ -251,17 +254,12 @@ def test_where_launches_in_a_row_wait(architecture, ahead):
 
 
 def norms_compiled(architecture: str) -> list:
-    out = run_python(
+    return found_by(
         f"""
-        import json, sys
-        sys.path.insert(0, {str(BENCH)!r})
-        import triton_resources as static
         wanted = lambda layer: layer == "norm, add"
         print(json.dumps(list(static.norm_entries({architecture!r}, "float16", wanted))))
-        """,
-        TRITON_INTERPRET="0",
+        """
     )
-    return json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
@@ -274,21 +272,16 @@ def test_norms_compile_now(architecture, ahead):
 
 
 def eight_bits_compiled(architecture: str) -> list:
-    out = run_python(
+    return found_by(
         f"""
-        import json, sys
-        sys.path.insert(0, {str(BENCH)!r})
-        import triton_resources as static
         launches = [l for batch in (1, 256) for l in static.byte_launches(batch)]
         print(json.dumps([
             [launch.kernel.fn.__name__, dict(launch.constants).get("BLOCK_M"),
              static.compiled(launch, {architecture!r})]
             for launch in list(dict.fromkeys(launches))[::5]
         ]))
-        """,
-        TRITON_INTERPRET="0",
+        """
     )
-    return json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
@@ -312,21 +305,16 @@ def test_eight_bits_compile_now(architecture, ahead):
 
 
 def masks_compiled(architecture: str) -> list:
-    out = run_python(
+    return found_by(
         f"""
-        import json, sys
-        sys.path.insert(0, {str(BENCH)!r})
-        import triton_resources as static
         dtypes = ("float16", "float32", "bfloat16")
         launches = [l for dtype in dtypes for l in static.masked_norm_launches(dtype)]
         print(json.dumps([
             [launch.kernel.__name__, static.compiled(launch, {architecture!r})]
             for launch in launches
         ]))
-        """,
-        TRITON_INTERPRET="0",
+        """
     )
-    return json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
@@ -346,11 +334,8 @@ def test_masks_compile_now(architecture, ahead):
 
 
 def norms_in_loads_compiled(architecture: str) -> list:
-    out = run_python(
+    return found_by(
         f"""
-        import json, sys
-        sys.path.insert(0, {str(BENCH)!r})
-        import triton_resources as static
         from fused_resnet.tuning import prologue
 
         made = [
@@ -359,10 +344,8 @@ def norms_in_loads_compiled(architecture: str) -> list:
             for tile in prologue.tiles(static.ARCHITECTURES[static.GPUS[{architecture!r}]])[1:]
         ]
         print(json.dumps([static.compiled(launch, {architecture!r}) for launch, in made]))
-        """,
-        TRITON_INTERPRET="0",
+        """
     )
-    return json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
@@ -381,11 +364,8 @@ def test_norms_in_the_loads_of_convolutions(architecture, ahead):
 
 
 def stems_compiled(architecture: str) -> list:
-    out = run_python(
+    return found_by(
         f"""
-        import json, sys
-        sys.path.insert(0, {str(BENCH)!r})
-        import triton_resources as static
         found = []
         for dtype in ("float16", "bfloat16", "float32"):
             for launch in static.stem_training_launches(dtype):
@@ -393,10 +373,8 @@ def stems_compiled(architecture: str) -> list:
                 entry |= dict(kernel=launch.kernel.fn.__name__, dtype=dtype)
                 found.append(entry | dict(num_warps=launch.num_warps))
         print(json.dumps(found))
-        """,
-        TRITON_INTERPRET="0",
+        """
     )
-    return json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
@@ -424,18 +402,13 @@ def test_stems_in_training_compile_now(architecture, ahead):
 
 
 def norms_at_ends_compiled(architecture: str) -> list:
-    out = run_python(
+    return found_by(
         f"""
-        import json, sys
-        sys.path.insert(0, {str(BENCH)!r})
-        import triton_resources as static
         found = static.training_conv_launches("float16")
         chosen = found["3x3, none"][-3:-1] + found["3x3, norm"][-1:] + found["1x1, gradient"][-1:]
         print(json.dumps([static.compiled(launch, {architecture!r}) for launch in chosen]))
-        """,
-        TRITON_INTERPRET="0",
+        """
     )
-    return json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
@@ -469,11 +442,8 @@ def test_norms_in_the_report(path):
 def test_all_that_can_be_chosen_is_in_the_report(path):
     """Every tile that is chosen with that Triton, for each architecture and dtype, judged so."""
     version = ".".join(json.loads(path.read_text())["triton"].split(".")[:2])
-    out = run_python(
+    listed = found_by(
         f"""
-        import json, sys
-        sys.path.insert(0, {str(BENCH)!r})
-        import triton_resources as static
         from fused_resnet.tuning import compiler
         with compiler.as_of({version!r}):
             print(json.dumps([
@@ -482,10 +452,9 @@ def test_all_that_can_be_chosen_is_in_the_report(path):
                 for dtype in static.DTYPES
                 for layer, tile in static.configurations(dtype, static.ARCHITECTURES[gpu])
             ]))
-        """,
-        TRITON_INTERPRET="0",
+        """
     )
-    wanted = {tuple(key) for key in json.loads(out.splitlines()[-1])}
+    wanted = {tuple(key) for key in listed}
     found = set()
     names = ["architecture", "dtype", "layer", "split", *TILE]
     for entry in json.loads(path.read_text())["entries"]:
