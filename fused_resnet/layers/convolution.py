@@ -33,6 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from .description import output_size
+
 # What an operator's wrapper in Python calls.
 _convolution_backward = torch.ops.aten.convolution_backward.default._op
 # Channels of float32 in the widest vector.
@@ -252,9 +254,10 @@ class _Run(NamedTuple):
     padding: int
 
 
-def _runs(size: int, taps: int, stride: int, padding: int, dilation: int) -> list[_Run]:
+def _runs(
+    outputs: int, size: int, taps: int, stride: int, padding: int, dilation: int
+) -> list[_Run]:
     """A convolution's outputs in one dimension, in order."""
-    outputs = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
     ordinary = padding <= dilation * (taps - 1) and (taps == 1 or dilation <= size)
     if ordinary or outputs < 1:  # torch refuses the latter
         return [_Run((0, outputs), (0, taps), (0, size), padding)]
@@ -284,10 +287,9 @@ def _both_runs(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[list[_Run], list[_Run]]:
-    rows, columns = (
-        _runs(input.size(2 + i), weight.size(2 + i), stride[i], padding[i], dilation[i])
-        for i in range(2)
-    )
+    size, taps = input.shape[2:], weight.shape[2:]
+    outputs = output_size(size, taps, stride, padding, dilation)
+    rows, columns = map(_runs, outputs, size, taps, stride, padding, dilation)
     return rows, columns
 
 

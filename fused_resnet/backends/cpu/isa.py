@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
 
+from ...layers.description import output_size
 from .. import library
 from . import operators
 from .precision import tile_products
@@ -89,11 +91,8 @@ def explain(
         if dtype in (torch.float32, torch.float16):
             outputs = None
             if input_shape:
-                outputs = input_shape[0]
-                for size, r, *geometry in zip(
-                    input_shape[2:], weight_shape[2:], stride, padding, dilation, strict=True
-                ):
-                    outputs *= _outputs(size, r, *geometry)
+                size = output_size(input_shape[2:], weight_shape[2:], stride, padding, dilation)
+                outputs = input_shape[0] * math.prod(size)
             isa = _isa_in_parts(dtype, weight_shape, tuple(stride), groups, pooled, outputs)
         if not (pooled and groups > 1):
             return f"cpu: native {before}convolution ({isa})"
@@ -125,8 +124,3 @@ def _isa_in_parts(
     if outputs is not None or least <= 1:
         return tiles
     return f"{tiles}, from {least} output pixels on, else {ISA}"
-
-
-def _outputs(size: int, taps: int, stride: int, padding: int, dilation: int) -> int:
-    """How many outputs a convolution has along an axis."""
-    return (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
