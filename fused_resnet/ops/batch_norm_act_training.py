@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, reference
+from .. import backends
 from ..layers.description import Norm
 from ..layers.memory import contiguous_like_eager
 from . import operator_checks
 from .gradients import accumulation_dtype, has_norm_kernel, middle_channels, norm_act_backward
 from .registration import (
+    Operator,
     autocast_residual,
     has_foreign,
     library,
@@ -30,7 +31,6 @@ library.define(
     "Tensor? residual, str activation) -> (Tensor output, Tensor mean, Tensor var)"
 )
 _cast = autocast_residual(4)
-_operator = torch.ops.fused_resnet.batch_norm_act_training.default
 
 
 def batch_norm_act_training(
@@ -52,25 +52,17 @@ def batch_norm_act_training(
         differentiable: float64 for a float64 input, float32 for any other.
     """
     arguments = (input, weight, bias, eps, residual, activation)
+    if keep is None:
+        return _call(*arguments)
     tensors = (input, weight, bias, residual)
-    recorded = needs_grad(*tensors)
-    if nothing_intercepts(*tensors):
-        if recorded:
-            return _BatchNormActTraining.apply(*arguments, keep)
-        with torch._C._AutoDispatchBelowAutograd():
-            results = _kernel(*arguments)
-    elif has_foreign(*tensors):
-        results = reference.batch_norm_act_training(*arguments)
-    elif recorded and keep is not None:
+    if needs_grad(*tensors) and not has_foreign(*tensors):
         device = input.device.type
         if torch.is_autocast_enabled(device):
             arguments = _cast(torch.get_autocast_dtype(device), device, arguments)
         return _BatchNormActTraining.apply(*arguments, keep)
-    else:
-        results = _operator(*arguments)
-    if keep is not None:
-        keep(*results[1:])
-    return results
+    output, mean, var = _call(*arguments)
+    keep(mean, var)
+    return output, mean, var
 
 
 def _kernel(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,5 +156,6 @@ def _without_keep(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _BatchNormActTraining.apply(*arguments, None)
 
 
+_call = Operator("batch_norm_act_training", (0, 1, 2, 4), _kernel, _without_keep)
 register_autograd("batch_norm_act_training", _without_keep, operator_checks.batch_norm_act_training)
 register_autocast("batch_norm_act_training", _cast)
