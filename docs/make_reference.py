@@ -26,7 +26,13 @@ MODULES: list[tuple[ModuleType, list[str]]] = [
             "carries_metadata",
         ],
     ),
-    (functional, ["conv_bn_act", "norm_conv_bn_act", "conv_bn_act_max_pool", "batch_norm_act"]),
+    (
+        functional,
+        [
+            *("conv_bn_act", "norm_conv_bn_act", "conv_bn_act_max_pool"),
+            *("batch_norm_act", "sync_batch_norm_act"),
+        ],
+    ),
     (models, models.__all__),
     (backends, ["available", "explain", "register", "release"]),
     (backends.cpu, ["empty_cache"]),

@@ -1,5 +1,6 @@
 """The documentation says what the code does."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from support import load_script
 
 import fused_resnet
+from fused_resnet import functional
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -24,9 +26,12 @@ def test_the_reference_is_current():
     reference = load_script(DOCS / "make_reference.py")
     text = reference.REFERENCE.read_text()
     assert text == reference.text(), "run python docs/make_reference.py"
-    for name in fused_resnet.__all__:
-        if callable(getattr(fused_resnet, name)):
-            assert f"### `{name}`" in text, name
+    public = [name for name in fused_resnet.__all__ if callable(getattr(fused_resnet, name))]
+    functions = inspect.getmembers(functional, inspect.isfunction)
+    own = [name for name, function in functions if function.__module__ == functional.__name__]
+    public += [name for name in own if not name.startswith("_")]
+    for name in public:
+        assert f"### `{name}`" in text, name
 
 
 @pytest.mark.quick
