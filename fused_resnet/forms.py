@@ -7,8 +7,6 @@ for and adds nothing to a module but its class, under a name that stays: pickles
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +14,6 @@ from typing import Any
 from torch import nn
 
 from . import originals
-
-_FAMILIES = {
-    "fused_resnet.models": "models",
-    "timm.models.resnet": "timm",
-    "torchvision.models.densenet": "densenet",
-}
-"""Files of `families/`, and the module without which a model has nothing for them to fuse."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +171,6 @@ def register_fused(form: Form) -> None:
 def registered() -> list[Form]:
     """Every form there is now."""
     return list(_by_original.values())
-
-
-def load_families() -> None:
-    """Registers the classes of every family whose library has been imported."""
-    for library, family in _FAMILIES.items():
-        if library in sys.modules:
-            importlib.import_module(f"{__package__}.families.{family}")
 
 
 def unsharded(cls: type[nn.Module]) -> type[nn.Module]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import backends, blocks, forms, recipes
+from . import backends, blocks, families, forms, recipes
 from .families import known  # noqa: F401  adds the recipes of other libraries' classes
 from .forms import Form
 from .layers import checks
@@ -163,7 +163,7 @@ def fuse(
         raise ValueError(f"fuse: memory is {memory!r}, must be one of {', '.join(_MEMORY)}")
     watch = watching.checked(watch, "fuse: watch")
     watching.from_environment()
-    forms.load_families()
+    families.load()
     if cuda_graphs and not any(map(_is_network, _modules(model, "fuse"))):
         raise ValueError(
             "fuse: cuda_graphs is True, must be False for a model without a network that is run as "
@@ -196,7 +196,7 @@ def _is_network(module: nn.Module) -> bool:
 def fuse_remaining(model: nn.Module) -> None:
     """Fuses what is not fused yet, with the default settings; the rest keeps its own."""
     watching.from_environment()
-    forms.load_families()
+    families.load()
     _fuse_all(model)
 
 
@@ -293,7 +293,7 @@ def report(model: nn.Module, input: Tensor | None = None) -> Report:
         ValueError: there is an input, and a module in training mode.
     """
     modules = _modules(model, "report")
-    forms.load_families()
+    families.load()
     sizes = _input_sizes(model, input)
     is_quantized = any(_ranges(module) is not None for module in modules)
     records, unproven = [], _Unproven()

@@ -26,7 +26,6 @@ from . import trial
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _CONSTANTS = (1e-5, 1e-3, 1e-6, 0.0)
-_CHANNELS = 3
 
 
 class Known(NamedTuple):

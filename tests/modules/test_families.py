@@ -22,7 +22,7 @@ from torchvision.models.densenet import DenseNet
 from torchvision.ops import FrozenBatchNorm2d
 
 import fused_resnet
-from fused_resnet import forms, models
+from fused_resnet import families, forms, models
 from fused_resnet.models.preact import PreActResNet
 from fused_resnet.modules.conv_norm_act import NormAct
 from fused_resnet.testing import assert_error_rule, randomize_
@@ -426,7 +426,7 @@ def test_pickles(network, tmp_path):
 
 def test_fused_classes_keep_their_names():
     """A pickle names them; one made by this version has to load in the next."""
-    forms.load_families()
+    families.load()
     names = {
         f"{form.fused.__module__}.{form.fused.__qualname__}"
         for form in forms.registered()
