@@ -38,7 +38,7 @@ from ..originals import (
     Sequential,
 )
 from . import guard
-from .read import _HOOKS, input_obstacle
+from .read import HOOKS, input_obstacle
 
 VARIABLE = "FUSED_RESNET_PLANS"
 
@@ -98,8 +98,8 @@ class Modules:
         self._types = [*map(type, modules)]
         states = [*map(vars, modules)]
         self._states = [dict(state) for state in states]
-        self._hook_states = [state for state in states for _ in _HOOKS]
-        self._hook_names = [*_HOOKS] * len(states)
+        self._hook_states = [state for state in states for _ in HOOKS]
+        self._hook_names = [*HOOKS] * len(states)
         # Which dictionary, under which name, of which module.
         self._tensor_states: list[dict[str, Any]] = []
         self._kinds: list[str] = []
@@ -117,7 +117,7 @@ class Modules:
         self._parents = parents
         self._children = [dict(state["_modules"]) for state in parents]
         self._forms = [form for cls in set(self._types) if (form := forms.of_fused(cls))]
-        self._guard = guard.guard_of(modules, _HOOKS)
+        self._guard = guard.guard_of(modules, HOOKS)
         self._guards_left = _MOST_CHANGES
 
     def are_plain(self, eight_bits: bool = False) -> bool:
@@ -150,7 +150,7 @@ class Modules:
             return False
         # Other objects, which are equal.
         self._guards_left -= 1
-        self._guard = guard.guard_of(self._modules, _HOOKS) if self._guards_left > 0 else None
+        self._guard = guard.guard_of(self._modules, HOOKS) if self._guards_left > 0 else None
         return True
 
     def _are_equal(self) -> bool:

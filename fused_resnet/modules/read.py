@@ -40,7 +40,7 @@ from ..originals import (
 from . import norms
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _COUNTING_PACKAGES = frozenset({"ptflops"})
 
@@ -700,7 +700,7 @@ def call_obstacle(module: nn.Module) -> str | None:
     """What besides the class's own forward calling this module would run."""
     state = module.__dict__
     compiling = torch.compiler.is_compiling()
-    for hooks in _HOOKS:
+    for hooks in HOOKS:
         # A compiler guards on more than twice as much of what is reached through the dictionary.
         if getattr(module, hooks) if compiling else state[hooks]:
             return "carries hooks"

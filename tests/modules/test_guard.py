@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fused_resnet.modules import guard, plans
-from fused_resnet.modules.read import _HOOKS
+from fused_resnet.modules.read import HOOKS
 
 
 def make_parts():
@@ -103,7 +103,7 @@ def test_changes_are_seen(change, native, monkeypatch):
 @pytest.mark.parametrize("change", [*CHANGES.values(), replaced_dict], ids=[*CHANGES, "dict"])
 def test_a_guard_sees_other_objects(change):
     parts = make_parts()
-    found = guard.guard_of(list(nn.ModuleList(parts).modules())[1:], _HOOKS)
+    found = guard.guard_of(list(nn.ModuleList(parts).modules())[1:], HOOKS)
     assert found is not None
     for _ in range(3):
         assert found.holds()

@@ -160,6 +160,35 @@ def test_tuning_only_chooses(graph: Graph) -> None:
     assert crossing(graph, ("tuning",), computing) == []
 
 
+def private_names(source: str) -> list[str]:
+    """What begins with an underscore and is imported from another file, or looked up in it."""
+    tree = ast.parse(source)
+    imported = [
+        alias
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level > 0
+        for alias in node.names
+    ]
+    files = {alias.asname or alias.name for alias in imported}
+    looked_up = [
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in files
+    ]
+    names = [alias.name for alias in imported] + looked_up
+    known = ("_native", "__file__", "__name__")
+    return [name for name in names if name.startswith("_") and name not in known]
+
+
+def test_private_names_stay_in_their_files() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert private_names(path.read_text()) == [], path
+    assert private_names("from . import a, _native\na._b, a.c") == ["_b"]
+    assert private_names("from .a import _b\nfrom torch import _c") == ["_b"]
+
+
 def test_what_the_walk_sees(tmp_path: Path) -> None:
     """Lazy and type-checking imports, relative and absolute, of files and of their names."""
     package = tmp_path / "house"

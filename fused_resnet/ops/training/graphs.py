@@ -27,7 +27,7 @@ from ..registration import (
     transforms_active,
 )
 from .backward import block_backward, stem_backward
-from .nodes import _as_autocast_casts
+from .nodes import as_autocast_casts
 from .passes import Statistics, is_computed_again, kernels_for, passes_of, run_block
 
 _BLOCK = "int[] numbers, float[] eps, bool has_projection, bool low_memory"
@@ -103,7 +103,7 @@ def _prepare(
         numbers += (*stride, *padding, *dilation, groups)
     if not holds_training_in_graphs(input, *parameters) or not needs_grad(input, *parameters):
         return None
-    return *_as_autocast_casts(input, parameters), numbers, [layer.norm.eps for layer in layers]
+    return *as_autocast_casts(input, parameters), numbers, [layer.norm.eps for layer in layers]
 
 
 def _layer(numbers: Sequence[int], eps: float) -> Layer:

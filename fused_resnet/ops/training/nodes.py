@@ -59,7 +59,7 @@ def residual_block_training(
         return None
     if not torch.is_autocast_enabled(input.device.type):
         return _ResidualBlock.apply(input, block, keep, kernels, *parameters)
-    input, parameters = _as_autocast_casts(input, parameters)
+    input, parameters = as_autocast_casts(input, parameters)
     with torch.autocast(input.device.type, enabled=False):
         return _ResidualBlock.apply(input, block, keep, kernels, *parameters)
 
@@ -78,7 +78,7 @@ def stem_training(
     if kernels is None:
         return None
     described = Layer((stride, padding, dilation, groups), norm.eps, group)
-    input, parameters = _as_autocast_casts(input, parameters)
+    input, parameters = as_autocast_casts(input, parameters)
     with torch.autocast(input.device.type, enabled=False):
         return _Stem.apply(input, described, pool, keep, kernels, *parameters)
 
@@ -91,7 +91,7 @@ def _kernels(input: Tensor, parameters: Sequence[Tensor | None]) -> backends.Bac
     return backend if backend.has_norm_kernels else None
 
 
-def _as_autocast_casts(
+def as_autocast_casts(
     input: Tensor, parameters: list[Tensor | None]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The convolutions' tensors as autocast, if enabled, would hand them to `conv2d`."""
