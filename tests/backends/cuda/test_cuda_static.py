@@ -113,7 +113,7 @@ class ByteConvolution:
 def byte_convolutions(architecture: str) -> dict[str, ByteConvolution]:
     """Every instance of it, by mangled name."""
     found = {}
-    tiles = static_cuda.byte_tiles()
+    tiles = cuda_resources.byte_tiles()
     for name, instructions in kernels(architecture).items():
         if match := re.search(r"byte_convILi(\d+)ELb([01])E", name):
             *tile, _ = tiles[int(match[1])]
@@ -125,8 +125,8 @@ def byte_convolutions(architecture: str) -> dict[str, ByteConvolution]:
 def test_bytes_are_multiplied_on_tensor_cores(architecture):
     """As many instructions as one step of a warp's tile takes, for each sum."""
     found = byte_convolutions(architecture)
-    projecting = sum(tile[-1] for tile in static_cuda.byte_tiles())
-    assert len(found) == len(static_cuda.byte_tiles()) + projecting
+    projecting = sum(tile[-1] for tile in cuda_resources.byte_tiles())
+    assert len(found) == len(cuda_resources.byte_tiles()) + projecting
     for name, conv in found.items():
         matrix = opcodes(conv.instructions, "IMMA")
         expected = conv.m * conv.n * conv.depth // (16 * 8 * 32) // conv.warps * conv.sums
