@@ -434,7 +434,9 @@ def test_blocks_that_their_owner_compiled():
     torch._dynamo.reset()
 
 
-def test_compiled_parts_in_training():
+@pytest.mark.parametrize("part", ["conv1", "bn2", "relu"])
+def test_compiled_parts_in_training(part):
+    """Each by itself keeps its block from running as one."""
     fused = fused_resnet.fuse(small_resnet(stages=2)).train()
     graphs = []
 
@@ -443,8 +445,7 @@ def test_compiled_parts_in_training():
         return module.forward
 
     torch._dynamo.reset()
-    fused.layer1[0].conv1.compile(backend=backend)
-    fused.layer1[0].bn2.compile(backend=backend)
+    fused.layer1[0].get_submodule(part).compile(backend=backend)
     fused(image_batch(2, 40)).sum().backward()
-    assert len(graphs) == 2
+    assert len(graphs) >= 1
     torch._dynamo.reset()
