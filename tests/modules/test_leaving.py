@@ -408,11 +408,16 @@ def test_blocks_that_their_owner_compiled():
     """`block.compile()` reaches the compiler it names, alone and inside the network."""
     eager = small_resnet()
     fused = fused_resnet.fuse(copy.deepcopy(eager))
-    graphs = []
+    graphs, runs = [], []
 
     def backend(module, inputs):
         graphs.append({str(node.target) for node in module.graph.nodes})
-        return module.forward
+
+        def run(*arguments):
+            runs.append(len(graphs))
+            return module.forward(*arguments)
+
+        return run
 
     torch._dynamo.reset()
     x = image_batch(2, 40)
@@ -423,6 +428,7 @@ def test_blocks_that_their_owner_compiled():
         for _ in range(3):
             assert_error_rule(fused(x), eager(x), double_copy(eager)(x.double()))
         assert len(graphs) == 1
+        assert len(runs) == 3  # and no plan went past it
         fused.layer2.compile(backend=backend)
         fused.layer3[0].conv2.compile(backend=backend)
         for _ in range(3):
