@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import BLOCKS, assert_same_bits, double_copy, image_batch, run_python, small_resnet
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_resnet
 from fused_resnet import functional
@@ -134,6 +135,19 @@ def test_a_program_in_training_is_torchs_own():
     assert not any("fused_resnet" in name for name in ours)
 
 
+class WeightSteps(TorchDispatchMode):
+    """The steps that weights are made of again."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.quantized_decomposed.dequantize_per_channel.default:
+            self.seen.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
 EIGHT_BITS = {"16-bit stem": {}, "8-bit stem": {"stem": "int8"}, "float stem": {"stem": "float"}}
 
 
@@ -159,8 +173,13 @@ def test_eight_bits_become_stored_activations(block, stem):
     written = 4 * {"basic": 2, "bottleneck": 3}[block]  # by the blocks' main convolutions
     assert stored == 1 + written + {"16-bit stem": 1, "8-bit stem": 2, "float stem": 0}[stem]
     with torch.no_grad():
-        ours, kernels = program.module()(x), fused(x)
+        with WeightSteps() as steps:
+            ours = program.module()(x)
+        kernels = fused(x)
         exact = double_copy(eager)(x.double())
+    # Other libraries refuse steps of zero.
+    assert len(steps.seen) == by_channel
+    assert all((step > 0).all() for step in steps.seen)
     # One activation that is rounded to the other side moves hundreds of sums in the next layer.
     assert relative_error(ours, kernels) < 0.7 * relative_error(kernels, exact)
     assert relative_error(ours, exact) < 1.2 * relative_error(kernels, exact)
