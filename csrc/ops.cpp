@@ -18,6 +18,9 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   m.def(
       "float32_pixels_for_tiles(int[] weight_shape, int[] stride, int groups, bool has_pool) -> "
       "int");
+  m.def(
+      "tiles_for_winograd(int[] weight_shape, int[] stride, int[] dilation, int groups, "
+      "bool has_pool) -> int");
   m.def("set_float32_products(int products) -> ()");
   m.def("multiply_tiles(str dtype, int steps) -> int");
   m.def("pack_conv_weight(Tensor weight, int groups) -> Tensor");

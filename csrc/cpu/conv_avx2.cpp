@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "cpu/conv.h"
+#include "cpu/conv_winograd.h"
 
 #define FR_VECTOR_BYTES 32
 #define FR_TILE_PIXELS 3
@@ -40,9 +41,13 @@ inline __attribute__((always_inline)) void store_f16(uint16_t* p, Vec v) {
 }  // namespace fused_resnet::cpu
 
 #include "cpu/conv_kernel.inl"
+//
+#include "cpu/conv_winograd.inl"
 
 namespace fused_resnet::cpu {
 const ConvIsa kConvAvx2 = {"avx2", kLanes, kBlockK, 4, 14, kBlockK, scratch_bytes, run};
-}
+const ConvIsa kConvWinogradAvx2 = {
+    "avx2", kLanes, kBlockK, 4, 1, kBlockK, winograd_scratch_bytes, run_winograd};
+}  // namespace fused_resnet::cpu
 
 #endif

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "cpu/conv.h"
+#include "cpu/conv_winograd.h"
 
 #define FR_VECTOR_BYTES 64
 #define FR_TILE_PIXELS 7
@@ -41,10 +42,14 @@ inline __attribute__((always_inline)) void store_f16(uint16_t* p, Vec v) {
 }  // namespace fused_resnet::cpu
 
 #include "cpu/conv_kernel.inl"
+//
+#include "cpu/conv_winograd.inl"
 
 namespace fused_resnet::cpu {
 const ConvIsa kConvAvx512 = {"avx512",        kLanes,  kBlockK,       4,
                              2 * kTilePixels, kBlockK, scratch_bytes, run};
-}
+const ConvIsa kConvWinogradAvx512 = {
+    "avx512", kLanes, kBlockK, 4, 1, kBlockK, winograd_scratch_bytes, run_winograd};
+}  // namespace fused_resnet::cpu
 
 #endif

@@ -157,6 +157,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CompositeExplicitAutograd, m)
   m.impl("conv_tile_isa", TORCH_BOX(&tile_isa_name));
   m.impl("conv_pair_isa", TORCH_BOX(&pair_isa_name));
   m.impl("float32_pixels_for_tiles", TORCH_BOX(&float32_pixels_for_tiles));
+  m.impl("tiles_for_winograd", TORCH_BOX(&tiles_for_winograd));
   m.impl("set_float32_products", TORCH_BOX(&set_float32_products));
   m.impl("cpu_pool_statistics", TORCH_BOX(&cpu_pool_statistics));
   m.impl("cpu_pool_trim", TORCH_BOX(&pool_trim));

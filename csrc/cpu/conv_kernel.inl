@@ -646,6 +646,66 @@ const Item* next_layer(const Conv& conv, const Task& task, int64_t blocks) {
          conv.next_weight_bytes / 4 * task.block_begin / blocks;
 }
 
+// Scale, shift and bias of all of a task's blocks of output channels.
+struct TaskNorm {
+  int64_t channels, width;  // of a group and of a block
+  float *scale, *shift, *bias;
+  bool has_bias = false;
+
+  // `memory` has norm_size() floats.
+  TaskNorm(const Conv& conv, const Task& task, float* memory)
+      : channels(group_k(conv)), width(block_k(conv)) {
+    const int64_t values = norm_size(conv, task) / 3;
+    scale = memory - task.block_begin * width;
+    shift = scale + values;
+    bias = shift + values;
+    for (int64_t block = task.block_begin; block < task.block_end; ++block) {
+      has_bias |=
+          scale_and_shift(conv, task.group * channels + block * width, valid(block),
+                          scale + block * width, shift + block * width, bias + block * width);
+    }
+  }
+  // The output channels of a block.
+  int64_t valid(int64_t block) const {
+    return channels - block * width < width ? channels - block * width : width;
+  }
+};
+
+// The epilogue of all output channels.
+template <class T>
+Epilogue<T> epilogue_of(const Conv& conv) {
+  Epilogue<T> e{};
+  e.output = static_cast<typename T::Storage*>(conv.output);
+  e.residual = static_cast<const typename T::Storage*>(conv.residual);
+  e.out_pixel = conv.out.w;
+  e.out_channel = conv.out.c;
+  e.res_pixel = conv.res.w;
+  e.res_channel = conv.res.c;
+  e.relu = conv.relu;
+  return e;
+}
+
+// That of one block, whose first output channel is `channel`.
+template <class T>
+void begin_block(const Conv& conv, const Epilogue<T>& base, const TaskNorm& norm, int64_t block,
+                 int64_t channel, Epilogue<T>& e) {
+  e.scale = norm.scale + block * norm.width;
+  e.shift = norm.shift + block * norm.width;
+  e.bias = norm.has_bias ? norm.bias + block * norm.width : nullptr;
+  e.output = base.output + channel * base.out_channel;
+  e.channels = norm.valid(block);
+  // The block's first channel as the residual counts them.
+  const int64_t first = channel - conv.res_skip;
+  e.res_begin = first < 0 ? -first : 0;
+  e.res_end = conv.res_channels - first < e.channels ? conv.res_channels - first : e.channels;
+  const bool has_residual = base.residual != nullptr && e.res_begin < e.res_end;
+  if (!has_residual) e.res_begin = e.res_end = 0;
+  e.residual = has_residual ? base.residual + (first < 0 ? 0 : first) * base.res_channel : nullptr;
+  e.vectorised =
+      e.channels % kLanes == 0 && base.out_channel == 1 && (!has_residual || base.res_channel == 1);
+  e.padded = has_residual && e.res_end - e.res_begin < e.channels;
+}
+
 // Tiles that take all blocks of output channels in turn before the next ones do. Weights that stay
 // in the second-level cache anyway let few tiles do so, which then write whole pixels, not a strip
 // of each. Other weights are read once for all tiles.
@@ -730,17 +790,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
 
   const int64_t width = block_k(conv), channels = group_k(conv), blocks = div_up(channels, width);
   const Epilogue<T> base = e;
-  const int64_t norm_values = norm_size(conv, task) / 3;
-  float *scale = norm - task.block_begin * width, *shift = scale + norm_values;
-  float* bias = shift + norm_values;
-  bool has_bias = false;
-  auto valid = [&](int64_t block) {
-    return channels - block * width < width ? channels - block * width : width;
-  };
-  for (int64_t block = task.block_begin; block < task.block_end; ++block) {
-    has_bias |= scale_and_shift(conv, task.group * channels + block * width, valid(block),
-                                scale + block * width, shift + block * width, bias + block * width);
-  }
+  const TaskNorm task_norm(conv, task, norm);
   const int64_t turn = tiles_in_turn(conv, list);
   for (int64_t begin = 0; begin < list.count; begin += turn) {
     const int64_t end = begin + turn < list.count ? begin + turn : list.count;
@@ -748,23 +798,8 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
     ComingPixels coming(conv, base, list, end, next_end);
     for (int64_t block = task.block_begin; block < task.block_end; ++block) {
       const int64_t channel = task.group * channels + block * width;
-      const int vectors = valid(block) <= kLanes ? 1 : 2;
-      e.scale = scale + block * width;
-      e.shift = shift + block * width;
-      e.bias = has_bias ? bias + block * width : nullptr;
-      e.output = base.output + channel * base.out_channel;
-      e.channels = valid(block);
-      // The block's first channel as the residual counts them.
-      const int64_t first = channel - conv.res_skip;
-      e.res_begin = first < 0 ? -first : 0;
-      e.res_end = conv.res_channels - first < e.channels ? conv.res_channels - first : e.channels;
-      const bool has_residual = base.residual != nullptr && e.res_begin < e.res_end;
-      if (!has_residual) e.res_begin = e.res_end = 0;
-      e.residual =
-          has_residual ? base.residual + (first < 0 ? 0 : first) * base.res_channel : nullptr;
-      e.vectorised = e.channels == vectors * kLanes && base.out_channel == 1 &&
-                     (!has_residual || base.res_channel == 1);
-      e.padded = has_residual && e.res_end - e.res_begin < e.channels;
+      const int vectors = task_norm.valid(block) <= kLanes ? 1 : 2;
+      begin_block(conv, base, task_norm, block, channel, e);
       const int64_t weight_items = width * depth(conv);
       const Item* weight =
           static_cast<const Item*>(conv.weight) + (task.group * blocks + block) * weight_items;
@@ -885,15 +920,7 @@ void run_conv(const Conv& conv, const Task& task, void* memory) {
                               n * conv.out.n + p * conv.out.h, slab_memory, list);
     row += count;
   }
-  Epilogue<T> e{};
-  e.output = static_cast<typename T::Storage*>(conv.output);
-  e.residual = static_cast<const typename T::Storage*>(conv.residual);
-  e.out_pixel = conv.out.w;
-  e.out_channel = conv.out.c;
-  e.res_pixel = conv.res.w;
-  e.res_channel = conv.res.c;
-  e.relu = conv.relu;
-  multiply_tiles<T>(conv, task, list, scratch.norm, e);
+  multiply_tiles<T>(conv, task, list, scratch.norm, epilogue_of<T>(conv));
 }
 
 // Maximum over one window of convolution outputs; a NaN anywhere in it is the result.

@@ -21,6 +21,7 @@
 #include "cpu/buffer_pool.h"
 #include "cpu/conv_border.h"
 #include "cpu/conv_tiles.h"
+#include "cpu/conv_winograd.h"
 #include "cpu/finite.h"
 #include "cpu/isa.h"
 #include "cpu/packed_layout.h"
@@ -145,6 +146,73 @@ const ConvIsa& isa_in_parts(const Conv& conv) {
   return tile_unit() == TileUnit::amx ? *kernels.amx : *kernels.emulated;
 }
 
+// ---- Winograd ----------------------------------------------------------------------------------
+
+// FUSED_RESNET_CPU_WINOGRAD: 0, never; 1, wherever it can be; not set, where it is faster.
+enum class Winograd { never, where_it_pays, always };
+
+Winograd winograd_wanted() {
+  static const Winograd wanted = [] {
+    const char* value = std::getenv("FUSED_RESNET_CPU_WINOGRAD");
+    const std::string chosen(value == nullptr ? "" : value);
+    STD_TORCH_CHECK(chosen.empty() || chosen == "0" || chosen == "1",
+                    "FUSED_RESNET_CPU_WINOGRAD is '", chosen, "', must be 0 or 1");
+    return chosen.empty()  ? Winograd::where_it_pays
+           : chosen == "1" ? Winograd::always
+                           : Winograd::never;
+  }();
+  return wanted;
+}
+
+// Of a vector kernel: the same with fewer products. Null where there is none.
+const ConvIsa* winograd_of(const ConvIsa* isa) {
+#if defined(__x86_64__)
+  if (isa == &kConvAvx512) return &kConvWinogradAvx512;
+  if (isa == &kConvAvx2) return &kConvWinogradAvx2;
+#endif
+  static_cast<void>(isa);
+  return nullptr;
+}
+
+int64_t winograd_tiles(const Conv& conv) {
+  return div_up(conv.P, kWinogradTile) * div_up(conv.Q, kWinogradTile);
+}
+
+// From how many tiles of 2 x 2 outputs on, of all images, a convolution has fewer products: each
+// task transforms its weights, which takes as long as its products with a few tiles. Without
+// channels enough what is transformed is more than what is multiplied.
+int64_t least_winograd_tiles(const Conv& conv) {
+  const bool fits = conv.R == 3 && conv.S == 3 && conv.stride_h == 1 && conv.stride_w == 1 &&
+                    conv.dil_h == 1 && conv.dil_w == 1 && conv.groups == 1 && !conv.has_pool;
+  if (!fits || winograd_of(conv.isa) == nullptr) return kNever;
+  switch (winograd_wanted()) {
+    case Winograd::never:
+      return kNever;
+    case Winograd::always:
+      return 1;
+    case Winograd::where_it_pays:
+      return std::min(conv.C, conv.K) >= 32 ? 32 : kNever;
+  }
+  return kNever;
+}
+
+bool uses_winograd(const Conv& conv) {
+  return std::max(conv.batch, conv.N) * winograd_tiles(conv) >= least_winograd_tiles(conv);
+}
+
+// Output rows that are computed together, but for an image's last.
+int64_t row_step(const Conv& conv) {
+#if defined(__x86_64__)
+  if (conv.isa == &kConvWinogradAvx512 || conv.isa == &kConvWinogradAvx2) return kWinogradTile;
+#endif
+  return 1;
+}
+
+// The rows that tasks are made of.
+int64_t task_rows(const Conv& conv) {
+  return conv.N * (conv.has_pool ? conv.pool.P : div_up(conv.P, row_step(conv)));
+}
+
 }  // namespace
 
 void set_float32_products(int64_t products) {
@@ -171,6 +239,24 @@ int64_t float32_pixels_for_tiles(std::vector<int64_t> weight_shape, std::vector<
   conv.expanded = is_expanded(groups, weight_shape[1], conv.K / groups, vector_isa()->lanes);
   const int64_t pixels = least_pixels_on_tiles(conv);
   return pixels == kNever ? -1 : pixels;
+}
+
+int64_t tiles_for_winograd(std::vector<int64_t> weight_shape, std::vector<int64_t> stride,
+                           std::vector<int64_t> dilation, int64_t groups, bool has_pool) {
+  FR_CHECK(weight_shape.size() == 4 && stride.size() == 2 && dilation.size() == 2 && groups > 0,
+           "tiles_for_winograd: weight_shape must have 4 numbers, stride and dilation 2, groups be "
+           "positive");
+  if (vector_isa() == nullptr) return -1;
+  Conv conv{};
+  conv.isa = vector_isa();
+  conv.K = weight_shape[0], conv.C = weight_shape[1] * groups;
+  conv.R = weight_shape[2], conv.S = weight_shape[3];
+  conv.stride_h = stride[0], conv.stride_w = stride[1];
+  conv.dil_h = dilation[0], conv.dil_w = dilation[1];
+  conv.groups = groups;
+  conv.has_pool = has_pool;
+  const int64_t tiles = least_winograd_tiles(conv);
+  return tiles == kNever ? -1 : tiles;
 }
 
 int64_t l2_bytes() {
@@ -839,7 +925,7 @@ struct Split {
 // the weights. Elsewhere they divide the rows; a task takes as many as its caches hold.
 Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   const int64_t item = conv.isa->item;
-  const int64_t rows = conv.N * (conv.has_pool ? conv.pool.P : conv.P);
+  const int64_t rows = task_rows(conv);
   const int64_t blocks = div_up(group_k(conv), block_k);
   const int64_t weight_bytes = reduction(conv) * group_k(conv) * item;
   const bool streams_weights = weight_bytes > l2_bytes() / 2;
@@ -908,6 +994,40 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   return s;
 }
 
+// The same for Winograd's tiles. Every task transforms its inputs, and the weights of each of its
+// blocks of output channels; what it has transformed stays in its cache.
+Split split_winograd(const Conv& conv, int64_t block_k, int64_t threads) {
+  const int64_t rows = task_rows(conv), blocks = div_up(conv.K, block_k);
+  const int64_t row_tiles = div_up(conv.Q, kWinogradTile);
+  // Of a tile: 16 values a channel, and, where sums are made of more than one, a block's sums.
+  const int64_t row_bytes = row_tiles * 16 * (conv.C + block_k) * 4;
+  const int64_t most = std::clamp<int64_t>(l2_bytes() * 5 / 8 / row_bytes, 1, rows);
+  const auto lanes = static_cast<double>(conv.isa->lanes), c = static_cast<double>(conv.C);
+  Split best{};
+  double least = 0;
+  for (const int64_t wanted : {int64_t{1}, std::min(threads, blocks)}) {
+    const int64_t in_task = div_up(blocks, wanted), block_tasks = div_up(blocks, in_task);
+    const int64_t fewest = div_up(rows, most);
+    for (int64_t tasks = fewest; tasks <= std::min(rows, fewest + 8 * threads); ++tasks) {
+      const int64_t in_rows = div_up(rows, tasks), row_tasks = div_up(rows, in_rows);
+      const int64_t rounds = div_up(row_tasks * block_tasks, threads);
+      // In vector operations of a tile's channel: 16 products, 40 to transform it, 50 and more of a
+      // weight, which comes from beyond the cache.
+      const auto tiles = static_cast<double>(in_rows * row_tiles);
+      const double block_vectors = static_cast<double>(in_task * block_k) / lanes;
+      const double task = tiles * c * 40 / lanes + block_vectors * c * 100 +
+                          tiles * block_vectors * (c * 16 + 100) + 5000;
+      const double cost =
+          static_cast<double>(rounds) * task * (1 + 0.03 / static_cast<double>(rounds));
+      if (least == 0 || cost < least) {
+        least = cost;
+        best = {in_rows, row_tasks, in_task, block_tasks};
+      }
+    }
+  }
+  return best;
+}
+
 // A task's copy of its input, with all of the padding, must have a size that can be counted.
 void check_scratch_size(const Conv& conv) {
   const double rows = static_cast<double>(conv.H) + 2.0 * static_cast<double>(conv.pad_h);
@@ -920,6 +1040,8 @@ void check_scratch_size(const Conv& conv) {
 }  // namespace
 
 namespace {
+
+void run_tasks(Conv conv, bool is_direct, RowStatistics* statistics);
 
 // An image at a time, for what is kept of its border.
 void run_with_border(const Conv& conv) {
@@ -937,28 +1059,26 @@ void run_with_border(const Conv& conv) {
     image.residual = image_of(conv.residual, conv.res.n, n);
     image.output = static_cast<char*>(conv.output) + n * conv.out.n * item;
     const BorderOutputs border(image, layout);
-    run_conv(image);
+    run_tasks(image, true, nullptr);
     border.store(image);
   }
 }
 
-}  // namespace
-
-void run_conv(Conv conv, RowStatistics* statistics) {
-  if (conv.N == 0) return;
-  check_scratch_size(conv);
-  if (!conv.weight_is_finite && (conv.pad_h > 0 || conv.pad_w > 0)) return run_with_border(conv);
+// Directly: no sums of several inputs or weights are to be multiplied.
+void run_tasks(Conv conv, bool is_direct, RowStatistics* statistics) {
   if (conv.dtype != Dtype::kBFloat16) {
     conv.weight_block = conv.isa->block_k;
     conv.isa = &isa_in_parts(conv);
   }
+  if (!is_direct && uses_winograd(conv)) conv.isa = winograd_of(conv.isa);
   flatten_pixels(conv);
   const ConvIsa& isa = *conv.isa;
   conv.keeps_weight = reduction(conv) * group_k(conv) * isa.item <= l2_bytes() / 2;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t block_k = conv.expanded ? isa.lanes : isa.block_k;
-  const Split s = split(conv, block_k, threads);
-  const int64_t rows = conv.N * (conv.has_pool ? conv.pool.P : conv.P);
+  const Split s =
+      row_step(conv) > 1 ? split_winograd(conv, block_k, threads) : split(conv, block_k, threads);
+  const int64_t rows = task_rows(conv);
   const int64_t blocks = div_up(group_k(conv), block_k);
   const int64_t tasks = s.row_tasks * s.block_tasks * work_groups(conv);
 
@@ -990,7 +1110,12 @@ void run_conv(Conv conv, RowStatistics* statistics) {
     isa.run(conv, task, scratch.get());
     if (statistics == nullptr) return;
     const int64_t first = task.group * group_k(conv);
-    statistics->add(conv, task.row_begin, task.row_end, first + task.block_begin * block_k,
+    const int64_t step = row_step(conv), in_image = div_up(conv.P, step);
+    const auto output_row = [&](int64_t row) {
+      return row / in_image * conv.P + row % in_image * step;
+    };
+    statistics->add(conv, output_row(task.row_begin), output_row(task.row_end),
+                    first + task.block_begin * block_k,
                     first + std::min(group_k(conv), task.block_end * block_k));
   };
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) {
@@ -1001,6 +1126,15 @@ void run_conv(Conv conv, RowStatistics* statistics) {
       }
     }
   });
+}
+
+}  // namespace
+
+void run_conv(Conv conv, RowStatistics* statistics) {
+  if (conv.N == 0) return;
+  check_scratch_size(conv);
+  if (!conv.weight_is_finite && (conv.pad_h > 0 || conv.pad_w > 0)) return run_with_border(conv);
+  run_tasks(conv, !conv.weight_is_finite, statistics);
 }
 
 // ---- tensors -----------------------------------------------------------------------------------

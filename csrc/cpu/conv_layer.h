@@ -63,6 +63,11 @@ void set_float32_products(int64_t products);
 int64_t float32_pixels_for_tiles(std::vector<int64_t> weight_shape, std::vector<int64_t> stride,
                                  int64_t groups, bool has_pool);
 
+// From how many tiles of 2 x 2 outputs on, of all images, a convolution with such a weight that is
+// on vectors takes fewer products, by Winograd's filtering; -1: it never does.
+int64_t tiles_for_winograd(std::vector<int64_t> weight_shape, std::vector<int64_t> stride,
+                           std::vector<int64_t> dilation, int64_t groups, bool has_pool);
+
 // A weight (K, C / groups, R, S) in the layout of the kernel that will read it: its WeightLayout.
 torch::stable::Tensor pack_conv_weight(torch::stable::Tensor weight, int64_t groups);
 

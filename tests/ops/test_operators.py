@@ -109,6 +109,7 @@ QUERIES = {
     "float32_pixels_for_tiles",
     "multiply_tiles",
     "set_float32_products",
+    "tiles_for_winograd",
 }
 
 

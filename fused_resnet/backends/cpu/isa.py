@@ -88,12 +88,14 @@ def explain(
         pooled = operator == "conv_bn_act_max_pool"
         before = "norm + " if operator == "norm_conv_bn_act" else ""
         isa = TILE_ISA if on_tiles(dtype, weight_shape, groups) else _vector_isa(dtype)
+        outputs: tuple[int, ...] = ()
+        if input_shape:
+            outputs = output_size(input_shape[2:], weight_shape[2:], stride, padding, dilation)
+        geometry = (tuple(stride), tuple(dilation), groups, pooled)
+        if isa == ISA:
+            isa = _with_winograd(weight_shape, geometry, input_shape[:1], outputs)
         if dtype in (torch.float32, torch.float16):
-            outputs = None
-            if input_shape:
-                size = output_size(input_shape[2:], weight_shape[2:], stride, padding, dilation)
-                outputs = input_shape[0] * math.prod(size)
-            isa = _isa_in_parts(dtype, weight_shape, tuple(stride), groups, pooled, outputs)
+            isa = _isa_in_parts(dtype, weight_shape, geometry, input_shape[:1], outputs, isa)
         if not (pooled and groups > 1):
             return f"cpu: native {before}convolution ({isa})"
     if operator == "quantized_residual_blocks":
@@ -110,17 +112,33 @@ def explain(
 def _isa_in_parts(
     dtype: torch.dtype,
     weight_shape: Sequence[int],
-    stride: Sequence[int],
-    groups: int,
-    pooled: bool,
-    outputs: int | None,
+    geometry: tuple[Sequence[int], Sequence[int], int, bool],
+    images: Sequence[int],
+    outputs: Sequence[int],
+    otherwise: str,
 ) -> str:
-    """What runs a convolution of float32 or float16 and so many output pixels, or any number."""
+    """What runs a convolution of float32 or float16 on `images` of `outputs` pixels, or any."""
+    stride, _, groups, pooled = geometry
     least = operators.float32_pixels_for_tiles(weight_shape, stride, groups, pooled)
-    if least < 0 or (outputs is not None and outputs < least):
-        return ISA
+    if least < 0 or (images and math.prod((*images, *outputs)) < least):
+        return otherwise
     products = tile_products(dtype)
     tiles = f"{TILE_ISA}, {products} product{'s' if products != 1 else ''}"
-    if outputs is not None or least <= 1:
+    if images or least <= 1:
         return tiles
-    return f"{tiles}, from {least} output pixels on, else {ISA}"
+    return f"{tiles}, from {least} output pixels on, else {otherwise}"
+
+
+def _with_winograd(
+    weight_shape: Sequence[int],
+    geometry: tuple[Sequence[int], Sequence[int], int, bool],
+    images: Sequence[int],
+    outputs: Sequence[int],
+) -> str:
+    """How vectors run a convolution on `images` of `outputs` pixels, or on any."""
+    least = operators.tiles_for_winograd(weight_shape, *geometry)
+    if least < 0 or (images and math.prod((*images, *(-(-n // 2) for n in outputs))) < least):
+        return ISA
+    if images or least <= 1:
+        return f"{ISA}, Winograd"
+    return f"{ISA}, Winograd from {least} tiles of 2 x 2 outputs on"

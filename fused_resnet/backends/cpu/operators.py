@@ -34,5 +34,6 @@ conv_isa = _operators.conv_isa.default
 conv_tile_isa = _operators.conv_tile_isa.default
 conv_pair_isa = _operators.conv_pair_isa.default
 float32_pixels_for_tiles = _operators.float32_pixels_for_tiles.default
+tiles_for_winograd = _operators.tiles_for_winograd.default
 set_float32_products = _operators.set_float32_products.default
 cpu_pool_trim = _operators.cpu_pool_trim.default
