@@ -16,7 +16,8 @@ enum class Isa { baseline, avx2, avx512 };  // avx2: with FMA and F16C; avx512: 
 Isa cpu_isa();
 
 // The unit that sums products of pairs of bfloat16 in vectors: AVX512_BF16, where there are no
-// tiles. FUSED_RESNET_CPU_ISA=avx512bf16_emulated has it emulated.
+// tiles and it is faster than float32 is, or FUSED_RESNET_CPU_ISA names it;
+// FUSED_RESNET_CPU_ISA=avx512bf16_emulated has it emulated.
 enum class PairUnit { none, avx512bf16, emulated };
 PairUnit pair_unit();
 

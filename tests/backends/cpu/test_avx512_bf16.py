@@ -1,6 +1,8 @@
 """The convolution of pairs of bfloat16: on AVX512_BF16 where there is one, and emulated."""
 
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +18,15 @@ from support import (
 )
 
 import fused_resnet
+from fused_resnet.measure.environment import describe_device
 
 PAIRS = torch.ops.fused_resnet.conv_pair_isa()
 needs_pairs = pytest.mark.skipif(
     not PAIRS, reason="no AVX512_BF16, or AMX; run again with the instruction emulated"
 )
+HAS_INSTRUCTION = "avx512_bf16" in describe_device(torch.device("cpu"))["flags"]
 needs_avx512bf16 = pytest.mark.skipif(
-    PAIRS != "avx512bf16", reason="this processor has no AVX512_BF16, or AMX"
+    not HAS_INSTRUCTION, reason="this processor has no AVX512_BF16"
 )
 BF16 = torch.bfloat16
 
@@ -115,6 +119,17 @@ def test_explain_names_the_unit():
         assert PAIRS not in explain("conv_bn_act", **where)
 
 
+@pytest.mark.skipif(
+    not HAS_INSTRUCTION or bool(os.environ.get("FUSED_RESNET_CPU_ISA")),
+    reason="this processor has no AVX512_BF16, or what it has is not what is used",
+)
+def test_where_the_instruction_is_slow():
+    """Intel's issue it every second cycle: there bfloat16 is multiplied as float32."""
+    is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    on_tiles = torch.ops.fused_resnet.conv_tile_isa() != ""
+    assert ("" if is_intel or on_tiles else "avx512bf16") == PAIRS
+
+
 # Their digests are compared.
 SETS = ("avx512bf16", "avx512bf16_emulated", "avx512")
 
@@ -132,4 +147,12 @@ def test_the_emulation_has_the_instructions_bits(ahead):
 @pytest.mark.ahead(lambda: rerun_on_instruction_set("avx512bf16_emulated", __file__, "not emulat"))
 def test_with_the_instruction_emulated(ahead):
     """This file's cases again, on any processor."""
+    ahead()
+
+
+@needs_avx512bf16
+@pytest.mark.skipif(PAIRS == "avx512bf16", reason="they have just run on it")
+@pytest.mark.ahead(lambda: rerun_on_instruction_set("avx512bf16", __file__, "not emulat"))
+def test_with_the_instruction_not_emulated(ahead):
+    """This file's cases again, where the instruction is not used unless it is asked for."""
     ahead()
