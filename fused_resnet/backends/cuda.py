@@ -21,12 +21,12 @@ from torch.nn import Parameter
 
 from .. import _native, tuning
 from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
-from ..layers.memory import contiguous_like_eager
+from ..layers.memory import contiguous_like_eager, memory_format_of
 from ..layers.quantized import Quantization, QuantizedBlock, QuantizedStem
 from ..tuning import architecture, basic_block, cuda_tiles
 from ..tuning.choice import BASIC_BLOCK, Tile
 from ..tuning.problem import BasicBlockProblem, ConvProblem
-from . import check_cases, cuda_quantized, library, self_check
+from . import arranged, check_cases, cuda_quantized, library, self_check
 from .backend import Backend, Gradients, UnfoundNorm
 from .self_check import Case, Family
 
@@ -131,17 +131,33 @@ def conv_bn_act(
         return library.conv_bn_act(input, layer, residual, activation, finish=_finish())
     if not _trusts_convolution(input, layer, residual is not None, activation, tile):
         return library.conv_bn_act(input, layer, residual, activation)
+    filters = _filters_of(weight, input)
     if tile is not None and cuda_tiles.is_hopper(tile):
-        return _hopper()(
-            input, weight, *norm, bias, *stride, *padding, *dilation, residual,
+        output = _hopper()(
+            input, filters, *norm, bias, *stride, *padding, *dilation, residual,
             activation == "relu", cuda_tiles.hopper_instances()[tile],
         )  # fmt: skip
-    tf32 = library.precision(input) == "tf32"
-    chosen = [] if tile is None else [cuda_tiles.index(tile, input.dtype, tf32), tile.split_k]
-    return _operator()(
-        input, weight, *norm, bias, *stride, *padding, *dilation, groups, residual,
-        activation == "relu", tf32, chosen,
-    )  # fmt: skip
+    else:
+        tf32 = library.precision(input) == "tf32"
+        chosen = [] if tile is None else [cuda_tiles.index(tile, input.dtype, tf32), tile.split_k]
+        output = _operator()(
+            input, filters, *norm, bias, *stride, *padding, *dilation, groups, residual,
+            activation == "relu", tf32, chosen,
+        )  # fmt: skip
+    if filters is weight or memory_format_of(input) is torch.channels_last:
+        return output
+    return output.contiguous()  # as it would be for the weight itself
+
+
+def _filters_of(weight: Tensor, input: Tensor) -> Tensor:
+    """The weight, or where the kernels would copy it in every call a copy that is kept."""
+    if (
+        weight.size(2) * weight.size(3) == 1
+        or input.size(1) * input.element_size() % 16 > 0  # loaded as it lies, one by one
+        or memory_format_of(weight) is torch.channels_last
+    ):
+        return weight
+    return arranged.channels_last(weight)
 
 
 def conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: Pool) -> Tensor:
@@ -182,7 +198,9 @@ def run_basic_block(input: Tensor, first: ConvNorm, second: ConvNorm, tile: Tile
     Returns:
         (N, 64, H, W), channels_last.
     """
-    layers = ((layer.weight, *layer.norm, layer.bias) for layer in (first, second))
+    layers = (
+        (_filters_of(layer.weight, input), *layer.norm, layer.bias) for layer in (first, second)
+    )
     return _basic_block()(input, *itertools.chain(*layers), basic_block.index(tile))
 
 
@@ -610,6 +628,7 @@ class Cuda(Backend):
     name = "cuda"
     reads_narrow_residuals = True
     has_norm_kernels = True
+    lays_channels_last = True
 
     @property
     def device_type(self) -> str:  # type: ignore[override]
@@ -653,6 +672,7 @@ class Cuda(Backend):
     available = staticmethod(available)
     graph_key = staticmethod(graph_key)
     explain = staticmethod(explain)
+    release = staticmethod(arranged.release)
     conv_bn_act = staticmethod(conv_bn_act)
     conv_bn_act_max_pool = staticmethod(conv_bn_act_max_pool)
     batch_norm_act_inference = staticmethod(batch_norm_act_inference)

@@ -29,7 +29,7 @@ class Copies(Recorder):
     """Counts the tensors of four dimensions that are copied, by shape; it makes no plan."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(torch.empty(0), [])
         self.shapes: Counter[tuple[int, ...]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
