@@ -16,11 +16,13 @@ from torch import Tensor
 from .layers.convolution import conv2d
 from .layers.quantized import (
     LARGEST,
+    LARGEST_FLOAT8,
     LARGEST_WORD,
     Quantization,
     QuantizedBlock,
     QuantizedConv,
     QuantizedStem,
+    float32,
     interleaved,
     word_parts,
 )
@@ -351,7 +353,7 @@ def quantize(input: Tensor, stored: Quantization) -> Tensor:
     Returns:
         As `input`, uint8.
     """
-    inverse = torch.tensor(1 / stored.step, dtype=torch.float64).float().item()
+    inverse = float32(1 / stored.step)
     steps = input.float() * inverse
     return _bytes(torch.where(steps.isnan(), -torch.inf, steps), -stored.zero_point, stored)
 
@@ -426,6 +428,63 @@ def quantized_residual_blocks(
     return dequantize(values, output, input.dtype)
 
 
+def float8_residual_blocks(
+    input: Tensor,
+    blocks: Sequence[QuantizedBlock],
+    stored: Quantization,
+    output: Quantization,
+) -> Tensor:
+    """Residual blocks in float8_e4m3fn, one on the output of the other.
+
+    Of a block, h[0] its input as stored, with `e4m3(x)` x, at most 448 in magnitude, rounded to the
+    nearest of these numbers, to even:
+
+        h[i] = e4m3(max(sums(h[i-1]) * scale + shift, 0))  for all but the last,
+        out  = e4m3(max(sums(h) * scale + shift + shortcut, 0)),
+        shortcut = h[0] * shortcut_scale, or sums(h[0]) * scale of a projection.
+
+    `sums` is the convolution of stored numbers. Products of two of them are exact in float32; their
+    sums are not, and depend on the order, which is not said. So what is promised is an error and
+    not the bits: a sum of n products differs from the exact one by at most `n 2^-23` times the sum
+    of their magnitudes, as float32 sums in any order do, and each later operation rounds to
+    float32 once. `h[i]` is then `e4m3` of a number that is as near to the exact one. NaN stays NaN.
+
+    Args:
+        input: (N, C, H, W), float32, float16 or bfloat16.
+        blocks: see `layers/quantized.py`; their weights are float8_e4m3fn.
+        stored: how `input` is stored.
+        output: how the last block's output is to be read.
+
+    Returns:
+        (N, K, P, Q) in the dtype of `input`.
+    """
+    inverse = float32(1 / stored.step)
+    values = _float8(input.float() * inverse)
+    per_channel = (1, -1, 1, 1)
+
+    def scaled(values: Tensor, conv: QuantizedConv) -> Tensor:
+        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        sums = F.conv2d(values.float(), conv.weight.float(), None, *geometry)
+        return sums * conv.scale.view(per_channel)
+
+    for block in blocks:
+        *convs, last = block.convs[:-1] if block.has_projection else block.convs
+        if block.has_projection:
+            shortcut = scaled(values, block.convs[-1])
+        else:
+            shortcut = values.float() * block.shortcut_scale
+        for conv in convs:
+            values = _float8(scaled(values, conv) + conv.shift.view(per_channel), 0.0)
+        steps = scaled(values, last) + last.shift.view(per_channel) + shortcut
+        values = _float8(steps, 0.0)
+    return (values.float() * output.step).to(input.dtype)
+
+
+def _float8(values: Tensor, least: float = -LARGEST_FLOAT8) -> Tensor:
+    # A conversion would make NaN of what is beyond the largest number.
+    return values.clamp(least, LARGEST_FLOAT8).to(torch.float8_e4m3fn)
+
+
 def quantized_stem(
     input: Tensor, stem: QuantizedStem, stored: Quantization, output: Quantization
 ) -> Tensor:
@@ -452,7 +511,7 @@ def quantized_stem(
     if stem.low is None:
         values, zero_point = quantize(input, stored), stored.zero_point
     else:
-        inverse = torch.tensor(1 / stored.step, dtype=torch.float64).float().item()
+        inverse = float32(1 / stored.step)
         words = input.float() * inverse
         words = torch.where(words.isnan(), -torch.inf, words).clamp(-LARGEST_WORD, LARGEST_WORD)
         upper, lower = word_parts(words.round())

@@ -16,6 +16,7 @@ from .families import known  # noqa: F401  adds the recipes of other libraries' 
 from .forms import Form
 from .layers import checks
 from .layers import watch as watching
+from .layers.quantized import EIGHT_BITS, FLOAT8
 from .layers.ranges import BlockRanges, StemRanges
 from .modules import fake_quantized, graphs, plans, quantized, read, sequences
 from .modules.conv_norm_act import has_kernel
@@ -38,8 +39,9 @@ class Record:
             "eager".
         reason: why not, or which part not; "" where all of it is fused. In a quantized model also
             why it stays in floating point.
-        precision: "int8" where it runs in eight bits, else the dtype of its first convolution's
-            weight, such as "float32"; "float32, rounded to int8" after `prepare_qat`.
+        precision: "int8" or "float8_e4m3fn" where it runs in eight bits, else the dtype of its
+            first convolution's weight, such as "float32"; "float32, rounded to int8" after
+            `prepare_qat`.
         sqnr_db: of a quantized block, its output's signal-to-noise ratio in decibels, as
             calibration saw it; None where that is not known or there was no noise.
     """
@@ -94,13 +96,13 @@ class Report(Sequence[Record]):
         if not self._records:
             first = "nothing to fuse: the model has no residual block of a class that is known"
             return "\n".join([first, *hints])
-        in_int8 = sum(record.precision == "int8" for record in self._records)
+        in_eight_bits = sum(record.precision in EIGHT_BITS for record in self._records)
         rows = [
             (
                 record.path or "(model)",
                 record.kind,
                 "fused" if record.fused else "not fused",
-                *([_precision(record)] if in_int8 else []),
+                *([_precision(record)] if in_eight_bits else []),
                 record.backend,
                 record.reason,
             )
@@ -113,8 +115,10 @@ class Report(Sequence[Record]):
         ]
         fused = sum(record.fused for record in self._records)
         first = f"{fused} of {len(rows)} modules run fused"
-        if in_int8:
-            first += f", {in_int8} in eight bits; all else, the classifier too, in floating point"
+        if in_eight_bits:
+            first += (
+                f", {in_eight_bits} in eight bits; all else, the classifier too, in floating point"
+            )
         found = [f"not used, for it differs from the library: {text}" for text in self.not_used]
         return "\n".join([first, *lines, *found, *hints])
 
@@ -400,12 +404,13 @@ def _record_of(
     elif module.training:
         reason = "in floating point: it is in training mode"
     else:
-        operator, precision = "quantized_residual_blocks", "int8"
         if isinstance(kept, StemRanges):
             operator, precision = "quantized_stem", f"int{kept.bits}"
             fits = quantized.stem_of(module, kept.bits) is not None
             why = kept.reason or (None if fits else "it is not as it was calibrated")
         else:
+            operator = f"{'float8' if kept.dtype == FLOAT8 else 'quantized'}_residual_blocks"
+            precision = kept.dtype
             why = kept.reason or quantized.float_reason(module)
         if why is None:
             backend = backends.explain(operator, device=weight.device, dtype=weight.dtype)

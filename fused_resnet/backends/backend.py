@@ -179,6 +179,16 @@ class Backend:
         """See `reference.quantized_residual_blocks`: the same bits."""
         return reference.quantized_residual_blocks(input, blocks, stored, output)
 
+    def float8_residual_blocks(
+        self,
+        input: Tensor,
+        blocks: Sequence[QuantizedBlock],
+        stored: Quantization,
+        output: Quantization,
+    ) -> Tensor:
+        """See `reference.float8_residual_blocks`, which says how exact it has to be."""
+        return reference.float8_residual_blocks(input, blocks, stored, output)
+
     def quantized_stem(
         self, input: Tensor, stem: QuantizedStem, stored: Quantization, output: Quantization
     ) -> Tensor:

@@ -213,5 +213,6 @@ def explain(operator: str) -> str:
         "batch_norm_act_inference": "scale_shift_act",
         "batch_norm_act_training": "library statistics + scale_shift_act",
         "quantized_residual_blocks": "int8 by torch's operators",
+        "float8_residual_blocks": "float8_e4m3fn by torch's operators",
         "quantized_stem": "integers by torch's operators",
     }[operator]

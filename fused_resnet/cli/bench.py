@@ -191,7 +191,7 @@ def models_command(
             threads=threads,
             rounds=rounds,
             memory=memory,
-            quantize=name == "int8",
+            quantize="int8" if name == "int8" else None,
             calibrate=calibrate if name == "int8" else None,
         )
         for network in _models(model)

@@ -53,6 +53,9 @@ def compare(
     quantize: Annotated[
         bool, typer.Option("--quantize", help="Also run the fused model in eight bits.")
     ] = False,
+    quantize_dtype: Annotated[
+        str, typer.Option(help="Of --quantize: int8 or float8_e4m3fn.")
+    ] = "int8",
     calibrate: Annotated[
         str | None,
         typer.Option(help="Folder of images to find its ranges on; else crops of the input's."),
@@ -83,7 +86,8 @@ def compare(
     case = Case(
         model=model, batch=batch, dtype=dtype, device=device, images=tuple(image or ()),
         backend=backend, train=train, compile=compile, threads=threads, rounds=rounds,
-        weights=weights, seed=seed, memory=memory, quantize=quantize, calibrate=calibrate,
+        weights=weights, seed=seed, memory=memory, quantize=quantize_dtype if quantize else None,
+        calibrate=calibrate,
     )  # fmt: skip
 
     console, bar_console = Console(), Console(stderr=True)
@@ -151,7 +155,7 @@ def _print_result(console: Console, result: Result) -> None:
     for line in result.fused:
         console.print(plain(f"fused: {line}"))
     for line in result.quantized:
-        console.print(plain(f"int8: {line}"))
+        console.print(plain(f"{case.quantize}: {line}"))
     for candidate in result.candidates:
         if candidate.skipped:
             console.print(plain(f"{candidate.name}: skipped, {candidate.skipped}"))

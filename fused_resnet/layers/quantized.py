@@ -4,10 +4,14 @@ A real number x is stored as an unsigned byte q, x = (q - zero point) * step. Wh
 has zero point 0. Weights are signed bytes, one step a filter, no zero point. All steps are float32
 numbers; they are worked out in float64 from correctly rounded operations only, so that every
 machine gets the same.
+
+In `float8_e4m3fn` a number x is stored as one of those with four significant bits, x = q * step, an
+activation as a weight, and there is no zero point.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -33,12 +37,31 @@ LARGEST_REDUCTION = (2**31 - 1) // (LARGEST * 128)
 """Products in a sum that cannot leave 32 bits."""
 
 
+FLOAT8 = "float8_e4m3fn"
+"""The other dtype beside "int8": one sign, four exponent and three mantissa bits, no infinity."""
+
+EIGHT_BITS = ("int8", FLOAT8)
+"""What a block's precision is called where it runs in eight bits."""
+
+LARGEST_FLOAT8 = 448.0
+"""The largest such number."""
+
+SMALLEST_WEIGHT_STEP = 2.0**-120
+"""The smallest step of a weight in `FLOAT8`, whose filter is then as good as zero."""
+
+
+def float32(value: float) -> float:
+    """The nearest float32 number, to even; an infinity beyond the largest."""
+    return ctypes.c_float(value).value
+
+
 class Quantization(NamedTuple):
     """How an activation is stored in bytes.
 
     Attributes:
-        step: between neighbouring values, a float32 number above zero.
-        zero_point: the byte that stands for zero, 0 to 255.
+        step: between neighbouring values, a float32 number above zero; in `FLOAT8` what a stored 1
+            stands for.
+        zero_point: the byte that stands for zero, 0 to 255; 0 in `FLOAT8`.
     """
 
     step: float
@@ -49,7 +72,7 @@ class QuantizedConv(NamedTuple):
     """A convolution in eight bits and the norm behind it.
 
     Attributes:
-        weight: (K, C / groups, R, S), int8.
+        weight: (K, C / groups, R, S), int8 or, of a block in that, float8_e4m3fn.
         scale: (K,), float32: from a sum of products to steps of the output.
         shift: (K,), float32, in steps of the output.
         stride: two numbers, as are `padding` and `dilation`.
@@ -117,8 +140,25 @@ def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return steps.round().clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT).to(torch.int8), step
 
 
+def float8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (K, C, R, S) in float8_e4m3fn, and each filter's step (K,), float64.
+
+    The quotient by the step is rounded to float32 and then, to nearest even, to four bits. What
+    `quantized_weight` says of zeros and of what is not finite holds here.
+    """
+    values = weight.detach().double()
+    largest = values.abs().flatten(1).amax(1)
+    step = torch.where(largest < SMALLEST_WEIGHT_STEP, 1.0, largest / LARGEST_FLOAT8)
+    steps = (values / step.view(-1, 1, 1, 1)).float()
+    return steps.clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn), step
+
+
 def quantized_conv(
-    layer: ConvNorm, input: Quantization, output: Quantization, other_shift: Tensor | None = None
+    layer: ConvNorm,
+    input: Quantization,
+    output: Quantization,
+    other_shift: Tensor | None = None,
+    dtype: str = "int8",
 ) -> QuantizedConv:
     """A layer in eight bits.
 
@@ -130,11 +170,12 @@ def quantized_conv(
         input: how it reads.
         output: how what follows it is stored.
         other_shift: (K,), float64, real numbers to be added: a projection's.
+        dtype: "int8" or `FLOAT8`.
 
     Returns:
         The layer; its tensors are on the weight's device.
     """
-    weight, step = quantized_weight(layer.weight)
+    weight, step = (float8_weight if dtype == FLOAT8 else quantized_weight)(layer.weight)
     norm_scale, norm_shift = norm_vectors(layer)
     if other_shift is not None:
         norm_shift = norm_shift + other_shift
@@ -207,7 +248,10 @@ def norm_vectors(layer: ConvNorm) -> tuple[Tensor, Tensor]:
 
 
 def quantized_block(
-    layers: Sequence[ConvNorm], has_projection: bool, ranges: Sequence[Quantization]
+    layers: Sequence[ConvNorm],
+    has_projection: bool,
+    ranges: Sequence[Quantization],
+    dtype: str = "int8",
 ) -> QuantizedBlock:
     """A block in eight bits.
 
@@ -215,6 +259,7 @@ def quantized_block(
         layers: its convolutions, then that of a projection.
         has_projection: whether there is one.
         ranges: of its input, of what each convolution but the last writes, of its output.
+        dtype: see `quantized_conv`.
     """
     main = layers[:-1] if has_projection else layers
     input, output = ranges[0], ranges[-1]
@@ -222,12 +267,11 @@ def quantized_block(
     convs = []
     for i, layer in enumerate(main):
         shift = other_shift if i == len(main) - 1 else None
-        convs.append(quantized_conv(layer, ranges[i], ranges[i + 1], shift))
+        convs.append(quantized_conv(layer, ranges[i], ranges[i + 1], shift, dtype))
     if has_projection:
-        projection = quantized_conv(layers[-1], input, output)
+        projection = quantized_conv(layers[-1], input, output, dtype=dtype)
         convs.append(projection._replace(shift=torch.zeros_like(projection.shift)))
-    shortcut = torch.tensor(input.step / output.step, dtype=torch.float64).float().item()
-    return QuantizedBlock(tuple(convs), has_projection, shortcut)
+    return QuantizedBlock(tuple(convs), has_projection, float32(input.step / output.step))
 
 
 TENSORS = 3  # a convolution's: weight, scale, shift

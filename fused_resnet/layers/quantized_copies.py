@@ -21,6 +21,7 @@ from . import watch
 from .description import Block, Stem
 from .prepared import WeightCache, version_of
 from .quantized import (
+    FLOAT8,
     Quantization,
     QuantizedBlock,
     QuantizedStem,
@@ -79,21 +80,24 @@ _cache = WeightCache()
 _stems = WeightCache()
 
 
-def copies_of(blocks: Sequence[Block], ranges: Sequence[Sequence[Quantization]]) -> list[Copy]:
+def copies_of(
+    blocks: Sequence[Block], ranges: Sequence[Sequence[Quantization]], dtype: str = "int8"
+) -> list[Copy]:
     """The blocks in eight bits.
 
     Args:
         blocks: with weights that are not None; none pads its shortcut.
         ranges: of each, see `quantized.quantized_block`.
+        dtype: "int8" or "float8_e4m3fn", of which all values of the weights are compared.
     """
     copies = []
     for block, own in zip(blocks, ranges, strict=True):
-        copy = _find(block, own)
-        copies.append(_made(block, own) if copy is None else copy)
+        copy = _find(block, own, dtype)
+        copies.append(_made(block, own, dtype) if copy is None else copy)
     if not _same_values(blocks, copies):
         for i, block in enumerate(blocks):
             if not _same_values([block], [copies[i]]):
-                copies[i] = _made(block, ranges[i])
+                copies[i] = _made(block, ranges[i], dtype)
     return copies
 
 
@@ -148,13 +152,13 @@ def _have_values(tensors: Sequence[Tensor | None], values: Sequence[Tensor]) -> 
         )
 
 
-def _layout(block: Block, ranges: Sequence[Quantization]) -> tuple[Any, ...]:
+def _layout(block: Block, ranges: Sequence[Quantization], dtype: str) -> tuple[Any, ...]:
     settings = tuple((layer.norm.eps, layer.weight.shape, *layer[3:]) for layer in block.layers)
-    return tuple(ranges), block.has_projection, settings
+    return tuple(ranges), block.has_projection, settings, dtype
 
 
-def _find(block: Block, ranges: Sequence[Quantization]) -> Copy | None:
-    entry = _cache.find(block.layers[0].weight, _layout(block, ranges))
+def _find(block: Block, ranges: Sequence[Quantization], dtype: str) -> Copy | None:
+    entry = _cache.find(block.layers[0].weight, _layout(block, ranges, dtype))
     if entry is None:
         return None
     copy: Copy = entry.copy
@@ -180,23 +184,25 @@ def _sources(
     )
 
 
-def _made(block: Block, ranges: Sequence[Quantization]) -> Copy:
+def _made(block: Block, ranges: Sequence[Quantization], dtype: str) -> Copy:
     tensors = list(_tensors([block]))
     weights = [layer.weight for layer in block.layers]
     # Before the values, which another thread may change.
     versions = [None if tensor is None else version_of(tensor) for tensor in tensors]
-    whole = any(watch.is_watched(w) or w.untyped_storage().is_shared() for w in weights)
+    whole = dtype == FLOAT8 or any(
+        watch.is_watched(w) or w.untyped_storage().is_shared() for w in weights
+    )
     # Copies made in inference mode would have no version, by which backends know them again.
     with torch.inference_mode(False), torch.no_grad():
         compared = all(weight.device.type == "cpu" for weight in weights)
         vectors = tuple(v.detach().clone() for v in _vectors(block)) if compared else None
         values = tuple(w.detach().clone() for w in weights) if whole and compared else ()
         steps = tuple(quantized_weight(weight)[1] for weight in weights)
-        made = quantized_block(block.layers, block.has_projection, ranges)
+        made = quantized_block(block.layers, block.has_projection, ranges, dtype)
         is_finite = weights[0].is_meta or _is_finite(made)
     copy = Copy(made, is_finite, _sources(tensors, versions), steps, vectors, values)
     if all(t is None or v is not None for t, v in zip(tensors, versions, strict=True)):
-        _cache.put(weights[0], versions[0], copy, _layout(block, ranges))
+        _cache.put(weights[0], versions[0], copy, _layout(block, ranges, dtype))
     return copy
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
-
-from .quantized import LARGEST, LARGEST_WORD, WORD_ZERO_POINT, Quantization
+from .quantized import (
+    LARGEST,
+    LARGEST_FLOAT8,
+    LARGEST_WORD,
+    WORD_ZERO_POINT,
+    Quantization,
+    float32,
+)
 
 SMALLEST_STEP = 2.0**-120
 """The smallest step: its inverse, and a weight's step times it, are ordinary float32 numbers."""
@@ -24,6 +29,7 @@ class BlockRanges(NamedTuple):
         sqnr_db: signal-to-quantization-noise ratio of its output in decibels, as calibration saw
             it; None where it was not measured or there was no noise.
         reason: why the block stays in floating point; "" where it runs in eight bits.
+        dtype: of these: "int8" or "float8_e4m3fn".
     """
 
     path: str
@@ -31,6 +37,7 @@ class BlockRanges(NamedTuple):
     ranges: tuple[Quantization, ...]
     sqnr_db: float | None
     reason: str
+    dtype: str = "int8"
 
 
 class StemRanges(NamedTuple):
@@ -80,6 +87,11 @@ def quantization_of(low: float, high: float) -> Quantization | None:
     return Quantization(step, min(max(round(-low / step), 0), LARGEST))
 
 
-def float32(value: float) -> float:
-    """The nearest float32 number."""
-    return torch.tensor(value, dtype=torch.float64).float().item()
+def float8_of(low: float, high: float) -> Quantization | None:
+    """float8_e4m3fn for numbers between two finite ones: `max(-low, high) / 448` is the step.
+
+    Returns:
+        How they are stored; None where all is zero, or nearly.
+    """
+    step = float32(max(-low, high, 0.0) / LARGEST_FLOAT8)
+    return Quantization(step) if SMALLEST_STEP <= step < math.inf else None

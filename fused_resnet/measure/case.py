@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from .. import backends
+from ..layers.quantized import EIGHT_BITS
 from .clock import Latency
 from .errors import InvalidArgumentError
 
@@ -45,7 +46,7 @@ class Case:
         weights: see `inputs.build_model`.
         seed: of weights, labels and crops.
         memory: measure the peak memory as well.
-        quantize: also run the fused model in eight bits.
+        quantize: also run the fused model in eight bits, in "int8" or "float8_e4m3fn"; or None.
         calibrate: folder of images to find its ranges on; None for crops of the input's.
     """
 
@@ -62,7 +63,7 @@ class Case:
     weights: str | None = None
     seed: int = 0
     memory: bool = True
-    quantize: bool = False
+    quantize: str | None = None
     calibrate: str | None = None
 
     def check(self) -> None:
@@ -78,6 +79,10 @@ class Case:
         if len(self.images) > self.batch_size:
             raise InvalidArgumentError(
                 f"--batch is {self.batch}, must be at least the {len(self.images)} images given"
+            )
+        if self.quantize is not None and self.quantize not in EIGHT_BITS:
+            raise InvalidArgumentError(
+                f"--quantize-dtype is {self.quantize!r}, must be one of {', '.join(EIGHT_BITS)}"
             )
         if self.quantize and self.train:
             raise InvalidArgumentError("--quantize is for inference, must not be with --train")
@@ -118,8 +123,8 @@ class Case:
 
     @property
     def precision(self) -> str:
-        """What result files call its dtype: "int8" where eight bits are compared."""
-        return "int8" if self.quantize else self.dtype
+        """What result files call its dtype: that of eight bits, where they are compared."""
+        return self.quantize or self.dtype
 
     @property
     def is_mixed(self) -> bool:

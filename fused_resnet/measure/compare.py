@@ -32,7 +32,7 @@ from .case import (
     Result,
 )
 from .clock import PeakMemory, interleave, kept_bytes, synchronize, threads
-from .engines import CALIBRATION_BATCH, ENGINES, IN_EIGHT_BITS, INT8, eager
+from .engines import CALIBRATION_BATCH, ENGINES, FLOAT8, IN_EIGHT_BITS, INT8, eager
 from .errors import first_line
 from .inputs import build_input, build_model, calibration_images
 
@@ -40,7 +40,7 @@ from .inputs import build_input, build_model, calibration_images
 def engines_of(case: Case) -> dict[str, Engine]:
     """The candidates a case asks for."""
     names = ("eager", "torch.compile", "fused") if case.compile else ("eager", "fused")
-    names = (*names, INT8) if case.quantize else names
+    names = (*names, f"fused, {case.quantize}") if case.quantize else names
     return {name: ENGINES[name] for name in names}
 
 
@@ -115,7 +115,7 @@ def compare(
             is_wrong = _is_wrong(accuracy[name], accuracy["eager"], factor)
             if name in IN_EIGHT_BITS:
                 is_wrong = not accuracy[name].error <= LARGEST_INT8_ERROR
-            if name == INT8:
+            if name in (INT8, FLOAT8):
                 in_eight_bits = _quantized(model, own, case)
             if name != "eager" and is_wrong:
                 wrong.add(name)
@@ -244,11 +244,11 @@ def _is_wrong(own: Accuracy, eager: Accuracy, factor: float) -> bool:
 def _quantized(model: torch.nn.Module, own: torch.nn.Module, case: Case) -> tuple[str, ...]:
     """How a quantized model runs, and how often it agrees with the one it was made from."""
     records = [record for record in swap.report(own) if record.kind != "stem"]
-    ratios = [r.sqnr_db for r in records if r.precision == "int8" and r.sqnr_db is not None]
+    ratios = [r.sqnr_db for r in records if r.precision == case.quantize and r.sqnr_db is not None]
     lines = [f"{len(ratios)} of {len(records)} blocks"]
     if ratios:
         lines[0] += f", signal to quantization noise {min(ratios):.1f} to {max(ratios):.1f} dB"
-    left = Counter(record.reason for record in records if record.precision != "int8")
+    left = Counter(record.reason for record in records if record.precision != case.quantize)
     lines += [f"{count} x {reason}" for reason, count in left.most_common()]
     images = calibration_images(case.model, case.calibrate, case.images, case.seed)
     device = case.torch_device

@@ -69,12 +69,15 @@ def fused(
     return on_backend
 
 
-def int8(model: torch.nn.Module, input: torch.Tensor, case: Case, stem: str | None = None) -> Call:
+def in_eight_bits(
+    model: torch.nn.Module, input: torch.Tensor, case: Case, stem: str | None = None
+) -> Call:
     """The model after `quantize`, calibrated as the case says; of one without blocks, `fused`."""
     if case.train:
         raise NotImplementedError("runs inference only")
     if any(quantized.is_quantizable(module) for module in swap.fuse(model).modules()):
-        quantize(model, (part.to(input) for part in _calibration_batches(case)), stem=stem)
+        batches = (part.to(input) for part in _calibration_batches(case))
+        quantize(model, batches, dtype=case.quantize or "int8", stem=stem)
     return fused(model, input, case)
 
 
@@ -290,10 +293,11 @@ def fused_compiled(model: torch.nn.Module, input: torch.Tensor, case: Case) -> C
     return fused(model, input, case, wrap=torch.compile)
 
 
-INT8 = "fused, int8"
+INT8, FLOAT8 = "fused, int8", "fused, float8_e4m3fn"
 ENGINES: dict[str, Engine] = {
     "eager": eager,
-    INT8: int8,
+    INT8: in_eight_bits,
+    FLOAT8: in_eight_bits,
     "torch.compile": compiled,
     "fused": fused,
     "fused, low memory": fused_low_memory,
@@ -305,12 +309,12 @@ ENGINES: dict[str, Engine] = {
     "fused, CUDA graph": graphed(fused),
     "OpenVINO": openvino,
     "ONNX Runtime": onnx_runtime,
-    "fused, int8 with its stem": functools.partial(int8, stem="int8"),
+    "fused, int8 with its stem": functools.partial(in_eight_bits, stem="int8"),
     "OpenVINO, int8": functools.partial(openvino, eight_bits=True),
     "ONNX Runtime, int8": functools.partial(onnx_runtime, eight_bits=True),
 }
 # Those that round to eight bits, and are held to another error.
-IN_EIGHT_BITS = {name for name in ENGINES if "int8" in name}
+IN_EIGHT_BITS = {name for name in ENGINES if "int8" in name} | {FLOAT8}
 _ON_CPU = (
     "eager", "fused", "fused, low memory", "fused, torch.compile", "torch.compile",
     "torch.compile, frozen", "OpenVINO", "ONNX Runtime",

@@ -37,7 +37,9 @@ def measure(
         case.check()
     results: list[Result] = []
     for index, case in enumerate(cases):
-        chosen = engines or engines_for(case.torch_device.type, case.train, without, case.quantize)
+        chosen = engines or engines_for(
+            case.torch_device.type, case.train, without, case.quantize is not None
+        )
 
         def tell(stage: str, done: int, total: int, case: Case = case, at: int = index) -> None:
             progress(case, stage, at + done / total)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from .. import forms
 from ..layers import checks
 from ..layers.description import Block, Pool, Stem
-from ..layers.quantized import LARGEST_REDUCTION
+from ..layers.quantized import FLOAT8, LARGEST_REDUCTION, Quantization
 from ..layers.ranges import BlockRanges, StemRanges
 from ..ops.conv_bn_act_max_pool_int8 import conv_bn_act_max_pool_int8
+from ..ops.residual_blocks_float8 import residual_blocks_float8
 from ..ops.residual_blocks_int8 import DTYPES, residual_blocks_int8
 from ..originals import Conv2d, MaxPool2d, Sequential
 from . import read
@@ -166,14 +167,25 @@ def run_parts(parts: Sequence[Part], x: Tensor) -> Tensor | None:
         )
     first = 0
     for i in range(1, len(parts) + 1):
-        if i < len(parts) and parts[i - 1][0].ranges[-1] == parts[i][0].ranges[0]:
+        before = parts[i - 1][0]
+        if i < len(parts) and (before.ranges[-1], before.dtype) == (
+            parts[i][0].ranges[0],
+            parts[i][0].dtype,
+        ):
             continue
         blocks = [block for _, block in parts[first:i]]
-        out = residual_blocks_int8(x, blocks, [kept.ranges for kept, _ in parts[first:i]])
+        out = residual_blocks(x, blocks, [kept.ranges for kept, _ in parts[first:i]], before.dtype)
         if out is None:
             return None
         x, first = out, i
     return x
+
+
+def residual_blocks(
+    x: Tensor, blocks: Sequence[Block], ranges: Sequence[Sequence[Quantization]], dtype: str
+) -> Tensor | None:
+    """`residual_blocks_int8`, or `residual_blocks_float8`, as a `BlockRanges` names them."""
+    return (residual_blocks_float8 if dtype == FLOAT8 else residual_blocks_int8)(x, blocks, ranges)
 
 
 def float_reason(block: nn.Module) -> str | None:

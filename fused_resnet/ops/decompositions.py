@@ -26,12 +26,14 @@ from torch import Tensor
 from .. import reference
 from ..layers.description import ConvNorm, Norm, conv_norm_of, described_blocks
 from ..layers.quantized import (
+    FLOAT8,
     LARGEST,
     LARGEST_WEIGHT,
     LARGEST_WORD,
     Quantization,
     blocks_of,
     norm_vectors,
+    quantized_block,
     quantized_weight,
 )
 from .registration import library
@@ -190,6 +192,24 @@ def _conv_bn_act_max_pool_int8(input: Tensor, *arguments: Any) -> Tensor:
     return _max_pool(out, pool).to(input.dtype)
 
 
+def _residual_blocks_float8(
+    input: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    layer_counts: Sequence[int],
+    projections: Sequence[bool],
+    steps: Sequence[float],
+) -> Tensor:
+    blocks = described_blocks(tensors, numbers, eps, layer_counts, projections)
+    ranges = ranges_of(layer_counts, projections, steps, [0] * len(steps))
+    made = [
+        quantized_block(block.layers, block.projection is not None, own, FLOAT8)
+        for block, own in zip(blocks, ranges, strict=True)
+    ]
+    return reference.float8_residual_blocks(input, made, ranges[0][0], ranges[-1][-1])
+
+
 def _quantized_residual_blocks(input: Tensor, *arguments: Any) -> Tensor:
     blocks = blocks_of(*arguments[:5])
     step, zero_point, output_step = arguments[5:]
@@ -206,6 +226,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "norm_conv_bn_act": _norm_conv_bn_act,
     "quantized_residual_blocks": _quantized_residual_blocks,
     "residual_blocks": _residual_blocks,
+    "residual_blocks_float8": _residual_blocks_float8,
     "residual_blocks_int8": _residual_blocks_int8,
     "scale_shift_act": reference.scale_shift_act,
 }

@@ -251,6 +251,26 @@ def residual_blocks_int8(
     return None
 
 
+def residual_blocks_float8(
+    input: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+    layer_counts: Sequence[int],
+    projections: Sequence[bool],
+    steps: Sequence[float],
+) -> Error:
+    """See `ops.residual_blocks_float8`."""
+    zero_points = [0] * len(steps)
+    error = residual_blocks_int8(
+        input, tensors, numbers, eps, layer_counts, projections, steps, zero_points
+    )
+    if not isinstance(error, (ValueError, TypeError)):
+        return error
+    text = str(error).replace("residual_blocks_int8", "residual_blocks_float8", 1)
+    return type(error)(text.replace(f" and {len(steps)} zero points", ""))
+
+
 def block_training(
     input: Tensor,
     parameters: Sequence[Tensor | None],

@@ -59,16 +59,11 @@ def residual_blocks_int8(
         blocks have to be run in floating point: dtypes or shapes do not fit, a tensor is of
         another library, or a parameter is not finite.
     """
-    for block in blocks:
-        for layer in block.layers:
-            if layer.weight.shape[1:].numel() > LARGEST_REDUCTION:
-                return None
+    if not are_short(blocks):
+        return None
     tensors = tensors_of(blocks)
     if not nothing_intercepts(input, *tensors):
-        if has_foreign(input, *tensors):
-            return None
-        read = _as_read(input)
-        if read.dtype not in DTYPES or not checks.blocks_fit(read, blocks):
+        if has_foreign(input, *tensors) or not are_covered(input, blocks):
             return None
         stored = [one for own in ranges for one in own]
         steps, zero_points = [one.step for one in stored], [one.zero_point for one in stored]
@@ -76,22 +71,29 @@ def residual_blocks_int8(
     if input.dtype not in DTYPES:
         return None
     copies = copies_of(blocks, ranges)
-    if not all(copy.is_finite for copy in copies) or not _fit(input, blocks, copies):
+    if not all(copy.is_finite for copy in copies) or not fit(input, blocks, copies):
         return None
     return _run(input.detach(), copies, ranges)
 
 
-def _as_read(input: Tensor) -> Tensor:
-    """The input as the operator gets it, under autocast or not."""
-    device = input.device.type
-    if not torch.is_autocast_enabled(device):
-        return input
-    read = autocast_tensor(input, torch.get_autocast_dtype(device), device)
-    assert read is not None
-    return read
+def are_short(blocks: Sequence[Block]) -> bool:
+    """Whether no sum is of more products than 32 bits hold."""
+    weights = (layer.weight for block in blocks for layer in block.layers)
+    return all(weight.shape[1:].numel() <= LARGEST_REDUCTION for weight in weights)
 
 
-def _fit(input: Tensor, blocks: Sequence[Block], copies: Sequence[Copy]) -> bool:
+def are_covered(input: Tensor, blocks: Sequence[Block]) -> bool:
+    """Whether the operator takes these, from an input as it gets it, under autocast or not."""
+    device, read = input.device.type, input
+    if torch.is_autocast_enabled(device):
+        cast = autocast_tensor(input, torch.get_autocast_dtype(device), device)
+        assert cast is not None
+        read = cast
+    return read.dtype in DTYPES and checks.blocks_fit(read, blocks)
+
+
+def fit(input: Tensor, blocks: Sequence[Block], copies: Sequence[Copy]) -> bool:
+    """`checks.blocks_fit`, remembered by the copies' serials."""
     key = (input.shape, input.dtype, input.device, *(copy.serial for copy in copies))
     if key in _fitting:
         return True

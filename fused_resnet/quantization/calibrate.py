@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from .. import forms
 from ..layers.description import Block
-from ..layers.quantized import Quantization
+from ..layers.quantized import FLOAT8, Quantization
 from ..layers.quantized_copies import copies_of, copy_of_stem
 from ..layers.ranges import BlockRanges, StemRanges, words_of
 from ..modules import quantized, read, run
 from ..modules.network import float_stem
 from ..ops.conv_bn_act_max_pool_int8 import conv_bn_act_max_pool_int8
-from ..ops.residual_blocks_int8 import residual_blocks_int8
 from .observers import MinMaxObserver
 
 NOISE_IMAGES = 64
@@ -84,15 +83,21 @@ class Calibration:
         model: with fused blocks, in inference mode.
         make: a new observer.
         stem_bits: of networks' first convolutions; 0 for floating point.
+        dtype: of the blocks: "int8" or "float8_e4m3fn".
 
     Attributes:
         sites: of each fused residual block, in the order of `named_modules`.
     """
 
     def __init__(
-        self, model: nn.Module, make: Callable[[], MinMaxObserver], stem_bits: int
+        self,
+        model: nn.Module,
+        make: Callable[[], MinMaxObserver],
+        stem_bits: int,
+        dtype: str = "int8",
     ) -> None:
         self._model = model
+        self._dtype = dtype
         self.sites = [
             _Sites(path, module, make)
             for path, module in model.named_modules()
@@ -204,15 +209,15 @@ class Calibration:
             observers[0] = sites.source.observers[-1]
 
         def left(reason: str) -> BlockRanges:
-            return BlockRanges(sites.path, shapes, (), None, reason)
+            return BlockRanges(sites.path, shapes, (), None, reason, self._dtype)
 
         if sites.reason is not None:
             return left(sites.reason)
         if not sites.has_run:
             return left("no calibration batch ran it")
-        stored = [observer.quantization() if observer.is_finite else None for observer in observers]
+        stored = [self._stored(observer) for observer in observers]
         placeholder = [Quantization(1.0) if one is None else one for one in stored]
-        if not is_foldable(sites.block, placeholder):
+        if not is_foldable(sites.block, placeholder, self._dtype):
             return left(NOT_FINITE)
         names = quantized.names_of_activations(sites.block)
         for what, observer in zip(names, observers, strict=True):
@@ -226,7 +231,13 @@ class Calibration:
             if one is None:
                 return left(f"{what} is zero in all calibration batches")
             ranges.append(one)
-        return BlockRanges(sites.path, shapes, tuple(ranges), None, "")
+        return BlockRanges(sites.path, shapes, tuple(ranges), None, "", self._dtype)
+
+    def _stored(self, observer: MinMaxObserver) -> Quantization | None:
+        if not observer.is_finite:
+            return None
+        is_float8 = self._dtype == FLOAT8
+        return observer.float8_quantization() if is_float8 else observer.quantization()
 
 
 @dataclass
@@ -269,7 +280,7 @@ def measure_noise(
         described = None if kept.reason else read.inference_block(block, x)
         if described is None:
             return None
-        stored = residual_blocks_int8(x, [described], [kept.ranges])
+        stored = quantized.residual_blocks(x, [described], [kept.ranges], kept.dtype)
         if stored is None:
             return None
         out = _in_float(block, x, lambda index, values: None)
@@ -301,13 +312,14 @@ def measure_noise(
     )
 
 
-def is_foldable(block: nn.Module, ranges: Sequence[Quantization]) -> bool:
+def is_foldable(block: nn.Module, ranges: Sequence[Quantization], dtype: str = "int8") -> bool:
     """Whether the eight-bit copy of a block without `float_reason` has finite scales."""
     found = read.block_layers(block)
     assert found is not None
     pairs, has_projection = found
     layers = [read.layer_of(conv, norm) for conv, norm in pairs]
-    return all(copy.is_finite for copy in copies_of([Block(layers, has_projection)], [ranges]))
+    copies = copies_of([Block(layers, has_projection)], [ranges], dtype)
+    return all(copy.is_finite for copy in copies)
 
 
 def _in_float(block: nn.Module, x: Tensor, see: Callable[[int, Tensor], None]) -> Tensor:

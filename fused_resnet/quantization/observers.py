@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..layers.quantized import LARGEST, Quantization
-from ..layers.ranges import quantization_of
+from ..layers.ranges import float8_of, quantization_of
 
 BINS = 4096
 _CHUNK = 1 << 22
@@ -72,6 +72,10 @@ class MinMaxObserver:
     def quantization(self) -> Quantization | None:
         """How the activation is to be stored; None where all values were zero, or nearly."""
         return quantization_of(*self.ends()) or quantization_of(self.low, self.high)
+
+    def float8_quantization(self) -> Quantization | None:
+        """`quantization` in float8_e4m3fn."""
+        return float8_of(*self.ends()) or float8_of(self.low, self.high)
 
 
 class Histogram:

@@ -42,7 +42,7 @@ def prepare_qat(
         ValueError: an argument is none of the above, or there is no residual block. The model is
             then as it was.
     """
-    checked_dtype("prepare_qat", dtype)
+    checked_dtype("prepare_qat", dtype, ("int8",))
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"prepare_qat: model is a {type(model).__name__}, must be a torch.nn.Module"
@@ -77,7 +77,7 @@ def _prepared(
     ranges = [MovingRange() for _ in quantized.names_of_activations(block)]
     if (trained := fake_quantized.of(block)) is not None:
         ranges = trained.ranges_read()
-    elif isinstance(before, BlockRanges) and before.ranges:
+    elif isinstance(before, BlockRanges) and before.ranges and before.dtype == "int8":
         ranges = [
             MovingRange(
                 (-stored.zero_point * stored.step, (LARGEST - stored.zero_point) * stored.step)

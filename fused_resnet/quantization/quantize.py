@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import blocks, forms, swap
+from ..layers.quantized import EIGHT_BITS, FLOAT8
 from ..layers.ranges import BlockRanges, StemRanges
 from ..modules import fake_quantized, quantized
 from . import pt2e, qdq
 from .calibrate import NOISE_IMAGES, NOT_FINITE, Calibration, is_foldable, measure_noise
 from .observers import OBSERVERS, MinMaxObserver, PercentileObserver
 
-DTYPES = ("int8",)
-_LATER = ("float8_e4m3fn",)
 STEMS = {"int16": 16, "int8": 8, "float": 0}
 
 _Ranges = TypeVar("_Ranges", BlockRanges, StemRanges)
@@ -64,11 +63,13 @@ def quantize(
             `onnx.load` returns): steps and zero points of activations are taken from it. A block at
             which it has none stays in floating point. Weights are rounded by steps of their own.
         dtype: "int8": unsigned activations of one step and zero point each, signed weights of one
-            step a filter; see docs/quantization.md.
+            step a filter; or "float8_e4m3fn": activations and weights with four significant bits,
+            steps likewise, and float32 sums. See docs/quantization.md.
         stem: what a network's first convolution runs in, with the norm, ReLU and max-pool behind
             it: "int16" or "int8", in integers as the blocks, or "float", as it is. By default
             "int16" on the CPU and "float" on a GPU, where the CUDA backend alone has kernels for
-            the others. "float" as well where ranges are those of training or `scales`.
+            the others. "float" as well where ranges are those of training or `scales`, and beside
+            "float8_e4m3fn", which refuses the others.
         observer: how ranges are chosen: "minmax", "percentile", "mse" or "histogram".
         percentile: of "percentile", the share of values to cover at either end, in percent.
         min_sqnr_db: blocks whose output in eight bits has a lower signal-to-noise ratio than this,
@@ -89,6 +90,15 @@ def quantize(
     make = _observer(dtype, observer, percentile)
     if stem is not None and stem not in STEMS:
         raise ValueError(f"quantize: stem is {stem!r}, must be one of {', '.join(STEMS)}")
+    if dtype == FLOAT8:
+        if stem not in (None, "float"):
+            raise ValueError(f"quantize: stem is {stem!r}, must be 'float' with dtype {dtype!r}")
+        if scales is not None or batches is None:
+            raise ValueError(
+                f"quantize: dtype {dtype!r} needs calibration batches; scales, and the ranges that "
+                "training leaves, are of integers"
+            )
+        stem = "float"
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize: model is a {type(model).__name__}, must be a torch.nn.Module")
     if batches is not None and (
@@ -106,7 +116,8 @@ def quantize(
             swap.fuse_remaining(model)
             dequantize(model)
             bits = STEMS[default_stem(model) if stem is None else stem]
-            ranges, stems = _found(model, make, bits, scales, batches, progress)
+            calibration = (make, bits, dtype)
+            ranges, stems = _found(model, calibration, scales, batches, progress)
         ranges = {path: _unless_noisy(kept, min_sqnr_db) for path, kept in ranges.items()}
         stems = {path: _unless_noisy(kept, min_sqnr_db) for path, kept in stems.items()}
         if all(kept.reason for kept in ranges.values()):
@@ -168,15 +179,10 @@ def drop_stems(model: nn.Module) -> None:
             blocks.release(module)
 
 
-def checked_dtype(name: str, dtype: str) -> None:
+def checked_dtype(name: str, dtype: str, dtypes: Sequence[str] = EIGHT_BITS) -> None:
     """Raises ValueError for a dtype that blocks do not run in."""
-    if dtype in _LATER:
-        raise ValueError(
-            f"{name}: dtype is {dtype!r}, for which no backend has kernels yet, must be "
-            f"{', '.join(DTYPES)}"
-        )
-    if dtype not in DTYPES:
-        raise ValueError(f"{name}: dtype is {dtype!r}, must be {', '.join(DTYPES)}")
+    if dtype not in dtypes:
+        raise ValueError(f"{name}: dtype is {dtype!r}, must be {' or '.join(dtypes)}")
 
 
 def _observer(dtype: str, observer: str, percentile: float) -> Callable[[], MinMaxObserver]:
@@ -200,17 +206,19 @@ def _unless_noisy(kept: _Ranges, limit: float) -> _Ranges:
 
 def _found(
     model: nn.Module,
-    make: Callable[[], MinMaxObserver],
-    stem_bits: int,
+    settings: tuple[Callable[[], MinMaxObserver], int, str],
     scales: Any,
     batches: Iterable[Any] | None,
     progress: bool,
 ) -> tuple[dict[str, BlockRanges], dict[str, StemRanges]]:
-    """The ranges of `scales`, or else after all batches, with the noise on the first images."""
+    """The ranges of `scales`, or else after all batches, with the noise on the first images.
+
+    `settings` are those of `Calibration`.
+    """
     if not any(map(quantized.is_quantizable, model.modules())):
         raise ValueError(NO_BLOCK.format("quantize"))
     with in_inference_mode(model):
-        calibration = None if scales is not None else Calibration(model, make, stem_bits)
+        calibration = None if scales is not None else Calibration(model, *settings)
         first: list[Tensor] = []
         for input in [] if batches is None else _inputs(model, batches, progress):
             missing = NOISE_IMAGES - sum(len(images) for images in first)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from torch import nn
 
 from .. import forms
-from ..layers.quantized import LARGEST, Quantization
-from ..layers.ranges import SMALLEST_STEP, BlockRanges, float32
+from ..layers.quantized import LARGEST, Quantization, float32
+from ..layers.ranges import SMALLEST_STEP, BlockRanges
 from ..modules import quantized
 
 

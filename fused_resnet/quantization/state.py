@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from .. import files, forms, swap
-from ..layers.quantized import LARGEST, WORD_ZERO_POINT, Quantization
-from ..layers.ranges import BlockRanges, StemRanges, float32
+from ..layers.quantized import EIGHT_BITS, FLOAT8, LARGEST, WORD_ZERO_POINT, Quantization, float32
+from ..layers.ranges import BlockRanges, StemRanges
 from ..modules import quantized
 from .quantize import dequantize, restored_on_error, set_ranges, trained_ranges
 
@@ -28,7 +28,8 @@ def quantization_state(model: nn.Module) -> dict[str, Any]:
             `prepare_qat`, as its ranges are now.
 
     Returns:
-        `{"schema": ..., "dtype": "int8", "blocks": {path: block}}`, each block with the shapes of
+        `{"schema": ..., "dtype": "int8", "blocks": {path: block}}` (or "float8_e4m3fn", whose zero
+        points are 0), each block with the shapes of
         its `weights`, its `ranges` as pairs of a step and a zero point (input, inner activations,
         output), `sqnr_db` or None, and the `reason` why it stays in floating point or "". Where
         networks' stems have ranges, also `"stems": {path: stem}`, each with `bits` besides.
@@ -56,7 +57,7 @@ def quantization_state(model: nn.Module) -> dict[str, Any]:
     }
     state: dict[str, Any] = {
         "schema": SCHEMA,
-        "dtype": "int8",
+        "dtype": next(iter(kept.values())).dtype,
         "blocks": {path: _as_data(ranges) for path, ranges in kept.items()},
     }
     if stems:
@@ -112,11 +113,21 @@ def load_quantization_state(
         )
     if state.get("schema") != SCHEMA:
         raise ValueError(f"{name}: state has schema {state.get('schema')!r}, must be {SCHEMA!r}")
-    if state.get("dtype") != "int8":
-        raise ValueError(f"{name}: state has dtype {state.get('dtype')!r}, must be 'int8'")
+    dtype = state.get("dtype")
+    if dtype not in EIGHT_BITS:
+        expected = " or ".join(map(repr, EIGHT_BITS))
+        raise ValueError(f"{name}: state has dtype {dtype!r}, must be {expected}")
+    if dtype == FLOAT8 and state.get("stems"):
+        raise ValueError(f"{name}: state has dtype {dtype!r}, and stems, which are of integers")
     with restored_on_error(model):
         swap.fuse_remaining(model)
         ranges = _matched(model, state.get("blocks"))
+        for path, kept in ranges.items():
+            ranges[path] = kept._replace(dtype=dtype)
+            if dtype == FLOAT8 and any(stored.zero_point for stored in kept.ranges):
+                raise ValueError(
+                    f"{name}: block {path!r} of the state has a zero point, in {dtype!r}"
+                )
         stems = _matched_stems(model, state.get("stems", {}))
         dequantize(model)
         set_ranges(model, ranges, stems)

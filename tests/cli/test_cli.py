@@ -103,26 +103,29 @@ def test_compile_adds_a_candidate(run: Run, tmp_path: Path) -> None:
         assert not candidates[1]["wrong"]
 
 
-def test_quantize_adds_a_candidate(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["int8", "float8_e4m3fn"])
+def test_quantize_adds_a_candidate(run: Run, tmp_path: Path, precision: str) -> None:
     folder = tmp_path / "images" / "class"
     folder.mkdir(parents=True)
     for name in ("a.png", "b.PNG"):
         picture(folder / name)
     (folder / "notes.txt").write_text("no image")
     written = tmp_path / "results.json"
+    chosen = () if precision == "int8" else ("--quantize-dtype", precision)
     code, out, err = run(
-        *quick("--quantize", "--calibrate", tmp_path / "images", "--json", written)
+        *quick("--quantize", *chosen, "--calibrate", tmp_path / "images", "--json", written)
     )
     assert code == 0, err
     document = json.loads(written.read_text())
     check_document(document)
-    eager, fused, int8 = document["cases"][0]["candidates"]
-    assert (eager["name"], fused["name"], int8["name"]) == ("eager", "fused", "fused, int8")
-    assert 1e-3 < int8["error"] < 0.1
-    assert int8["latency_ms"]["median"] > 0
+    eager, fused, own = document["cases"][0]["candidates"]
+    assert (eager["name"], fused["name"], own["name"]) == ("eager", "fused", f"fused, {precision}")
+    largest = {"int8": 0.1, "float8_e4m3fn": compare.LARGEST_INT8_ERROR}[precision]
+    assert 1e-3 < own["error"] < largest
+    assert own["latency_ms"]["median"] > 0
     out = " ".join(out.split())
-    assert "int8: 8 of 8 blocks, signal to quantization noise" in out
-    assert re.search(r"int8: top-1 as eager's on [12] of 2 calibration images, error", out)
+    assert f"{precision}: 8 of 8 blocks, signal to quantization noise" in out
+    assert re.search(rf"{precision}: top-1 as eager's on [12] of 2 calibration images, error", out)
 
 
 def test_eight_bits_that_are_wrong_are_not_timed(
@@ -242,6 +245,10 @@ def bad_arguments(tmp_path: Path) -> list[tuple[tuple[object, ...], tuple[str, .
         (("resnet18", "--json", tmp_path / "no" / "a.json"), ("--json", "no folder")),
         (("resnet18", "--plot", tmp_path / "a.gif"), ("--plot", "a.gif", ".png")),
         (("resnet18", "--quantize", "--train"), ("--quantize", "--train", "inference")),
+        (
+            ("resnet18", "--quantize", "--quantize-dtype", "int4"),
+            ("--quantize-dtype", "'int4'", "float8_e4m3fn"),
+        ),
         (("resnet18", "--calibrate", tmp_path), ("--calibrate", str(tmp_path), "--quantize")),
         (
             ("resnet18", "--quantize", "--calibrate", tmp_path / "no"),

@@ -115,7 +115,7 @@ def test_other_engines_compute_the_same(name: str, package: str) -> None:
 )
 def test_other_engines_in_eight_bits(name: str, package: str) -> None:
     pytest.importorskip(package, reason='needs pip install ".[bench]"')
-    case = Case("resnet18", rounds=1, memory=False, quantize=True)
+    case = Case("resnet18", rounds=1, memory=False, quantize="int8")
     result = compare.compare(case, {"eager": engines.eager, name: engines.ENGINES[name]})
     _, other = result.candidates
     assert other.skipped is None
@@ -167,7 +167,7 @@ def test_models_in_eight_bits() -> None:
 
     cases = [
         Case("resnet18", rounds=1, threads=1, memory=False, quantize=quantize)
-        for quantize in (False, True)
+        for quantize in (None, "int8")
     ]
     chosen = {"eager": engine, "fused, int8 with its stem": off}
     content = documents.document(models.measure(cases, engines=chosen), "")

@@ -304,6 +304,8 @@ def samples(name, device, dtype):
         return block_samples(device, dtype)
     if name == "residual_blocks_int8":
         return int8_samples(device, dtype)
+    if name == "residual_blocks_float8":
+        return ((*sample[:-1],) for sample in int8_samples(device, dtype))  # without zero points
     if name == "conv_bn_act_max_pool_int8":
         return stem_samples(device, dtype)
     if name == "quantized_residual_blocks":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ...layers.description import output_size
 from ...layers.prepared import WeightCache, version_of
-from ...layers.quantized import Quantization, QuantizedBlock, QuantizedConv
+from ...layers.quantized import Quantization, QuantizedBlock, QuantizedConv, float32
 from . import launch
 from .launch import BAND, as_conv2d_would
 from .problem import ceil_div
@@ -101,7 +100,7 @@ def store(input: Tensor, stored: Quantization) -> Stored:
             store_bytes_kernel,
             (ceil_div(pixels, block_m), ceil_div(C, block_n)),
             (
-                input, values, _inverse(stored.step), stored.zero_point, pixels, H, W, C,
+                input, values, float32(1 / stored.step), stored.zero_point, pixels, H, W, C,
                 input.stride(0), input.stride(1), input.stride(2), input.stride(3),
             ),
             WIDE=launch.is_wide(input, values),
@@ -111,12 +110,6 @@ def store(input: Tensor, stored: Quantization) -> Stored:
             enable_fp_fusion=False,
         )  # fmt: skip
     return Stored(values, stored.zero_point)
-
-
-def _inverse(step: float) -> float:
-    """The float32 number nearest to a step's inverse."""
-    inverse: float = struct.unpack("f", struct.pack("f", 1 / step))[0]
-    return inverse
 
 
 def tile_for(M: int, C: int, K: int, groups: int, has_projection: bool) -> Tile:
