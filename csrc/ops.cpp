@@ -29,13 +29,13 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "conv_bn_act_packed(Tensor input, Tensor weight, Tensor packed, Tensor running_mean, "
       "Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dil_h, int dil_w, int groups, "
-      "Tensor? residual, bool relu, int[] max_pool) -> Tensor?");
+      "Tensor? residual, int act, float act_first, float act_second, int[] max_pool) -> Tensor?");
   m.def(
       "norm_conv_bn_act_packed(Tensor input, Tensor in_mean, Tensor in_var, Tensor? in_weight, "
       "Tensor? in_bias, float in_eps, Tensor weight, Tensor packed, Tensor running_mean, "
       "Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dil_h, int dil_w, int groups, "
-      "Tensor? residual, bool relu) -> Tensor?");
+      "Tensor? residual, int act, float act_first, float act_second) -> Tensor?");
   m.def(
       "residual_blocks_packed(Tensor input, Tensor[] tensors, int[] numbers, float[] eps, "
       "int[] layer_counts, int[] shortcuts) -> Tensor?");

@@ -41,6 +41,16 @@ NETWORKS = {
         "network",
         ["test_in_evaluation", "test_gradients_and_statistics", "test_tracers"],
     ),
+    "Activations besides ReLU": (
+        "modules.test_activations",
+        "act",
+        ["test_in_evaluation", "test_gradients_and_statistics"],
+    ),
+    "Networks of such activations": (
+        "modules.test_activations",
+        "name",
+        ["test_networks", "test_networks_in_training"],
+    ),
     "Detection and segmentation": (
         "modules.test_detection",
         "name",

@@ -26,7 +26,7 @@ class Unit:
     Attributes:
         conv: an `nn.Conv2d`.
         norm: an `nn.BatchNorm2d`, `FrozenBatchNorm2d` or a norm that `modules/norms.py` knows.
-        act: an `nn.ReLU`, `FUNCTIONAL_RELU`, or None where there is no activation.
+        act: a module of `modules/activations.py`, `FUNCTIONAL_RELU`, or None where there is none.
         between: what is applied before the shortcut and the activation, if it is there, in order.
         after: what is applied to the activation's output, if it is there, in order.
         before: what is applied to the convolution's input, if it is there, in order.

@@ -55,7 +55,10 @@ def conv_bn_act(
         pad_residual: whether a residual may have fewer channels, at least one, and then stands for
             one that has them in the middle, between channels of zeros, of an odd number of these
             one more behind: a shortcut without parameters.
-        activation: "relu" or "none".
+        activation: "none", "relu", "relu6", "hardtanh(-1, 1)", "leaky_relu(0.01)", "silu",
+            "hardswish", "gelu" or "gelu_tanh": torch's functions of these names, the last one
+            `gelu` with `approximate="tanh"`. The numbers in brackets are those that are meant
+            without any, and may be others.
 
     Returns:
         (N, K, P, Q), in the dtype and memory format `conv2d` would return.
@@ -253,7 +256,7 @@ def batch_norm_act(
         eps: added to the variance.
         residual: of the input's shape and dtype; it is not broadcast.
         pad_residual: see `conv_bn_act`.
-        activation: "relu" or "none".
+        activation: see `conv_bn_act`.
 
     Returns:
         As `input`.

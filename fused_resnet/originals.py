@@ -35,6 +35,12 @@ BatchNorm2d = _defined(batchnorm.BatchNorm2d, batchnorm, "BatchNorm2d")
 SyncBatchNorm = _defined(batchnorm.SyncBatchNorm, batchnorm, "SyncBatchNorm")
 FrozenBatchNorm2d = _defined(misc.FrozenBatchNorm2d, misc, "FrozenBatchNorm2d")
 ReLU = _defined(activation.ReLU, activation, "ReLU")
+ReLU6 = _defined(activation.ReLU6, activation, "ReLU6")
+Hardtanh = _defined(activation.Hardtanh, activation, "Hardtanh")
+LeakyReLU = _defined(activation.LeakyReLU, activation, "LeakyReLU")
+SiLU = _defined(activation.SiLU, activation, "SiLU")
+Hardswish = _defined(activation.Hardswish, activation, "Hardswish")
+GELU = _defined(activation.GELU, activation, "GELU")
 MaxPool2d = _defined(pooling.MaxPool2d, pooling, "MaxPool2d")
 Sequential = _defined(container.Sequential, container, "Sequential")
 AdaptiveAvgPool2d = _defined(pooling.AdaptiveAvgPool2d, pooling, "AdaptiveAvgPool2d")
@@ -101,8 +107,40 @@ def _now_in_heads() -> tuple[Any, ...]:
     return (AdaptiveAvgPool2d.forward, Linear.forward, F.adaptive_avg_pool2d, F.linear)
 
 
+_WHERE_OF_ACTIVATIONS: tuple[tuple[Any, str], ...] = (
+    (Hardtanh, "forward"),
+    (ReLU6, "forward"),
+    (LeakyReLU, "forward"),
+    (SiLU, "forward"),
+    (Hardswish, "forward"),
+    (GELU, "forward"),
+    (F, "hardtanh"),
+    (F, "leaky_relu"),
+    (F, "silu"),
+    (F, "hardswish"),
+    (F, "gelu"),
+)
+
+
+def _now_of_activations() -> tuple[Any, ...]:
+    return (
+        Hardtanh.forward,
+        ReLU6.forward,
+        LeakyReLU.forward,
+        SiLU.forward,
+        Hardswish.forward,
+        GELU.forward,
+        F.hardtanh,
+        F.leaky_relu,
+        F.silu,
+        F.hardswish,
+        F.gelu,
+    )
+
+
 _known: tuple[Any, ...] = ()
 _known_in_heads: tuple[Any, ...] = ()
+_known_of_activations: tuple[Any, ...] = ()
 
 
 def replaced() -> str | None:
@@ -129,8 +167,21 @@ def replaced_in_heads() -> str | None:
     return which
 
 
+def replaced_activation() -> str | None:
+    """`replaced`, of the activations that are no ReLU."""
+    global _known_of_activations
+    now = _now_of_activations()
+    if now == _known_of_activations:
+        return None
+    which = _which(_WHERE_OF_ACTIVATIONS, now)
+    if which is None:
+        _known_of_activations = now
+    return which
+
+
 # Compilers take the answer as it is when they trace, as they take the functions themselves.
 replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+replaced_activation._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _which(where: tuple[tuple[Any, str], ...], now: tuple[Any, ...]) -> str | None:

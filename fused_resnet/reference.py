@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .layers.activation import applied
 from .layers.convolution import conv2d
 from .layers.quantized import (
     LARGEST,
@@ -37,14 +38,13 @@ def pad_channels(residual: Tensor, channels: int) -> Tensor:
 
 
 def add_act(input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    """`activation(input + pad_channels(residual))`; `activation` is "relu" or "none"."""
+    """`activation(input + pad_channels(residual))`; see `layers/activation.py` for what there are.
+
+    Kernels compute both in float32 (float64 for float64) and round once, at the end.
+    """
     if residual is not None:
         input = input + pad_channels(residual, input.size(1))
-    if activation == "relu":
-        return torch.relu(input)
-    if activation == "none":
-        return input
-    raise ValueError(f"activation is {activation!r}, must be one of relu, none")
+    return applied(input, activation)
 
 
 def scale_shift_act(

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from . import backends, blocks, families, forms, recipes
 from .families import known  # noqa: F401  adds the recipes of other libraries' classes
-from .forms import Form
+from .forms import Form, Unit
 from .layers import checks
 from .layers import watch as watching
 from .layers.quantized import EIGHT_BITS, FLOAT8
 from .layers.ranges import BlockRanges, StemRanges
 from .modules import fake_quantized, graphs, plans, quantized, read, sequences
+from .modules.activations import is_relu, text_of
 from .modules.conv_norm_act import has_kernel
 from .originals import Conv2d, Identity
 
@@ -139,7 +140,7 @@ def fuse(
     `Bottleneck`, `ResNet` and `DenseNet` with its layers, timm's `BasicBlock`, `Bottleneck` and
     `ResNet`, the blocks of `fused_resnet.models`, and, by their structure, other libraries' blocks,
     Sequentials and `torch.fx` graphs: see docs/other_networks.md and `register_form`. A module
-    whose parts have no fused form (other norms or activations) is left alone; `report` says so.
+    whose parts have no fused form (other norms, rarer activations) is left alone; `report` says so.
 
     Args:
         model: any module, a block itself included.
@@ -477,6 +478,8 @@ def _ways(module: nn.Module, form: Form, sizes: _Sizes) -> Iterator[tuple[str, s
             continue
         conv, norm = forms.part(module, unit.conv), forms.part(module, unit.norm)
         yield _way(operator, unit.conv, conv, norm, sizes)
+        if not read.working_parts(module, unit.between) and (why := _act_apart(module, unit)):
+            yield f"eager {unit.act}", why
         for name in (*unit.before, *unit.between, *unit.after):
             if name != pool and read.working_parts(module, (name,)):
                 yield f"eager {name}", f"{name} is {read.described(forms.part(module, name))}"
@@ -498,6 +501,22 @@ def _ways(module: nn.Module, form: Form, sizes: _Sizes) -> Iterator[tuple[str, s
             for index, first in enumerate(before):
                 if type(first) is not Identity:
                     yield "eager pooling", f"{projected}.{index} is {read.described(first)}"
+
+
+def _act_apart(module: nn.Module, unit: Unit) -> str | None:
+    """Why a unit's activation is a pass of its own, or None where it is in the convolution's."""
+    act = forms.part(module, unit.act)
+    conv, norm = read.conv_norm(module, unit)
+    if act is None or is_relu(act):
+        return None
+    what = f"{unit.act} is {read.described(act)}"
+    if read.uses_batch_statistics(norm):
+        return f"{what}, which runs by itself in training"
+    text = text_of(act)
+    backend = backends.choose(conv.weight.device.type)
+    if text is None or backend.has_activation(text):
+        return None
+    return f"{what}, for which the backend {backend.name} has no kernel"
 
 
 def _readers(module: nn.Module, form: Form, norm: str) -> list[str]:

@@ -1158,11 +1158,12 @@ def _public_conv(rng: random.Random) -> list[Any]:
 
 def _conv_bn_act(rng: random.Random) -> list[Any]:
     arguments = _public_conv(rng)
-    return [*arguments, None, rng.choice(("relu", "none"))]
+    return [*arguments, None, rng.choice(("relu", "none", "silu", "leaky_relu(0.2)", "gelu"))]
 
 
 def _conv_bn_act_max_pool(rng: random.Random) -> list[Any]:
-    return [*_public_conv(rng), "relu", [2, 2], [2, 2], [1, 1]]
+    activation = rng.choice(("relu", "hardswish", "relu6"))
+    return [*_public_conv(rng), activation, [2, 2], [2, 2], [1, 1]]
 
 
 def _norm_conv_bn_act(rng: random.Random) -> list[Any]:
@@ -1180,13 +1181,14 @@ def _packed_conv(rng: random.Random) -> tuple[list[Any], list[Any], dict[str, An
         packed = torch.zeros(c["weight"].numel())
     numbers = [c["stride"]] * 2 + [c["padding"]] * 2 + [1, 1, c["groups"]]
     head = [c["weight"], packed, *c["norm"], c["eps"], c["bias"], *numbers]
-    return [c["input"]], [*head, c["residual"], True], c
+    act = [rng.randrange(8), rng.choice((0.0, 0.1, -1.0)), rng.choice((0.0, 1.0, 6.0))]
+    return [c["input"]], [*head, c["residual"], *act], c
 
 
 def _conv_bn_act_packed(rng: random.Random) -> list[Any]:
     first, rest, c = _packed_conv(rng)
     if c["groups"] == 1 and rng.random() < 0.5:
-        rest[-2] = None
+        rest[-4] = None
         return [*first, *rest, [2, 2, 2, 2, 1, 1]]
     return [*first, *rest, []]
 

@@ -1,9 +1,10 @@
-// The native convolution of the CPU backend: implicit GEMM with batch norm, shortcut and ReLU in
-// the epilogue.
+// The native convolution of the CPU backend: implicit GEMM with batch norm, shortcut and activation
+// in the epilogue.
 //
 //   out[n,k,p,q] = act(scale[k] * sum_{c,r,s} in[n, c, p*stride+r*dil-pad, q*stride+s*dil-pad]
 //                                             * w[k,c,r,s]  +  shift[k]  +  residual[n,k,p,q])
 //   scale = bn_weight / sqrt(running_var + eps),  shift = bn_bias + (bias - running_mean) * scale
+//   act: see activation.h
 //
 // With a prologue, in is relu(in_scale[c] * input + in_shift[c]), rounded to the input's dtype.
 //
@@ -26,6 +27,8 @@
 #pragma once
 
 #include <cstdint>
+
+#include "cpu/activation.h"
 
 namespace fused_resnet::cpu {
 
@@ -87,7 +90,7 @@ struct Conv {
   const void* next_weight;
   int64_t next_weight_bytes;
   Dtype dtype;  // of input, residual and output; everything between is float32
-  bool relu;
+  Activation act;
   // Whether a group's weights stay in the second-level cache when all of them are gone through.
   bool keeps_weight;
   // Groups of so few output channels that several share a vector. The slab then holds every input

@@ -19,9 +19,9 @@ namespace {
 
 // `conv` is that of the layer prepared for inputs like this one.
 Tensor convolve(Conv conv, const Tensor& input, const ConvLayer& layer, const InputNorm* input_norm,
-                const std::optional<Tensor>& residual, bool relu,
+                const std::optional<Tensor>& residual, const Activation& act,
                 const std::vector<int64_t>& max_pool) {
-  conv.relu = relu;
+  conv.act = act;
   conv.has_pool = !max_pool.empty();
   if (conv.has_pool) {
     FR_CHECK(layer.groups == 1 && !residual,
@@ -59,12 +59,12 @@ Tensor convolve(Conv conv, const Tensor& input, const ConvLayer& layer, const In
 // A convolution with neither residual nor prologue, in a plan.
 class ConvStep : public PlanStep {
  public:
-  ConvStep(PlanRecording& recording, const ConvLayer& layer, const Tensor& input, bool relu,
-           const std::vector<int64_t>& max_pool)
+  ConvStep(PlanRecording& recording, const ConvLayer& layer, const Tensor& input,
+           const Activation& act, const std::vector<int64_t>& max_pool)
       : layer_(lent(recording, layer)),
         prepared_(layer_, input.size(0), input.size(1), input.size(2), input.size(3),
                   input.scalar_type(), false),
-        relu_(relu),
+        act_(act),
         max_pool_(max_pool) {}
 
   int64_t checks() const override { return 1; }
@@ -72,41 +72,47 @@ class ConvStep : public PlanStep {
     return seems_current(layer_) && prepared_.has_norm_of(layer_);
   }
   Tensor run(const Tensor& input) const override {
-    return convolve(prepared_.conv, input, layer_, nullptr, std::nullopt, relu_, max_pool_);
+    return convolve(prepared_.conv, input, layer_, nullptr, std::nullopt, act_, max_pool_);
   }
 
  private:
   const ConvLayer layer_;
   const PreparedLayer prepared_;
-  const bool relu_;
+  const Activation act_;
   const std::vector<int64_t> max_pool_;
 };
 
 std::optional<Tensor> run(const Tensor& input, const ConvLayer& layer, const InputNorm* input_norm,
-                          const std::optional<Tensor>& residual, bool relu,
+                          const std::optional<Tensor>& residual, const Activation& act,
                           const std::vector<int64_t>& max_pool) {
   check_rank("conv_bn_act", "input", input, 4);
   const PreparedLayer prepared(layer, input.size(0), input.size(1), input.size(2), input.size(3),
                                input.scalar_type());
   if (!prepared.is_current) return std::nullopt;
-  Tensor output = convolve(prepared.conv, input, layer, input_norm, residual, relu, max_pool);
+  Tensor output = convolve(prepared.conv, input, layer, input_norm, residual, act, max_pool);
   if (PlanRecording* recording = plan_recording(); recording && !residual && !input_norm) {
     recording->add(input, output,
-                   std::make_unique<ConvStep>(*recording, layer, input, relu, max_pool));
+                   std::make_unique<ConvStep>(*recording, layer, input, act, max_pool));
   }
   return output;
+}
+
+Activation activation(int64_t kind, double first, double second) {
+  FR_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Act::kGeluTanh), "conv_bn_act: activation is ",
+           kind, ", must be one of those in activation.h");
+  return {static_cast<Act>(kind), static_cast<float>(first), static_cast<float>(second)};
 }
 
 std::optional<Tensor> conv_bn_act_packed(
     Tensor input, Tensor weight, Tensor packed, Tensor running_mean, Tensor running_var,
     std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, double eps,
     std::optional<Tensor> bias, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
-    int64_t dil_h, int64_t dil_w, int64_t groups, std::optional<Tensor> residual, bool relu,
-    std::vector<int64_t> max_pool) {
+    int64_t dil_h, int64_t dil_w, int64_t groups, std::optional<Tensor> residual, int64_t act,
+    double act_first, double act_second, std::vector<int64_t> max_pool) {
   return run(input,
              {weight, packed, running_mean, running_var, bn_weight, bn_bias, bias, eps, stride_h,
               stride_w, pad_h, pad_w, dil_h, dil_w, groups},
-             nullptr, residual, relu, max_pool);
+             nullptr, residual, activation(act, act_first, act_second), max_pool);
 }
 
 std::optional<Tensor> norm_conv_bn_act_packed(
@@ -114,12 +120,13 @@ std::optional<Tensor> norm_conv_bn_act_packed(
     std::optional<Tensor> in_bias, double in_eps, Tensor weight, Tensor packed, Tensor running_mean,
     Tensor running_var, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, double eps,
     std::optional<Tensor> bias, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
-    int64_t dil_h, int64_t dil_w, int64_t groups, std::optional<Tensor> residual, bool relu) {
+    int64_t dil_h, int64_t dil_w, int64_t groups, std::optional<Tensor> residual, int64_t act,
+    double act_first, double act_second) {
   const InputNorm norm{in_mean, in_var, in_weight, in_bias, in_eps};
   return run(input,
              {weight, packed, running_mean, running_var, bn_weight, bn_bias, bias, eps, stride_h,
               stride_w, pad_h, pad_w, dil_h, dil_w, groups},
-             &norm, residual, relu, {});
+             &norm, residual, activation(act, act_first, act_second), {});
 }
 
 // "" where FUSED_RESNET_CPU_ISA is no instruction set, too: Python asks while it imports, and the

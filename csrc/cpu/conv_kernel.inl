@@ -378,7 +378,12 @@ struct Epilogue {
   int64_t channels, res_begin, res_end;
   // Whether channels are whole vectors that lie together, and if so, whether only some of them have
   // a residual.
-  bool relu, vectorised, padded;
+  bool vectorised, padded;
+  bool relu;
+  Activation act;
+
+  // What is neither nothing nor a ReLU is done in memory.
+  bool in_registers() const { return vectorised && !padded && !act.is_other(); }
 };
 
 // Scale and shift of a block of output channels, from `channel` on, `count` of them. The
@@ -416,30 +421,43 @@ FR_INLINE bool scale_and_shift(const Conv& conv, int64_t channel, int64_t count,
 
 // Any strides and any number of channels, one value at a time.
 template <class T, int kPixels>
-__attribute__((noinline)) void store_strided(const float* tile, int64_t width, int64_t out,
-                                             int64_t res, const Epilogue<T>& e) {
+__attribute__((noinline)) void store_strided(float* tile, int64_t width, int64_t out, int64_t res,
+                                             const Epilogue<T>& e) {
+  for (int64_t k = e.res_begin; k < e.res_end; ++k) {
+    const typename T::Storage* residual = e.residual + res + (k - e.res_begin) * e.res_channel;
+    for (int64_t i = 0; i < kPixels; ++i) {
+      tile[i * width + k] += load_one<T>(residual + i * e.res_pixel);
+    }
+  }
+  if (e.act.is_other()) activate<FR_VECTOR_BYTES>(e.act, tile, kPixels * width);
   for (int64_t k = 0; k < e.channels; ++k) {
     for (int64_t i = 0; i < kPixels; ++i) {
-      float y = tile[i * width + k];
-      if (k >= e.res_begin && k < e.res_end) {
-        y += load_one<T>(e.residual + res + i * e.res_pixel + (k - e.res_begin) * e.res_channel);
-      }
+      const float y = tile[i * width + k];
       store_one<T>(e.output + out + i * e.out_pixel + k * e.out_channel, e.relu ? relu(y) : y);
     }
   }
 }
 
-// Whole vectors of channels, some of which have a residual.
+// Whole vectors of channels, of which all or some have a residual, or none has.
 template <class T, int kPixels, int kV>
-__attribute__((noinline)) void store_padded(float* tile, int64_t out, int64_t res,
-                                            const Epilogue<T>& e) {
-  for (int64_t i = 0; i < kPixels; ++i) {
+__attribute__((noinline)) void store_from_memory(float* tile, int64_t out, int64_t res,
+                                                 const Epilogue<T>& e) {
+  for (int64_t i = 0; i < kPixels && e.residual != nullptr; ++i) {
     float* y = tile + i * kV * kLanes;
     const typename T::Storage* residual = e.residual + res + i * e.res_pixel;
-    for (int64_t k = e.res_begin; k < e.res_end; ++k) y[k] += load_one<T>(residual++);
+    if (e.padded) {
+      for (int64_t k = e.res_begin; k < e.res_end; ++k) y[k] += load_one<T>(residual++);
+      continue;
+    }
+    for (int64_t k = 0; k < kV * kLanes; k += kLanes) {
+      Float32::store(y + k, Float32::load(y + k) + T::load(residual + k));
+    }
+  }
+  if (e.act.is_other()) activate<FR_VECTOR_BYTES>(e.act, tile, kPixels * kV * kLanes);
+  for (int64_t i = 0; i < kPixels; ++i) {
     for (int64_t v = 0; v < kV; ++v) {
-      const Vec sum = Float32::load(y + v * kLanes);
-      T::store(e.output + out + i * e.out_pixel + v * kLanes, e.relu ? relu(sum) : sum);
+      const Vec y = Float32::load(tile + (i * kV + v) * kLanes);
+      T::store(e.output + out + i * e.out_pixel + v * kLanes, e.relu ? relu(y) : y);
     }
   }
 }
@@ -532,13 +550,13 @@ void multiply(const Product& product, const Tile& tile, const Item* weight, cons
     FR_FOR (g, kG)
       FR_FOR (i, kM) acc[g][i][v] = acc[g][i][v] * scale + shift;
   }
-  if (!e.vectorised || e.padded) {
+  if (!e.in_registers()) {
     FR_FOR (g, kG) {
       alignas(64) float spill[kM][kV * kLanes];
       FR_FOR (i, kM)
         FR_FOR (v, kV) Float32::store(&spill[i][v * kLanes], acc[g][i][v]);
       if (e.vectorised) {
-        store_padded<T, kM, kV>(&spill[0][0], tile.out[g], tile.res[g], e);
+        store_from_memory<T, kM, kV>(&spill[0][0], tile.out[g], tile.res[g], e);
       } else {
         store_strided<T, kM>(&spill[0][0], kV * kLanes, tile.out[g], tile.res[g], e);
       }
@@ -681,7 +699,8 @@ Epilogue<T> epilogue_of(const Conv& conv) {
   e.out_channel = conv.out.c;
   e.res_pixel = conv.res.w;
   e.res_channel = conv.res.c;
-  e.relu = conv.relu;
+  e.relu = conv.act.is_relu();
+  e.act = conv.act;
   return e;
 }
 
@@ -971,10 +990,11 @@ void run_conv_pool(const Conv& conv, const Task& task, void* memory) {
     const Strides rows_layout{0, 1, row_pitch, conv.K};
     add_rows<T>(conv, task, n, h_begin, h_end, rows_layout, 0, scratch.slab, list);
     Epilogue<Float32> e{};
+    e.relu = conv.act.is_relu();
+    e.act = conv.act;
     e.output = scratch.conv_rows;
     e.out_pixel = conv.K;
     e.out_channel = 1;
-    e.relu = conv.relu;
     multiply_tiles<Float32>(conv, task, list, scratch.norm, e);
 
     for (int64_t i = p; i < p + count; ++i) {

@@ -662,7 +662,17 @@ struct Epilogue {
   int64_t out_channel, res_channel;
   int64_t channels, res_begin, res_end;
   bool relu;
+  Activation act;
 };
+
+// Other activations than ReLU are applied in memory.
+template <int kVectors>
+FR_INLINE void activate_results(const Activation& act, Value::Register* y) {
+  alignas(64) float results[kVectors * kWidth];
+  FR_FOR (v, kVectors) Value::store(results + v * kWidth, y[v]);
+  activate<kWidth == 1 ? 16 : 4 * kWidth>(act, results, kVectors * kWidth);
+  FR_FOR (v, kVectors) y[v] = Value::load(results + v * kWidth);
+}
 
 // Scale and shift of a block of output channels, from `channel` on, `count` of them. The
 // convolution's bias is in the shift but where the scale is infinite, since eps and the variance
@@ -718,6 +728,7 @@ void finish(const Epilogue& e, const Product& product, const float* sums, const 
       }
       if (e.relu) y[v] = Value::relu(y[v]);
     }
+    if (e.act.is_other()) activate_results<kVectors>(e.act, y);
     store_results<kN>(e.output + position.out, y);
   }
 }
@@ -747,6 +758,7 @@ __attribute__((noinline)) void finish_strided(const Epilogue& e, const Product& 
       y[v] = Value::add(y[v], load(residual + v * kWidth));
       if (e.relu) y[v] = Value::relu(y[v]);
     }
+    if (e.act.is_other()) activate_results<kVectors>(e.act, y);
     store_results<kN>(result, y);
     Storage* out = e.output + position.out;
     if (e.out_channel == 1) {
@@ -1248,11 +1260,12 @@ void run_conv(const Conv& conv, const Task& task, const Layout& layout, void* me
     row += count;
   }
   Epilogue e{};
+  e.relu = conv.act.is_relu();
+  e.act = conv.act;
   e.output = static_cast<Storage*>(conv.output);
   e.residual = static_cast<const Storage*>(conv.residual);
   e.out_channel = conv.out.c;
   e.res_channel = conv.res.c;
-  e.relu = conv.relu;
   multiply_tiles(conv, task, layout, scratch, list, e);
 }
 
@@ -1302,9 +1315,10 @@ void run_conv_pool(const Conv& conv, const Task& task, const Layout& layout, voi
     add_rows(conv, task, layout, scratch, n, h_begin, h_end, {0, 1, row_pitch, conv.K}, 0, slab_row,
              list);
     Epilogue e{};
+    e.relu = conv.act.is_relu();
+    e.act = conv.act;
     e.output = scratch.conv_rows;
     e.out_channel = 1;
-    e.relu = conv.relu;
     multiply_tiles(conv, task, layout, scratch, list, e);
 
     for (int64_t i = p; i < p + count; ++i) {

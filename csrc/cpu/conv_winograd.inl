@@ -211,7 +211,7 @@ FR_INLINE void finish_output(const float* sums, int64_t out, int64_t res, const 
     if (e.bias != nullptr) y[v] += Float32::load(e.bias + v * kLanes);
     y[v] = y[v] * Float32::load(e.scale + v * kLanes) + Float32::load(e.shift + v * kLanes);
   }
-  if (e.vectorised && !e.padded) {
+  if (e.in_registers()) {
     FR_FOR (v, kV) {
       if (e.residual) y[v] += T::load(e.residual + res + v * kLanes);
       if (e.relu) y[v] = relu(y[v]);
@@ -222,7 +222,7 @@ FR_INLINE void finish_output(const float* sums, int64_t out, int64_t res, const 
   alignas(64) float spill[kV * kLanes];
   FR_FOR (v, kV) Float32::store(spill + v * kLanes, y[v]);
   if (e.vectorised) {
-    store_padded<T, 1, kV>(spill, out, res, e);
+    store_from_memory<T, 1, kV>(spill, out, res, e);
   } else {
     store_strided<T, 1>(spill, kV * kLanes, out, res, e);
   }

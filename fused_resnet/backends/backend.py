@@ -86,6 +86,14 @@ class Backend:
         """Whether it does what comes before and behind such a convolution for nothing."""
         return False
 
+    def has_activation(self, activation: str) -> bool:
+        """Whether inference's methods apply it; where not, operators do, behind them.
+
+        See `layers/activation.py` for what there are. Every backend has "relu" and "none", and is
+        asked for the others alone.
+        """
+        return False
+
     def release(self, tensors: Iterable[Tensor]) -> None:
         """Drops what was made of these parameters and buffers."""
 

@@ -20,6 +20,10 @@ class Reference(Backend):
         """See `backends.explain`."""
         return "reference"
 
+    def has_activation(self, activation: str) -> bool:
+        """See `Backend.has_activation`."""
+        return True
+
     def conv_bn_act(
         self, input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str
     ) -> Tensor:

@@ -120,6 +120,9 @@ _block(
     shortcut="downsample",
     act="act",
 )
+# EfficientNet, MobileNetV3 and their like: blocks, and the stem in front of them
+_traced("ConvBnAct", "DepthwiseSeparableConv", "EdgeResidual", "InvertedResidual")
+_traced("EfficientNet", "MobileNetV3")
 _traced(
     *(
         "ResNestBottleneck",

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import activation as activations
+from .activation import PLAIN
 from .description import Block, ConvNorm, Norm, Pool, output_size
 
-ACTIVATIONS = ("relu", "none")
 _REDUCED = (torch.float16, torch.bfloat16)
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # No stride, padding or dilation is larger, so that sizes computed from them fit into 64 bits.
@@ -332,10 +333,8 @@ def _act_error(
     shape: Sequence[int],
     activation: str,
 ) -> ValueError | TypeError | None:
-    if activation not in ACTIVATIONS:
-        return ValueError(
-            f"{name}: activation is {activation!r}, must be one of {', '.join(ACTIVATIONS)}"
-        )
+    if activation not in PLAIN and (wrong := activations.error(activation)) is not None:
+        return ValueError(f"{name}: activation is {activation!r}, {wrong}")
     if residual is not None:
         if not isinstance(residual, Tensor):
             return _not_a_tensor(name, "residual", residual)

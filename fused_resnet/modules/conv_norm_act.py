@@ -17,6 +17,7 @@ from ..ops.norm_conv_bn_act import norm_conv_bn_act
 from ..ops.registration import needs_grad
 from ..originals import AnyNorm
 from . import norms
+from .activations import is_relu, text_of
 from .buffers import momentum_of
 from .read import bare_layer, keeps_dtype, layer_of, norm_of, sync_group, uses_batch_statistics
 
@@ -26,19 +27,20 @@ def conv_norm_act(
     norm: AnyNorm,
     x: Tensor,
     residual: Tensor | None,
-    relu: nn.ReLU | None,
+    act: nn.Module | None,
     narrow: bool = False,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """`relu(norm(conv(x)) + residual)`, in one where the arguments allow, without hooks.
+    """`act(norm(conv(x)) + residual)`, in one where the arguments allow, without hooks.
 
     Where they do not, this calls the modules, which then raise what they raise. If `narrow`, a
     residual of fewer channels stands for one with as many zeros before as behind them. `weight`
     stands in for the convolution's.
     """
-    activation = "none" if relu is None else "relu"
+    activation = text_of(act)
+    assert activation is not None
     if uses_batch_statistics(norm):
-        return _norm_act(norm, _conv(conv, x, weight), residual, relu, narrow)
+        return _norm_act(norm, _conv(conv, x, weight), residual, act, narrow)
     layer = layer_of(conv, norm)
     if weight is not None:
         layer = layer._replace(weight=weight)
@@ -50,7 +52,7 @@ def conv_norm_act(
         return conv_bn_act(x, layer, residual, activation)
     if narrow and residual is not None:
         residual = reference.pad_channels(residual, conv.out_channels)
-    return _unfused_norm_act(norm, _conv(conv, x, weight), residual, relu)
+    return _unfused_norm_act(norm, _conv(conv, x, weight), residual, act)
 
 
 def _conv(conv: nn.Conv2d, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -91,13 +93,14 @@ class NormAct:
             self._computed = norm_act(self._norm, self._x, self._relu)
         return self._computed
 
-    def conv_norm_act(self, conv: nn.Conv2d, norm: AnyNorm, relu: nn.ReLU | None) -> Tensor:
+    def conv_norm_act(self, conv: nn.Conv2d, norm: AnyNorm, act: nn.Module | None) -> Tensor:
         """`conv_norm_act` of it, without a residual."""
-        activation = "none" if relu is None else "relu"
+        activation = text_of(act)
+        assert activation is not None
         out = None
         if not uses_batch_statistics(norm) and keeps_dtype(norm, self._x):
             out = self._in_one(layer_of(conv, norm), activation)
-        return out if out is not None else conv_norm_act(conv, norm, self.tensor(), None, relu)
+        return out if out is not None else conv_norm_act(conv, norm, self.tensor(), None, act)
 
     def conv(self, conv: nn.Conv2d) -> Tensor:
         """A convolution of it that no norm follows."""
@@ -150,11 +153,13 @@ def _norm_act(
     norm: nn.BatchNorm2d,
     x: Tensor,
     residual: Tensor | None,
-    relu: nn.ReLU | None,
+    act: nn.Module | None,
     narrow: bool = False,
 ) -> Tensor:
-    """`relu(norm(x) + residual)` with batch statistics, kept as `BatchNorm2d.forward` does."""
-    activation = "none" if relu is None else "relu"
+    """`act(norm(x) + residual)` with batch statistics, kept as `BatchNorm2d.forward` does."""
+    if act is not None and not is_relu(act):  # whose gradient is torch's own
+        return act(_norm_act(norm, x, residual, None, narrow))
+    activation = "none" if act is None else "relu"
     tracks = not norm.training or norm.track_running_stats
     running_mean = norm.running_mean if tracks else None
     running_var = norm.running_var if tracks else None
@@ -175,7 +180,7 @@ def _norm_act(
     ):
         if narrow and residual is not None:
             residual = reference.pad_channels(residual, x.size(1))
-        return _unfused_norm_act(norm, x, residual, relu)
+        return _unfused_norm_act(norm, x, residual, act)
     if group is not None:
         return running_statistics.run_sync_batch_norm_act(
             x, described, momentum_of(norm), group, residual, activation
@@ -186,9 +191,9 @@ def _norm_act(
 
 
 def _unfused_norm_act(
-    norm: nn.Module, x: Tensor, residual: Tensor | None, relu: nn.ReLU | None
+    norm: nn.Module, x: Tensor, residual: Tensor | None, act: nn.Module | None
 ) -> Tensor:
     x = norms.alone(norm, x)
     if residual is not None:
         x += residual
-    return x if relu is None else relu(x)
+    return x if act is None else act(x)

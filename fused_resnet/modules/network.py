@@ -18,6 +18,7 @@ from ..ops.registration import nothing_intercepts
 from ..ops.residual_blocks import pads_shortcuts, residual_blocks
 from ..originals import AnyNorm, Sequential
 from . import graphs, plans, quantized
+from .activations import is_relu, text_of
 from .conv_norm_act import conv_norm_act
 from .read import (
     blocks_of_stage,
@@ -158,27 +159,31 @@ def float_stem(network: nn.Module, x: Tensor) -> Tensor:
     form = forms.of(network)
     (unit,) = form.units_of(network)
     conv, norm = conv_norm(network, unit)
-    relu = forms.part(network, unit.act)
+    act = forms.part(network, unit.act)
     if form.pool is None:
-        return conv_norm_act(conv, norm, x, None, relu)
-    return stem(conv, norm, relu, forms.part(network, form.pool), x)
+        return conv_norm_act(conv, norm, x, None, act)
+    return stem(conv, norm, act, forms.part(network, form.pool), x)
 
 
-def stem(conv: nn.Conv2d, norm: AnyNorm, relu: nn.ReLU, maxpool: nn.MaxPool2d, x: Tensor) -> Tensor:
-    """`maxpool(relu(norm(conv(x))))`."""
+def stem(
+    conv: nn.Conv2d, norm: AnyNorm, act: nn.Module, maxpool: nn.MaxPool2d, x: Tensor
+) -> Tensor:
+    """`maxpool(act(norm(conv(x))))`."""
+    activation = text_of(act)
+    assert activation is not None
     if pool_obstacle(maxpool) is None and not uses_batch_statistics(norm):
         layer = layer_of(conv, norm)
         pool = pool_of(maxpool)
         name = "conv_bn_act_max_pool"
         if (
-            checks.conv_error(name, x, layer, None, "relu") is None
+            checks.conv_error(name, x, layer, None, activation) is None
             and checks.pool_error(name, x, layer, pool) is None
             and keeps_dtype(norm, x)
         ):
-            return conv_bn_act_max_pool.run_conv_bn_act_max_pool(x, layer, "relu", pool)
-    if (out := network_stem_training(conv, norm, maxpool, x)) is not None:
+            return conv_bn_act_max_pool.run_conv_bn_act_max_pool(x, layer, activation, pool)
+    if is_relu(act) and (out := network_stem_training(conv, norm, maxpool, x)) is not None:
         return out
-    return maxpool(conv_norm_act(conv, norm, x, None, relu))
+    return maxpool(conv_norm_act(conv, norm, x, None, act))
 
 
 def stages_forward(stages: list[nn.Module], x: Tensor, plain: list[Block] | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from ..ops.residual_blocks_float8 import residual_blocks_float8
 from ..ops.residual_blocks_int8 import DTYPES, residual_blocks_int8
 from ..originals import Conv2d, MaxPool2d, Sequential
 from . import read
+from .activations import is_relu
 
 Watcher: TypeAlias = Callable[[nn.Module, Tensor], "Tensor | None"]
 """Runs a block or a stem that is being calibrated; None where it has to run as it did."""
@@ -70,8 +71,9 @@ def stem_of(network: nn.Module, bits: int, x: Tensor | None = None) -> Stem | No
     None where it cannot, on such an input if there is one. The network has no obstacle.
     """
     form = forms.of(network)
-    conv, norm = read.conv_norm(network, form.units_of(network)[0])
-    if read.uses_batch_statistics(norm):
+    unit = form.units_of(network)[0]
+    conv, norm = read.conv_norm(network, unit)
+    if read.uses_batch_statistics(norm) or not is_relu(forms.part(network, unit.act)):
         return None
     pool = Pool((1, 1), (1, 1), (0, 0))
     if form.pool is not None:

@@ -38,6 +38,7 @@ from ..originals import (
     SyncBatchNorm,
 )
 from . import norms
+from .activations import is_relu, text_of
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -95,7 +96,7 @@ def block_layers(block: nn.Module, may_pad: bool = False) -> tuple[Layers, bool]
     pairs = []
     for unit in form.units_of(block):
         around = (*unit.before, *unit.between, *unit.after)
-        if unit.act is None or working_parts(block, around):
+        if not is_relu(forms.part(block, unit.act)) or working_parts(block, around):
             return None
         pairs.append(conv_norm(block, unit))
     downsample = shortcut(block, form)
@@ -539,8 +540,8 @@ def structure_obstacle(module: nn.Module, form: Form | None = None) -> str | Non
     for norm, act in form.norms:
         if reason := _norm_obstacle(forms.part(module, norm)):
             return f"{norm} is {reason}"
-        if reason := _act_obstacle(forms.part(module, act)):
-            return f"{act} is {reason}"
+        if not is_relu(forms.part(module, act)):
+            return f"{act} is {described(forms.part(module, act))}"
     for conv in form.convs:
         if reason := _conv_obstacle(forms.part(module, conv)):
             return f"{conv} is {reason}"
@@ -693,7 +694,9 @@ def is_norm(module: nn.Module) -> bool:
 
 def _act_obstacle(act: nn.Module | None) -> str | None:
     """Why an activation has no fused form, or None."""
-    return None if type(act) is ReLU else described(act)
+    if act is not None and text_of(act) is not None:
+        return None
+    return described(act)
 
 
 def call_obstacle(module: nn.Module) -> str | None:

@@ -3,7 +3,7 @@
 `nn.Sequential`, the classes that derive from it without a forward pass of their own, such as
 torchvision's `Conv2dNormActivation`, and the classes of other libraries in `forms.in_order`. What
 one child makes is read by the next and by nothing else, so a convolution, the norm behind it and
-the ReLU behind that can be one pass, whatever the module is part of.
+the activation behind that can be one pass, whatever the module is part of.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from .. import forms
 from ..forms import FUNCTIONAL_RELU, Unit
-from ..originals import Conv2d, ReLU
+from ..originals import Conv2d
 from . import network, norms, read, run
+from .activations import text_of
 
 Parts = Sequence[tuple[str, "nn.Module | None"]]
 """Modules in the order in which they are applied, by name; None where there is none."""
@@ -31,7 +32,7 @@ def parts_of(module: nn.Module, name: str = "") -> list[tuple[str, nn.Module | N
 def own_parts(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
     """`parts_of` a module, of which containers that have units by themselves stay one part.
 
-    Unless the ReLU that belongs to the last of them is behind the container.
+    Unless the activation that belongs to the last of them is behind the container.
     """
     names = forms.in_order.get(type(module)) or tuple(module._modules)
     children = [(name, forms.part(module, name)) for name in names]
@@ -44,7 +45,7 @@ def own_parts(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
         units = units_in(parts)
         behind = children[i + 1] if i + 1 < len(children) else ("", None)
         ends_open = bool(units) and not (units[-1].act or units[-1].after)
-        if not units or (ends_open and _is_relu(*behind)):
+        if not units or (ends_open and _is_act(*behind)):
             found += parts
         else:
             found.append((name, child))
@@ -59,7 +60,7 @@ def units_in(parts: Parts) -> tuple[Unit, ...]:
     for start, end in itertools.pairwise([*starts, len(parts)]):
         names = [name for name, _ in parts[start:end]]
         conv, norm, *rest = names
-        acts = [name for name, module in parts[start + 2 : end] if _is_relu(name, module)]
+        acts = [name for name, module in parts[start + 2 : end] if _is_act(name, module)]
         act = acts[0] if acts else None
         position = rest.index(act) if act is not None else 0
         between, after = tuple(rest[:position]), tuple(rest[position + (act is not None) :])
@@ -83,8 +84,8 @@ def _is_pair(conv: nn.Module | None, norm: nn.Module | None) -> bool:
     return type(conv) is Conv2d and norm is not None and read.is_norm(norm)
 
 
-def _is_relu(name: str, module: nn.Module | None) -> bool:
-    return name == FUNCTIONAL_RELU or type(module) is ReLU
+def _is_act(name: str, module: nn.Module | None) -> bool:
+    return name == FUNCTIONAL_RELU or (module is not None and text_of(module) is not None)
 
 
 def sequence_forward(module: nn.Module, x: Tensor) -> Tensor:
@@ -118,8 +119,8 @@ def unit_forward(module: nn.Module, unit: Unit, x: Tensor) -> Tensor:
         x = part(x)
     maxpool: Any
     maxpool, *rest = read.working_parts(module, unit.after)
-    relu: Any = forms.part(module, unit.act)
-    x = network.stem(*read.conv_norm(module, unit), relu, maxpool, x)
+    act: Any = forms.part(module, unit.act)
+    x = network.stem(*read.conv_norm(module, unit), act, maxpool, x)
     for part in rest:
         x = part(x)
     return x

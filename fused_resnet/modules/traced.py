@@ -1,6 +1,6 @@
 """Units in `torch.fx` graphs: found where nothing else reads what is between, and run as one.
 
-A convolution's only reader is a norm, that one's only reader a ReLU or the add of a residual branch
+A convolution's only reader is a norm, that one's only reader an activation or the add of a residual
 and so on; what is called between the first and the last of them writes to nothing. The graph that
 runs fused calls `run_unit` in the place of the last one. Which modules these are, and whether they
 carry hooks, is looked at in every call, as everywhere.
@@ -20,8 +20,9 @@ from torch import Tensor, fx, nn
 from .. import forms
 from ..forms import FUNCTIONAL_RELU, Unit
 from ..layers import checks
-from ..originals import Conv2d, MaxPool2d, ReLU
+from ..originals import Conv2d, MaxPool2d
 from . import network, norms, read
+from .activations import text_of
 from .conv_norm_act import conv_norm_act
 from .read import input_obstacle
 
@@ -95,7 +96,7 @@ def _longest(
         drop, act = norm._modules["drop"], norm._modules["act"]
         if drop is None or act is None or not read.passes_through(drop):
             return None
-        held = type(act) is ReLU
+        held = text_of(act) is not None
         if held:
             unit = Unit(unit.conv, unit.norm, f"{unit.norm}.act")
         elif not read.passes_through(act):
@@ -110,7 +111,7 @@ def _longest(
             reader = _only_reader(reader)
     else:
         residual = None
-    name = None if held or reader is None else _relu(reader, root)
+    name = None if held or reader is None else _act(reader, root)
     if reader is not None and name is not None:
         chain = (*chain, reader)
         unit = Unit(unit.conv, unit.norm, name)
@@ -161,10 +162,11 @@ def _added(add: fx.Node, term: fx.Node) -> fx.Node | None:
     return other if isinstance(other, fx.Node) and other is not term else None
 
 
-def _relu(node: fx.Node, root: nn.Module) -> str | None:
-    """The name of a ReLU that a node applies, or None."""
+def _act(node: fx.Node, root: nn.Module) -> str | None:
+    """The name of an activation that a node applies, or None."""
     if node.op == "call_module":
-        applies = type(_module(node, root)) is ReLU and _takes_one(node)
+        module = _module(node, root)
+        applies = module is not None and text_of(module) is not None and _takes_one(node)
         return str(node.target) if applies else None
     if node.op == "call_method":
         applies = node.target in ("relu", "relu_") and len(node.args) == 1 and not node.kwargs
@@ -187,8 +189,8 @@ def _writes_nothing(node: fx.Node, root: nn.Module, one: Found) -> bool:
     own = {forms.part(root, one.unit.conv), forms.part(root, one.unit.norm)}
     if module is None or module in own:
         return False
-    if type(module) is ReLU:
-        return not module.inplace
+    if text_of(module) is not None:
+        return not getattr(module, "inplace", False)
     return isinstance(module, _PURE_MODULES) or norms.is_frozen(module)
 
 
@@ -239,21 +241,21 @@ def run_unit(
     maxpool: nn.MaxPool2d | None,
 ) -> Tensor:
     """`maxpool(act(norm(conv(x)) + residual))`, in one where the modules and tensors allow."""
-    relu: Any = forms.FUNCTIONAL if act == FUNCTIONAL_RELU else act
+    module: Any = forms.FUNCTIONAL if act == FUNCTIONAL_RELU else act
     held = act is not None and norms.has_act(norm)
     if (
         input_obstacle(x) is not None
-        or read.obstacle_of_unit(conv, norm, relu) is not None
+        or read.obstacle_of_unit(conv, norm, module) is not None
         or not (residual is None or _fits(conv, norm, x, residual))
     ):
         x = norm(conv(x))
         if residual is not None:
             x = x + residual
-        x = x if relu is None or held else relu(x)
+        x = x if module is None or held else module(x)
         return x if maxpool is None else maxpool(x)
     if maxpool is not None:
-        return network.stem(conv, norm, relu, maxpool, x)
-    return conv_norm_act(conv, norm, x, residual, relu)
+        return network.stem(conv, norm, module, maxpool, x)
+    return conv_norm_act(conv, norm, x, residual, module)
 
 
 def _fits(conv: nn.Conv2d, norm: nn.Module, x: Tensor, residual: Tensor) -> bool:

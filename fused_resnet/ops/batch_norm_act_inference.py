@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backends
 from ..layers.description import Norm
 from ..layers.memory import contiguous_like_eager
-from . import operator_checks
+from . import activations, operator_checks
 from .gradients import has_norm_kernel, middle_channels, norm_act_backward
 from .registration import (
     Operator,
@@ -35,14 +35,14 @@ def batch_norm_act_inference(
     if _call.is_direct(input, *norm[:4], residual):
         with torch._C._AutoDispatchBelowAutograd():
             backend = backends.choose(input.device.type)
-            return backend.batch_norm_act_inference(input, norm, residual, activation)
+            return activations.batch_norm_act_inference(backend, input, norm, residual, activation)
     return _call(input, *norm, residual, activation)
 
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
     backend = backends.choose(input.device.type)
     *norm, residual, activation = arguments
-    return backend.batch_norm_act_inference(input, Norm(*norm), residual, activation)
+    return activations.batch_norm_act_inference(backend, input, Norm(*norm), residual, activation)
 
 
 register_kernel("batch_norm_act_inference", _kernel, operator_checks.batch_norm_act_inference)
@@ -115,12 +115,7 @@ class _BatchNormActInference(torch.autograd.Function):
         return grad_input, None, None, grad_weight, grad_bias, None, grad_residual, None
 
 
-_call = Operator(
-    "batch_norm_act_inference", (0, 1, 2, 3, 4, 6), _kernel, _BatchNormActInference.apply
-)
-register_autograd(
-    "batch_norm_act_inference",
-    _BatchNormActInference.apply,
-    operator_checks.batch_norm_act_inference,
-)
+_apply = activations.differentiable(_BatchNormActInference.apply, 7)
+_call = Operator("batch_norm_act_inference", (0, 1, 2, 3, 4, 6), _kernel, _apply)
+register_autograd("batch_norm_act_inference", _apply, operator_checks.batch_norm_act_inference)
 register_autocast("batch_norm_act_inference", autocast_residual(6))

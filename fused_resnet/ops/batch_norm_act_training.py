@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..layers.activation import PLAIN, applied, apply_
 from ..layers.description import Norm
 from ..layers.memory import contiguous_like_eager
 from . import operator_checks
@@ -51,6 +52,10 @@ def batch_norm_act_training(
         The output, and the batch's mean (C,) and biased variance (C,), which are not
         differentiable: float64 for a float64 input, float32 for any other.
     """
+    if activation not in PLAIN:
+        arguments = (input, weight, bias, eps, residual, "none")
+        output, mean, var = batch_norm_act_training(*arguments, keep)
+        return applied(output, activation), mean, var
     arguments = (input, weight, bias, eps, residual, activation)
     if keep is None:
         return _call(*arguments)
@@ -67,7 +72,11 @@ def batch_norm_act_training(
 
 def _kernel(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     backend = backends.choose(input.device.type)
-    return backend.batch_norm_act_training(input, *arguments)
+    weight, bias, eps, residual, activation = arguments
+    if activation in PLAIN:
+        return backend.batch_norm_act_training(input, *arguments)
+    output, mean, var = backend.batch_norm_act_training(input, weight, bias, eps, residual, "none")
+    return apply_(output, activation), mean, var
 
 
 register_kernel("batch_norm_act_training", _kernel, operator_checks.batch_norm_act_training)
@@ -153,7 +162,11 @@ class _BatchNormActTraining(torch.autograd.Function):
 
 
 def _without_keep(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _BatchNormActTraining.apply(*arguments, None)
+    *others, activation = arguments
+    if activation in PLAIN:
+        return _BatchNormActTraining.apply(*arguments, None)
+    output, mean, var = _BatchNormActTraining.apply(*others, "none", None)
+    return applied(output, activation), mean, var
 
 
 _call = Operator("batch_norm_act_training", (0, 1, 2, 4), _kernel, _without_keep)

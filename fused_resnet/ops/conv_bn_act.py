@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..layers.activation import PLAIN
 from ..layers.description import ConvNorm, Norm, conv_norm_of
-from . import operator_checks
+from . import activations, operator_checks
 from .gradients import act_backward, conv_norm_backward, middle_channels
 from .registration import (
     Operator,
@@ -35,14 +36,16 @@ def conv_bn_act(input: Tensor, layer: ConvNorm, residual: Tensor | None, activat
     if _call.is_direct(input, layer.weight, *layer.norm[:4], layer.bias, residual):
         with torch._C._AutoDispatchBelowAutograd():
             backend = backends.choose(input.device.type)
-            return backend.conv_bn_act(input, layer, residual, activation)
+            if activation in PLAIN:
+                return backend.conv_bn_act(input, layer, residual, activation)
+            return activations.conv_bn_act(backend, input, layer, residual, activation)
     return _call(input, *layer.flat(), residual, activation)
 
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
     *layer, residual, activation = arguments
     backend = backends.choose(input.device.type)
-    return backend.conv_bn_act(input, conv_norm_of(layer), residual, activation)
+    return activations.conv_bn_act(backend, input, conv_norm_of(layer), residual, activation)
 
 
 register_kernel("conv_bn_act", _kernel, operator_checks.conv_bn_act)
@@ -114,8 +117,9 @@ class _ConvBnAct(torch.autograd.Function):
         return *gradients, None, None, None, None, grad_residual, None
 
 
-_call = Operator("conv_bn_act", (0, 1, 2, 3, 4, 5, 7, 12), _kernel, _ConvBnAct.apply)
-register_autograd("conv_bn_act", _ConvBnAct.apply, operator_checks.conv_bn_act)
+_apply = activations.differentiable(_ConvBnAct.apply, 13)
+_call = Operator("conv_bn_act", (0, 1, 2, 3, 4, 5, 7, 12), _kernel, _apply)
+register_autograd("conv_bn_act", _apply, operator_checks.conv_bn_act)
 
 
 def _cast(dtype: torch.dtype, device_type: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, reference
+from ..layers.activation import PLAIN
 from ..layers.description import ConvNorm, Norm, Pool, conv_norm_of
-from . import operator_checks
+from . import activations, operator_checks
 from .conv_bn_act import conv_bn_act
 from .gradients import act_backward, aten, conv_norm_backward
 from .registration import (
@@ -43,7 +44,7 @@ def conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
     layer, activation, pool = conv_norm_of(arguments[:11]), arguments[11], Pool(*arguments[12:])
     backend = backends.choose(input.device.type)
-    return backend.conv_bn_act_max_pool(input, layer, activation, pool)
+    return activations.conv_bn_act_max_pool(backend, input, layer, activation, pool)
 
 
 register_kernel("conv_bn_act_max_pool", _kernel, operator_checks.conv_bn_act_max_pool)
@@ -104,10 +105,17 @@ class _ConvBnActMaxPool(torch.autograd.Function):
         return *gradients, *(None,) * 8
 
 
-_call = Operator("conv_bn_act_max_pool", (0, 1, 2, 3, 4, 5, 7), _kernel, _ConvBnActMaxPool.apply)
-register_autograd(
-    "conv_bn_act_max_pool", _ConvBnActMaxPool.apply, operator_checks.conv_bn_act_max_pool
-)
+def _apply(*arguments: Any) -> Tensor:
+    activation, pool = arguments[12], arguments[13:]
+    if activation in PLAIN:
+        return _ConvBnActMaxPool.apply(*arguments)
+    return F.max_pool2d(
+        conv_bn_act(arguments[0], conv_norm_of(arguments[1:12]), None, activation), *pool
+    )
+
+
+_call = Operator("conv_bn_act_max_pool", (0, 1, 2, 3, 4, 5, 7), _kernel, _apply)
+register_autograd("conv_bn_act_max_pool", _apply, operator_checks.conv_bn_act_max_pool)
 
 
 def _cast(dtype: torch.dtype, device_type: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

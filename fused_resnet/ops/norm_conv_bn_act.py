@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import backends
 from ..layers.description import ConvNorm, Norm, conv_norm_of
-from . import operator_checks
+from . import activations, operator_checks
 from .batch_norm_act_inference import batch_norm_act_inference
 from .conv_bn_act import conv_bn_act
 from .gradients import act_backward, conv_norm_backward, norm_act_backward
@@ -46,8 +46,8 @@ def norm_conv_bn_act(
 
 def _kernel(input: Tensor, *arguments: Any) -> Tensor:
     backend = backends.choose(input.device.type)
-    layer, (residual, activation) = conv_norm_of(arguments[5:-2]), arguments[-2:]
-    return backend.norm_conv_bn_act(input, Norm(*arguments[:5]), layer, residual, activation)
+    before, layer = Norm(*arguments[:5]), conv_norm_of(arguments[5:-2])
+    return activations.norm_conv_bn_act(backend, input, before, layer, *arguments[-2:])
 
 
 def _in_two(input: Tensor, *arguments: Any) -> Tensor:
@@ -137,10 +137,9 @@ class _NormConvBnAct(torch.autograd.Function):
         return *ours, *gradients, None, None, None, None, grad_residual, None
 
 
-_call = Operator(
-    "norm_conv_bn_act", (0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 17), _kernel, _NormConvBnAct.apply
-)
-register_autograd("norm_conv_bn_act", _NormConvBnAct.apply, operator_checks.norm_conv_bn_act)
+_apply = activations.differentiable(_NormConvBnAct.apply, 18)
+_call = Operator("norm_conv_bn_act", (0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 17), _kernel, _apply)
+register_autograd("norm_conv_bn_act", _apply, operator_checks.norm_conv_bn_act)
 
 
 def _cast(

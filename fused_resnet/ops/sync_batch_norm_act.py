@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import backends, reference
+from ..layers.activation import PLAIN, applied
 from ..layers.description import Norm, Sums
 from ..layers.memory import contiguous_like_eager
 from .batch_norm_act_inference import batch_norm_act_inference
@@ -50,6 +51,9 @@ def sync_batch_norm_act(
 
     `keep` takes the statistics of all processes' batches before autograd saves anything.
     """
+    if activation not in PLAIN:
+        arguments = (input, weight, bias, eps, residual, "none", group, keep)
+        return applied(sync_batch_norm_act(*arguments), activation)
     if residual is not None:
         residual = residual.to(input.dtype)  # which under autocast may differ
     shared = shared_statistics(input, group)

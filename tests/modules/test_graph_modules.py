@@ -35,7 +35,7 @@ class Net(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
         self.relu, self.relu_ = nn.ReLU(), nn.ReLU(inplace=True)
         self.pool, self.dropout = nn.MaxPool2d(3, 2, 1), nn.Dropout(0.5)
-        self.silu = nn.SiLU()
+        self.silu, self.mish = nn.SiLU(), nn.Mish()
         self.run = run
 
     def forward(self, x):
@@ -51,7 +51,7 @@ def changed(x):
     return x
 
 
-# What is called, with how many units, adds and ReLUs in one.
+# What is called, with how many units, adds and activations in one.
 RUNS = {
     "a unit": (first, (1, 0, 1)),
     "without activation": (lambda m, x: m.bn1(m.conv1(x)), (1, 0, 0)),
@@ -59,7 +59,8 @@ RUNS = {
     "F.relu in place": (lambda m, x: F.relu(m.bn1(m.conv1(x)), inplace=True), (1, 0, 1)),
     "torch.relu": (lambda m, x: torch.relu(m.bn1(m.conv1(x))), (1, 0, 1)),
     "relu()": (lambda m, x: m.bn1(m.conv1(x)).relu(), (1, 0, 1)),
-    "another activation": (lambda m, x: m.silu(m.bn1(m.conv1(x))), (1, 0, 0)),
+    "another activation": (lambda m, x: m.silu(m.bn1(m.conv1(x))), (1, 0, 1)),
+    "an activation that no kernel has": (lambda m, x: m.mish(m.bn1(m.conv1(x))), (1, 0, 0)),
     "max-pool": (lambda m, x: m.pool(m.relu_(m.bn1(m.conv1(x)))), (1, 0, 1)),
     "residual": (lambda m, x: (y := first(m, x), m.relu(m.bn2(m.conv2(y)) + y))[1], (2, 1, 2)),
     "residual first": (

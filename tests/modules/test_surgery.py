@@ -572,6 +572,8 @@ CHANGES = {
     "gelu": replace("layer1.0.relu", lambda m: nn.GELU()),
     "leaky relu": replace("layer1.0.relu", lambda m: nn.LeakyReLU(0.1)),
     "relu6": replace("layer1.0.relu", lambda m: nn.ReLU6()),
+    "mish": replace("layer1.0.relu", lambda m: nn.Mish()),
+    "stem mish": replace("relu", lambda m: nn.Mish()),
     "no activation": replace("layer1.0.relu", lambda m: nn.Identity()),
     "stem gelu": replace("relu", lambda m: nn.GELU()),
     "bn identity": replace("layer1.0.bn2", lambda m: nn.Identity()),
@@ -680,7 +682,7 @@ def test_modified_models_compute_what_eager_computes(change, when):
 @pytest.mark.parametrize(
     ("change", "path", "word"),
     [
-        ("gelu", "layer1.0", "GELU"),
+        ("mish", "layer1.0", "Mish"),
         ("batch norm subclass", "layer1.0", "Doubled"),
         ("circular padding", "layer1.0", "circular"),
         ("same padding", "layer1.0", "same"),
@@ -689,7 +691,7 @@ def test_modified_models_compute_what_eager_computes(change, when):
         ("weight norm", "layer1.0", "conv2"),
         ("instance forward of a conv", "layer1.0", "forward"),
         ("instance forward of a block", "layer1.0", "forward"),
-        ("stem gelu", "", "GELU"),
+        ("stem mish", "", "Mish"),
     ],
 )
 def test_the_report_explains_what_runs_unfused(change, path, word):

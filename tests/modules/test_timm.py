@@ -176,8 +176,8 @@ def test_the_report_names_what_stays_eager(variant, mode, path, reason):
 @pytest.mark.parametrize(
     ("arguments", "path", "word"),
     [
-        ({"act_layer": nn.SiLU}, "layer1.0", "act1 is a SiLU"),
-        ({"act_layer": nn.SiLU, "stem_type": "deep", "stem_width": 32}, "", "conv1.2 is a SiLU"),
+        ({"act_layer": nn.Mish}, "layer1.0", "act1 is a Mish"),
+        ({"act_layer": nn.Mish, "stem_type": "deep", "stem_width": 32}, "", "conv1.2 is a Mish"),
         (
             {"norm_layer": "groupnorm", "channels": (32, 32, 64, 64)},
             "layer2.0",

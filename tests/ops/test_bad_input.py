@@ -206,9 +206,9 @@ BAD_CONVOLUTIONS = {
     "eps a string": (dict(eps="small"), (TypeError, ValueError), ["eps", "small"]),
     "eps None": (dict(eps=None), (TypeError, ValueError), ["eps", "None"]),
     "unknown activation": (
-        dict(activation="gelu"),
+        dict(activation="mish"),
         ValueError,
-        ["activation", "gelu", "relu", "none"],
+        ["activation", "mish", "relu", "none"],
     ),
     "activation None": (dict(activation=None), ValueError, ["activation", "None", "relu"]),
     "activation a function": (
@@ -360,9 +360,9 @@ BAD_NORMS = {
     "eps negative": (dict(eps=-1.0), ValueError, ["eps", "-1.0"]),
     "momentum a string": (dict(momentum="fast"), (TypeError, ValueError), ["momentum", "fast"]),
     "unknown activation": (
-        dict(activation="silu"),
+        dict(activation="mish"),
         ValueError,
-        ["activation", "silu", "relu", "none"],
+        ["activation", "mish", "relu", "none"],
     ),
 }
 
@@ -399,7 +399,7 @@ def test_bad_calls_leave_running_statistics_alone():
     for changes in (
         dict(residual=torch.randn(2, 6, 4, 5)),
         dict(eps=-1.0),
-        dict(activation="silu"),
+        dict(activation="mish"),
         dict(weight=torch.ones(2)),
     ):
         arguments = norm_arguments(training=True, **changes)

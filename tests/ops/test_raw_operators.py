@@ -134,7 +134,7 @@ BAD_CONVOLUTIONS = {
     "three strides": (dict(_8=[1, 1, 1]), "stride has 3 numbers"),
     "no strides": (dict(_8=[]), "stride has 0 numbers"),
     "eps nan": (dict(_6=math.nan), "eps is nan"),
-    "activation": (dict(_13="gelu"), "activation is 'gelu'"),
+    "activation": (dict(_13="mish"), "activation is 'mish'"),
     "wide residual": (dict(_12=torch.randn(2, 9, 4, 4)), "residual has shape (2, 9, 4, 4)"),
 }
 
@@ -224,7 +224,7 @@ def packed_arguments(groups=1, C=8, K=16):
     x, weight = torch.randn(2, C, 6, 6), torch.randn(K, C // groups, 3, 3)
     packed = OPS.pack_conv_weight(weight, groups)
     numbers = [1, 1, 0, 0, 1, 1, groups]
-    return [x, weight, packed, *vectors(4, K), 1e-5, None, *numbers, None, True, []]
+    return [x, weight, packed, *vectors(4, K), 1e-5, None, *numbers, None, 1, 0.0, 0.0, []]
 
 
 @NATIVE
@@ -256,7 +256,8 @@ def test_packed_weights_that_do_not_fit():
 @pytest.mark.parametrize("number", [2**31, 2**61, 2**62, HUGE, -1, -(2**63)])
 def test_numbers_of_native_convolutions(number):
     arguments = packed_arguments()
-    for place, what in ((9, "stride"), (11, "padding"), (14, "dilation"), (15, "groups")):
+    what_numbers_are = ((9, "stride"), (11, "padding"), (14, "dilation"), (15, "groups"))
+    for place, what in (*what_numbers_are, (17, "activation")):
         refused("conv_bn_act_packed", changed(arguments, **{f"_{place}": number}), what)
     grad, weight, out = torch.randn(2, 16, 4, 4), torch.randn(16, 8, 3, 3), torch.zeros(2, 8, 6, 6)
     gradient = [grad, weight, 1, 1, 0, 0, 1, 1, out, False]

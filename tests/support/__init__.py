@@ -94,6 +94,22 @@ class ConvShape:
         return text + (f"_g{self.groups}" if self.groups > 1 else "")
 
 
+# What each of the operators' activations is in torch.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardtanh": F.hardtanh,
+    "hardtanh(-0.25, 0.75)": lambda x: F.hardtanh(x, -0.25, 0.75),
+    "leaky_relu": F.leaky_relu,
+    "leaky_relu(0.2)": lambda x: F.leaky_relu(x, 0.2),
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+OTHER_ACTIVATIONS = [text for text in ACTIVATIONS if text not in ("none", "relu")]
+
 STEM = ConvShape(3, 64, (7, 7), (2, 2), (3, 3))
 STEM_POOL = {"kernel_size": 3, "stride": 2, "padding": 1}
 
@@ -214,8 +230,7 @@ class ConvCase:
         )
         if self.residual is not None:
             out += self.residual
-        if self.activation == "relu":
-            out = F.relu(out)
+        out = ACTIVATIONS[self.activation](out)
         if self.pool is not None:
             out = F.max_pool2d(out, **self.pool)
         return out

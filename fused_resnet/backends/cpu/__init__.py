@@ -101,6 +101,10 @@ class Cpu(Backend):
         """See `Backend.is_default`."""
         return device_type == "cpu"
 
+    def has_activation(self, activation: str) -> bool:
+        """See `Backend.has_activation`."""
+        return True
+
     def plan_key(self, input: Tensor) -> Hashable | None:
         """See `Backend.plan_key`."""
         if input.dtype not in NATIVE_DTYPES or input.layout is not torch.strided:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...layers import counting
+from ...layers.activation import numbers_of
 from ...layers.convolution import conv2d
 from ...layers.description import Block, ConvNorm, Norm, Pool
 from . import operators, precision, weights
@@ -30,9 +31,8 @@ def conv_bn_act(input: Tensor, layer: ConvNorm, residual: Tensor | None, activat
         weight, norm, bias, stride, padding, dilation, groups = layer
         out = conv2d(input, weight, bias, stride, padding, dilation, groups)
         return batch_norm_act_inference(out, norm, residual, activation)
-    return _convolve(
-        operators.conv_bn_act_packed, (input,), layer, residual, activation == "relu", ()
-    )
+    act = numbers_of(activation)
+    return _convolve(operators.conv_bn_act_packed, (input,), layer, residual, *act, ())
 
 
 def norm_conv_bn_act(
@@ -42,9 +42,8 @@ def norm_conv_bn_act(
     if not is_native(input.dtype, layer.weight.shape, layer.groups):
         normalised = batch_norm_act_inference(input, before, None, "relu")
         return conv_bn_act(normalised, layer, residual, activation)
-    return _convolve(
-        operators.norm_conv_bn_act_packed, (input, *before), layer, residual, activation == "relu"
-    )
+    act = numbers_of(activation)
+    return _convolve(operators.norm_conv_bn_act_packed, (input, *before), layer, residual, *act)
 
 
 def conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: Pool) -> Tensor:
@@ -54,9 +53,8 @@ def conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: 
         return F.max_pool2d(conv_bn_act(input, layer, None, activation), *pool)
     kernel_size, stride, padding = pool
     numbers = (*kernel_size, *stride, *padding)
-    return _convolve(
-        operators.conv_bn_act_packed, (input,), layer, None, activation == "relu", numbers
-    )
+    act = numbers_of(activation)
+    return _convolve(operators.conv_bn_act_packed, (input,), layer, None, *act, numbers)
 
 
 def _convolve(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...layers.activation import PLAIN, apply_
 from ...layers.description import Norm, Sums
 from ...layers.memory import contiguous_like_eager
 from .. import library
@@ -20,9 +21,12 @@ from .isa import LARGEST_POOL
 def batch_norm_act_inference(
     input: Tensor, norm: Norm, residual: Tensor | None, activation: str
 ) -> Tensor:
-    """Everything in one pass."""
+    """Everything in one pass, but for activations other than ReLU, which are another in place."""
     scale, shift = operators.norm_vectors(*in_accumulation_dtype(input, *norm[:4]), norm.eps)
-    return scale_shift_act(contiguous_like_eager(input), scale, shift, residual, activation)
+    input = contiguous_like_eager(input)
+    if activation not in PLAIN:
+        return apply_(scale_shift_act(input, scale, shift, residual, "none"), activation)
+    return scale_shift_act(input, scale, shift, residual, activation)
 
 
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,320 @@
+"""Activations other than ReLU in the operators: values, special values, gradients, texts."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import (
+    ACTIVATIONS,
+    DTYPES,
+    OTHER_ACTIVATIONS,
+    SAMPLE_SHAPES,
+    STEM,
+    STEM_POOL,
+    ConvShape,
+    assert_same_nonfinite,
+    conv_of_taps,
+    dtype_id,
+    make_conv_case,
+    make_norm_conv_case,
+    rerun_on_instruction_set,
+    unchanged,
+)
+
+from fused_resnet import backends, functional
+from fused_resnet.layers import activation as activations
+from fused_resnet.testing import assert_error_rule
+
+pytestmark = pytest.mark.quick
+ACTIVATION = pytest.mark.parametrize("activation", OTHER_ACTIVATIONS)
+DTYPE = pytest.mark.parametrize("dtype", DTYPES[:3], ids=dtype_id)
+FORMATS = [torch.channels_last, torch.contiguous_format]
+INF, NAN = float("inf"), float("nan")
+# Whole vectors and not, one vector and two, groups wide, narrow and of a channel each.
+SHAPES = [
+    ConvShape(16, 32, (1, 1)),
+    ConvShape(32, 48, (3, 3), (1, 1), (1, 1)),
+    ConvShape(64, 64, (3, 3), (2, 2), (1, 1), (1, 1), 4),
+    ConvShape(24, 24, (3, 3), (1, 1), (1, 1), (1, 1), 24),
+    ConvShape(13, 29, (3, 2), (2, 1), (0, 1), (1, 2)),
+]
+
+
+def check_rule(case):
+    with unchanged(**case.tensors()):
+        fused = case.fused()
+    assert_error_rule(fused, case.eager(), case.double().eager(), what=case.activation)
+
+
+@pytest.mark.interpreted
+@DTYPE
+@ACTIVATION
+def test_values(backend, activation, dtype):
+    """All shapes in both layouts, with and without a shortcut and a bias."""
+    for shape, memory_format in itertools.product(SHAPES, FORMATS):
+        case = make_conv_case(
+            shape,
+            size=(7, 9),
+            dtype=dtype,
+            memory_format=memory_format,
+            bias=memory_format is torch.channels_last,
+            activation=activation,
+            device=backend.device,
+        )
+        check_rule(case)
+        check_rule(dataclasses.replace(case, residual=None))
+
+
+@ACTIVATION
+def test_float64(backend, activation):
+    case = make_conv_case(
+        SHAPES[1], dtype=torch.float64, activation=activation, device=backend.device
+    )
+    torch.testing.assert_close(case.fused(), case.eager(), rtol=1e-12, atol=1e-12)
+
+
+@DTYPE
+@ACTIVATION
+def test_a_narrow_residual(backend, activation, dtype):
+    """A shortcut of fewer channels is added before the activation."""
+    case = make_conv_case(SHAPES[1], dtype=dtype, activation=activation, device=backend.device)
+    full = torch.zeros_like(case.residual)
+    full[:, 8:-8] = case.residual[:, 8:-8]
+    narrow = case.residual[:, 8:-8].contiguous(memory_format=torch.channels_last)
+    fused = dataclasses.replace(case, residual=narrow).fused()
+    case.residual = full
+    assert_error_rule(fused, case.eager(), case.double().eager(), what=activation)
+
+
+@DTYPE
+@ACTIVATION
+def test_max_pool(backend, activation, dtype):
+    """The stem's: hardswish and the like have negative values that a pool must not lose."""
+    case = make_conv_case(
+        STEM, size=(21, 17), dtype=dtype, pool=STEM_POOL, activation=activation,
+        device=backend.device,
+    )  # fmt: skip
+    check_rule(case)
+    case.bn_bias = torch.full_like(case.running_mean, -2.0)
+    check_rule(case)
+
+
+@DTYPE
+@ACTIVATION
+def test_a_norm_before_the_convolution(backend, activation, dtype):
+    case = make_norm_conv_case(SHAPES[1], dtype=dtype, activation=activation, device=backend.device)
+    check_rule(case)
+
+
+def special_values(dtype):
+    """What kernels get wrong first, and values between; an odd number of them."""
+    limits = torch.finfo(dtype)
+    values = [0.0, 1.0, 3.0, 6.0, 6.5, 20.0, 88.0, 90.0, 104.0, 150.0, limits.max / 8, INF]
+    values += [limits.tiny, limits.tiny / 4, limits.eps, 0.5, 0.9, 1.3, 1.5, 2.0, 3.9, 5.5]
+    return torch.tensor([NAN, *values, *(-value for value in values)], dtype=dtype)
+
+
+def has_kernel(backend, activation):
+    """Whether the epilogue has it, rather than torch's own operator behind the kernel."""
+    if backend.name == "cpu" and not torch.ops.fused_resnet.conv_isa():
+        return False
+    return backend.name != "reference" and backends.choose(backend.device).has_activation(
+        activation
+    )
+
+
+@DTYPE
+@ACTIVATION
+@pytest.mark.parametrize("dense", [False, True], ids=["depthwise", "dense"])
+def test_special_values(backend, activation, dtype, dense):
+    """NaN, infinities, zeros with their sign and subnormals, through a convolution with 1."""
+    values = special_values(dtype).to(backend.device)
+    channels = 1 if dense else 16
+    outputs = 48 if dense else 16
+    x = values.view(1, 1, 1, -1).expand(1, channels, 3, -1)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(outputs, 1, 1, 1, dtype=dtype, device=backend.device)
+    mean = torch.zeros(outputs, device=backend.device)
+    out = functional.conv_bn_act(
+        x, weight, mean, torch.ones_like(mean), None, None, 0.0,
+        groups=1 if dense else channels, activation=activation,
+    )  # fmt: skip
+    # Torch's own float32 overflows where the result does not, and has no tail of `gelu`.
+    native = has_kernel(backend, activation)
+    exact = values.double() if native else values
+    expected = ACTIVATIONS[activation](exact).double().view(1, 1, 1, -1).expand(out.shape)
+    if native or activation != "gelu":  # which torch's own is not, from one layout to the next
+        assert_same_nonfinite(out, expected.to(dtype))
+    # Kernels for pairs of bfloat16 take subnormals for zeros; the tail of `silu` comes to zero
+    # where exp(-x) overflows.
+    tiny = torch.finfo(dtype).tiny
+    relative = torch.full_like(expected, 8 * torch.finfo(dtype).eps)
+    if activation.startswith("gelu"):
+        relative += 1e-4 * (values.double() <= -2)
+    finite = expected.isfinite() & out.isfinite()
+    difference = (out.double() - expected)[finite].abs()
+    bound = relative * expected.abs() + 8 * tiny
+    if not native:  # a part of what it is taken from, in either of torch's formulas
+        bound += torch.finfo(dtype).eps * values.double().abs()
+    bound = bound[finite]
+    assert (difference <= bound).all(), (activation, (difference - bound).max())
+    # What is zero before the activation has no sign: it is a sum.
+    zero = (expected == 0) & (out == 0) & (values != 0)
+    assert zero.any() == (not activation.startswith(("hardtanh", "leaky_relu")))
+    assert out.double()[zero].signbit().equal(expected[zero].signbit())
+
+
+@DTYPE
+@ACTIVATION
+def test_infinite_weights_at_the_border(backend, activation, dtype):
+    """Padding takes no part in a product with an infinite weight."""
+    case = make_conv_case(
+        SAMPLE_SHAPES[2], size=(5, 6), dtype=dtype, activation=activation, device=backend.device
+    )
+    case.weight.data[3, 0, 0, 0] = INF
+    case.weight.data[5, 0, 2, 2] = NAN
+    expected = case.double().eager(conv_of_taps).to(dtype)
+    assert not expected.isfinite().all()
+    assert_same_nonfinite(case.fused(), expected)
+
+
+@ACTIVATION
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norm_act(backend, activation, training):
+    """Values, statistics and gradients, the residual's too."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(backend.device)
+
+    x, z, cotangent = normal(3, 8, 5, 4), normal(3, 8, 5, 4), normal(3, 8, 5, 4)
+    weight, bias = normal(8), normal(8)
+    results = []
+    for dtype in (torch.float32, torch.float32, torch.float64):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, weight, bias, z)]
+        mean = torch.zeros(8, dtype=dtype, device=backend.device)
+        var = torch.ones_like(mean)
+        if not results:
+            out = functional.batch_norm_act(
+                leaves[0], mean, var, leaves[1], leaves[2], training,
+                residual=leaves[3], activation=activation,
+            )  # fmt: skip
+        else:
+            out = F.batch_norm(leaves[0], mean, var, leaves[1], leaves[2], training)
+            out = ACTIVATIONS[activation](out + leaves[3])
+        grads = torch.autograd.grad(out, leaves, cotangent.to(dtype))
+        results.append([out, mean, var, *grads])
+    for fused, eager, exact in zip(*results, strict=True):
+        assert_error_rule(fused, eager, exact, what=activation)
+
+
+@ACTIVATION
+def test_gradients(backend, activation):
+    """Of everything that has one, under the statistics of inference."""
+    case = make_conv_case(SHAPES[1], bias=True, activation=activation, device=backend.device)
+    names = ("input", "weight", "bn_weight", "bn_bias", "bias", "residual")
+
+    def gradients(case, run):
+        leaves = [getattr(case, name).detach().requires_grad_() for name in names]
+        out = run(dataclasses.replace(case, **dict(zip(names, leaves, strict=True))))
+        generator = torch.Generator().manual_seed(1)
+        cotangent = torch.randn(out.shape, generator=generator).to(out)
+        return torch.autograd.grad(out, leaves, cotangent)
+
+    fused = gradients(case, type(case).fused)
+    eager = gradients(case, type(case).eager)
+    exact = gradients(case.double(), type(case).eager)
+    for name, *three in zip(names, fused, eager, exact, strict=True):
+        assert_error_rule(*three, what=f"{activation}: {name}")
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "leaky_relu(0.2)"])
+def test_second_derivatives(activation):
+    case = make_conv_case(
+        ConvShape(2, 3, (3, 3)), batch=1, size=(4, 4), dtype=torch.float64, activation=activation
+    )
+    x, weight = case.input.requires_grad_(), case.weight.requires_grad_()
+
+    def run(x, weight):
+        return dataclasses.replace(case, input=x, weight=weight, residual=None).fused()
+
+    assert torch.autograd.gradgradcheck(run, (x, weight))
+
+
+@pytest.mark.parametrize("activation", ["silu", "leaky_relu(0.2)"])
+def test_operators_are_operators(activation):
+    """Schema, fake kernel, autograd: what compilers rely on."""
+    case = make_conv_case(SHAPES[1], activation=activation)
+    norm = (case.running_mean, case.running_var, case.bn_weight, case.bn_bias, case.eps)
+    x, weight = case.input.requires_grad_(), case.weight.requires_grad_()
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    operators = torch.ops.fused_resnet
+    torch.library.opcheck(
+        operators.conv_bn_act.default,
+        (x, weight, *norm, None, *geometry, case.residual, activation),
+    )
+    pool = ([3, 3], [2, 2], [1, 1])
+    torch.library.opcheck(
+        operators.conv_bn_act_max_pool.default,
+        (x, weight, *norm, None, *geometry, activation, *pool),
+    )
+    norm = (*torch.rand(4, 32), 1e-5)
+    torch.library.opcheck(operators.batch_norm_act_inference.default, (x, *norm, None, activation))
+    torch.library.opcheck(
+        operators.batch_norm_act_training.default, (x, *norm[2:], None, activation)
+    )
+
+
+def test_texts():
+    """Names, their numbers, and what torch means where there are none."""
+    assert activations.read("relu6") == activations.read("hardtanh(0, 6)")
+    assert activations.read("leaky_relu") == activations.read("leaky_relu(1e-2)")
+    assert activations.read("hardtanh").parameters == (-1.0, 1.0)
+    assert activations.numbers_of("leaky_relu(-0.5)")[1:] == (-0.5, 0.0)
+    assert len({activations.read(name).number for name in activations.NAMES}) == 8
+    for text in activations.NAMES:
+        assert activations.error(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "must"),
+    [
+        ("SiLU", "one of none, relu"),
+        ("silu()", "numbers in its brackets"),
+        ("silu(1)", "no numbers"),
+        ("leaky_relu(a)", "numbers in its brackets"),
+        ("leaky_relu(1, 2)", "must have 1 numbers"),
+        ("leaky_relu(inf)", "finite"),
+        ("leaky_relu(0.1", "one of none, relu"),
+        ("hardtanh(1)", "must have 2 numbers"),
+        ("hardtanh(1, 0)", "smaller number first"),
+        ("", "one of none, relu"),
+        (0.1, "one of none, relu"),
+        (["relu"], "one of none, relu"),
+    ],
+)
+def test_bad_texts(text, must):
+    case = make_conv_case(SHAPES[0], activation="relu")
+    case.activation = text
+    with pytest.raises(ValueError, match="activation is") as raised:
+        case.fused()
+    assert must in str(raised.value)
+
+
+@pytest.mark.slow
+@pytest.mark.ahead(lambda: rerun_on_instruction_set("avx2", __file__, CPU_CASES))
+def test_avx2(ahead):
+    """This file's main cases again, on the kernels for processors without AVX-512."""
+    ahead()
+
+
+@pytest.mark.parametrize("isa", ["none", "amx_emulated", "avx512bf16_emulated"])
+@pytest.mark.ahead(lambda isa: rerun_on_instruction_set(isa, __file__, CPU_CASES))
+def test_other_instruction_sets(isa, ahead):
+    """Likewise without vectors, and on the kernels for units that may not be here, emulated."""
+    ahead()
+
+
+CPU_CASES = "cpu and (values or residual or max_pool or before or border)"
