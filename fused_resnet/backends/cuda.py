@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import _native, tuning
+from ..layers.activation import PLAIN, apply_
 from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
 from ..layers.memory import contiguous_like_eager, memory_format_of
 from ..layers.quantized import Quantization, QuantizedBlock, QuantizedStem
@@ -123,6 +124,8 @@ def conv_bn_act(
     `tile` is one of `tuning.cuda_tiles.candidates` or `hopper_candidates`; None leaves the choice
     to csrc/cuda/conv_heuristics.cpp.
     """
+    if activation not in PLAIN:
+        return apply_(conv_bn_act(input, layer, residual, "none", tile), activation)
     weight, norm, bias, stride, padding, dilation, groups = layer
     if cuda_tiles.is_hopper(tile) and residual is not None and residual.size(1) < weight.size(0):
         tile = None  # which has no residual of fewer channels

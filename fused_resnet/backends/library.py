@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native, reference  # noqa: F401  (registers the operators)
+from ..layers.activation import PLAIN, apply_
 from ..layers.convolution import conv2d
 from ..layers.description import ConvNorm, Norm, Pool, Sums
 from ..layers.memory import contiguous_like_eager, unpacked
@@ -63,7 +64,21 @@ def conv_bn_act(
     weight, norm, bias, stride, padding, dilation, groups = layer
     out = conv2d(input, weight, bias, stride, padding, dilation, groups)
     scale, shift = scale_and_shift(norm, out.dtype)
-    return finish(out, scale, shift, residual, activation)
+    return _finished(finish, out, scale, shift, residual, activation)
+
+
+def _finished(
+    finish: Callable[..., Tensor],
+    out: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """`finish`, which has ReLU, and other activations behind it, in place."""
+    if activation in PLAIN:
+        return finish(out, scale, shift, residual, activation)
+    return apply_(finish(out, scale, shift, residual, "none"), activation)
 
 
 def conv_bn_act_max_pool(
@@ -86,7 +101,7 @@ def batch_norm_act_inference(
 ) -> Tensor:
     """Batch norm with the running statistics, residual and activation in one pass."""
     scale, shift = scale_and_shift(norm, input.dtype)
-    return finish(contiguous_like_eager(input), scale, shift, residual, activation)
+    return _finished(finish, contiguous_like_eager(input), scale, shift, residual, activation)
 
 
 def batch_norm_act_training(

@@ -196,6 +196,10 @@ class Triton(Backend):
             return run(input, blocks, stored, output)
         return super().quantized_residual_blocks(input, blocks, stored, output)
 
+    def has_activation(self, activation: str) -> bool:
+        """See `Backend.has_activation`."""
+        return True
+
     def is_default(self, device_type: str) -> bool:
         """See `Backend.is_default`."""
         return device_type == "cuda" and available() == "yes" and not interpreted()

@@ -273,7 +273,7 @@ def bottleneck_kernel(
         device.finish(
             sum, m, row_exists, 0, NEXT, reduce_mean_ptr, reduce_var_ptr, reduce_bn_weight_ptr,
             reduce_bn_bias_ptr, reduce_bias_ptr, reduce_eps, None, 0, 0, 0, 0, next_ptr, P, Q, NEXT,
-            False, True,
+            False, 1, 0.0, 0.0,
         )  # fmt: skip
 
 

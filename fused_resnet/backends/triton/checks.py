@@ -39,7 +39,7 @@ def trusted(problem: ConvProblem, input: Tensor, activation: str, choice: Choice
     Args:
         problem: a convolution, with a pool or without.
         input: its input.
-        activation: "relu" or "none".
+        activation: see `layers/activation.py`.
         choice: what `tuning` said.
     """
     tile, device = choice.tile, input.device

@@ -59,7 +59,7 @@ def conv_bn_act(
             dtype.
         residual: (N, K, P, Q) with any strides, or with fewer channels: see
             `reference.pad_channels`.
-        activation: "relu" or "none".
+        activation: see `layers/activation.py`.
         tile: how to cut the problem up; None asks `tuning`.
         table: (3, C) as `training_conv.table_of` makes it, of a batch norm that the input, and
             then through a ReLU, goes through first; for the kernel "conv" of one group.
@@ -88,7 +88,7 @@ def conv_bn_act(
     residual_strides = (0, 0, 0, 0) if residual is None else residual.stride()
     common = {
         "RESIDUAL_CHANNELS": None if residual is None else residual_channels(residual, output),
-        "RELU": activation == "relu",
+        **launch.acts[activation],
     }
     tiled: dict[str, Any] = {
         **common,
@@ -179,7 +179,7 @@ def conv_bn_act(
             **tiled,
         )  # fmt: skip
         if partial is not None:
-            sum_partials(input, partial, norm, bias, output, wide, residual, activation == "relu")
+            sum_partials(input, partial, norm, bias, output, wide, residual, activation)
     return as_conv2d_would(output, input, weight)
 
 
@@ -191,7 +191,7 @@ def sum_partials(
     output: Tensor,
     wide: bool,
     residual: Tensor | None = None,
-    relu: bool = True,
+    activation: str = "relu",
 ) -> None:
     """Launches the second pass of a sum that several programs shared.
 
@@ -203,7 +203,7 @@ def sum_partials(
         output: (N, P, Q, K), which this writes.
         wide: whether some offset does not fit into 31 bits.
         residual: (N, K, P, Q) with any strides, or None.
-        relu: whether there is one.
+        activation: see `conv_bn_act`.
     """
     split_k, M, K = partial.shape
     _, P, Q, _ = output.shape
@@ -214,7 +214,7 @@ def sum_partials(
         (ceil_div(M, _SUM_BLOCK[0]), ceil_div(K, _SUM_BLOCK[1])),
         (partial, *norm[:4], bias, residual, output, norm.eps, M, P, Q, K, *residual_strides),
         RESIDUAL_CHANNELS=None if residual is None else residual_channels(residual, output),
-        RELU=relu,
+        **launch.acts[activation],
         WIDE=wide,
         BLOCK_M=_SUM_BLOCK[0],
         BLOCK_N=_SUM_BLOCK[1],

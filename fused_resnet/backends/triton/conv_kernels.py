@@ -1,4 +1,4 @@
-"""The Triton kernels: convolution, batch norm, shortcut and ReLU in one pass.
+"""The Triton kernels: convolution, batch norm, shortcut and activation in one pass.
 
 All read `input` as rows of pixels (`channels_last`: the channel's stride is 1) and the weight as
 `[K, R, S, C / groups]`, which is how a `channels_last` weight lies in memory, accumulate in float32
@@ -70,7 +70,9 @@ def conv_kernel(
     DENSE_ROWS: tl.constexpr,
     EVEN_C: tl.constexpr,
     RESIDUAL_CHANNELS: tl.constexpr,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -81,9 +83,9 @@ def conv_kernel(
     PROLOGUE: tl.constexpr,
     DEPENDENT: tl.constexpr = False,
 ):
-    """Implicit GEMM, with batch norm, residual and ReLU in its epilogue.
+    """Implicit GEMM, with batch norm, residual and activation in its epilogue.
 
-    `output[m, k] = relu(bn(sum_{r,s,c} input[pixel(m, r, s), c] weight[k, r, s, c]) + residual)`,
+    `output[m, k] = act(bn(sum_{r,s,c} input[pixel(m, r, s), c] weight[k, r, s, c]) + residual)`,
     `pixel(m, r, s) = (n, p stride - padding + r dilation, q stride - padding + s dilation)`.
     With `groups` > 1, `C` and `K` are those of one group, and a tile of channels lies within one.
     With SPLIT_K > 1 a program adds up its share of the (r, s, c) and writes the float32 sum to
@@ -99,6 +101,7 @@ def conv_kernel(
         RESIDUAL_CHANNELS: how many channels the residual has, which lie in the middle of the
             output's, or None where it lies in memory as the output does.
         WIDE: some offset does not fit into 31 bits.
+        ACT: the number of the activation, FIRST and SECOND its parameters: see `activated`.
         PROLOGUE: "none" or, of one group, "norm": see `_conv_sum`, as for `table_ptr`. What every
             program loads is normalised by it, `R S K / BLOCK_N` times in all.
     """
@@ -179,7 +182,9 @@ def conv_kernel(
             Q,
             K * groups,
             RESIDUAL_CHANNELS,
-            RELU,
+            ACT,
+            FIRST,
+            SECOND,
         )
 
 
@@ -203,14 +208,16 @@ def sum_partials_kernel(
     residual_stride_h,
     residual_stride_w,
     RESIDUAL_CHANNELS: tl.constexpr,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr,
     DEPENDENT: tl.constexpr = False,
 ):
-    """The second pass of split-K: `output = relu(bn(sum_z partial[z, m, k]))`, z in order.
+    """The second pass of split-K: `output = act(bn(sum_z partial[z, m, k]))`, z in order.
 
     Reads `4 SPLIT_K` bytes and the residual and writes the output, once for each element.
     """
@@ -254,7 +261,9 @@ def sum_partials_kernel(
         Q,
         K,
         RESIDUAL_CHANNELS,
-        RELU,
+        ACT,
+        FIRST,
+        SECOND,
     )
 
 
@@ -349,7 +358,9 @@ def packed_conv_kernel(
     DILATION_W: tl.constexpr,
     EVEN: tl.constexpr,
     RESIDUAL_CHANNELS: tl.constexpr,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -433,7 +444,9 @@ def packed_conv_kernel(
         Q,
         groups * GROUP_K,
         RESIDUAL_CHANNELS,
-        RELU,
+        ACT,
+        FIRST,
+        SECOND,
     )
 
 
@@ -471,7 +484,9 @@ def row_conv_kernel(
     DILATION_H: tl.constexpr,
     SKEW: tl.constexpr,
     RESIDUAL_CHANNELS: tl.constexpr,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -536,5 +551,7 @@ def row_conv_kernel(
         Q,
         K,
         RESIDUAL_CHANNELS,
-        RELU,
+        ACT,
+        FIRST,
+        SECOND,
     )

@@ -76,6 +76,37 @@ def relu(value):
 
 
 @triton.jit
+def _clamped(value, LEAST: tl.constexpr, MOST: tl.constexpr):
+    """Between two numbers, or NaN."""
+    value = tl.where(value < LEAST, LEAST, value)
+    return tl.where(value > MOST, MOST, value)
+
+
+@triton.jit
+def activated(value, ACT: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """The activation of float32 that has this number and these parameters.
+
+    Formulas and numbers are those of csrc/cpu/activation.h.
+    """
+    if ACT == 1:
+        value = relu(value)
+    elif ACT == 2:
+        value = _clamped(value, FIRST, SECOND)
+    elif ACT == 3:
+        value = tl.where(value > 0.0, value, value * FIRST)
+    elif ACT == 4:
+        value = tl.div_rn(value, 1.0 + tl.exp(-value))
+    elif ACT == 5:
+        value = value * (_clamped(value + 3.0, 0.0, 6.0) * (1.0 / 6.0))
+    elif ACT == 6:
+        value = value * (0.5 + 0.5 * tl.erf(value * 0.7071067811865476))
+    elif ACT == 7:
+        inner = value * (1.5957691216057308 + 0.07135481282553 * (value * value))
+        value = tl.div_rn(value, 1.0 + tl.exp(-inner))
+    return value
+
+
+@triton.jit
 def normalized(centred, scale, bias):
     """What forward rounds and backward takes the sign of: the same operations, the same bits."""
     scale = tl.broadcast_to(scale[None, :], centred.shape)
@@ -105,9 +136,11 @@ def _finish_part(
     Q,
     K,
     RESIDUAL_CHANNELS: tl.constexpr,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
 ):
-    """`output = relu(acc scale + shift + residual)`, rounded once and stored."""
+    """`output = activated(acc scale + shift + residual)`, rounded once and stored."""
     j = tl.arange(0, acc.shape[1])
     k = first_k + j
     k_exists = j < channels
@@ -134,8 +167,7 @@ def _finish_part(
                 other=0.0,
             )
         acc += residual.to(tl.float32)
-    if RELU:
-        acc = relu(acc)
+    acc = activated(acc, ACT, FIRST, SECOND)
     tl.store(output_ptr + offsets, acc.to(output_ptr.dtype.element_ty), mask=exists)
 
 
@@ -162,7 +194,9 @@ def finish(
     Q,
     K,
     RESIDUAL_CHANNELS: tl.constexpr,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
 ):
     """The epilogue of a tile of rows `m` and `channels` channels from `first_k` on.
 
@@ -173,7 +207,7 @@ def finish(
         _finish_part(
             acc, m, row_exists, first_k, channels, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr,
             bias_ptr, eps, residual_ptr, residual_stride_n, residual_stride_c, residual_stride_h,
-            residual_stride_w, output_ptr, P, Q, K, RESIDUAL_CHANNELS, RELU,
+            residual_stride_w, output_ptr, P, Q, K, RESIDUAL_CHANNELS, ACT, FIRST, SECOND,
         )  # fmt: skip
     elif acc.shape[1] == 128:
         left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, 64)), (0, 2, 1)))
@@ -182,7 +216,7 @@ def finish(
                 left if j == 0 else right, m, row_exists, first_k + 64 * j, channels - 64 * j,
                 mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, eps, residual_ptr,
                 residual_stride_n, residual_stride_c, residual_stride_h, residual_stride_w,
-                output_ptr, P, Q, K, RESIDUAL_CHANNELS, RELU,
+                output_ptr, P, Q, K, RESIDUAL_CHANNELS, ACT, FIRST, SECOND,
             )  # fmt: skip
     else:
         tl.static_assert(acc.shape[1] == 256)
@@ -196,7 +230,7 @@ def finish(
                     left if j == 0 else right, m, row_exists, first_k + at, channels - at,
                     mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, eps, residual_ptr,
                     residual_stride_n, residual_stride_c, residual_stride_h, residual_stride_w,
-                    output_ptr, P, Q, K, RESIDUAL_CHANNELS, RELU,
+                    output_ptr, P, Q, K, RESIDUAL_CHANNELS, ACT, FIRST, SECOND,
                 )  # fmt: skip
 
 

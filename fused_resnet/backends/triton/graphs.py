@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from ...layers import checks
+from ...layers.activation import PLAIN
 from ...layers.batching import rule_of
 from ...layers.description import ConvNorm, Norm
 from ...tuning.estimate import USUAL_POOL, kernel_for
@@ -98,6 +99,8 @@ def triton_conv_bn_act_max_pool(
     norm = Norm(running_mean, running_var, bn_weight, bn_bias, eps)
     layer = ConvNorm(weight, norm, bias, stride, padding, dilation, 1)
     _check_convolution(name, input, layer, None, activation)
+    if activation not in PLAIN:
+        raise ValueError(f"{name}: activation is {activation!r}, must be one of {', '.join(PLAIN)}")
     problem = problem_of(input, weight, stride, padding, dilation, 1, False, USUAL_POOL)
     if kernel_for(problem) != "stem_pool":
         raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import tuning
+from ...layers.activation import PLAIN
 from ...layers.description import ConvNorm, Norm, Pool
 from ...tuning import architecture
 from ...tuning import prologue as prologue_choice
@@ -101,7 +102,8 @@ def conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: 
     if can_run(input, weight, *norm[:4], bias):
         windows = tuple(itertools.chain(*pool))
         problem = problem_of(input, weight, stride, padding, dilation, groups, False, windows)
-        if kernel_for(problem) == "stem_pool":
+        # It applies the activation to maxima, which is the same of none that falls anywhere.
+        if kernel_for(problem) == "stem_pool" and activation in PLAIN:
             run = functools.partial(_run_with_pool, input, layer, activation, pool, problem)
             return run_chosen(problem, input.device, problems.choose(problem, input.device), run)
         return torch.max_pool2d(conv_bn_act(input, layer, None, activation), *pool)

@@ -24,6 +24,7 @@ import triton
 from torch import Tensor
 from torch.nn import Parameter
 
+from ...layers.activation import PLAIN, numbers_of
 from ...layers.memory import memory_format_of
 from ...tuning import chain
 from .. import arranged
@@ -303,6 +304,19 @@ def has_dense_rows(pixels: Tensor) -> bool:
     return (H == 1 or pixels.stride(2) == W * pixels.stride(3)) and (
         N == 1 or pixels.stride(0) == H * W * pixels.stride(3)
     )
+
+
+def _act_of(activation: str) -> dict[str, Any]:
+    return dict(zip(("ACT", "FIRST", "SECOND"), numbers_of(activation), strict=True))
+
+
+class _Acts(dict[str, dict[str, Any]]):
+    def __missing__(self, activation: str) -> dict[str, Any]:
+        return _act_of(activation)
+
+
+acts = _Acts({activation: _act_of(activation) for activation in PLAIN})
+"""What the kernels' epilogues are told of an activation, by its text."""
 
 
 def is_wide(*tensors: Tensor | None) -> bool:

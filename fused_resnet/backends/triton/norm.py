@@ -17,7 +17,7 @@ from ... import reference
 from ...layers.description import Norm, Sums
 from ...layers.memory import contiguous_like_eager, memory_format_of
 from ..backend import Gradients
-from .launch import is_wide, launch_kernel
+from .launch import acts, is_wide, launch_kernel
 from .norm_kernels import (
     backward_input_kernel,
     backward_sums_kernel,
@@ -251,7 +251,7 @@ def batch_norm_act_inference(
         ),
         writes=("output_ptr", "mask_ptr"),
         RESIDUAL_CHANNELS=channels,
-        RELU=activation == "relu",
+        **acts[activation],
         **layout.constants(),
     )
     return output

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import normalized, relu
+from .device import activated, normalized, relu
 
 
 @triton.jit
@@ -293,13 +293,15 @@ def normalize_kernel(
     residual_bias_ptr,
     residual_eps,
     RESIDUAL_CHANNELS: tl.constexpr,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """`output = relu((input - mean) scale + bias + residual)`, rounded once.
+    """`output = activated((input - mean) scale + bias + residual)`, rounded once.
 
     Reads the input and the residual once, writes the output once. The residual lies as the input
     does, or has RESIDUAL_CHANNELS channels, in the middle of the input's, of P x Q pixels. With
@@ -339,8 +341,7 @@ def normalize_kernel(
                 residual = normalized(centred, residual_scale, residual_bias)
                 residual = residual.to(output_ptr.dtype.element_ty)
             out += residual.to(tl.float32)
-        if RELU:
-            out = relu(out)
+        out = activated(out, ACT, FIRST, SECOND)
         stored = out.to(output_ptr.dtype.element_ty)
         tl.store(output_ptr + offsets, stored, mask=exists)
         if mask_ptr is not None:
