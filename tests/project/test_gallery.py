@@ -92,17 +92,22 @@ def test_a_failing_model_fails_its_requests(monkeypatch):
         sys.modules.pop("embedding_service")
 
 
+def in_two_processes(name, *options):
+    """What has become of an example that torchrun started."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(EXAMPLES / f"{name}.py"), *options]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("data_parallel", [False, True])
 def test_sharded_training(data_parallel):
     """By torchrun, in two processes."""
     pytest.importorskip("sklearn", reason="scikit-learn, which has the images, is not installed")
     options = ["--data-parallel"] if data_parallel else []
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(EXAMPLES / "train_sharded.py"), "--steps", "25"]
-    done = subprocess.run(
-        [*command, *options], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = in_two_processes("train_sharded", "--steps", "25", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "4 of 4 modules run fused" in done.stdout
     assert "statistics of 2 processes" in done.stdout
@@ -111,3 +116,18 @@ def test_sharded_training(data_parallel):
     (kept,) = figures(done.stdout, r"(\d+) KiB of parameters")
     whole = 4 * 78_000 / 2**10  # of a ResNet-8
     assert kept == pytest.approx(whole if data_parallel else whole / 2, rel=0.1)
+
+
+def test_training_with_accelerate():
+    pytest.importorskip("sklearn", reason="scikit-learn, which has the images, is not installed")
+    pytest.importorskip("accelerate", reason="Accelerate is not installed")
+    done = in_two_processes("train_accelerate", "--epochs", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "4 of 4 modules run fused" in done.stdout
+    first, last, right = re.search(
+        r"2 processes, bf16: loss ([\d.]+) at first, ([\d.]+) at last; ([\d.]+)% right", done.stdout
+    ).groups()
+    assert float(last) < 0.5 * float(first)
+    assert float(right) > 60
+    (unfused,) = figures(done.stdout, r"not fused: ([\d.]+)% right")
+    assert unfused == pytest.approx(float(right), abs=2)  # without autocast
