@@ -101,9 +101,9 @@ def test_eight_bits_with_a_class_in_the_place_of_torchs(name, monkeypatch):
     model = torchvision_resnet.ResNet(torchvision_resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
     model.eval()
     batches = [image_batch(size=32)]
-    expected = quantize(copy.deepcopy(model), batches, stem=True)(batches[0])
+    expected = quantize(copy.deepcopy(model), batches, stem="int8")(batches[0])
     monkeypatch.setattr(nn, name, type("Fake", (getattr(nn, name),), {}))
-    assert torch.equal(quantize(model, batches, stem=True)(batches[0]), expected)
+    assert torch.equal(quantize(model, batches, stem="int8")(batches[0]), expected)
     assert all(record.fused for record in report(model))
 
 
