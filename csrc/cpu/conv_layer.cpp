@@ -148,18 +148,15 @@ const ConvIsa& isa_in_parts(const Conv& conv) {
 
 // ---- Winograd ----------------------------------------------------------------------------------
 
-// FUSED_RESNET_CPU_WINOGRAD: 0, never; 1, wherever it can be; not set, where it is faster.
-enum class Winograd { never, where_it_pays, always };
-
-Winograd winograd_wanted() {
-  static const Winograd wanted = [] {
+// FUSED_RESNET_CPU_WINOGRAD: 1, where it is faster. Not without being asked: the errors of a deep
+// network can come to more than the package promises.
+bool winograd_wanted() {
+  static const bool wanted = [] {
     const char* value = std::getenv("FUSED_RESNET_CPU_WINOGRAD");
     const std::string chosen(value == nullptr ? "" : value);
     STD_TORCH_CHECK(chosen.empty() || chosen == "0" || chosen == "1",
                     "FUSED_RESNET_CPU_WINOGRAD is '", chosen, "', must be 0 or 1");
-    return chosen.empty()  ? Winograd::where_it_pays
-           : chosen == "1" ? Winograd::always
-                           : Winograd::never;
+    return chosen == "1";
   }();
   return wanted;
 }
@@ -184,16 +181,8 @@ int64_t winograd_tiles(const Conv& conv) {
 int64_t least_winograd_tiles(const Conv& conv) {
   const bool fits = conv.R == 3 && conv.S == 3 && conv.stride_h == 1 && conv.stride_w == 1 &&
                     conv.dil_h == 1 && conv.dil_w == 1 && conv.groups == 1 && !conv.has_pool;
-  if (!fits || winograd_of(conv.isa) == nullptr) return kNever;
-  switch (winograd_wanted()) {
-    case Winograd::never:
-      return kNever;
-    case Winograd::always:
-      return 1;
-    case Winograd::where_it_pays:
-      return std::min(conv.C, conv.K) >= 32 ? 32 : kNever;
-  }
-  return kNever;
+  if (!fits || winograd_of(conv.isa) == nullptr || !winograd_wanted()) return kNever;
+  return std::min(conv.C, conv.K) >= 32 ? 32 : kNever;
 }
 
 bool uses_winograd(const Conv& conv) {

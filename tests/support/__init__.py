@@ -691,14 +691,15 @@ def conv_digests(sets: Sequence[str], dtype: str, precision: str = "none") -> li
     return [run_python(code, FUSED_RESNET_CPU_ISA=isa) for isa in sets]
 
 
-def rerun_on_instruction_set(isa: str, file: str, selected: str) -> None:
+def rerun_on_instruction_set(isa: str, file: str, selected: str, **environment: str) -> None:
     """Runs the tests of `file` that `-k selected` picks on the kernels for other processors."""
     if os.environ.get("FUSED_RESNET_CPU_ISA"):
         pytest.skip("already running with FUSED_RESNET_CPU_ISA")
     arguments = ["-q", "-p", "no:cacheprovider", file, "-k", selected]
     # With --whole, the environment says so: conftest.py.
     code = f"import sys, pytest; sys.exit(pytest.main({arguments!r}))"
-    status, out, err = run_code(code, 600, {**current_environment(), "FUSED_RESNET_CPU_ISA": isa})
+    environment = {**current_environment(), "FUSED_RESNET_CPU_ISA": isa, **environment}
+    status, out, err = run_code(code, 600, environment)
     assert status == 0, out + err
 
 

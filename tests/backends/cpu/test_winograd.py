@@ -1,6 +1,7 @@
 """3x3 convolutions of stride 1 with fewer products, by Winograd's filtering."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -23,9 +24,10 @@ from fused_resnet.backends import explain
 from fused_resnet.testing import assert_error_rule
 
 ISA = torch.ops.fused_resnet.conv_isa()
+ON_VECTORS = bool(ISA) and torch.ops.fused_resnet.conv_tile_isa() == ""
 needs_vectors = pytest.mark.skipif(
-    not ISA or torch.ops.fused_resnet.conv_tile_isa() != "",
-    reason="tiles run these convolutions here, or nothing does; run again without them",
+    not ON_VECTORS or os.environ.get("FUSED_RESNET_CPU_WINOGRAD") != "1",
+    reason="only with FUSED_RESNET_CPU_WINOGRAD=1, on vectors: test_processors runs it so",
 )
 
 
@@ -189,18 +191,19 @@ print(hashlib.sha256(case.fused().numpy().tobytes()).hexdigest())
 """
 
 
-@needs_vectors
-def test_it_can_be_left_out():
-    """FUSED_RESNET_CPU_WINOGRAD=0: other bits, and nothing says that it runs."""
+@pytest.mark.skipif(not ON_VECTORS, reason="no convolution runs on vectors here")
+def test_it_has_to_be_asked_for():
+    """Without FUSED_RESNET_CPU_WINOGRAD=1 other bits, and nothing says that it runs."""
     code = (
         _BITS
         + "import fused_resnet\nprint(fused_resnet.backends.explain('conv_bn_act', \
         device=torch.device('cpu'), dtype=torch.float32, weight_shape=case.weight.shape))"
     )
-    with_it, without = (
-        run_python(code, FUSED_RESNET_CPU_WINOGRAD=v).split("\n") for v in ("", "0")
+    with_it, without, left_out = (
+        run_python(code, FUSED_RESNET_CPU_WINOGRAD=v).split("\n") for v in ("1", "", "0")
     )
     assert with_it[0] != without[0]
+    assert without == left_out
     assert "Winograd from" in with_it[1]
     assert "Winograd" not in without[1]
     wrong = "import torch, fused_resnet\ntry:\n    torch.ops.fused_resnet.tiles_for_winograd(\
@@ -210,7 +213,11 @@ def test_it_can_be_left_out():
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2"])
-@pytest.mark.ahead(lambda isa: rerun_on_instruction_set(isa, __file__, "not processors"))
-def test_other_processors(isa, ahead):
-    """This file's cases again, on less than this processor has."""
+@pytest.mark.ahead(
+    lambda isa: rerun_on_instruction_set(
+        isa, __file__, "not processors and not asked_for", FUSED_RESNET_CPU_WINOGRAD="1"
+    )
+)
+def test_processors(isa, ahead):
+    """This file's cases, on as much and on less than this processor has."""
     ahead()
