@@ -31,16 +31,22 @@ enum class Act : int64_t {
   kGeluTanh,
 };
 
+// {} is none.
 struct Activation {
-  Act kind = Act::kNone;
-  float first = 0, second = 0;
-
-  bool is_relu() const { return kind == Act::kRelu; }
-  // Whether kernels leave it to activate().
-  bool is_other() const { return kind > Act::kRelu; }
+  Act kind;
+  float first, second;
 };
 
 namespace {
+
+inline bool is_relu(const Activation& act) {
+  return act.kind == Act::kRelu;
+}
+
+// Whether kernels leave it to activate().
+inline bool is_other(const Activation& act) {
+  return act.kind > Act::kRelu;
+}
 
 // Vectors of so many bytes. On 16 bytes every compiler knows what to do, whatever the processor.
 template <int kBytes>

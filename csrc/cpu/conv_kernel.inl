@@ -383,7 +383,7 @@ struct Epilogue {
   Activation act;
 
   // What is neither nothing nor a ReLU is done in memory.
-  bool in_registers() const { return vectorised && !padded && !act.is_other(); }
+  bool in_registers() const { return vectorised && !padded && !is_other(act); }
 };
 
 // Scale and shift of a block of output channels, from `channel` on, `count` of them. The
@@ -429,7 +429,7 @@ __attribute__((noinline)) void store_strided(float* tile, int64_t width, int64_t
       tile[i * width + k] += load_one<T>(residual + i * e.res_pixel);
     }
   }
-  if (e.act.is_other()) activate<FR_VECTOR_BYTES>(e.act, tile, kPixels * width);
+  if (is_other(e.act)) activate<FR_VECTOR_BYTES>(e.act, tile, kPixels * width);
   for (int64_t k = 0; k < e.channels; ++k) {
     for (int64_t i = 0; i < kPixels; ++i) {
       const float y = tile[i * width + k];
@@ -453,7 +453,7 @@ __attribute__((noinline)) void store_from_memory(float* tile, int64_t out, int64
       Float32::store(y + k, Float32::load(y + k) + T::load(residual + k));
     }
   }
-  if (e.act.is_other()) activate<FR_VECTOR_BYTES>(e.act, tile, kPixels * kV * kLanes);
+  if (is_other(e.act)) activate<FR_VECTOR_BYTES>(e.act, tile, kPixels * kV * kLanes);
   for (int64_t i = 0; i < kPixels; ++i) {
     for (int64_t v = 0; v < kV; ++v) {
       const Vec y = Float32::load(tile + (i * kV + v) * kLanes);
@@ -699,7 +699,7 @@ Epilogue<T> epilogue_of(const Conv& conv) {
   e.out_channel = conv.out.c;
   e.res_pixel = conv.res.w;
   e.res_channel = conv.res.c;
-  e.relu = conv.act.is_relu();
+  e.relu = is_relu(conv.act);
   e.act = conv.act;
   return e;
 }
@@ -990,7 +990,7 @@ void run_conv_pool(const Conv& conv, const Task& task, void* memory) {
     const Strides rows_layout{0, 1, row_pitch, conv.K};
     add_rows<T>(conv, task, n, h_begin, h_end, rows_layout, 0, scratch.slab, list);
     Epilogue<Float32> e{};
-    e.relu = conv.act.is_relu();
+    e.relu = is_relu(conv.act);
     e.act = conv.act;
     e.output = scratch.conv_rows;
     e.out_pixel = conv.K;

@@ -728,7 +728,7 @@ void finish(const Epilogue& e, const Product& product, const float* sums, const 
       }
       if (e.relu) y[v] = Value::relu(y[v]);
     }
-    if (e.act.is_other()) activate_results<kVectors>(e.act, y);
+    if (is_other(e.act)) activate_results<kVectors>(e.act, y);
     store_results<kN>(e.output + position.out, y);
   }
 }
@@ -758,7 +758,7 @@ __attribute__((noinline)) void finish_strided(const Epilogue& e, const Product& 
       y[v] = Value::add(y[v], load(residual + v * kWidth));
       if (e.relu) y[v] = Value::relu(y[v]);
     }
-    if (e.act.is_other()) activate_results<kVectors>(e.act, y);
+    if (is_other(e.act)) activate_results<kVectors>(e.act, y);
     store_results<kN>(result, y);
     Storage* out = e.output + position.out;
     if (e.out_channel == 1) {
@@ -1260,7 +1260,7 @@ void run_conv(const Conv& conv, const Task& task, const Layout& layout, void* me
     row += count;
   }
   Epilogue e{};
-  e.relu = conv.act.is_relu();
+  e.relu = is_relu(conv.act);
   e.act = conv.act;
   e.output = static_cast<Storage*>(conv.output);
   e.residual = static_cast<const Storage*>(conv.residual);
@@ -1315,7 +1315,7 @@ void run_conv_pool(const Conv& conv, const Task& task, const Layout& layout, voi
     add_rows(conv, task, layout, scratch, n, h_begin, h_end, {0, 1, row_pitch, conv.K}, 0, slab_row,
              list);
     Epilogue e{};
-    e.relu = conv.act.is_relu();
+    e.relu = is_relu(conv.act);
     e.act = conv.act;
     e.output = scratch.conv_rows;
     e.out_channel = 1;

@@ -181,7 +181,7 @@ Tensor run_block(const Tensor& input, const PreparedBlock& block, const ConvLaye
     };
     for (int64_t i = 0; i < last; ++i) {
       Conv conv = prepared[i].conv;
-      conv.act = {Act::kRelu};
+      conv.act = {Act::kRelu, 0, 0};
       const Strides strides = dense_strides(conv.K, conv.P, conv.Q, true);
       const ConvLayer& next = layers[has_projection && i + 1 == last ? last + 1 : i + 1];
       run(conv, source, source_strides, hidden[i % 2].get(), strides, NextWeight(next));
@@ -192,7 +192,7 @@ Tensor run_block(const Tensor& input, const PreparedBlock& block, const ConvLaye
       run(prepared.back().conv, image, in, result, out, NextWeight(layers[last]));
     }
     Conv conv = prepared[last].conv;
-    conv.act = {Act::kRelu};
+    conv.act = {Act::kRelu, 0, 0};
     conv.residual = has_projection ? result : image;
     conv.res_channels = has_projection ? conv.K : input.size(1);
     conv.res_skip = (conv.K - conv.res_channels) / 2;
