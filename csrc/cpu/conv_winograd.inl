@@ -204,7 +204,7 @@ __attribute__((noinline)) void sum_directly(const Item* in, int64_t pixel, int64
 
 // The step behind the sums of one output pixel.
 template <class T, int kV>
-FR_INLINE void finish_output(const float* sums, int64_t out, int64_t res, const Epilogue<T>& e) {
+void finish_output(const float* sums, int64_t out, int64_t res, const Epilogue<T>& e) {
   Vec y[kV];
   FR_FOR (v, kV) {
     y[v] = Float32::load(sums + v * kLanes);
