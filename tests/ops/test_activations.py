@@ -170,6 +170,8 @@ def test_special_values(backend, activation, dtype, dense):
 @ACTIVATION
 def test_infinite_weights_at_the_border(backend, activation, dtype):
     """Padding takes no part in a product with an infinite weight."""
+    if backend.name == "cuda":
+        pytest.skip("only the CPU promises that: on GPUs padding's zeros are multiplied")
     case = make_conv_case(
         SAMPLE_SHAPES[2], size=(5, 6), dtype=dtype, activation=activation, device=backend.device
     )
