@@ -101,8 +101,10 @@ def _arranged(model: nn.Module, x: Tensor, stages: list[nn.Module]) -> Tensor:
 
 
 def _may_arrange(model: nn.Module, x: Tensor, parts: Sequence[nn.Module]) -> bool:
+    # Compiled graphs leave the choice of a backend to the operators in them.
     return (
-        backends.choose(x.device.type).lays_channels_last
+        not torch.compiler.is_compiling()
+        and backends.choose(x.device.type).lays_channels_last
         and not torch.is_grad_enabled()
         and nothing_intercepts(x)
         and model.quantization is None
