@@ -148,7 +148,9 @@ def test_candidates_in_eight_bits() -> None:
     assert list(found)[:3] == ["eager", "fused", engines.INT8]
     assert {"OpenVINO, int8", "ONNX Runtime, int8"} < set(found)
     assert {*found} - {"eager", "fused"} == {*found} & engines.IN_EIGHT_BITS
-    assert {name for name in engines.ENGINES if "int8" in name} == engines.IN_EIGHT_BITS
+    assert {
+        name for name in engines.ENGINES if "int8" in name or "float8" in name
+    } == engines.IN_EIGHT_BITS
     assert not engines.IN_EIGHT_BITS & set(engines.engines_for("cpu", False))
     assert engines.settle_for(["OpenVINO, int8"]) > 0
     assert engines.settle_for([engines.INT8]) == 0
