@@ -107,7 +107,7 @@ def test_in_evaluation(structure, act):
     assert all(record.fused and not record.reason for record in report), report
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            x = image_batch(2, 33, dtype)
+            x = image_batch(8, 33, dtype)  # of twenty outputs the error is a matter of luck
             mine, its = fused.to(dtype), eager.to(dtype)
             out, expected = mine(x), its(x)
             assert_error_rule(out, expected, double_copy(its)(x.double()))
