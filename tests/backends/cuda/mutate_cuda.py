@@ -11,8 +11,10 @@ the first that fails. The report is `bench/results/static/cuda-mutants.json`:
         "by": "test_exact[...]", "how": "cuda_on_host: out of bounds: ..."}]}
 
 `outcome` is "caught", "survived" (then `why` says what is legitimate about it), "same code" (the
-compiler makes the same machine code of it) or "does not compile"; the last two are no mutants of
-what runs, and count neither way. `how` is an exception's first line, a signal or a time limit.
+compiler makes the same machine code of it), "does not compile" or "does not load"; the last three
+are no mutants of what runs, and count neither way. `how` is an exception's first line, a signal or
+a time limit. Before any mutant, the unbroken kernels have to pass the same tests in the same way:
+what is not a test that ran and failed is an error, not a mutant that was caught.
 
     python tests/backends/cuda/mutate_cuda.py [--count 100] [--seed 0] [--file NAME]
         [--only TEXT] [--survivors]
@@ -33,7 +35,6 @@ import os
 import random
 import re
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
@@ -67,6 +68,11 @@ BYTE_CONV = "csrc/cuda/byte_conv.cuh"
 HOPPER_CONV = "csrc/cuda/hopper/hopper_conv.cuh"
 NARROW_RESIDUAL = "csrc/cuda/narrow_residual.cuh"
 TIME_LIMIT = 45  # seconds of computing for the tests of one mutant; unbroken, a third of it
+DOES_NOT_LOAD = 99  # exit code of a process of tests, beside pytest's own
+
+
+class VerdictError(Exception):
+    """Tests that ended in a way that says nothing about a kernel."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ SUITES = {
         Suite(
             "hopper/hopper_conv_float16.cu",
             "backends/cuda/test_hopper_conv.py",
-            "not bfloat16 and not tune and not backend and not refuse",
+            "not bfloat16 and not tune and not the_backend and not refuse",
         ),
     ],
     BYTE_CONV: [
@@ -142,6 +148,9 @@ SUITES = {
         ),
     ],
 }
+
+# Sources that share a table of instances, by how their names begin.
+FAMILIES = ("conv_", "hopper_conv")
 
 KEY = ("file", "line", "occurrence", "mutant")  # of an entry
 
@@ -403,9 +412,10 @@ def judge(mutant: Mutant, thorough: bool = False) -> dict[str, Any]:
             if machine_code(broken[-1]) == unbroken_code(suite.source):
                 continue
             same = False
-            noticed = run_suite(suite, link(broken, Path(folder)))
-            if noticed is not None:
-                return entry | {"outcome": "caught"} | noticed
+            library = link(broken, Path(folder))
+            outcome, noticed = run_suite(suite, library) if library else ("does not load", {})
+            if outcome != "survived":
+                return entry | {"outcome": outcome} | noticed
     # On the host a fence is no instruction, but on a GPU it is one.
     if same and "__threadfence" not in mutant.line:
         return entry | {"outcome": "same code"}
@@ -462,7 +472,9 @@ def compile_few_instances(file: str) -> None:
     """Makes the objects that mutants of a file are linked with or compared to."""
     folder = few_instances()
     stems = {Path(suite.source).stem for suite in SUITES[file]}
-    families = tuple("conv_" if stem.startswith("conv_") else stem for stem in stems)
+    families = tuple(
+        next((family for family in FAMILIES if stem.startswith(family)), stem) for stem in stems
+    )
     for source in cuda_on_host.sources():
         if source.stem.startswith(families):
             complaint = compile_source(source, folder, folder / f"{source.stem}.o")
@@ -491,8 +503,8 @@ def machine_code(obj: Path) -> str:
     )  # fmt: skip
 
 
-def link(broken: list[Path], folder: Path) -> Path:
-    """The library of broken objects and, for the rest, of unbroken ones."""
+def link(broken: list[Path], folder: Path) -> Path | None:
+    """The library of broken objects, and unbroken ones for the rest; None if it has gaps."""
     few = {obj.stem: obj for obj in few_instances().glob("*.o")}
     few |= {obj.stem: obj for obj in broken}
     others = [
@@ -503,8 +515,7 @@ def link(broken: list[Path], folder: Path) -> Path:
     # Of what several objects define, the first is taken.
     command = [*cuda_on_host.link_command([*broken, *others]), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
-    return library
+    return library if done.returncode == 0 else None
 
 
 class FirstFailure:
@@ -512,9 +523,9 @@ class FirstFailure:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.found: dict[str, str] = {}
+        self.found: dict[str, Any] = {"passed": 0}
 
-    def write(self, **values: str) -> None:
+    def write(self, **values: Any) -> None:
         self.found |= values
         self.path.write_text(json.dumps(self.found))
 
@@ -524,6 +535,10 @@ class FirstFailure:
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.write(by=nodeid.partition("::")[2])
 
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self.write(passed=self.found["passed"] + 1)
+
     def pytest_exception_interact(self, call: Any) -> None:
         lines = str(call.excinfo.value).strip().splitlines()
         said = " ".join(line.strip() for line in lines if line.strip())
@@ -531,8 +546,11 @@ class FirstFailure:
         self.write(how=f"{call.excinfo.typename}: {said}"[:160])
 
 
-def run_suite(suite: Suite, library: Path) -> dict[str, str] | None:
-    """Which test notices that a library is broken, and how; None if none does."""
+def run_suite(suite: Suite, library: Path) -> tuple[str, dict[str, str]]:
+    """The outcome of a library's tests; where it is "caught", by which test and how.
+
+    Raises VerdictError where no test ran, or pytest itself failed.
+    """
     record = library.with_suffix(".json")
     child = multiprocessing.get_context("fork").Process(target=_test, args=(suite, library, record))
     child.start()
@@ -540,14 +558,21 @@ def run_suite(suite: Suite, library: Path) -> dict[str, str] | None:
     if child.is_alive():
         child.kill()
         child.join()
-    if child.exitcode == 0:
-        return None
-    noticed = json.loads(record.read_text()) if record.is_file() else {"by": "loading"}
-    if child.exitcode < 0:
-        name = signal.Signals(-child.exitcode).name
+    code = child.exitcode
+    if code == DOES_NOT_LOAD:
+        return "does not load", {}
+    noticed = json.loads(record.read_text()) if record.is_file() else {}
+    said = f"{suite.file} -k '{suite.selected}': exit code {code}, {noticed}"
+    passed = noticed.pop("passed", 0)
+    if code == pytest.ExitCode.OK and passed:
+        return "survived", {}
+    if "by" not in noticed or (code >= 0 and code != pytest.ExitCode.TESTS_FAILED):
+        raise VerdictError(said)
+    if code < 0:
+        name = signal.Signals(-code).name
         limits = (signal.SIGXCPU, signal.SIGKILL)
-        noticed["how"] = "time limit" if -child.exitcode in limits else name
-    return noticed
+        noticed["how"] = "time limit" if -code in limits else name
+    return "caught", noticed
 
 
 def _test(suite: Suite, library: Path, record: Path) -> None:
@@ -557,12 +582,26 @@ def _test(suite: Suite, library: Path, record: Path) -> None:
     with open(os.devnull, "w") as nowhere:
         for stream in (1, 2):
             os.dup2(nowhere.fileno(), stream)
-    module = cuda_on_host.load_library(library)
+    try:
+        module = cuda_on_host.load_library(library)
+    except ImportError:
+        os._exit(DOES_NOT_LOAD)
     cuda_on_host.load = lambda: module
     tests = ROOT / "tests"
     options = ["-x", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", "-k", suite.selected]
     code = pytest.main([*options, str(tests / suite.file)], plugins=[FirstFailure(record)])
     os._exit(int(code))
+
+
+def check_unbroken(suite: Suite) -> None:
+    """Raises VerdictError unless the tests pass on unbroken kernels, built as mutants are."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = link([few_instances() / f"{Path(suite.source).stem}.o"], Path(folder))
+        if library is None:
+            raise VerdictError(f"{suite.source}: the unbroken objects cannot be linked")
+        outcome, noticed = run_suite(suite, library)
+    if outcome != "survived":
+        raise VerdictError(f"{suite.source}, unbroken: {outcome} {noticed}")
 
 
 def read_report(path: Path = REPORT) -> dict[str, Any]:
@@ -654,10 +693,11 @@ def main() -> None:
         return sum(e["outcome"] in ("caught", "survived") for e in entries) >= arguments.count
 
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(2, mp_context=fork) as pool:
+    jobs = int(os.environ.get("MAX_JOBS") or 2)
+    with ProcessPoolExecutor(jobs, mp_context=fork) as pool:
         running = set()
         while running or (todo and not enough()):
-            while todo and len(running) < 2 and not enough():
+            while todo and len(running) < jobs and not enough():
                 running.add(pool.submit(judge, todo.pop(0), arguments.survivors))
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
@@ -678,6 +718,8 @@ def prepare(files: Iterable[str]) -> None:
     backends.available()
     for file in files:
         compile_few_instances(file)
+        for suite in SUITES[file]:
+            check_unbroken(suite)
 
 
 def compiler() -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from backends.cuda import mutate_cuda
-from support import processes
+from support import cuda_on_host, processes
 
 from fused_resnet import _native, backends
 from fused_resnet.tuning import basic_block
@@ -147,6 +147,49 @@ def test_mutants_are_of_these_kernels():
     current = {mutant.key for mutant in mutate_cuda.sample(MUTANTS["seed"])}
     known = [mutate_cuda.key_of(entry) in current for entry in MUTANTS["entries"]]
     assert sum(known) >= 0.8 * len(known)
+
+
+@pytest.mark.parametrize(
+    ("selected", "outcome"),
+    [("passes", "survived"), ("fails", "caught"), ("dies", "caught"), ("not passes", "caught")],
+)
+def test_a_library_is_judged_by_tests_that_ran(selected, outcome, tmp_path, monkeypatch):
+    suite = suite_of_its_own(tmp_path, selected)
+    monkeypatch.setattr(cuda_on_host, "load_library", lambda library: None)
+    found, noticed = mutate_cuda.run_suite(suite, tmp_path / "library.so")
+    assert found == outcome
+    how = {"fails": "AssertionError: because", "dies": "SIGABRT"}
+    if selected in how:
+        assert noticed["by"] == f"test_{selected}"
+        assert noticed["how"].startswith(how[selected])
+
+
+@pytest.mark.parametrize("selected", ["skips", "no test of this name", "not judged"])
+def test_no_verdict_where_no_test_ran(selected, tmp_path, monkeypatch):
+    """A folder's name too is a word that selects: "judged" leaves no test here."""
+    suite = suite_of_its_own(tmp_path / "judged", selected)
+    monkeypatch.setattr(cuda_on_host, "load_library", lambda library: None)
+    with pytest.raises(mutate_cuda.VerdictError):
+        mutate_cuda.run_suite(suite, tmp_path / "library.so")
+
+
+def test_a_library_that_does_not_load_is_not_caught(tmp_path):
+    library = tmp_path / "library.so"
+    library.write_bytes(b"no library")
+    suite = suite_of_its_own(tmp_path, "passes")
+    assert mutate_cuda.run_suite(suite, library) == ("does not load", {})
+
+
+def suite_of_its_own(folder, selected):
+    folder.mkdir(exist_ok=True)
+    (folder / "test_own.py").write_text(
+        "import os, pytest\n"
+        "def test_passes(): pass\n"
+        "def test_fails(): assert False, 'because'\n"
+        "def test_dies(): os.abort()\n"
+        "def test_skips(): pytest.skip('no')\n"
+    )
+    return mutate_cuda.Suite("none.cu", str(folder / "test_own.py"), selected)
 
 
 @on_host
