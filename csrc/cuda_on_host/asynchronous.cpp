@@ -17,6 +17,17 @@ const EncodedMap& map_at(const void* map) {
   return *static_cast<const EncodedMap*>(map);
 }
 
+// Four float32: to nearest, ties to even.
+void round_to_tf32(char* chunk) {
+  uint32_t values[4];
+  memcpy(values, chunk, sizeof(values));
+  for (uint32_t& bits : values) {
+    const bool is_finite = (~bits & 0x7f800000u) != 0;
+    if (is_finite) bits = (bits + 0xfffu + (bits >> 13 & 1u)) & ~0x1fffu;
+  }
+  memcpy(chunk, values, sizeof(values));
+}
+
 }  // namespace
 
 // --- clusters ---------------------------------------------------------------------------------
@@ -404,6 +415,7 @@ void Block::finish_load(const Cluster::Load& load) {
                    if (chunk.valid) {
                      memcpy(target + chunk.skipped, chunk.global + chunk.skipped, chunk.valid);
                    }
+                   if (map.rounds) round_to_tf32(target);
                  });
   statistics.loads[4] += map.box_bytes() / 16;
   Mbarrier& barrier = mbarriers_.at(load.barrier);
@@ -422,6 +434,8 @@ void Block::store_box(const BoxCopy& copy, const Place& place) {
   if (map.rank != copy.rank || map.is_im2col) {
     fail_at("bad tensor map: it is for another instruction", place);
   }
+  // Whether stores round too is not written down.
+  if (map.rounds) fail_at("bad tensor map: a store through one that rounds loads to tf32", place);
   if (address_of(source) % 128 != 0) {
     fail_at("misaligned access: a store of shared memory, " +
                 std::to_string(address_of(source) % 128) + " past a multiple of 128",

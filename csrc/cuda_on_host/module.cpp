@@ -5,6 +5,7 @@
 #include "cuda/schemas.h"
 #include "cuda_on_host/execution_state.h"
 #include "cuda_on_host/memory.h"
+#include "cuda_on_host/tensor_map.h"
 
 STABLE_TORCH_LIBRARY(fused_resnet_on_host, m)
 {
@@ -40,6 +41,9 @@ PYBIND11_MODULE(fused_resnet_on_host, m) {
         return counts;
       },
       "What ran since the module was loaded.");
+  m.def(
+      "encoded_maps", [] { return on_host::encoded_maps(); },
+      "How many tensor maps were encoded since then.");
   m.def(
       "loads",
       [] {

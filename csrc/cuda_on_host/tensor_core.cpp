@@ -120,14 +120,28 @@ float widened(Element element, uint16_t bits) {
   return element == Element::kFloat16 ? from_float16(bits) : from_bfloat16(bits);
 }
 
+int read_chunk(Element element, const void* chunk, float* wide, int step) {
+  if (element == Element::kTf32) {
+    uint32_t bits[4];
+    memcpy(bits, chunk, sizeof(bits));
+    for (int i = 0; i < 4; ++i) wide[i * step] = from_tf32(bits[i]);
+    return 4;
+  }
+  uint16_t bits[8];
+  memcpy(bits, chunk, sizeof(bits));
+  for (int i = 0; i < 8; ++i) wide[i * step] = widened(element, bits[i]);
+  return 8;
+}
+
 void multiply_rows(Element element, float* sums, const float* a, const float* b, int rows,
                    int columns) {
-  constexpr int kColumns = 64, kTogether = 8;
+  constexpr int kColumns = 64;
+  const int depth = depth_of(element), together = depth / 2;
   for (int first = 0; first < columns; first += kColumns) {
     for (int m = 0; m < rows; ++m) {
-      for (int k = 0; k < 16; k += kTogether) {
-        add_products<kColumns>(sums + m * columns + first, a + m * 16 + k, b + k * columns + first,
-                               columns, kTogether, least_exponent(element));
+      for (int k = 0; k < depth; k += together) {
+        add_products<kColumns>(sums + m * columns + first, a + m * depth + k,
+                               b + k * columns + first, columns, together, least_exponent(element));
       }
     }
   }

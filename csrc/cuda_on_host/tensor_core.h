@@ -10,7 +10,15 @@ namespace fused_resnet::on_host {
 // A 16-bit element.
 float widened(Element element, uint16_t bits);
 
-// sums += a b, a (rows, 16) and b (16, columns) row by row, columns a multiple of 64.
+// Elements of 32 bytes of a row, which a product takes.
+inline int depth_of(Element element) {
+  return element == Element::kTf32 ? 8 : 16;
+}
+
+// The elements in 16 bytes, each as the product reads it; returns how many.
+int read_chunk(Element element, const void* chunk, float* wide, int step);
+
+// sums += a b, a (rows, depth) and b (depth, columns) row by row, columns a multiple of 64.
 void multiply_rows(Element element, float* sums, const float* a, const float* b, int rows,
                    int columns);
 

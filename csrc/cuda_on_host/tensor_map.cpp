@@ -4,6 +4,7 @@
 #include "cuda_on_host/tensor_map.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <string>
 
@@ -12,6 +13,8 @@
 
 namespace fused_resnet::on_host {
 namespace {
+
+std::atomic<int64_t> maps_so_far{0};
 
 void require(bool condition, const std::string& what) {
   if (!condition) throw_error("bad tensor map: " + what);
@@ -22,6 +25,7 @@ int bytes_of(device::TensorElement element) {
     case device::TensorElement::kByte:
       return 1;
     case device::TensorElement::kFloat32:
+    case device::TensorElement::kTf32:
       return 4;
     default:
       return 2;
@@ -35,6 +39,7 @@ EncodedMap encoded(const device::TensorOf& tensor, device::Swizzle swizzle) {
   map.rank = static_cast<uint8_t>(tensor.rank);
   map.element_bytes = static_cast<uint8_t>(bytes_of(tensor.element));
   map.is_swizzled = swizzle == device::Swizzle::k128Bytes;
+  map.rounds = tensor.element == device::TensorElement::kTf32;
   require(map.address % 16 == 0, "the tensor is not aligned to 16 bytes");
   require(tensor.rank >= 1 && tensor.rank <= 4, "its rank is not 1 to 4");
   for (int i = 0; i < tensor.rank; ++i) {
@@ -59,9 +64,14 @@ void check_row(const EncodedMap& map) {
 void store(void* target, const EncodedMap& map) {
   memset(target, 0, sizeof(device::TensorMap));
   memcpy(target, &map, sizeof(map));
+  ++maps_so_far;
 }
 
 }  // namespace
+
+int64_t encoded_maps() {
+  return maps_so_far;
+}
 
 void encode_map(void* target, const device::Tiles& tiles) {
   EncodedMap map = encoded(tiles.tensor, tiles.swizzle);

@@ -19,6 +19,7 @@ struct EncodedMap {
   std::array<int16_t, 2> lower, upper;
   std::array<uint8_t, 2> stride;
   uint8_t rank, element_bytes, is_im2col, is_swizzled;
+  uint8_t rounds;  // what is loaded, to tf32
 
   uint64_t row_bytes() const { return uint64_t{box[0]} * element_bytes; }
   uint64_t rows() const;
@@ -26,6 +27,9 @@ struct EncodedMap {
   uint64_t tensor_bytes() const;  // from the first element to the last
 };
 static_assert(sizeof(EncodedMap) <= 128);
+
+// How many there were.
+int64_t encoded_maps();
 
 // 16 bytes of a box, of which `valid` are the tensor's.
 struct BoxChunk {

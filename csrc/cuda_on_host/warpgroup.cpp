@@ -15,8 +15,8 @@
 namespace fused_resnet::on_host {
 namespace {
 
-constexpr int kRows = 16;   // of a warp
-constexpr int kDepth = 16;  // elements of a row
+constexpr int kRows = 16;       // of a warp
+constexpr int kMostDepth = 16;  // elements of a row
 
 // An operand's rows, eight by eight, and two chunks of 16 bytes of each.
 struct Operand {
@@ -161,18 +161,18 @@ void Block::carry_out(unsigned w, const Product& product) {
   const auto read = [&](uint64_t bits, int row, float* wide, int step) {
     const Operand operand = operand_of(bits);
     for (int chunk = 0; chunk < 2; ++chunk) {
-      uint16_t narrow[8];
-      memcpy(narrow, shared_begin + (operand.chunk(row, chunk) - cluster_->address()), 16);
-      for (int i = 0; i < 8; ++i) {
-        wide[(chunk * 8 + i) * step] = widened(multiply.element, narrow[i]);
-      }
+      const char* const at = shared_begin + (operand.chunk(row, chunk) - cluster_->address());
+      wide += step * read_chunk(multiply.element, at, wide, step);
     }
   };
-  float a[kRows][kDepth];
-  for (int row = 0; row < kRows; ++row) read(multiply.a, w % 4 * kRows + row, a[row], 1);
-  std::vector<float> b(kDepth * multiply.n);
+  const int depth = depth_of(multiply.element);
+  float a[kRows * kMostDepth];
+  for (int row = 0; row < kRows; ++row) {
+    read(multiply.a, w % 4 * kRows + row, &a[row * depth], 1);
+  }
+  std::vector<float> b(depth * multiply.n);
   for (int row = 0; row < multiply.n; ++row) read(multiply.b, row, &b[row], multiply.n);
-  multiply_rows(multiply.element, values.data(), &a[0][0], b.data(), kRows, multiply.n);
+  multiply_rows(multiply.element, values.data(), a, b.data(), kRows, multiply.n);
 }
 
 void Block::wait_for_products_of(unsigned w, int groups_left) {

@@ -132,6 +132,9 @@ def conv_bn_act(
     tensors = (weight, *norm[:4], bias, residual)
     if not _can_run(input, *tensors, padding=padding, groups=groups):
         return library.conv_bn_act(input, layer, residual, activation, finish=_finish())
+    tf32 = library.precision(input) == "tf32"
+    if cuda_tiles.is_hopper(tile) and input.dtype == torch.float32 and not tf32:
+        raise ValueError(f"tile {tile} multiplies in tf32, which torch does not allow here")
     if not _trusts_convolution(input, layer, residual is not None, activation, tile):
         return library.conv_bn_act(input, layer, residual, activation)
     filters = _filters_of(weight, input)
@@ -141,7 +144,6 @@ def conv_bn_act(
             activation == "relu", cuda_tiles.hopper_instances()[tile],
         )  # fmt: skip
     else:
-        tf32 = library.precision(input) == "tf32"
         chosen = [] if tile is None else [cuda_tiles.index(tile, input.dtype, tf32), tile.split_k]
         output = _operator()(
             input, filters, *norm, bias, *stride, *padding, *dilation, groups, residual,

@@ -52,14 +52,15 @@ def candidates(problem: ConvProblem, architecture: Architecture) -> list[Tile]:
 
 # What TMA's maps and the kernel's shared memory allow (csrc/cuda/hopper/hopper_conv.cu).
 _HOPPER = (9, 0)
-_HOPPER_M, _HOPPER_DEPTH, _HOPPER_WARPS = 128, 64, 12
+_HOPPER_M, _HOPPER_ROW_BYTES, _HOPPER_WARPS = 128, 128, 12
+_HOPPER_DTYPES = ("float16", "bfloat16", "tfloat32")
 _MOST_FILTERS, _MOST_STRIDE, _MOST_OFFSET, _FARTHEST_CORNER = 2048, 8, 255, 127
 
 
 def hopper_candidates(problem: ConvProblem, architecture: Architecture) -> list[Tile]:
     """The tiles of the convolution for Hopper that can run a problem, the least wasteful first.
 
-    None on another GPU, in other dtypes than float16 and bfloat16, and for what TMA cannot address.
+    None on another GPU, in float32 proper, and for what TMA cannot address.
     """
     offsets = [
         dilation * (taps - 1)
@@ -70,10 +71,10 @@ def hopper_candidates(problem: ConvProblem, architecture: Architecture) -> list[
         _native.cuda_operators is None
         or architecture.capability != _HOPPER
         or problem.pool is not None
-        or problem.dtype not in ("float16", "bfloat16")
+        or problem.dtype not in _HOPPER_DTYPES
         or problem.groups != 1
-        or problem.C % 8
-        or problem.K % 8
+        or problem.C * problem.element_size % 16
+        or problem.K * problem.element_size % 16
         or problem.K > _MOST_FILTERS
         or max(problem.stride) > _MOST_STRIDE
         or max(offsets) > _MOST_OFFSET
@@ -86,7 +87,8 @@ def hopper_candidates(problem: ConvProblem, architecture: Architecture) -> list[
         rows, columns = -(-pixels // tile.block_m), -(-problem.K // tile.block_n)
         return rows * tile.block_m * columns * tile.block_n
 
-    return sorted(hopper_instances(), key=computed)
+    depth = _HOPPER_ROW_BYTES // problem.element_size
+    return sorted((t for t in hopper_instances() if t.block_k == depth), key=computed)
 
 
 def is_hopper(tile: Tile | None) -> bool:
@@ -100,9 +102,10 @@ def hopper_instances() -> dict[Tile, int]:
     assert _native.cuda_operators is not None
     numbers = _native.cuda_operators.hopper_conv_tiles()
     found = {}
-    for place, at in enumerate(range(0, len(numbers), 4)):
-        n, stages, cluster, _ = numbers[at : at + 4]
-        tile = Tile(_HOPPER_M * cluster, n, _HOPPER_DEPTH, 1, _HOPPER_WARPS, stages)
+    for place, at in enumerate(range(0, len(numbers), 6)):
+        size, n, stages, cluster = numbers[at : at + 4]
+        depth = _HOPPER_ROW_BYTES // size
+        tile = Tile(_HOPPER_M * cluster, n, depth, 1, _HOPPER_WARPS, stages)
         found[tile] = place
     return found
 

@@ -21,7 +21,9 @@ struct alignas(64) TensorMap {
   uint64_t words[16];
 };
 
-enum class TensorElement { kByte, kFloat16, kBFloat16, kFloat32 };
+// Of kTf32, float32 in memory, loads round to tf32 on the way: to nearest, ties to even, infinity
+// and NaN left alone.
+enum class TensorElement { kByte, kFloat16, kBFloat16, kFloat32, kTf32 };
 
 // How 16-byte chunks are permuted in shared memory: not at all, or within lines of 128 bytes by
 // which of eight lines it is, counted from a multiple of 1024.
@@ -35,6 +37,8 @@ struct TensorOf {
   int rank;
   std::array<int64_t, 4> sizes;
   std::array<int64_t, 3> strides;
+
+  bool operator==(const TensorOf&) const = default;
 };
 
 // Boxes of `box` elements.
@@ -42,6 +46,8 @@ struct Tiles {
   TensorOf tensor;
   std::array<int, 4> box;
   Swizzle swizzle;
+
+  bool operator==(const Tiles&) const = default;
 };
 
 // Of an image (C, W, H, N): `pixels` windows by `channels` at a time. The first taps of all windows
@@ -53,6 +59,8 @@ struct Im2col {
   std::array<int, 2> lower, upper, stride;
   int channels, pixels;
   Swizzle swizzle;
+
+  bool operator==(const Im2col&) const = default;
 };
 
 #ifdef FUSED_RESNET_ON_HOST
@@ -95,6 +103,8 @@ inline CUtensorMapDataType data_type(TensorElement element) {
       return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     case TensorElement::kFloat32:
       return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+    case TensorElement::kTf32:
+      return CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;
     default:
       return CU_TENSOR_MAP_DATA_TYPE_UINT8;
   }

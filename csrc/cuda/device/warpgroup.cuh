@@ -5,7 +5,8 @@
 // The kN / 2 sums of a thread are, with g = lane / 4, t = lane % 4 and w its warp in the warpgroup:
 //   sums[4 j], sums[4 j + 1]       row 16 w + g, columns 8 j + 2 t and the next
 //   sums[4 j + 2], sums[4 j + 3]   row 16 w + g + 8, the same columns
-// A is 64 rows and B kN rows (the columns of the product) of 32 bytes, 16 elements, each.
+// A is 64 rows and B kN rows (the columns of the product) of 32 bytes each: 16 elements, or 8 of
+// float32, of which a product reads tf32 and cuts the lower 13 bits off.
 //
 // From the first multiply on until wait_for_products the sums are the hardware's: nothing else may
 // touch them. fence_sums stands between whatever last wrote them and the first multiply, and
@@ -72,12 +73,13 @@ inline void fence_sums(on_host::Place place = on_host::Place::current()) {
 template <typename T, int kN>
 void multiply_warpgroup(float (&sums)[kN / 2], uint64_t a, uint64_t b, bool accumulate,
                         on_host::Place place = on_host::Place::current()) {
-  static_assert(kN == 64 || kN == 128 || kN == 256);
-  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
-  constexpr bool kHalf = std::is_same_v<T, __half>;
-  on_host::multiply_warpgroup({kHalf ? on_host::Element::kFloat16 : on_host::Element::kBFloat16, kN,
-                               sums, a, b, accumulate},
-                              place);
+  static_assert(kN == 64 || kN == 128 || (kN == 256 && sizeof(T) == 2));
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16> ||
+                std::is_same_v<T, float>);
+  constexpr auto kElement = std::is_same_v<T, __half>  ? on_host::Element::kFloat16
+                            : std::is_same_v<T, float> ? on_host::Element::kTf32
+                                                       : on_host::Element::kBFloat16;
+  on_host::multiply_warpgroup({kElement, kN, sums, a, b, accumulate}, place);
 }
 
 inline void commit_products(on_host::Place place = on_host::Place::current()) {
@@ -143,46 +145,59 @@ __device__ __forceinline__ void fence_sums() {
 #define FUSED_RESNET_SUMS_256 \
   FUSED_RESNET_SUMS_128, FUSED_RESNET_SUMS_32(64), FUSED_RESNET_SUMS_32(96)
 // `a`, `b` and `flag` are the numbers of the operands behind the sums.
-#define FUSED_RESNET_WGMMA(n, type, a_name, b_name, flag_name)                                    \
-  asm volatile(                                                                                   \
-      "{\n"                                                                                       \
-      ".reg .pred accumulate;\n"                                                                  \
-      "setp.ne.b32 accumulate, %" #flag_name                                                      \
-      ", 0;\n"                                                                                    \
-      "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" FUSED_RESNET_NAMES_##n \
-      "}, %" #a_name ", %" #b_name                                                                \
-      ", accumulate, 1, 1, 0, 0;\n"                                                               \
-      "}"                                                                                         \
-      : FUSED_RESNET_SUMS_##n                                                                     \
+// `transposed` says for both operands that they are not, where there is a choice.
+#define FUSED_RESNET_WGMMA(n, depth, type, transposed, a_name, b_name, flag_name)              \
+  asm volatile(                                                                                \
+      "{\n"                                                                                    \
+      ".reg .pred accumulate;\n"                                                               \
+      "setp.ne.b32 accumulate, %" #flag_name                                                   \
+      ", 0;\n"                                                                                 \
+      "wgmma.mma_async.sync.aligned.m64n" #n depth ".f32." type "." type                       \
+      " {" FUSED_RESNET_NAMES_##n "}, %" #a_name ", %" #b_name ", accumulate, 1, 1" transposed \
+                                  ";\n"                                                        \
+                                  "}"                                                          \
+      : FUSED_RESNET_SUMS_##n                                                                  \
       : "l"(a), "l"(b), "r"(static_cast<int32_t>(accumulate)))
+#define FUSED_RESNET_WGMMA_16(n, type, a_name, b_name, flag_name) \
+  FUSED_RESNET_WGMMA(n, "k16", type, ", 0, 0", a_name, b_name, flag_name)
+#define FUSED_RESNET_WGMMA_TF32(n, a_name, b_name, flag_name) \
+  FUSED_RESNET_WGMMA(n, "k8", "tf32", "", a_name, b_name, flag_name)
 
 // sums = (accumulate ? sums : 0) + A B, begun here. The descriptors are the same in all threads. T
-// is
-// __half or __nv_bfloat16.
+// is __half, __nv_bfloat16 or, for at most 128 columns, float.
 template <typename T, int kN>
 __device__ __forceinline__ void multiply_warpgroup(float (&sums)[kN / 2], uint64_t a, uint64_t b,
                                                    bool accumulate) {
   static_assert(kN == 64 || kN == 128 || kN == 256);
   if constexpr (std::is_same_v<T, __half>) {
     if constexpr (kN == 64) {
-      FUSED_RESNET_WGMMA(64, "f16", 32, 33, 34);
+      FUSED_RESNET_WGMMA_16(64, "f16", 32, 33, 34);
     } else if constexpr (kN == 128) {
-      FUSED_RESNET_WGMMA(128, "f16", 64, 65, 66);
+      FUSED_RESNET_WGMMA_16(128, "f16", 64, 65, 66);
     } else {
-      FUSED_RESNET_WGMMA(256, "f16", 128, 129, 130);
+      FUSED_RESNET_WGMMA_16(256, "f16", 128, 129, 130);
+    }
+  } else if constexpr (std::is_same_v<T, float>) {
+    static_assert(kN <= 128);
+    if constexpr (kN == 64) {
+      FUSED_RESNET_WGMMA_TF32(64, 32, 33, 34);
+    } else {
+      FUSED_RESNET_WGMMA_TF32(128, 64, 65, 66);
     }
   } else {
     static_assert(std::is_same_v<T, __nv_bfloat16>);
     if constexpr (kN == 64) {
-      FUSED_RESNET_WGMMA(64, "bf16", 32, 33, 34);
+      FUSED_RESNET_WGMMA_16(64, "bf16", 32, 33, 34);
     } else if constexpr (kN == 128) {
-      FUSED_RESNET_WGMMA(128, "bf16", 64, 65, 66);
+      FUSED_RESNET_WGMMA_16(128, "bf16", 64, 65, 66);
     } else {
-      FUSED_RESNET_WGMMA(256, "bf16", 128, 129, 130);
+      FUSED_RESNET_WGMMA_16(256, "bf16", 128, 129, 130);
     }
   }
 }
 
+#undef FUSED_RESNET_WGMMA_TF32
+#undef FUSED_RESNET_WGMMA_16
 #undef FUSED_RESNET_WGMMA
 #undef FUSED_RESNET_SUMS_256
 #undef FUSED_RESNET_SUMS_128

@@ -1,12 +1,13 @@
 // The operator hopper_conv_bn_act: what hopper/hopper_conv.cuh computes, on tensors. It allocates
-// the output, describes four tensors to TMA and launches once; tensors that do not lie densely
-// channels_last are copied first.
+// the output, describes four tensors to TMA, unless it did so before, and launches once; tensors
+// that do not lie densely channels_last are copied first.
 #include "cuda/hopper/hopper_conv.h"
 
 #include <limits>
 #include <optional>
 #include <vector>
 
+#include "cuda/hopper/map_cache.h"
 #include "cuda/hopper/tiles.h"
 #include "cuda/library.h"
 #include "cuda/tensors.h"
@@ -44,9 +45,15 @@ Tensor in_nhwc(const Tensor& tensor) {
   return is_dense_channels_last(tensor) && is_aligned(tensor) ? tensor : aligned_copy(tensor);
 }
 
-device::TensorElement element_of(ScalarType dtype) {
-  return dtype == ScalarType::Half ? device::TensorElement::kFloat16
-                                   : device::TensorElement::kBFloat16;
+// What is multiplied is of another kind than what is added, for float32.
+device::TensorElement operand_of(ScalarType dtype) {
+  return dtype == ScalarType::Half       ? device::TensorElement::kFloat16
+         : dtype == ScalarType::BFloat16 ? device::TensorElement::kBFloat16
+                                         : device::TensorElement::kTf32;
+}
+
+device::TensorElement output_of(ScalarType dtype) {
+  return dtype == ScalarType::Float ? device::TensorElement::kFloat32 : operand_of(dtype);
 }
 
 Tensor hopper_conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tensor running_var,
@@ -57,19 +64,23 @@ Tensor hopper_conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tens
   check_rank(kOp, "input", input, 4);
   check_rank(kOp, "weight", weight, 4);
   const ScalarType dtype = input.scalar_type();
-  FR_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, kOp, ": input is ",
-           dtype_string(input), ", must be float16 or bfloat16");
+  FR_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float,
+           kOp, ": input is ", dtype_string(input), ", must be float16, bfloat16 or float32");
   check_dtype(kOp, "weight", weight, dtype);
   check_device(kOp, "weight", weight, input);
   check_eps(kOp, eps);
   check_number(kOp, "tile", tile, 0, kHopperTileCount - 1);
+  const HopperTile& shape = kHopperTiles[tile];
+  const int64_t size = shape.element_bytes, chunk = 16 / size;
+  FR_CHECK((dtype == ScalarType::Float) == (size == 4), kOp, ": tile ", tile, " is of ", size,
+           " bytes an element, input is ", dtype_string(input));
   const int64_t N = input.size(0), C = input.size(1), H = input.size(2), W = input.size(3);
   const int64_t K = weight.size(0), R = weight.size(2), S = weight.size(3);
   FR_CHECK(C > 0 && weight.size(1) == C, kOp, ": weight has shape ", shape_string(weight),
            ", input has ", C, " channels");
-  FR_CHECK(C % 8 == 0 && K % 8 == 0 && K > 0 && K <= HopperTile::kMostFilters, kOp, ": has ", C,
-           " channels and ", K, " filters, must have multiples of 8, at most ",
-           HopperTile::kMostFilters, " filters");
+  FR_CHECK(C % chunk == 0 && K % chunk == 0 && K > 0 && K <= HopperTile::kMostFilters, kOp,
+           ": has ", C, " channels and ", K, " filters, must have multiples of ", chunk,
+           ", at most ", HopperTile::kMostFilters, " filters");
   const int64_t P = FilterAxis(kOp, H, R, stride_h, pad_h, dil_h).outputs;
   const int64_t Q = FilterAxis(kOp, W, S, stride_w, pad_w, dil_w).outputs;
   const Corners h("h", R, stride_h, pad_h, dil_h), w("w", S, stride_w, pad_w, dil_w);
@@ -96,26 +107,31 @@ Tensor hopper_conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tens
   weight = in_nhwc(weight);
   if (residual) residual = in_nhwc(*residual);
 
-  const HopperTile& shape = kHopperTiles[tile];
-  const device::TensorElement element = element_of(dtype);
+  const device::TensorElement operand = operand_of(dtype);
+  const int row = shape.row_elements();
   constexpr auto kSwizzle = device::Swizzle::k128Bytes;
   const auto rows_of_pixels = [&](const void* pixels) {
-    return device::map_of(device::Tiles{
-        {pixels, element, 2, {K, M}, {K * 2}}, {64, shape.rows_of_consumer()}, kSwizzle});
+    return cached_map_of(device::Tiles{{pixels, output_of(dtype), 2, {K, M}, {K * size}},
+                                       {row, shape.rows_of_consumer()},
+                                       kSwizzle});
   };
   std::optional<Tensor> mean = running_mean, var = running_var;
   const HopperConv conv{
-      .input = device::map_of(device::Im2col{
-          {input.const_data_ptr(), element, 4, {C, W, H, N}, {C * 2, W * C * 2, H * W * C * 2}},
-          {static_cast<int>(w.lower), static_cast<int>(h.lower)},
-          {static_cast<int>(w.upper), static_cast<int>(h.upper)},
-          {static_cast<int>(stride_w), static_cast<int>(stride_h)},
-          HopperTile::kDepth,
-          HopperTile::kM,
-          kSwizzle}),
-      .weight = device::map_of(device::Tiles{
-          {weight.const_data_ptr(), element, 3, {C, R * S, K}, {C * 2, R * S * C * 2}},
-          {HopperTile::kDepth, 1, shape.n / shape.cluster},
+      .input =
+          cached_map_of(device::Im2col{{input.const_data_ptr(),
+                                        operand,
+                                        4,
+                                        {C, W, H, N},
+                                        {C * size, W * C * size, H * W * C * size}},
+                                       {static_cast<int>(w.lower), static_cast<int>(h.lower)},
+                                       {static_cast<int>(w.upper), static_cast<int>(h.upper)},
+                                       {static_cast<int>(stride_w), static_cast<int>(stride_h)},
+                                       row,
+                                       HopperTile::kM,
+                                       kSwizzle}),
+      .weight = cached_map_of(device::Tiles{
+          {weight.const_data_ptr(), operand, 3, {C, R * S, K}, {C * size, R * S * C * size}},
+          {row, 1, shape.n / shape.cluster},
           kSwizzle}),
       .residual = rows_of_pixels(residual ? residual->const_data_ptr() : output.const_data_ptr()),
       .output = rows_of_pixels(output.mutable_data_ptr()),
@@ -147,18 +163,22 @@ Tensor hopper_conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tens
   const cudaStream_t stream = current_stream(input.get_device_index());
   if (dtype == ScalarType::Half) {
     launch_hopper_conv<__half>(conv, tile, multiprocessors, stream);
-  } else {
+  } else if (dtype == ScalarType::BFloat16) {
     launch_hopper_conv<__nv_bfloat16>(conv, tile, multiprocessors, stream);
+  } else {
+    launch_hopper_conv<float>(conv, tile, multiprocessors, stream);
   }
   return in_format();
 }
 
-// Four numbers for every instance, by index: n, stages, cluster, whether consumers take turns.
+// Six numbers for every instance, by index: the bytes of an element, n, stages, cluster, whether
+// consumers take turns, and the bytes of shared memory it takes with the most filters there may be.
 std::vector<int64_t> hopper_conv_tiles() {
   std::vector<int64_t> numbers;
   for (const HopperTile& tile : kHopperTiles) {
-    numbers.insert(numbers.end(), {tile.n, tile.stages, tile.cluster,
-                                   tile.schedule == Schedule::kTakeTurns ? 1 : 0});
+    numbers.insert(numbers.end(), {tile.element_bytes, tile.n, tile.stages, tile.cluster,
+                                   tile.schedule == Schedule::kTakeTurns ? 1 : 0,
+                                   tile.shared_bytes(HopperTile::kMostFilters)});
   }
   return numbers;
 }

@@ -1,10 +1,13 @@
 // Convolution with batch norm, residual and ReLU in one pass, as csrc/cuda/conv_bn_act.cuh has it,
-// for Hopper: 16-bit elements, one group, channels and filters in multiples of 8.
+// for Hopper: one group, and channels and filters in multiples of 16 bytes.
 //
 //   output[n, p, q, k] = act(scale[k] sum[n, p, q, k] + shift[k] + residual[n, p, q, k])
 //   sum[n, p, q, k] = sum over r, s, c of
 //       input[n, p stride_h + r dil_h - pad_h, q stride_w + s dil_w - pad_w, c] weight[k, r, s, c]
 //   scale = bn_weight / sqrt(running_var + eps),  shift = bn_bias + (bias - running_mean) scale
+//
+// Elements of 16 bits, or float32 whose products are of tf32: TMA rounds these operands on their
+// way, by their maps (device::TensorElement::kTf32), since a product would cut them off.
 //
 // Reads weight and residual and writes the output once; reads the input once from memory and once
 // for every tap and column of tiles from the L2 cache. Clusters of two read filters once for both.
@@ -12,7 +15,7 @@
 // Blocks stay and take tile after tile. One thread loads, two warpgroups multiply:
 //
 //   loader     for each tile, for each step of its sum: wait until a stage is empty; TMA, 128
-//              windows of one tap (im2col) and n filters, 64 channels of each
+//              windows of one tap (im2col) and n filters, 128 bytes of each
 //   consumer   for each of its tiles: let the residual come into the output's place; for each step:
 //              wait until the stage is full; wgmma; give back the stage before. Then scale, shift,
 //              residual, ReLU, one rounding, in that place; TMA stores it.
@@ -51,6 +54,21 @@ namespace fused_resnet {
 constexpr int kLoaderRegisters = 40;
 constexpr int kConsumerRegisters = 232;
 
+// `pair` is two neighbouring outputs' residual, and what comes in its place.
+template <typename T>
+__device__ __forceinline__ void finish(device::Vector<T, 2>& pair, const float* sums,
+                                       const float* scale, const float* shift,
+                                       const HopperConv& conv) {
+  const auto factors = device::load<float, 2>(scale);
+  const auto terms = device::load<float, 2>(shift);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    float y = sums[e] * factors.values[e] + terms.values[e];
+    if (conv.has_residual) y += device::widen(pair.values[e]);
+    pair.values[e] = device::narrow<T>(device::at_least(conv.floor, y));
+  }
+}
+
 // A place in the ring of stages, and which time around it is.
 template <int kStages>
 struct RingPlace {
@@ -71,15 +89,17 @@ __global__ void __launch_bounds__(HopperTile::kThreads, 1)
     hopper_conv_bn_act(const __grid_constant__ HopperConv conv) {
 #if FUSED_RESNET_HAS_WARPGROUPS
   static constexpr HopperTile kTile = kHopperTiles[kIndex];
-  constexpr int kM = HopperTile::kM, kN = kTile.n, kDepth = HopperTile::kDepth;
+  constexpr int kM = HopperTile::kM, kN = kTile.n;
+  constexpr int kRowElements = kTile.row_elements();  // channels of a step, columns of a slab
   constexpr int kStages = kTile.stages, kCluster = kTile.cluster;
   constexpr int kRowBytes = HopperTile::kRowBytes;
   constexpr bool kTakeTurns = kTile.schedule == Schedule::kTakeTurns;
   constexpr int kRows = kTile.rows_of_consumer();
-  constexpr int kSlabBytes = kRows * kRowBytes;  // 64 columns of a consumer's outputs
+  constexpr int kSlabBytes = kRows * kRowBytes;  // of a consumer's outputs
   constexpr int kParts = kRows / 64;             // products side by side
   constexpr int kReaders = (kTakeTurns ? 1 : HopperTile::kConsumers) * 4 * kCluster;  // warps
-  static_assert(sizeof(T) == 2 && kN % (64 * kCluster) == 0 && kParts * kN <= 256);
+  static_assert(sizeof(T) == kTile.element_bytes);
+  static_assert(kN % (64 * kCluster) == 0 && kParts * kN <= 256);
 
   char* const ring = device::aligned<1024>(device::shared_memory());
   char* const outputs = ring + kStages * kTile.stage_bytes();
@@ -121,7 +141,7 @@ __global__ void __launch_bounds__(HopperTile::kThreads, 1)
   const int first = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
   const int rows = (conv.M + kM * kCluster - 1) / (kM * kCluster);
   const int tiles = rows * columns;
-  const int depths = (conv.C + kDepth - 1) / kDepth;
+  const int depths = (conv.C + kRowElements - 1) / kRowElements;
   const int steps = conv.R * conv.S * depths;
   const auto first_pixel = [&](int tile) { return (tile / columns * kCluster + rank) * kM; };
   const auto first_filter = [&](int tile) { return tile % columns * kN; };
@@ -140,7 +160,7 @@ __global__ void __launch_bounds__(HopperTile::kThreads, 1)
         const int h = (row - image * conv.P) * conv.stride_h - conv.pad_h;
         for (int r = 0; r < conv.R; ++r) {
           for (int s = 0; s < conv.S; ++s) {
-            for (int c = 0; c < conv.C; c += kDepth) {
+            for (int c = 0; c < conv.C; c += kRowElements) {
               char* const pixels = ring + place.stage * kTile.stage_bytes();
               char* const filters = pixels + kTile.pixel_bytes();
               device::Mbarrier* const barrier = full + place.stage;
@@ -170,9 +190,7 @@ __global__ void __launch_bounds__(HopperTile::kThreads, 1)
     const bool is_first = threadIdx.x % 128 == 0;
     const int first_row = kTakeTurns ? 0 : consumer * kRows;  // of the tile
     char* const own_outputs = outputs + consumer * kTile.output_bytes();
-    // A lane's part in ldmatrix and stmatrix: a row, and the first or second chunk of two.
-    char* const own_row = own_outputs + (warp % 4 * 16 + lane % 16) * kRowBytes;
-    const int own_chunk = lane / 16;
+    char* const own_rows = own_outputs + warp % 4 * 16 * kRowBytes;  // 16 of each 64
     RingPlace<kStages> place;
     unsigned tile_parity = 0;  // of this consumer's tiles so far
     if (kTakeTurns && consumer == 1) place.advance(steps);
@@ -180,14 +198,14 @@ __global__ void __launch_bounds__(HopperTile::kThreads, 1)
     for (int tile = first + (kTakeTurns ? consumer * clusters : 0); tile < tiles;
          tile += (kTakeTurns ? HopperTile::kConsumers : 1) * clusters) {
       const int m0 = first_pixel(tile) + first_row, k0 = first_filter(tile);
-      const int slabs = min(kN, conv.K - k0 + 63) / 64;
+      const int slabs = min(kN, conv.K - k0 + kRowElements - 1) / kRowElements;
       if (is_first) {
         device::wait_until_stores_have_read<0>();
         device::arrive_and_expect(output_free + consumer,
                                   conv.has_residual ? slabs * kSlabBytes : 0);
         for (int slab = 0; conv.has_residual && slab < slabs; ++slab) {
           device::load_tile(conv.residual, own_outputs + slab * kSlabBytes, output_free + consumer,
-                            {k0 + slab * 64, m0});
+                            {k0 + slab * kRowElements, m0});
         }
       }
 
@@ -235,39 +253,58 @@ __global__ void __launch_bounds__(HopperTile::kThreads, 1)
       device::wait(output_free + consumer, tile_parity);
       tile_parity ^= 1;
 #pragma unroll
-      for (int slab = 0; slab < kN / 64; ++slab) {
+      for (int slab = 0; slab < kN / kRowElements; ++slab) {
         if (slab >= slabs) break;
+        // Of 64 rows and 8 filters at a time, in the products' fragments: rows lane / 4 and 8
+        // further, columns lane % 4 * 2 and the next.
+        const int k = k0 + slab * kRowElements + lane % 4 * 2;
 #pragma unroll
-        for (int chunk = 0; chunk < kParts * 8; chunk += 2) {
-          const int part = chunk / 8;
-          char* const at = own_row + slab * kSlabBytes + part * 64 * kRowBytes +
-                           ((chunk % 8 + own_chunk) ^ lane % 8) * 16;
-          uint32_t values[4] = {};
-          if (conv.has_residual) device::load_matrix_x4(values, at);
+        for (int part = 0; part < kParts; ++part) {
+          char* const rows = own_rows + slab * kSlabBytes + part * 64 * kRowBytes;
+          const float* const own_sums = sums[part] + slab * kRowElements / 2;
+          if constexpr (sizeof(T) == 2) {
+            // A lane's part in ldmatrix and stmatrix: a row, and the first or second chunk of two.
+            char* const row = rows + lane % 16 * kRowBytes;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int column = slab * 8 + chunk % 8 + i / 2;  // of 8 filters
-            const int first_sum = column * 4 + i % 2 * 2;
-            const int k = k0 + column * 8 + lane % 4 * 2;
-            const auto factors = device::load<float, 2>(scale + k);
-            const auto terms = device::load<float, 2>(shift + k);
-            auto pair = std::bit_cast<device::Vector<T, 2>>(values[i]);
+            for (int chunk = 0; chunk < 8; chunk += 2) {
+              char* const at = row + ((chunk + lane / 16) ^ lane % 8) * 16;
+              uint32_t values[4] = {};
+              if (conv.has_residual) device::load_matrix_x4(values, at);
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float y = sums[part][first_sum + e] * factors.values[e] + terms.values[e];
-              if (conv.has_residual) y += device::widen(pair.values[e]);
-              pair.values[e] = device::narrow<T>(device::at_least(conv.floor, y));
+              for (int i = 0; i < 4; ++i) {
+                const int column = (chunk + i / 2) * 8;
+                auto pair = std::bit_cast<device::Vector<T, 2>>(values[i]);
+                finish(pair, own_sums + column / 2 + i % 2 * 2, scale + k + column,
+                       shift + k + column, conv);
+                values[i] = std::bit_cast<uint32_t>(pair);
+              }
+              device::store_matrix_x4(at, values);
             }
-            values[i] = std::bit_cast<uint32_t>(pair);
+          } else {
+#pragma unroll
+            for (int column = 0; column < kRowElements; column += 8) {
+#pragma unroll
+              for (int i = 0; i < 2; ++i) {
+                const int row = lane / 4 + i * 8, chunk = column / 4 + lane % 4 / 2;
+                T* const at =
+                    reinterpret_cast<T*>(rows + row * kRowBytes + (chunk ^ row % 8) * 16) +
+                    lane % 2 * 2;
+                device::Vector<T, 2> pair{};
+                if (conv.has_residual) pair = device::load<T, 2>(at);
+                finish(pair, own_sums + column / 2 + i * 2, scale + k + column, shift + k + column,
+                       conv);
+                device::store(at, pair);
+              }
+            }
           }
-          device::store_matrix_x4(at, values);
         }
       }
       device::fence_for_copies();
       device::synchronize_threads<128>(1 + consumer);
       if (is_first) {
         for (int slab = 0; slab < slabs; ++slab) {
-          device::store_tile(conv.output, own_outputs + slab * kSlabBytes, {k0 + slab * 64, m0});
+          device::store_tile(conv.output, own_outputs + slab * kSlabBytes,
+                             {k0 + slab * kRowElements, m0});
         }
         device::commit_stores();
       }
@@ -296,8 +333,13 @@ void launch_hopper_conv(const HopperConv& conv, int tile, int multiprocessors,
                             static_cast<unsigned>(kTile.cluster)};
     device::launch(hopper_conv_bn_act<T, index>, grid, conv);
   };
+  const auto launch_if = [&](auto index) {
+    if constexpr (kHopperTiles[index].element_bytes == sizeof(T)) {
+      if (index == tile) launch(index);
+    }
+  };
   const auto launch_at = [&]<int... kIndices>(std::integer_sequence<int, kIndices...>) {
-    ((kIndices == tile ? launch(std::integral_constant<int, kIndices>{}) : void()), ...);
+    (launch_if(std::integral_constant<int, kIndices>{}), ...);
   };
   launch_at(std::make_integer_sequence<int, kHopperTileCount>{});
 }

@@ -8,9 +8,10 @@ namespace fused_resnet {
 
 // Sizes in elements. Pixels are those of the output, M = N P Q of them.
 struct HopperConv {
-  device::TensorMap input;     // (C, W, H, N), windows by 64 channels
-  device::TensorMap weight;    // (C, R S, K), 64 channels of one tap by a block's share of filters
-  device::TensorMap residual;  // (K, M), slabs of a consumer's rows by 64 columns
+  // With 128 bytes of the innermost dimension at a time.
+  device::TensorMap input;     // (C, W, H, N), windows
+  device::TensorMap weight;    // (C, R S, K), one tap of a block's share of filters
+  device::TensorMap residual;  // (K, M), slabs of a consumer's rows
   device::TensorMap output;    // likewise
   bool has_residual;
   Parameter running_mean, running_var, bn_weight, bn_bias, bias;
@@ -22,11 +23,12 @@ struct HopperConv {
 };
 
 // Runs instance kHopperTiles[tile] on as many blocks as there are multiprocessors. T is the
-// tensors' dtype.
+// tensors' dtype, whose tiles these are.
 template <typename T>
 void launch_hopper_conv(const HopperConv& conv, int tile, int multiprocessors, cudaStream_t stream);
 
 extern template void launch_hopper_conv<__half>(const HopperConv&, int, int, cudaStream_t);
 extern template void launch_hopper_conv<__nv_bfloat16>(const HopperConv&, int, int, cudaStream_t);
+extern template void launch_hopper_conv<float>(const HopperConv&, int, int, cudaStream_t);
 
 }  // namespace fused_resnet

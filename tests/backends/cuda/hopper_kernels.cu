@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <cstring>
 #include <map>
 #include <string>
 #include <vector>
@@ -15,6 +16,14 @@
 #include "cuda/device/vector.cuh"
 #include "cuda/device/warpgroup.cuh"
 #include "cuda/library.h"
+
+#ifdef FUSED_RESNET_ON_HOST
+#include <atomic>
+#include <thread>
+
+#include "cuda/hopper/map_cache.h"
+#include "cuda_on_host/tensor_map.h"
+#endif
 
 namespace fused_resnet {
 namespace {
@@ -45,13 +54,14 @@ device::TensorElement element_of(const Tensor& tensor) {
   }
 }
 
-// A contiguous tensor, the innermost dimension first.
-device::TensorOf tensor_of(const Tensor& tensor) {
+// A contiguous tensor, the innermost dimension first; float32 that loads round to tf32, or not.
+device::TensorOf tensor_of(const Tensor& tensor, bool rounds = false) {
   device::TensorOf of{
       tensor.const_data_ptr(), element_of(tensor), static_cast<int>(tensor.dim()), {}, {}};
   int64_t bytes = of.element == device::TensorElement::kByte      ? 1
                   : of.element == device::TensorElement::kFloat32 ? 4
                                                                   : 2;
+  if (rounds) of.element = device::TensorElement::kTf32;
   for (int i = 0; i < of.rank; ++i) {
     of.sizes[i] = tensor.size(of.rank - 1 - i);
     bytes *= of.sizes[i];
@@ -74,7 +84,7 @@ cudaStream_t stream_of(const Tensor& tensor) {
   return current_stream(tensor.get_device_index());
 }
 
-// d = a b^T, a (64, depth) and b (kN, depth), 64 elements of a row at a time, the second time onto
+// d = a b^T, a (64, depth) and b (kN, depth), 128 bytes of a row at a time, the second time onto
 // the sums of the first.
 template <typename T, int kN>
 __global__ void __launch_bounds__(128)
@@ -90,8 +100,9 @@ __global__ void __launch_bounds__(128)
   for (int step = 0; step < steps; ++step) {
     if (threadIdx.x == 0) {
       device::arrive_and_expect(full, (64 + kN) * kRowBytes);
-      device::load_tile(a, rows_a, full, {step * 64, 0});
-      device::load_tile(b, rows_b, full, {step * 64, 0});
+      constexpr int kElements = kRowBytes / sizeof(T);
+      device::load_tile(a, rows_a, full, {step * kElements, 0});
+      device::load_tile(b, rows_b, full, {step * kElements, 0});
     }
     device::wait(full, step & 1);
     device::fence_sums();
@@ -112,23 +123,31 @@ __global__ void __launch_bounds__(128)
 #endif
 }
 
-void run_multiply(const Tensor& a, const Tensor& b, const Tensor& d) {
+void run_multiply(const Tensor& a, const Tensor& b, const Tensor& d, bool rounds) {
   const int n = static_cast<int>(b.size(0));
-  const auto map = [](const Tensor& rows) {
-    return device::map_of(device::Tiles{
-        tensor_of(rows), {64, static_cast<int>(rows.size(0))}, device::Swizzle::k128Bytes});
+  const int elements = a.scalar_type() == ScalarType::Float ? 32 : 64;
+  const auto map = [&](const Tensor& rows) {
+    return device::map_of(device::Tiles{tensor_of(rows, rounds),
+                                        {elements, static_cast<int>(rows.size(0))},
+                                        device::Swizzle::k128Bytes});
   };
   const auto launch = [&](auto kernel) {
     device::launch(kernel,
                    {1, 128, static_cast<size_t>(1024 + (64 + n) * kRowBytes + 8), stream_of(a)},
-                   map(a), map(b), static_cast<float*>(d.mutable_data_ptr()), a.size(1) / 64);
+                   map(a), map(b), static_cast<float*>(d.mutable_data_ptr()), a.size(1) / elements);
   };
   const auto of_type = [&]<typename T>(T) {
-    n == 64    ? launch(multiply<T, 64>)
-    : n == 128 ? launch(multiply<T, 128>)
-               : launch(multiply<T, 256>);
+    if (n == 64) {
+      launch(multiply<T, 64>);
+    } else if (n == 128) {
+      launch(multiply<T, 128>);
+    } else if constexpr (sizeof(T) == 2) {
+      launch(multiply<T, 256>);
+    }
   };
-  a.scalar_type() == ScalarType::Half ? of_type(__half{}) : of_type(__nv_bfloat16{});
+  a.scalar_type() == ScalarType::Half       ? of_type(__half{})
+  : a.scalar_type() == ScalarType::BFloat16 ? of_type(__nv_bfloat16{})
+                                            : of_type(float{});
 }
 
 struct Numbers {
@@ -163,7 +182,7 @@ __global__ void __launch_bounds__(32)
 // `corners` are an im2col map's lower, upper and stride, or none.
 void run_load(const Tensor& input, const Tensor& output, std::vector<int64_t> box,
               std::vector<int64_t> at, std::vector<int64_t> offset, std::vector<int64_t> corners,
-              bool swizzled) {
+              bool swizzled, bool rounds) {
   const bool is_im2col = !corners.empty();
   const std::array<int, 4> sides = four(box), from = four(at);
   TensorMap map;
@@ -171,10 +190,10 @@ void run_load(const Tensor& input, const Tensor& output, std::vector<int64_t> bo
     const auto corner = [&](int i) {
       return std::array<int, 2>{static_cast<int>(corners[i]), static_cast<int>(corners[i + 1])};
     };
-    map = device::map_of(device::Im2col{tensor_of(input), corner(0), corner(2), corner(4), sides[0],
-                                        sides[1], swizzle_of(swizzled)});
+    map = device::map_of(device::Im2col{tensor_of(input, rounds), corner(0), corner(2), corner(4),
+                                        sides[0], sides[1], swizzle_of(swizzled)});
   } else {
-    map = device::map_of(device::Tiles{tensor_of(input), sides, swizzle_of(swizzled)});
+    map = device::map_of(device::Tiles{tensor_of(input, rounds), sides, swizzle_of(swizzled)});
   }
   Numbers where{};
   for (int i = 0; i < 4; ++i) where.at[i] = from[i];
@@ -208,9 +227,9 @@ __global__ void __launch_bounds__(32) store(const __grid_constant__ TensorMap ma
 }
 
 void run_store(const Tensor& values, const Tensor& output, std::vector<int64_t> box,
-               std::vector<int64_t> at, bool swizzled) {
+               std::vector<int64_t> at, bool swizzled, bool rounds) {
   const TensorMap map =
-      device::map_of(device::Tiles{tensor_of(output), four(box), swizzle_of(swizzled)});
+      device::map_of(device::Tiles{tensor_of(output, rounds), four(box), swizzle_of(swizzled)});
   Numbers where{};
   for (int i = 0; i < 4; ++i) where.at[i] = four(at)[i];
   const int bytes = static_cast<int>(values.numel());
@@ -555,6 +574,42 @@ void run_exchange(const std::string& mistake, const Tensor& input, const Tensor&
                  {2, 32, static_cast<size_t>(rows * kRowBytes + 1024 + 16), nullptr, 2}, map,
                  static_cast<uint4*>(output.mutable_data_ptr()), rows);
 }
+
+// Asks a cache for the map of each number of rows of 64 elements of `tensor`, one after the other,
+// in so many threads at once. Returns how many maps there were encoded by the time that the first
+// thread had its i-th, then by the end, and how many of all threads' maps were not what encoding
+// makes.
+std::vector<int64_t> run_recall(const Tensor& tensor, std::vector<int64_t> rows, int64_t threads) {
+  const auto described = [&](int64_t count) {
+    device::Tiles tiles{tensor_of(tensor), {64, 8}, device::Swizzle::k128Bytes};
+    tiles.tensor.sizes[1] = count;
+    return tiles;
+  };
+  std::vector<TensorMap> right;
+  for (const int64_t count : rows) right.push_back(device::map_of(described(count)));
+  MapCache<device::Tiles> cache;
+  const int64_t before = on_host::encoded_maps();
+  std::vector<int64_t> encoded(rows.size());
+  std::atomic<int64_t> wrong{0};
+  std::atomic<bool> may_begin{false};
+  const auto ask = [&](bool is_first) {
+    while (!may_begin) {
+    }
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const TensorMap map = cache.map_of(described(rows[i]));
+      if (is_first) encoded[i] = on_host::encoded_maps() - before;
+      if (std::memcmp(&map, &right[i], sizeof(map)) != 0) ++wrong;
+    }
+  };
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < threads; ++i) others.emplace_back(ask, false);
+  may_begin = true;
+  ask(true);
+  for (std::thread& other : others) other.join();
+  encoded.push_back(on_host::encoded_maps() - before);
+  encoded.push_back(wrong);
+  return encoded;
+}
 #endif
 
 }  // namespace
@@ -562,16 +617,19 @@ void run_exchange(const std::string& mistake, const Tensor& input, const Tensor&
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_hopper, m)
 {
-  m.def("multiply(Tensor a, Tensor b, Tensor(a!) d) -> ()");
+  m.def("multiply(Tensor a, Tensor b, Tensor(a!) d, bool rounds=False) -> ()");
   m.def(
       "load(Tensor input, Tensor(a!) output, int[] box, int[] at, int[] offset, int[] corners, "
-      "bool swizzled) -> ()");
-  m.def("store(Tensor values, Tensor(a!) output, int[] box, int[] at, bool swizzled) -> ()");
+      "bool swizzled, bool rounds=False) -> ()");
+  m.def(
+      "store(Tensor values, Tensor(a!) output, int[] box, int[] at, bool swizzled, "
+      "bool rounds=False) -> ()");
   m.def("load_for_both(Tensor input, Tensor(a!) output) -> ()");
   m.def("move_matrices(Tensor input, Tensor(a!) output) -> ()");
 #ifdef FUSED_RESNET_ON_HOST
   m.def("pipeline(str mistake, Tensor a, Tensor b, Tensor(a!) c, bool wrong) -> ()");
   m.def("exchange(str mistake, Tensor input, Tensor(a!) output, bool wrong) -> ()");
+  m.def("recall(Tensor tensor, int[] rows, int threads) -> int[]");
 #endif
 }
 
@@ -585,5 +643,6 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_hopper, FUSED_RESNET_DEVICE, m)
 #ifdef FUSED_RESNET_ON_HOST
   m.impl("pipeline", TORCH_BOX(&fused_resnet::run_pipeline));
   m.impl("exchange", TORCH_BOX(&fused_resnet::run_exchange));
+  m.impl("recall", TORCH_BOX(&fused_resnet::run_recall));
 #endif
 }

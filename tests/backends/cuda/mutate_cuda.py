@@ -134,7 +134,12 @@ SUITES = {
         Suite(
             "hopper/hopper_conv_float16.cu",
             "backends/cuda/test_hopper_conv.py",
-            "not bfloat16 and not tune and not the_backend and not refuse",
+            "not tf32 and not bfloat16 and not tune and not the_backend and not refuse",
+        ),
+        Suite(
+            "hopper/hopper_conv_float32.cu",
+            "backends/cuda/test_hopper_conv.py",
+            "tf32 and not the_backend",
         ),
     ],
     BYTE_CONV: [
@@ -437,7 +442,7 @@ def few_instances() -> Path:
 
     Of the convolutions, for each way to multiply and load and each length of a row of shared memory
     the smallest; of batch norm, those for float32; of Hopper's convolution, one of each schedule,
-    one of these in clusters.
+    one of these in clusters, and one for float32.
     """
     folder = Path(tempfile.mkdtemp(prefix="cuda-mutants-"))
     atexit.register(_remove, folder, os.getpid())
@@ -455,7 +460,7 @@ def few_instances() -> Path:
     (folder / "cuda" / "conv_tiles.h").write_text(text + "\n")
     (folder / "cuda" / "hopper").mkdir()
     text = (ROOT / "csrc" / "cuda" / "hopper" / "tiles.h").read_text()
-    kept_tiles = re.compile(r"\{(128, 4, 2|64, 8, 1), Schedule")
+    kept_tiles = re.compile(r"\{(2, 128, 4, 2|2, 64, 8, 1|4, 64, 6, 1), Schedule")
     rows = [
         line for line in text.splitlines() if ", Schedule::k" not in line or kept_tiles.search(line)
     ]

@@ -49,13 +49,64 @@ def run(name, *arguments):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("n", [64, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize(
+    ("dtype", "n"),
+    [
+        *itertools.product((torch.float16, torch.bfloat16), (64, 128, 256)),
+        *itertools.product((torch.float32,), (64, 128)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else dtype_id(value),
+)
 def test_products(dtype, n):
     """Exact, of small integers: every element in its place."""
     a, b = torch.randint(-4, 5, (64, 192)), torch.randint(-4, 5, (n, 192))
     for *_, d in run("multiply", a.to(dtype), b.to(dtype), torch.full((64, n), torch.nan)):
         assert torch.equal(d, (a.double() @ b.double().T).float())
+
+
+def rounded_to_tf32(x):
+    """To nearest, ties to even; infinity and NaN as they are."""
+    bits = x.view(torch.int32)
+    rounded = (bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF
+    return torch.where(x.isfinite(), rounded, bits).view(torch.float32)
+
+
+def cut_off_to_tf32(x):
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def beside_tf32():
+    """Numbers of float32 around ties, of all exponents, and such as carry into the exponent."""
+    ties = torch.tensor([1 + k * 2.0**-11 for k in range(1, 9)])
+    near = torch.cat([torch.nextafter(ties, torch.tensor(to)) for to in (0.0, 2.0)])
+    carries = torch.tensor([2 - 2.0**-20, 2 - 2.0**-11, 2.0**100 * (2 - 2.0**-12)])
+    x = torch.cat([ties, near, carries])
+    return torch.cat([x, -x, torch.randn(64 * 64 - 2 * len(x)).exp2()])
+
+
+@pytest.mark.parametrize("rounds", [False, True], ids=["cut off", "rounded"])
+def test_what_products_of_float32_read(rounds):
+    """tf32: rounded where the map says so, by TMA, else cut off, by the product."""
+    a, b = beside_tf32().view(64, 64), torch.eye(64)
+    as_tf32 = rounded_to_tf32 if rounds else cut_off_to_tf32
+    for *_, d, _ in run("multiply", a, b, torch.full((64, 64), torch.nan), rounds):
+        assert torch.equal(d, as_tf32(a))
+    for *_, d, _ in run("multiply", b, a, torch.full((64, 64), torch.nan), rounds):
+        assert torch.equal(d, as_tf32(a).T)
+
+
+@pytest.mark.parametrize("is_im2col", [False, True], ids=["tiles", "im2col"])
+def test_loads_that_round(is_im2col):
+    x = beside_tf32()[: 16 * 32].clone()
+    x[-6:] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 2.0**-130])
+    x.view(torch.int32)[-7] = 0x7FFFFFFF  # a NaN that would become a zero
+    x = x.view(1, 1, 16, 32) if is_im2col else x.view(16, 32)
+    at = [0] * x.dim()
+    corners, offset = ([0, 0, 0, 0, 1, 1], [0, 0]) if is_im2col else ([], [])
+    expected = swizzled(rounded_to_tf32(x).reshape(-1).view(torch.uint8))
+    out = torch.zeros_like(expected)
+    for _, found, *_ in run("load", x, out, [32, 16], at, offset, corners, True, True):
+        assert torch.equal(found, expected)
 
 
 def swizzled(rows):
@@ -182,6 +233,37 @@ def test_maps_that_the_driver_refuses(sizes, box, said):
     out = torch.zeros(64 * 4 * 2, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match=said):
         operators.load(torch.zeros(sizes).half(), out, box, [0, 0], [], [], True)
+
+
+@on_host
+def test_no_store_rounds():
+    values, out = torch.zeros(4 * 128, dtype=torch.uint8), torch.zeros(4, 32)
+    with pytest.raises(RuntimeError, match="bad tensor map: a store through one that rounds"):
+        operators.store(values, out, [32, 4], [0, 0], True, True)
+
+
+MOST_MAPS = 2048  # csrc/cuda/hopper/map_cache.h
+
+
+@on_host
+def test_maps_are_kept_until_there_are_too_many():
+    rows = torch.zeros(8, 64).half()
+    first = list(range(1, MOST_MAPS + 1))
+    asked = [*first, *first, MOST_MAPS + 1, 1, MOST_MAPS + 1, 2]
+    *encoded, total, wrong = operators.recall(rows, asked, 1)
+    assert encoded[: 2 * MOST_MAPS] == first + [MOST_MAPS] * MOST_MAPS
+    # One too many, and all others were forgotten.
+    assert [count - MOST_MAPS for count in encoded[2 * MOST_MAPS :]] == [1, 2, 2, 3]
+    assert (total, wrong) == (MOST_MAPS + 3, 0)
+
+
+@on_host
+def test_threads_share_maps():
+    """Each is encoded by whoever is first, and whole for all others."""
+    rows = torch.zeros(8, 64).half()
+    for _ in range(100):
+        *_, total, wrong = operators.recall(rows, list(range(1, MOST_MAPS + 1)), 4)
+        assert (total, wrong) == (MOST_MAPS, 0)
 
 
 @on_host

@@ -27,6 +27,7 @@ REGISTERS = 168  # of each of 384 threads, which leaves the consumers 232
 class Kernel:
     """An instance of csrc/cuda/hopper/tiles.h."""
 
+    size: int
     n: int
     cluster: int
     takes_turns: bool
@@ -40,11 +41,13 @@ class Kernel:
 
 def tiles():
     source = (ROOT / "csrc" / "cuda" / "hopper" / "tiles.h").read_text()
-    rows = re.findall(r"^ +\{(\d+), \d+, (\d), Schedule::(\w+)\}", source, re.MULTILINE)
-    return [(int(n), int(cluster), schedule == "kTakeTurns") for n, cluster, schedule in rows]
+    rows = re.findall(r"^ +\{(\d), (\d+), \d+, (\d), Schedule::(\w+)\}", source, re.MULTILINE)
+    return [
+        (int(size), int(n), int(cluster), how == "kTakeTurns") for size, n, cluster, how in rows
+    ]
 
 
-@pytest.fixture(scope="module", params=["float16", "bfloat16"])
+@pytest.fixture(scope="module", params=["float16", "bfloat16", "float32"])
 def compiled(request, tmp_path_factory):
     """What the compiler said, and every instance."""
     cubin = tmp_path_factory.mktemp("hopper") / "conv.cubin"
@@ -63,8 +66,10 @@ def compiled(request, tmp_path_factory):
     for part in listing.stdout.split("Function : ")[1:]:
         name, _, body = part.partition("\n")
         index = int(re.search(r"hopper_conv_bn_act\w*?Li(\d+)E", name)[1])
-        found[index] = Kernel(*tiles()[index], re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", body))
-    assert sorted(found) == list(range(len(tiles())))
+        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", body)
+        found[index] = Kernel(*tiles()[index], instructions)
+    size = 4 if request.param == "float32" else 2
+    assert sorted(found) == [i for i, tile in enumerate(tiles()) if tile[0] == size]
     return request.param, done.stderr, found.values()
 
 
@@ -89,13 +94,15 @@ def test_the_compiler_has_nothing_to_say(compiled):
 
 
 def test_the_loop_only_multiplies_and_waits(compiled):
-    """64 channels: four products of each part behind one fence, and one wait for all but these."""
+    """128 bytes of channels: four products of each part behind one fence, and one wait for all but
+    these.
+    """
     dtype, _, kernels = compiled
     for kernel in kernels:
         code = kernel.instructions
         products = opcodes(code, "HGMMA")
-        suffix = ".F32" if dtype == "float16" else ".F32.BF16"
-        assert products == [f"HGMMA.64x{kernel.n}x16{suffix}"] * (4 * kernel.parts)
+        kind = {"float16": "16.F32", "bfloat16": "16.F32.BF16", "float32": "8.F32.TF32"}[dtype]
+        assert products == [f"HGMMA.64x{kernel.n}x{kind}"] * (4 * kernel.parts)
         places = [i for i, x in enumerate(code) if "HGMMA" in x]
         last = next(i for i, x in enumerate(code) if "WARPGROUP.DEPBAR" in x)
         loop = code[places[0] : last + 1]
@@ -109,7 +116,7 @@ def test_the_loop_only_multiplies_and_waits(compiled):
 
 def test_copies_are_the_hardwares(compiled):
     """TMA loads windows, filters and residual and stores outputs; threads load parameters alone."""
-    _, _, kernels = compiled
+    dtype, _, kernels = compiled
     for kernel in kernels:
         code = kernel.instructions
         loads = opcodes(code, "UTMALDG")
@@ -118,7 +125,13 @@ def test_copies_are_the_hardwares(compiled):
         assert set(opcodes(code, "UTMASTG")) == {"UTMASTG.2D"}
         assert not opcodes(code, "STG", "LDGSTS")
         rounds = kernel.parts * kernel.n // 16
-        assert opcodes(code, "STSM") == ["STSM.16.M88.4"] * rounds
-        assert opcodes(code, "LDSM") == ["LDSM.16.M88.4"] * rounds
+        if dtype == "float32":
+            # Two neighbours at a time, in both halves of 16 rows: stmatrix moves 16-bit elements.
+            pairs = [store for store in opcodes(code, "STS") if store == "STS.64"]
+            assert len(pairs) == kernel.parts * kernel.n // 4
+            assert not opcodes(code, "STSM", "LDSM")
+        else:
+            assert opcodes(code, "STSM") == ["STSM.16.M88.4"] * rounds
+            assert opcodes(code, "LDSM") == ["LDSM.16.M88.4"] * rounds
         clusters = opcodes(code, "UCGABAR_ARV")
         assert len(clusters) == (2 if kernel.cluster > 1 else 0)
