@@ -5,15 +5,16 @@ definition is a single process with the joint batch.
 """
 
 import copy
-import os
-import subprocess
+import functools
 import sys
-import time
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from support import assert_same_bits, two_processes
+from support import assert_same_bits, processes, two_processes
 from torch import nn
 
 import fused_resnet
@@ -23,37 +24,49 @@ from fused_resnet.testing import assert_error_rule, relative_error
 TIMEOUT = 300
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def run_process(rank, folder):
+    environment = {**processes.current_environment(), "OMP_NUM_THREADS": "1"}
+    environment.pop("FUSED_RESNET_BACKEND", None)
+    command = [sys.executable, two_processes.__file__, str(rank), folder]
+    return processes.run_command(command, TIMEOUT, environment, Path.cwd())
+
+
+@functools.cache
+def outcomes():
+    """Of every scenario what it returned in both processes, or its error; and their last words."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        ranks = range(two_processes.WORLD)
+        ended = list(pool.map(lambda rank: run_process(rank, folder), ranks))
+        found = {}
+        for path in sorted(Path(folder).glob("*.pt")):
+            name, rank, _ = path.name.split(".")
+            found[name, int(rank)] = torch.load(path, weights_only=False)
+    return found, [err for _, _, err in ended]
+
+
+once = threading.Lock()
+
+
+def outcomes_once():
+    with once:
+        return outcomes()
+
+
+pytestmark = pytest.mark.ahead(lambda: outcomes_once())
+
+
+@pytest.fixture
+def results(ahead):
     """`results(name)`: what a scenario returned in both processes, or fails with its error."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FUSED_RESNET_BACKEND": ""}
-    environment = {name: value for name, value in environment.items() if value}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, two_processes.__file__, str(rank), str(folder)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(two_processes.WORLD)
-    ]
-    until = time.monotonic() + TIMEOUT
-    errors = []
-    try:
-        for process in processes:
-            errors.append(process.communicate(timeout=max(until - time.monotonic(), 1))[1])
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    outcomes, errors = ahead()
 
     def load(name):
         found = []
         for rank in range(two_processes.WORLD):
-            path = Path(folder) / f"{name}.{rank}.pt"
-            assert path.exists(), f"{name} did not run in process {rank}: {errors[rank][-2000:]}"
-            found.append(torch.load(path, weights_only=False))
+            key = (name, rank)
+            assert key in outcomes, f"{name} did not run in process {rank}: {errors[rank][-2000:]}"
+            # Tests change what they get.
+            found.append(copy.deepcopy(outcomes[key]))
             assert not isinstance(found[-1], str), f"{name} in process {rank}: {found[-1]}"
         return found
 

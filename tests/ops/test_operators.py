@@ -358,9 +358,14 @@ def test_opcheck(backend, name, dtype):
 @pytest.mark.interpreted
 @pytest.mark.quick
 @pytest.mark.parametrize("name", PUBLIC)
-def test_opcheck_quick(backend, name):
+def test_opcheck_quick(request, backend, name):
+    """AOT dispatch, a second a trace, over two backends unless it is the whole suite."""
     operator = getattr(torch.ops.fused_resnet, name).default
-    torch.library.opcheck(operator, next(iter(samples(name, backend.device, torch.float32))))
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if backend.name in ("reference", "cpu") or request.config.option.whole:
+        tests.append("test_aot_dispatch_dynamic")
+    arguments = next(iter(samples(name, backend.device, torch.float32)))
+    torch.library.opcheck(operator, arguments, test_utils=tests)
 
 
 @pytest.mark.quick

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -326,19 +327,29 @@ def test_libraries_need_only_torch_and_the_system():
         assert ("libtorch_cuda" in needed) == (library.name == "_cuda.abi3.so")
 
 
+def weak_symbols():
+    """Of every file for one instruction set, by its name."""
+    include = ["-I", str(ROOT / "csrc"), "-isystem", str(Path(torch.__file__).parent / "include")]
+    found = {}
+    for source in (ROOT / "csrc").rglob("*.cpp"):
+        if isa := native._isa_flags(source):
+            with tempfile.TemporaryDirectory() as folder:
+                obj = f"{folder}/object.o"
+                flags = ["-std=c++20", native.TARGET, *isa, *include]
+                output("c++", "-O0", *flags, "-c", str(source), "-o", obj)
+                symbols = output("nm", "-C", obj)
+            found[source.name] = re.findall(r"^\S* [WVu] (.*)$", symbols, re.MULTILINE)
+    return found
+
+
 @pytest.mark.skipif(not shutil.which("nm") or not shutil.which("c++"), reason="no compiler")
 @pytest.mark.skipif(native.platform.machine() != "x86_64", reason="not an x86-64")
-def test_files_for_newer_processors_share_no_functions_with_the_rest(tmp_path):
+@pytest.mark.ahead(lambda: weak_symbols())
+def test_files_for_newer_processors_share_no_functions_with_the_rest(ahead):
     """A weak symbol compiled for AVX-512 could be the copy that the linker keeps for everyone."""
-    sources = [file for file in (ROOT / "csrc").rglob("*.cpp") if native._isa_flags(file)]
-    assert sources
-    include = ["-I", str(ROOT / "csrc"), "-isystem", str(Path(torch.__file__).parent / "include")]
-    for source in sources:
-        obj = str(tmp_path / "object.o")
-        flags = ["-std=c++20", native.TARGET, *native._isa_flags(source), *include]
-        output("c++", "-O0", *flags, "-c", str(source), "-o", obj)
-        weak = re.findall(r"^\S* [WVu] (.*)$", output("nm", "-C", obj), re.MULTILINE)
-        assert not weak, f"{source.name}: {weak}"
+    found = ahead()
+    assert found
+    assert not {name: weak for name, weak in found.items() if weak}
 
 
 @pytest.mark.quick

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,6 +127,28 @@ def test_code_in_another_process(environment: dict[str, str]) -> None:
     crash = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
     assert processes.run_code(crash, 60, everything)[0] == -11
     assert processes.run_code("print(1)", 60, everything) == (0, "1\n", "")
+
+
+def test_one_process_forks_for_all_threads(tmp_path: Path) -> None:
+    """Two at once, each with its own output, of the one that has imported torch."""
+    environment = dict(os.environ)
+    code = """
+        import os, time
+        open({own!r}, "w").close()
+        while not os.path.exists({other!r}):
+            time.sleep(0.01)
+        waits = os.getppid()
+        print(open(f"/proc/{{waits}}/stat").read().rpartition(")")[2].split()[1])
+    """
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+    codes = [
+        textwrap.dedent(code).format(own=own, other=other)
+        for own, other in (paths, reversed(paths))
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda code: processes.run_code(code, 60, environment), codes))
+    server = processes._servers[environment.get("TRITON_INTERPRET")].process.pid
+    assert results == [(0, f"{server}\n", "")] * 2
 
 
 def test_tasks_are_done_ahead(monkeypatch: pytest.MonkeyPatch) -> None:

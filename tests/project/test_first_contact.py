@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import subprocess
+import shutil
 import sys
+import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import load_script
+from support import load_script, processes
 
 import fused_resnet
 
@@ -22,38 +25,53 @@ PACKAGE = str(Path(fused_resnet.__file__).parents[1])
 first_contact = load_script(SCRIPT)
 
 
-def run(
-    folder: Path, *arguments: str, script: Path = SCRIPT, monkeypatch: pytest.MonkeyPatch
-) -> subprocess.CompletedProcess[str]:
-    monkeypatch.setenv("PYTHONPATH", PACKAGE)
-    command = [sys.executable, str(script), str(folder), "--device", "cpu", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+def run(folder: Path, *arguments: str, script: Path = SCRIPT) -> tuple[int, str, str]:
+    """Exit status, output and errors of a rehearsal."""
+    environment = {**processes.current_environment(), "PYTHONPATH": PACKAGE}
+    command = [sys.executable, script, str(folder), "--device", "cpu", *arguments]
+    return processes.run_command(command, 300, environment, Path.cwd())
 
 
-def test_a_rehearsal_and_its_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only = ("--only", "device|right|self-check|memcheck")
-    process = run(tmp_path, *only, monkeypatch=monkeypatch)
-    found = first_contact.read_findings(tmp_path)
-    assert process.returncode == 0, process.stdout + process.stderr
+@functools.cache
+def rehearsed() -> tempfile.TemporaryDirectory[str]:
+    """What two runs have left, each in a folder of its own: the second goes on after the first."""
+    folder = tempfile.TemporaryDirectory()
+    first, second = Path(folder.name) / "first", Path(folder.name) / "second"
+    for place in (first, second):
+        ended = run(place, "--only", "device|right|self-check|memcheck")
+        (Path(folder.name) / f"{place.name}.json").write_text(json.dumps(ended))
+        if place is first and first.exists():
+            shutil.copytree(first, second)
+    return folder
+
+
+@pytest.mark.ahead(lambda: rehearsed())
+def test_a_rehearsal_and_its_resumption(
+    ahead: Callable[[], tempfile.TemporaryDirectory[str]],
+) -> None:
+    folder = Path(ahead().name)
+    status, out, err = json.loads((folder / "first.json").read_text())
+    first = folder / "first"
+    assert status == 0, out + err
+    found = first_contact.read_findings(first)
     assert {(line["step"], line["state"]) for line in found} >= {
         ("device", "note"), ("right", "ok"), ("self-check", "note"), ("memcheck", "skipped"),
     }  # fmt: skip
     judged = [line for line in found if line["step"] == "right" and "error" in line]
     assert len(judged) == 2
     assert all(0 < line["error"] < 1e-5 for line in judged)
-    assert "resnet18" in (tmp_path / "log.txt").read_text()
-    assert len(list(tmp_path.iterdir())) <= 8
-    assert all(path.is_file() for path in tmp_path.iterdir())
+    assert "resnet18" in (first / "log.txt").read_text()
+    assert len(list(first.iterdir())) <= 8
+    assert all(path.is_file() for path in first.iterdir())
     # The same again runs nothing that has ended.
-    process = run(tmp_path, *only, monkeypatch=monkeypatch)
-    assert process.returncode == 0
-    steps = [line["step"] for line in first_contact.read_findings(tmp_path)[len(found) :]]
+    assert json.loads((folder / "second.json").read_text())[0] == 0
+    after = first_contact.read_findings(folder / "second")
+    assert after[: len(found)] == found
+    steps = [line["step"] for line in after[len(found) :]]
     assert steps == ["memcheck"]
 
 
-def test_steps_that_crash_hang_or_find_a_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_that_crash_hang_or_find_a_fault(tmp_path: Path) -> None:
     """Each costs its own time alone, and what it had found is there."""
     script = tmp_path / "planted.py"
     planted = """
@@ -74,25 +92,25 @@ RUN = {"hangs": hangs, "crashes": crashes, "right": lambda found, where: found.a
 if __name__ == "__main__":"""
     script.write_text(SCRIPT.read_text().replace('if __name__ == "__main__":', planted.lstrip()))
     folder = tmp_path / "results"
-    process = run(folder, script=script, monkeypatch=monkeypatch)
-    assert process.returncode == 1
+    status, out, _ = run(folder, script=script)
+    assert status == 1
     lines = [(line["step"], line["state"]) for line in first_contact.read_findings(folder)]
     assert lines == [
         ("hangs", "ok"), ("hangs", "failed"), ("crashes", "wrong"), ("crashes", "failed"),
         ("right", "slow"), ("right", "note"),
     ]  # fmt: skip
     text = (folder / "verdict.txt").read_text()
-    assert text in process.stdout
+    assert text in out
     first, second, third = text.splitlines()[-3:]
     assert first == "1. wrong: [crashes] wrong"
     assert second.startswith("2. failed: [crashes] ended with exit code -11")
     assert third.startswith("3. failed: [hangs] not done after")
 
 
-def test_no_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    process = run(tmp_path, "--total", "1", monkeypatch=monkeypatch)
-    assert process.returncode == 1
-    assert "device: no time left" in process.stdout
+def test_no_time_left(tmp_path: Path) -> None:
+    status, out, _ = run(tmp_path, "--total", "1")
+    assert status == 1
+    assert "device: no time left" in out
 
 
 def test_half_a_line_is_no_finding(tmp_path: Path) -> None:

@@ -1,13 +1,11 @@
 """Each example of the gallery runs, in small, and prints what it is about."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support import load_script
+from support import load_script, processes
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -93,41 +91,40 @@ def test_a_failing_model_fails_its_requests(monkeypatch):
 
 
 def in_two_processes(name, *options):
-    """What has become of an example that torchrun started."""
+    """Exit status, output and errors of an example that torchrun started."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(EXAMPLES / f"{name}.py"), *options]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    environment = {**processes.current_environment(), "OMP_NUM_THREADS": "1"}
+    return processes.run_command(command, 240, environment, Path.cwd())
 
 
-@pytest.mark.parametrize("data_parallel", [False, True])
-def test_sharded_training(data_parallel):
+@pytest.mark.parametrize("options", [[], ["--data-parallel"]], ids=["sharded", "data parallel"])
+@pytest.mark.ahead(lambda options: in_two_processes("train_sharded", "--steps", "25", *options))
+def test_sharded_training(ahead, options):
     """By torchrun, in two processes."""
     pytest.importorskip("sklearn", reason="scikit-learn, which has the images, is not installed")
-    options = ["--data-parallel"] if data_parallel else []
-    done = in_two_processes("train_sharded", "--steps", "25", *options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "4 of 4 modules run fused" in done.stdout
-    assert "statistics of 2 processes" in done.stdout
-    (first, last) = re.search(r"loss ([\d.]+) at first, ([\d.]+) at last", done.stdout).groups()
+    status, out, err = ahead()
+    assert status == 0, err[-3000:]
+    assert "4 of 4 modules run fused" in out
+    assert "statistics of 2 processes" in out
+    (first, last) = re.search(r"loss ([\d.]+) at first, ([\d.]+) at last", out).groups()
     assert float(last) < 0.5 * float(first)
-    (kept,) = figures(done.stdout, r"(\d+) KiB of parameters")
+    (kept,) = figures(out, r"(\d+) KiB of parameters")
     whole = 4 * 78_000 / 2**10  # of a ResNet-8
-    assert kept == pytest.approx(whole if data_parallel else whole / 2, rel=0.1)
+    assert kept == pytest.approx(whole if options else whole / 2, rel=0.1)
 
 
-def test_training_with_accelerate():
+@pytest.mark.ahead(lambda: in_two_processes("train_accelerate", "--epochs", "2"))
+def test_training_with_accelerate(ahead):
     pytest.importorskip("sklearn", reason="scikit-learn, which has the images, is not installed")
     pytest.importorskip("accelerate", reason="Accelerate is not installed")
-    done = in_two_processes("train_accelerate", "--epochs", "2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "4 of 4 modules run fused" in done.stdout
+    status, out, err = ahead()
+    assert status == 0, err[-3000:]
+    assert "4 of 4 modules run fused" in out
     first, last, right = re.search(
-        r"2 processes, bf16: loss ([\d.]+) at first, ([\d.]+) at last; ([\d.]+)% right", done.stdout
+        r"2 processes, bf16: loss ([\d.]+) at first, ([\d.]+) at last; ([\d.]+)% right", out
     ).groups()
     assert float(last) < 0.5 * float(first)
     assert float(right) > 60
-    (unfused,) = figures(done.stdout, r"not fused: ([\d.]+)% right")
+    (unfused,) = figures(out, r"not fused: ([\d.]+)% right")
     assert unfused == pytest.approx(float(right), abs=2)  # without autocast

@@ -1,11 +1,9 @@
 """No warning is printed twice, whatever is fused, reported, run, trained, compiled or unfused."""
 
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from support import processes
 
 SCRIPT = """
 import copy
@@ -59,16 +57,19 @@ for warning in caught:
 """
 
 
+def run(family):
+    code = f"import sys; sys.argv = ['', {family!r}]\n{SCRIPT}"
+    return processes.run_code(code, 300, processes.current_environment())
+
+
 @pytest.mark.parametrize("family", ["torchvision", "cifar", "densenet", "timm", "frozen"])
-def test_no_warning_is_printed_twice(family):
+@pytest.mark.ahead(lambda family: run(family))
+def test_no_warning_is_printed_twice(ahead, family):
     """With every filter open: neither Python's warnings nor what torch writes by itself."""
     if family == "timm":
         pytest.importorskip("timm")
-    command = [sys.executable, "-W", "always", "-c", SCRIPT, family]
-    # -c puts the directory first on sys.path: not the source tree, which has no libraries.
-    where = Path(__file__).parent
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=where)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "ran"
-    counts = Counter(line for line in result.stderr.splitlines() if line.strip())
+    status, out, err = ahead()
+    assert status == 0, err
+    assert out.strip() == "ran"
+    counts = Counter(line for line in err.splitlines() if line.strip())
     assert [line for line, count in counts.items() if count > 1] == []

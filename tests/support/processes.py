@@ -12,34 +12,48 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
 
-# Forks before anything of ours is imported, and before torch has computed anything. The code is the
-# child's `__main__`, and its end that of the interpreter.
+# Forks before anything of ours is imported, and before torch has computed anything: a process that
+# waits, whose memory is this one's, and of that the child. The code is the child's `__main__`, and
+# its end that of the interpreter.
 _SERVER = """
-import json, os, sys
+import json, os, signal, socket
 import torch, torchvision
-for line in iter(sys.stdin.readline, ""):
-    request = json.loads(line)
-    child = os.fork()
-    if child == 0:
+requests = socket.socket(fileno=0)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
+while files := socket.recv_fds(requests, 1, 4)[1]:
+    if os.fork() == 0:
         break
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    for file in files:
+        os.close(file)
 else:
     os._exit(0)
-for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, request["stdout"], os.O_WRONLY),
-                            (2, request["stderr"], os.O_WRONLY)):
-    os.dup2(os.open(path, flags), number)
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+request, out, err, status = files
+child = os.fork()
+if child:
+    os.write(status, b"%d\\n" % child)
+    os.write(status, b"%d\\n" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    os._exit(0)
+with open(request) as file:
+    request = json.load(file)
+requests.detach()
+for number, file in ((0, os.open(os.devnull, os.O_RDONLY)), (1, out), (2, err)):
+    os.dup2(file, number)
+    os.close(file)
+os.close(status)
 os.environ.clear()
 os.environ.update(request["environment"])
 code = compile(request["code"], "<string>", "exec")
@@ -56,22 +70,18 @@ class _Server:
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _SERVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            cwd=TESTS,
-            env=environment,
-        )
-        self.unread = b""
-        self.child: int | None = None
+        self.requests, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with its_end:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _SERVER], stdin=its_end, cwd=TESTS, env=environment
+            )
+        self.children: set[int] = set()
         atexit.register(self.close)
 
     def close(self) -> None:
-        if self.child is not None:
-            os.kill(self.child, signal.SIGKILL)
-        self.process.stdin.close()
+        for child in list(self.children):
+            os.kill(child, signal.SIGKILL)
+        self.requests.close()
         self.process.wait()
 
     def can_run(self, environment: dict[str, str]) -> bool:
@@ -82,41 +92,50 @@ class _Server:
 
     def run(self, code: str, timeout: float, environment: dict[str, str]) -> tuple[int, str, str]:
         with contextlib.ExitStack() as stack:
-            out, err = (
-                stack.enter_context(tempfile.NamedTemporaryFile("r", errors="replace"))
-                for _ in range(2)
+            request, out, err = (
+                stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+                for _ in range(3)
             )
-            request = {
-                "code": code,
-                "environment": environment,
-                "stdout": out.name,
-                "stderr": err.name,
-            }
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.child = self.number(None)
+            json.dump({"code": code, "environment": environment}, request)
+            request.seek(0)
+            reading, writing = os.pipe()
+            status = stack.enter_context(open(reading, "rb", buffering=0))
+            with open(writing, "wb") as end:
+                files = [file.fileno() for file in (request, out, err, end)]
+                socket.send_fds(self.requests, [b"r"], files)
+            child = _number(status, None)
+            self.children.add(child)
             try:
-                return self.number(timeout), out.read(), err.read()
-            except TimeoutError:
-                os.kill(self.child, signal.SIGKILL)
-                self.number(None)
+                code_of_exit = _number(status, timeout)
+            except BaseException as error:
+                os.kill(child, signal.SIGKILL)
+                if not isinstance(error, TimeoutError):
+                    raise
+                _number(status, None)
                 raise subprocess.TimeoutExpired(code, timeout) from None
             finally:
-                self.child = None
-
-    def number(self, timeout: float | None) -> int:
-        """The next line of the process: a child, or what it ended with."""
-        while b"\n" not in self.unread:
-            if not select.select([self.process.stdout], [], [], timeout)[0]:
-                raise TimeoutError
-            data = os.read(self.process.stdout.fileno(), 4096)
-            assert data, "the process that forks is gone"
-            self.unread += data
-        line, _, self.unread = self.unread.partition(b"\n")
-        return int(line)
+                self.children.discard(child)
+            for file in (out, err):
+                file.seek(0)
+            return code_of_exit, out.read(), err.read()
 
 
-# By the thread that they work for and what Triton, imported with torch, does with kernels.
-_servers: dict[tuple[int, str | None], _Server] = {}
+def _number(status: FileIO, timeout: float | None) -> int:
+    """The next line that the waiting process writes: a child, or what it ended with."""
+    line = b""
+    while not line.endswith(b"\n"):
+        if not select.select([status], [], [], timeout)[0]:
+            raise TimeoutError
+        byte = status.read(1)
+        assert byte, "the process that forks is gone"
+        line += byte
+    return int(line)
+
+
+# By what Triton, imported with torch, does with kernels. An import of torch takes 0.4 GB, which all
+# that is forked of a process shares.
+_servers: dict[str | None, _Server] = {}
+_lock = threading.Lock()
 
 
 def run_code(code: str, timeout: float, environment: dict[str, str]) -> tuple[int, str, str]:
@@ -134,11 +153,13 @@ def run_code(code: str, timeout: float, environment: dict[str, str]) -> tuple[in
         subprocess.TimeoutExpired: after the process has been killed.
     """
     interpret = {k: v for k, v in environment.items() if k == "TRITON_INTERPRET"}
-    key = (threading.get_ident(), interpret.get("TRITON_INTERPRET"))
-    if key not in _servers and hasattr(os, "fork"):
-        _servers[key] = _Server({**current_environment(), **interpret})
-    if key in _servers and _servers[key].can_run(environment):
-        return _servers[key].run(code, timeout, environment)
+    key = interpret.get("TRITON_INTERPRET")
+    with _lock:
+        if key not in _servers and hasattr(os, "fork"):
+            _servers[key] = _Server({**current_environment(), **interpret})
+        server = _servers.get(key)
+    if server is not None and server.can_run(environment):
+        return server.run(code, timeout, environment)
     return run_command([sys.executable, "-c", code], timeout, environment, TESTS)
 
 
