@@ -392,7 +392,14 @@ def test_16_bit(network, dtype):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
-    "network", ["preact bottleneck", "d2l", "stochastic depth", "resnet-d shortcut", "densenet"]
+    "network",
+    [
+        "preact bottleneck",
+        "stochastic depth",
+        "densenet",
+        pytest.param("d2l", marks=pytest.mark.whole),
+        pytest.param("resnet-d shortcut", marks=pytest.mark.whole),
+    ],
 )
 def test_tracers(network):
     """torch.compile's front end in one graph, torch.export, TorchScript, fx, make_fx."""

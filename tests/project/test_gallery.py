@@ -98,7 +98,13 @@ def in_two_processes(name, *options):
     return processes.run_command(command, 240, environment, Path.cwd())
 
 
-@pytest.mark.parametrize("options", [[], ["--data-parallel"]], ids=["sharded", "data parallel"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param([], id="sharded"),
+        pytest.param(["--data-parallel"], id="data parallel", marks=pytest.mark.whole),
+    ],
+)
 @pytest.mark.ahead(lambda options: in_two_processes("train_sharded", "--steps", "25", *options))
 def test_sharded_training(ahead, options):
     """By torchrun, in two processes."""

@@ -62,7 +62,16 @@ def run(family):
     return processes.run_code(code, 300, processes.current_environment())
 
 
-@pytest.mark.parametrize("family", ["torchvision", "cifar", "densenet", "timm", "frozen"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "torchvision",
+        "timm",
+        "densenet",
+        pytest.param("cifar", marks=pytest.mark.whole),
+        pytest.param("frozen", marks=pytest.mark.whole),
+    ],
+)
 @pytest.mark.ahead(lambda family: run(family))
 def test_no_warning_is_printed_twice(ahead, family):
     """With every filter open: neither Python's warnings nor what torch writes by itself."""

@@ -223,7 +223,15 @@ def test_weights_that_change():
     assert_right(case.fused(), case.double().eager(conv_of_taps), torch.float32)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "avx512bf16_emulated", "amx_emulated"])
+@pytest.mark.parametrize(
+    "isa",
+    [
+        "avx2",
+        "amx_emulated",
+        pytest.param("avx512", marks=pytest.mark.whole),
+        pytest.param("avx512bf16_emulated", marks=pytest.mark.whole),
+    ],
+)
 @pytest.mark.ahead(lambda isa: rerun_on_instruction_set(isa, __file__, "not other_processors"))
 def test_other_processors(isa, ahead):
     ahead()
