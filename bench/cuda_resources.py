@@ -19,9 +19,19 @@ or the index type, instead of a tile; those of basic_block's have the tile's pix
 those of batch norm's the elements, and where the activation's mask comes from. `narrow` are kernels
 for a residual of fewer channels than the output. `cluster` is of how many blocks; such kernels are
 empty, and left out, where there are no clusters, and their shared memory is what one round takes.
+Those of the convolution for Hopper, `hopper_conv_bn_act`, are of sm_90a alone, and their shared
+memory is what the most filters take; they have a `schedule`, and besides the others' counts
+
+    "loop_instructions": 83,
+    "asynchronous": {"HGMMA": 4, "UTMALDG.3D.MULTICAST": 1, "UTMASTG.2D": 1, "STSM": 16, ...}
+
+the instructions of the smallest loop that has all products, which each warp that multiplies goes
+through for 128 bytes of one tap's channels, and those of Hopper's own.
 `commit` is the checkout's, with a plus where csrc differs from it.
 
     python bench/cuda_resources.py
+
+A table of the convolution for Hopper goes to docs/hopper.md too, between its markers.
 """
 
 from __future__ import annotations
@@ -33,6 +43,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -46,10 +57,17 @@ from fused_resnet.tuning import basic_block, cluster_norm
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "static" / "cuda.json"
+HOPPER_PAGE = ROOT / "docs" / "hopper.md"
+HOPPER_BEGIN = "<!-- machine code: written by bench/cuda_resources.py -->"
+HOPPER_END = "<!-- end of machine code -->"
 LIBRARY = Path(fused_resnet.__file__).parent / "_cuda.abi3.so"
 DTYPES = {"__half": "float16", "__nv_bfloat16": "bfloat16", "float": "float32", "double": "float64"}
 PRODUCTS = ("tensor cores", "tensor cores, tf32", "multiply-adds")
 LOADS = ("vectors", "elements", "diagonal")
+HOPPER = "hopper_conv_bn_act"
+HOPPER_ARCHITECTURE = "sm_90a"
+HOPPER_M, HOPPER_ROW_BYTES, HOPPER_WARPS = 128, 128, 12  # csrc/cuda/hopper/tiles.h
+SCHEDULES = ("together", "turns")
 DIAGONAL_BLOCK = 16  # csrc/cuda/conv_tiles.h
 REGISTERS = 65536  # of a multiprocessor, on all of these
 MOST_LANES = 32  # csrc/cuda/batch_norm.h, as are
@@ -77,6 +95,7 @@ LIMITS = {
 }
 
 
+LIMITS[HOPPER_ARCHITECTURE] = LIMITS["sm_90"]
 WITHOUT_CLUSTERS = ("sm_80", "sm_86")
 
 
@@ -96,9 +115,12 @@ def of_architecture(listing: str, architecture: str) -> str:
 
 
 def architectures() -> list[str]:
-    """What the library was built for: "sm_80"."""
+    """What the library was built for: "sm_80"; behind sm_90, what csrc/cuda/hopper is built for."""
     built = _native.build_info()["cuda"]["architectures"]
-    return ["sm_" + name.removesuffix("+PTX").replace(".", "") for name in built]
+    names = ["sm_" + name.removesuffix("+PTX").replace(".", "") for name in built]
+    if "sm_90" in names and HOPPER_ARCHITECTURE not in names:
+        names.insert(names.index("sm_90") + 1, HOPPER_ARCHITECTURE)
+    return names
 
 
 @cache
@@ -134,6 +156,14 @@ def byte_kernel(kernel: str, arguments: list[str]) -> tuple[dict[str, Any], int,
     return fields, 32 * warps, stages * (m + n) * depth + m * n + n * 5 * 4
 
 
+@cache
+def hopper_tiles() -> list[list[int]]:
+    """The rows of csrc/cuda/hopper/tiles.h, as the operator of that name lists them."""
+    assert _native.cuda_operators is not None, _native.cuda_status
+    numbers = _native.cuda_operators.hopper_conv_tiles()
+    return [numbers[at : at + 6] for at in range(0, len(numbers), 6)]
+
+
 def description(name: str) -> tuple[dict[str, Any], int, int]:
     """A kernel's own fields by its demangled name; its threads and dynamic shared memory."""
     match = re.search(r"(\w+)(?:<(.*?)>)?\(", name)
@@ -145,6 +175,13 @@ def description(name: str) -> tuple[dict[str, Any], int, int]:
     if kernel.startswith("batch_norm"):
         own_fields, threads, shared = batch_norm(kernel, arguments[1:])
         return fields | own_fields, threads, shared
+    if kernel == HOPPER:
+        size, n, stages, cluster, turns, shared = hopper_tiles()[int(arguments[1])]
+        fields |= {"products": PRODUCTS[size == 4], "block_m": HOPPER_M, "block_n": n}
+        fields |= {"block_k": HOPPER_ROW_BYTES // size, "num_warps": HOPPER_WARPS}
+        fields |= {"num_stages": stages}
+        fields |= {"cluster": cluster, "schedule": SCHEDULES[turns]}
+        return fields, 32 * HOPPER_WARPS, shared
     if kernel == "basic_block":
         shape = basic_block.SHAPES[int(arguments[1])]
         names = ("block_m", "block_n", "block_k", "split_k", "num_warps", "num_stages")
@@ -227,7 +264,7 @@ def instructions(listing: str) -> dict[str, Any]:
         base = name.split(".")[0]
         width = re.search(r"\.(U?8|U?16|64|128)\b", name)
         wide = base + (f".{width[1]}" if width else "")
-        if base in ("HMMA", "IMMA"):
+        if base in ("HMMA", "IMMA", "HGMMA"):
             counts["tensor_core"][name] += 1
         elif base in ("LDG", "LDGSTS"):
             counts["global_loads"][wide] += 1
@@ -239,6 +276,36 @@ def instructions(listing: str) -> dict[str, Any]:
         "matrix_loads": matrix_loads,
         **{name: dict(sorted(count.items())) for name, count in counts.items()},
     }
+
+
+def hopper_instructions(listing: str) -> dict[str, Any]:
+    """Counts of what only Hopper's kernels have."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", listing)
+    own = ("HGMMA", "WARPGROUP", "UTMALDG", "UTMASTG", "SYNCS", "STSM", "LDSM", "USETMAXREG")
+    counts = Counter()
+    for _, text in found:
+        name = text.split()[0]
+        if name.split(".")[0] in own:
+            # Of products and barriers the kind is enough.
+            short = (
+                name.split(".")[0] if name.startswith(("HGMMA", "SYNCS", "STSM", "LDSM")) else name
+            )
+            counts[short] += 1
+    return {"loop_instructions": loop_length(found), "asynchronous": dict(sorted(counts.items()))}
+
+
+def loop_length(code: Sequence[tuple[str, str]]) -> int:
+    """How many instructions the smallest loop around all products has, of (address, text)."""
+    addresses = [int(address, 16) for address, _ in code]
+    products = [at for at, (_, text) in zip(addresses, code, strict=True) if "HGMMA" in text]
+    loops = []
+    for at, (_, text) in zip(addresses, code, strict=True):
+        target = re.match(r"BRA\b.*?(0x[0-9a-f]+)", text)
+        if target and int(target[1], 16) <= products[0] and at > products[-1]:
+            begin = int(target[1], 16)
+            loops.append(sum(begin <= address <= at for address in addresses))
+    assert loops, "no loop around the products"
+    return min(loops)
 
 
 @cache
@@ -258,6 +325,8 @@ def entries(architecture: str, library: Path = LIBRARY) -> list[dict[str, Any]]:
         fields, threads, shared = description(demangled(mangled))
         if "cluster" in fields and architecture in WITHOUT_CLUSTERS:
             continue
+        if fields["kernel"] == HOPPER and architecture != HOPPER_ARCHITECTURE:
+            continue
         shared += static
         limits = LIMITS[architecture]
         blocks = resident(limits, threads, registers, shared)
@@ -275,6 +344,7 @@ def entries(architecture: str, library: Path = LIBRARY) -> list[dict[str, Any]]:
                 "occupancy": round(blocks * threads / limits.threads, 4),
             }
             | instructions(bodies[mangled])
+            | (hopper_instructions(bodies[mangled]) if fields["kernel"] == HOPPER else {})
         )
     return sorted(found, key=lambda entry: json.dumps(identity(entry)))
 
@@ -284,7 +354,7 @@ def identity(entry: dict[str, Any]) -> dict[str, Any]:
     names = (
         "kernel", "dtype", "architecture", "products", "loads", "block_m", "block_n", "block_k",
         "num_warps", "num_stages", "residual", "narrow", "elements", "index", "mask",
-        "cluster", "projects",
+        "cluster", "projects", "schedule",
     )  # fmt: skip
     return {name: entry[name] for name in names if name in entry}
 
@@ -309,6 +379,35 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def hopper_table(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What docs/hopper.md says of the convolution for Hopper, from the report's entries."""
+    lines = [
+        "| filters, stages, cluster, schedule | products of a step | instructions of its loop "
+        "| of the kernel | registers | stack | shared memory, KiB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    own = [entry for entry in found if entry["kernel"] == HOPPER and entry["dtype"] != "bfloat16"]
+    for entry in sorted(own, key=lambda entry: (entry["dtype"], -entry["block_n"])):
+        tf32 = ", tf32" if entry["dtype"] == "float32" else ""
+        ((product, count),) = entry["tensor_core"].items()
+        cells = [
+            f"{entry['block_n']}, {entry['num_stages']}, {entry['cluster']}, "
+            f"{entry['schedule']}{tf32}",
+            f"{count} `{product}`", entry["loop_instructions"], entry["instructions"],
+            entry["registers"], entry["stack_bytes"], f"{entry['shared_bytes'] / 1024:.0f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def write_hopper_page(found: Sequence[Mapping[str, Any]], page: Path = HOPPER_PAGE) -> None:
+    before, begin, rest = page.read_text().partition(HOPPER_BEGIN)
+    _, end, behind = rest.partition(HOPPER_END)
+    assert end, f"{page} has no markers"
+    table = "\n".join(hopper_table(found))
+    page.write_text(f"{before}{begin}\n{table}\n{end}{behind}")
+
+
 def main() -> None:
     info = _native.build_info()["cuda"]
     assert info is not None, "built without CUDA kernels"
@@ -324,6 +423,7 @@ def main() -> None:
     found = [entry for architecture in architectures() for entry in entries(architecture)]
     lines = ",\n  ".join(json.dumps(entry) for entry in found)
     REPORT.write_text(json.dumps(head)[:-1] + f', "entries": [\n  {lines}\n]}}\n')
+    write_hopper_page(found)
     for entry in found:
         what = " ".join(str(value) for value in identity(entry).values())
         print(

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 from backends.cuda import mutate_cuda
-from support import cuda_on_host, processes
+from support import cuda_on_host, load_script, processes
 
 from fused_resnet import _native, backends
 from fused_resnet.tuning import basic_block
 
 ROOT = Path(__file__).parents[3]
+cuda_resources = load_script(ROOT / "bench" / "cuda_resources.py")
+
 STATIC = json.loads((ROOT / "bench" / "results" / "static" / "cuda.json").read_text())
 MUTANTS = mutate_cuda.read_report()
+OF_THE_DRIVER = 1024  # bytes of a block's shared memory, which the compiler counts from Hopper on
 
 on_host = pytest.mark.skipif(not backends.cuda.on_host(), reason="for the kernels on the host")
 
@@ -67,8 +70,10 @@ def test_every_instance_is_listed():
     )
     fields = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
     architectures = {entry["architecture"] for entry in STATIC["entries"]}
-    assert {f"sm_{name.removesuffix('+PTX').replace('.', '')}" for name in STATIC["architectures"]}
-    assert len(architectures) == len(STATIC["architectures"]) >= 5
+    architectures.remove(cuda_resources.HOPPER_ARCHITECTURE)
+    named = {f"sm_{name.removesuffix('+PTX').replace('.', '')}" for name in STATIC["architectures"]}
+    assert architectures == named
+    assert len(architectures) >= 5
     for architecture in architectures:
         listed = Counter(
             (
@@ -80,6 +85,50 @@ def test_every_instance_is_listed():
             if entry["architecture"] == architecture and entry["kernel"] == "conv_bn_act"
         )
         assert listed == tiles, architecture
+
+
+@pytest.mark.skipif(_native.cuda_operators is None, reason="nothing to read tiles.h with")
+def test_every_instance_for_hopper_is_listed():
+    """In both 16-bit dtypes or in float32, for compute capability 9.0a alone, within its budget."""
+    numbers = _native.cuda_operators.hopper_conv_tiles()
+    expected = Counter()
+    for at in range(0, len(numbers), 6):
+        size, n, stages, cluster, turns, shared = numbers[at : at + 6]
+        for dtype in ("float16", "bfloat16") if size == 2 else ("float32",):
+            schedule = cuda_resources.SCHEDULES[turns]
+            expected[dtype, n, stages, cluster, schedule, shared + OF_THE_DRIVER] += 1
+    listed = Counter()
+    for entry in STATIC["entries"]:
+        if entry["kernel"] != cuda_resources.HOPPER:
+            continue
+        assert entry["architecture"] == "sm_90a"
+        names = ("dtype", "block_n", "num_stages", "cluster", "schedule", "shared_bytes")
+        listed[tuple(entry[name] for name in names)] += 1
+        assert entry["blocks_per_multiprocessor"] == 1
+        assert (entry["registers"], entry["threads"]) == (168, 384)
+        # Of 128 bytes of channels: four products for each 64 rows of a consumer.
+        rows = 128 if entry["schedule"] == "turns" else 64
+        assert sum(entry["tensor_core"].values()) == 4 * rows // 64
+        assert entry["loop_instructions"] < entry["instructions"]
+    assert listed == expected
+
+
+def test_what_the_page_of_hopper_says():
+    """The table of the machine code, and the model's instructions of a step."""
+    page = cuda_resources.HOPPER_PAGE.read_text()
+    _, _, rest = page.partition(cuda_resources.HOPPER_BEGIN)
+    table, _, _ = rest.partition(cuda_resources.HOPPER_END)
+    assert table.strip().splitlines() == cuda_resources.hopper_table(STATIC["entries"])
+    loops = {
+        entry["cluster"]: entry["loop_instructions"]
+        for entry in STATIC["entries"]
+        if entry["kernel"] == cuda_resources.HOPPER
+        and (entry["block_n"], entry["dtype"]) == (256, "float16")
+    }
+    alone, both = loops[1], loops[2]
+    (row,) = [line for line in page.splitlines() if line.startswith("| instructions, of 4 a cycle")]
+    assert row.split("|")[3:5] == [f" {8 * alone // 4} ", f" {8 * both // 4} "]
+    assert f"{alone} ({both}) in the loop of each of eight warps" in page
 
 
 def test_tensor_cores_and_wide_accesses():
@@ -115,7 +164,7 @@ def test_kernels_of_clusters_are_listed():
     """Forward with and without a mask, backward with four kinds, in every dtype, without spills."""
     listed = Counter()
     for entry in STATIC["entries"]:
-        if "cluster" in entry:
+        if "cluster" in entry and entry["kernel"].startswith("batch_norm"):
             listed[entry["architecture"]] += 1
             assert entry["stack_bytes"] == 0, entry
             assert entry["blocks_per_multiprocessor"] >= 2, entry

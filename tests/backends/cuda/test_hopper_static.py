@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from support import cuda_on_host, load_script
+
+from fused_resnet import _native
 
 ROOT = Path(__file__).parents[3]
 cuda_resources = load_script(ROOT / "bench" / "cuda_resources.py")
@@ -31,6 +34,8 @@ class Kernel:
     n: int
     cluster: int
     takes_turns: bool
+    name: str
+    listing: str
     instructions: list[str]
 
     @property
@@ -67,7 +72,7 @@ def compiled(request, tmp_path_factory):
         name, _, body = part.partition("\n")
         index = int(re.search(r"hopper_conv_bn_act\w*?Li(\d+)E", name)[1])
         instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", body)
-        found[index] = Kernel(*tiles()[index], instructions)
+        found[index] = Kernel(*tiles()[index], name.strip(), body, instructions)
     size = 4 if request.param == "float32" else 2
     assert sorted(found) == [i for i, tile in enumerate(tiles()) if tile[0] == size]
     return request.param, done.stderr, found.values()
@@ -135,3 +140,31 @@ def test_copies_are_the_hardwares(compiled):
             assert opcodes(code, "LDSM") == ["LDSM.16.M88.4"] * rounds
         clusters = opcodes(code, "UCGABAR_ARV")
         assert len(clusters) == (2 if kernel.cluster > 1 else 0)
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
+@pytest.mark.skipif(_native.cuda_operators is None, reason="nothing to read tiles.h with")
+def test_the_report_is_of_these_kernels(compiled):
+    """`bench/results/static/cuda.json`, which docs/hopper.md has its numbers from.
+
+    Another compiler may make other code, but for the instructions that the source names.
+    """
+    _, _, kernels = compiled
+    report = json.loads(cuda_resources.REPORT.read_text())
+    version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True)
+    own = ["tensor_core"]
+    if f"V{report['nvcc']}" in version.stdout:
+        own += ["instructions", "loop_instructions", "asynchronous", "matrix_loads"]
+        own += ["global_loads", "global_stores"]
+    entries = [e for e in report["entries"] if e["kernel"] == cuda_resources.HOPPER]
+    for kernel in kernels:
+        fields, threads, shared = cuda_resources.description(cuda_resources.demangled(kernel.name))
+        fields |= {"architecture": cuda_resources.HOPPER_ARCHITECTURE}
+        (entry,) = [e for e in entries if cuda_resources.identity(e) == fields]
+        assert entry["registers"] == REGISTERS
+        assert entry["stack_bytes"] == 0
+        # 1 KiB of it is the driver's.
+        assert (entry["threads"], entry["shared_bytes"]) == (threads, shared + 1024)
+        counted = cuda_resources.instructions(kernel.listing)
+        counted |= cuda_resources.hopper_instructions(kernel.listing)
+        assert {key: entry[key] for key in own} == {key: counted[key] for key in own}, fields
