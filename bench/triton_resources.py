@@ -51,7 +51,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.errors import OutOfResources
 
-from fused_resnet.backends.triton import bottleneck, chains, conv, quantized, stem, training_conv
+from fused_resnet.backends.triton import (
+    bottleneck,
+    chains,
+    conv,
+    folded,
+    quantized,
+    stem,
+    training_conv,
+)
 from fused_resnet.backends.triton import launch as launcher
 from fused_resnet.backends.triton import norm as batch_norm
 from fused_resnet.backends.triton import problem as problems
@@ -264,6 +272,8 @@ def launches(
     kernel: str = CHAIN,
     dependent: bool = False,
     prologue: bool = False,
+    together: bool = False,
+    activation: str = "relu",
 ) -> list[Launch]:
     """What a call of the backend would launch, found by making one with fake tensors.
 
@@ -273,12 +283,15 @@ def launches(
         kernel: of a chain's problem "chain" or "pair".
         dependent: whether the launches are those of a row; see `conv_kernels.py`.
         prologue: whether the input of a convolution is normalised on its way.
+        together: whether it has norms that are folded, and tickets, as within `folded.shared`.
+        activation: behind a convolution.
     """
     recorded: list[Launch] = []
     dtype = torch.float32 if problem.dtype == "tfloat32" else getattr(torch, problem.dtype)
     precision = "tf32" if problem.dtype == "tfloat32" else "ieee"
     asking = (conv, stem, problems)
     kept = launcher.launch_kernel, conv.precision
+    token = folded.current.set(_Together() if together else None)
     launcher.launch_kernel = recorder(recorded, dependent)
     for module in asking:
         module.precision = lambda _: precision
@@ -296,19 +309,34 @@ def launches(
             layer = ConvNorm(w.permute(0, 3, 1, 2), norm, None, *geometry)
             x = x.permute(0, 3, 1, 2)
             if problem.pool is not None:
-                stem.conv_bn_act_max_pool(x, layer, "relu", tile)
+                stem.conv_bn_act_max_pool(x, layer, activation, tile)
             else:
                 residual = None
                 if problem.residual:
                     shape = (problem.N, problem.P, problem.Q, problem.K)
                     residual = torch.empty(shape, dtype=dtype).permute(0, 3, 1, 2)
                 table = torch.empty(3, problem.C) if prologue else None
-                conv.conv_bn_act(x, layer, residual, "relu", tile, table)
+                conv.conv_bn_act(x, layer, residual, activation, tile, table)
     finally:
         launcher.launch_kernel, library_precision = kept
+        folded.current.reset(token)
         for module in asking:
             module.precision = library_precision
     return recorded
+
+
+class _Together:
+    """`folded.Shared` of any norms."""
+
+    taken = 0
+
+    @property
+    def tickets(self) -> torch.Tensor:
+        return torch.empty(folded.TICKETS, dtype=torch.int32)
+
+    def vectors(self, norm: Norm, _: object) -> tuple[torch.Tensor, torch.Tensor]:
+        scale, shift = torch.empty(2, norm.mean.numel()).unbind()
+        return scale, shift
 
 
 def _launch_chain(problem: ChainProblem, tile: Tile, dtype: torch.dtype, kernel: str) -> None:

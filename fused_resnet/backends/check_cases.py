@@ -41,6 +41,8 @@ _MOST_IMAGES = 16
 _OUTPUTS = (3, 4, 6, 9, 13, 18)
 # Images of norms, (N, H, W): with a multiple of 16 pixels each, and without.
 _QUANTIZED_SIZE = (2, 13, 11)
+# Less than a program has, more, and as many as some.
+_FOLDED_CHANNELS = (48, 300, 512)
 _NORM_SIZES = {True: (3, 16, 19), False: (3, 17, 19)}
 
 
@@ -265,6 +267,45 @@ def chain(
 
     def by_kernel() -> list[Tensor]:
         return [t for t in run(reduced, x, (*main, projection, following)) if t is not None]
+
+    return Case(by_kernel, by_library)
+
+
+def folded_norms(
+    dtype: torch.dtype,
+    device: torch.device,
+    table: Callable[[Sequence[ConvNorm]], Sequence[Tensor]],
+) -> Case:
+    """Scales and shifts of norms of several lengths behind convolutions with and without a bias.
+
+    `table` returns these, layer after layer, and zeros.
+    """
+    draw = _Draw(dtype, device)
+    layers = []
+    for channels in _FOLDED_CHANNELS:
+        bias = draw.values(channels) if channels % _MULTIPLE else None
+        weight = draw.images(channels, 1, 1, 1)
+        geometry = ((1, 1), (0, 0), (1, 1), 1)
+        layers.append(ConvNorm(weight, draw.norm(channels), bias, *geometry))
+    without = layers[0]
+    layers.append(without._replace(norm=without.norm._replace(weight=None, bias=None)))
+
+    def by_library(cast: _Cast) -> list[Tensor]:
+        found = []
+        for layer in layers:
+            # Of what is stored, in float32 at least, as kernels compute.
+            vectors = (*layer.norm[:4], layer.bias)
+            given: list[Any] = [None if t is None else cast(t.float()) for t in vectors]
+            mean, var, weight, bias, behind = given
+            scale = (var + layer.norm.eps).rsqrt() * (1 if weight is None else weight)
+            shift = (-mean if behind is None else behind - mean) * scale
+            shift = shift if bias is None else shift + bias
+            found += [scale, shift]
+        return [*found, torch.ones(1, device=device)]
+
+    def by_kernel() -> list[Tensor]:
+        *vectors, zeros = table(layers)
+        return [*vectors, 1 + zeros.abs().amax(0, keepdim=True).float()]
 
     return Case(by_kernel, by_library)
 

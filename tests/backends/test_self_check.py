@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import warnings
@@ -16,9 +17,9 @@ from conftest import RUNNERS, Runner
 from hypothesis import strategies as st
 from support import assert_same_bits
 from support.threads import run_in_threads
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import fused_resnet
 from fused_resnet import backends, functional, reference
@@ -31,13 +32,16 @@ from fused_resnet.layers.quantized import (
     QuantizedConv,
     QuantizedStem,
 )
-from fused_resnet.tuning import ChainProblem, ConvProblem
+from fused_resnet.modules import network
+from fused_resnet.testing import randomize_
+from fused_resnet.tuning import ChainProblem, Choice, ConvProblem, Tile
+from fused_resnet.tuning.choice import PAIR
 from fused_resnet.tuning.problem import BasicBlockProblem
 
 CPU = torch.device("cpu")
 if "triton" in {runner.name for runner in RUNNERS}:
     import triton
-    import triton.language as tl  # noqa: F401  (Triton wants to see it beside its functions)
+    import triton.language as tl
 
     right_sum = None
 
@@ -50,6 +54,21 @@ if "triton" in {runner.name for runner in RUNNERS}:
             input_ptr, above_ptr, weight_ptr, table_ptr, side_ptr, rows, h, w, columns, first,
             last - 1, *rest,
         )  # fmt: skip
+
+    right_fold = None
+
+    @triton.jit
+    def misplaced_fold(
+        rows_ptr, mean_ptr, table_ptr, ticket_ptr, count, length, tickets, FIELDS: tl.constexpr,
+        BLOCK: tl.constexpr, DEPENDENT: tl.constexpr = False,
+    ):  # fmt: skip
+        right_fold(
+            rows_ptr, mean_ptr, table_ptr, ticket_ptr, count, length - 16, tickets, FIELDS, BLOCK
+        )
+
+    @triton.jit
+    def is_first(ticket_ptr, tile, sharing: tl.constexpr):
+        return tl.atomic_add(ticket_ptr + tile, 1, sem="acq_rel", scope="gpu") == 0
 
     @triton.jit
     def small_product(x, invstd):
@@ -216,6 +235,75 @@ def test_right_kernels_of_triton_are_used(name: str) -> None:
     assert len(found()) == 1
     for family, verdict in found().items():
         assert verdict.passed, f"{family}: {verdict}"
+
+
+def shared_pass(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Launches of blocks that share norms and sums, whose result is close to the library's."""
+    backends.triton.launchers()
+    from fused_resnet.backends.triton import chains, launch
+
+    choice = Choice(PAIR, Tile(16, 16, 16, 2, 4, 2), "test")
+    monkeypatch.setattr(chains, "choose", lambda *_: choice)
+    torch.manual_seed(2)
+    stage = randomize_(nn.Sequential(Bottleneck(64, 16), Bottleneck(64, 16)).eval())
+    right = copy.deepcopy(stage)
+    stage = fused_resnet.fuse(stage).half()
+    x = images(2, 64, 5, 6, dtype=torch.float16)
+    with torch.no_grad(), fused_resnet.use_backend("triton"), launch.logged() as log:
+        ours = network.stages_forward([stage], x)
+    with torch.no_grad():
+        assert are_close(ours.float(), right(x.float()))
+    return [one.kernel for one in log]
+
+
+@TRITON
+def test_right_shared_launches_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launch that folds norms, and whatever reads its table and draws its tickets."""
+    kernels = shared_pass(monkeypatch)
+    assert kernels[0] == "fold_norms_kernel"
+    assert "sum_partials_kernel" not in kernels
+    parts = [family.kernel for _, family in self_check._known]
+    assert parts[0] == "norms folded in one launch"
+    assert all("norms folded before" in part for part in parts[1:]), parts
+    assert {part.partition(" of ")[0] for part in parts} >= {"pair"}
+    for family, verdict in found().items():
+        assert verdict.passed, f"{family}: {verdict}"
+    # By themselves they are compiled otherwise, and checked again.
+    count = len(found())
+    with fused_resnet.use_backend("triton"):
+        convolved(torch.float16, taps=1)
+    assert len(found()) == count + 1
+
+
+@TRITON
+def test_wrong_folding_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends.triton.launchers()
+    from fused_resnet.backends.triton import folded
+
+    monkeypatch.setitem(globals(), "right_fold", folded.fold_norms_kernel)
+    monkeypatch.setattr(folded, "fold_norms_kernel", misplaced_fold)
+    with pytest.warns(UserWarning, match=r"triton: norms folded in one launch.*relative error"):
+        kernels = shared_pass(monkeypatch)
+    assert "misplaced_fold" not in kernels
+    assert kernels.count("sum_partials_kernel") == 1
+    wrong = [family.kernel for (_, family), one in self_check._known.items() if not one.passed]
+    assert wrong == ["norms folded in one launch"]
+
+
+@TRITON
+def test_wrong_tickets_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever adds up before the last has come adds what is not there."""
+    backends.triton.launchers()
+    from fused_resnet.backends.triton import device
+
+    monkeypatch.setattr(device, "is_last", is_first)
+    with pytest.warns(UserWarning, match=r"triton: pair of width 16.*(relative error|NaN)"):
+        kernels = shared_pass(monkeypatch)
+    # The last block's has no sum that is shared.
+    assert kernels.count("bottleneck_kernel") == 1
+    wrong = [family.kernel for (_, family), one in self_check._known.items() if not one.passed]
+    assert len(wrong) == 1
+    assert "norms folded before" in wrong[0]
 
 
 @TRITON

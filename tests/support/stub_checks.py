@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from cuda_stub import Launch, Stub
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,7 +37,9 @@ from fused_resnet import tuning
 from fused_resnet.backends import arranged, triton
 from fused_resnet.backends.triton import (
     bottleneck,
+    chains,
     conv_kernels,
+    folded,
     inference,
     launch,
     training,
@@ -116,6 +119,7 @@ class Names:
 
     def __init__(self) -> None:
         self.of_launches: list[list[str | None]] = []
+        self.kept: dict[int, str] = {}
 
     def add(self, kernel: Any, compiled: Any, grid: Any, arguments: Any, constants: Any) -> None:
         """One launch: None for what is no pointer."""
@@ -125,6 +129,10 @@ class Names:
 
     def add_rows(self, weight: Tensor, rows: Tensor) -> None:
         """What a launch reads instead of a weight."""
+
+    def add_kept(self, tensor: Tensor, *_: Any) -> None:
+        """What a launch reads that was made of parameters."""
+        self.kept[tensor.data_ptr()] = "kept"
 
 
 def followed(
@@ -173,7 +181,7 @@ def followed(
 def origins(pass_: Callable[[], Tensor], names: Names, moved: list[launch.Launch]) -> list[tuple]:
     """`followed` of what a pass launches."""
     tensors = {t.data_ptr(): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
-    tensors[x.data_ptr()] = "input"
+    tensors |= names.kept | {x.data_ptr(): "input"}
     stub.reset()
     output = pass_().data_ptr()
     return followed(stub.launches(), names.of_launches, moved, tensors, output)
@@ -471,6 +479,178 @@ def check_capture() -> None:
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             assert planned(lambda: model(other))
         assert {one.stream for one in stub.launches()} != {0}
+
+
+# ---- What the launches of a pass share ----
+
+
+def kept_of(net: ResNet) -> folded._Kept:
+    """What is kept for the norms of a model's blocks."""
+    return folded._kept[id(net.layer1[0].bn1.running_mean)]
+
+
+def rows_of(net: ResNet) -> folded.Rows:
+    """Those that were made last."""
+    return [*kept_of(net).rows.values()][-1]
+
+
+@torch.no_grad()
+def check_sums_and_norms_take_one_launch() -> None:
+    """Instead of one for each shared sum; no launch reads a norm's parameters but that one."""
+    with launch.logged() as log:
+        network._resnet_features(model, x)
+    with launch.logged() as alone, _set(chains, "together", lambda *_: contextlib.nullcontext()):
+        network._resnet_features(model, x)
+    kernels = [one.kernel for one in log]
+    sums = [one.kernel for one in alone].count("sum_partials_kernel")
+    assert sums >= 1, [one.kernel for one in alone]
+    assert "sum_partials_kernel" not in kernels
+    assert kernels.count("fold_norms_kernel") == 1
+    assert len(kernels) == len(alone) - sums + 1, (kernels, len(alone))
+    settled()
+    with torch.inference_mode():
+        assert planned(lambda: model(x))
+    launches = stub.launches()
+    place = kernels.index("fold_norms_kernel")
+    norms = [
+        tensor.data_ptr()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if tensor.dim() == 1 and name.startswith("layer")
+    ]
+    later = {value for one in launches[place:] for value in one.parameters}
+    # Its one norm says what dtype the others have.
+    assert later & set(norms) == {model.layer1[0].bn1.running_mean.data_ptr()}
+    rows = rows_of(model).values.cpu()
+    assert set(norms) <= set(rows[:, :4].flatten().tolist())
+
+
+@torch.no_grad()
+def check_launches_of_whole_networks() -> None:
+    """At batch 1, none of which happens: what is compiled for them takes long."""
+    images = draw(1, 3, 224, 224)
+    counts = {}
+    for make in (torchvision.models.resnet18, torchvision.models.resnet50):
+        net = fused_resnet.fuse(make().half().to(memory_format=torch.channels_last).eval().cuda())
+        for together in (True, False):
+            with contextlib.ExitStack() as stack:
+                if not together:
+                    alone = lambda *_: contextlib.nullcontext()  # noqa: E731
+                    stack.enter_context(_set(chains, "together", alone))
+                log = stack.enter_context(launch.logged(run=False))
+                network._resnet_features(net, images)
+            kernels = [one.kernel for one in log]
+            counts[make.__name__, together] = len(kernels), kernels.count("sum_partials_kernel")
+    for name in ("resnet18", "resnet50"):
+        (few, none), (many, sums) = counts[name, True], counts[name, False]
+        assert none == 0, counts
+        assert few == many - sums + 1, counts
+    assert counts["resnet50", False] == (65, 21), counts
+    assert counts["resnet50", True] == (45, 0), counts
+
+
+@torch.no_grad()
+def check_norms_that_move_are_found_again() -> None:
+    """The addresses that a plan reads from the device are those of now, or it is not used."""
+    net = make_model()
+    net(x)
+    assert planned(lambda: net(x))
+    norm = net.layer1[0].bn2
+    norm.running_var.mul_(2)
+    assert planned(lambda: net(x)), "values changed in place"
+    norm.running_var.data = norm.running_var.data.clone()
+    assert not planned(lambda: net(x)), "another address"
+    assert planned(lambda: net(x))
+    rows = rows_of(net)
+    assert norm.running_var.data_ptr() in rows.values.cpu().flatten().tolist()
+    norm.weight.data = norm.weight.data[:1].expand(norm.num_features)
+    assert not planned(lambda: net(x)), "other strides, where nothing else is different"
+
+
+@torch.no_grad()
+def check_addresses_go_with_their_parameters() -> None:
+    """Whatever a pass and its plan have kept of them."""
+
+    def run() -> tuple[int, weakref.ref[Tensor]]:
+        net = make_model()
+        net(x)
+        assert planned(lambda: net(x))
+        runs.clear()
+        return id(net.layer1[0].bn1.running_mean), weakref.ref(rows_of(net).values)
+
+    name, values = run()
+    gc.collect()
+    assert name not in folded._kept
+    assert values() is None
+
+
+@torch.no_grad()
+def check_addresses_that_a_graph_reads_are_kept() -> None:
+    """A graph of a caller's own may be replayed when the parameters have moved."""
+    net = make_model()
+    net(x), net(x)
+    kept, rows = kept_of(net), rows_of(net)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert planned(lambda: net(x))
+    assert any(values is rows.values for values in kept.captured)
+    kept.captured.clear()
+    plans.forget(net)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with launch.logged() as log:
+            network._resnet_features(net, x)
+        assert "fold_norms_kernel" in [one.kernel for one in log]
+    assert rows_of(net) is rows
+    assert any(values is rows.values for values in kept.captured)
+    net.layer1[0].bn1.weight.data = net.layer1[0].bn1.weight.data.clone()
+    net(x)
+    assert rows_of(net).values is not rows.values
+    assert any(values is rows.values for values in kept_of(net).captured)
+
+
+@torch.no_grad()
+def check_addresses_stay_for_streams_that_read_them() -> None:
+    """Their memory is not given away before another stream than that of their making is done."""
+    net = make_model()
+    recorded: list[tuple[Tensor, torch.cuda.Stream]] = []
+    record = Tensor.record_stream
+    stream = torch.cuda.Stream()
+    with _set(Tensor, "record_stream", lambda t, s: recorded.append((t, s)) or record(t, s)):
+        network._resnet_features(net, x)
+        values = rows_of(net).values
+        assert not recorded, "it is of this stream"
+        with torch.cuda.stream(stream):
+            network._resnet_features(net, x)
+        assert [(t is values, s) for t, s in recorded] == [(True, stream)]
+        recorded.clear()
+        net(x), net(x)
+        assert not recorded
+        with torch.cuda.stream(stream):
+            assert planned(lambda: net(x))
+        assert [(t is values, s) for t, s in recorded] == [(True, stream)]
+
+
+@torch.no_grad()
+def check_norms_that_move_often_are_not_shared() -> None:
+    """No more is kept of them than of a few places, and the pass runs without."""
+    net = make_model()
+
+    def shares() -> bool:
+        with launch.logged() as log:
+            network._resnet_features(net, x)
+        kernels = [one.kernel for one in log]
+        assert ("fold_norms_kernel" in kernels) != ("sum_partials_kernel" in kernels), kernels
+        return "fold_norms_kernel" in kernels
+
+    old: list[nn.Parameter] = []
+    with _set(folded, "_MOST_MADE", 3):
+        for _ in range(3):
+            assert shares()
+            # Another parameter is another list, beside those that there are.
+            old.append(net.layer1[0].bn2.weight)
+            net.layer1[0].bn2.weight = nn.Parameter(old[-1].detach().clone())
+        assert not shares()
+        assert len(kept_of(net).rows) == 3
+        net.layer1[0].bn2.weight = old[0]
+        assert shares(), "where rows are, they are used"
 
 
 # ---- Models that are not channels_last ----

@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ...layers.description import ConvNorm, output_size
 from ...tuning.chain import slice_stages
 from ...tuning.choice import Tile
-from . import conv, device, launch
+from . import conv, device, folded, launch
 from .problem import ceil_div
 
 
@@ -121,6 +121,7 @@ def bottleneck_kernel(
     output_ptr,
     next_ptr,
     partial_ptr,
+    ticket_ptr,
     M,
     H,
     W,
@@ -170,7 +171,8 @@ def bottleneck_kernel(
 
     With R = 0 the 3x3 has a launch of its own, and `input` is `h`. With SPLIT > 1 (then R = 0) that
     many programs share a tile's slices, and each writes its part of `sum`, in float32, to
-    `partial[z, m]`, which `conv_kernels.sum_partials_kernel` adds up in order.
+    `partial[z, m]`; the last one to draw from `ticket`, zero at first, adds them up in order, or
+    without tickets `conv_kernels.sum_partials_kernel`.
 
     DEPENDENT is explained at the top of `conv_kernels.py`.
 
@@ -269,6 +271,18 @@ def bottleneck_kernel(
             part = part.to(tl.int64)
         offsets = (part * M + m)[:, None] * NEXT + following[None, :]
         tl.store(partial_ptr + offsets, sum, mask=row_exists[:, None])
+        if ticket_ptr is not None:  # noqa: SIM102  (this one is decided at compile time)
+            if device.is_last(ticket_ptr, tl.program_id(0), SPLIT):
+                part_ptrs = partial_ptr + m.to(tl.int64)[:, None] * NEXT + following[None, :]
+                sum = tl.zeros((BLOCK_M, NEXT), dtype=tl.float32)
+                for _ in range(SPLIT):
+                    sum += tl.load(part_ptrs, mask=row_exists[:, None], other=0.0)
+                    part_ptrs += tl.cast(M, tl.int64) * NEXT
+                device.finish(
+                    sum, m, row_exists, 0, NEXT, reduce_mean_ptr, reduce_var_ptr,
+                    reduce_bn_weight_ptr, reduce_bn_bias_ptr, reduce_bias_ptr, reduce_eps, None, 0,
+                    0, 0, 0, next_ptr, P, Q, NEXT, False, 1, 0.0, 0.0,
+                )  # fmt: skip
     elif NEXT > 0:
         device.finish(
             sum, m, row_exists, 0, NEXT, reduce_mean_ptr, reduce_var_ptr, reduce_bn_weight_ptr,
@@ -339,9 +353,12 @@ def bottleneck(
         ]
         project_stride = (1, 1) if project is None else project.stride
         split = tile.split_k if convolution is None and reduce is not None else 1
-        partial = None
+        partial = tickets = None
+        tiles = ceil_div(M, tile.block_m)
         if split > 1:
             partial = input.new_empty((split, M, following), dtype=torch.float32)
+            tickets = folded.take_tickets(tiles)
+        finishes = partial is None or tickets is not None
         wide = launch.is_wide(pixels, source, output, *weights, partial)
         partly = {
             "shortcut_ptr": functools.partial(
@@ -355,12 +372,12 @@ def bottleneck(
         launch.launch_kernel(
             input,
             bottleneck_kernel,
-            (ceil_div(M, tile.block_m), split),
+            (tiles, split),
             (
                 pixels, weights[0], *_norm(convolution), weights[1], *_norm(expand), source,
                 weights[2], *_norm(project), weights[3],
-                *_norm(reduce if partial is None else None), output,
-                next_input if partial is None else None, partial, M, H, W, P, Q, K,
+                *_norm(reduce if finishes else None), output, next_input if finishes else None,
+                partial, tickets, M, H, W, P, Q, K,
                 *_strides(pixels), *_strides(source),
             ),
             writes=("output_ptr", "next_ptr", "partial_ptr"),
@@ -387,7 +404,7 @@ def bottleneck(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )  # fmt: skip
-        if partial is not None and reduce is not None and next_input is not None:
+        if not finishes and partial is not None and reduce is not None and next_input is not None:
             conv.sum_partials(input, partial, reduce.norm, reduce.bias, next_input, wide)
     reduced = None if next_input is None else next_input.permute(0, 3, 1, 2)
     return output.permute(0, 3, 1, 2), reduced
@@ -397,7 +414,8 @@ def _norm(layer: ConvNorm | None) -> tuple[Any, ...]:
     """Mean, variance, weight, bias, the convolution's bias and eps of a layer."""
     if layer is None:
         return (None, None, None, None, None, 0.0)
-    return *layer.norm[:4], layer.bias, layer.norm.eps
+    parameters, eps = folded.parameters_of(layer.norm, layer.bias)
+    return *parameters, eps
 
 
 def _strides(pixels: Tensor) -> tuple[int, int, int]:

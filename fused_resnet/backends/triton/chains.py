@@ -20,7 +20,7 @@ from ...tuning import chain
 from ...tuning.choice import CHAIN, CHAIN_WITHOUT_NEXT, CHAINED, PAIR, Choice, Tile
 from ...tuning.problem import ChainProblem
 from ..self_check import settled
-from . import bottleneck, checks, launch
+from . import bottleneck, checks, folded, launch
 from .inference import conv_bn_act
 from .problem import run_chosen
 
@@ -39,20 +39,31 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
     convolution.
 
     Returns:
-        None where there is no chain at all, or something does not fit together: convolution by
-        convolution the reason comes out.
+        None where there is no chain at all and nothing to share, or something does not fit
+        together: convolution by convolution the reason comes out.
     """
-    if not any(chain.has_chain(block) for block in blocks):
+    has_chain = any(chain.has_chain(block) for block in blocks)
+    if not has_chain and len(blocks) == 1:
         return None
     problems = chain.problems_of(input, blocks)
     if problems is None:
         return None
     choices = [None if one is None else choose(one, input.device) for one in problems]
     chained = any(choice is not None and choice.kernel in CHAINED for choice in choices)
-    if not chained and not _overlaps(input):
+    overlaps = has_chain and _overlaps(input)
+    if not chained and not overlaps and len(blocks) == 1:
         return None
-    with row(input):
+    with row(input) if overlaps else contextlib.nullcontext(), together(input, blocks):
         return _run_all(input, blocks, problems, choices)
+
+
+def together(input: Tensor, blocks: Sequence[Block]) -> AbstractContextManager[None]:
+    """What launches of several blocks share; of a single one it would not pay."""
+    if len(blocks) == 1 or input.numel() == 0:
+        return contextlib.nullcontext()
+    if not checks.trusts_folding(blocks[0].layers[0].norm.mean):
+        return contextlib.nullcontext()
+    return folded.shared(input, [layer for block in blocks for layer in block.layers])
 
 
 def row(input: Tensor) -> AbstractContextManager[None]:
@@ -110,8 +121,9 @@ def run(
     wide, expand, projection, following = layers
     assert wide is not None
     assert expand is not None
+    where = (launch.open_row.get() is None, folded.current.get() is None)
     if choice.kernel not in CHAINED or not (
-        settled.get((problem, choice, launch.open_row.get() is None, reduced.device))
+        settled.get((problem, choice, where, reduced.device))
         or checks.trusts_chain(problem, reduced, choice, sys.modules[__name__])
     ):
         return _convolutions(reduced, x, (wide, expand), projection), None

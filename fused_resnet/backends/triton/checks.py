@@ -16,7 +16,7 @@ from ...layers.quantized import Quantization, QuantizedBlock
 from ...tuning.choice import PAIR, Choice, Tile
 from ...tuning.problem import ChainProblem, ConvProblem
 from .. import check_cases, self_check
-from ..self_check import Case, Family
+from ..self_check import Case, Family, settled
 from .eligible import is_traced
 from .lazy import launchers, stems, training_convolutions
 from .problem import out_of_resources
@@ -46,19 +46,20 @@ def trusted(problem: ConvProblem, input: Tensor, activation: str, choice: Choice
     if choice.kernel != _NAME or is_traced(input):
         return choice
     assert tile is not None
-    launch = launchers().launch
-    call = (problem, activation, choice, launch.open_row.get() is None, device)
-    in_row = launch.is_in_row(input)
+    launch, folded = launchers().launch, launchers().folded
+    call = (problem, activation, choice, folded.surroundings(), device)
+    in_row, shares = launch.is_in_row(input), folded.is_shared()
 
     def family() -> Family:
-        return Family(_NAME, _described(problem, tile, activation, in_row), problem.dtype)
+        kernel = _described(problem, tile, activation, in_row, shares)
+        return Family(_NAME, kernel, problem.dtype)
 
     def case() -> Case:
         small = check_cases.smaller(problem, tile.block_m)
         conv, stem = launchers(), stems()
 
         def run(x: Tensor, layer: ConvNorm, residual: Tensor | None, act: str) -> Tensor:
-            with _row(in_row):
+            with _row(in_row), _shared(shares, x, [layer]):
                 if in_row:  # so that what is compared may have begun before this ended
                     conv.conv_bn_act(x, layer, residual, act, tile, None, small)
                 return conv.conv_bn_act(x, layer, residual, act, tile, None, small)
@@ -97,8 +98,8 @@ def trusts_prologue(problem: ConvProblem, input: Tensor, activation: str, tile: 
 def trusts_chain(problem: ChainProblem, input: Tensor, choice: Choice, chains: ModuleType) -> bool:
     """Whether a chain, or a pair, may run as chosen; `chains` is that file."""
     device = input.device
-    launch = launchers().launch
-    in_row = launch.is_in_row(input)
+    launch, folded = launchers().launch, launchers().folded
+    in_row, shares = launch.is_in_row(input), folded.is_shared()
 
     def family() -> Family:
         parts = [f"{choice.kernel} of width {problem.width} to {problem.K}"]
@@ -108,7 +109,7 @@ def trusts_chain(problem: ChainProblem, input: Tensor, choice: Choice, chains: M
             parts.append(f"projection of {problem.projection[0]} stride {problem.projection[3:]}")
         if problem.next_width:
             parts.append(f"next {problem.next_width}")
-        parts += ["in a row"] if in_row else []
+        parts += _surroundings(in_row, shares)
         return Family(_NAME, ", ".join([*parts, str(choice.tile)]), problem.dtype)
 
     def case() -> Case:
@@ -116,13 +117,28 @@ def trusts_chain(problem: ChainProblem, input: Tensor, choice: Choice, chains: M
         small = check_cases.smaller_chain(problem, choice.tile.block_m)
 
         def run(reduced: Tensor, x: Tensor, layers: Sequence[ConvNorm | None]) -> Any:
-            with _row(in_row):
+            given = [layer for layer in layers if layer is not None]
+            with _row(in_row), _shared(shares, x, given):
                 return chains.run(reduced, x, layers, small, choice)
 
         return check_cases.chain(small, device, run)
 
-    call = (problem, choice, launch.open_row.get() is None, device)
+    call = (problem, choice, folded.surroundings(), device)
     return self_check.trusts(call, device, family, case, _let_through)
+
+
+def trusts_folding(mean: Tensor) -> bool:
+    """Whether one launch may fold all norms of a pass; `mean` is one's, and says of which dtype."""
+    device, dtype = mean.device, mean.dtype
+    call = ("folding", dtype, device)
+    if settled.get(call):
+        return True
+
+    def case() -> Case:
+        return check_cases.folded_norms(dtype, device, launchers().folded.table)
+
+    family = Family(_NAME, "norms folded in one launch", _dtype_name(mean))
+    return self_check.trusts(call, device, lambda: family, case, _let_through)
 
 
 def trusts_norm(function: Callable[..., Any], input: Tensor) -> bool:
@@ -236,7 +252,9 @@ def trusts_quantized(
     return self_check.trusts(call, device, family, case, _let_through)
 
 
-def _described(problem: ConvProblem, tile: Tile, activation: str, in_row: bool) -> str:
+def _described(
+    problem: ConvProblem, tile: Tile, activation: str, in_row: bool, shares: bool = False
+) -> str:
     """What makes a compiler generate code of its own for a convolution, sizes aside."""
     parts = ["convolution" if problem.pool is None else "convolution and pool"]
     parts += _geometry(problem)
@@ -247,8 +265,12 @@ def _described(problem: ConvProblem, tile: Tile, activation: str, in_row: bool) 
         parts.append("ragged depth")
     parts += ["residual"] if problem.residual else []
     parts += [] if activation == "relu" else [f"then {activation}"]
-    parts += ["in a row"] if in_row else []
+    parts += _surroundings(in_row, shares)
     return ", ".join([*parts, str(tile)])
+
+
+def _surroundings(in_row: bool, shares: bool) -> list[str]:
+    return ["in a row"] * in_row + ["norms folded before"] * shares
 
 
 def _geometry(problem: ConvProblem) -> list[str]:
@@ -265,6 +287,14 @@ def _geometry(problem: ConvProblem) -> list[str]:
 
 def _dtype_name(input: Tensor) -> str:
     return str(input.dtype).removeprefix("torch.")
+
+
+def _shared(
+    shares: bool, input: Tensor, layers: Sequence[ConvNorm]
+) -> AbstractContextManager[None]:
+    if not shares:
+        return contextlib.nullcontext()
+    return launchers().folded.shared(input, layers, lasting=False)
 
 
 def _row(in_row: bool) -> AbstractContextManager[None]:

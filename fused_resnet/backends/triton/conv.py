@@ -18,7 +18,7 @@ from ...tuning.choice import Tile
 from ...tuning.estimate import kernel_for
 from ...tuning.problem import ConvProblem
 from ..library import precision
-from . import conv_kernels, launch
+from . import conv_kernels, folded, launch
 from .launch import (
     BAND,
     as_conv2d_would,
@@ -107,6 +107,8 @@ def conv_bn_act(
         "num_stages": tile.num_stages,
     }
     parameters, eps = (*norm[:4], bias), norm.eps
+    if folded.current.get() is not None:
+        parameters, eps = folded.parameters_of(norm, bias)
     wide = launch.is_wide(pixels, filters, output, residual)
     rows = (M + tile.block_m - 1) // tile.block_m
     geometry = ((P, Q), (R, S), stride, padding, dilation)
@@ -153,22 +155,30 @@ def conv_bn_act(
         split_k = 1
         if tile.split_k > 1:
             split_k = _shares(tile, R * S * ceil_div(group_c, tile.block_k))
-        partial = None
+        partial = tickets = None
+        group_k = K // groups
+        tiles = rows * groups * ceil_div(group_k, tile.block_n)
         if split_k > 1:
             partial = input.new_empty((split_k, M, K), dtype=torch.float32)
             wide = wide or partial.numel() >= 2**31
-        group_k = K // groups
+            tickets = folded.take_tickets(tiles)
+        writes: tuple[str, ...] = ("output_ptr",)
+        untouched: dict[str, Any] = {}
+        if tickets is not None:
+            writes = ("output_ptr", "partial_ptr")
+        elif partial is not None:
+            writes, untouched = ("partial_ptr",), _UNTOUCHED
         pointwise = R * S == 1 and max(padding) == 0
         run(
             conv_kernels.conv_kernel,
-            (rows * groups * ceil_div(group_k, tile.block_n), split_k),
+            (tiles, split_k),
             (
-                pixels, filters, *parameters, residual, output, partial, table, eps, M, H, W, P, Q,
-                group_c, group_k, groups, pixels.stride(0), pixels.stride(2), pixels.stride(3),
-                *residual_strides,
+                pixels, filters, *parameters, residual, output, partial, tickets, table, eps, M, H,
+                W, P, Q, group_c, group_k, groups, pixels.stride(0), pixels.stride(2),
+                pixels.stride(3), *residual_strides,
             ),
-            writes=("output_ptr",) if partial is None else ("partial_ptr",),
-            partly=partly if partial is None else partly | _UNTOUCHED,
+            writes=writes,
+            partly=partly | untouched,
             DILATION_W=dilation[1],
             DENSE_ROWS=pointwise and max(stride) == 1 and has_dense_rows(pixels),
             EVEN_C=group_c % tile.block_k == 0,
@@ -178,7 +188,7 @@ def conv_bn_act(
             PROLOGUE="none" if table is None else "norm",
             **tiled,
         )  # fmt: skip
-        if partial is not None:
+        if partial is not None and tickets is None:
             sum_partials(input, partial, norm, bias, output, wide, residual, activation)
     return as_conv2d_would(output, input, weight)
 
@@ -207,12 +217,13 @@ def sum_partials(
     """
     split_k, M, K = partial.shape
     _, P, Q, _ = output.shape
+    parameters, eps = folded.parameters_of(norm, bias)
     residual_strides = (0, 0, 0, 0) if residual is None else residual.stride()
     launch.launch_kernel(
         input,
         conv_kernels.sum_partials_kernel,
         (ceil_div(M, _SUM_BLOCK[0]), ceil_div(K, _SUM_BLOCK[1])),
-        (partial, *norm[:4], bias, residual, output, norm.eps, M, P, Q, K, *residual_strides),
+        (partial, *parameters, residual, output, eps, M, P, Q, K, *residual_strides),
         RESIDUAL_CHANNELS=None if residual is None else residual_channels(residual, output),
         **launch.acts[activation],
         WIDE=wide,

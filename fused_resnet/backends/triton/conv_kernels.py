@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .device import conv_sum, finish, pixels, prefetch, row_sum, tile_of
+from .device import conv_sum, finish, is_last, pixels, prefetch, row_sum, tile_of
 
 
 @triton.jit
@@ -42,6 +42,7 @@ def conv_kernel(
     residual_ptr,
     output_ptr,
     partial_ptr,
+    ticket_ptr,
     table_ptr,
     eps,
     M,
@@ -89,7 +90,8 @@ def conv_kernel(
     `pixel(m, r, s) = (n, p stride - padding + r dilation, q stride - padding + s dilation)`.
     With `groups` > 1, `C` and `K` are those of one group, and a tile of channels lies within one.
     With SPLIT_K > 1 a program adds up its share of the (r, s, c) and writes the float32 sum to
-    `partial[z, m, k]`; `sum_partials_kernel` does the rest.
+    `partial[z, m, k]`; the last program of a tile to draw from `ticket`, zero at first, does the
+    rest, with z in order, or without tickets `sum_partials_kernel`.
 
     Reads the input, the weight and the residual once from memory (again from L2: the input
     `K / BLOCK_N` times for each of the `R S` taps, the weight `M / BLOCK_M` times), writes the
@@ -158,34 +160,28 @@ def conv_kernel(
             z = z.to(tl.int64)
         k = group * K + local_k
         offsets = (z * M + m)[:, None] * (K * groups) + k[None, :]
-        tl.store(partial_ptr + offsets, acc, mask=row_exists[:, None] & (local_k < K)[None, :])
+        exists = row_exists[:, None] & (local_k < K)[None, :]
+        tl.store(partial_ptr + offsets, acc, mask=exists)
+        if ticket_ptr is not None:  # noqa: SIM102  (this one is decided at compile time)
+            if is_last(ticket_ptr, program, SPLIT_K):
+                part_ptrs = partial_ptr + m.to(tl.int64)[:, None] * (K * groups) + k[None, :]
+                sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+                for _ in range(SPLIT_K):
+                    sum += tl.load(part_ptrs, mask=exists, other=0.0)
+                    part_ptrs += tl.cast(M, tl.int64) * (K * groups)
+                finish(
+                    sum, m, row_exists, first_k, K - first_local_k, mean_ptr, var_ptr,
+                    bn_weight_ptr, bn_bias_ptr, bias_ptr, eps, residual_ptr, residual_stride_n,
+                    residual_stride_c, residual_stride_h, residual_stride_w, output_ptr, P, Q,
+                    K * groups, RESIDUAL_CHANNELS, ACT, FIRST, SECOND,
+                )  # fmt: skip
     else:
         finish(
-            acc,
-            m,
-            row_exists,
-            first_k,
-            K - first_local_k,
-            mean_ptr,
-            var_ptr,
-            bn_weight_ptr,
-            bn_bias_ptr,
-            bias_ptr,
-            eps,
-            residual_ptr,
-            residual_stride_n,
-            residual_stride_c,
-            residual_stride_h,
-            residual_stride_w,
-            output_ptr,
-            P,
-            Q,
-            K * groups,
-            RESIDUAL_CHANNELS,
-            ACT,
-            FIRST,
-            SECOND,
-        )
+            acc, m, row_exists, first_k, K - first_local_k, mean_ptr, var_ptr, bn_weight_ptr,
+            bn_bias_ptr, bias_ptr, eps, residual_ptr, residual_stride_n, residual_stride_c,
+            residual_stride_h, residual_stride_w, output_ptr, P, Q, K * groups, RESIDUAL_CHANNELS,
+            ACT, FIRST, SECOND,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -53,20 +53,36 @@ def prefetch(ptr, length, program, programs):
 def affine(k, exists, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, bias_ptr, eps):
     """`scale, shift` in float32 with `batch_norm(v + bias) = v scale + shift`.
 
-    `scale = weight / sqrt(var + eps)`, `shift = bn_bias + (bias - mean) scale`.
+    `scale = weight / sqrt(var + eps)`, `shift = bn_bias + (bias - mean) scale`. Without a variance
+    they have been folded: `mean` is the scale, `bn_bias` the shift; see `folded.py`.
     """
-    # Inductor passes a Python number as float64, which would make everything after it float64.
-    var = tl.load(var_ptr + k, mask=exists, other=1.0).to(tl.float32)
-    scale = tl.rsqrt(var + tl.cast(eps, tl.float32))
-    if bn_weight_ptr is not None:
-        scale = scale * tl.load(bn_weight_ptr + k, mask=exists, other=0.0).to(tl.float32)
-    shift = -tl.load(mean_ptr + k, mask=exists, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        shift += tl.load(bias_ptr + k, mask=exists, other=0.0).to(tl.float32)
-    shift = shift * scale
-    if bn_bias_ptr is not None:
-        shift += tl.load(bn_bias_ptr + k, mask=exists, other=0.0).to(tl.float32)
+    if var_ptr is None:
+        scale = tl.load(mean_ptr + k, mask=exists, other=0.0)
+        shift = tl.load(bn_bias_ptr + k, mask=exists, other=0.0)
+    else:
+        # Inductor passes a Python number as float64, which would make everything after it float64.
+        var = tl.load(var_ptr + k, mask=exists, other=1.0).to(tl.float32)
+        scale = tl.rsqrt(var + tl.cast(eps, tl.float32))
+        if bn_weight_ptr is not None:
+            scale = scale * tl.load(bn_weight_ptr + k, mask=exists, other=0.0).to(tl.float32)
+        shift = -tl.load(mean_ptr + k, mask=exists, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            shift += tl.load(bias_ptr + k, mask=exists, other=0.0).to(tl.float32)
+        shift = shift * scale
+        if bn_bias_ptr is not None:
+            shift += tl.load(bn_bias_ptr + k, mask=exists, other=0.0).to(tl.float32)
     return scale, shift
+
+
+@triton.jit
+def is_last(ticket_ptr, tile, sharing: tl.constexpr):
+    """Whether this program is the last to come of those that share a tile's sum.
+
+    What all of them stored before can be read then: the barrier puts the stores of a program's
+    threads before its ticket, which releases them and acquires those before the others' tickets.
+    """
+    tl.debug_barrier()
+    return tl.atomic_add(ticket_ptr + tile, 1, sem="acq_rel", scope="gpu") == sharing - 1
 
 
 @triton.jit

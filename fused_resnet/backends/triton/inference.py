@@ -44,8 +44,9 @@ def _run(
     choice: Choice,
 ) -> Tensor:
     """`conv_bn_act` as chosen."""
-    alone = launchers().launch.open_row.get() is None
-    if not settled.get((problem, activation, choice, alone, input.device)):
+    shared = launchers()
+    where = (shared.launch.open_row.get() is None, shared.folded.current.get() is None)
+    if not settled.get((problem, activation, choice, where, input.device)):
         choice = checks.trusted(problem, input, activation, choice)
     if choice.kernel in TILED and is_traced(input):
         operator = graph_operators().triton_conv_bn_act
@@ -119,8 +120,9 @@ def _run_with_pool(
     choice: Choice,
 ) -> Tensor:
     """`conv_bn_act_max_pool` of a stem as chosen."""
-    alone = launchers().launch.open_row.get() is None
-    if not settled.get((problem, activation, choice, alone, input.device)):
+    shared = launchers()
+    where = (shared.launch.open_row.get() is None, shared.folded.current.get() is None)
+    if not settled.get((problem, activation, choice, where, input.device)):
         choice = checks.trusted(problem, input, activation, choice)
     if choice.kernel == "triton" and is_traced(input):
         operator = graph_operators().triton_conv_bn_act_max_pool

@@ -9,10 +9,11 @@ shared memory and attribute, and the bits of each parameter that is no address.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import struct
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +115,23 @@ class _Launch:
     arguments: list[tuple[int | _Part, int]]
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A tensor that was made of parameters before the pass, and may serve many.
+
+    Attributes:
+        tensor: what launches read.
+        is_current: whether it is what would be read now.
+        parameters: which must keep their form.
+        on_capture: what keeps it for a graph that is captured; None where none may read it.
+    """
+
+    tensor: Tensor
+    is_current: Callable[[], bool]
+    parameters: tuple[Tensor, ...]
+    on_capture: Callable[[], None] | None
+
+
 class Recorder(recording.Recorder):
     """Sees allocations through the dispatcher, and launches through `launch.launch_kernel`."""
 
@@ -122,9 +140,9 @@ class Recorder(recording.Recorder):
         self._addresses = recording.address_of(self._parameters)
         self._parts: dict[int, _Part] = {}
         self._launches: list[_Launch] = []
-        # Copies of weights by their addresses, behind the parameters, and what they are of.
-        self._rows: dict[int, int] = {}
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        # What the backend made of parameters and keeps, by address, numbered behind these.
+        self._numbers: dict[int, int] = {}
+        self._kept: list[_Kept] = []
         if self._input_storage() in {p.untyped_storage().data_ptr() for p in self._parameters}:
             self._obstacle = "the input is part of a parameter"
 
@@ -167,10 +185,25 @@ class Recorder(recording.Recorder):
 
     def add_rows(self, weight: Tensor, rows: Tensor) -> None:
         """Takes note of what a launch that follows reads instead of a weight."""
-        at = rows.data_ptr()
-        if at != weight.data_ptr() and at not in self._rows and arranged.is_kept(weight, rows):
-            self._rows[at] = len(self._parameters) + len(self._kept)
-            self._kept.append((weight, rows))
+        if arranged.is_kept(weight, rows):
+            is_current = functools.partial(arranged.is_kept, weight, rows)
+            self._keep(_Kept(rows, is_current, (weight,), None))
+
+    def add_kept(
+        self,
+        tensor: Tensor,
+        is_current: Callable[[], bool],
+        parameters: Sequence[Tensor],
+        on_capture: Callable[[], None],
+    ) -> None:
+        """Likewise of what holds addresses of parameters."""
+        self._keep(_Kept(tensor, is_current, tuple(parameters), on_capture))
+
+    def _keep(self, kept: _Kept) -> None:
+        at = kept.tensor.data_ptr()
+        if at not in self._addresses and at not in self._numbers:
+            self._numbers[at] = len(self._parameters) + len(self._kept)
+            self._kept.append(kept)
 
     def _described(
         self,
@@ -222,7 +255,7 @@ class Recorder(recording.Recorder):
         at, storage = tensor.data_ptr(), tensor.untyped_storage().data_ptr()
         if storage == self._input_storage():
             return _INPUT, at - self._input.data_ptr()
-        index = self._rows.get(at, self._addresses.get(at))
+        index = self._numbers.get(at, self._addresses.get(at))
         if index is not None:
             return _FIRST_PARAMETER + index, 0
         part = self._parts.get(storage)
@@ -282,13 +315,21 @@ class Plan(recording.Plan):
         self,
         input: Tensor,
         parameters: Sequence[Tensor],
-        kept: Sequence[tuple[Tensor, Tensor]],
+        kept: Sequence[_Kept],
         launches: Sequence[_Launch],
         output: Tensor,
         result: _Part,
     ) -> None:
-        self._kept = list(kept)
-        parameters = [*parameters, *(rows for _, rows in kept)]
+        self._are_current = [each.is_current for each in kept]
+        self._on_capture = [each.on_capture for each in kept]
+        places = {id(tensor): index for index, tensor in enumerate(parameters)}
+        watched = {
+            _FIRST_PARAMETER + places[id(tensor)]
+            for each in kept
+            for tensor in each.parameters
+            if id(tensor) in places
+        }
+        parameters = [*parameters, *(each.tensor for each in kept)]
         # Unloaded with the last reference.
         self._kernels = [each.compiled for each in launches]
         parts = {id(base): base for each in launches for base, _ in each.arguments
@@ -296,7 +337,7 @@ class Plan(recording.Plan):
         workspace = _lay_out(list(parts.values()))
         used = sorted(
             {base for each in launches for base, _ in each.arguments
-             if not isinstance(base, _Part) and base >= _FIRST_PARAMETER}
+             if not isinstance(base, _Part) and base >= _FIRST_PARAMETER} | watched
         )  # fmt: skip
         place = {base: _FIRST_PARAMETER + index for index, base in enumerate(used)}
         numbers: list[int] = []
@@ -333,12 +374,18 @@ class Plan(recording.Plan):
 
     def can_run(self) -> bool:
         """See `recording.Plan.can_run`: copies have no place in a graph that is captured."""
-        return not self._kept or not torch.cuda.is_current_stream_capturing()
+        if not self._on_capture or not torch.cuda.is_current_stream_capturing():
+            return True
+        for keep in self._on_capture:
+            if keep is None:
+                return False
+            keep()
+        return True
 
     def run(self, input: Tensor) -> Tensor | None:
         """See `recording.Plan.run`; on the current stream of the input's device."""
-        for weight, rows in self._kept:
-            if not arranged.is_kept(weight, rows):
+        for is_current in self._are_current:
+            if not is_current():
                 return None
         index = input.device.index
         stream = torch._C._cuda_getCurrentRawStream(index)

@@ -6,6 +6,7 @@ bits and the kernel only those it stores or multiplies.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import importlib.util
@@ -46,7 +47,7 @@ pytestmark = pytest.mark.skipif(RUNNER is None, reason=backends.available()["tri
 if RUNNER is not None:
     backends.triton.launchers()
     from fused_resnet.backends import arranged
-    from fused_resnet.backends.triton import bottleneck, chains
+    from fused_resnet.backends.triton import bottleneck, chains, folded
     from fused_resnet.backends.triton import launch as launches
 
 TILE = Tile(32, 32, 32, 1, 4, 2)
@@ -150,6 +151,12 @@ def tile(monkeypatch):
     monkeypatch.setattr(chains, "choose", lambda *_: Choice(CHAIN, TILE, "test"))
 
 
+@pytest.fixture
+def apart(monkeypatch):
+    """Norms are folded in each tile, and a sum that is shared takes a launch to be added up."""
+    monkeypatch.setattr(chains, "together", lambda *_: contextlib.nullcontext())
+
+
 STAGES = {
     "identity": Stage(),
     "two blocks": Stage(blocks=2),
@@ -180,13 +187,23 @@ def test_stages(tile, name):
     stage = STAGES[name]
     log = check(bottlenecks(stage), input_of(stage, torch.float16))
     blocks = stage.blocks + bool(stage.next_width)
-    assert names(log) == {"bottleneck_kernel": blocks, "conv_kernel": 1}
+    assert +names(log) == Counter(
+        bottleneck_kernel=blocks, conv_kernel=1, fold_norms_kernel=int(blocks > 1)
+    )
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", ["two blocks", "stride", "deep projection"])
 def test_bfloat16(tile, name):
     check(bottlenecks(STAGES[name]), input_of(STAGES[name], torch.bfloat16))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["dilation", "stride", "deep projection"])
+def test_norms_that_are_folded_in_each_tile(tile, apart, name, dtype):
+    log = check(bottlenecks(STAGES[name]), input_of(STAGES[name], dtype))
+    assert names(log) == {"bottleneck_kernel": 2, "conv_kernel": 1}
 
 
 @pytest.mark.parametrize("block_k", [16, 64])
@@ -200,14 +217,18 @@ def test_tiles(monkeypatch, block_m, block_k):
 
 
 @pytest.mark.quick
-def test_biases_and_norms_without_affine(tile):
+def test_biases_and_norms_without_affine(tile, monkeypatch):
     stage = Stage(blocks=2, projected=True, next_width=32)
     model = bottlenecks(stage, bias=True)
     for name in ("bn1", "bn2", "bn3"):
         for parameter in ("weight", "bias"):
             setattr(getattr(model[1], name), parameter, None)
     model[1].bn2.eps = 0.1
-    check(model, input_of(stage, torch.float16))
+    log = check(model, input_of(stage, torch.float16))
+    assert names(log)["fold_norms_kernel"] == 1
+    monkeypatch.setattr(chains, "together", lambda *_: contextlib.nullcontext())
+    log = check(model, input_of(stage, torch.float16))
+    assert names(log)["fold_norms_kernel"] == 0
 
 
 @pytest.mark.quick
@@ -251,7 +272,7 @@ def test_any_layout_and_empty_batches(tile, shape):
         eager = copy.deepcopy(model).to(x.device).half()(view)
         assert out.shape == eager.shape
         copies = [] if view.is_contiguous(memory_format=torch.channels_last) else ["channels_last"]
-        chain = ["conv", "bottleneck", "bottleneck"]
+        chain = ["fold_norms", "conv", "bottleneck", "bottleneck"]
         kernels = [f"{name}_kernel" for name in (copies + chain if batch else [])]
         assert [launch.kernel for launch in log] == kernels
         if batch:
@@ -266,7 +287,7 @@ def resnet50():
 
 @pytest.mark.whole
 def test_a_whole_resnet50(resnet50):
-    """Stem to classifier against float64, every block in a launch: 21 in all."""
+    """Stem to classifier against float64, every block in a launch."""
     x = image_batch(1, 32, torch.float16).to(RUNNER.device)
     fused = fused_resnet.fuse(copy.deepcopy(resnet50)).to(x.device).half()
     fused = fused.to(memory_format=torch.channels_last)
@@ -351,8 +372,12 @@ def test_bytes_of_a_resnet50(resnet50):
 def test_the_log_counts_each_tensor_once(tile):
     """By hand, of two blocks with a strided projection: only pixels that are used."""
     stage = Stage(inputs=32, stride=2, blocks=2, size=(8, 6), batch=3)
-    _, log = run(bottlenecks(stage), input_of(stage, torch.float16))
+    _, (folding, *log) = run(bottlenecks(stage), input_of(stage, torch.float16))
     assert [launch.kernel for launch in log] == ["conv_kernel", *["bottleneck_kernel"] * 2]
+    channels = (16 + 16 + 64 + 64) + (16 + 16 + 64)
+    assert folding.kernel == "fold_norms_kernel"
+    assert folding.reads == {"rows_ptr": 7 * 8 * 8, "mean_ptr": 2 * 4 * channels}
+    assert folding.writes == {"table_ptr": 2 * 4 * channels, "ticket_ptr": 4 * folded.TICKETS}
     pixels = 3 * 4 * 3
     first, projected, last = ([*one.reads.items(), *one.writes.items()] for one in log)
     assert dict(first)["input_ptr"] == 2 * 4 * pixels * 32
@@ -399,7 +424,7 @@ def test_the_log_is_what_kernels_address(tile, monkeypatch):
     monkeypatch.setattr(launches, "launch_kernel", noted)
     stage = Stage(inputs=32, stride=2, blocks=2, size=(9, 6), next_width=32)
     _, log = run(bottlenecks(stage), input_of(stage, torch.float16))
-    assert len(log) == len(touched) == 4
+    assert len(log) == len(touched) == 5
     for reported, seen in zip(log, touched, strict=True):
         for place in ("reads", "writes"):
             moved = sum(size for _, size in seen[place])
@@ -418,14 +443,18 @@ def test_pairs(monkeypatch, name, split):
         split = 1
         tile = Tile(32, 16, 32, 1, 4, 2)
     monkeypatch.setattr(chains, "choose", lambda *_: Choice(PAIR, tile, "test"))
-    log = check(bottlenecks(stage), input_of(stage, torch.float16))
     blocks = stage.blocks + bool(stage.next_width)
-    counted = names(log)
-    # The last block has no next convolution: one program has all of a tile's slices there.
-    assert counted["bottleneck_kernel"] == blocks
-    assert counted["sum_partials_kernel"] == (blocks - 1) * (split > 1)
-    assert counted["conv_kernel"] == blocks + 1
-    check(bottlenecks(stage), input_of(stage, torch.bfloat16))
+    for dtype, shares in ((torch.float16, True), (torch.bfloat16, True), (torch.float16, False)):
+        if not shares:
+            monkeypatch.setattr(chains, "together", lambda *_: contextlib.nullcontext())
+        counted = names(check(bottlenecks(stage), input_of(stage, dtype)))
+        # The last block has no next convolution: one program has all of a tile's slices there.
+        assert +counted == +Counter(
+            bottleneck_kernel=blocks,
+            sum_partials_kernel=0 if shares or split == 1 else blocks - 1,
+            conv_kernel=blocks + 1,
+            fold_norms_kernel=int(shares and blocks > 1),
+        )
 
 
 @pytest.mark.quick
@@ -443,7 +472,8 @@ def test_a_shared_pair_is_deterministic_and_has_its_bytes(monkeypatch):
     pixels = 3 * 5 * 4
     assert pair.reads["input_ptr"] == 2 * pixels * 16
     assert pair.reads["shortcut_ptr"] == 2 * pixels * 64
-    assert pair.writes == {"output_ptr": 2 * pixels * 64, "partial_ptr": 2 * 4 * pixels * 16}
+    written = {"output_ptr": 2 * pixels * 64, "partial_ptr": 2 * 4 * pixels * 16}
+    assert pair.writes == written | {"next_ptr": 2 * pixels * 16}
 
 
 @pytest.mark.quick
@@ -464,17 +494,17 @@ def test_launches_in_a_row(monkeypatch):
     run(model, x)
     first, *others = constants
     assert first == {"DEPENDENT": True, "launch_pdl": False}
-    assert others == [{"DEPENDENT": True, "launch_pdl": True}] * 3
+    assert others == [{"DEPENDENT": True, "launch_pdl": True}] * 4
     assert launches.next_in_row() is None
     constants.clear()
     monkeypatch.setattr(chains.chain, "OVERLAPPED_IMAGES", 1)
     run(model, x)
-    assert constants == [{}] * 4
+    assert constants == [{}] * 5
     monkeypatch.setattr(chains.chain, "OVERLAPPED_IMAGES", 2)
     monkeypatch.setattr(launches, "can_depend", lambda _: False)
     constants.clear()
     run(model, x)
-    assert constants == [{}] * 4
+    assert constants == [{}] * 5
 
 
 @pytest.mark.quick
@@ -506,7 +536,7 @@ def test_convolutions_in_a_row(monkeypatch):
     monkeypatch.setattr(launches, "dependence", noted)
     monkeypatch.setattr(chains, "choose", lambda *_: Choice(CONVOLUTIONS, None, "test"))
     log = check(model, x)
-    assert names(log) == {"conv_kernel": 6}
+    assert names(log) == {"conv_kernel": 6, "fold_norms_kernel": 1}
     assert None not in rows
     monkeypatch.setattr(chains.chain, "OVERLAPPED_IMAGES", 0)
     rows.clear()
@@ -528,6 +558,7 @@ def test_choices_are_followed(monkeypatch):
     monkeypatch.setattr(chains, "choose", choose)
     log = check(model, x)
     assert [launch.kernel for launch in log] == [
+        "fold_norms_kernel",
         *["conv_kernel"] * 4,  # with the projection
         *["conv_kernel", "bottleneck_kernel"],
         *["conv_kernel", "bottleneck_kernel"],
@@ -562,7 +593,7 @@ def test_a_chain_beside_blocks_that_are_none(tile):
     assert names(log)["bottleneck_kernel"] == 2
     model = bottlenecks(Stage(next_width=24))
     log = check(model, input_of(Stage(), torch.float16))
-    assert names(log) == {"conv_kernel": 4, "bottleneck_kernel": 1}
+    assert names(log) == {"conv_kernel": 4, "bottleneck_kernel": 1, "fold_norms_kernel": 1}
 
 
 def fall_backs():
@@ -704,7 +735,7 @@ MUTATIONS = {
 
 @pytest.mark.skipif(RUNNER is None or RUNNER.device == "cuda", reason="for the interpreter")
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_broken_kernels_are_noticed(tile, monkeypatch, tmp_path, mutation):
+def test_broken_kernels_are_noticed(tile, apart, monkeypatch, tmp_path, mutation):
     right, wrong = MUTATIONS[mutation]
     source = inspect.getsource(bottleneck)
     assert right in source

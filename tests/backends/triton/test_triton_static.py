@@ -271,6 +271,154 @@ def test_norms_compile_now(architecture, ahead):
         judge_norm(entry, most_spilled())
 
 
+def together_compiled(architecture: str) -> list:
+    """Kernels of ResNet-50's rows: [layer, launches, entry] alone and within `folded.shared`."""
+    out = run_python(
+        f"""
+        import json, sys
+        sys.path.insert(0, {str(BENCH)!r})
+        import triton_resources as static
+        from fused_resnet.tuning.architecture import ARCHITECTURES
+        gpu = ARCHITECTURES[static.GPUS[{architecture!r}]]
+        found, entries = {{}}, []
+        for (layer, tile), problem in static.row_configurations("float16", gpu).items():
+            name = layer.split(", ")[1] + (" split" if tile.split_k > 1 else "")
+            found.setdefault(name, (layer, tile, problem))
+        wanted = ["chain 64", "3x3 split", "1x1 split", "pair 256 split", "pair 512 split", "1x1"]
+        for name in wanted:
+            if name not in found:
+                continue
+            layer, tile, problem = found[name]
+            kernel = static.PAIR if "pair" in name else static.CHAIN
+            for together in (False, True):
+                launches = static.launches(problem, tile, kernel, True, False, together)
+                entry = static.compiled(launches[0], {architecture!r})
+                entries.append([name, len(launches), entry])
+        print(json.dumps(entries))
+        """,
+        TRITON_INTERPRET="0",
+    )
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("architecture", [COMPILED])
+@pytest.mark.ahead(lambda architecture: together_compiled(architecture))
+def test_what_launches_share_saves_instructions(architecture, ahead):
+    """Norms that are folded take fewer, and no second launch adds up what is shared."""
+    entries = ahead()
+    assert {"chain 64", "3x3 split", "1x1"} <= {name for name, *_ in entries}
+    pairs = zip(entries[::2], entries[1::2], strict=True)
+    for (name, alone_count, alone), (_, count, together) in pairs:
+        what = (name, alone, together)
+        assert together["spilled_bytes"] <= most_spilled(), what
+        assert together["tensor_core"] == alone["tensor_core"], what
+        assert together["shared_bytes"] <= 1024 * SHARED_LIMIT[architecture], what
+        assert count == 1, what
+        if name.endswith("split"):
+            assert alone_count == 2, what
+        else:
+            assert alone_count == 1, what
+            assert together["instructions"] <= 0.92 * alone["instructions"], what
+            loads = [entry["global_loads"].get("LDG.64", 0) for entry in (alone, together)]
+            assert 2 * loads[1] <= loads[0], what
+
+
+# What a program whose sum is shared does to memory around its ticket, in order: its threads' part,
+# a barrier, the ticket by one thread, a barrier, and only then another's part.
+_TICKET_PTX = ["st.global", "bar.sync", "atom.global.gpu.acq_rel.add", "bar.sync", "ld.global"]
+_TICKET_SASS = ["STG", "BAR", "MEMBAR.GPU", "ATOMG", "CCTL.IVALL", "BAR", "LDG"]
+
+
+def tickets_compiled(architecture: str) -> list:
+    """Of a convolution and a pair whose sums are shared, all that `_TICKET_PTX` names; and SASS."""
+    out = run_python(
+        f"""
+        import json, re, sys
+        from dataclasses import replace
+        sys.path.insert(0, {str(BENCH)!r})
+        import triton_resources as static
+        from fused_resnet.tuning.choice import Tile
+        convolution = static.LAYERS["3x3"][1].problem(1, "float16")
+        pair = static.chain_problem(256, False, 256, 1, "float16")
+        entries = []
+        for problem, tile, kernel in (
+            (convolution, Tile(64, 64, 64, 4, 4, 3), static.CHAIN),
+            (pair, Tile(32, 64, 64, 4, 8, 2), static.PAIR),
+        ):
+            (launch,) = static.launches(problem, tile, kernel, together=True)
+            built, _, _ = static._built(launch, {architecture!r})
+            words = r"st\\.global|bar\\.sync|atom\\.[\\w.]*add|ld\\.global(?:\\.nc)?"
+            ptx = re.findall(words, built.asm["ptx"])
+            words = r"\\b(STG|BAR|MEMBAR|ATOMG|CCTL\\.IVALL|LDG)([\\w.]*)"
+            found = re.findall(words, static._cuobjdump(built, "-sass"))
+            # Fences of a program of its own come besides.
+            kept = [pair for pair in found if pair[0] != "MEMBAR" or ".GPU" in pair[1]]
+            sass = [f"{{name}}.GPU" if name == "MEMBAR" else name for name, _ in kept]
+            entries.append([ptx, sass])
+        print(json.dumps(entries))
+        """,
+        TRITON_INTERPRET="0",
+    )
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
+@pytest.mark.ahead(lambda architecture: tickets_compiled(architecture))
+def test_a_ticket_is_fenced_on_both_sides(architecture, ahead):
+    """In what Triton hands on, and in what is made of that."""
+    for ptx, sass in ahead():
+        tickets = [index for index, name in enumerate(ptx) if name.startswith("atom.")]
+        assert len(tickets) == 1, ptx
+        assert ptx[tickets[0] - 2 : tickets[0] + 2] == _TICKET_PTX[:4], ptx
+        # What is known of the parts before the ticket must not be used behind it.
+        assert "ld.global" in ptx[tickets[0] :], ptx
+        assert "ld.global.nc" not in ptx[tickets[0] :], ptx
+        assert sass.count("ATOMG") == 1, sass
+        ticket = sass.index("ATOMG")
+        assert sass[ticket - 3 : ticket + 4] == _TICKET_SASS, sass
+
+
+EPILOGUES = ["silu", "hardswish", "gelu", "gelu_tanh"]
+
+
+def epilogues_compiled(architecture: str) -> list:
+    """The tile of which a warp has most, behind ReLU and behind what takes more registers."""
+    out = run_python(
+        f"""
+        import json, sys
+        sys.path.insert(0, {str(BENCH)!r})
+        import triton_resources as static
+        from fused_resnet.tuning.architecture import ARCHITECTURES
+        gpu = ARCHITECTURES[static.GPUS[{architecture!r}]]
+        problem = static.LAYERS["3x3"][1].problem(256, "float16")
+        alone = [tile for tile in static.candidates(problem, gpu) if tile.split_k == 1]
+        tile = max(alone, key=lambda tile: tile.block_m * tile.block_n // tile.num_warps)
+        entries = []
+        for activation in {["relu", *EPILOGUES]!r}:
+            (launch,) = static.launches(problem, tile, activation=activation)
+            entries.append([activation, str(tile), static.compiled(launch, {architecture!r})])
+        print(json.dumps(entries))
+        """,
+        TRITON_INTERPRET="0",
+    )
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
+@pytest.mark.ahead(lambda architecture: epilogues_compiled(architecture))
+def test_epilogues_spill_nothing(architecture, ahead):
+    """Whatever the activation, a tile's sum stays in registers."""
+    entries = ahead()
+    instructions = {activation: entry["instructions"] for activation, _, entry in entries}
+    assert instructions.keys() == {"relu", *EPILOGUES}
+    for activation, tile, entry in entries:
+        what = (activation, tile, entry)
+        assert entry["spilled_bytes"] <= most_spilled(), what
+        assert entry["programs_per_multiprocessor"] >= 1, what
+        # It is there, else this would show nothing.
+        assert (instructions[activation] > instructions["relu"]) == (activation != "relu"), what
+
+
 def eight_bits_compiled(architecture: str) -> list:
     return found_by(
         f"""
