@@ -404,7 +404,8 @@ def epilogues_compiled(architecture: str) -> list:
     return json.loads(out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
+@pytest.mark.whole
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.ahead(lambda architecture: epilogues_compiled(architecture))
 def test_epilogues_spill_nothing(architecture, ahead):
     """Whatever the activation, a tile's sum stays in registers."""
