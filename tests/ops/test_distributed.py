@@ -6,8 +6,8 @@ definition is a single process with the joint batch.
 
 import copy
 import functools
-import sys
 import tempfile
+import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,10 +25,14 @@ TIMEOUT = 300
 
 
 def run_process(rank, folder):
-    environment = {**processes.current_environment(), "OMP_NUM_THREADS": "1"}
+    environment = processes.current_environment()
     environment.pop("FUSED_RESNET_BACKEND", None)
-    command = [sys.executable, two_processes.__file__, str(rank), folder]
-    return processes.run_command(command, TIMEOUT, environment, Path.cwd())
+    code = f"""
+        import runpy, sys
+        sys.argv = ["two_processes.py", "{rank}", {folder!r}]
+        runpy.run_path({two_processes.__file__!r}, run_name="__main__")
+    """
+    return processes.run_code(textwrap.dedent(code), TIMEOUT, environment)
 
 
 @functools.cache

@@ -1,7 +1,10 @@
 """Each example of the gallery runs, in small, and prints what it is about."""
 
 import re
+import socket
 import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -98,16 +101,39 @@ def in_two_processes(name, *options):
     return processes.run_command(command, 240, environment, Path.cwd())
 
 
+def forked(name, *options):
+    """The same without torchrun, in processes that share an import of torch."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    code = f"""
+        import os, runpy, sys
+        os.environ |= {{"MASTER_ADDR": "localhost", "MASTER_PORT": "{port}", "WORLD_SIZE": "2",
+                       "RANK": "%d", "LOCAL_RANK": "%d"}}
+        sys.path.insert(0, {str(EXAMPLES)!r})
+        sys.argv = [{name!r}, *{options!r}]
+        runpy.run_path({str(EXAMPLES / f"{name}.py")!r}, run_name="__main__")
+    """
+    codes = [textwrap.dedent(code) % (rank, rank) for rank in range(2)]
+    environment = processes.current_environment()
+    with ThreadPoolExecutor(2) as pool:
+        ended = list(pool.map(lambda code: processes.run_code(code, 240, environment), codes))
+    return max(status for status, _, _ in ended), ended[0][1], ended[0][2] + ended[1][2]
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("run", "options"),
     [
-        pytest.param([], id="sharded"),
-        pytest.param(["--data-parallel"], id="data parallel", marks=pytest.mark.whole),
+        pytest.param(forked, (), id="sharded"),
+        pytest.param(in_two_processes, (), id="torchrun", marks=pytest.mark.whole),
+        pytest.param(
+            in_two_processes, ("--data-parallel",), id="data parallel", marks=pytest.mark.whole
+        ),
     ],
 )
-@pytest.mark.ahead(lambda options: in_two_processes("train_sharded", "--steps", "25", *options))
-def test_sharded_training(ahead, options):
-    """By torchrun, in two processes."""
+@pytest.mark.ahead(lambda run, options: run("train_sharded", "--steps", "25", *options))
+def test_sharded_training(ahead, run, options):
+    """In two processes, torchrun's or not."""
     pytest.importorskip("sklearn", reason="scikit-learn, which has the images, is not installed")
     status, out, err = ahead()
     assert status == 0, err[-3000:]
