@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -213,6 +214,19 @@ def test_a_library_is_judged_by_tests_that_ran(selected, outcome, tmp_path, monk
         assert noticed["how"].startswith(how[selected])
 
 
+@pytest.mark.parametrize(("selected", "outcome"), [("computes", "survived"), ("sleeps", "caught")])
+def test_only_what_does_not_compute_is_never_done(selected, outcome, tmp_path, monkeypatch):
+    """However long it takes: other processes may have the processor."""
+    suite = suite_of_its_own(tmp_path, selected)
+    monkeypatch.setattr(cuda_on_host, "load_library", lambda library: None)
+    monkeypatch.setattr(mutate_cuda, "PATIENCE", 1)
+    begin = time.monotonic()
+    found, noticed = mutate_cuda.run_suite(suite, tmp_path / "library.so")
+    assert time.monotonic() - begin > 2
+    assert found == outcome
+    assert noticed.get("how") == ("time limit" if outcome == "caught" else None)
+
+
 @pytest.mark.parametrize("selected", ["skips", "no test of this name", "not judged"])
 def test_no_verdict_where_no_test_ran(selected, tmp_path, monkeypatch):
     """A folder's name too is a word that selects: "judged" leaves no test here."""
@@ -229,14 +243,44 @@ def test_a_library_that_does_not_load_is_not_caught(tmp_path):
     assert mutate_cuda.run_suite(suite, library) == ("does not load", {})
 
 
+@pytest.mark.parametrize(
+    ("file", "only", "survivors", "gone"),
+    [
+        ("", "", False, [2]),
+        ("", "", True, [0, 2, 3]),
+        ("a.cuh", "", True, [0, 2]),
+        ("a.cuh", "fence", True, [0]),
+        ("", "wait", True, [2, 3]),
+        ("", "wait", False, [2]),
+    ],
+)
+def test_which_mutants_are_judged_again(file, only, survivors, gone):
+    rows = [
+        ("a.cuh", "fence();", "survived"),
+        ("a.cuh", "fence();", "caught"),
+        ("a.cuh", "wait(old);", "caught"),
+        ("b.cuh", "wait(0);", "survived"),
+    ]
+    entries = [
+        {"file": name, "line": line, "occurrence": i, "mutant": ";", "outcome": outcome}
+        for i, (name, line, outcome) in enumerate(rows)
+    ]
+    current = {mutate_cuda.key_of(entry) for entry in entries if entry["line"] != "wait(old);"}
+    kept = mutate_cuda.still_true(entries, current, file, only, survivors)
+    assert [i for i, entry in enumerate(entries) if entry not in kept] == gone
+
+
 def suite_of_its_own(folder, selected):
     folder.mkdir(exist_ok=True)
     (folder / "test_own.py").write_text(
-        "import os, pytest\n"
+        "import os, time, pytest\n"
         "def test_passes(): pass\n"
         "def test_fails(): assert False, 'because'\n"
         "def test_dies(): os.abort()\n"
         "def test_skips(): pytest.skip('no')\n"
+        "def test_computes():\n"
+        "    while time.process_time() < 3: pass\n"
+        "def test_sleeps(): time.sleep(600)\n"
     )
     return mutate_cuda.Suite("none.cu", str(folder / "test_own.py"), selected)
 
