@@ -81,6 +81,7 @@ def is_last(ticket_ptr, tile, sharing: tl.constexpr):
     What all of them stored before can be read then: the barrier puts the stores of a program's
     threads before its ticket, which releases them and acquires those before the others' tickets.
     """
+    # Triton 3.8 puts one before a release of its own accord, which nothing promises.
     tl.debug_barrier()
     return tl.atomic_add(ticket_ptr + tile, 1, sem="acq_rel", scope="gpu") == sharing - 1
 
