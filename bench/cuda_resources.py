@@ -74,6 +74,7 @@ MOST_LANES = 32  # csrc/cuda/batch_norm.h, as are
 MASKS = ("everywhere", "recomputed", "output", "bits")
 RESIDUALS = ("none", "whole", "narrow")  # csrc/cuda/scale_shift_act.cu
 ELEMENTWISE_THREADS = 256  # of scale_shift_act and of batch norm
+DRIVERS_BYTES = 1024  # of every block's shared memory
 
 
 @dataclass(frozen=True)
@@ -243,15 +244,15 @@ def batch_norm(kernel: str, arguments: list[str]) -> tuple[dict[str, Any], int, 
 def resident(limits: Limits, threads: int, registers: int, shared: int) -> int:
     """Blocks that one multiprocessor holds at once.
 
-    Registers are handed out to a warp 256 at a time; the driver takes 1 KiB of every block's shared
-    memory.
+    Registers are handed out to a warp 256 at a time; the driver takes `DRIVERS_BYTES` of every
+    block's shared memory.
     """
     of_warp = -(-32 * registers // 256) * 256
     return min(
         limits.blocks,
         limits.threads // threads,
         REGISTERS // (of_warp * threads // 32),
-        limits.shared_bytes // (shared + 1024),
+        limits.shared_bytes // (shared + DRIVERS_BYTES),
     )
 
 
@@ -327,8 +328,10 @@ def entries(architecture: str, library: Path = LIBRARY) -> list[dict[str, Any]]:
             continue
         if fields["kernel"] == HOPPER and architecture != HOPPER_ARCHITECTURE:
             continue
-        shared += static
         limits = LIMITS[architecture]
+        # From 9.0 on the compiler counts the driver's, where a kernel has any of its own.
+        counts_drivers = static >= DRIVERS_BYTES and architecture not in WITHOUT_CLUSTERS
+        shared += static - DRIVERS_BYTES * counts_drivers
         blocks = resident(limits, threads, registers, shared)
         if shared > limits.shared_bytes_of_block:
             blocks = 0
