@@ -22,7 +22,7 @@ empty, and left out, where there are no clusters, and their shared memory is wha
 Those of the convolution for Hopper, `hopper_conv_bn_act`, are of sm_90a alone, and their shared
 memory is what the most filters take; they have a `schedule`, and besides the others' counts
 
-    "loop_instructions": 83,
+    "loop_instructions": 57,
     "asynchronous": {"HGMMA": 4, "UTMALDG.3D.MULTICAST": 1, "UTMASTG.2D": 1, "STSM": 16, ...}
 
 the instructions of the smallest loop that has all products, which each warp that multiplies goes

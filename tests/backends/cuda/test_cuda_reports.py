@@ -106,7 +106,7 @@ def test_every_instance_is_listed():
         assert listed == tiles, architecture
 
 
-@pytest.mark.skipif(_native.cuda_operators is None, reason="nothing to read tiles.h with")
+@pytest.mark.skipif(_native.cuda_operators is None, reason="no CUDA kernels to list tiles")
 def test_every_instance_for_hopper_is_listed():
     """In both 16-bit dtypes or in float32, for compute capability 9.0a alone, within its budget."""
     numbers = _native.cuda_operators.hopper_conv_tiles()

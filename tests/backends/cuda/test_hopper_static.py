@@ -143,7 +143,7 @@ def test_copies_are_the_hardwares(compiled):
 
 
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
-@pytest.mark.skipif(_native.cuda_operators is None, reason="nothing to read tiles.h with")
+@pytest.mark.skipif(_native.cuda_operators is None, reason="no CUDA kernels to list tiles")
 def test_the_report_is_of_these_kernels(compiled):
     """`bench/results/static/cuda.json`, which docs/hopper.md has its numbers from.
 
