@@ -41,10 +41,11 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "int[] layer_counts, int[] shortcuts) -> Tensor?");
 
   // Eight bits, internal too, see csrc/cpu/quantized/: the packed weight of a convolution with its
-  // scale and shift; and the names of the kernels that run here, the default first.
+  // scale and shift, for the kernels that will take it ("": the default); and the names of the
+  // kernels that run here, the default first.
   m.def(
       "pack_quantized_conv(Tensor weight, Tensor scale, Tensor shift, int dilation_w, int groups, "
-      "int unit=16) -> Tensor");
+      "int unit=16, str kernels='') -> Tensor");
   m.def(
       "quantized_residual_blocks_packed(Tensor input, Tensor[] packed, int[] numbers, "
       "int[] layer_counts, int[] projections, float[] shortcut_scales, float step, "

@@ -107,8 +107,7 @@ void run_block(const ByteKernels& kernels, const Block& block, const ByteImages&
     } else {
       conv.shortcut = ByteShortcut::projection;
       conv.projection = projection->filter;
-      conv.projection_weight =
-          byte_weight(projection->packed->const_data_ptr(), projection->filter, zero_point);
+      conv.projection_weight = projection->weight(zero_point);
       const bool alike = projection->stride_h == 1 && projection->stride_w == 1 &&
                          image.pitch() == source.pitch() && image.lines() == source.lines();
       if (alike) {
@@ -157,7 +156,7 @@ void quantize_input(const ByteKernels& kernels, const Tensor& input, float inver
 }
 
 std::vector<Block> make_blocks(const Tensor& input, const std::vector<Tensor>& packed,
-                               const std::vector<int64_t>& numbers,
+                               ByteLayout layout, const std::vector<int64_t>& numbers,
                                const std::vector<int64_t>& layer_counts,
                                const std::vector<int64_t>& projections,
                                const std::vector<double>& shortcut_scales) {
@@ -179,14 +178,14 @@ std::vector<Block> make_blocks(const Tensor& input, const std::vector<Tensor>& p
     int64_t c = C, h = H, w = W;
     for (int64_t j = 0; j < main; ++j, ++next) {
       block.layers.push_back(
-          make_byte_layer(kOp, packed[next], &numbers[next * kByteNumbers], c, h, w));
+          make_byte_layer(kOp, packed[next], layout, &numbers[next * kByteNumbers], c, h, w));
       const ByteLayer& layer = block.layers.back();
       c = layer.filter.K, h = layer.P, w = layer.Q;
     }
     int64_t shortcut_c = C, shortcut_h = H, shortcut_w = W;
     if (block.has_projection) {
       block.layers.push_back(
-          make_byte_layer(kOp, packed[next], &numbers[next * kByteNumbers], C, H, W));
+          make_byte_layer(kOp, packed[next], layout, &numbers[next * kByteNumbers], C, H, W));
       const ByteLayer& layer = block.layers.back();
       shortcut_c = layer.filter.K, shortcut_h = layer.P, shortcut_w = layer.Q;
       ++next;
@@ -211,7 +210,8 @@ class ByteBlocks : public PlanStep {
              double output_step, const std::string& kernels_name)
       : packed_(std::move(packed)),
         kernels_(byte_kernels(kOp, kernels_name)),
-        blocks_(make_blocks(input, packed_, numbers, layer_counts, projections, shortcut_scales)),
+        blocks_(make_blocks(input, packed_, kernels_.layout, numbers, layer_counts, projections,
+                            shortcut_scales)),
         step_(step),
         zero_point_(zero_point),
         output_step_(output_step) {}

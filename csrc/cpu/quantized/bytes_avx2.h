@@ -1,4 +1,4 @@
-// Vectors for tile_run.inl, dot.inl and ends.inl: AVX2.
+// Vectors for dot.inl, lists.inl and ends.inl: AVX2.
 #pragma once
 
 #include "cpu/quantized/conv.h"
@@ -61,19 +61,23 @@ FR_BYTES_INLINE void store_words(uint16_t* p, Ints x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
 }
 
-// Vectors rounded, clamped to 0 and 255, and stored as bytes, 16 at a time. NaN and what is below
+// Vectors rounded, clamped to 0 and 255, and stored as bytes. NaN and what is below
 // all integers become the least integer, which saturation then makes 0. min returns its second
 // operand when one is NaN.
 template <int kVectors>
 FR_BYTES_INLINE void store_rounded(uint8_t* p, const Floats (&x)[kVectors]) {
-  static_assert(kVectors % 2 == 0);
-  const Floats most = broadcast(255.0f);
-  for (int v = 0; v < kVectors; v += 2) {
-    const Ints words = _mm256_packus_epi32(_mm256_cvtps_epi32(_mm256_min_ps(most, x[v])),
-                                           _mm256_cvtps_epi32(_mm256_min_ps(most, x[v + 1])));
-    const __m128i bytes =
-        _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + v * kLanes), _mm_shuffle_epi32(bytes, 0xd8));
+  if constexpr (kVectors == 1) {
+    store_bytes(p, _mm256_cvtps_epi32(_mm256_min_ps(broadcast(255.0f), x[0])));
+  } else {
+    static_assert(kVectors % 2 == 0);
+    const Floats most = broadcast(255.0f);
+    for (int v = 0; v < kVectors; v += 2) {
+      const Ints words = _mm256_packus_epi32(_mm256_cvtps_epi32(_mm256_min_ps(most, x[v])),
+                                             _mm256_cvtps_epi32(_mm256_min_ps(most, x[v + 1])));
+      const __m128i bytes =
+          _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + v * kLanes), _mm_shuffle_epi32(bytes, 0xd8));
+    }
   }
 }
 

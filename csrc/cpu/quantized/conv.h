@@ -1,4 +1,4 @@
-// What the convolutions of bytes (tile_run.inl, dot.inl) and those who call them share.
+// What the convolutions of bytes (tile_run.inl, dot.inl, lists.inl) and those who call them share.
 //
 // With q the input's bytes, z its zero point, w the weight, all sums exact in 32 bits,
 //
@@ -89,8 +89,8 @@ struct ByteFilter {
   FR_BYTES_INLINE int64_t chunks() const { return bytes_div_up(steps() * 4, kByteChunk); }
   FR_BYTES_INLINE int64_t block_bytes() const { return runs() * chunks() * 2 * kByteTile; }
 
-  // The packed weight is [blocks of K][runs][chunks][2][16][16][4] bytes: the last three are fours
-  // of the reduction, output channels, and the four. Zero where K, a run or a group ends.
+  // As tiles a packed weight is [blocks of K][runs][chunks][2][16][16][4] bytes: the last three are
+  // fours of the reduction, output channels, and the four. Zero where K, a run or a group ends.
   FR_BYTES_INLINE int64_t place(int64_t k, int64_t c, int64_t r, int64_t s) const {
     const int64_t block = k / kByteBlockK, column = k % kByteBlockK;
     const int64_t channel = k / (K / groups) * C + c - (groups == 1 ? 0 : base(block));
@@ -103,24 +103,58 @@ struct ByteFilter {
   FR_BYTES_INLINE int64_t vectors() const { return blocks() * block_bytes(); }
   FR_BYTES_INLINE int64_t padded_k() const { return blocks() * kByteBlockK; }
   FR_BYTES_INLINE int64_t packed_bytes() const { return vectors() + 3 * 4 * padded_k(); }
+  // Of all runs.
+  FR_BYTES_INLINE int64_t all_steps() const { return runs() * steps(); }
+};
+
+// How a packed weight lies: as tiles, see ByteFilter::place, or as lists.
+enum class ByteLayout { tiles, lists };
+
+// Lists are for lists.inl: for every kListChannels output channels the steps of the reduction. A
+// step is four neighbouring bytes of an input pixel's run, beginning with any of them, and the
+// weights [kListChannels][4] that they meet.
+constexpr int64_t kListChannels = 8;
+constexpr int64_t kListBytes = 4 * kListChannels;  // of a step's weights
+struct ByteList {
+  int64_t steps, weights;  // where they begin in the packed weight
+  int64_t count;
+};
+
+// Where things are in a weight packed as lists: [scale][shift][filter sums][ByteList of every
+// kListChannels channels][the lists' steps, up to a multiple of 64 bytes][the lists' weights]. A
+// step is a uint32: the number of the aligned four, of ByteFilter::all_steps(), in which its first
+// byte is, times 4, plus which of the four it is.
+struct ByteListsLayout {
+  int64_t padded_k;
+
+  FR_BYTES_INLINE int64_t count() const { return padded_k / kListChannels; }
+  FR_BYTES_INLINE int64_t lists() const { return 3 * 4 * padded_k; }
+  FR_BYTES_INLINE int64_t steps() const {
+    return lists() + count() * static_cast<int64_t>(sizeof(ByteList));
+  }
 };
 
 // A packed weight to be multiplied with.
 struct ByteWeight {
-  const int8_t* tiles;
+  const int8_t* packed;  // its tiles, or what lists count from
+  const ByteList* lists;
   const float* scale;
   const float* shift;
   const int32_t* filter_sums;
   int32_t zero_point;  // of what it is multiplied with
 };
 
-static FR_BYTES_INLINE ByteWeight byte_weight(const void* packed, const ByteFilter& filter,
-                                              int64_t zero_point) {
-  const int8_t* tiles = static_cast<const int8_t*>(packed);
-  const float* scale = reinterpret_cast<const float*>(tiles + filter.vectors());
-  const float* shift = scale + filter.padded_k();
-  const int32_t* sums = reinterpret_cast<const int32_t*>(shift + filter.padded_k());
-  return {tiles, scale, shift, sums, static_cast<int32_t>(zero_point)};
+static FR_BYTES_INLINE ByteWeight byte_weight(const void* memory, const ByteFilter& filter,
+                                              ByteLayout layout, int64_t zero_point) {
+  const bool lists = layout == ByteLayout::lists;
+  const int8_t* packed = static_cast<const int8_t*>(memory);
+  const int64_t padded_k = filter.padded_k();
+  const float* scale = reinterpret_cast<const float*>(packed + (lists ? 0 : filter.vectors()));
+  const float* shift = scale + padded_k;
+  const int32_t* sums = reinterpret_cast<const int32_t*>(shift + padded_k);
+  const ByteList* first = nullptr;
+  if (lists) first = reinterpret_cast<const ByteList*>(packed + ByteListsLayout{padded_k}.lists());
+  return {packed, first, scale, shift, sums, static_cast<int32_t>(zero_point)};
 }
 
 enum class ByteShortcut { none, bytes, projection };
@@ -142,6 +176,9 @@ struct ByteConv {
   const uint8_t* projected;
   ByteFilter projection;
   ByteWeight projection_weight;
+
+  // For weights as lists: where each aligned four is, in bytes from the pixel under the first tap.
+  const int64_t *step_offsets, *projection_offsets;
 
   bool keeps_weight;  // whether a task's weights stay in its second-level cache
 
@@ -186,6 +223,7 @@ struct ByteKernels {
   // source * step
   void (*dequantize)(ByteFloats type, const uint8_t* source, int64_t count, float step,
                      void* target);
+  ByteLayout layout = ByteLayout::tiles;  // of the weights that `run` takes
 };
 
 #if defined(__x86_64__)

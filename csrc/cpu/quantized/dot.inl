@@ -14,91 +14,17 @@
 //
 // Nothing but <stdint.h> is included: see cpu/isa.h.
 
+#include "cpu/quantized/finish.inl"
+#include "cpu/quantized/walk.inl"
+
 namespace fused_resnet::cpu {
 namespace {
-
-// Output pixels that are taken together, and where each one's input, output and shortcut begin.
-struct DotPixels {
-  int64_t count;  // of those that have an output; the others are like the last of these
-  const uint8_t* in[kDotPixels];
-  const uint8_t* projected[kDotPixels];
-  const uint8_t* added[kDotPixels];
-  uint8_t* out[kDotPixels];
-};
-
-// A task's output pixels, line by line.
-class DotWalk {
- public:
-  DotWalk(const ByteConv& conv, int64_t begin, int64_t end)
-      : conv_(conv), left_(end - begin), n_(begin / (conv.P * conv.Q)) {
-    const int64_t in_image = begin % (conv.P * conv.Q);
-    p_ = in_image / conv.Q;
-    q_ = in_image % conv.Q;
-    find();
-  }
-
-  // The next of them; false where there are none.
-  FR_BYTES_INLINE bool next(DotPixels& pixels) {
-    if (left_ == 0) return false;
-    pixels.count = left_ < kDotPixels ? left_ : kDotPixels;
-    left_ -= pixels.count;
-    const int64_t in_step = conv_.stride_w * conv_.in.pixel(), out_step = conv_.out.pixel();
-    const int64_t projected_step = projected_ == nullptr ? 0 : conv_.projection.pixel();
-    const int64_t added_step = added_ == nullptr ? 0 : conv_.added.pixel();
-    for (int64_t i = 0; i < pixels.count; ++i) {
-      pixels.in[i] = in_;
-      pixels.projected[i] = projected_;
-      pixels.added[i] = added_;
-      pixels.out[i] = out_;
-      in_ += in_step;
-      projected_ += projected_step;
-      added_ += added_step;
-      out_ += out_step;
-      if (++q_ == conv_.Q) {
-        q_ = 0;
-        if (++p_ == conv_.P) p_ = 0, ++n_;
-        find();
-      }
-    }
-    for (int64_t i = pixels.count; i < kDotPixels; ++i) {
-      pixels.in[i] = pixels.in[i - 1];
-      pixels.projected[i] = pixels.projected[i - 1];
-    }
-    return true;
-  }
-
- private:
-  void find() {
-    const int64_t lines = conv_.in.lines(), pitch = conv_.in.pitch();
-    const int64_t index = (n_ * lines + p_ * conv_.stride_h) * pitch + q_ * conv_.stride_w;
-    in_ = conv_.in.data + (conv_.origin + index) * conv_.in.pixel();
-    out_ = conv_.out.data + conv_.out.position(n_, p_, q_) * conv_.out.pixel();
-    added_ = projected_ = nullptr;
-    if (conv_.shortcut == ByteShortcut::bytes) {
-      added_ = conv_.added.data + conv_.added.position(n_, p_, q_) * conv_.added.pixel();
-    }
-    if (conv_.projected != nullptr) {
-      projected_ = conv_.projected + index * conv_.projection.pixel();
-    }
-  }
-
-  const ByteConv& conv_;
-  int64_t left_, n_, p_, q_;
-  const uint8_t *in_, *projected_, *added_;
-  uint8_t* out_;
-};
 
 // The taps of a filter, from a pixel on: R x S runs of `steps` times four bytes.
 struct DotTaps {
   int64_t R, S, run_h, run_w, steps;
   int64_t block_bytes;  // from a block of 32 output channels' weights to the next one's
 };
-
-FR_BYTES_INLINE Ints broadcast_four(const uint8_t* p) {
-  int32_t four;
-  __builtin_memcpy(&four, p, sizeof(four));
-  return broadcast_int(four);
-}
 
 // Where the weights of a vector of output channels are, from those of the first.
 FR_BYTES_INLINE int64_t weights_of(int64_t vector, int64_t block_bytes) {
@@ -144,41 +70,6 @@ FR_BYTES_INLINE void sum_products(const DotTaps& taps, const uint8_t* const (&in
   }
 }
 
-// The step behind the products of some output channels, from the first of them on.
-struct DotStep {
-  const float *scale, *shift, *other_scale;
-  const int32_t *offset, *other_offset;  // zero point times the filters' sums
-  Ints added_zero_point;
-  Floats shortcut_scale;
-};
-
-// Of one pixel: `sums` of the filter, or those of the projection, and then the filter's in
-// `first`.
-template <bool kOffset, ByteShortcut kShortcut, int kVectors>
-FR_BYTES_INLINE void finish(const DotStep& step, const Ints (&sums)[kVectors], const int32_t* first,
-                            const uint8_t* added, uint8_t* out) {
-  constexpr bool kProjection = kShortcut == ByteShortcut::projection;
-  Floats t[kVectors];
-#pragma GCC unroll 16
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t k = v * kLanes;
-    Ints sum = kProjection ? load_ints(first + k) : sums[v];
-    if constexpr (kOffset) sum = subtract(sum, load_ints(step.offset + k));
-    t[v] = add(multiply(to_floats(sum), load_floats(step.scale + k)), load_floats(step.shift + k));
-    if constexpr (kShortcut == ByteShortcut::bytes) {
-      Ints x = load_bytes(added + k);
-      if constexpr (kOffset) x = subtract(x, step.added_zero_point);
-      t[v] = add(t[v], multiply(to_floats(x), step.shortcut_scale));
-    }
-    if constexpr (kProjection) {
-      Ints other = sums[v];
-      if constexpr (kOffset) other = subtract(other, load_ints(step.other_offset + k));
-      t[v] = add(t[v], multiply(to_floats(other), load_floats(step.other_scale + k)));
-    }
-  }
-  store_rounded(out, t);
-}
-
 // A task's convolution, and what of it does not change from pixel to pixel.
 struct DotRun {
   const ByteConv& conv;
@@ -202,16 +93,8 @@ struct DotRun {
 
 FR_BYTES_INLINE const int8_t* weight_at(const ByteWeight& weight, int64_t channel,
                                         int64_t block_bytes) {
-  return weight.tiles + channel / kByteBlockK * block_bytes +
+  return weight.packed + channel / kByteBlockK * block_bytes +
          channel % kByteBlockK / 16 * kByteTile;
-}
-
-// The zero point times the sums of some filters.
-FR_BYTES_INLINE void find_offsets(const ByteWeight& weight, int64_t channel, int64_t count,
-                                  int32_t* offsets) {
-  for (int64_t k = 0; k < count; ++k) {
-    offsets[k] = weight.zero_point * weight.filter_sums[channel + k];
-  }
 }
 
 // Some pixels and kVectors vectors of output channels, from `channel` on.

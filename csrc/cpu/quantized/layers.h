@@ -49,7 +49,11 @@ struct ByteLayer {
   const torch::stable::Tensor* packed;
   int64_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int64_t H, W, P, Q;
+  ByteLayout layout;  // of `packed`
 
+  ByteWeight weight(int64_t zero_point) const {
+    return byte_weight(packed->const_data_ptr(), filter, layout, zero_point);
+  }
   // What tiles of 16 pixels may read behind the last.
   int64_t beyond() const {
     return (kByteRows + 1) * stride_w * filter.pixel() + filter.chunks() * kByteChunk;
@@ -72,10 +76,15 @@ class ByteStep : public PlanStep {
   virtual double step_of_bytes() const = 0;
 };
 
-// `numbers`: see kByteNumbers. `unit`: of the input's pixels, see ByteImages.
-ByteLayer make_byte_layer(const char* op, const torch::stable::Tensor& packed,
+// For kernels that take weights in this layout. `numbers`: see kByteNumbers. `unit`: of the input's
+// pixels, see ByteImages.
+ByteLayer make_byte_layer(const char* op, const torch::stable::Tensor& packed, ByteLayout layout,
                           const int64_t* numbers, int64_t channels, int64_t H, int64_t W,
                           int64_t unit = kBytePixel);
+
+// Whether it is, as far as reading it is safe, a packed weight of this filter.
+void check_packed(const char* op, const torch::stable::Tensor& packed, ByteLayout layout,
+                  const ByteFilter& filter);
 
 ByteConv make_byte_conv(const ByteLayer& layer, const ByteImages& in, const ByteImages& out,
                         int64_t zero_point);

@@ -160,17 +160,17 @@ class ByteStem : public ByteStep {
         kernels_(byte_kernels(kOp, kernels_name)),
         channels_(input.size(1) * (words() ? 2 : 1)),
         unit_(channels_ <= kMostNarrow ? channels_ : kBytePixel),
-        layer_(make_byte_layer(kOp, packed_, numbers.data(), channels_, input.size(2),
-                               input.size(3), unit_)),
+        layer_(make_byte_layer(kOp, packed_, kernels_.layout, numbers.data(), channels_,
+                               input.size(2), input.size(3), unit_)),
         pool_(make_pool(pool, layer_.P, layer_.Q)),
         inverse_(static_cast<float>(1 / step)),
         zero_point_(zero_point),
         output_step_(output_step) {
     FR_CHECK(layer_.filter.groups == 1, kOp, ": groups is ", layer_.filter.groups, ", must be 1");
-    FR_CHECK(
-        !words() || (packed_low_->scalar_type() == ScalarType::Char && packed_low_->dim() == 1 &&
-                     packed_low_->numel() == packed_.numel() && packed_low_->stride(0) == 1),
-        kOp, ": the lower weight must be like the upper");
+    if (words()) {
+      check_packed("quantized_stem: the lower weight", *packed_low_, kernels_.layout,
+                   layer_.filter);
+    }
   }
 
   Tensor run(const Tensor& input) const override {
@@ -212,7 +212,8 @@ class ByteStem : public ByteStep {
         conv.shortcut = ByteShortcut::projection;
         conv.doubled = true;
         conv.projection = layer_.filter;
-        conv.projection_weight = byte_weight(packed_low_->const_data_ptr(), layer_.filter, zero);
+        conv.projection_weight =
+            byte_weight(packed_low_->const_data_ptr(), layer_.filter, kernels_.layout, zero);
       }
       run_byte_conv(kernels_, conv);
       max_pool(pool_, between, slice_images(pooled->view, n, count));

@@ -233,7 +233,7 @@ void run(const ByteConv& conv, const ByteTask& task) {
         filter.joined ? 1 : filter.S,
         conv.dil_h * conv.in.pitch() * pixel,
         conv.dil_w * pixel,
-        conv.weight.tiles + block * block_bytes,
+        conv.weight.packed + block * block_bytes,
         sums.main[turn],
         nullptr,
         nullptr,
@@ -261,7 +261,7 @@ void run(const ByteConv& conv, const ByteTask& task) {
           nullptr,
       };
       if (conv.doubled) second = product;
-      second.weight = conv.projection_weight.tiles + block * projection_bytes;
+      second.weight = conv.projection_weight.packed + block * projection_bytes;
       second.sums = sums.other[turn];
       second.prefetch = second.prefetch_end = nullptr;
       multiply_block(second, at.tiles, halves, pending);

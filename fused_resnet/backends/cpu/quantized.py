@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -37,7 +38,7 @@ def run_quantized_blocks(
     numbers: list[int] = []
     for block in blocks:
         for conv in block.convs:
-            packed.append(_packed(conv))
+            packed.append(_packed(conv, _PIXEL, kernels))
             numbers += (*conv.weight.shape, *conv.stride, *conv.padding, *conv.dilation)
             numbers.append(conv.groups)
     counts = [len(block.convs) for block in blocks]
@@ -67,8 +68,8 @@ def run_quantized_stem(
     conv, low, pool = stem
     channels = conv.weight.shape[1]
     unit = channels if channels <= _NARROW else _PIXEL
-    packed = _packed(conv, unit)
-    packed_low = None if low is None else _packed(low, unit)
+    packed = _packed(conv, unit, kernels)
+    packed_low = None if low is None else _packed(low, unit, kernels)
     numbers = (*conv.weight.shape, *conv.stride, *conv.padding, *conv.dilation, conv.groups)
     pooling = (*pool.kernel_size, *pool.stride, *pool.padding)
     return operators.quantized_stem_packed(
@@ -76,8 +77,8 @@ def run_quantized_stem(
     )
 
 
-def _packed(conv: QuantizedConv, unit: int = _PIXEL) -> Tensor:
-    layout = (conv.scale, conv.shift, conv.dilation[1], conv.groups, unit)
+def _packed(conv: QuantizedConv, unit: int, kernels: str) -> Tensor:
+    layout = (conv.scale, conv.shift, conv.dilation[1], conv.groups, unit, sys.intern(kernels))
     entry = _cache.get(id(conv.weight))
     # Eight-bit copies are never written to, so who they are says what they hold.
     if (
