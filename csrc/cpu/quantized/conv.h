@@ -103,8 +103,6 @@ struct ByteFilter {
   FR_BYTES_INLINE int64_t vectors() const { return blocks() * block_bytes(); }
   FR_BYTES_INLINE int64_t padded_k() const { return blocks() * kByteBlockK; }
   FR_BYTES_INLINE int64_t packed_bytes() const { return vectors() + 3 * 4 * padded_k(); }
-  // Of all runs.
-  FR_BYTES_INLINE int64_t all_steps() const { return runs() * steps(); }
 };
 
 // How a packed weight lies: as tiles, see ByteFilter::place, or as lists.
@@ -112,25 +110,37 @@ enum class ByteLayout { tiles, lists };
 
 // Lists are for lists.inl: for every kListChannels output channels the steps of the reduction. A
 // step is four neighbouring bytes of an input pixel's run, beginning with any of them, and the
-// weights [kListChannels][4] that they meet.
+// weights [kListChannels][4] that they meet. First come pairs of steps.
 constexpr int64_t kListChannels = 8;
 constexpr int64_t kListBytes = 4 * kListChannels;  // of a step's weights
+struct ByteStepPlace {
+  uint16_t segment, byte;
+};
 struct ByteList {
-  int64_t steps, weights;  // where they begin in the packed weight
-  int64_t count;
+  int64_t places, weights;  // where they begin in the packed weight
+  int64_t pairs, singles;
+
+  FR_BYTES_INLINE int64_t steps() const { return 2 * pairs + singles; }
 };
 
+// A run's bytes are numbered in segments.
+constexpr int64_t kListSegment = 65536;
+static FR_BYTES_INLINE int64_t segments_of_run(const ByteFilter& filter) {
+  return bytes_div_up(filter.steps() * 4, kListSegment);
+}
+
 // Where things are in a weight packed as lists: [scale][shift][filter sums][ByteList of every
-// kListChannels channels][the lists' steps, up to a multiple of 64 bytes][the lists' weights]. A
-// step is a uint32: the number of the aligned four, of ByteFilter::all_steps(), in which its first
-// byte is, times 4, plus which of the four it is.
+// kListChannels channels][the lists' places, up to a multiple of 64 bytes][the lists' weights].
 struct ByteListsLayout {
   int64_t padded_k;
 
   FR_BYTES_INLINE int64_t count() const { return padded_k / kListChannels; }
   FR_BYTES_INLINE int64_t lists() const { return 3 * 4 * padded_k; }
-  FR_BYTES_INLINE int64_t steps() const {
+  FR_BYTES_INLINE int64_t places() const {
     return lists() + count() * static_cast<int64_t>(sizeof(ByteList));
+  }
+  FR_BYTES_INLINE int64_t weights(int64_t steps) const {
+    return bytes_round_up(places() + steps * static_cast<int64_t>(sizeof(ByteStepPlace)), 64);
   }
 };
 
@@ -177,8 +187,8 @@ struct ByteConv {
   ByteFilter projection;
   ByteWeight projection_weight;
 
-  // For weights as lists: where each aligned four is, in bytes from the pixel under the first tap.
-  const int64_t *step_offsets, *projection_offsets;
+  // For weights as lists: where each segment is, in bytes from the pixel under the first tap.
+  const int64_t *segments, *projection_segments;
 
   bool keeps_weight;  // whether a task's weights stay in its second-level cache
 

@@ -6,11 +6,16 @@
 namespace fused_resnet::cpu {
 namespace {
 
-constexpr int kDotPixels = 12;
+constexpr int kDotPixels = 10;
 
-FR_BYTES_INLINE Ints add_bytes(Ints sums, Ints pixel, Ints weights) {
-  const Ints pairs = _mm256_maddubs_epi16(pixel, weights);
-  return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+FR_BYTES_INLINE Ints multiply_bytes(Ints pixel, Ints weights) {
+  return _mm256_maddubs_epi16(pixel, weights);
+}
+FR_BYTES_INLINE Ints add_words(Ints a, Ints b) {
+  return _mm256_add_epi16(a, b);
+}
+FR_BYTES_INLINE Ints add_widened(Ints sums, Ints words) {
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 
 #include "cpu/conv_layer.h"
 #include "cpu/isa.h"
+#include "cpu/quantized/lists.h"
 #include "memory_format.h"
 
 namespace fused_resnet::cpu {
@@ -55,132 +56,6 @@ ByteFilter make_filter(const char* op, int64_t K, int64_t C, int64_t R, int64_t 
   return {K, C, R, S, groups, groups == 1 && dilation_w == 1, unit};
 }
 
-Tensor packed_memory(int64_t bytes) {
-  void* memory = weight_allocate(static_cast<size_t>(bytes));
-  std::memset(memory, 0, static_cast<size_t>(bytes));
-  return torch::stable::from_blob(memory, {bytes}, {1},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  ScalarType::Char, weight_release);
-}
-
-int64_t weights_begin(const ByteListsLayout& layout, int64_t steps) {
-  return bytes_round_up(layout.steps() + steps * static_cast<int64_t>(sizeof(uint32_t)), 64);
-}
-
-// The weights of kListChannels output channels in the reduction, byte by byte.
-class ListedColumns {
- public:
-  ListedColumns(const int8_t* tiles, const ByteFilter& filter, int64_t list)
-      : filter_(filter), run_bytes_(filter.steps() * 4) {
-    const int64_t channel = list * kListChannels, column = channel % kByteBlockK;
-    first_ = tiles + channel / kByteBlockK * filter.block_bytes() + column / 16 * kByteTile +
-             column % 16 * 4;
-  }
-
-  int64_t run_bytes() const { return run_bytes_; }
-  // Of output channel k of the list.
-  int at(int64_t run, int64_t byte, int64_t k) const {
-    if (byte >= run_bytes_) return 0;
-    const int64_t chunk = run * filter_.chunks() + byte / kByteChunk;
-    return first_[chunk * 2 * kByteTile + byte % kByteChunk / 4 * 64 + k * 4 + byte % 4];
-  }
-  bool is_zero(int64_t run, int64_t byte) const {
-    for (int64_t k = 0; k < kListChannels; ++k) {
-      if (at(run, byte, k) != 0) return false;
-    }
-    return true;
-  }
-  // Whether the products of this byte and the next one's weights with any bytes of up to 255 fit 16
-  // bits together: if the weights' signs differ they do, else if their sum is within -128 and 128.
-  bool fits(int64_t run, int64_t byte) const {
-    for (int64_t k = 0; k < kListChannels; ++k) {
-      const int sum = at(run, byte, k) + at(run, byte + 1, k);
-      if (sum < -128 || sum > 128) return false;
-    }
-    return true;
-  }
-
- private:
-  const ByteFilter& filter_;
-  const int64_t run_bytes_;
-  const int8_t* first_;
-};
-
-// Calls take(run, byte, begin, end) for the steps of a list: from `byte` on, with the weights of
-// the bytes [begin, end). Two products are added in 16 bits, those of a step's first two bytes and
-// of its last two, so a step ends before the second of two weights that do not fit; a step that
-// would end behind its first begins a byte earlier instead, so that they are not neighbours in it.
-// No other choice makes fewer steps: whatever covers the bytes from one on covers those from the
-// next on. Most have four weights, and at worst each has two.
-template <class Take>
-void for_each_step(const ListedColumns& columns, int64_t runs, const Take& take) {
-  for (int64_t run = 0; run < runs; ++run) {
-    for (int64_t byte = 0; byte < columns.run_bytes();) {
-      if (columns.is_zero(run, byte)) {
-        ++byte;
-        continue;
-      }
-      int64_t first = byte, count = 4;
-      if (columns.fits(run, byte)) {
-        if (!columns.fits(run, byte + 2)) count = 3;
-      } else if (byte == 0) {
-        count = 1;
-      } else {
-        first = byte - 1;
-        count = columns.fits(run, byte + 1) ? 3 : 2;
-      }
-      const int64_t end = std::min(byte + count, columns.run_bytes());
-      take(run, first, byte, end);
-      byte = end;
-    }
-  }
-}
-
-// A weight as lists, from its tiles and the vectors behind them.
-Tensor pack_lists(const int8_t* tiles, const ByteFilter& filter) {
-  const ByteListsLayout layout{filter.padded_k()};
-  std::vector<ByteList> lists(static_cast<size_t>(layout.count()));
-  torch::stable::parallel_for(0, layout.count(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      int64_t count = 0;
-      for_each_step(ListedColumns(tiles, filter, i), filter.runs(),
-                    [&](int64_t, int64_t, int64_t, int64_t) { ++count; });
-      lists[static_cast<size_t>(i)].count = count;
-    }
-  });
-  int64_t steps = 0;
-  for (const ByteList& list : lists) steps += list.count;
-  const int64_t first = weights_begin(layout, steps);
-  int64_t before = 0;
-  for (ByteList& list : lists) {
-    list.steps = layout.steps() + before * static_cast<int64_t>(sizeof(uint32_t));
-    list.weights = first + before * kListBytes;
-    before += list.count;
-  }
-  Tensor packed = packed_memory(first + steps * kListBytes);
-  int8_t* memory = static_cast<int8_t*>(packed.mutable_data_ptr());
-  std::memcpy(memory, tiles + filter.vectors(), static_cast<size_t>(layout.lists()));
-  std::memcpy(memory + layout.lists(), lists.data(), lists.size() * sizeof(ByteList));
-  torch::stable::parallel_for(0, layout.count(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const ListedColumns columns(tiles, filter, i);
-      uint32_t* step = reinterpret_cast<uint32_t*>(memory + lists[static_cast<size_t>(i)].steps);
-      int8_t* weight = memory + lists[static_cast<size_t>(i)].weights;
-      for_each_step(columns, filter.runs(),
-                    [&](int64_t run, int64_t byte, int64_t covered, int64_t end_of_covered) {
-                      *step++ = static_cast<uint32_t>(run * columns.run_bytes() + byte);
-                      for (int64_t b = covered; b < end_of_covered; ++b) {
-                        for (int64_t k = 0; k < kListChannels; ++k) {
-                          weight[k * 4 + b - byte] = static_cast<int8_t>(columns.at(run, b, k));
-                        }
-                      }
-                      weight += kListBytes;
-                    });
-    }
-  });
-  return packed;
-}
-
 Tensor pack_quantized_conv(Tensor weight, Tensor scale, Tensor shift, int64_t dilation_w,
                            int64_t groups, int64_t unit, std::string kernels) {
   constexpr const char* op = "pack_quantized_conv";
@@ -219,7 +94,7 @@ Tensor pack_quantized_conv(Tensor weight, Tensor scale, Tensor shift, int64_t di
       vectors[filter.padded_k() + k] = shifts[k * shift.stride(0)];
     }
   });
-  return layout == ByteLayout::lists ? pack_lists(tiles, filter) : packed;
+  return layout == ByteLayout::lists ? pack_lists(op, tiles, filter) : packed;
 }
 
 template <class T>
@@ -239,6 +114,14 @@ void scatter(const void* source, int64_t stride, int64_t count, char* target) {
 }
 
 }  // namespace
+
+Tensor packed_memory(int64_t bytes) {
+  void* memory = weight_allocate(static_cast<size_t>(bytes));
+  std::memset(memory, 0, static_cast<size_t>(bytes));
+  return torch::stable::from_blob(memory, {bytes}, {1},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  ScalarType::Char, weight_release);
+}
 
 const ByteKernels& byte_kernels(const char* op, const std::string& name) {
   static const std::vector<const ByteKernels*> available = available_kernels();
@@ -281,53 +164,6 @@ ByteImages slice_images(ByteImages images, int64_t begin, int64_t count) {
   images.N = count;
   return images;
 }
-
-namespace {
-
-void check_lists(const char* op, const Tensor& packed, const ByteFilter& filter) {
-  const ByteListsLayout layout{filter.padded_k()};
-  const int64_t numel = packed.numel();
-  FR_CHECK(numel >= layout.steps(), op, ": packed has ", numel, " elements, the weight needs ",
-           layout.steps(), " and its lists");
-  const int8_t* memory = static_cast<const int8_t*>(packed.const_data_ptr());
-  const ByteList* lists = reinterpret_cast<const ByteList*>(memory + layout.lists());
-  bool right = reinterpret_cast<uintptr_t>(memory) % alignof(ByteList) == 0;
-  int64_t steps = 0;
-  for (int64_t i = 0; right && i < layout.count(); ++i) {
-    right = lists[i].count >= 0 && lists[i].count <= numel;
-    if (right) steps += lists[i].count;
-  }
-  const int64_t first = right ? weights_begin(layout, steps) : 0;
-  right = right && numel == first + steps * kListBytes;
-  int64_t before = 0;
-  for (int64_t i = 0; right && i < layout.count(); ++i) {
-    right = lists[i].steps == layout.steps() + before * static_cast<int64_t>(sizeof(uint32_t)) &&
-            lists[i].weights == first + before * kListBytes;
-    before += lists[i].count;
-  }
-  if (right) {
-    const uint32_t* step = reinterpret_cast<const uint32_t*>(memory + layout.steps());
-    const uint32_t end = static_cast<uint32_t>(filter.all_steps() * 4);
-    uint32_t beyond = 0;
-    for (int64_t i = 0; i < steps; ++i) beyond |= step[i] >= end ? 1 : 0;
-    right = beyond == 0;
-  }
-  FR_CHECK(right, op, ": packed has ", numel, " elements, which are not this weight's lists");
-}
-
-// Of every aligned four, in bytes from the pixel under the first tap.
-std::vector<int64_t> step_offsets(const ByteFilter& filter, int64_t tap_h, int64_t tap_w) {
-  std::vector<int64_t> offsets;
-  offsets.reserve(static_cast<size_t>(filter.all_steps()));
-  for (int64_t r = 0; r < filter.R; ++r) {
-    for (int64_t s = 0; s < (filter.joined ? 1 : filter.S); ++s) {
-      for (int64_t i = 0; i < filter.steps(); ++i) offsets.push_back(r * tap_h + s * tap_w + 4 * i);
-    }
-  }
-  return offsets;
-}
-
-}  // namespace
 
 void check_packed(const char* op, const Tensor& packed, ByteLayout layout,
                   const ByteFilter& filter) {
@@ -377,15 +213,16 @@ void run_byte_conv(const ByteKernels& kernels, ByteConv conv) {
   int64_t block_tasks = blocks * block_bytes > input_bytes ? std::min(threads, blocks) : 1;
   const int64_t pixel_tasks = std::min(pieces, bytes_div_up(threads, block_tasks));
   conv.keeps_weight = bytes_div_up(blocks, block_tasks) * block_bytes <= l2_bytes() / 2;
-  std::vector<int64_t> offsets, projection_offsets;
+  std::vector<int64_t> segments, projection_segments;
   if (kernels.layout == ByteLayout::lists) {
     const int64_t pixel = conv.in.pixel();
-    offsets = step_offsets(conv.filter, conv.dil_h * conv.in.pitch() * pixel, conv.dil_w * pixel);
+    segments =
+        segment_offsets(conv.filter, conv.dil_h * conv.in.pitch() * pixel, conv.dil_w * pixel);
     if (conv.shortcut == ByteShortcut::projection && !conv.doubled) {
-      projection_offsets = step_offsets(conv.projection, 0, 0);
+      projection_segments = segment_offsets(conv.projection, 0, 0);
     }
-    conv.step_offsets = offsets.data();
-    conv.projection_offsets = conv.doubled ? offsets.data() : projection_offsets.data();
+    conv.segments = segments.data();
+    conv.projection_segments = conv.doubled ? segments.data() : projection_segments.data();
   }
   torch::stable::parallel_for(0, pixel_tasks * block_tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

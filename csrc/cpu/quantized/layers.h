@@ -82,6 +82,9 @@ ByteLayer make_byte_layer(const char* op, const torch::stable::Tensor& packed, B
                           const int64_t* numbers, int64_t channels, int64_t H, int64_t W,
                           int64_t unit = kBytePixel);
 
+// Zeros that live as long as the tensor of bytes.
+torch::stable::Tensor packed_memory(int64_t bytes);
+
 // Whether it is, as far as reading it is safe, a packed weight of this filter.
 void check_packed(const char* op, const torch::stable::Tensor& packed, ByteLayout layout,
                   const ByteFilter& filter);
