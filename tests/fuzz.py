@@ -1345,14 +1345,15 @@ def _pool_linear(rng: random.Random) -> list[Any]:
 
 
 def _packed_bytes(
-    rng: random.Random, K: int, C: int, R: int, groups: int, unit: int
+    rng: random.Random, shape: tuple[int, int, int], groups: int, unit: int, kernels: str
 ) -> tuple[Any, list[int]]:
-    """A packed convolution, and its numbers as the operators have them."""
+    """A packed convolution of K, C, R, and its numbers as the operators have them."""
     import torch
 
+    K, C, R = shape
     conv = _byte_conv(rng, C, K, (R, R), groups, ((1, 1), (R // 2, R // 2), (1, 1)))
     packed = torch.ops.fused_resnet.pack_quantized_conv(
-        conv.weight, conv.scale, conv.shift, 1, groups, unit
+        conv.weight, conv.scale, conv.shift, 1, groups, unit, kernels
     )
     return packed, [*conv.weight.shape, 1, 1, R // 2, R // 2, 1, 1, groups]
 
@@ -1360,7 +1361,7 @@ def _packed_bytes(
 def _pack_quantized_conv(rng: random.Random) -> list[Any]:
     C, groups, unit = rng.choice(((8, 1, 16), (8, 2, 16), (3, 1, 3), (6, 1, 6)))
     conv = _byte_conv(rng, C, 8, (3, 3), groups, ((1, 1), (1, 1), (1, 1)))
-    return [conv.weight, conv.scale, conv.shift, rng.choice((1, 2)), groups, unit]
+    return [conv.weight, conv.scale, conv.shift, rng.choice((1, 2)), groups, unit, _kernels(rng)]
 
 
 def _kernels(rng: random.Random) -> str:
@@ -1370,20 +1371,22 @@ def _kernels(rng: random.Random) -> str:
 
 
 def _quantized_residual_blocks_packed(rng: random.Random) -> list[Any]:
-    first, numbers = _packed_bytes(rng, 24, 16, 3, rng.choice((1, 2)), 16)
-    second, more = _packed_bytes(rng, 16, 24, 1, 1, 16)
+    kernels = _kernels(rng)
+    first, numbers = _packed_bytes(rng, (24, 16, 3), rng.choice((1, 2)), 16, kernels)
+    second, more = _packed_bytes(rng, (16, 24, 1), 1, 16, kernels)
     x = _image(rng, 2, 16, 5, 7, dtype=_dtype(rng))
     shape = [[first, second], numbers + more, [2], [0], [0.5]]
-    return [x, *shape, 0.1, rng.choice((0, 9)), 0.1, _kernels(rng)]
+    return [x, *shape, 0.1, rng.choice((0, 9)), 0.1, kernels]
 
 
 def _quantized_stem_packed(rng: random.Random) -> list[Any]:
     words = rng.random() < 0.5
     C = 6 if words else 3
-    packed, numbers = _packed_bytes(rng, 16, C, 3, 1, C)
-    low = _packed_bytes(rng, 16, C, 3, 1, C)[0] if words else None
+    kernels = _kernels(rng)
+    packed, numbers = _packed_bytes(rng, (16, C, 3), 1, C, kernels)
+    low = _packed_bytes(rng, (16, C, 3), 1, C, kernels)[0] if words else None
     x = _image(rng, 2, 3, 7, 6, dtype=_dtype(rng))
-    return [x, packed, low, numbers, [3, 3, 2, 2, 1, 1], 0.1, 128, 0.1, _kernels(rng)]
+    return [x, packed, low, numbers, [3, 3, 2, 2, 1, 1], 0.1, 128, 0.1, kernels]
 
 
 def _quantized_copies_match(rng: random.Random) -> list[Any]:

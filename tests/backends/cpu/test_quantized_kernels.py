@@ -155,6 +155,45 @@ def test_largest_sums(kernels):
     assert out.unique().tolist() == [pytest.approx(OUTPUT.step * 129)]
 
 
+EDGES = {
+    "two or three weights reach 128": (-127, -65, -64, -63, -1, 0, 1, 63, 64, 65, 127),
+    "four weights reach 128": (-33, -32, -31, 0, 31, 32, 33),
+    "mostly zero": (0, 0, 0, 0, 0, 0, 0, 0, 127, -127),
+    "the least byte": (-128, -1, 0, 1, 127),
+}
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_at_the_edge_of_words(sign, edge, kernels):
+    """Pixel p has 255 where filter p's weight has a sign, else 0: no pixel gives a larger sum."""
+    torch.manual_seed(3)
+    edges = torch.tensor(EDGES[edge], dtype=torch.int8)
+    weight = edges[torch.randint(len(edges), (64, 64, 1, 3))]
+    pixels = torch.where(weight * sign > 0, 255, 0)
+    # Each filter sees its own three pixels' worth of bytes, with nothing between them and the next.
+    x = torch.zeros(1, 64, 1, 64, 4)
+    x[0, :, 0, :, :3] = pixels[:, :, 0].permute(1, 0, 2)
+    x = (x.flatten(3) * stored().step).contiguous(memory_format=torch.channels_last)
+    # The sum is what decides: it gives 100, and one that is off by one 101 or 99.
+    sums = (pixels * weight.int()).sum((1, 2, 3)).float()
+    scale, shift = torch.full((64,), float(sign)), 100 - sign * sums
+    # Then a convolution that passes bytes on, and a projection that gives zero.
+    one = QuantizedConv(weight, scale, shift, (1, 4), (0, 0), (1, 1), 1)
+    passes = one._replace(
+        weight=torch.eye(64, dtype=torch.int8).view(64, 64, 1, 1),
+        scale=torch.ones(64),
+        shift=torch.zeros(64),
+        stride=(1, 1),
+    )
+    nothing = passes._replace(scale=torch.zeros(64), stride=(1, 4))
+    block = QuantizedBlock((one, passes, nothing), True, 1.0)
+    out = assert_right(x, [block], 0, kernels)
+    own = out[0, :, 0].diagonal() / OUTPUT.step
+    assert own.round().unique().tolist() == [100]
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_values_beyond_integers(kernels):
     """Sums far outside of what 32 bits hold as steps of the output."""
@@ -362,6 +401,36 @@ def test_bad_calls(match):
         packed_call(**BAD[match])
 
 
+@pytest.mark.skipif("avx2" not in KERNELS, reason="no kernels here take weights as lists")
+def test_bad_lists():
+    """Of lists that are none of this weight's, nothing is read beyond the tensor."""
+    one = conv(16, 16, 3, 3, 1, 1)
+    pack = torch.ops.fused_resnet.pack_quantized_conv
+    packed = pack(one.weight, one.scale, one.shift, 1, 1, 16, "avx2")
+    assert packed_call(packed=[packed], kernels="avx2") is not None
+    lists = 3 * 4 * 32  # behind scale, shift and sums of a block of 32 output channels
+    places = lists + 4 * 8 * 4  # behind four lists of four numbers
+    words = packed.view(torch.int64)
+    for at, value in (
+        (lists, 1 << 40),  # where places begin
+        (lists + 8, -64),  # where weights begin
+        (lists + 16, 1 << 61),  # pairs
+        (lists + 16, -1),
+        (lists + 24, int(words[lists // 8 + 3]) + 1),  # singles
+        (places, 3),  # a segment, of a filter of three rows
+        (places, (3 * 16) << 16),  # a byte
+    ):
+        bad = packed.clone()
+        bad.view(torch.int64)[at // 8] = value
+        with pytest.raises((RuntimeError, ValueError), match="not this weight's lists"):
+            packed_call(packed=[bad], kernels="avx2")
+    tiles = pack(one.weight, one.scale, one.shift, 1, 1, 16, "baseline")
+    with pytest.raises((RuntimeError, ValueError), match="packed has"):
+        packed_call(packed=[tiles], kernels="avx2")
+    with pytest.raises((RuntimeError, ValueError), match="packed has"):
+        packed_call(packed=[packed], kernels="baseline")
+
+
 def test_bad_weights():
     pack = torch.ops.fused_resnet.pack_quantized_conv
     weight, vector = torch.zeros(4, 4, 1, 1, dtype=torch.int8), torch.zeros(4)
@@ -373,6 +442,8 @@ def test_bad_weights():
         pack(weight, vector, vector[:3], 1, 1)
     with pytest.raises((RuntimeError, ValueError), match="groups"):
         pack(weight, vector, vector, 1, 3)
+    with pytest.raises((RuntimeError, ValueError), match="no kernels 'sse9'"):
+        pack(weight, vector, vector, 1, 1, 16, "sse9")
     large = torch.zeros(1, LARGEST_REDUCTION + 1, 1, 1, dtype=torch.int8)
     with pytest.raises((RuntimeError, ValueError), match="too many for sums of 32 bits"):
         pack(large, vector[:1], vector[:1], 1, 1)
