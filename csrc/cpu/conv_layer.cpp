@@ -148,15 +148,14 @@ const ConvIsa& isa_in_parts(const Conv& conv) {
 
 // ---- Winograd ----------------------------------------------------------------------------------
 
-// FUSED_RESNET_CPU_WINOGRAD: 1, where it is faster. Not without being asked: the errors of a deep
-// network can come to more than the package promises.
+// FUSED_RESNET_CPU_WINOGRAD: 0, nowhere.
 bool winograd_wanted() {
   static const bool wanted = [] {
     const char* value = std::getenv("FUSED_RESNET_CPU_WINOGRAD");
     const std::string chosen(value == nullptr ? "" : value);
     STD_TORCH_CHECK(chosen.empty() || chosen == "0" || chosen == "1",
                     "FUSED_RESNET_CPU_WINOGRAD is '", chosen, "', must be 0 or 1");
-    return chosen == "1";
+    return chosen != "0";
   }();
   return wanted;
 }

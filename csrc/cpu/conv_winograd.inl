@@ -19,8 +19,10 @@
 // cache, and so is U of one block of output channels and up to kChunk input channels, which every
 // task makes of the packed weight anew.
 //
-// What is not finite, or so large that rounding it would show, would be in all four outputs of a
-// tile. A tile with such a sum has its sums taken again, one product after the other.
+// A tile's inputs are in all four of its outputs' roundings, also those that an output does not
+// depend on. Where these are much larger than its own, or not finite, or where a sum is so large
+// that there may be no difference of it, a tile has its sums taken again, one product after the
+// other.
 
 namespace fused_resnet::cpu {
 namespace {
@@ -29,12 +31,15 @@ constexpr int kPositions = 16;                     // of a tile's inputs, row by
 constexpr int kMostTiles = kGroups * kTilePixels;  // that are multiplied together
 constexpr int64_t kTaps = 9;
 constexpr float kLargestSum = 0x1p60f;
+// An output whose largest input is so many powers of two below its tile's is computed directly.
+constexpr int32_t kMostBelow = 4;
 
 // 2 x 2 outputs, or as many of them as there are.
 struct WinogradTile {
   const Item* in;    // of its first input, in the slab
   int64_t out, res;  // element offsets of its first output, channel 0
   int32_t rows, columns;
+  bool uneven;  // whether its inputs' magnitudes differ too much
 };
 
 // V is [batches of tiles][kPositions][C / kLanes][kMostTiles][kLanes]: what is multiplied together
@@ -77,17 +82,55 @@ FR_INLINE void transform_output(const Vec (&m)[4], Vec (&y)[2]) {
   y[1] = m[1] - m[2] - m[3];
 }
 
+// Of a row of tiles the largest inputs without their signs, as bits, which are in the same order:
+// of each pixel, [columns][4 rows][kLanes], lane by lane.
+void clear_largest(int64_t tiles, VecInt* largest) {
+  for (int64_t i = 0; i < (2 * tiles + 2) * 4; ++i) largest[i] = VecInt{};
+}
+
+FR_INLINE VecInt largest_of(VecInt a, VecInt b) {
+  return a > b ? a : b;
+}
+
+// Whether for an output of a tile, `largest` being its first column's, other inputs are too large.
+bool is_uneven(const VecInt* largest) {
+  VecInt rows[4][2];
+  FR_FOR (j, 4) {
+    const VecInt* column = largest + j * 4;
+    const VecInt inner = largest_of(column[1], column[2]);
+    rows[j][0] = largest_of(column[0], inner);
+    rows[j][1] = largest_of(inner, column[3]);
+  }
+  int32_t most = 0, least = INT32_MAX;
+  FR_FOR (i, 2)
+    FR_FOR (j, 2) {
+      const VecInt own = largest_of(largest_of(rows[j][i], rows[j + 1][i]), rows[j + 2][i]);
+      int32_t bits = 0;
+      FR_FOR (lane, kLanes) bits = own[lane] > bits ? own[lane] : bits;
+      most = bits > most ? bits : most;
+      least = bits < least ? bits : least;
+    }
+  return (most >> 23) - (least >> 23) > kMostBelow;
+}
+
 // V of a row of tiles, of which `in` has the first one's first input and `first` is the number.
 // Whole vectors of channels are read; what is behind the last is multiplied with nothing.
 void transform_tiles(const Item* in, int64_t pixel, int64_t pitch, int64_t channels, int64_t first,
-                     int64_t count, int64_t batch, float* v) {
+                     int64_t count, int64_t batch, float* v, VecInt* largest) {
+  clear_largest(count, largest);
   const int64_t position = position_size(channels);
   for (int64_t c = 0; c < channels; c += kLanes) {
+    VecInt magnitude;  // of the channels that there are
+    FR_FOR (lane, kLanes) magnitude[lane] = lane < channels - c ? INT32_MAX : 0;
     // Columns of a tile, each already transformed along itself. Two are the next tile's, too.
     Vec columns[4][4];
     auto column = [&](int64_t index, Vec(&to)[4]) {
       Vec d[4];
-      FR_FOR (i, 4) d[i] = load_items(in + i * pitch + index * pixel + c);
+      FR_FOR (i, 4) {
+        d[i] = load_items(in + i * pitch + index * pixel + c);
+        VecInt& most = largest[index * 4 + i];
+        most = largest_of(most, (VecInt)d[i] & magnitude);
+      }
       transform_input(d, to);
     };
     column(0, columns[2]);
@@ -135,37 +178,44 @@ void transform_block(const Item* weight, int64_t tap, int64_t channels, float* u
   }
 }
 
-// M of kTiles tiles and kV vectors of output channels at one position, or what up to kChunk input
-// channels add to it: longer sums are made of sums of so many, as in the direct convolution. With
-// every step a line of `ahead`, unless it is null, is brought into the second-level cache. (Of an
-// address that is nowhere the translation would be looked for every time.)
+// Input channels whose products are summed one after the other. An output is a sum of nine sums of
+// this kind, of larger values than the direct convolution's, so parts are shorter than there.
+constexpr int64_t kPart = 32;
+
+// What up to kChunk input channels add to M of kTiles tiles and kV vectors of output channels at
+// one position, or begin it with. With every step a line of `ahead`, unless it is null, is brought
+// into the second-level cache. (Of an address that is nowhere the translation would be looked for
+// every time.)
 template <int kTiles, int kV>
 void multiply_position(const float* v, const float* u, int64_t channels, bool adds, float* m,
                        const char* ahead) {
   const int64_t line = ahead == nullptr ? 0 : 64;
   if (ahead == nullptr) ahead = reinterpret_cast<const char*>(u);
-  Vec acc[kTiles][kV];
-  FR_FOR (i, kTiles)
-    FR_FOR (k, kV) acc[i][k] = Vec{};
-  for (int64_t c = 0; c < channels; c += kLanes, v += kMostTiles * kLanes) {
-    const int64_t rest = channels - c, count = rest < kLanes ? rest : kLanes;
-    for (int64_t j = 0; j < count; ++j) {
-      Vec w[kV];
-      FR_FOR (k, kV) w[k] = Float32::load(u + k * kLanes);
-      FR_FOR (i, kTiles) {
-        const Vec x = broadcast(v[i * kLanes + j]);
-        FR_FOR (k, kV) acc[i][k] = multiply_add(acc[i][k], x, w[k]);
+  for (int64_t part = 0; part < channels; part += kPart, adds = true) {
+    const int64_t end = part + kPart < channels ? part + kPart : channels;
+    Vec acc[kTiles][kV];
+    FR_FOR (i, kTiles)
+      FR_FOR (k, kV) acc[i][k] = Vec{};
+    for (int64_t c = part; c < end; c += kLanes, v += kMostTiles * kLanes) {
+      const int64_t rest = end - c, count = rest < kLanes ? rest : kLanes;
+      for (int64_t j = 0; j < count; ++j) {
+        Vec w[kV];
+        FR_FOR (k, kV) w[k] = Float32::load(u + k * kLanes);
+        FR_FOR (i, kTiles) {
+          const Vec x = broadcast(v[i * kLanes + j]);
+          FR_FOR (k, kV) acc[i][k] = multiply_add(acc[i][k], x, w[k]);
+        }
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += line;
+        u += kBlockK;
       }
-      __builtin_prefetch(ahead, 0, 2);
-      ahead += line;
-      u += kBlockK;
     }
+    FR_FOR (i, kTiles)
+      FR_FOR (k, kV) {
+        float* to = m + i * kBlockK + k * kLanes;
+        Float32::store(to, adds ? Float32::load(to) + acc[i][k] : acc[i][k]);
+      }
   }
-  FR_FOR (i, kTiles)
-    FR_FOR (k, kV) {
-      float* to = m + i * kBlockK + k * kLanes;
-      Float32::store(to, adds ? Float32::load(to) + acc[i][k] : acc[i][k]);
-    }
 }
 
 using MultiplyPosition = void (*)(const float*, const float*, int64_t, bool, float*, const char*);
@@ -182,24 +232,31 @@ MultiplyPosition multiply_position_for(int64_t tiles) {
 __attribute__((noinline)) void sum_directly(const Item* in, int64_t pixel, int64_t pitch,
                                             const Item* weight, int64_t channels,
                                             float (&sums)[4][kBlockK]) {
+  Vec total[4][kVectors];
   FR_FOR (i, 4)
-    FR_FOR (k, kVectors) {
-      const Item* first = in + i / 2 * pitch + i % 2 * pixel;
-      Vec total = Vec{};
-      for (int64_t tap = 0; tap < kTaps; ++tap) {
-        const Item* x = first + tap / 3 * pitch + tap % 3 * pixel;
-        const Item* w = weight + tap * channels * kBlockK + k * kLanes;
-        for (int64_t begin = 0; begin < channels; begin += kChunk) {
-          const int64_t end = begin + kChunk < channels ? begin + kChunk : channels;
-          Vec acc = Vec{};
-          for (int64_t c = begin; c < end; ++c) {
-            acc = multiply_add(acc, broadcast(x[c]), load_items(w + c * kBlockK));
+    FR_FOR (k, kVectors) total[i][k] = Vec{};
+  for (int64_t tap = 0; tap < kTaps; ++tap) {
+    const Item* first = in + tap / 3 * pitch + tap % 3 * pixel;
+    const Item* w = weight + tap * channels * kBlockK;
+    for (int64_t begin = 0; begin < channels; begin += kChunk) {
+      const int64_t end = begin + kChunk < channels ? begin + kChunk : channels;
+      Vec acc[4][kVectors];
+      FR_FOR (i, 4)
+        FR_FOR (k, kVectors) acc[i][k] = Vec{};
+      for (int64_t c = begin; c < end; ++c) {
+        FR_FOR (i, 4) {
+          const Vec x = broadcast(first[i / 2 * pitch + i % 2 * pixel + c]);
+          FR_FOR (k, kVectors) {
+            acc[i][k] = multiply_add(acc[i][k], x, load_items(w + c * kBlockK + k * kLanes));
           }
-          total += acc;
         }
       }
-      Float32::store(&sums[i][k * kLanes], total);
+      FR_FOR (i, 4)
+        FR_FOR (k, kVectors) total[i][k] += acc[i][k];
     }
+  }
+  FR_FOR (i, 4)
+    FR_FOR (k, kVectors) Float32::store(&sums[i][k * kLanes], total[i][k]);
 }
 
 // The step behind the sums of one output pixel.
@@ -258,11 +315,10 @@ void finish_tiles(const Conv& conv, const float* m, const WinogradTile* tiles, i
         }
       }
     }
-    // An input that is large, of whatever channel, is under one of the outputs at least.
     const auto lost = !((all < kLargestSum) & (all > -kLargestSum));
-    bool any = false;
-    FR_FOR (lane, kLanes) any |= lost[lane] != 0;
-    if (any) {
+    bool again = tile.uneven;
+    FR_FOR (lane, kLanes) again |= lost[lane] != 0;
+    if (again) {
       sum_directly(tile.in, direct.pixel, direct.pitch, direct.weight, direct.channels, sums);
     }
     for (int64_t i = 0; i < tile.rows; ++i) {
@@ -295,9 +351,10 @@ int64_t batches_of_m(const Conv& conv, int64_t tiles) {
   return group_c(conv) <= kChunk ? 1 : div_up(tiles, batch_tiles(tiles));
 }
 
-// Scratch memory: [tiles][scale, shift and bias][slab][V][U][M].
+// Scratch memory: [tiles][largest inputs of a row of tiles][scale, shift and bias][slab][V][U][M].
 struct WinogradScratch {
   WinogradTile* tiles;
+  VecInt* largest;
   Item* slab;
   float *norm, *v, *u, *m;
   int64_t bytes;
@@ -317,6 +374,8 @@ struct WinogradScratch {
     };
     tiles =
         reinterpret_cast<WinogradTile*>(take(count * static_cast<int64_t>(sizeof(WinogradTile))));
+    largest = reinterpret_cast<VecInt*>(
+        take((2 * tile_columns(conv) + 2) * 4 * static_cast<int64_t>(sizeof(VecInt))));
     norm = reinterpret_cast<float*>(take(norm_size(conv, task) * 4));
     // Whole vectors are read of its last pixel, too.
     slab = reinterpret_cast<Item*>(take(((2 * rows + 2 * images) * shape.pitch + kLanes) * 4));
@@ -349,12 +408,14 @@ int64_t transform_rows(const Conv& conv, const Task& task, const WinogradScratch
     for (int64_t i = p; i < p + rows; ++i, memory += 2 * slab.pitch) {
       gather<T>(whole, slab, n, 2 * i + 2, 2 * i + 2, task, memory + 2 * slab.pitch);
       transform_tiles(memory, slab.pixel, slab.pitch, group_c(conv), count, columns, batch,
-                      scratch.v);
+                      scratch.v, scratch.largest);
       for (int64_t j = 0; j < columns; ++j) {
         scratch.tiles[count++] = {memory + 2 * j * slab.pixel,
                                   n * conv.out.n + 2 * i * conv.out.h + 2 * j * conv.out.w,
                                   n * conv.res.n + 2 * i * conv.res.h + 2 * j * conv.res.w,
-                                  conv.P - 2 * i < 2 ? 1 : 2, conv.Q - 2 * j < 2 ? 1 : 2};
+                                  conv.P - 2 * i < 2 ? 1 : 2,
+                                  conv.Q - 2 * j < 2 ? 1 : 2,
+                                  is_uneven(scratch.largest + 2 * j * 4)};
       }
     }
     memory += 2 * slab.pitch;

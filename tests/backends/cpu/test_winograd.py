@@ -26,8 +26,8 @@ from fused_resnet.testing import assert_error_rule
 ISA = torch.ops.fused_resnet.conv_isa()
 ON_VECTORS = bool(ISA) and torch.ops.fused_resnet.conv_tile_isa() == ""
 needs_vectors = pytest.mark.skipif(
-    not ON_VECTORS or os.environ.get("FUSED_RESNET_CPU_WINOGRAD") != "1",
-    reason="only with FUSED_RESNET_CPU_WINOGRAD=1, on vectors: test_processors runs it so",
+    not ON_VECTORS or os.environ.get("FUSED_RESNET_CPU_WINOGRAD") == "0",
+    reason="only on vectors: test_processors runs it so",
 )
 
 
@@ -155,6 +155,46 @@ def test_values_that_are_not_finite(shape):
 
 
 @needs_vectors
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("value", [10.0, 100.0, 1e4, 1e8], ids=str)
+def test_values_that_differ(value, shape):
+    """An output that a large input is not in is as exact as where there is none."""
+    case = make_conv_case(shape, size=(13, 11), residual=False, activation="none", bias=False)
+    case.input.permute(0, 2, 3, 1)[:, 2, 1::9, -1] = value
+    case.input.permute(0, 2, 3, 1)[:, 9, 3, 0] = value
+    one = torch.ones(1, 1, 3, 3)
+    large = (case.input.abs() >= value).any(1, keepdim=True).float()
+    apart = torch.nn.functional.conv2d(large, one, padding=shape.padding) == 0
+    assert apart.any()
+    assert not apart.all()
+    # What the norm would add is none of the convolution's.
+    case.running_mean.zero_()
+    case.bn_bias.zero_()
+    expected, actual = case.double().eager(), case.fused()
+    apart = apart.expand_as(expected)
+    assert relative_error(actual[apart], expected[apart]) <= 1e-6
+    assert relative_error(actual, expected) <= 1e-6
+
+
+@needs_vectors
+def test_magnitudes_behind_the_last_channel():
+    """A vector of channels that ends in the next pixel's: these are not this pixel's magnitudes."""
+    case = make_conv_case(shape_of(33, 32), size=(8, 32), residual=False, activation="none")
+    case.running_mean.zero_()
+    case.input.mul_(1e-3).clamp_(-1e-3, 1e-3)
+    columns = torch.arange(0, 32, 4) + 3
+    case.input[:, 0, :, columns] = 1e3
+    large = torch.zeros(1, 1, 8, 32)
+    large[..., columns] = 1
+    one = torch.ones(1, 1, 3, 3)
+    apart = torch.nn.functional.conv2d(large, one, padding=1) == 0
+    expected, actual = case.double().eager(), case.fused()
+    apart = apart.expand_as(expected)
+    scale = expected[apart].abs().mean()
+    assert (actual[apart] - expected[apart]).abs().max() <= 1e-5 * scale
+
+
+@needs_vectors
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_weights_that_are_not_finite(value):
     """Beyond the image they meet nothing, and other channels are as ever."""
@@ -192,18 +232,18 @@ print(hashlib.sha256(case.fused().numpy().tobytes()).hexdigest())
 
 
 @pytest.mark.skipif(not ON_VECTORS, reason="no convolution runs on vectors here")
-def test_it_has_to_be_asked_for():
-    """Without FUSED_RESNET_CPU_WINOGRAD=1 other bits, and nothing says that it runs."""
+def test_it_can_be_left_out():
+    """With FUSED_RESNET_CPU_WINOGRAD=0 other bits, and nothing says that it runs."""
     code = (
         _BITS
         + "import fused_resnet\nprint(fused_resnet.backends.explain('conv_bn_act', \
         device=torch.device('cpu'), dtype=torch.float32, weight_shape=case.weight.shape))"
     )
-    with_it, without, left_out = (
+    with_it, as_ever, without = (
         run_python(code, FUSED_RESNET_CPU_WINOGRAD=v).split("\n") for v in ("1", "", "0")
     )
     assert with_it[0] != without[0]
-    assert without == left_out
+    assert with_it == as_ever
     assert "Winograd from" in with_it[1]
     assert "Winograd" not in without[1]
     wrong = "import torch, fused_resnet\ntry:\n    torch.ops.fused_resnet.tiles_for_winograd(\
@@ -215,7 +255,7 @@ def test_it_has_to_be_asked_for():
 @pytest.mark.parametrize("isa", ["avx512", "avx2"])
 @pytest.mark.ahead(
     lambda isa: rerun_on_instruction_set(
-        isa, __file__, "not processors and not asked_for", FUSED_RESNET_CPU_WINOGRAD="1"
+        isa, __file__, "not processors and not left_out", FUSED_RESNET_CPU_WINOGRAD="1"
     )
 )
 def test_processors(isa, ahead):
