@@ -19,10 +19,10 @@
 // cache, and so is U of one block of output channels and up to kChunk input channels, which every
 // task makes of the packed weight anew.
 //
-// A tile's inputs are in all four of its outputs' roundings, also those that an output does not
-// depend on. Where these are much larger than its own, or not finite, or where a sum is so large
-// that there may be no difference of it, a tile has its sums taken again, one product after the
-// other.
+// An output depends, in its rounding too, on its own 3 x 3 inputs alone: the first output of a
+// dimension is of V's first three values, which are of d's first three, the second of the last
+// three. But of what is not finite, or so large that a sum of two may be infinite, there are
+// differences. A tile with such a sum has its sums taken again, one product after the other.
 
 namespace fused_resnet::cpu {
 namespace {
@@ -31,15 +31,12 @@ constexpr int kPositions = 16;                     // of a tile's inputs, row by
 constexpr int kMostTiles = kGroups * kTilePixels;  // that are multiplied together
 constexpr int64_t kTaps = 9;
 constexpr float kLargestSum = 0x1p60f;
-// An output whose largest input is so many powers of two below its tile's is computed directly.
-constexpr int32_t kMostBelow = 4;
 
 // 2 x 2 outputs, or as many of them as there are.
 struct WinogradTile {
   const Item* in;    // of its first input, in the slab
   int64_t out, res;  // element offsets of its first output, channel 0
   int32_t rows, columns;
-  bool uneven;  // whether its inputs' magnitudes differ too much
 };
 
 // V is [batches of tiles][kPositions][C / kLanes][kMostTiles][kLanes]: what is multiplied together
@@ -82,55 +79,17 @@ FR_INLINE void transform_output(const Vec (&m)[4], Vec (&y)[2]) {
   y[1] = m[1] - m[2] - m[3];
 }
 
-// Of a row of tiles the largest inputs without their signs, as bits, which are in the same order:
-// of each pixel, [columns][4 rows][kLanes], lane by lane.
-void clear_largest(int64_t tiles, VecInt* largest) {
-  for (int64_t i = 0; i < (2 * tiles + 2) * 4; ++i) largest[i] = VecInt{};
-}
-
-FR_INLINE VecInt largest_of(VecInt a, VecInt b) {
-  return a > b ? a : b;
-}
-
-// Whether for an output of a tile, `largest` being its first column's, other inputs are too large.
-bool is_uneven(const VecInt* largest) {
-  VecInt rows[4][2];
-  FR_FOR (j, 4) {
-    const VecInt* column = largest + j * 4;
-    const VecInt inner = largest_of(column[1], column[2]);
-    rows[j][0] = largest_of(column[0], inner);
-    rows[j][1] = largest_of(inner, column[3]);
-  }
-  int32_t most = 0, least = INT32_MAX;
-  FR_FOR (i, 2)
-    FR_FOR (j, 2) {
-      const VecInt own = largest_of(largest_of(rows[j][i], rows[j + 1][i]), rows[j + 2][i]);
-      int32_t bits = 0;
-      FR_FOR (lane, kLanes) bits = own[lane] > bits ? own[lane] : bits;
-      most = bits > most ? bits : most;
-      least = bits < least ? bits : least;
-    }
-  return (most >> 23) - (least >> 23) > kMostBelow;
-}
-
 // V of a row of tiles, of which `in` has the first one's first input and `first` is the number.
 // Whole vectors of channels are read; what is behind the last is multiplied with nothing.
 void transform_tiles(const Item* in, int64_t pixel, int64_t pitch, int64_t channels, int64_t first,
-                     int64_t count, int64_t batch, float* v, VecInt* largest) {
-  clear_largest(count, largest);
+                     int64_t count, int64_t batch, float* v) {
   const int64_t position = position_size(channels);
   for (int64_t c = 0; c < channels; c += kLanes) {
-    VecInt magnitude;  // of the channels that there are
-    FR_FOR (lane, kLanes) magnitude[lane] = lane < channels - c ? INT32_MAX : 0;
     // Columns of a tile, each already transformed along itself. Two are the next tile's, too.
     Vec columns[4][4];
     auto column = [&](int64_t index, Vec(&to)[4]) {
       Vec d[4];
-      FR_FOR (i, 4) {
-        d[i] = load_items(in + i * pitch + index * pixel + c);
-        VecInt& most = largest[index * 4 + i];
-        most = largest_of(most, (VecInt)d[i] & magnitude);
-      }
+      FR_FOR (i, 4) d[i] = load_items(in + i * pitch + index * pixel + c);
       transform_input(d, to);
     };
     column(0, columns[2]);
@@ -316,7 +275,7 @@ void finish_tiles(const Conv& conv, const float* m, const WinogradTile* tiles, i
       }
     }
     const auto lost = !((all < kLargestSum) & (all > -kLargestSum));
-    bool again = tile.uneven;
+    bool again = false;
     FR_FOR (lane, kLanes) again |= lost[lane] != 0;
     if (again) {
       sum_directly(tile.in, direct.pixel, direct.pitch, direct.weight, direct.channels, sums);
@@ -351,10 +310,9 @@ int64_t batches_of_m(const Conv& conv, int64_t tiles) {
   return group_c(conv) <= kChunk ? 1 : div_up(tiles, batch_tiles(tiles));
 }
 
-// Scratch memory: [tiles][largest inputs of a row of tiles][scale, shift and bias][slab][V][U][M].
+// Scratch memory: [tiles][scale, shift and bias][slab][V][U][M].
 struct WinogradScratch {
   WinogradTile* tiles;
-  VecInt* largest;
   Item* slab;
   float *norm, *v, *u, *m;
   int64_t bytes;
@@ -374,8 +332,6 @@ struct WinogradScratch {
     };
     tiles =
         reinterpret_cast<WinogradTile*>(take(count * static_cast<int64_t>(sizeof(WinogradTile))));
-    largest = reinterpret_cast<VecInt*>(
-        take((2 * tile_columns(conv) + 2) * 4 * static_cast<int64_t>(sizeof(VecInt))));
     norm = reinterpret_cast<float*>(take(norm_size(conv, task) * 4));
     // Whole vectors are read of its last pixel, too.
     slab = reinterpret_cast<Item*>(take(((2 * rows + 2 * images) * shape.pitch + kLanes) * 4));
@@ -408,14 +364,12 @@ int64_t transform_rows(const Conv& conv, const Task& task, const WinogradScratch
     for (int64_t i = p; i < p + rows; ++i, memory += 2 * slab.pitch) {
       gather<T>(whole, slab, n, 2 * i + 2, 2 * i + 2, task, memory + 2 * slab.pitch);
       transform_tiles(memory, slab.pixel, slab.pitch, group_c(conv), count, columns, batch,
-                      scratch.v, scratch.largest);
+                      scratch.v);
       for (int64_t j = 0; j < columns; ++j) {
         scratch.tiles[count++] = {memory + 2 * j * slab.pixel,
                                   n * conv.out.n + 2 * i * conv.out.h + 2 * j * conv.out.w,
                                   n * conv.res.n + 2 * i * conv.res.h + 2 * j * conv.res.w,
-                                  conv.P - 2 * i < 2 ? 1 : 2,
-                                  conv.Q - 2 * j < 2 ? 1 : 2,
-                                  is_uneven(scratch.largest + 2 * j * 4)};
+                                  conv.P - 2 * i < 2 ? 1 : 2, conv.Q - 2 * j < 2 ? 1 : 2};
       }
     }
     memory += 2 * slab.pitch;

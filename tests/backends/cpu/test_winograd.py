@@ -177,24 +177,6 @@ def test_values_that_differ(value, shape):
 
 
 @needs_vectors
-def test_magnitudes_behind_the_last_channel():
-    """A vector of channels that ends in the next pixel's: these are not this pixel's magnitudes."""
-    case = make_conv_case(shape_of(33, 32), size=(8, 32), residual=False, activation="none")
-    case.running_mean.zero_()
-    case.input.mul_(1e-3).clamp_(-1e-3, 1e-3)
-    columns = torch.arange(0, 32, 4) + 3
-    case.input[:, 0, :, columns] = 1e3
-    large = torch.zeros(1, 1, 8, 32)
-    large[..., columns] = 1
-    one = torch.ones(1, 1, 3, 3)
-    apart = torch.nn.functional.conv2d(large, one, padding=1) == 0
-    expected, actual = case.double().eager(), case.fused()
-    apart = apart.expand_as(expected)
-    scale = expected[apart].abs().mean()
-    assert (actual[apart] - expected[apart]).abs().max() <= 1e-5 * scale
-
-
-@needs_vectors
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_weights_that_are_not_finite(value):
     """Beyond the image they meet nothing, and other channels are as ever."""
