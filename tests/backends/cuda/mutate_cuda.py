@@ -209,6 +209,10 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
         "(read(conv.bias, k, 0.f) - read(conv.running_mean, k, 1.f)) * scale[i]",
     ): "equivalent: the mean is never left out, so nothing stands for it",
     (
+        "if constexpr (kCluster > 1) {",
+        "if constexpr (kCluster >= 1) {",
+    ): "performance: a block that is a cluster by itself waits for itself",
+    (
         "const int end = min(kTile.m, (piece + 1) * kPieceRows) * kOutChunks;",
         "const int end = ((piece + 1) * kPieceRows) * kOutChunks;",
     ): "performance: loads rows of the residual that nothing reads, into a stage that is free",
