@@ -3,11 +3,12 @@
     python bench/write_readme.py           # rewrite README.md, docs/results.md, docs/predictions.md
     python bench/write_readme.py --check   # exit 1 when one of them is not what the data says
 
-Between their markers the README has one table, docs/results.md everything measured and
-docs/predictions.md what is predicted for GPUs. Each device's folder contributes its newest files of
-models and of kernels, and `bench/results/static/predicted.json` (written by `fused-resnet bench
-static`) the predictions. docs/latency.png draws the README's table. The page with all plots
-is `fused-resnet bench report`'s.
+Between their markers the README has one device's table and the other devices' ratios,
+docs/results.md everything measured and docs/predictions.md what is predicted for GPUs. Each
+device's folder contributes its newest files of models and of kernels, and
+`bench/results/static/predicted.json` (written by `fused-resnet bench static`) the predictions.
+docs/latency.png draws the README's table. The page with all plots is `fused-resnet bench
+report`'s.
 """
 
 from __future__ import annotations
@@ -34,21 +35,41 @@ HEADLINE = ("eager", "torch.compile", "OpenVINO", "ONNX Runtime", "fused")
 
 
 def headline(results: Path = RESULTS) -> str:
-    """The newest device's latencies of whole models in inference."""
-    for document in _newest_inference(results)[:1]:
-        table = _table(_headline_cases(document), _time)
-        return "\n".join([f"**{where(document)}**, ms:", "", *table])
-    return "There are no results yet."
+    """Latencies of whole models in inference: one device's as a table, the others' in short."""
+    paragraphs = []
+    for document in _headline_documents(results):
+        cases = _headline_cases(document)
+        if paragraphs:
+            of_each = "; ".join(map(_ratios, cases))
+            paragraphs.append(f"**{where(document)}**, divided by eager's: {of_each}.")
+        else:
+            table = _table(cases, _time)
+            paragraphs.append("\n".join([f"**{where(document)}**, ms:", "", *table]))
+    return "\n\n".join(paragraphs) or "There are no results yet."
+
+
+def _ratios(case: Mapping[str, Any]) -> str:
+    ran = [one for one in case["candidates"] if not one["skipped"] and not one["wrong"]]
+    of_each = ", ".join(
+        f"{one['name']} {one['ratio_to_eager']:.2f}" for one in ran if one["name"] != "eager"
+    )
+    return f"{case['model']}, batch {case['batch']}, {case['dtype']}: {of_each}"
 
 
 def draw_headline(path: Path, results: Path = RESULTS) -> None:
     """The README's table as bars; nothing where there are no results."""
     from fused_resnet.measure import page_plots
 
-    for document in _newest_inference(results)[:1]:
+    for document in _headline_documents(results)[:1]:
         title = "Inference, times as fast as eager"
         figure = page_plots.model_speedups(_headline_cases(document), title, where(document))
         path.write_bytes(page_plots.png(figure))
+
+
+def _headline_documents(results: Path) -> list[dict[str, Any]]:
+    """Each device's newest; first the one with most cases for the README, of these the newest."""
+    found = sorted(_newest_inference(results), key=lambda one: -len(_headline_cases(one)))
+    return [document for document in found if _headline_cases(document)]
 
 
 def _headline_cases(document: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -149,6 +149,18 @@ def test_readme_is_made_from_the_newest_files(readme_report: Any, tmp_path: Path
     assert "| resnet50, batch 1, float32 | 100.0 (1.00) | **50.0 (0.50)** |" in headline
     assert "training step" not in headline
     assert "60.0" not in headline
+    assert "divided by eager's" not in headline
+    # A device that more was measured on has the table, though it is older.
+    other = models_document("2026-01-01T00:00:00+00:00", 40.0)
+    other["device"]["name"] = "Other CPU"
+    other["cases"].append({**other["cases"][0], "batch": 8})
+    (results / "other-cpu").mkdir()
+    (results / "other-cpu" / "a.json").write_text(json.dumps(other))
+    headline = readme_report.headline(results)
+    assert headline.startswith("**Other CPU, 2 threads")
+    assert "| resnet50, batch 8, float32 | 100.0 (1.00) | **40.0 (0.40)** |" in headline
+    assert "2026-02-01**, divided by eager's: resnet50, batch 1, float32: fused 0.50." in headline
+    assert "batch 1, float32 | 100.0 (1.00) | **50.0 (0.50)** |" not in headline
     figure = tmp_path / "figure.png"
     readme_report.draw_headline(figure, results)
     assert figure.read_bytes().startswith(b"\x89PNG")
