@@ -5,7 +5,9 @@
 #include "cpu/dot_emulated.h"
 
 #define FR_VECTOR_BYTES 64
+#define FR_TILE_GROUPS 2
 #define FR_TILE_PIXELS 7
+#define FR_UNROLLED_STEPS 1
 #define FR_ITEM_CHANNELS 2
 
 namespace fused_resnet::cpu {
