@@ -2,6 +2,8 @@
 //   FR_VECTOR_BYTES   width of a vector register
 //   FR_TILE_GROUPS    groups of pixels in a register tile, at most
 //   FR_TILE_PIXELS    pixels in a group, at most; they are evenly spaced in every tensor
+//   FR_NARROW_GROUPS  the same of a tile of one vector of output channels, for layers
+//   FR_NARROW_PIXELS  that have no more in a group
 //   FR_UNROLLED_STEPS steps of the product between two branches
 //   FR_ITEM_CHANNELS  channels in an item, the four bytes that a lane multiplies at once: 1, in
 //                     float32, or 2, in bfloat16. With 2 the kernel is one for bfloat16 alone.
@@ -24,6 +26,8 @@ int64_t block_k(const Conv& conv) {
 }
 constexpr int kTilePixels = FR_TILE_PIXELS;
 constexpr int kGroups = FR_TILE_GROUPS;
+constexpr int kNarrowPixels = FR_NARROW_PIXELS;
+constexpr int kNarrowGroups = FR_NARROW_GROUPS;
 constexpr int kUnrolled = FR_UNROLLED_STEPS;
 constexpr int64_t kChunk = 256;
 
@@ -352,10 +356,27 @@ void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int6
 
 // ---- product and epilogue ----------------------------------------------------------------------
 
-// Up to kGroups groups of `pixels` output pixels, each group evenly spaced in every tensor.
+// The most groups in a tile, and pixels in a group.
+struct TileShape {
+  int groups, pixels;
+};
+
+// Whether one vector holds the output channels of a group.
+bool is_narrow(const Conv& conv) {
+  return conv.expanded || group_k(conv) <= kLanes;
+}
+
+TileShape tile_shape(const Conv& conv) {
+  if (is_narrow(conv)) return {kNarrowGroups, kNarrowPixels};
+  return {kGroups, kTilePixels};
+}
+
+// Some groups of `pixels` output pixels, each group evenly spaced in every tensor.
 struct Tile {
-  const Item* in[kGroups];
-  int64_t out[kGroups], res[kGroups];  // element offsets of the first pixel, channel 0
+  static constexpr int kMost = kGroups > kNarrowGroups ? kGroups : kNarrowGroups;
+
+  const Item* in[kMost];
+  int64_t out[kMost], res[kMost];  // element offsets of the first pixel, channel 0
   int32_t pixels, groups;
 };
 
@@ -585,23 +606,33 @@ void multiply(const Product& product, const Tile& tile, const Item* weight, cons
 template <class T>
 using Multiply = void (*)(const Product&, const Tile&, const Item*, const Epilogue<T>&);
 
-// multiply<> for a tile of `groups` x `pixels` and kV vectors of output channels.
-template <class T, bool kExpanded, int kV, int kG = 1, int kM = 1>
+// multiply<> for a tile of `groups` x `pixels`, at most kMostG x kMostM, and kV vectors of output
+// channels.
+template <class T, bool kExpanded, int kV, int kMostG, int kMostM, int kG = 1, int kM = 1>
 Multiply<T> multiply_for_tile(int groups, int pixels) {
-  if constexpr (kG < kGroups) {
-    if (groups > kG) return multiply_for_tile<T, kExpanded, kV, kG + 1, kM>(groups, pixels);
+  if constexpr (kG < kMostG) {
+    if (groups > kG) {
+      return multiply_for_tile<T, kExpanded, kV, kMostG, kMostM, kG + 1, kM>(groups, pixels);
+    }
   }
-  if constexpr (kM < kTilePixels) {
-    if (pixels > kM) return multiply_for_tile<T, kExpanded, kV, kG, kM + 1>(groups, pixels);
+  if constexpr (kM < kMostM) {
+    if (pixels > kM) {
+      return multiply_for_tile<T, kExpanded, kV, kMostG, kMostM, kG, kM + 1>(groups, pixels);
+    }
   }
   return multiply<T, kExpanded, kG, kM, kV>;
 }
 
 template <class T>
-Multiply<T> multiply_for(bool expanded, int groups, int pixels, int vectors) {
-  if (expanded) return multiply_for_tile<T, true, 1>(groups, pixels);
-  return vectors == 1 ? multiply_for_tile<T, false, 1>(groups, pixels)
-                      : multiply_for_tile<T, false, 2>(groups, pixels);
+Multiply<T> multiply_for(const Conv& conv, int groups, int pixels, int vectors) {
+  if (conv.expanded) {
+    return multiply_for_tile<T, true, 1, kNarrowGroups, kNarrowPixels>(groups, pixels);
+  }
+  if (is_narrow(conv)) {
+    return multiply_for_tile<T, false, 1, kNarrowGroups, kNarrowPixels>(groups, pixels);
+  }
+  return vectors == 1 ? multiply_for_tile<T, false, 1, kGroups, kTilePixels>(groups, pixels)
+                      : multiply_for_tile<T, false, 2, kGroups, kTilePixels>(groups, pixels);
 }
 
 // ---- a task ------------------------------------------------------------------------------------
@@ -616,20 +647,24 @@ bool reads_input_in_place(const Conv& conv) {
          conv.in.c == 1;
 }
 
-// Cuts rows into groups of at most kTilePixels and puts groups of equal length together, so that
-// nearly every tile has all of its groups whatever the width of the image.
+// Cuts rows into groups and puts groups of equal length together, so that nearly every tile has all
+// of its groups whatever the width of the image.
 struct TileList {
+  static constexpr int kMostPixels = kTilePixels > kNarrowPixels ? kTilePixels : kNarrowPixels;
+
+  TileShape shape;
   Tile* tiles;
   int64_t count = 0;
-  int64_t open[kTilePixels + 1];  // by length: the tile with room for a group; -1: none
+  int64_t open[kMostPixels + 1];  // by length: the tile with room for a group; -1: none
 
-  explicit TileList(Tile* storage) : tiles(storage) {
+  TileList(const Conv& conv, Tile* storage) : shape(tile_shape(conv)), tiles(storage) {
     for (int64_t& tile : open) tile = -1;
   }
 
   // Of each length one tile may stay without some of its groups.
-  static int64_t capacity(int64_t rows, int64_t q) {
-    return rows * div_up(q, kTilePixels) / kGroups + kTilePixels;
+  static int64_t capacity(const Conv& conv, int64_t rows) {
+    const TileShape shape = tile_shape(conv);
+    return rows * div_up(conv.Q, shape.pixels) / shape.groups + shape.pixels;
   }
 
   void add(const Item* in, int64_t out, int64_t res, int64_t pixels) {
@@ -644,29 +679,27 @@ struct TileList {
     tile.in[g] = in;
     tile.out[g] = out;
     tile.res[g] = res;
-    if (tile.groups == kGroups) at = -1;
+    if (tile.groups == shape.groups) at = -1;
   }
 
   // Where groups are pixels the last tile may be left with so few that each of their sums waits for
   // itself. It takes some from the tile before.
   void share_last() {
-    if constexpr (kTilePixels == 1) {
-      if (count < 2) return;
-      Tile &before = tiles[count - 2], &last = tiles[count - 1];
-      const int moved = (before.groups - last.groups) / 2;
-      if (moved <= 0) return;
-      before.groups -= moved;
-      for (int g = 0; g < moved; ++g) {
-        last.in[last.groups] = before.in[before.groups + g];
-        last.out[last.groups] = before.out[before.groups + g];
-        last.res[last.groups++] = before.res[before.groups + g];
-      }
+    if (shape.pixels > 1 || count < 2) return;
+    Tile &before = tiles[count - 2], &last = tiles[count - 1];
+    const int moved = (before.groups - last.groups) / 2;
+    if (moved <= 0) return;
+    before.groups -= moved;
+    for (int g = 0; g < moved; ++g) {
+      last.in[last.groups] = before.in[before.groups + g];
+      last.out[last.groups] = before.out[before.groups + g];
+      last.res[last.groups++] = before.res[before.groups + g];
     }
   }
 
   void add_row(const Item* in, int64_t in_step, int64_t out, int64_t out_step, int64_t res,
                int64_t res_step, int64_t q) {
-    const int64_t parts = div_up(q, kTilePixels);
+    const int64_t parts = div_up(q, shape.pixels);
     for (int64_t part = 0, begin = 0; part < parts; ++part) {
       const int64_t end = q * (part + 1) / parts;
       add(in + begin * in_step, out + begin * out_step, res + begin * res_step, end - begin);
@@ -768,7 +801,7 @@ class ComingPixels {
     if (begin >= end) return;
     constexpr int64_t kItem = sizeof(typename T::Storage);
     const Tile& first = list.tiles[begin];
-    const int64_t pixels = (end - begin) * kGroups * kTilePixels;
+    const int64_t pixels = (end - begin) * list.shape.groups * list.shape.pixels;
     if (reads_input_in_place(conv)) {
       add(first.in[0], conv.in.w == group_c(conv) ? pixels * conv.in.w * kItem : 0);
     }
@@ -873,7 +906,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
         if (tile.groups != groups || tile.pixels != pixels) {
           groups = tile.groups;
           pixels = tile.pixels;
-          kernel = multiply_for<T>(conv.expanded, groups, pixels, vectors);
+          kernel = multiply_for<T>(conv, groups, pixels, vectors);
         }
         kernel(product, tile, weight, e);
       }
@@ -898,7 +931,7 @@ struct Scratch {
   Scratch(const Conv& conv, const Task& task, void* memory) {
     const int64_t rows = image_row_count(conv, task);
     const int64_t tile_bytes =
-        round_up(TileList::capacity(rows, conv.Q) * static_cast<int64_t>(sizeof(Tile)));
+        round_up(TileList::capacity(conv, rows) * static_cast<int64_t>(sizeof(Tile)));
     const int64_t norm_bytes = round_up(norm_size(conv, task) * 4);
     int64_t slab_bytes = 0;
     if (!reads_input_in_place(conv)) {
@@ -953,7 +986,7 @@ Item* add_rows(const Conv& conv, const Task& task, int64_t n, int64_t p_begin, i
 template <class T>
 void run_conv(const Conv& conv, const Task& task, void* memory) {
   const Scratch scratch(conv, task, memory);
-  TileList list(scratch.tiles);
+  TileList list(conv, scratch.tiles);
   Item* slab_memory = scratch.slab;
   for (int64_t row = task.row_begin; row < task.row_end;) {
     const int64_t n = row / conv.P, p = row % conv.P;
@@ -1010,7 +1043,7 @@ void run_conv_pool(const Conv& conv, const Task& task, void* memory) {
     h_end = h_end > conv.P ? conv.P : h_end;
 
     const Scratch scratch(conv, task, memory);
-    TileList list(scratch.tiles);
+    TileList list(conv, scratch.tiles);
     const int64_t row_pitch = conv.Q * conv.K;
     const Strides rows_layout{0, 1, row_pitch, conv.K};
     add_rows<T>(conv, task, n, h_begin, h_end, rows_layout, 0, scratch.slab, list);
