@@ -1,5 +1,7 @@
-// The native convolution for AVX2 with FMA and F16C: tiles of 2 x 3 pixels by 16 output channels,
-// 12 of the 16 registers.
+// The native convolution for AVX2 with FMA and F16C: tiles of 6 pixels by 16 output channels, 12 of
+// the 16 registers. The pixels of a tile are anywhere, since there are general registers enough for
+// their addresses: no row of an image leaves a rest. Layers of at most 8 output channels in a group
+// have tiles of 4 x 3 pixels.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -8,7 +10,12 @@
 #include "cpu/conv_winograd.h"
 
 #define FR_VECTOR_BYTES 32
-#define FR_TILE_PIXELS 3
+#define FR_TILE_GROUPS 6
+#define FR_TILE_PIXELS 1
+#define FR_NARROW_GROUPS 4
+#define FR_NARROW_PIXELS 3
+#define FR_UNROLLED_STEPS 4
+#define FR_SUMMED_STEPS 256
 #define FR_ITEM_CHANNELS 1
 
 namespace fused_resnet::cpu {

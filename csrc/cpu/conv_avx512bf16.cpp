@@ -7,7 +7,12 @@
 #include "cpu/conv.h"
 
 #define FR_VECTOR_BYTES 64
+#define FR_TILE_GROUPS 2
 #define FR_TILE_PIXELS 7
+#define FR_NARROW_GROUPS 2
+#define FR_NARROW_PIXELS 7
+#define FR_UNROLLED_STEPS 1
+#define FR_SUMMED_STEPS 128
 #define FR_ITEM_CHANNELS 2
 
 namespace fused_resnet::cpu {

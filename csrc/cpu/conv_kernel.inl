@@ -1,6 +1,11 @@
 // One task of the native convolution, for the instruction set of the including file, which defines
 //   FR_VECTOR_BYTES   width of a vector register
-//   FR_TILE_PIXELS    pixels in one group of a register tile; a tile has one or two groups
+//   FR_TILE_GROUPS    groups of pixels in a register tile, at most
+//   FR_TILE_PIXELS    pixels in a group, at most; they are evenly spaced in every tensor
+//   FR_NARROW_GROUPS  the same of a tile of one vector of output channels, for layers
+//   FR_NARROW_PIXELS  that have no more in a group
+//   FR_UNROLLED_STEPS steps of the product between two branches
+//   FR_SUMMED_STEPS   steps whose products are summed one after the other
 //   FR_ITEM_CHANNELS  channels in an item, the four bytes that a lane multiplies at once: 1, in
 //                     float32, or 2, in bfloat16. With 2 the kernel is one for bfloat16 alone.
 // and what the vector extension has no expression for: broadcast() of a float and of an item,
@@ -21,8 +26,11 @@ int64_t block_k(const Conv& conv) {
   return conv.expanded ? kLanes : kBlockK;
 }
 constexpr int kTilePixels = FR_TILE_PIXELS;
-constexpr int kGroups = 2;
-constexpr int64_t kChunk = 128;
+constexpr int kGroups = FR_TILE_GROUPS;
+constexpr int kNarrowPixels = FR_NARROW_PIXELS;
+constexpr int kNarrowGroups = FR_NARROW_GROUPS;
+constexpr int kUnrolled = FR_UNROLLED_STEPS;
+constexpr int64_t kChunk = FR_SUMMED_STEPS;
 
 typedef float Vec __attribute__((vector_size(FR_VECTOR_BYTES)));
 typedef float VecUnaligned __attribute__((vector_size(FR_VECTOR_BYTES), aligned(4)));
@@ -349,10 +357,27 @@ void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int6
 
 // ---- product and epilogue ----------------------------------------------------------------------
 
-// Up to two groups of `pixels` output pixels, each group evenly spaced in every tensor.
+// The most groups in a tile, and pixels in a group.
+struct TileShape {
+  int groups, pixels;
+};
+
+// Whether one vector holds the output channels of a group.
+bool is_narrow(const Conv& conv) {
+  return conv.expanded || group_k(conv) <= kLanes;
+}
+
+TileShape tile_shape(const Conv& conv) {
+  if (is_narrow(conv)) return {kNarrowGroups, kNarrowPixels};
+  return {kGroups, kTilePixels};
+}
+
+// Some groups of `pixels` output pixels, each group evenly spaced in every tensor.
 struct Tile {
-  const Item* in[kGroups];
-  int64_t out[kGroups], res[kGroups];  // element offsets of the first pixel, channel 0
+  static constexpr int kMost = kGroups > kNarrowGroups ? kGroups : kNarrowGroups;
+
+  const Item* in[kMost];
+  int64_t out[kMost], res[kMost];  // element offsets of the first pixel, channel 0
   int32_t pixels, groups;
 };
 
@@ -468,6 +493,9 @@ __attribute__((noinline)) void store_from_memory(float* tile, int64_t out, int64
 // vectors, and each meets one vector of weights: 15 loads for 14 multiply-adds.
 template <class T, bool kExpanded, int kG, int kM, int kV>
 void multiply(const Product& product, const Tile& tile, const Item* weight, const Epilogue<T>& e) {
+  constexpr int64_t kNext = kExpanded ? kLanes : 1;  // items between steps
+  // A pixel's channels of a block are in one line where pixels begin at a line.
+  constexpr bool kTwoLines = kV * kLanes * sizeof(typename T::Storage) > 64;
   const int64_t stride = product.pixel_stride;
   Vec acc[kG][kM][kV];
   FR_FOR (g, kG)
@@ -480,11 +508,11 @@ void multiply(const Product& product, const Tile& tile, const Item* weight, cons
       FR_FOR (i, kM) {
         const typename T::Storage* out = e.output + tile.out[g] + i * e.out_pixel;
         __builtin_prefetch(out, 1);
-        __builtin_prefetch(out + (kV - 1) * kLanes, 1);
+        if (kTwoLines) __builtin_prefetch(out + (kV - 1) * kLanes, 1);
         if (e.residual) {
           const typename T::Storage* residual = e.residual + tile.res[g] + i * e.res_pixel;
           __builtin_prefetch(residual);
-          __builtin_prefetch(residual + (kV - 1) * kLanes);
+          if (kTwoLines) __builtin_prefetch(residual + (kV - 1) * kLanes);
         }
       }
   }
@@ -498,8 +526,8 @@ void multiply(const Product& product, const Tile& tile, const Item* weight, cons
   bool has_total = false;
   const char* prefetch = product.prefetch;
   for (int64_t run = 0; run < product.runs; ++run) {
-    const Item* in0 = tile.in[0] + product.run_offset[run];
-    const Item* in1 = tile.in[kG - 1] + product.run_offset[run];
+    const Item* in[kG];
+    FR_FOR (g, kG) in[g] = tile.in[g] + product.run_offset[run];
     for (int64_t rest = product.run_length; rest > 0;) {
       const int64_t count = rest < kChunk ? rest : kChunk;
       if (steps + count > kChunk) {
@@ -512,21 +540,22 @@ void multiply(const Product& product, const Tile& tile, const Item* weight, cons
         has_total = true;
         steps = 0;
       }
-      for (int64_t j = 0; j < count; ++j) {
+      const auto step = [&](int64_t j) __attribute__((always_inline)) {
         Vec w[kV];
         FR_FOR (v, kV) w[v] = load_items(weight + v * kLanes);
         FR_FOR (g, kG)
           FR_FOR (i, kM) {
-            const Item* in = (g == 0 ? in0 : in1) + i * stride;
-            const Vec x = kExpanded ? load_items(in) : broadcast(*in);
+            const Item* item = in[g] + i * stride + j * kNext;
+            const Vec x = kExpanded ? load_items(item) : broadcast(*item);
             FR_FOR (v, kV) acc[g][i][v] = multiply_add(acc[g][i][v], x, w[v]);
           }
         __builtin_prefetch(prefetch, 0, 2);
         prefetch += product.prefetch_step;
-        in0 += kExpanded ? kLanes : 1;
-        in1 += kExpanded ? kLanes : 1;
-        weight += kExpanded ? kLanes : kBlockK;
-      }
+        weight += (kExpanded ? kLanes : kBlockK);
+      };
+#pragma GCC unroll kUnrolled
+      for (int64_t j = 0; j < count; ++j) step(j);
+      FR_FOR (g, kG) in[g] += count * kNext;
       steps += count;
       rest -= count;
     }
@@ -578,27 +607,33 @@ void multiply(const Product& product, const Tile& tile, const Item* weight, cons
 template <class T>
 using Multiply = void (*)(const Product&, const Tile&, const Item*, const Epilogue<T>&);
 
-// multiply<> for a tile of `groups` x `pixels` and `vectors` of output channels.
-template <class T, bool kExpanded, int kG, int kV, int kM = 1>
-Multiply<T> multiply_for_pixels(int pixels) {
-  if constexpr (kM < kTilePixels) {
-    if (pixels > kM) return multiply_for_pixels<T, kExpanded, kG, kV, kM + 1>(pixels);
+// multiply<> for a tile of `groups` x `pixels`, at most kMostG x kMostM, and kV vectors of output
+// channels.
+template <class T, bool kExpanded, int kV, int kMostG, int kMostM, int kG = 1, int kM = 1>
+Multiply<T> multiply_for_tile(int groups, int pixels) {
+  if constexpr (kG < kMostG) {
+    if (groups > kG) {
+      return multiply_for_tile<T, kExpanded, kV, kMostG, kMostM, kG + 1, kM>(groups, pixels);
+    }
+  }
+  if constexpr (kM < kMostM) {
+    if (pixels > kM) {
+      return multiply_for_tile<T, kExpanded, kV, kMostG, kMostM, kG, kM + 1>(groups, pixels);
+    }
   }
   return multiply<T, kExpanded, kG, kM, kV>;
 }
 
 template <class T>
-Multiply<T> multiply_for(bool expanded, int groups, int pixels, int vectors) {
-  if (expanded) {
-    return groups == 1 ? multiply_for_pixels<T, true, 1, 1>(pixels)
-                       : multiply_for_pixels<T, true, 2, 1>(pixels);
+Multiply<T> multiply_for(const Conv& conv, int groups, int pixels, int vectors) {
+  if (conv.expanded) {
+    return multiply_for_tile<T, true, 1, kNarrowGroups, kNarrowPixels>(groups, pixels);
   }
-  if (vectors == 1) {
-    return groups == 1 ? multiply_for_pixels<T, false, 1, 1>(pixels)
-                       : multiply_for_pixels<T, false, 2, 1>(pixels);
+  if (is_narrow(conv)) {
+    return multiply_for_tile<T, false, 1, kNarrowGroups, kNarrowPixels>(groups, pixels);
   }
-  return groups == 1 ? multiply_for_pixels<T, false, 1, 2>(pixels)
-                     : multiply_for_pixels<T, false, 2, 2>(pixels);
+  return vectors == 1 ? multiply_for_tile<T, false, 1, kGroups, kTilePixels>(groups, pixels)
+                      : multiply_for_tile<T, false, 2, kGroups, kTilePixels>(groups, pixels);
 }
 
 // ---- a task ------------------------------------------------------------------------------------
@@ -613,35 +648,59 @@ bool reads_input_in_place(const Conv& conv) {
          conv.in.c == 1;
 }
 
-// Cuts rows into groups of at most kTilePixels and pairs groups of equal length, so that nearly
-// every tile is two groups high whatever the width of the image.
+// Cuts rows into groups and puts groups of equal length together, so that nearly every tile has all
+// of its groups whatever the width of the image.
 struct TileList {
+  static constexpr int kMostPixels = kTilePixels > kNarrowPixels ? kTilePixels : kNarrowPixels;
+
+  TileShape shape;
   Tile* tiles;
   int64_t count = 0;
-  int64_t waiting[kTilePixels + 1];
+  int64_t open[kMostPixels + 1];  // by length: the tile with room for a group; -1: none
 
-  explicit TileList(Tile* storage) : tiles(storage) {
-    for (int64_t& w : waiting) w = -1;
+  TileList(const Conv& conv, Tile* storage) : shape(tile_shape(conv)), tiles(storage) {
+    for (int64_t& tile : open) tile = -1;
   }
 
-  static int64_t capacity(int64_t rows, int64_t q) { return rows * div_up(q, kTilePixels); }
+  // Of each length one tile may stay without some of its groups.
+  static int64_t capacity(const Conv& conv, int64_t rows) {
+    const TileShape shape = tile_shape(conv);
+    return rows * div_up(conv.Q, shape.pixels) / shape.groups + shape.pixels;
+  }
 
   void add(const Item* in, int64_t out, int64_t res, int64_t pixels) {
-    int64_t& partner = waiting[pixels];
-    const bool paired = partner >= 0;
-    Tile& tile = tiles[paired ? partner : count];
-    const int g = paired ? 1 : 0;
+    int64_t& at = open[pixels];
+    if (at < 0) {
+      at = count++;
+      tiles[at].pixels = static_cast<int32_t>(pixels);
+      tiles[at].groups = 0;
+    }
+    Tile& tile = tiles[at];
+    const int g = tile.groups++;
     tile.in[g] = in;
     tile.out[g] = out;
     tile.res[g] = res;
-    tile.pixels = static_cast<int32_t>(pixels);
-    tile.groups = g + 1;
-    partner = paired ? -1 : count++;
+    if (tile.groups == shape.groups) at = -1;
+  }
+
+  // Where groups are pixels the last tile may be left with so few that each of their sums waits for
+  // itself. It takes some from the tile before.
+  void share_last() {
+    if (shape.pixels > 1 || count < 2) return;
+    Tile &before = tiles[count - 2], &last = tiles[count - 1];
+    const int moved = (before.groups - last.groups) / 2;
+    if (moved <= 0) return;
+    before.groups -= moved;
+    for (int g = 0; g < moved; ++g) {
+      last.in[last.groups] = before.in[before.groups + g];
+      last.out[last.groups] = before.out[before.groups + g];
+      last.res[last.groups++] = before.res[before.groups + g];
+    }
   }
 
   void add_row(const Item* in, int64_t in_step, int64_t out, int64_t out_step, int64_t res,
                int64_t res_step, int64_t q) {
-    const int64_t parts = div_up(q, kTilePixels);
+    const int64_t parts = div_up(q, shape.pixels);
     for (int64_t part = 0, begin = 0; part < parts; ++part) {
       const int64_t end = q * (part + 1) / parts;
       add(in + begin * in_step, out + begin * out_step, res + begin * res_step, end - begin);
@@ -743,7 +802,7 @@ class ComingPixels {
     if (begin >= end) return;
     constexpr int64_t kItem = sizeof(typename T::Storage);
     const Tile& first = list.tiles[begin];
-    const int64_t pixels = (end - begin) * kGroups * kTilePixels;
+    const int64_t pixels = (end - begin) * list.shape.groups * list.shape.pixels;
     if (reads_input_in_place(conv)) {
       add(first.in[0], conv.in.w == group_c(conv) ? pixels * conv.in.w * kItem : 0);
     }
@@ -810,7 +869,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
   const int64_t width = block_k(conv), channels = group_k(conv), blocks = div_up(channels, width);
   const Epilogue<T> base = e;
   const TaskNorm task_norm(conv, task, norm);
-  const int64_t turn = tiles_in_turn(conv, list);
+  const int64_t turn = tiles_in_turn(conv, list), steps = depth(conv);
   for (int64_t begin = 0; begin < list.count; begin += turn) {
     const int64_t end = begin + turn < list.count ? begin + turn : list.count;
     const int64_t next_end = end + turn < list.count ? end + turn : list.count;
@@ -819,7 +878,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
       const int64_t channel = task.group * channels + block * width;
       const int vectors = task_norm.valid(block) <= kLanes ? 1 : 2;
       begin_block(conv, base, task_norm, block, channel, e);
-      const int64_t weight_items = width * depth(conv);
+      const int64_t weight_items = width * steps;
       const Item* weight =
           static_cast<const Item*>(conv.weight) + (task.group * blocks + block) * weight_items;
       // Without help the first tile of a block would wait for its weights. So while the tiles of
@@ -829,6 +888,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
           block + 1 < task.block_end ? weight + weight_items : next_layer(conv, task, blocks);
       int64_t parts = 1;
       while (parts < 8 && parts * 2 <= end - begin) parts *= 2;
+      const int64_t share = width / parts;
       Multiply<T> kernel = nullptr;
       int32_t groups = 0, pixels = 0;
       for (int64_t t = begin; t < end; ++t) {
@@ -836,20 +896,18 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
         const int64_t part = t - begin;
         product.prefetch = reinterpret_cast<const char*>(weight);
         product.prefetch_step = 0;
-        const char* pixels_ahead =
-            begin > 0 || next == nullptr ? coming.take(depth(conv)) : nullptr;
+        const char* pixels_ahead = begin > 0 || next == nullptr ? coming.take(steps) : nullptr;
         if (pixels_ahead != nullptr) {
           product.prefetch = pixels_ahead;
           product.prefetch_step = ComingPixels::kLine;
         } else if (next != nullptr && part < parts) {
-          product.prefetch =
-              reinterpret_cast<const char*>(next + part * (width / parts) * depth(conv));
-          product.prefetch_step = width / parts * 4;
+          product.prefetch = reinterpret_cast<const char*>(next + part * share * steps);
+          product.prefetch_step = share * 4;
         }
         if (tile.groups != groups || tile.pixels != pixels) {
           groups = tile.groups;
           pixels = tile.pixels;
-          kernel = multiply_for<T>(conv.expanded, groups, pixels, vectors);
+          kernel = multiply_for<T>(conv, groups, pixels, vectors);
         }
         kernel(product, tile, weight, e);
       }
@@ -874,7 +932,7 @@ struct Scratch {
   Scratch(const Conv& conv, const Task& task, void* memory) {
     const int64_t rows = image_row_count(conv, task);
     const int64_t tile_bytes =
-        round_up(TileList::capacity(rows, conv.Q) * static_cast<int64_t>(sizeof(Tile)));
+        round_up(TileList::capacity(conv, rows) * static_cast<int64_t>(sizeof(Tile)));
     const int64_t norm_bytes = round_up(norm_size(conv, task) * 4);
     int64_t slab_bytes = 0;
     if (!reads_input_in_place(conv)) {
@@ -929,7 +987,7 @@ Item* add_rows(const Conv& conv, const Task& task, int64_t n, int64_t p_begin, i
 template <class T>
 void run_conv(const Conv& conv, const Task& task, void* memory) {
   const Scratch scratch(conv, task, memory);
-  TileList list(scratch.tiles);
+  TileList list(conv, scratch.tiles);
   Item* slab_memory = scratch.slab;
   for (int64_t row = task.row_begin; row < task.row_end;) {
     const int64_t n = row / conv.P, p = row % conv.P;
@@ -939,6 +997,7 @@ void run_conv(const Conv& conv, const Task& task, void* memory) {
                               n * conv.out.n + p * conv.out.h, slab_memory, list);
     row += count;
   }
+  list.share_last();
   multiply_tiles<T>(conv, task, list, scratch.norm, epilogue_of<T>(conv));
 }
 
@@ -985,10 +1044,11 @@ void run_conv_pool(const Conv& conv, const Task& task, void* memory) {
     h_end = h_end > conv.P ? conv.P : h_end;
 
     const Scratch scratch(conv, task, memory);
-    TileList list(scratch.tiles);
+    TileList list(conv, scratch.tiles);
     const int64_t row_pitch = conv.Q * conv.K;
     const Strides rows_layout{0, 1, row_pitch, conv.K};
     add_rows<T>(conv, task, n, h_begin, h_end, rows_layout, 0, scratch.slab, list);
+    list.share_last();
     Epilogue<Float32> e{};
     e.relu = is_relu(conv.act);
     e.act = conv.act;

@@ -942,9 +942,12 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
   const int64_t block_bytes = reduction(conv) * block_k * item;
   // Of weights in parts one block is there.
   const int64_t coming = splits ? 1 : 2;
-  const int64_t budget =
-      std::clamp(l2_bytes() - coming * block_bytes, l2_bytes() / 8, l2_bytes() / 2);
-  const int64_t most = std::clamp<int64_t>(budget / std::max<int64_t>(row_bytes, 1), 1, rows);
+  int64_t budget = std::clamp(l2_bytes() - coming * block_bytes, l2_bytes() / 8, l2_bytes() / 2);
+  // Rows on their way to the pool may go beyond: to compute more of them twice takes longer.
+  if (conv.has_pool) budget = std::max<int64_t>(budget, 1 << 20);
+  // But weights that come from beyond that cache for every task meet pixels enough there.
+  const int64_t least = streams_weights ? std::min(rows, div_up(28, conv.Q)) : 1;
+  const int64_t most = std::clamp<int64_t>(budget / std::max<int64_t>(row_bytes, 1), least, rows);
 
   // Of the numbers of tasks from there on, the one that takes the least time, in units of the
   // ideal.
@@ -966,6 +969,11 @@ Split split(const Conv& conv, int64_t block_k, int64_t threads) {
     // the halo, gathered by every task again,
     cost +=
         0.02 * static_cast<double>(conv.R - 1) / (task_rows * static_cast<double>(conv.stride_h));
+    // rows that are under the windows of two tasks, computed by both,
+    if (conv.has_pool) {
+      cost += static_cast<double>(std::max<int64_t>(0, conv.pool.kernel_h - conv.pool.stride_h)) /
+              (task_rows * static_cast<double>(conv.pool.stride_h));
+    }
     // weights that come from beyond the cache for every task,
     if (splits) cost += 25.0 / (task_rows * static_cast<double>(conv.Q));
     if (streams_weights) cost += 10.0 / (task_rows * static_cast<double>(conv.Q));

@@ -16,8 +16,8 @@
 // more; errors are in docs/winograd.md.
 //
 // Memory traffic is the direct convolution's. V of all of a task's tiles is in the second-level
-// cache, and so is U of one block of output channels and up to kChunk input channels, which every
-// task makes of the packed weight anew.
+// cache, and so is U of one block of output channels and up to kWinogradChunk input channels, which
+// every task makes of the packed weight anew.
 //
 // An output depends, in its rounding too, on its own 3 x 3 inputs alone: the first output of a
 // dimension is of V's first three values, which are of d's first three, the second of the last
@@ -28,6 +28,7 @@ namespace fused_resnet::cpu {
 namespace {
 
 constexpr int kPositions = 16;                     // of a tile's inputs, row by row
+constexpr int64_t kWinogradChunk = 128;            // input channels whose U there is at a time
 constexpr int kMostTiles = kGroups * kTilePixels;  // that are multiplied together
 constexpr int64_t kTaps = 9;
 constexpr float kLargestSum = 0x1p60f;
@@ -50,9 +51,9 @@ int64_t batch_tiles(int64_t tiles) {
   return div_up(tiles, div_up(tiles, kMostTiles));
 }
 
-// U of a block of output channels is [kPositions][kChunk][kBlockK]. A position's is no power of
-// two, so that what is written at once does not share a few lines of the cache.
-constexpr int64_t kPitchU = kChunk * kBlockK + kLanes;
+// U of a block of output channels is [kPositions][kWinogradChunk][kBlockK]. A position's is no
+// power of two, so that what is written at once does not share a few lines of the cache.
+constexpr int64_t kPitchU = kWinogradChunk * kBlockK + kLanes;
 // M of a batch is [kPositions][kMostTiles][kBlockK].
 constexpr int64_t kPitchM = kMostTiles * kBlockK;
 
@@ -141,10 +142,10 @@ void transform_block(const Item* weight, int64_t tap, int64_t channels, float* u
 // this kind, of larger values than the direct convolution's, so parts are shorter than there.
 constexpr int64_t kPart = 32;
 
-// What up to kChunk input channels add to M of kTiles tiles and kV vectors of output channels at
-// one position, or begin it with. With every step a line of `ahead`, unless it is null, is brought
-// into the second-level cache. (Of an address that is nowhere the translation would be looked for
-// every time.)
+// What up to kWinogradChunk input channels add to M of kTiles tiles and kV vectors of output
+// channels at one position, or begin it with. With every step a line of `ahead`, unless it is null,
+// is brought into the second-level cache. (Of an address that is nowhere the translation would be
+// looked for every time.)
 template <int kTiles, int kV>
 void multiply_position(const float* v, const float* u, int64_t channels, bool adds, float* m,
                        const char* ahead) {
@@ -197,8 +198,8 @@ __attribute__((noinline)) void sum_directly(const Item* in, int64_t pixel, int64
   for (int64_t tap = 0; tap < kTaps; ++tap) {
     const Item* first = in + tap / 3 * pitch + tap % 3 * pixel;
     const Item* w = weight + tap * channels * kBlockK;
-    for (int64_t begin = 0; begin < channels; begin += kChunk) {
-      const int64_t end = begin + kChunk < channels ? begin + kChunk : channels;
+    for (int64_t begin = 0; begin < channels; begin += kWinogradChunk) {
+      const int64_t end = begin + kWinogradChunk < channels ? begin + kWinogradChunk : channels;
       Vec acc[4][kVectors];
       FR_FOR (i, 4)
         FR_FOR (k, kVectors) acc[i][k] = Vec{};
@@ -307,7 +308,7 @@ Conv with_whole_tiles(const Conv& conv) {
 
 // How many batches' M there are at a time: while the sums are not complete, all of them.
 int64_t batches_of_m(const Conv& conv, int64_t tiles) {
-  return group_c(conv) <= kChunk ? 1 : div_up(tiles, batch_tiles(tiles));
+  return group_c(conv) <= kWinogradChunk ? 1 : div_up(tiles, batch_tiles(tiles));
 }
 
 // Scratch memory: [tiles][scale, shift and bias][slab][V][U][M].
@@ -418,8 +419,8 @@ void multiply_winograd(const Conv& conv, const Task& task, const WinogradScratch
     const Item* weight =
         static_cast<const Item*>(conv.weight) + (task.group * blocks + block) * kTaps * tap;
     const DirectSums direct{slab.pixel, slab.pitch, channels, weight};
-    for (int64_t c = 0; c < channels; c += kChunk) {
-      const int64_t rest = channels - c, count = rest < kChunk ? rest : kChunk;
+    for (int64_t c = 0; c < channels; c += kWinogradChunk) {
+      const int64_t rest = channels - c, count = rest < kWinogradChunk ? rest : kWinogradChunk;
       transform_block(weight + c * kBlockK, tap, count, scratch.u);
       const bool is_last = c + count == channels;
       const Item* next = !is_last                     ? weight + (c + count) * kBlockK
