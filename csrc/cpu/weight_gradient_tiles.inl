@@ -387,21 +387,34 @@ void multiply(const Product& product, float* sums, Pending& pending) {
 
 // ---- result ------------------------------------------------------------------------------------
 
-// Of one channel of the rows' tensor, the sums with 32 of the columns', in float32.
+// Pixels whose products are summed in float32 when sums are taken again; these sums' are of
+// float64.
+constexpr int64_t kSummedAgain = 16;
+
+// Of one channel of the rows' tensor, the sums with 32 of the columns'.
 __attribute__((noinline)) void sum_again(const WeightGradient& g, const Channels& rows, int64_t row,
                                          const Channels& columns, int64_t r, int64_t s,
                                          float* sums) {
   constexpr int kVectors = kBlock / kWidth;
   alignas(64) Storage few[kBlock];
-  Value::Register total[kVectors], sum[kVectors];
-  FR_FOR (v, kVectors) total[v] = Value::broadcast(0);
+  alignas(64) float part[kBlock];
+  double total[kBlock] = {};
+  Value::Register sum[kVectors];
+  int64_t summed = 0;
+  const auto add_to_total = [&] {
+    FR_FOR (v, kVectors) {
+      Value::store(part + v * kWidth, sum[v]);
+      sum[v] = Value::broadcast(0);
+    }
+    for (int64_t k = 0; k < kBlock; ++k) total[k] += part[k];
+    summed = 0;
+  };
+  FR_FOR (v, kVectors) sum[v] = Value::broadcast(0);
   for (int64_t n = 0; n < g.N; ++n) {
     for (int64_t p = 0; p < g.P; ++p) {
       const int64_t h = p * g.stride_h + r * g.dil_h - g.pad_h;
       if (h < 0 || h >= g.H) continue;
       const int64_t width = h + 1 == g.H ? g.last_w : g.W, count = p + 1 == g.P ? g.last_q : g.Q;
-      // A sum of sums: the error of one long chain would grow with its length.
-      FR_FOR (v, kVectors) sum[v] = Value::broadcast(0);
       for (int64_t q = 0; q < count; ++q) {
         const int64_t w = q * g.stride_w + s * g.dil_w - g.pad_w;
         if (w < 0 || w >= width) continue;
@@ -415,11 +428,12 @@ __attribute__((noinline)) void sum_again(const WeightGradient& g, const Channels
         const Value::Register x =
             Value::broadcast(load_one(rows.data + (g.swapped ? in : out) + row * rows.stride));
         FR_FOR (v, kVectors) sum[v] = Value::multiply_add(x, load(pixel + v * kWidth), sum[v]);
+        if (++summed == kSummedAgain) add_to_total();
       }
-      FR_FOR (v, kVectors) total[v] = Value::add(total[v], sum[v]);
     }
   }
-  FR_FOR (v, kVectors) Value::store(sums + v * kWidth, total[v]);
+  add_to_total();
+  for (int64_t k = 0; k < kBlock; ++k) sums[k] = static_cast<float>(total[k]);
 }
 
 // The result of one block and tap, from its sums over each split, `next` floats apart.
