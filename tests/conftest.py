@@ -50,6 +50,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("support")
 
 from support import cuda_on_host, processes  # noqa: E402  (found through the lines above)
+from support.selection import covering  # noqa: E402
 
 if cuda_on_host.is_needed():
     cuda_on_host.load()
@@ -211,11 +212,12 @@ NOT_RUN = pytest.StashKey[tuple[int, int]]()
 def representatives(items: list[pytest.Item]) -> set[pytest.Item]:
     """The tests to run without `--whole`: of each function, for each backend, few combinations.
 
-    A test is kept if it has a value of a parameter that no test kept before it has: of a product of
-    parameters at most as many as there are values, of a function with one parameter all.
+    They have every value of every parameter, or every case of parameters whose values are given
+    together: of a product of parameters about as many tests as the longest one has values, of a
+    function with one parameter all.
     """
     kept = set()
-    seen: dict[tuple, set[tuple]] = {}
+    functions: dict[tuple, dict[pytest.Item, set[tuple]]] = {}
     for item in items:
         if item.get_closest_marker("whole") is not None:
             continue
@@ -229,10 +231,12 @@ def representatives(items: list[pytest.Item]) -> set[pytest.Item]:
             # The objects are those of the list of parameters, which all tests of a function share.
             cases.add(tuple((name.strip(), id(values.pop(name.strip(), None))) for name in names))
         cases |= {(name, id(value)) for name, value in values.items()}
-        new = cases - seen.setdefault(function, set())
-        if new or not cases:
+        if cases:
+            functions.setdefault(function, {})[item] = cases
+        else:
             kept.add(item)
-            seen[function] |= new
+    for tests in functions.values():
+        kept.update(covering(tests))
     return kept
 
 

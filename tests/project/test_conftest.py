@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from support import processes
+from support.selection import one_of_each
 
 from fused_resnet.backends import library
 
@@ -59,10 +60,9 @@ def test_products_are_thinned_and_every_value_kept(representatives: Any) -> None
         for size, dtype, backend in itertools.product(sizes, dtypes, backends)
     ]
     found = kept(representatives, items)
-    assert len(found) < len(items)
     for backend in backends:
         mine = [one for one in found if one["backend"] == backend]
-        assert len(mine) <= len(sizes) + len(dtypes) - 1
+        assert len(mine) == len(sizes)
         assert {one["size"] for one in mine} == set(sizes)
         assert {one["dtype"] for one in mine} == set(dtypes)
 
@@ -83,6 +83,26 @@ def test_what_is_marked_whole_is_left_out_and_stands_for_nothing(representatives
         item("test_a", marks, size="small"),
     ]
     assert kept(representatives, items) == [{"size": "small"}]
+
+
+def test_cases_of_a_kind_again_are_marked_whole() -> None:
+    """Every kind is there without them; ids and marks that the cases have already stay."""
+    cases = [(a, b) for a in range(3) for b in "xy"]
+    marked = one_of_each(
+        [pytest.param(a, b, id=f"{a}{b}", marks=pytest.mark.quick) for a, b in cases],
+        lambda a, b: a,
+        lambda a, b: b,
+    )
+    assert [one.values for one in marked] == cases
+    assert [one.id for one in marked] == [f"{a}{b}" for a, b in cases]
+    names = [[mark.name for mark in one.marks] for one in marked]
+    assert all(name[0] == "quick" for name in names)
+    without = [one.values for one, name in zip(marked, names, strict=True) if "whole" not in name]
+    assert without == [(0, "x"), (1, "y"), (2, "x")]
+
+    lengths = one_of_each(["a", "bb", "b", "aa"], len)
+    assert [one.values for one in lengths] == [("a",), ("bb",), ("b",), ("aa",)]
+    assert [len(one.marks) for one in lengths] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -188,6 +208,7 @@ def test_what_nobody_asked_for_is_ended() -> None:
     code = """
         import os, sys, time
         from support import processes
+from support.selection import one_of_each
         environment = dict(os.environ)
         code = "print('on', flush=True); open({path!r}, 'w').close(); import time; time.sleep(600)"
         path = sys.argv[1]
