@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Runner
 from support import processes
 from support.selection import one_of_each
 
@@ -53,7 +54,8 @@ def kept(representatives: Any, items: list[Any]) -> list[Any]:
 
 
 def test_products_are_thinned_and_every_value_kept(representatives: Any) -> None:
-    sizes, dtypes, backends = range(5), ["float32", "bfloat16", "float16"], ["cpu", "triton"]
+    sizes, dtypes = range(5), ["float32", "bfloat16", "float16"]
+    backends = [Runner("cpu", "cpu", "on the CPU"), Runner("triton", "cuda", "on a GPU")]
     marks = (pytest.mark.parametrize("size", sizes), pytest.mark.parametrize("dtype", dtypes))
     items = [
         item("test_a", marks, size=size, dtype=dtype, backend=backend)
@@ -65,6 +67,32 @@ def test_products_are_thinned_and_every_value_kept(representatives: Any) -> None
         assert len(mine) == len(sizes)
         assert {one["size"] for one in mine} == set(sizes)
         assert {one["dtype"] for one in mine} == set(dtypes)
+
+
+def test_stand_ins_for_a_gpu_share_the_values(representatives: Any) -> None:
+    """And the reference has one, where another backend has them all."""
+    reference = Runner("reference", "cpu", "on the CPU")
+    cpu = Runner("cpu", "cpu", "on the CPU")
+    stand_ins = [Runner("triton", "cpu", "interpreted"), Runner("cuda", "cpu", "on the host")]
+    sizes = [f"size {i}" for i in range(6)]
+    marks = (pytest.mark.parametrize("size", sizes),)
+
+    def sizes_of(backends: list[Runner]) -> dict[str, list[str]]:
+        items = [
+            item("test_a", marks, size=size, backend=backend)
+            for backend, size in itertools.product(backends, sizes)
+        ]
+        found = kept(representatives, items)
+        return {
+            one.name: [test["size"] for test in found if test["backend"] is one] for one in backends
+        }
+
+    found = sizes_of([reference, cpu, *stand_ins])
+    assert found["cpu"] == sizes
+    assert len(found["reference"]) == 1
+    assert len(found["triton"]) == len(found["cuda"]) == 3
+    assert sorted(found["triton"] + found["cuda"]) == sizes
+    assert sizes_of([reference]) == {"reference": sizes}
 
 
 def test_lists_of_cases_are_kept_whole(representatives: Any) -> None:
@@ -207,7 +235,8 @@ def test_what_nobody_asked_for_is_ended() -> None:
     """A session that ends early waits for no process that it has started ahead."""
     code = """
         import os, sys, time
-        from support import processes
+        from conftest import Runner
+from support import processes
 from support.selection import one_of_each
         environment = dict(os.environ)
         code = "print('on', flush=True); open({path!r}, 'w').close(); import time; time.sleep(600)"
