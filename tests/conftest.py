@@ -1,8 +1,8 @@
 """What the suite shares: its backends, threads, seeds, which tests run, and the closing summary.
 
 `pytest` runs a part of the suite and `pytest --whole` all of it. The part has every test function,
-every backend, and every value of every parameter; what it leaves out are combinations of values
-(`representatives`), and what is marked `whole`: further cases of a kind that it has already.
+each on every backend, and every value of every parameter; what it leaves out are combinations of
+values (`representatives`), and what is marked `whole`: further cases of a kind that it has already.
 
 A test that takes the `backend` fixture runs once for every backend that `backends.available()` says
 "yes" to, on the device that backend computes on here: a new backend joins the suite by becoming
