@@ -125,7 +125,7 @@ def first_seed():
 
 
 def cases():
-    """Without `--whole` every tile on some problem and, in each dtype, every problem."""
+    """Without `--whole` every tile on some problem, and every problem in 16 bits and in 32."""
     return one_of_each(
         [
             pytest.param(tile, problem, id=f"{tile}-{problem.name}".replace(" ", "_"))
