@@ -1,8 +1,8 @@
 """What the suite shares: its backends, threads, seeds, which tests run, and the closing summary.
 
 `pytest` runs a part of the suite and `pytest --whole` all of it. The part has every test function,
-every backend, and every value of every parameter; what it leaves out are combinations of values
-(`representatives`), and what is marked `whole`: further cases of a kind that it has already.
+each on every backend, and every value of every parameter; what it leaves out are combinations of
+values (`representatives`), and what is marked `whole`: further cases of a kind that it has already.
 
 A test that takes the `backend` fixture runs once for every backend that `backends.available()` says
 "yes" to, on the device that backend computes on here: a new backend joins the suite by becoming
@@ -50,6 +50,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("support")
 
 from support import cuda_on_host, processes  # noqa: E402  (found through the lines above)
+from support.selection import covering  # noqa: E402
 
 if cuda_on_host.is_needed():
     cuda_on_host.load()
@@ -78,6 +79,11 @@ class Runner:
     name: str
     device: str
     how: str
+
+    @property
+    def is_for_use(self) -> bool:
+        """Whether users of this machine compute with it: it is no definition and no stand-in."""
+        return self.name != "reference" and self.how in ("on the CPU", "on a GPU")
 
 
 def usable_runners() -> list[Runner]:
@@ -183,6 +189,10 @@ def give_back_memory() -> None:
     Graphs of compilers, which hold the models they were made of, packed weights and scratch memory.
     """
     torch._dynamo.reset()
+    # A strict export leaves its graph, with the model's weights, among this module's variables.
+    if exports := sys.modules.get("torch._dynamo.functional_export"):
+        for name in [name for name in vars(exports) if name.startswith("__compiled_fn")]:
+            delattr(exports, name)
     backends.cpu.empty_cache()
     give_back_heap()
 
@@ -209,31 +219,53 @@ NOT_RUN = pytest.StashKey[tuple[int, int]]()
 
 
 def representatives(items: list[pytest.Item]) -> set[pytest.Item]:
-    """The tests to run without `--whole`: of each function, for each backend, few combinations.
+    """The tests to run without `--whole`: of each function, on all its backends, few combinations.
 
-    A test is kept if it has a value of a parameter that no test kept before it has: of a product of
-    parameters at most as many as there are values, of a function with one parameter all.
+    They have every value of every parameter, or every case of parameters whose values are given
+    together: of a product of parameters about as many tests as the longest one has values, of a
+    function with one parameter all. So has each backend that is for use. Those that stand in for a
+    GPU's, and take long, have every value between them; the reference, which is torch's operators,
+    has a test of every function.
     """
     kept = set()
-    seen: dict[tuple, set[tuple]] = {}
+    for_use = {
+        item.nodeid.partition("[")[0]
+        for item in items
+        if (runner := runner_of(item)) is not None and runner.is_for_use
+    }
+    functions: dict[tuple, dict[pytest.Item, set[tuple]]] = {}
     for item in items:
         if item.get_closest_marker("whole") is not None:
             continue
         callspec = getattr(item, "callspec", None)
         values = {} if callspec is None else dict(callspec.params)
-        function = (item.nodeid.partition("[")[0], id(values.pop("backend", None)))
+        runner, name = values.pop("backend", None), item.nodeid.partition("[")[0]
+        apart = runner is not None and runner.is_for_use
+        function = (name, runner if apart else None)
         cases = set()
         for marker in item.iter_markers("parametrize"):
             names = marker.args[0]
             names = names.split(",") if isinstance(names, str) else names
             # The objects are those of the list of parameters, which all tests of a function share.
-            cases.add(tuple((name.strip(), id(values.pop(name.strip(), None))) for name in names))
-        cases |= {(name, id(value)) for name, value in values.items()}
-        new = cases - seen.setdefault(function, set())
-        if new or not cases:
+            cases.add(tuple((one.strip(), id(values.pop(one.strip(), None))) for one in names))
+        cases |= {(one, id(value)) for one, value in values.items()}
+        if runner is not None and not apart:
+            if runner.name == "reference" and name in for_use:
+                cases.clear()
+            cases.add(("backend", id(runner)))
+        if cases:
+            functions.setdefault(function, {})[item] = cases
+        else:
             kept.add(item)
-            seen[function] |= new
+    for tests in functions.values():
+        kept.update(covering(tests))
     return kept
+
+
+def runner_of(item: pytest.Item) -> Runner | None:
+    """The backend that a test runs on, if it takes one."""
+    callspec = getattr(item, "callspec", None)
+    return None if callspec is None else callspec.params.get("backend")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -146,25 +146,25 @@ def test_norms_are_inside_convolutions_in_inference(network, inference, recorded
     assert called_operators(model, x) == recorded
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("network", ["preact basic", "densenet"])
-def test_norms_stay_inside_convolutions_in_a_graph(network):
+def test_norms_stay_inside_convolutions_in_a_graph(network, dtype):
     """Of whichever dtype: nothing that answers what runs is in the compiler's way."""
-    for dtype in (torch.float32, torch.bfloat16):
-        model, x = fused_resnet.fuse(build(network)).to(dtype), image_batch(2, 48, dtype)
-        graphs = []
+    model, x = fused_resnet.fuse(build(network)).to(dtype), image_batch(2, 48, dtype)
+    graphs = []
 
-        def keep(graph, inputs):
-            graphs.append(graph)  # noqa: B023
-            return graph
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
 
-        torch._dynamo.reset()
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("error")
-            compiled = torch.compile(model, backend=keep, fullgraph=True)(x)
-            assert_same_bits(compiled, model(x))
-        targets = [str(node.target) for node in graphs[0].graph.nodes]
-        count = sum(target.startswith("fused_resnet.norm_conv_bn_act") for target in targets)
-        assert count == {"preact basic": 8, "densenet": 11}[network]
+    torch._dynamo.reset()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = torch.compile(model, backend=keep, fullgraph=True)(x)
+        assert_same_bits(compiled, model(x))
+    targets = [str(node.target) for node in graphs[0].graph.nodes]
+    count = sum(target.startswith("fused_resnet.norm_conv_bn_act") for target in targets)
+    assert count == {"preact basic": 8, "densenet": 11}[network]
 
 
 @pytest.mark.quick

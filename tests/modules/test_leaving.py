@@ -47,7 +47,7 @@ def functional_names(counts):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_decomposed_program_is_that_of_the_model_before(block, strict):
     """The same operators, as often; the same values for any batch."""
-    eager = small_resnet(BLOCKS[block])
+    eager = small_resnet(BLOCKS[block], stages=2)
     fused = fused_resnet.fuse(copy.deepcopy(eager))
     batch = {"dynamic_shapes": ({0: torch.export.Dim("batch", min=2, max=64)},), "strict": strict}
     program = exported(fused, image_batch(2, 40), **batch)
@@ -78,7 +78,7 @@ def test_every_operator_of_exported_programs_is_in_the_table():
 
 def test_the_core_operators():
     """With torch's own table too, nothing else is left."""
-    fused = fused_resnet.fuse(small_resnet())
+    fused = fused_resnet.fuse(small_resnet(stages=2))
     x = image_batch(2, 40)
     table = torch.export.default_decompositions()
     table.update(fused_resnet.decompositions())
@@ -125,7 +125,7 @@ def test_models_with_every_operator():
 
 def test_a_program_in_training_is_torchs_own():
     """Whoever exports a model to train it, as quantization-aware training does, gets its norms."""
-    eager = small_resnet().train()
+    eager = small_resnet(stages=2).train()
     fused = fused_resnet.fuse(copy.deepcopy(eager))
     x = image_batch(4, 40)
     ours, theirs = (
@@ -155,7 +155,7 @@ EIGHT_BITS = {"16-bit stem": {}, "8-bit stem": {"stem": "int8"}, "float stem": {
 @pytest.mark.parametrize("block", BLOCKS)
 def test_eight_bits_become_stored_activations(block, stem):
     """PT2E's operators; each activation within a step of what the kernels store."""
-    eager = small_resnet(BLOCKS[block])
+    eager = small_resnet(BLOCKS[block], stages=2)
     # A norm may turn a filter's sign, or leave nothing of it.
     with torch.no_grad():
         eager.layer1[0].bn1.weight[:3] = torch.tensor([-1.0, 0.0, -0.3])
@@ -170,7 +170,7 @@ def test_eight_bits_become_stored_activations(block, stem):
     by_channel = names["quantized_decomposed.dequantize_per_channel.default"]
     assert by_channel == convolutions - (stem != "8-bit stem")
     stored = names["quantized_decomposed.quantize_per_tensor.default"]
-    written = 4 * {"basic": 2, "bottleneck": 3}[block]  # by the blocks' main convolutions
+    written = 2 * {"basic": 2, "bottleneck": 3}[block]  # by the blocks' main convolutions
     assert stored == 1 + written + {"16-bit stem": 1, "8-bit stem": 2, "float stem": 0}[stem]
     with torch.no_grad():
         with WeightSteps() as steps:
@@ -258,7 +258,7 @@ def test_pt2e_quantizes_what_it_would(block, train):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_an_unfused_program_is_node_by_node_that_of_the_model_before(block, strict):
     """With what quantizers look at: operators, and in strict programs the modules they are from."""
-    eager = small_resnet(BLOCKS[block])
+    eager = small_resnet(BLOCKS[block], stages=2)
     fused = fused_resnet.fuse(copy.deepcopy(eager))
     x = image_batch(2, 40)
     with fused_resnet.unfused():

@@ -17,6 +17,7 @@ from support import (
     dtype_id,
     unchanged,
 )
+from support.selection import examples
 from torchvision.models.resnet import Bottleneck
 
 import fused_resnet
@@ -242,7 +243,7 @@ def test_same_inputs_give_same_bits(backend, dtype, training):
             assert_same_bits(out, first, f"{threads} threads")
 
 
-@hypothesis.settings(max_examples=150)
+@hypothesis.settings(max_examples=examples(150))
 @hypothesis.given(
     shape=st.tuples(
         st.sampled_from([1, 2, 3]),

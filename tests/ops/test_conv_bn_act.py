@@ -28,6 +28,7 @@ from support import (
     unchanged,
     unwritten_zeros,
 )
+from support.selection import examples
 
 from fused_resnet import functional
 from fused_resnet.testing import assert_error_rule
@@ -216,7 +217,7 @@ def relaid(tensor: torch.Tensor) -> st.SearchStrategy[torch.Tensor]:
     return st.sampled_from(range(len(layouts))).map(lambda i: layouts[i]())
 
 
-@hypothesis.settings(max_examples=400)
+@hypothesis.settings(max_examples=examples(400))
 @hypothesis.given(data=st.data())
 def test_drawn_cases(backend, data):
     """Any geometry and layout, every element within its a-priori rounding bound."""
@@ -231,14 +232,14 @@ def test_drawn_cases(backend, data):
 
 @pytest.mark.interpreted
 @pytest.mark.quick
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=examples(60))
 @hypothesis.given(data=st.data())
 def test_drawn_cases_quick(backend, data):
     case = data.draw(drawn_cases(backend.device))
     assert_within_bound(case.fused(), case.double().eager(), case.rounding_bound())
 
 
-@hypothesis.settings(max_examples=100)
+@hypothesis.settings(max_examples=examples(100))
 @hypothesis.given(
     size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     batch=st.integers(0, 2),

@@ -26,6 +26,7 @@ from support import (
     run_python,
     unchanged,
 )
+from support.selection import examples
 from torch.autograd import gradcheck, gradgradcheck
 
 import fused_resnet
@@ -196,7 +197,7 @@ def drawn_cases(draw, device):
 
 
 @pytest.mark.interpreted
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=examples(60))
 @hypothesis.given(data=st.data())
 def test_drawn_cases(backend, data):
     """Any geometry and layout, every element within its a-priori rounding bound."""

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import textwrap
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Runner
 from support import processes
+from support.selection import one_of_each
 
 from fused_resnet.backends import library
 
@@ -52,19 +55,45 @@ def kept(representatives: Any, items: list[Any]) -> list[Any]:
 
 
 def test_products_are_thinned_and_every_value_kept(representatives: Any) -> None:
-    sizes, dtypes, backends = range(5), ["float32", "bfloat16", "float16"], ["cpu", "triton"]
+    sizes, dtypes = range(5), ["float32", "bfloat16", "float16"]
+    backends = [Runner("cpu", "cpu", "on the CPU"), Runner("triton", "cuda", "on a GPU")]
     marks = (pytest.mark.parametrize("size", sizes), pytest.mark.parametrize("dtype", dtypes))
     items = [
         item("test_a", marks, size=size, dtype=dtype, backend=backend)
         for size, dtype, backend in itertools.product(sizes, dtypes, backends)
     ]
     found = kept(representatives, items)
-    assert len(found) < len(items)
     for backend in backends:
         mine = [one for one in found if one["backend"] == backend]
-        assert len(mine) <= len(sizes) + len(dtypes) - 1
+        assert len(mine) == len(sizes)
         assert {one["size"] for one in mine} == set(sizes)
         assert {one["dtype"] for one in mine} == set(dtypes)
+
+
+def test_stand_ins_for_a_gpu_share_the_values(representatives: Any) -> None:
+    """And the reference has one, where another backend has them all."""
+    reference = Runner("reference", "cpu", "on the CPU")
+    cpu = Runner("cpu", "cpu", "on the CPU")
+    stand_ins = [Runner("triton", "cpu", "interpreted"), Runner("cuda", "cpu", "on the host")]
+    sizes = [f"size {i}" for i in range(6)]
+    marks = (pytest.mark.parametrize("size", sizes),)
+
+    def sizes_of(backends: list[Runner]) -> dict[str, list[str]]:
+        items = [
+            item("test_a", marks, size=size, backend=backend)
+            for backend, size in itertools.product(backends, sizes)
+        ]
+        found = kept(representatives, items)
+        return {
+            one.name: [test["size"] for test in found if test["backend"] is one] for one in backends
+        }
+
+    found = sizes_of([reference, cpu, *stand_ins])
+    assert found["cpu"] == sizes
+    assert len(found["reference"]) == 1
+    assert len(found["triton"]) == len(found["cuda"]) == 3
+    assert sorted(found["triton"] + found["cuda"]) == sizes
+    assert sizes_of([reference]) == {"reference": sizes}
 
 
 def test_lists_of_cases_are_kept_whole(representatives: Any) -> None:
@@ -83,6 +112,38 @@ def test_what_is_marked_whole_is_left_out_and_stands_for_nothing(representatives
         item("test_a", marks, size="small"),
     ]
     assert kept(representatives, items) == [{"size": "small"}]
+
+
+def test_cases_of_a_kind_again_are_marked_whole() -> None:
+    """Every kind is there without them; ids and marks that the cases have already stay."""
+    cases = [(a, b) for a in range(3) for b in "xy"]
+    marked = one_of_each(
+        [pytest.param(a, b, id=f"{a}{b}", marks=pytest.mark.quick) for a, b in cases],
+        lambda a, b: a,
+        lambda a, b: b,
+    )
+    assert [one.values for one in marked] == cases
+    assert [one.id for one in marked] == [f"{a}{b}" for a, b in cases]
+    names = [[mark.name for mark in one.marks] for one in marked]
+    assert all(name[0] == "quick" for name in names)
+    without = [one.values for one, name in zip(marked, names, strict=True) if "whole" not in name]
+    assert without == [(0, "x"), (1, "y"), (2, "x")]
+
+    lengths = one_of_each(["a", "bb", "b", "aa"], len)
+    assert [one.values for one in lengths] == [("a",), ("bb",), ("b",), ("aa",)]
+    assert [len(one.marks) for one in lengths] == [0, 0, 1, 1]
+
+
+def test_strict_exports_are_let_go(request: pytest.FixtureRequest) -> None:
+    """With the weights of the model, which torch keeps otherwise."""
+    plugins = request.config.pluginmanager.get_plugins()
+    give_back = next(one.give_back_memory for one in plugins if hasattr(one, "give_back_memory"))
+    model = torch.nn.Linear(3, 3)
+    weight = weakref.ref(model.weight)
+    torch.export.export(model, (torch.ones(1, 3),), strict=True)
+    del model
+    give_back()
+    assert weight() is None
 
 
 @pytest.mark.parametrize("whole", [False, True])

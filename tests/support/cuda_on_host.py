@@ -166,7 +166,8 @@ def compiled(source: Path) -> Path:
     depfile = obj.with_suffix(".d")
     _run([*command, "-MMD", "-MF", str(depfile), "-o"], obj)
     rule = depfile.read_text().replace("\\\n", " ").replace("\\ ", "\0")
-    inputs = [word.replace("\0", " ") for word in rule.partition(":")[2].split()]
+    # Absolute, as other processes are in other folders: a compiler cache may make them relative.
+    inputs = [os.path.abspath(word.replace("\0", " ")) for word in rule.partition(":")[2].split()]
     depfile.unlink()
     digests = {path: _content(Path(path)) for path in inputs}
     named = BUILD / f"{source.stem}-{_digest([key, json.dumps(digests)])}.o"

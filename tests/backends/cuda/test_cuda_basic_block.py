@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import RUNNERS
 from hypothesis import strategies as st
 from support import assert_same_bits, assert_same_nonfinite, cuda_on_host, dtype_id, unchanged
+from support.selection import examples
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock
 
@@ -270,7 +271,7 @@ def test_the_same_bits_in_any_order(tile, set_seed):
         assert_same_bits(case.run(tile), first)
 
 
-@hypothesis.settings(max_examples=20)
+@hypothesis.settings(max_examples=examples(20))
 @hypothesis.given(
     size=st.tuples(st.integers(1, 17), st.integers(1, 30)),
     batch=st.integers(1, 2),

@@ -29,6 +29,7 @@ from support import (
     make_conv_case,
     unchanged,
 )
+from support.selection import examples, one_of_each
 
 import fused_resnet
 from fused_resnet import backends
@@ -95,6 +96,8 @@ def instances() -> list[Instance]:
 
 
 INSTANCES = instances()
+# Without `--whole` one of each kind: test_cuda_conv_exact.py has them all.
+EVERY_INSTANCE = one_of_each(INSTANCES, lambda one: (one.dtype, one.tf32, one.loads))
 
 
 def case_of(shape: ConvShape, **arguments) -> ConvCase:
@@ -153,7 +156,7 @@ def problem_of(case: ConvCase, tf32: bool = False) -> ConvProblem:
 
 
 @pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("instance", INSTANCES, ids=str)
+@pytest.mark.parametrize("instance", EVERY_INSTANCE, ids=str)
 def test_every_instance(instance, split, set_seed):
     """Edges of every tile, shares of a sum, in every dtype and kind of operand."""
     set_seed(instance.index)
@@ -165,7 +168,7 @@ def test_every_instance(instance, split, set_seed):
         check(case_of(shape, size=size, dtype=instance.dtype, bias=True), instance, split)
 
 
-@pytest.mark.parametrize("instance", INSTANCES, ids=str)
+@pytest.mark.parametrize("instance", EVERY_INSTANCE, ids=str)
 def test_every_instance_alone(instance):
     """Without a residual and anything else that may be left out, on one pixel."""
     for loads, shape in KINDS.values():
@@ -205,7 +208,7 @@ def test_the_same_bits_in_any_order(kind, dtype, split, set_seed):
         assert_same_bits(run(case, tile), first)
 
 
-@hypothesis.settings(max_examples=100)
+@hypothesis.settings(max_examples=examples(100))
 @hypothesis.given(data=st.data(), seed=st.integers(0, 2**16), begin=st.booleans())
 def test_drawn_tiles(data, set_seed, seed, begin):
     """Any geometry and layout, with any tile and split that can run it, at either guard page."""

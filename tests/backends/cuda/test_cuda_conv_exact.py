@@ -16,6 +16,7 @@ import pytest
 import torch
 from support import ConvShape, dtype_id
 from support.exact_convolutions import Problem, assert_exact, small_integers
+from support.selection import one_of_each
 
 from fused_resnet import _native, backends, reference
 
@@ -69,6 +70,15 @@ def _instances():
             yield Instance(index, dtype, *row)
 
 
+def kinds():
+    """Every instance; without `--whole` the first for each dtype and way to load."""
+    return one_of_each(instances(), lambda tile: (tile.dtype, tile.products, tile.loads))
+
+
+def first_of_each_kind():
+    return [one.values[0] for one in kinds() if not one.marks]
+
+
 def problems(tile):
     """Sizes beside every border of the tile: channels, filters, pixels, taps, steps and stages."""
     chunk, depth, n = tile.chunk, tile.depth, tile.n
@@ -117,9 +127,16 @@ def problems(tile):
 
 
 def cases():
-    for tile in instances():
-        for problem in problems(tile):
-            yield pytest.param(tile, problem, id=f"{tile}-{problem.name}".replace(" ", "_"))
+    """Without `--whole` every tile on some problem, and every problem of each way to load."""
+    return one_of_each(
+        [
+            pytest.param(tile, problem, id=f"{tile}-{problem.name}".replace(" ", "_"))
+            for tile in instances()
+            for problem in problems(tile)
+        ],
+        lambda tile, problem: tile,
+        lambda tile, problem: (tile.loads, problem.name),
+    )
 
 
 def run(tile, case, split=1):
@@ -155,7 +172,7 @@ def first_seed():
     set_seed(0)
 
 
-@pytest.mark.parametrize(("tile", "problem"), list(cases()))
+@pytest.mark.parametrize(("tile", "problem"), cases())
 def test_exact(tile, problem):
     full = small_integers(problem, tile.dtype, bias=True)
     bare = small_integers(problem, tile.dtype, residual=False, affine=False, activation="none")
@@ -166,7 +183,7 @@ def test_exact(tile, problem):
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])
-@pytest.mark.parametrize("tile", instances(), ids=str)
+@pytest.mark.parametrize("tile", kinds(), ids=str)
 def test_nonfinite_values(tile, number):
     """Infinities and NaNs reach the outputs that they are summed into, and no others."""
     problem = list(problems(tile))[number]
@@ -223,36 +240,22 @@ def assert_narrow_exact(tile, case, channels, layout, split=1):
     assert_exact(out, dataclasses.replace(case, residual=padded), f"{channels}, {layout}, {split}")
 
 
-def one_of_each():
-    """For each dtype and way to load, the first instance."""
-    found = {}
-    for tile in instances():
-        found.setdefault((tile.dtype, tile.products, tile.loads), tile)
-    return list(found.values())
-
-
-@pytest.mark.parametrize(
-    "tile",
-    [
-        pytest.param(tile, marks=() if tile in one_of_each() else pytest.mark.whole)
-        for tile in instances()
-    ],
-    ids=str,
-)
-def test_narrow_residual(tile):
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("tile", kinds(), ids=str)
+def test_narrow_residual(tile, number):
     """A residual of fewer channels is read where it lies, as if there were zeros around it."""
     layouts = ("gaps", "contiguous", "reversed")
-    for number, problem in enumerate(list(problems(tile))[:4]):
-        case = small_integers(problem, tile.dtype)
-        case.activation = ("relu", "none")[number % 2]
-        for seed, channels in enumerate(narrow_channels(problem.shape.out_channels, tile.chunk)):
-            set_seed(seed)
-            assert_narrow_exact(tile, case, channels, "subsampled", 1 + 2 * (seed % 2))
-            if seed % 4 == number:
-                assert_narrow_exact(tile, case, channels, layouts[(seed + number) % 3])
+    problem = list(problems(tile))[number]
+    case = small_integers(problem, tile.dtype)
+    case.activation = ("relu", "none")[number % 2]
+    for seed, channels in enumerate(narrow_channels(problem.shape.out_channels, tile.chunk)):
+        set_seed(seed)
+        assert_narrow_exact(tile, case, channels, "subsampled", 1 + 2 * (seed % 2))
+        if seed % 4 == number:
+            assert_narrow_exact(tile, case, channels, layouts[(seed + number) % 3])
 
 
-@pytest.mark.parametrize("tile", instances(), ids=str)
+@pytest.mark.parametrize("tile", kinds(), ids=str)
 def test_nonfinite_values_of_a_narrow_residual(tile):
     """They reach their own outputs and no others, also where outputs are summed again."""
     problem = list(problems(tile))[1]
@@ -271,7 +274,7 @@ def test_nonfinite_values_of_a_narrow_residual(tile):
 
 
 @pytest.mark.skipif(not ON_HOST, reason="counts what the host's kernels load")
-@pytest.mark.parametrize("tile", one_of_each(), ids=str)
+@pytest.mark.parametrize("tile", first_of_each_kind(), ids=str)
 def test_widths_of_accesses_to_a_narrow_residual(tile):
     """The widest that channels, strides and address allow."""
     K, pixels, element = 4 * tile.chunk, 2 * 3 * 5, tile.dtype.itemsize
@@ -299,7 +302,7 @@ def test_widths_of_accesses_to_a_narrow_residual(tile):
         assert loaded(narrow)[16] == others[16], layout
 
 
-@pytest.mark.parametrize("tile", one_of_each(), ids=str)
+@pytest.mark.parametrize("tile", first_of_each_kind(), ids=str)
 def test_narrow_residuals_that_do_not_fit(tile):
     case = small_integers(list(problems(tile))[1], tile.dtype)
     N, K, P, Q = case.residual.shape
@@ -310,7 +313,7 @@ def test_narrow_residuals_that_do_not_fit(tile):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=dtype_id)
-@pytest.mark.parametrize("tile", one_of_each(), ids=str)
+@pytest.mark.parametrize("tile", first_of_each_kind(), ids=str)
 def test_parameters_of_any_dtype(tile, dtype):
     case = small_integers(list(problems(tile))[1], tile.dtype, bias=True)
     for name in ("running_mean", "running_var", "bn_weight", "bn_bias", "bias"):
@@ -318,7 +321,7 @@ def test_parameters_of_any_dtype(tile, dtype):
     assert_exact(run(tile, case), case)
 
 
-@pytest.mark.parametrize("tile", one_of_each(), ids=str)
+@pytest.mark.parametrize("tile", first_of_each_kind(), ids=str)
 def test_options_alone(tile):
     """Every optional tensor without the others."""
     problem = list(problems(tile))[1]
@@ -344,7 +347,7 @@ def layouts(tensor):
     yield "misaligned", flat.copy_(tensor)
 
 
-@pytest.mark.parametrize("tile", one_of_each(), ids=str)
+@pytest.mark.parametrize("tile", first_of_each_kind(), ids=str)
 def test_layouts(tile):
     case = small_integers(list(problems(tile))[1], tile.dtype)
     for name in ("input", "weight", "residual"):

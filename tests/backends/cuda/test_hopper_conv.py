@@ -14,6 +14,7 @@ import pytest
 import torch
 from support import ConvShape, cuda_on_host, dtype_id, make_conv_case
 from support.exact_convolutions import Problem, assert_exact, small_integers
+from support.selection import one_of_each
 
 from fused_resnet import _native, backends, tuning
 from fused_resnet.backends import library
@@ -124,12 +125,19 @@ def first_seed():
 
 
 def cases():
-    for tile in every_instance():
-        for problem in problems(tile):
-            yield pytest.param(tile, problem, id=f"{tile}-{problem.name}".replace(" ", "_"))
+    """Without `--whole` every tile on some problem, and every problem in 16 bits and in 32."""
+    return one_of_each(
+        [
+            pytest.param(tile, problem, id=f"{tile}-{problem.name}".replace(" ", "_"))
+            for tile in every_instance()
+            for problem in problems(tile)
+        ],
+        lambda tile, problem: tile,
+        lambda tile, problem: (tile.size, problem.name),
+    )
 
 
-@pytest.mark.parametrize(("tile", "problem"), list(cases()))
+@pytest.mark.parametrize(("tile", "problem"), cases())
 def test_exact(tile, problem):
     full = small_integers(problem, tile.dtype, bias=True)
     bare = small_integers(problem, tile.dtype, residual=False, affine=False, activation="none")

@@ -33,6 +33,7 @@ from support import (
     small_resnet,
     unchanged,
 )
+from support.selection import examples, one_of_each
 from torchvision.models.resnet import BasicBlock
 
 import fused_resnet
@@ -243,7 +244,7 @@ def test_the_interpreter_rounds_as_hardware_does():
     assert (rounded.view(torch.int32)[finite] & 0x1FFF == 0).all()
 
 
-@hypothesis.settings(max_examples=20)
+@hypothesis.settings(max_examples=examples(20))
 @hypothesis.given(
     data=st.data(),
     tile=st.sampled_from(TILES[1:]),
@@ -360,7 +361,7 @@ def mutation_case(name: str):
 
 
 @pytest.mark.skipif(RUNNER is None or RUNNER.device == "cuda", reason="for the interpreter")
-@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("mutation", one_of_each(MUTATIONS, lambda name: MUTATIONS[name][0]))
 def test_broken_kernels_are_noticed(triton, monkeypatch, tmp_path, mutation):
     """The checks object to each wrong kernel, and do not to the right one."""
     if mutation == "relu kills NaN" and importlib.metadata.version("triton").startswith("3.6."):

@@ -181,7 +181,13 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.whole) if name in ("stage 2", "stage 3") else name
+        for name in STAGES
+    ],
+)
 def test_stages(tile, name):
     """All widths, shortcuts, strides and borders; one launch a block, and the first 1x1's."""
     stage = STAGES[name]
@@ -313,7 +319,7 @@ WHOLE = {
     [
         "thin",
         pytest.param("thin, bfloat16", marks=pytest.mark.whole),
-        "dilated",
+        pytest.param("dilated", marks=pytest.mark.whole),
         pytest.param("wide", marks=pytest.mark.whole),
     ],
 )
@@ -433,9 +439,20 @@ def test_the_log_is_what_kernels_address(tile, monkeypatch):
 
 @pytest.mark.parametrize("split", [1, 4])
 @pytest.mark.parametrize(
-    "name", ["two blocks", "deep projection", "stride", "odd outputs", "three images", "stage 2"]
+    ("dtype", "shares"), [(torch.float16, True), (torch.bfloat16, True), (torch.float16, False)]
 )
-def test_pairs(monkeypatch, name, split):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "two blocks",
+        "deep projection",
+        "stride",
+        "odd outputs",
+        "three images",
+        pytest.param("stage 2", marks=pytest.mark.whole),
+    ],
+)
+def test_pairs(monkeypatch, name, dtype, shares, split):
     """The 3x3 by itself, then both 1x1s at once, their slices shared among programs or not."""
     tile = Tile(32, 16, 32, split, 4, 2)
     stage = STAGES[name]
@@ -444,17 +461,16 @@ def test_pairs(monkeypatch, name, split):
         tile = Tile(32, 16, 32, 1, 4, 2)
     monkeypatch.setattr(chains, "choose", lambda *_: Choice(PAIR, tile, "test"))
     blocks = stage.blocks + bool(stage.next_width)
-    for dtype, shares in ((torch.float16, True), (torch.bfloat16, True), (torch.float16, False)):
-        if not shares:
-            monkeypatch.setattr(chains, "together", lambda *_: contextlib.nullcontext())
-        counted = names(check(bottlenecks(stage), input_of(stage, dtype)))
-        # The last block has no next convolution: one program has all of a tile's slices there.
-        assert +counted == +Counter(
-            bottleneck_kernel=blocks,
-            sum_partials_kernel=0 if shares or split == 1 else blocks - 1,
-            conv_kernel=blocks + 1,
-            fold_norms_kernel=int(shares and blocks > 1),
-        )
+    if not shares:
+        monkeypatch.setattr(chains, "together", lambda *_: contextlib.nullcontext())
+    counted = names(check(bottlenecks(stage), input_of(stage, dtype)))
+    # The last block has no next convolution: one program has all of a tile's slices there.
+    assert +counted == +Counter(
+        bottleneck_kernel=blocks,
+        sum_partials_kernel=0 if shares or split == 1 else blocks - 1,
+        conv_kernel=blocks + 1,
+        fold_norms_kernel=int(shares and blocks > 1),
+    )
 
 
 @pytest.mark.quick

@@ -61,8 +61,9 @@ def normalized(x, norm, dtype):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=["small", "large"])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_forward(convs, geometry, dtype):
+def test_forward(convs, geometry, tile, dtype):
     """The output by the error rule; the statistics are of what is stored; the same bits twice."""
     R, stride, padding, dilation = geometry
     pairs = tuple((n, n) for n in (stride, padding, dilation))
@@ -73,15 +74,14 @@ def test_forward(convs, geometry, dtype):
         wide = x.double() if prologue is None else normalized(x, norm, torch.float64)
         eager = F.conv2d(h, weight, None, *pairs)
         exact = F.conv2d(wide, weight.double(), None, *pairs)
-        for tile in TILES:
-            raw, mean, var = convs.forward(x, weight, None, (*pairs, 1), prologue, tile)
-            assert_error_rule(raw, eager, exact)
-            true_var, true_mean = torch.var_mean(raw.double(), (0, 2, 3), unbiased=False)
-            torch.testing.assert_close(mean.double(), true_mean, rtol=2e-7, atol=1e-6)
-            torch.testing.assert_close(var.double(), true_var, rtol=4e-6, atol=0)
-            again = convs.forward(x, weight, None, (*pairs, 1), prologue, tile)
-            for a, b in zip((raw, mean, var), again, strict=True):
-                assert_same_bits(a, b)
+        raw, mean, var = convs.forward(x, weight, None, (*pairs, 1), prologue, tile)
+        assert_error_rule(raw, eager, exact)
+        true_var, true_mean = torch.var_mean(raw.double(), (0, 2, 3), unbiased=False)
+        torch.testing.assert_close(mean.double(), true_mean, rtol=2e-7, atol=1e-6)
+        torch.testing.assert_close(var.double(), true_var, rtol=4e-6, atol=0)
+        again = convs.forward(x, weight, None, (*pairs, 1), prologue, tile)
+        for a, b in zip((raw, mean, var), again, strict=True):
+            assert_same_bits(a, b)
 
 
 @pytest.mark.quick
@@ -102,8 +102,9 @@ def test_statistics_far_from_zero(convs, monkeypatch, slabs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=["small", "large"])
 @pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g[1] == 1 and g[2] <= 1], ids=str)
-def test_backward_input(convs, geometry, dtype):
+def test_backward_input(convs, geometry, tile, dtype):
     """With every end and with none, by the error rule; the sums are of what is stored."""
     R, _, padding, dilation = geometry
     pairs = ((1, 1), (padding, padding), (dilation, dilation))
@@ -122,32 +123,31 @@ def test_backward_input(convs, geometry, dtype):
         return g * (high.weight * invstd)[:, None, None].to(wide)
 
     alive = normalized(x, low, torch.float64) > 0
-    for tile in TILES:
-        for above in (False, True) if R == 1 else (False,):
-            for add, below in ((False, False), (True, False), (False, True), (True, True)):
-                exact = behind(torch.float64) if above else grad.double()
-                eager = behind(torch.float32).to(dtype) if above else grad
-                given = [torch.nn.grad.conv2d_input(x.shape, weight.to(g.dtype), g, *pairs)
-                         for g in (eager, exact)]  # fmt: skip
-                given = [g + residual.to(g.dtype) if add else g for g in given]
-                given = [torch.where(alive, g, 0) if below else g for g in given]
-                out, side, found = convs.backward_input(
-                    grad, weight, (H, W), (*pairs, 1), convs.Ends(
-                        residual=residual if add else None,
-                        above=(raw, high, sums) if above else None,
-                        below=(x, low) if below else None,
-                    ), tile,
-                )  # fmt: skip
-                assert_error_rule(out, *given)
-                if above:
-                    assert_error_rule(side, eager, exact)
-                if below:
-                    wide = out.double()
-                    dot = (wide * (x.double() - low.mean.double()[:, None, None])).sum((0, 2, 3))
-                    invstd = (low.var.double() + 1e-5).rsqrt()
-                    expected = (wide.sum((0, 2, 3)), dot, dot * invstd)
-                    for ours, true in zip(found, expected, strict=True):
-                        torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=1e-3)
+    for above in (False, True) if R == 1 else (False,):
+        for add, below in ((False, False), (True, False), (False, True), (True, True)):
+            exact = behind(torch.float64) if above else grad.double()
+            eager = behind(torch.float32).to(dtype) if above else grad
+            given = [torch.nn.grad.conv2d_input(x.shape, weight.to(g.dtype), g, *pairs)
+                     for g in (eager, exact)]  # fmt: skip
+            given = [g + residual.to(g.dtype) if add else g for g in given]
+            given = [torch.where(alive, g, 0) if below else g for g in given]
+            out, side, found = convs.backward_input(
+                grad, weight, (H, W), (*pairs, 1), convs.Ends(
+                    residual=residual if add else None,
+                    above=(raw, high, sums) if above else None,
+                    below=(x, low) if below else None,
+                ), tile,
+            )  # fmt: skip
+            assert_error_rule(out, *given)
+            if above:
+                assert_error_rule(side, eager, exact)
+            if below:
+                wide = out.double()
+                dot = (wide * (x.double() - low.mean.double()[:, None, None])).sum((0, 2, 3))
+                invstd = (low.var.double() + 1e-5).rsqrt()
+                expected = (wide.sum((0, 2, 3)), dot, dot * invstd)
+                for ours, true in zip(found, expected, strict=True):
+                    torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.quick
