@@ -1,0 +1,34 @@
+"""The native convolution's tiles of pixels: whole ones, what is left of them, and few in all."""
+
+import pytest
+import torch
+from support import ConvShape, make_conv_case
+
+from fused_resnet.testing import assert_error_rule
+
+pytestmark = [
+    pytest.mark.quick,
+    pytest.mark.skipif(
+        not torch.ops.fused_resnet.conv_isa(), reason="the library's convolution runs everything"
+    ),
+]
+
+# Output channels, of all groups: of less than a vector, a vector, two, and a vector behind two; of
+# groups that share a vector, and that have one each.
+CHANNELS = [(5, 1), (8, 1), (16, 1), (24, 1), (32, 8), (32, 4)]
+
+
+@pytest.mark.parametrize(("channels", "groups"), CHANNELS)
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_every_number_of_pixels(kernel_size, channels, groups):
+    shape = ConvShape(
+        in_channels=4 * groups,
+        out_channels=channels,
+        kernel_size=(kernel_size, kernel_size),
+        padding=(kernel_size // 2, kernel_size // 2),
+        groups=groups,
+    )
+    for width in range(1, 30):
+        for height in (1, 3):
+            case = make_conv_case(shape, size=(height, width), residual=True, device="cpu")
+            assert_error_rule(case.fused(), case.eager(), case.double().eager())
