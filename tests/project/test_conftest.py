@@ -191,8 +191,11 @@ def test_code_in_another_process(environment: dict[str, str]) -> None:
 
 
 def test_one_process_forks_for_all_threads(tmp_path: Path) -> None:
-    """Two at once, each with its own output, of the one that has imported torch."""
-    environment = dict(os.environ)
+    """Two at once, each with its own output, of the one that has imported torch.
+
+    Also where something has been compiled meanwhile.
+    """
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     code = """
         import os, time
         open({own!r}, "w").close()
