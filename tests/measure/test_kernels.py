@@ -61,7 +61,7 @@ def test_candidates_agree_on_every_kind_of_layer(model: str, dtype: str) -> None
         for row in layer.rows:
             if row.name == "oneDNN, fused" and dtype == "bfloat16" and not ONEDNN_HAS_BFLOAT16:
                 assert row.status == "failed"
-                assert "avx512" in str(row.reason)
+                assert row.reason
                 continue
             assert (row.status, row.reason) == ("timed", None), (str(layer.problem), row)
 

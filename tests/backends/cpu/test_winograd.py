@@ -27,7 +27,7 @@ ISA = torch.ops.fused_resnet.conv_isa()
 ON_VECTORS = bool(ISA) and torch.ops.fused_resnet.conv_tile_isa() == ""
 needs_vectors = pytest.mark.skipif(
     not ON_VECTORS or os.environ.get("FUSED_RESNET_CPU_WINOGRAD") == "0",
-    reason="only on vectors: test_processors runs it so",
+    reason="no convolution runs on vectors here, or FUSED_RESNET_CPU_WINOGRAD=0",
 )
 
 
