@@ -6,9 +6,9 @@
 //
 // - In no step are two weights added that are too large together. Where they would be, it has three
 //   weights a channel, in place of four.
-// - Two steps whose sums may be added in 16 bits, of any two places of the filter, are a pair. It is
-//   widened to 32 bits once: 64 exact products for three multiplications, where kernels that
-//   saturate take four, on the two units that multiply.
+// - Two steps whose sums may be added in 16 bits, of any two places of the filter, are a pair.
+//   It is widened to 32 bits once: 64 exact products for three multiplications, where kernels
+//   that saturate take four, on the two units that multiply.
 //
 // Of weights with a normal distribution nearly all steps find a partner from 576 weights a filter
 // on, and multiplications are 0.78 to 0.82 of such a kernel's (0.96 for 256 weights a filter,
