@@ -26,6 +26,7 @@
 #include "cpu/isa.h"
 #include "cpu/packed_layout.h"
 #include "cpu/row_statistics.h"
+#include "cpu/shared_tasks.h"
 
 namespace fused_resnet::cpu {
 
@@ -1080,19 +1081,7 @@ void run_tasks(Conv conv, bool is_direct, RowStatistics* statistics) {
 
   if (statistics != nullptr) statistics->begin(conv);
 
-  // Each thread begins with its own stretch of tasks, the same part of the image in every layer, so
-  // that it finds what it wrote in the last one in its own cache. Then it helps the others.
-  struct alignas(64) Stretch {
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
-  const int64_t workers = std::min(threads, tasks);
-  std::vector<Stretch> stretches(workers);
-  for (int64_t w = 0; w < workers; ++w) {
-    stretches[w].next = tasks * w / workers;
-    stretches[w].end = tasks * (w + 1) / workers;
-  }
-  auto run_task = [&](int64_t i, bool is_last) {
+  const auto run_task = [&](int64_t i, bool is_last) {
     // Rows vary fastest: a thread goes on with the weights it has in its cache.
     const int64_t row_task = i % s.row_tasks, rest = i / s.row_tasks;
     Task task;
@@ -1114,14 +1103,7 @@ void run_tasks(Conv conv, bool is_direct, RowStatistics* statistics) {
                     first + task.block_begin * block_k,
                     first + std::min(group_k(conv), task.block_end * block_k));
   };
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) {
-    for (int64_t w = begin; w < begin + workers; ++w) {
-      Stretch& stretch = stretches[w % workers];
-      for (int64_t i; (i = stretch.next.fetch_add(1, std::memory_order_relaxed)) < stretch.end;) {
-        run_task(i, i + 1 == stretch.end);
-      }
-    }
-  });
+  share_tasks(tasks, 1, run_task);
 }
 
 }  // namespace

@@ -18,6 +18,7 @@
 #include <unordered_map>
 
 #include "checks.h"
+#include "cpu/shared_tasks.h"
 
 namespace fused_resnet::cpu {
 
@@ -253,14 +254,10 @@ class InferencePlan {
 
   bool copies_are_current() const {
     std::atomic<bool> current{true};
-    torch::stable::parallel_for(
-        0, static_cast<int64_t>(checks_.size()), 8, [&](int64_t begin, int64_t end) {
-          bool own = true;
-          for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
-            own &= checks_[i].step->is_current(checks_[i].index);
-          }
-          if (!own) current.store(false, std::memory_order_relaxed);
-        });
+    share_tasks(static_cast<int64_t>(checks_.size()), 8, [&](int64_t i, bool) {
+      const Check& check = checks_[static_cast<size_t>(i)];
+      if (!check.step->is_current(check.index)) current.store(false, std::memory_order_relaxed);
+    });
     return current.load();
   }
 

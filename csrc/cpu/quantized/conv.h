@@ -213,6 +213,7 @@ struct ByteConv {
 struct ByteTask {
   int64_t begin, end;
   int64_t block_begin, block_end;
+  int64_t block_ahead;  // up to which the thread is to multiply with weights later, or block_end
 };
 
 // Elements of the floating-point tensors at both ends.
@@ -234,6 +235,7 @@ struct ByteKernels {
   void (*dequantize)(ByteFloats type, const uint8_t* source, int64_t count, float step,
                      void* target);
   ByteLayout layout = ByteLayout::tiles;  // of the weights that `run` takes
+  bool shares = true;  // whether small tasks cost it nothing, so that threads share a layer's
 };
 
 #if defined(__x86_64__)

@@ -17,6 +17,7 @@
 #include "checks.h"
 #include "cpu/conv_layer.h"
 #include "cpu/inference_plan.h"
+#include "cpu/shared_tasks.h"
 
 namespace fused_resnet::cpu {
 namespace {
@@ -177,10 +178,8 @@ bool quantized_copies_match(std::vector<Tensor> weights, std::vector<Tensor> byt
   const Copies all(weights, bytes, steps, vectors, copies);
   // They wait for memory, so all threads do.
   std::atomic<bool> same{true};
-  torch::stable::parallel_for(0, all.checks(), 32, [&](int64_t begin, int64_t end) {
-    bool own = true;
-    for (int64_t i = begin; i < end; ++i) own &= all.is_current(i);
-    if (!own) same.store(false, std::memory_order_relaxed);
+  share_tasks(all.checks(), 32, [&](int64_t i, bool) {
+    if (!all.is_current(i)) same.store(false, std::memory_order_relaxed);
   });
   if (!same.load()) return false;
   if (PlanRecording* recording = plan_recording()) {

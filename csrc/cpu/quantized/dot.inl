@@ -8,9 +8,9 @@
 //                                what is more, dot() with the weights where they lie
 //
 // A task's output pixels are taken kDotPixels at a time, each by its own address, so that no
-// product is without an output, but for the task's last few pixels. Sums go from registers to the
-// step behind them; a projection's meet the others' of these pixels and channels, which wait in
-// the first-level cache.
+// product is without an output but for the task's last few pixels, of which up to kDotFew are
+// taken kDotFew at a time. Sums go from registers to the step behind them; a projection's meet the
+// others' of these pixels and channels, which wait in the first-level cache.
 //
 // Nothing but <stdint.h> is included: see cpu/isa.h.
 
@@ -19,6 +19,8 @@
 
 namespace fused_resnet::cpu {
 namespace {
+
+constexpr int kDotFew = kDotPixels < 3 ? 1 : kDotPixels / 3;
 
 // The taps of a filter, from a pixel on: R x S runs of `steps` times four bytes.
 struct DotTaps {
@@ -32,14 +34,40 @@ FR_BYTES_INLINE int64_t weights_of(int64_t vector, int64_t block_bytes) {
   return k / kByteBlockK * block_bytes + k % kByteBlockK / 16 * kByteTile + k % 16 * 4;
 }
 
+// Weights of the next output channels, the filter's and a projection's, which lie in a slower
+// cache: each step asks for a line of them, as long as there are some.
+struct Ahead {
+  const int8_t *at, *end;
+  const int8_t *other, *other_end;
+
+  // The lines for so many steps: where they begin, and how far apart they are. Where none are left,
+  // it is `otherwise` again and again.
+  FR_BYTES_INLINE const int8_t* take(int64_t steps, const int8_t* otherwise, int64_t& pitch) {
+    if (at >= end) {
+      at = other;
+      end = other_end;
+      other = other_end = nullptr;
+    }
+    const int8_t* const first = at;
+    pitch = at < end ? 64 : 0;
+    at += steps * pitch;
+    return pitch != 0 ? first : otherwise;
+  }
+};
+
 // All products of some pixels and kVectors vectors of output channels, whose first weights are at
 // `weight`.
-template <int kVectors>
+template <int kPixels, int kVectors>
 FR_BYTES_INLINE void sum_products(const DotTaps& taps, const uint8_t* const (&in)[kDotPixels],
-                                  const int8_t* weight, Ints (&total)[kDotPixels][kVectors]) {
+                                  const int8_t* weight, Ahead& ahead,
+                                  Ints (&total)[kPixels][kVectors]) {
   constexpr int kHeld = kVectors < kDotHeld ? kVectors : kDotHeld;
   const int64_t block_bytes = taps.block_bytes;
-  for (int i = 0; i < kDotPixels; ++i) {
+  int64_t pitch;
+  const int8_t* asked = ahead.take(taps.R * taps.S * taps.steps, weight, pitch);
+#pragma GCC unroll 8
+  for (int i = 0; i < kPixels; ++i) {
+#pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) total[i][v] = broadcast_int(0);
   }
   for (int64_t r = 0; r < taps.R; ++r) {
@@ -49,13 +77,15 @@ FR_BYTES_INLINE void sum_products(const DotTaps& taps, const uint8_t* const (&in
         const int8_t* four = weight;
         const int8_t* const end = four + (left < 16 ? left : 16) * 64;
         for (; four != end; four += 64, at += 4) {
+          __builtin_prefetch(asked, 0, 2);
+          asked += pitch;
           Ints held[kHeld];
           for (int v = 0; v < kHeld; ++v) {
             held[v] =
                 load_ints(reinterpret_cast<const int32_t*>(four + weights_of(v, block_bytes)));
           }
 #pragma GCC unroll 8
-          for (int i = 0; i < kDotPixels; ++i) {
+          for (int i = 0; i < kPixels; ++i) {
             const Ints pixel = broadcast_four(in[i] + at);
 #pragma GCC unroll 16
             for (int v = 0; v < kVectors; ++v) {
@@ -89,6 +119,18 @@ struct DotRun {
       projection = {1, 1, 0, 0, c.projection.steps(), c.projection.block_bytes()};
     }
   }
+
+  // Those of some blocks of output channels.
+  template <ByteShortcut kShortcut>
+  FR_BYTES_INLINE Ahead weights_ahead(int64_t begin, int64_t end) const {
+    const int8_t *own = conv.weight.packed, *other = conv.projection_weight.packed;
+    Ahead ahead = {own + begin * taps.block_bytes, own + end * taps.block_bytes, nullptr, nullptr};
+    if (kShortcut == ByteShortcut::projection) {
+      ahead.other = other + begin * projection.block_bytes;
+      ahead.other_end = other + end * projection.block_bytes;
+    }
+    return ahead;
+  }
 };
 
 FR_BYTES_INLINE const int8_t* weight_at(const ByteWeight& weight, int64_t channel,
@@ -97,27 +139,27 @@ FR_BYTES_INLINE const int8_t* weight_at(const ByteWeight& weight, int64_t channe
          channel % kByteBlockK / 16 * kByteTile;
 }
 
-// Some pixels and kVectors vectors of output channels, from `channel` on.
-template <bool kOffset, ByteShortcut kShortcut, int kVectors>
-void convolve(const DotRun& run, const DotPixels& pixels, int64_t channel) {
+// kPixels of `pixels` and kVectors vectors of output channels, from `channel` on.
+template <bool kOffset, ByteShortcut kShortcut, int kVectors, int kPixels>
+void convolve(const DotRun& run, const DotPixels& pixels, int64_t channel, Ahead& ahead) {
   constexpr bool kProjection = kShortcut == ByteShortcut::projection;
   constexpr int64_t kChannels = kVectors * kLanes;
   const ByteConv& conv = run.conv;
   const ByteWeight &weight = conv.weight, &other = conv.projection_weight;
-  alignas(64) int32_t first[kProjection ? kDotPixels * kChannels : 1];
+  alignas(64) int32_t first[kProjection ? kPixels * kChannels : 1];
   const int64_t base = conv.filter.groups == 1 ? 0 : conv.filter.base(channel / kByteBlockK);
   const uint8_t* in[kDotPixels];
   for (int i = 0; i < kDotPixels; ++i) in[i] = pixels.in[i] + base;
-  Ints sums[kDotPixels][kVectors];
-  sum_products(run.taps, in, weight_at(weight, channel, run.taps.block_bytes), sums);
+  Ints sums[kPixels][kVectors];
+  sum_products(run.taps, in, weight_at(weight, channel, run.taps.block_bytes), ahead, sums);
   if constexpr (kProjection) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kDotPixels; ++i) {
+    for (int i = 0; i < kPixels; ++i) {
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) store_ints(first + i * kChannels + v * kLanes, sums[i][v]);
     }
     sum_products(run.projection, conv.doubled ? pixels.in : pixels.projected,
-                 weight_at(other, channel, run.projection.block_bytes), sums);
+                 weight_at(other, channel, run.projection.block_bytes), ahead, sums);
   }
   alignas(64) int32_t offsets[kOffset ? 2 * kChannels : 1];
   DotStep step = {weight.scale + channel,
@@ -132,7 +174,7 @@ void convolve(const DotRun& run, const DotPixels& pixels, int64_t channel) {
     if constexpr (kProjection) find_offsets(other, channel, kChannels, offsets + kChannels);
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kDotPixels; ++i) {
+  for (int i = 0; i < kPixels; ++i) {
     if (i < pixels.count) {
       finish<kOffset, kShortcut>(
           step, sums[i], first + (kProjection ? i * kChannels : 0),
@@ -142,24 +184,36 @@ void convolve(const DotRun& run, const DotPixels& pixels, int64_t channel) {
   }
 }
 
+// As many of them as there are, or more.
+template <bool kOffset, ByteShortcut kShortcut, int kVectors>
+FR_BYTES_INLINE void convolve(const DotRun& run, const DotPixels& pixels, int64_t channel,
+                              Ahead& ahead) {
+  if (pixels.count <= kDotFew) {
+    convolve<kOffset, kShortcut, kVectors, kDotFew>(run, pixels, channel, ahead);
+  } else {
+    convolve<kOffset, kShortcut, kVectors, kDotPixels>(run, pixels, channel, ahead);
+  }
+}
+
 // The next output channels, up to kDotChannels of them; returns how many. Beyond 16 they begin
 // where a block of weights does. With groups, blocks read different input channels.
 template <bool kOffset, ByteShortcut kShortcut>
-int64_t convolve(const DotRun& run, const DotPixels& pixels, int64_t channel, int64_t end) {
+int64_t convolve(const DotRun& run, const DotPixels& pixels, int64_t channel, int64_t end,
+                 Ahead& ahead) {
   const int64_t left = end - channel;
   if constexpr (kDotChannels >= 64) {
     if (left > 48 && run.conv.filter.groups == 1) {
-      convolve<kOffset, kShortcut, 64 / kLanes>(run, pixels, channel);
+      convolve<kOffset, kShortcut, 64 / kLanes>(run, pixels, channel, ahead);
       return 64;
     }
   }
   if constexpr (kDotChannels >= 32) {
     if (left > 16) {
-      convolve<kOffset, kShortcut, 32 / kLanes>(run, pixels, channel);
+      convolve<kOffset, kShortcut, 32 / kLanes>(run, pixels, channel, ahead);
       return 32;
     }
   }
-  convolve<kOffset, kShortcut, 16 / kLanes>(run, pixels, channel);
+  convolve<kOffset, kShortcut, 16 / kLanes>(run, pixels, channel, ahead);
   return 16;
 }
 
@@ -172,20 +226,24 @@ void run_task(const ByteConv& conv, const ByteTask& task) {
   const int64_t first = task.block_begin * kByteBlockK;
   const int64_t last = blocks_end < conv.filter.K ? blocks_end : conv.filter.K;
   DotPixels pixels;
+  Ahead ahead{};
   // Either some pixels take all output channels in turn, or, with weights that do not stay in the
   // cache, some channels take all pixels.
-  if (conv.keeps_weight) {
+  if (conv.keeps_weight && last - first > kDotChannels) {
     for (DotWalk walk(conv, begin, end); walk.next(pixels);) {
       for (int64_t channel = first; channel < last;) {
-        channel += convolve<kOffset, kShortcut>(run, pixels, channel, last);
+        channel += convolve<kOffset, kShortcut>(run, pixels, channel, last, ahead);
       }
     }
     return;
   }
-  for (int64_t channel = first, taken = 0; channel < last; channel += taken) {
-    for (DotWalk walk(conv, begin, end); walk.next(pixels);) {
-      taken = convolve<kOffset, kShortcut>(run, pixels, channel, last);
-    }
+  for (int64_t channel = first, taken = 0; channel < last; channel += taken, ahead = {}) {
+    DotWalk walk(conv, begin, end);
+    if (!walk.next(pixels)) return;
+    taken = convolve<kOffset, kShortcut>(run, pixels, channel, last, ahead);
+    const int64_t next = (channel + taken) / kByteBlockK, then = next + taken / kByteBlockK;
+    if (then <= task.block_ahead) ahead = run.weights_ahead<kShortcut>(next, then);
+    while (walk.next(pixels)) convolve<kOffset, kShortcut>(run, pixels, channel, last, ahead);
   }
 }
 
@@ -194,21 +252,7 @@ void run_task(const ByteConv& conv, const ByteTask& task, bool offset) {
   offset ? run_task<true, kShortcut>(conv, task) : run_task<false, kShortcut>(conv, task);
 }
 
-int64_t pieces(const ByteConv& conv) {
-  return bytes_div_up(conv.in.N * conv.P * conv.Q, kDotPixels);
-}
-
-void run(const ByteConv& conv, const ByteTask& task) {
-  const bool offset = conv.has_offset();
-  switch (conv.shortcut) {
-    case ByteShortcut::bytes:
-      return run_task<ByteShortcut::bytes>(conv, task, offset);
-    case ByteShortcut::projection:
-      return run_task<ByteShortcut::projection>(conv, task, offset);
-    case ByteShortcut::none:
-      return run_task<ByteShortcut::none>(conv, task, offset);
-  }
-}
-
 }  // namespace
 }  // namespace fused_resnet::cpu
+
+#include "cpu/quantized/dot_tasks.inl"

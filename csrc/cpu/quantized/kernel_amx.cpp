@@ -10,7 +10,8 @@
 #include "cpu/quantized/ends.inl"
 
 namespace fused_resnet::cpu {
-const ByteKernels kBytesAmx = {"amx", pieces, run, quantize, quantize_words, dequantize};
+const ByteKernels kBytesAmx = {
+    "amx", pieces, run, quantize, quantize_words, dequantize, ByteLayout::tiles, false};
 }
 
 #endif

@@ -8,6 +8,6 @@
 #include "cpu/quantized/ends.inl"
 
 namespace fused_resnet::cpu {
-const ByteKernels kBytesAmxEmulated = {"amx_emulated", pieces,         run,
-                                       quantize,       quantize_words, dequantize};
+const ByteKernels kBytesAmxEmulated = {
+    "amx_emulated", pieces, run, quantize, quantize_words, dequantize, ByteLayout::tiles, false};
 }

@@ -8,10 +8,14 @@
 #include "cpu/conv_layer.h"
 #include "cpu/isa.h"
 #include "cpu/quantized/lists.h"
+#include "cpu/shared_tasks.h"
 #include "memory_format.h"
 
 namespace fused_resnet::cpu {
 namespace {
+
+// Of a layer, where threads share.
+constexpr int64_t kTasksOfThread = 4;
 
 // The kernels that run here, the fastest first.
 std::vector<const ByteKernels*> available_kernels() {
@@ -210,9 +214,20 @@ void run_byte_conv(const ByteKernels& kernels, ByteConv conv) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t input_bytes = conv.in.N * conv.in.H * conv.in.W * conv.in.pixel();
   // Whatever is more is what the threads divide.
-  int64_t block_tasks = blocks * block_bytes > input_bytes ? std::min(threads, blocks) : 1;
-  const int64_t pixel_tasks = std::min(pieces, bytes_div_up(threads, block_tasks));
-  conv.keeps_weight = bytes_div_up(blocks, block_tasks) * block_bytes <= l2_bytes() / 2;
+  const int64_t threads_of_blocks =
+      blocks * block_bytes > input_bytes ? std::min(threads, blocks) : 1;
+  conv.keeps_weight = bytes_div_up(blocks, threads_of_blocks) * block_bytes <= l2_bytes() / 2;
+  int64_t block_tasks = threads_of_blocks;
+  int64_t pixel_tasks = bytes_div_up(threads, block_tasks);
+  if (kernels.shares && threads > 1) {
+    // Some for whoever is done first. More would take weights that do not stay in the cache again.
+    if (threads_of_blocks > 1) {
+      block_tasks = std::max(threads_of_blocks, std::min(threads * kTasksOfThread, blocks / 2));
+    } else if (conv.keeps_weight) {
+      pixel_tasks *= kTasksOfThread;
+    }
+  }
+  pixel_tasks = std::min(pieces, pixel_tasks);
   std::vector<int64_t> segments, projection_segments;
   if (kernels.layout == ByteLayout::lists) {
     const int64_t pixel = conv.in.pixel();
@@ -224,13 +239,12 @@ void run_byte_conv(const ByteKernels& kernels, ByteConv conv) {
     conv.segments = segments.data();
     conv.projection_segments = conv.doubled ? segments.data() : projection_segments.data();
   }
-  torch::stable::parallel_for(0, pixel_tasks * block_tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t t = i % pixel_tasks, b = i / pixel_tasks;
-      const ByteTask task = {pieces * t / pixel_tasks, pieces * (t + 1) / pixel_tasks,
-                             blocks * b / block_tasks, blocks * (b + 1) / block_tasks};
-      kernels.run(conv, task);
-    }
+  share_tasks(pixel_tasks * block_tasks, 1, [&](int64_t i, bool is_last) {
+    const int64_t t = i % pixel_tasks, b = i / pixel_tasks;
+    ByteTask task = {pieces * t / pixel_tasks, pieces * (t + 1) / pixel_tasks,
+                     blocks * b / block_tasks, blocks * (b + 1) / block_tasks, 0};
+    task.block_ahead = is_last ? task.block_end : blocks;
+    kernels.run(conv, task);
   });
 }
 

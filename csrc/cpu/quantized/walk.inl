@@ -47,7 +47,8 @@ class DotWalk {
         find();
       }
     }
-    for (int64_t i = pixels.count; i < kDotPixels; ++i) {
+    for (int64_t i = 1; i < kDotPixels; ++i) {
+      if (i < pixels.count) continue;
       pixels.in[i] = pixels.in[i - 1];
       pixels.projected[i] = pixels.projected[i - 1];
     }
