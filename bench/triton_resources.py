@@ -78,7 +78,7 @@ DTYPES = ("float16", "tfloat32", "float32", "bfloat16")
 RESULTS = Path(__file__).parent / "results" / "static"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8"}
-_TYPES |= {torch.int8: "i8", torch.int32: "i32"}
+_TYPES |= {torch.int8: "i8", torch.int32: "i32", torch.float8_e4m3fn: "fp8e4nv"}
 _BATCHES = (1, 32, 256)
 _POOL = (3, 3, 2, 2, 1, 1)
 # Begins the names of what is compiled for launches in a row.
@@ -470,15 +470,17 @@ def training_conv_launches(dtype: str) -> dict[str, list[Launch]]:
     }
 
 
-def byte_launches(batch: int) -> list[Launch]:
+def byte_launches(batch: int, dtype: torch.dtype = torch.int8) -> list[Launch]:
     """What residual blocks in eight bits launch: ResNet-50's first two of each stage, alike once.
+
+    In int8, or float8_e4m3fn, which Triton compiles for compute capability 8.9 and later.
 
     The last block's output is float16, as is the first one's input.
     """
     recorded: list[Launch] = []
 
     def conv(channels: int, filters: int, size: int, stride: int = 1) -> QuantizedConv:
-        weight = torch.empty(filters, channels, size, size, dtype=torch.int8)
+        weight = torch.empty(filters, channels, size, size, dtype=dtype)
         vectors = torch.empty(2, filters).unbind()
         return QuantizedConv(weight, *vectors, (stride,) * 2, (size // 2,) * 2, (1, 1), 1)
 
@@ -497,7 +499,7 @@ def byte_launches(batch: int) -> list[Launch]:
                         convs.append(conv(channels, 4 * width, 1, stride))
                     channels = 4 * width
                     blocks.append(QuantizedBlock(tuple(convs), has_projection, 0.5))
-            stored = Quantization(0.125, 3)
+            stored = Quantization(0.125, 3 if dtype == torch.int8 else 0)
             quantized.residual_blocks(x, blocks, stored, Quantization(0.125))
     finally:
         launcher.launch_kernel = kept

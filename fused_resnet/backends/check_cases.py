@@ -41,6 +41,8 @@ _MOST_IMAGES = 16
 _OUTPUTS = (3, 4, 6, 9, 13, 18)
 # Images of norms, (N, H, W): with a multiple of 16 pixels each, and without.
 _QUANTIZED_SIZE = (2, 13, 11)
+# A neighbour is 2^-4 to 2^-3 of a number away; of a block's outputs some in a thousand may be one.
+_FLOAT8_FLOOR = 2.0**-7
 # Less than a program has, more, and as many as some.
 _FOLDED_CHANNELS = (48, 300, 512)
 _NORM_SIZES = {True: (3, 16, 19), False: (3, 17, 19)}
@@ -343,6 +345,36 @@ def quantized_blocks(
         return [cast(reference.quantized_residual_blocks(x, blocks, stored, output))]
 
     return Case(lambda: [run(x, blocks, stored, output)], by_library)
+
+
+def float8_blocks(
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    arguments: tuple[Sequence[QuantizedBlock], Quantization, Quantization],
+    run: Callable[..., Tensor],
+) -> Case:
+    """Residual blocks in float8_e4m3fn, the caller's own, each by itself.
+
+    Sums in another order round some numbers to a neighbour, and in the blocks behind those more.
+    """
+    blocks, stored, output = arguments
+    draw = _Draw(dtype, device)
+    given = []
+    for block in blocks:
+        N, H, W = _QUANTIZED_SIZE
+        x = draw.images(N, channels, H, W, scale=50 * stored.step)
+        given.append((x, [block], stored, output))
+        # A projection, if there is one, has as many filters.
+        channels, stored = block.convs[-1].weight.size(0), Quantization(1.0)
+
+    def by_library(cast: _Cast) -> list[Tensor]:
+        return [cast(reference.float8_residual_blocks(*each)) for each in given]
+
+    names = tuple(f"block {i}" for i in range(len(given)))
+    return Case(
+        lambda: [run(*each) for each in given], by_library, (_FLOAT8_FLOOR,) * len(given), names
+    )
 
 
 def quantized_blocks_of_all_kinds(

@@ -334,6 +334,40 @@ def test_right_kernels_of_eight_bits_are_used(monkeypatch: pytest.MonkeyPatch) -
         assert_same_bits(triton_backend.quantized_residual_blocks(*arguments), right)
 
 
+@TRITON
+def test_right_kernels_of_float8_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers whose sums round otherwise are let pass; one filter in another step is not."""
+    from fused_resnet.backends.triton import quantized
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (16, 16, 3, 3), generator=generator)
+    conv = QuantizedConv(
+        weight.float().to(torch.float8_e4m3fn),
+        torch.full((16,), 1e-3), torch.full((16,), 60.0), (1, 1), (1, 1), (1, 1), 1,
+    )  # fmt: skip
+    blocks = [QuantizedBlock((conv, conv), False, 0.7)] * 2
+    arguments = (images(1, 16, 5, 4), blocks, Quantization(0.05), Quantization(0.03))
+    right = reference.float8_residual_blocks(*arguments)
+    triton_backend = backends.named("triton")
+    kernels = quantized.residual_blocks
+    monkeypatch.setattr(
+        backends.backend.Backend, "float8_residual_blocks", lambda *_: pytest.fail("not a kernel")
+    )
+    assert (triton_backend.float8_residual_blocks(*arguments) != right).double().mean() < 0.02
+    assert [verdict.passed for verdict in found().values()] == [True]
+    monkeypatch.undo()
+    self_check.forget()
+
+    def wrong(*arguments: Any) -> Tensor:
+        out = kernels(*arguments).clone()
+        out[:, 3] *= 1.125
+        return out
+
+    monkeypatch.setattr(quantized, "residual_blocks", wrong)
+    with pytest.warns(UserWarning, match=r"float8_e4m3fn, 2 blocks.*relative error"):
+        assert_same_bits(triton_backend.float8_residual_blocks(*arguments), right)
+
+
 @CUDA
 def test_right_basic_blocks_are_used() -> None:
     problem = BasicBlockProblem(2, 64, 9, 9, "float16")

@@ -11,6 +11,7 @@ import torch
 from quantization.test_numbers import BLOCKS, channels_of, make_block
 from quantization.test_quantize import images, network, precisions, run
 from support import assert_same_bits
+from support.float8 import MIDDLES, NUMBERS, bounds, e4m3, float64_sums
 from torchvision.models import resnet
 
 import fused_resnet
@@ -22,28 +23,6 @@ from fused_resnet.testing import relative_error
 pytestmark = pytest.mark.quick
 
 DTYPE = "float8_e4m3fn"
-# Every number of the format, in order; between neighbours lies the middle.
-NUMBERS = np.array(
-    sorted(
-        {0.0, *(m * 2.0**-9 for m in range(8))}
-        | {(8 + m) * 2.0 ** (e - 3) for e in range(-6, 9) for m in range(8) if (e, m) != (8, 7)}
-    )
-)
-MIDDLES = (NUMBERS[1:] + NUMBERS[:-1]) / 2
-
-
-def e4m3(values):
-    """The nearest number of the format, of two the one whose last bit is zero."""
-    size = np.abs(np.asarray(values, np.float64))
-    above = np.searchsorted(MIDDLES, size, side="left")
-    is_middle = (above < len(MIDDLES)) & (MIDDLES[np.minimum(above, len(MIDDLES) - 1)] == size)
-    above = above + (is_middle & (above % 2 == 1))
-    return np.copysign(NUMBERS[above], values)
-
-
-def float64_sums(values, weight, conv):
-    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return torch.conv2d(torch.from_numpy(values), torch.from_numpy(weight), None, *geometry).numpy()
 
 
 def folded(conv, norm, step_in, step_out):
@@ -132,15 +111,7 @@ def test_every_number_is_within_the_bound(groups):
     x = torch.randn(2, 24, 9, 8, generator=rng)
     block = QuantizedBlock((layer,), False, 0.75)
     out = reference.float8_residual_blocks(x, [block], Quantization(0.01), Quantization(1.0))
-    stored = e4m3(np.clip((x * np.float32(1 / 0.01)).numpy(), -448, 448))
-    stored_weight = layer.weight.double().numpy()
-    column = lambda vector: vector.double().numpy().reshape(1, -1, 1, 1)  # noqa: E731
-    sums = float64_sums(stored, stored_weight, layer)
-    sizes = float64_sums(np.abs(stored), np.abs(stored_weight), layer)
-    terms = (sums * column(layer.scale), column(layer.shift), stored * 0.75)
-    exact = sum(terms)
-    bound = n * 2.0**-23 * sizes * column(layer.scale) + 2.0**-22 * sum(map(np.abs, terms))
-    low, high = (e4m3(np.clip(exact + side * bound, 0, 448)) for side in (-1, 1))
+    low, high = bounds(x, block, 0.01)
     found = out.double().numpy()
     assert ((low <= found) & (found <= high)).all()
     assert (low == high).mean() > 0.95

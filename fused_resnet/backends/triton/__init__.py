@@ -80,6 +80,7 @@ __all__ = [
 
 _CHAIN_DTYPES = (torch.float16, torch.bfloat16)
 _LEAST_CAPABILITY = (8, 0)
+_FLOAT8_CAPABILITY = (8, 9)
 
 
 @functools.cache
@@ -116,6 +117,8 @@ def explain(
         return f"triton: normalize + implicit GEMM, in one launch where that should pay{how}"
     if operator == "quantized_residual_blocks" and dtype in DTYPES:
         return f"triton: implicit GEMM in eight bits{how}"
+    if operator == "float8_residual_blocks" and dtype in DTYPES and _knows_float8():
+        return f"triton: implicit GEMM of float8_e4m3fn activations{how}"
     if operator.startswith("batch_norm_act") and dtype in DTYPES:
         statistics = "statistics + " if operator == "batch_norm_act_training" else ""
         return f"triton: {statistics}normalize{how}"
@@ -143,6 +146,29 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
         return cuda.run_basic_block(input, first, second, choice.tile)
     launchers()
     return chains.residual_blocks(input, blocks)
+
+
+def _in_eight_bits(
+    input: Tensor, blocks: Sequence[QuantizedBlock], stored: Quantization, output: Quantization
+) -> Tensor | None:
+    """Residual blocks in int8 or float8_e4m3fn, or None where these are not covered."""
+    launchers()
+    from . import quantized
+
+    run = quantized.residual_blocks
+    if (
+        input.dtype in DTYPES
+        and not is_traced(input)
+        and quantized.covers(blocks)
+        and checks.trusts_quantized(input, blocks, stored, output, run)
+    ):
+        return run(input, blocks, stored, output)
+    return None
+
+
+def _knows_float8(device: torch.device | None = None) -> bool:
+    """Whether a GPU, the current one if None, converts float8_e4m3fn; Triton's interpreter does."""
+    return interpreted() or torch.cuda.get_device_capability(device) >= _FLOAT8_CAPABILITY
 
 
 def run_chain(
@@ -183,18 +209,22 @@ class Triton(Backend):
         output: Quantization,
     ) -> Tensor:
         """A launch for each convolution: see `quantized.py`."""
-        launchers()
-        from . import quantized
+        out = _in_eight_bits(input, blocks, stored, output)
+        if out is None:
+            return super().quantized_residual_blocks(input, blocks, stored, output)
+        return out
 
-        run = quantized.residual_blocks
-        if (
-            input.dtype in DTYPES
-            and not is_traced(input)
-            and quantized.covers(blocks)
-            and checks.trusts_quantized(input, blocks, stored, output, run)
-        ):
-            return run(input, blocks, stored, output)
-        return super().quantized_residual_blocks(input, blocks, stored, output)
+    def float8_residual_blocks(
+        self,
+        input: Tensor,
+        blocks: Sequence[QuantizedBlock],
+        stored: Quantization,
+        output: Quantization,
+    ) -> Tensor:
+        """As in int8, on GPUs of compute capability 8.9 and later, which know these numbers."""
+        known = _knows_float8(input.device)
+        out = _in_eight_bits(input, blocks, stored, output) if known else None
+        return super().float8_residual_blocks(input, blocks, stored, output) if out is None else out
 
     def has_activation(self, activation: str) -> bool:
         """See `Backend.has_activation`."""

@@ -229,25 +229,28 @@ def trusts_quantized(
     output: Quantization,
     run: Callable[..., Tensor],
 ) -> bool:
-    """Whether `run`, the kernels for residual blocks in eight bits, may run."""
+    """Whether `run`, the kernels for residual blocks in int8 or float8_e4m3fn, may run."""
     device, channels = input.device, input.size(1)
+    is_exact = blocks[0].convs[0].weight.dtype == torch.int8
     # Whatever a kernel is compiled for.
     shapes = tuple(
         (conv.weight.shape, tuple(conv.stride), tuple(conv.padding), tuple(conv.dilation))
         for block in blocks
         for conv in block.convs
     )
-    call = ("eight bits", channels, shapes, input.dtype, device)
+    kind = "eight bits" if is_exact else "float8_e4m3fn"
+    call = (kind, channels, shapes, input.dtype, device)
 
     def family() -> Family:
         digest = hashlib.sha256(repr(call[:4]).encode()).hexdigest()[:8]
         filters = blocks[-1].convs[-1].weight.size(0)
-        kernel = f"eight bits, {len(blocks)} blocks of {channels} to {filters}, {digest}"
+        kernel = f"{kind}, {len(blocks)} blocks of {channels} to {filters}, {digest}"
         return Family(_NAME, kernel, _dtype_name(input))
 
     def case() -> Case:
         arguments = (blocks, stored, output)
-        return check_cases.quantized_blocks(channels, input.dtype, device, arguments, run)
+        make = check_cases.quantized_blocks if is_exact else check_cases.float8_blocks
+        return make(channels, input.dtype, device, arguments, run)
 
     return self_check.trusts(call, device, family, case, _let_through)
 

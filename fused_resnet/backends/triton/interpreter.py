@@ -1,9 +1,10 @@
 """What Triton's interpreter leaves out, for `TRITON_INTERPRET=1`.
 
 The interpreter keeps bfloat16 as its bits. It multiplies these as integers in `tl.dot` and cuts
-float32 off where the hardware rounds to nearest even; it never rounds float32 products to TF32; and
-Triton 3.6 with NumPy 2.4 cannot take a number it has computed as a loop's bound. `repair` puts that
-right, so that interpreted kernels compute what a GPU does, up to the order of sums.
+float32 off where the hardware rounds to nearest even, and in float8_e4m3fn it rounds half up and
+knows no NaN; it never rounds float32 products to TF32; and Triton 3.6 with NumPy 2.4 cannot take a
+number it has computed as a loop's bound. `repair` puts that right, so that interpreted kernels
+compute what a GPU does, up to the order of sums.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -39,13 +41,26 @@ def to_tfloat32(values: np.ndarray) -> np.ndarray:
     return _round_bits(values, 13).view(np.float32)
 
 
+def to_float8(values: np.ndarray) -> np.ndarray:
+    """Float32 values, at most 448 in magnitude, as the bits of the nearest float8_e4m3fn ones."""
+    rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.float8_e4m3fn)
+    return rounded.view(torch.uint8).numpy()
+
+
+def from_float8(bits: np.ndarray) -> np.ndarray:
+    """The float32 values of float8_e4m3fn bits."""
+    stored = torch.from_numpy(np.ascontiguousarray(bits)).view(torch.float8_e4m3fn)
+    return stored.float().numpy()
+
+
 def repair() -> None:
-    """Replaces the interpreter's bfloat16 casts, dot product and conversion to `int`, once."""
+    """Replaces the interpreter's bfloat16 and float8 casts, dot product and conversion to `int`."""
     builder = interpreter.InterpreterBuilder
     if hasattr(builder, "_fused_resnet"):
         return
     builder._fused_resnet = True
     cast, handle = builder.cast_impl, interpreter.TensorHandle
+    fp_to_fp = builder.create_fp_to_fp
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         kinds = source.dtype.scalar, target.scalar
@@ -53,7 +68,18 @@ def repair() -> None:
             return handle(to_bfloat16(source.data), tl.bfloat16)
         if kinds == (tl.bfloat16, tl.float32):
             return handle(from_bfloat16(source.data), tl.float32)
+        if kinds == (tl.float32, tl.float8e4nv):
+            return handle(to_float8(source.data), tl.float8e4nv)
+        if kinds == (tl.float8e4nv, tl.float32):
+            return handle(from_float8(source.data), tl.float32)
+        if kinds == (tl.float8e4nv, tl.float16):
+            return handle(from_float8(source.data).astype(np.float16), tl.float16)
         return cast(self, source, target)
+
+    def create_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if tl.float8e4nv in (source.dtype.scalar, target.scalar):
+            return cast_impl(self, source, target)
+        return fp_to_fp(self, source, target, rounding)
 
     def create_dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, _: Any) -> Any:
         if a.dtype.scalar == tl.int8:
@@ -80,4 +106,5 @@ def repair() -> None:
 
     interpreter._patch_lang_tensor = patch_lang_tensor
     builder.cast_impl = cast_impl
+    builder.create_fp_to_fp = create_fp_to_fp
     builder.create_dot = create_dot

@@ -1,4 +1,4 @@
-"""What launches the kernels of `quantized_kernels.py`: residual blocks in eight bits."""
+"""What launches the kernels of `quantized_kernels.py`: residual blocks in int8, float8_e4m3fn."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Stored(NamedTuple):
     """An activation in memory.
 
     Attributes:
-        values: (N, H, W, C), int8, 128 less than its bytes.
-        zero_point: of the bytes.
+        values: (N, H, W, C), int8, 128 less than its bytes, or float8_e4m3fn.
+        zero_point: of the bytes; 0 in float8_e4m3fn.
     """
 
     values: Tensor
@@ -70,10 +70,11 @@ def residual_blocks(
 ) -> Tensor:
     """Launches a kernel for the input and one for each convolution; a projection is its last's.
 
-    See `reference.quantized_residual_blocks`, whose bits these are. The blocks are `covers`ed.
+    See `reference.quantized_residual_blocks`, whose bits these are, or, of blocks with weights in
+    that dtype, `reference.float8_residual_blocks`. The blocks are `covers`ed.
     """
     first = input
-    x = store(input, stored)
+    x = store(input, stored, blocks[0].convs[0].weight.dtype)
     for i, block in enumerate(blocks):
         *inner, last = block.convs[:-1] if block.has_projection else block.convs
         values = x
@@ -87,10 +88,10 @@ def residual_blocks(
     raise AssertionError("there is at least one block")
 
 
-def store(input: Tensor, stored: Quantization) -> Stored:
-    """(N, C, H, W) of any strides in bytes."""
+def store(input: Tensor, stored: Quantization, dtype: torch.dtype) -> Stored:
+    """(N, C, H, W) of any strides in bytes, int8 or float8_e4m3fn."""
     N, C, H, W = input.shape
-    values = input.new_empty((N, H, W, C), dtype=torch.int8)
+    values = input.new_empty((N, H, W, C), dtype=dtype)
     pixels = N * H * W
     if values.numel() > 0:
         block_n = min(64, triton.next_power_of_2(C))
@@ -156,7 +157,7 @@ def _conv(
     K, group_c, R, S = layer.weight.shape
     stride, padding, dilation, groups = layer[3:]
     P, Q = output_size((H, W), (R, S), stride, padding, dilation)
-    step, dtype = end or (1.0, torch.int8)
+    step, dtype = end or (1.0, read.values.dtype)
     output = read.values.new_empty((N, P, Q, K), dtype=dtype)
     M = N * P * Q
     if M == 0:
@@ -207,14 +208,21 @@ def _conv(
 _cache = WeightCache()
 
 
-def _arranged(layer: QuantizedConv) -> tuple[Tensor, Tensor]:
-    """A weight as (K, R, S, C / groups), and the sum of each filter, int32."""
+def _arranged(layer: QuantizedConv) -> tuple[Tensor, Tensor | None]:
+    """A weight as (K, R, S, C / groups), and the sum of each filter, int32.
+
+    One in float8_e4m3fn is so many numbers in float16, and has None.
+    """
     entry = _cache.get(id(layer.weight))
     # Eight-bit copies are never written to, so who they are says what they hold.
     if entry is not None and entry.owner is not None and entry.owner() is layer.weight:
-        arranged: tuple[Tensor, Tensor] = entry.copy
+        arranged: tuple[Tensor, Tensor | None] = entry.copy
         return arranged
-    sums = layer.weight.sum((1, 2, 3), dtype=torch.int32)
-    made = layer.weight.permute(0, 2, 3, 1).contiguous(), sums
+    weight, sums = layer.weight, None
+    if weight.dtype == torch.int8:
+        sums = weight.sum((1, 2, 3), dtype=torch.int32)
+    else:
+        weight = weight.half()
+    made = weight.permute(0, 2, 3, 1).contiguous(), sums
     _cache.put(layer.weight, version_of(layer.weight), made)
     return made

@@ -10,6 +10,11 @@ if what lies outside of the image counts as z - 128. The second sum is one integ
 out beside the weight, so both are exact. What follows are float32 operations, each rounded by
 itself, in the order of `reference.quantized_residual_blocks`: the kernels are compiled with
 `enable_fp_fusion=False`, so that there is no multiply-add among them.
+
+In float8_e4m3fn (`reference.float8_residual_blocks`) an activation lies there as these numbers, and
+a weight as the same numbers in float16. Both are multiplied in float16, which holds them exactly,
+with sums in float32: tensor cores for float8 keep too few bits of a sum on compute capability 9 for
+what the reference promises. What is saved is memory traffic: a byte an activation.
 """
 
 from __future__ import annotations
@@ -27,6 +32,14 @@ def _rounded(steps, least, largest):
     steps = tl.minimum(tl.maximum(steps, least), largest)
     # From 2^23 on float32 numbers are integers, and the addition rounds to them.
     return (steps + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _float8(steps, least):
+    """e4m3 of numbers clamped to `least` and 448, nearest even; NaN stays NaN."""
+    ALL: tl.constexpr = tl.PropagateNan.ALL
+    steps = tl.minimum(tl.maximum(steps, least, propagate_nan=ALL), 448.0, propagate_nan=ALL)
+    return steps.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -49,7 +62,8 @@ def store_bytes_kernel(
 ):
     """`output[m, c] = clamp(round(input * inverse) + zero_point, 0, 255) - 128`, m a pixel.
 
-    Reads the input and writes a byte for each of its elements, once. NaN becomes 0 - 128.
+    In float8 it is `e4m3(clamp(input * inverse, -448, 448))`. Reads the input and writes a byte for
+    each of its elements, once. NaN becomes 0 - 128, or stays NaN.
     """
     tile = tl.program_id(0)
     if WIDE:
@@ -61,9 +75,13 @@ def store_bytes_kernel(
     offsets = (row // H) * input_stride_n + (row % H) * input_stride_h + (m % W) * input_stride_w
     ptrs = input_ptr + offsets[:, None] + c[None, :] * input_stride_c
     steps = tl.load(ptrs, mask=exists, other=0.0).to(tl.float32) * inverse
-    least = -tl.cast(zero_point, tl.float32)
-    values = _rounded(steps, least, 255.0 + least).to(tl.int32) + (zero_point - 128)
-    tl.store(output_ptr + m[:, None] * C + c[None, :], values.to(tl.int8), mask=exists)
+    if output_ptr.dtype.element_ty == tl.int8:
+        least = -tl.cast(zero_point, tl.float32)
+        values = _rounded(steps, least, 255.0 + least).to(tl.int32) + (zero_point - 128)
+        values = values.to(tl.int8)
+    else:
+        values = _float8(steps, -448.0)
+    tl.store(output_ptr + m[:, None] * C + c[None, :], values, mask=exists)
 
 
 @triton.jit
@@ -90,8 +108,12 @@ def _byte_sum(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The sum over (r, s, c), c fastest, of signed bytes; `outside` is what padding counts as."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    """The sum over (r, s, c), c fastest, of signed bytes; `outside` is what padding counts as.
+
+    It is exact, in int32; with a float16 weight it is one of float8 numbers, in float32.
+    """
+    EXACT: tl.constexpr = weight_ptr.dtype.element_ty == tl.int8
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if EXACT else tl.float32)
     tap = 0
     start = 0
     for _ in range(R * S * tl.cdiv(C, BLOCK_K)):
@@ -114,9 +136,10 @@ def _byte_sum(
         elif EVEN_C:
             a = tl.load(a_ptrs)
         else:
-            a = tl.load(a_ptrs, mask=(c < C)[None, :], other=0)
+            a = tl.load(a_ptrs, mask=(c < C)[None, :], other=outside)
         b = tl.load(b_ptrs) if EVEN_C else tl.load(b_ptrs, mask=(c < C)[:, None], other=0)
-        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+        a = a if EXACT else a.to(tl.float16)
+        acc = tl.dot(a, b, acc, out_dtype=acc.dtype)
         start += BLOCK_K
         if R * S > 1:
             done = start >= C
@@ -149,23 +172,32 @@ def _finish_part(
     PROJECTED: tl.constexpr,
 ):
     """Scale, shift, shortcut, ReLU and rounding of sums of `k`; `columns` are `k` that exist."""
-    acc += (tl.load(weight_sum_ptr + columns) * (128 - zero_point))[None, :]
+    EXACT: tl.constexpr = weight_sum_ptr is not None
+    if EXACT:
+        acc += (tl.load(weight_sum_ptr + columns) * (128 - zero_point))[None, :]
     steps = acc.to(tl.float32) * tl.load(scale_ptr + columns)[None, :]
     steps = steps + tl.load(shift_ptr + columns)[None, :]
     exists = row_exists[:, None] & k_exists[None, :]
     offsets = m[:, None] * channels + k[None, :]
     if PROJECTED:
-        shortcut += (tl.load(projection_sum_ptr + columns) * (128 - block_zero_point))[None, :]
+        if EXACT:
+            shortcut += (tl.load(projection_sum_ptr + columns) * (128 - block_zero_point))[None, :]
         scale = tl.load(projection_scale_ptr + columns)
         steps = steps + shortcut.to(tl.float32) * scale[None, :]
     elif block_ptr is not None:
-        block = tl.load(block_ptr + offsets, mask=exists, other=0).to(tl.int32)
-        steps = steps + (block + (128 - block_zero_point)).to(tl.float32) * shortcut_scale
-    values = _rounded(steps, 0.0, 255.0)
+        if EXACT:
+            block = tl.load(block_ptr + offsets, mask=exists, other=0).to(tl.int32)
+            steps = steps + (block + (128 - block_zero_point)).to(tl.float32) * shortcut_scale
+        else:
+            block = tl.load(block_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+            steps = steps + block * shortcut_scale
+    values = _rounded(steps, 0.0, 255.0) if EXACT else _float8(steps, 0.0)
     if output_ptr.dtype.element_ty == tl.int8:
         tl.store(output_ptr + offsets, (values - 128.0).to(tl.int8), mask=exists)
+    elif output_ptr.dtype.element_ty == tl.float8e4nv:
+        tl.store(output_ptr + offsets, values, mask=exists)
     else:
-        read = (values * output_step).to(output_ptr.dtype.element_ty)
+        read = (values.to(tl.float32) * output_step).to(output_ptr.dtype.element_ty)
         tl.store(output_ptr + offsets, read, mask=exists)
 
 
@@ -227,11 +259,13 @@ def byte_conv_kernel(
     1x1 of one group, over `block`, summed by the same program. With `groups` > 1, `C` and `K` are
     those of one group, and a tile of channels lies within one.
 
+    In float8, without zero points, it is `e4m3(clamp(steps, 0, 448))` and that times `output_step`.
+
     Reads the input, the weight and the block's input once from memory (again from L2, as
-    `conv_kernel` does), writes the output once: a byte an element.
+    `conv_kernel` does), writes the output once: a byte an element (two of a weight in float8).
 
     Args, where the name does not say it:
-        weight_sum_ptr: of each filter the sum of its weights, int32; see above.
+        weight_sum_ptr: of each filter the sum of its weights, int32, see above; None in float8.
         block_h, block_w, block_c: sizes of a projection's input.
         EVEN_C: BLOCK_K divides C, so the depth needs no mask; EVEN_BLOCK_C likewise.
         WIDE: some offset does not fit into 31 bits.
@@ -255,13 +289,15 @@ def byte_conv_kernel(
     DENSE_ROWS: tl.constexpr = (
         R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H == 0 and PADDING_W == 0
     )
+    EXACT: tl.constexpr = weight_sum_ptr is not None
+    outside = tl.cast(zero_point - 128, tl.int8) if EXACT else tl.cast(0.0, tl.float8e4nv)
     rows, h, w = pixels(
         row, P, Q, H * W * pixel, W * pixel, pixel, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W,
         DENSE_ROWS,
     )  # fmt: skip
     acc = _byte_sum(
         input_ptr, weight_ptr, rows + group * C, h, w, column * (R * S * C),
-        tl.cast(zero_point - 128, tl.int8), H, W, C, W * pixel, pixel, R, S, DILATION_H, DILATION_W,
+        outside, H, W, C, W * pixel, pixel, R, S, DILATION_H, DILATION_W,
         PADDING_H + PADDING_W > 0, EVEN_C, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     shortcut = acc
@@ -272,7 +308,7 @@ def byte_conv_kernel(
             PROJECTION_STRIDE_H * PROJECTION_STRIDE_W == 1,
         )  # fmt: skip
         shortcut = _byte_sum(
-            block_ptr, projection_ptr, rows, h, w, column * block_c, tl.cast(0, tl.int8),
+            block_ptr, projection_ptr, rows, h, w, column * block_c, outside,
             block_h, block_w, block_c, block_w * block_c, block_c, 1, 1, 1, 1, False, EVEN_BLOCK_C,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip

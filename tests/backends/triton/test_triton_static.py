@@ -453,6 +453,42 @@ def test_eight_bits_compile_now(architecture, ahead):
                 assert entry["tensor_core"].keys() == {"IGMMA"}, what
 
 
+def float8_compiled(architecture: str) -> list:
+    return found_by(
+        f"""
+        import torch
+        dtype = torch.float8_e4m3fn
+        launches = [l for batch in (1, 256) for l in static.byte_launches(batch, dtype)]
+        print(json.dumps([
+            [launch.kernel.fn.__name__, dict(launch.constants).get("BLOCK_M"),
+             static.compiled(launch, {architecture!r})]
+            for launch in list(dict.fromkeys(launches))[::5]
+        ]))
+        """
+    )
+
+
+# Triton knows these numbers from compute capability 8.9 on.
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE[1:])
+@pytest.mark.ahead(lambda architecture: float8_compiled(architecture))
+def test_float8_compiles_now(architecture, ahead):
+    """No spills, tensor cores for float16, wide stores, and no multiply-add behind the sums."""
+    entries = ahead()
+    assert {name for name, _, _ in entries} == {"store_bytes_kernel", "byte_conv_kernel"}
+    for name, block_m, entry in entries:
+        what = (name, block_m, entry)
+        assert entry["spilled_bytes"] <= most_spilled(), what
+        assert entry["multiply_adds"] == 0, what
+        assert entry["shared_bytes"] <= 1024 * SHARED_LIMIT[architecture], what
+        assert entry["global_stores"].keys() == {"STG.128"}, what
+        if name == "byte_conv_kernel":
+            assert entry["global_loads"]["LDGSTS.128"] >= 6, what
+            assert entry["tensor_core"].keys() <= {"HMMA", TENSOR_CORES[architecture]}, what
+            assert entry["tensor_core"], what
+            if architecture == "sm_90" and block_m >= 64:
+                assert entry["tensor_core"].keys() == {"HGMMA"}, what
+
+
 def masks_compiled(architecture: str) -> list:
     return found_by(
         f"""
