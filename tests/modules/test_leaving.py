@@ -355,11 +355,17 @@ def test_openvino(way):
 @pytest.mark.filterwarnings("ignore")
 def test_executorch():
     exir = pytest.importorskip("executorch.exir")
-    fused = fused_resnet.fuse(small_resnet())
+    runtime = pytest.importorskip("executorch.runtime")
+    eager = small_resnet()
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
     x = image_batch(1, 40).contiguous()
     edge = exir.to_edge(decomposed(exported(fused, x)))
     assert not any("fused_resnet" in name for name in operators(edge.exported_program()))
-    assert len(edge.to_executorch().buffer) > 1e6
+    program = runtime.Runtime.get().load_program(edge.to_executorch().buffer)
+    (out,) = program.load_method("forward").execute([x])
+    with torch.no_grad():
+        expected = double_copy(eager)(x.double())
+        assert_error_rule(out, eager(x), expected, 3.0)
 
 
 def test_a_program_that_needs_nothing_of_ours(tmp_path):
