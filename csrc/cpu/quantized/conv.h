@@ -241,7 +241,6 @@ struct ByteKernels {
 #if defined(__x86_64__)
 extern const ByteKernels kBytesAmx;
 extern const ByteKernels kBytesAvx512Vnni;
-extern const ByteKernels kBytesAvx512;
 extern const ByteKernels kBytesAvxVnni;
 extern const ByteKernels kBytesAvx2;
 #endif

@@ -4,8 +4,6 @@
 //   dot(sums, pixels, weights)   adds to each of kLanes sums four products of unsigned and signed
 //                                bytes, exactly
 //   kDotPixels, kDotChannels     how many pixels and output channels are summed in registers
-//   kDotHeld, dot_memory         how many vectors of weights stay in registers for all pixels; of
-//                                what is more, dot() with the weights where they lie
 //
 // A task's output pixels are taken kDotPixels at a time, each by its own address, so that no
 // product is without an output but for the task's last few pixels, of which up to kDotFew are
@@ -61,7 +59,6 @@ template <int kPixels, int kVectors>
 FR_BYTES_INLINE void sum_products(const DotTaps& taps, const uint8_t* const (&in)[kDotPixels],
                                   const int8_t* weight, Ahead& ahead,
                                   Ints (&total)[kPixels][kVectors]) {
-  constexpr int kHeld = kVectors < kDotHeld ? kVectors : kDotHeld;
   const int64_t block_bytes = taps.block_bytes;
   int64_t pitch;
   const int8_t* asked = ahead.take(taps.R * taps.S * taps.steps, weight, pitch);
@@ -79,20 +76,16 @@ FR_BYTES_INLINE void sum_products(const DotTaps& taps, const uint8_t* const (&in
         for (; four != end; four += 64, at += 4) {
           __builtin_prefetch(asked, 0, 2);
           asked += pitch;
-          Ints held[kHeld];
-          for (int v = 0; v < kHeld; ++v) {
-            held[v] =
+          Ints weights[kVectors];
+          for (int v = 0; v < kVectors; ++v) {
+            weights[v] =
                 load_ints(reinterpret_cast<const int32_t*>(four + weights_of(v, block_bytes)));
           }
 #pragma GCC unroll 8
           for (int i = 0; i < kPixels; ++i) {
             const Ints pixel = broadcast_four(in[i] + at);
 #pragma GCC unroll 16
-            for (int v = 0; v < kVectors; ++v) {
-              total[i][v] = v < kHeld
-                                ? dot(total[i][v], pixel, held[v])
-                                : dot_memory(total[i][v], pixel, four + weights_of(v, block_bytes));
-            }
+            for (int v = 0; v < kVectors; ++v) total[i][v] = dot(total[i][v], pixel, weights[v]);
           }
         }
       }

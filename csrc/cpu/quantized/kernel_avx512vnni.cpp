@@ -6,18 +6,10 @@
 namespace fused_resnet::cpu {
 namespace {
 
-constexpr int kDotPixels = 6, kDotChannels = 64, kDotHeld = 4;
+constexpr int kDotPixels = 6, kDotChannels = 64;
 
 FR_BYTES_INLINE Ints dot(Ints sums, Ints pixels, Ints weights) {
   return _mm512_dpbusd_epi32(sums, pixels, weights);
-}
-
-// The compiler would load all weights first, for which there are no registers.
-FR_BYTES_INLINE Ints dot_memory(Ints sums, Ints pixels, const int8_t* weights) {
-  asm("vpdpbusd %2, %1, %0"
-      : "+v"(sums)
-      : "v"(pixels), "m"(*reinterpret_cast<const __m512i*>(weights)));
-  return sums;
 }
 
 }  // namespace

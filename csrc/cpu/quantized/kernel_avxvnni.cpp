@@ -7,14 +7,10 @@
 namespace fused_resnet::cpu {
 namespace {
 
-constexpr int kDotPixels = 6, kDotChannels = 16, kDotHeld = 2;
+constexpr int kDotPixels = 6, kDotChannels = 16;
 
 FR_BYTES_INLINE Ints dot(Ints sums, Ints pixels, Ints weights) {
   return _mm256_dpbusd_avx_epi32(sums, pixels, weights);
-}
-
-FR_BYTES_INLINE Ints dot_memory(Ints sums, Ints pixels, const int8_t* weights) {
-  return dot(sums, pixels, load_ints(reinterpret_cast<const int32_t*>(weights)));
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 namespace fused_resnet::cpu {
 namespace {
 
-constexpr int kDotPixels = 1, kDotChannels = 16, kDotHeld = 16;
+constexpr int kDotPixels = 1, kDotChannels = 16;
 
 inline Ints dot(Ints sum, Ints pixels, Ints weights) {
   uint8_t x[4];
@@ -12,10 +12,6 @@ inline Ints dot(Ints sum, Ints pixels, Ints weights) {
   memcpy(x, &pixels, 4);
   memcpy(w, &weights, 4);
   return sum + x[0] * w[0] + x[1] * w[1] + x[2] * w[2] + x[3] * w[3];
-}
-
-inline Ints dot_memory(Ints sums, Ints pixels, const int8_t* weights) {
-  return dot(sums, pixels, load_ints(reinterpret_cast<const int32_t*>(weights)));
 }
 
 }  // namespace

@@ -27,7 +27,6 @@ std::vector<const ByteKernels*> available_kernels() {
 #if defined(__x86_64__)
   if (has_vnni()) kernels.push_back(&kBytesAvx512Vnni);
   if (has_avx_vnni()) kernels.push_back(&kBytesAvxVnni);
-  if (cpu_isa() == Isa::avx512) kernels.push_back(&kBytesAvx512);
   if (cpu_isa() >= Isa::avx2) kernels.push_back(&kBytesAvx2);
 #endif
   kernels.push_back(&kBytesBaseline);
