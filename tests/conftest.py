@@ -3,6 +3,8 @@
 `pytest` runs a part of the suite and `pytest --whole` all of it. The part has every test function,
 each on every backend, and every value of every parameter; what it leaves out are combinations of
 values (`representatives`), and what is marked `whole`: further cases of a kind that it has already.
+A function marked `pairs` takes long over each test: the whole suite has every two values of its
+parameters together, not every three.
 
 A test that takes the `backend` fixture runs once for every backend that `backends.available()` says
 "yes" to, on the device that backend computes on here: a new backend joins the suite by becoming
@@ -18,6 +20,7 @@ import ctypes
 import functools
 import gc
 import inspect
+import itertools
 import os
 import signal
 import sys
@@ -111,6 +114,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "pairs: run by `pytest --whole` with every two values of its parameters, not all"
+    )
     # Tests that run tests do as they were told: support.rerun_on_instruction_set.
     if config.option.whole:
         os.environ["FUSED_RESNET_WHOLE_SUITE"] = "1"
@@ -118,16 +124,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what `representatives` does, unless a test is named: `file.py::test`.
+    """Leaves out what `representatives` and `of_pairs` do, unless a test is named: `file.py::test`.
 
     What is done ahead of tests has the time of all others.
     """
     items.sort(key=lambda item: item.get_closest_marker("ahead") is not None)
     named = any("::" in argument for argument in config.args)
-    if config.option.whole or os.environ.get("FUSED_RESNET_WHOLE_SUITE") or named:
+    if named:
         return
-    kept = representatives(items)
-    config.stash[NOT_RUN] = (len(items) - len(kept), len(items))
+    whole = of_pairs(items)
+    kept = set(whole)
+    if not (config.option.whole or os.environ.get("FUSED_RESNET_WHOLE_SUITE")):
+        kept = representatives(whole)
+        config.stash[NOT_RUN] = (len(whole) - len(kept), len(whole))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 
@@ -237,18 +246,10 @@ def representatives(items: list[pytest.Item]) -> set[pytest.Item]:
     for item in items:
         if item.get_closest_marker("whole") is not None:
             continue
-        callspec = getattr(item, "callspec", None)
-        values = {} if callspec is None else dict(callspec.params)
-        runner, name = values.pop("backend", None), item.nodeid.partition("[")[0]
+        runner, name = runner_of(item), item.nodeid.partition("[")[0]
         apart = runner is not None and runner.is_for_use
         function = (name, runner if apart else None)
-        cases = set()
-        for marker in item.iter_markers("parametrize"):
-            names = marker.args[0]
-            names = names.split(",") if isinstance(names, str) else names
-            # The objects are those of the list of parameters, which all tests of a function share.
-            cases.add(tuple((one.strip(), id(values.pop(one.strip(), None))) for one in names))
-        cases |= {(one, id(value)) for one, value in values.items()}
+        cases = values_of(item)
         if runner is not None and not apart:
             if runner.name == "reference" and name in for_use:
                 cases.clear()
@@ -260,6 +261,37 @@ def representatives(items: list[pytest.Item]) -> set[pytest.Item]:
     for tests in functions.values():
         kept.update(covering(tests))
     return kept
+
+
+def of_pairs(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The whole suite: all tests, but of a function marked `pairs` some with every two values.
+
+    On each backend. Of a product of three parameters they are about as many as the two longest ones
+    have pairs.
+    """
+    functions: dict[tuple, dict[pytest.Item, set[frozenset]]] = {}
+    for item in items:
+        if item.get_closest_marker("pairs") is not None:
+            values = values_of(item)
+            pairs = set(map(frozenset, itertools.combinations(values, 2)))
+            function = (item.nodeid.partition("[")[0], runner_of(item))
+            functions.setdefault(function, {})[item] = pairs or {frozenset(values)}
+    left_out = {item for tests in functions.values() for item in tests.keys() - covering(tests)}
+    return [item for item in items if item not in left_out]
+
+
+def values_of(item: pytest.Item) -> set[tuple]:
+    """The values of a test's parameters but its backend's, or cases where they come together."""
+    callspec = getattr(item, "callspec", None)
+    values = {} if callspec is None else dict(callspec.params)
+    values.pop("backend", None)
+    cases = set()
+    for marker in item.iter_markers("parametrize"):
+        names = marker.args[0]
+        names = names.split(",") if isinstance(names, str) else names
+        # The objects are those of the list of parameters, which all tests of a function share.
+        cases.add(tuple((one.strip(), id(values.pop(one.strip(), None))) for one in names))
+    return cases | {(one, id(value)) for one, value in values.items()}
 
 
 def runner_of(item: pytest.Item) -> Runner | None:

@@ -66,6 +66,7 @@ def statistics(model):
     return {n: b for n, b in model.named_buffers() if not n.endswith("num_batches_tracked")}
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
 @pytest.mark.parametrize("name", NETWORKS)
@@ -188,6 +189,7 @@ def build_variant(variant):
     return model
 
 
+@pytest.mark.pairs
 @pytest.mark.whole_model
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -424,7 +424,7 @@ HOOKS = {
 def test_each_kind_of_hook(kind, site):
     """A hook fires as often as in eager; removing it lets the block fuse again."""
     counts = []
-    eager = small_resnet()
+    eager = small_resnet(stages=2)
     for model in (eager, fused_resnet.fuse(copy.deepcopy(eager))):
         log = []
         # relu is applied in place inside torchvision's blocks, which backward hooks refuse.
@@ -650,7 +650,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_modified_models_compute_what_eager_computes(change, when):
     """Whatever someone did to the modules, before or after `fuse`."""
-    eager = small_resnet()
+    eager = small_resnet(stages=3)
     fused = copy.deepcopy(eager)
     x = image_batch(2, 40)
     if when != "before fuse":

@@ -50,6 +50,7 @@ def check_rule(case):
     assert_error_rule(fused, case.eager(), case.double().eager(), what=case.activation)
 
 
+@pytest.mark.pairs
 @pytest.mark.interpreted
 @DTYPE
 @ACTIVATION

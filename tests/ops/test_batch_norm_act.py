@@ -88,6 +88,7 @@ def tensors(arguments):
     return {n: t for n, t in arguments.items() if t is not None}
 
 
+@pytest.mark.pairs
 @pytest.mark.interpreted
 @pytest.mark.quick
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])

@@ -48,6 +48,7 @@ def use_kernels(monkeypatch):
     return use
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("name", HARD)
 @pytest.mark.parametrize(("backend_name", "how"), KERNELS, ids=["_".join(k) for k in KERNELS])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

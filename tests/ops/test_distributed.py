@@ -37,15 +37,15 @@ def run_process(rank, folder):
 
 @functools.cache
 def outcomes():
-    """Of every scenario what it returned in both processes, or its error; and their last words."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+    """Where what every scenario returned in both processes is, or its error; their last words.
+
+    Whole networks are among it: a test loads what it compares, and nobody keeps it.
+    """
+    folder = tempfile.TemporaryDirectory()
+    with ThreadPoolExecutor() as pool:
         ranks = range(two_processes.WORLD)
-        ended = list(pool.map(lambda rank: run_process(rank, folder), ranks))
-        found = {}
-        for path in sorted(Path(folder).glob("*.pt")):
-            name, rank, _ = path.name.split(".")
-            found[name, int(rank)] = torch.load(path, weights_only=False)
-    return found, [err for _, _, err in ended]
+        ended = list(pool.map(lambda rank: run_process(rank, folder.name), ranks))
+    return folder, [err for _, _, err in ended]
 
 
 once = threading.Lock()
@@ -62,15 +62,14 @@ pytestmark = pytest.mark.ahead(lambda: outcomes_once())
 @pytest.fixture
 def results(ahead):
     """`results(name)`: what a scenario returned in both processes, or fails with its error."""
-    outcomes, errors = ahead()
+    folder, errors = ahead()
 
     def load(name):
         found = []
         for rank in range(two_processes.WORLD):
-            key = (name, rank)
-            assert key in outcomes, f"{name} did not run in process {rank}: {errors[rank][-2000:]}"
-            # Tests change what they get.
-            found.append(copy.deepcopy(outcomes[key]))
+            path = Path(folder.name) / f"{name}.{rank}.pt"
+            assert path.exists(), f"{name} did not run in process {rank}: {errors[rank][-2000:]}"
+            found.append(torch.load(path, weights_only=False))
             assert not isinstance(found[-1], str), f"{name} in process {rank}: {found[-1]}"
         return found
 

@@ -225,6 +225,7 @@ def batch_norm_gradients(
     return {n: t.grad for n, t in leaves.items() if t is not None}
 
 
+@pytest.mark.pairs
 @pytest.mark.interpreted
 @pytest.mark.quick
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
@@ -345,10 +346,10 @@ def test_masks_as_bits_against_finite_differences(check, strided):
 
 
 def model_and_images(backend, block, dtype=torch.float32):
-    """A small model and a batch: smaller ones for kernels on the host, which take a minute else."""
+    """A model of two stages and a batch, smaller for kernels on the host, which take long."""
+    model = small_resnet(BLOCKS[block], stages=2)
     on_host = backend.how == "on the host"
-    model = small_resnet(BLOCKS[block], stages=2 if on_host else 4)
-    images = image_batch(3, 32, dtype) if on_host else image_batch(4, 48, dtype)
+    images = image_batch(3, 32, dtype) if on_host else image_batch(4, 40, dtype)
     return model.to(dtype).to(backend.device), images.to(backend.device)
 
 
@@ -408,6 +409,7 @@ def test_small_model_in_float64(backend, block, mode):
         torch.testing.assert_close(ours_buffer, theirs_buffer, rtol=1e-12, atol=1e-12, msg=name)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("block", BLOCKS)
@@ -502,8 +504,8 @@ def test_checkpointing(backend):
 
 
 def test_training_converges_like_eager(backend):
-    """Ten optimizer steps in float64 leave the same parameters and buffers."""
-    eager = small_resnet(BLOCKS["basic"]).double().to(backend.device).train()
+    """Five optimizer steps in float64 leave the same parameters and buffers."""
+    eager = small_resnet(BLOCKS["basic"], stages=2).double().to(backend.device).train()
     fused = fused_resnet.fuse(copy.deepcopy(eager))
     for model in (eager, fused):
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)

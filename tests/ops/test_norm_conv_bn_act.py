@@ -65,6 +65,7 @@ def test_sample_shapes(backend, shape, dtype):
     check_rule(make_norm_conv_case(shape, dtype=dtype, size=(9, 7), device=backend.device))
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("shape", [*SAMPLE_SHAPES, *EXPANDED, UNEVEN], ids=str)

@@ -343,15 +343,15 @@ PUBLIC = SINGLE + WHOLE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
 @pytest.mark.parametrize("name", SINGLE)
 def test_opcheck(backend, name, dtype):
-    """Schema, autograd registration, fake kernel and AOT dispatch with dynamic shapes."""
+    """Schema, autograd registration, fake kernel and AOT dispatch with dynamic shapes.
+
+    A trace, a second each, is of what backends share: one has them in every dtype.
+    """
     operator = getattr(torch.ops.fused_resnet, name).default
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if backend.name == "cpu" or dtype is torch.float32:
+        tests.append("test_aot_dispatch_dynamic")
     for arguments in samples(name, backend.device, dtype):
-        tests = [
-            "test_schema",
-            "test_autograd_registration",
-            "test_faketensor",
-            "test_aot_dispatch_dynamic",
-        ]
         torch.library.opcheck(operator, arguments, test_utils=tests)
 
 

@@ -379,6 +379,7 @@ def test_autocast_with_a_gradient_scaler(dtype, memory):
     assert errors["fused"] <= 1.5 * errors["eager"] < 0.5
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("name", BLOCKS)

@@ -134,6 +134,32 @@ def test_cases_of_a_kind_again_are_marked_whole() -> None:
     assert [len(one.marks) for one in lengths] == [0, 0, 1, 1]
 
 
+def test_every_two_values_meet_in_the_whole_suite(request: pytest.FixtureRequest) -> None:
+    """Of a function marked `pairs`, on each backend; of others everything."""
+    plugins = request.config.pluginmanager.get_plugins()
+    of_pairs = next(one.of_pairs for one in plugins if hasattr(one, "of_pairs"))
+    values = {"size": range(5), "dtype": ["float32", "float16"], "layout": ["first", "last"]}
+    marks = tuple(pytest.mark.parametrize(name, list(of)) for name, of in values.items())
+    backends = [Runner("cpu", "cpu", "on the CPU"), Runner("triton", "cpu", "interpreted")]
+
+    def items_of(name: str, marks: tuple[pytest.MarkDecorator, ...]) -> list[Any]:
+        return [
+            item(name, marks, backend=backend, **dict(zip(values, case, strict=True)))
+            for backend, case in itertools.product(backends, itertools.product(*values.values()))
+        ]
+
+    others = [*items_of("test_a", marks), item("test_b", (pytest.mark.pairs,))]
+    others += [item("test_c", (pytest.mark.pairs, marks[0]), size=size) for size in range(5)]
+    found = of_pairs([*others, *items_of("test_d", (pytest.mark.pairs, *marks))])
+    assert found[: len(others)] == others
+    for backend in backends:
+        mine = [one.params for one in found[len(others) :] if one.params["backend"] is backend]
+        assert len(mine) == 10
+        for a, b in itertools.combinations(values, 2):
+            pairs = itertools.product(values[a], values[b])
+            assert {(one[a], one[b]) for one in mine} == set(pairs)
+
+
 def test_strict_exports_are_let_go(request: pytest.FixtureRequest) -> None:
     """With the weights of the model, which torch keeps otherwise."""
     plugins = request.config.pluginmanager.get_plugins()

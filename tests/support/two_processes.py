@@ -277,9 +277,12 @@ def report():
     return [(record.fused, record.backend) for record in records]
 
 
-def network() -> nn.Module:
+def network(stages: int = 2) -> nn.Module:
     torch.manual_seed(2)
     model = resnet.ResNet(resnet.BasicBlock, [1] * 4, num_classes=4)
+    for number in range(stages + 1, 5):
+        setattr(model, f"layer{number}", nn.Sequential())
+    model.fc = nn.Linear(64 * 2 ** (stages - 1), 4)
     return randomize_(model).double().train()
 
 
@@ -363,7 +366,7 @@ def gathered():
     """
     cache = fused_resnet.backends.cpu.weights.cache
     fused_resnet.backends.cpu.empty_cache()
-    plain = network().float().eval()
+    plain = network(stages=4).float().eval()
     model = shard(fused_resnet.fuse(copy.deepcopy(plain)))
     x = draw(2, 3, 32, 32, seed=20).float()
     results = {"weights": sum(p.numel() * 4 for p in plain.parameters() if p.dim() == 4)}

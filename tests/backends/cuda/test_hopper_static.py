@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support import cuda_on_host, load_script
+from support import cuda_on_host, load_script, processes
 
 from fused_resnet import _native
 
@@ -21,6 +23,10 @@ CUOBJDUMP = cuda_resources.find_cuobjdump()
 pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc"),
     pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump"),
+    pytest.mark.parametrize(
+        "dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.whole), "float32"]
+    ),
+    pytest.mark.ahead(lambda dtype: compiled(dtype)),
 ]
 
 REGISTERS = 168  # of each of 384 threads, which leaves the consumers 232
@@ -52,30 +58,35 @@ def tiles():
     ]
 
 
-@pytest.fixture(scope="module", params=["float16", "bfloat16", "float32"])
-def compiled(request, tmp_path_factory):
+@functools.cache
+def compiled(dtype: str) -> tuple[str, list[Kernel]]:
     """What the compiler said, and every instance."""
-    cubin = tmp_path_factory.mktemp("hopper") / "conv.cubin"
-    source = ROOT / "csrc" / "cuda" / "hopper" / f"hopper_conv_{request.param}.cu"
-    command = [
-        "nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-DUSE_CUDA", "--expt-relaxed-constexpr",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000", "-arch=sm_90a", "-Xptxas=-v", "-cubin",
-        f"-I{ROOT / 'csrc'}", "-isystem", cuda_on_host.TORCH / "include", source, "-o", cubin,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    listing = subprocess.run(
-        [CUOBJDUMP, "-sass", cubin], check=True, capture_output=True, text=True
-    )
+    source = ROOT / "csrc" / "cuda" / "hopper" / f"hopper_conv_{dtype}.cu"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "conv.cubin"
+        said = ran(
+            "nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-DUSE_CUDA", "--expt-relaxed-constexpr",
+            "-DTORCH_TARGET_VERSION=0x020b000000000000", "-arch=sm_90a", "-Xptxas=-v", "-cubin",
+            f"-I{ROOT / 'csrc'}", "-isystem", cuda_on_host.TORCH / "include", source, "-o", cubin,
+        )[1]  # fmt: skip
+        listing = ran(CUOBJDUMP, "-sass", cubin)[0]
     found = {}
-    for part in listing.stdout.split("Function : ")[1:]:
+    for part in listing.split("Function : ")[1:]:
         name, _, body = part.partition("\n")
         index = int(re.search(r"hopper_conv_bn_act\w*?Li(\d+)E", name)[1])
         instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", body)
         found[index] = Kernel(*tiles()[index], name.strip(), body, instructions)
-    size = 4 if request.param == "float32" else 2
+    size = 4 if dtype == "float32" else 2
     assert sorted(found) == [i for i, tile in enumerate(tiles()) if tile[0] == size]
-    return request.param, done.stderr, found.values()
+    return said, list(found.values())
+
+
+def ran(*command: str | Path) -> tuple[str, str]:
+    """What a command says on its output and on its error output."""
+    environment = processes.current_environment()
+    status, out, err = processes.run_command(command, 600, environment, processes.TESTS)
+    assert status == 0, err
+    return out, err
 
 
 def opcodes(instructions, *names):
@@ -84,9 +95,9 @@ def opcodes(instructions, *names):
     return [opcode for opcode in found if opcode.partition(".")[0] in names]
 
 
-def test_the_compiler_has_nothing_to_say(compiled):
+def test_the_compiler_has_nothing_to_say(dtype, ahead):
     """Products are not serialised (C7510), nothing is spilled, and registers are as planned."""
-    _, said, kernels = compiled
+    said, kernels = ahead()
     assert not re.findall(r"C75\d\d|warning|Warning", said), said
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", said)
     assert spills == [("0", "0", "0")] * len(kernels)
@@ -98,11 +109,11 @@ def test_the_compiler_has_nothing_to_say(compiled):
         assert sorted(map(lambda r: int(r, 0), registers)) == [40, 232]
 
 
-def test_the_loop_only_multiplies_and_waits(compiled):
+def test_the_loop_only_multiplies_and_waits(dtype, ahead):
     """128 bytes of channels: four products of each part behind one fence, and one wait for all but
     these.
     """
-    dtype, _, kernels = compiled
+    _, kernels = ahead()
     for kernel in kernels:
         code = kernel.instructions
         products = opcodes(code, "HGMMA")
@@ -119,9 +130,9 @@ def test_the_loop_only_multiplies_and_waits(compiled):
         assert len(loop) < 24 * len(places)
 
 
-def test_copies_are_the_hardwares(compiled):
+def test_copies_are_the_hardwares(dtype, ahead):
     """TMA loads windows, filters and residual and stores outputs; threads load parameters alone."""
-    dtype, _, kernels = compiled
+    _, kernels = ahead()
     for kernel in kernels:
         code = kernel.instructions
         loads = opcodes(code, "UTMALDG")
@@ -144,12 +155,12 @@ def test_copies_are_the_hardwares(compiled):
 
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
 @pytest.mark.skipif(_native.cuda_operators is None, reason="no CUDA kernels to list tiles")
-def test_the_report_is_of_these_kernels(compiled):
+def test_the_report_is_of_these_kernels(dtype, ahead):
     """`bench/results/static/cuda.json`, which docs/hopper.md has its numbers from.
 
     Another compiler may make other code, but for the instructions that the source names.
     """
-    _, _, kernels = compiled
+    _, kernels = ahead()
     report = json.loads(cuda_resources.REPORT.read_text())
     version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True)
     own = ["tensor_core"]

@@ -437,6 +437,7 @@ def test_the_log_is_what_kernels_address(tile, monkeypatch):
             assert sum(getattr(reported, place).values()) == moved, (reported, place)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("split", [1, 4])
 @pytest.mark.parametrize(
     ("dtype", "shares"), [(torch.float16, True), (torch.bfloat16, True), (torch.float16, False)]

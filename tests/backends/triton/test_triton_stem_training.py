@@ -113,6 +113,7 @@ def assert_as_unfused(x, pool):
     return ours, offsets, result
 
 
+@pytest.mark.pairs
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

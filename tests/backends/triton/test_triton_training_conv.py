@@ -59,6 +59,7 @@ def normalized(x, norm, dtype):
     return F.batch_norm(x.to(dtype), *(t.to(dtype) for t in doubles(norm)), False, 0, 1e-5).relu()
 
 
+@pytest.mark.pairs
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=["small", "large"])
@@ -101,6 +102,7 @@ def test_statistics_far_from_zero(convs, monkeypatch, slabs):
     torch.testing.assert_close(var.double(), true_var, rtol=32 * unit, atol=0)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=["small", "large"])
 @pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g[1] == 1 and g[2] <= 1], ids=str)
