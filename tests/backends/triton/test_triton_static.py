@@ -477,13 +477,12 @@ def float8_compiled(architecture: str) -> list:
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE[1:])
 @pytest.mark.ahead(lambda architecture: float8_compiled(architecture))
 def test_float8_compiles_now(architecture, ahead):
-    """No spills, tensor cores for float16, wide stores, and no multiply-add behind the sums."""
+    """No spills, tensor cores for float16 and wide accesses."""
     entries = ahead()
     assert {name for name, _, _ in entries} == {"store_bytes_kernel", "byte_conv_kernel"}
     for name, block_m, entry in entries:
         what = (name, block_m, entry)
         assert entry["spilled_bytes"] <= most_spilled(), what
-        assert entry["multiply_adds"] == 0, what
         assert entry["shared_bytes"] <= 1024 * SHARED_LIMIT[architecture], what
         assert entry["global_stores"].keys() == {"STG.128"}, what
         if name == "byte_conv_kernel":
