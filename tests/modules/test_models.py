@@ -10,11 +10,13 @@ import torchvision
 from support import (
     BLOCKS,
     EVERY_MODEL,
+    assert_errors_by_rule,
     assert_gradients_by_error_rule,
     assert_same_bits,
     assert_step_in_float64,
     double_copy,
     dtype_id,
+    gradient_errors,
     image_batch,
     run_python,
     small_resnet,
@@ -77,14 +79,24 @@ def test_gradients(name, dtype, mode):
     assert_gradients_by_error_rule(fused, eager, image_batch(4, 64, dtype))
 
 
+def network_and_images(dtype):
+    """An unfused network, and images."""
+    torch.manual_seed(4)
+    return small_resnet().to(dtype), image_batch(4, 64, dtype)
+
+
+@functools.cache
+def errors_of_eager(dtype):
+    return gradient_errors(*network_and_images(dtype))
+
+
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
 @pytest.mark.parametrize("layer", ["layer1.0.conv2", "layer3.0.conv1", "layer4.0.downsample.0"])
 def test_the_rule_for_gradients_sees_a_fault_of_one_weight(monkeypatch, layer, dtype):
     """One part in 64 in 16 bits, whose roundings are half as large, and in 2^18 in float32."""
-    eager = small_resnet().to(dtype)
-    fused = fused_resnet.fuse(copy.deepcopy(eager))
-    x = image_batch(4, 64, dtype)
-    assert_gradients_by_error_rule(fused, eager, x)
+    eager, x = network_and_images(dtype)
+    fused = fused_resnet.fuse(eager)
+    assert_errors_by_rule(gradient_errors(fused, x), errors_of_eager(dtype))
     planted, right = fused.get_submodule(layer).weight, gradients.conv2d_backward
     wrong_by = 2**-6 if dtype is torch.bfloat16 else 2**-18
 
@@ -96,7 +108,7 @@ def test_the_rule_for_gradients_sees_a_fault_of_one_weight(monkeypatch, layer, d
 
     monkeypatch.setattr(gradients, "conv2d_backward", conv2d_backward)
     with pytest.raises(AssertionError, match=rf"{layer}\.weight: relative error"):
-        assert_gradients_by_error_rule(fused, eager, x)
+        assert_errors_by_rule(gradient_errors(fused, x), errors_of_eager(dtype))
 
 
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
@@ -380,9 +392,8 @@ def test_blocks_leave_their_input_alone():
 
 
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
-def test_memory_does_not_grow(dtype):
-    """A hundred calls of changing sizes need no more memory at the end than after a few."""
-    out = run_python(
+@pytest.mark.ahead(
+    lambda dtype: run_python(
         f"""
         import torch, fused_resnet, support
         model = fused_resnet.fuse(support.small_resnet()).to({dtype})
@@ -398,7 +409,10 @@ def test_memory_does_not_grow(dtype):
             print(resident() - before)
         """
     )
-    assert int(out) < 8 * 2**20
+)
+def test_memory_does_not_grow(dtype, ahead):
+    """A hundred calls of changing sizes need no more memory at the end than after a few."""
+    assert int(ahead()) < 8 * 2**20
 
 
 @pytest.mark.quick

@@ -456,9 +456,8 @@ def test_results_outlive_their_thread():
         assert_same_bits(model(x), expected)
 
 
-def test_the_process_ends_quietly():
-    """No crash while the interpreter takes models, caches and threads apart."""
-    out = run_python(
+@pytest.mark.ahead(
+    lambda: run_python(
         """
         import threading, torch, fused_resnet, support
         model = fused_resnet.fuse(support.small_resnet())
@@ -474,12 +473,14 @@ def test_the_process_ends_quietly():
         print("done")
         """
     )
-    assert out.strip() == "done"
+)
+def test_the_process_ends_quietly(ahead):
+    """No crash while the interpreter takes models, caches and threads apart."""
+    assert ahead().strip() == "done"
 
 
-def test_data_parallel_on_one_process():
-    """DistributedDataParallel sees ordinary parameters and buffers."""
-    out = run_python(
+@pytest.mark.ahead(
+    lambda: run_python(
         """
         import copy, os, torch, fused_resnet, support
         import torch.distributed as dist
@@ -501,4 +502,7 @@ def test_data_parallel_on_one_process():
         print("same")
         """
     )
-    assert out.strip() == "same"
+)
+def test_data_parallel_on_one_process(ahead):
+    """DistributedDataParallel sees ordinary parameters and buffers."""
+    assert ahead().strip() == "same"

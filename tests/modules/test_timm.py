@@ -345,9 +345,8 @@ def test_pickles(tmp_path):
     assert type(model.layer1[0]) is Bottleneck
 
 
-def test_timm_is_not_imported_for_others():
-    """Nor looked for: a model of torchvision's is fused where importing timm fails."""
-    run_python(
+@pytest.mark.ahead(
+    lambda: run_python(
         """
         import sys
         sys.modules["timm"] = None
@@ -357,6 +356,10 @@ def test_timm_is_not_imported_for_others():
         assert "fused_resnet.families.timm" not in sys.modules
         """
     )
+)
+def test_timm_is_not_imported_for_others(ahead):
+    """Nor looked for: a model of torchvision's is fused where importing timm fails."""
+    ahead()
 
 
 def test_no_warnings():

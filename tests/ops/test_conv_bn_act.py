@@ -520,9 +520,8 @@ def test_complex_numbers_run_as_torch_runs_them(backend):
         case.fused()
 
 
-def test_reads_stay_inside_their_tensors():
-    """Every tensor ends where unreadable memory begins: an overread kills the child process."""
-    out = run_python(
+@pytest.mark.ahead(
+    lambda: run_python(
         """
         import torch
         import support
@@ -546,7 +545,10 @@ def test_reads_stay_inside_their_tensors():
         print("inside")
         """
     )
-    assert out.strip() == "inside"
+)
+def test_reads_stay_inside_their_tensors(ahead):
+    """Every tensor ends where unreadable memory begins: an overread kills the child process."""
+    assert ahead().strip() == "inside"
 
 
 @pytest.mark.parametrize("channels_last", [True, pytest.param(False, marks=pytest.mark.whole)])

@@ -470,9 +470,8 @@ def test_one_launch_has_the_bits_of_two(backend, dtype, padding):
 # ---- the CPU's kernel ----
 
 
-def test_reads_stay_inside_their_tensors():
-    """Every tensor ends where unreadable memory begins: an overread kills the child process."""
-    out = run_python(
+@pytest.mark.ahead(
+    lambda: run_python(
         """
         import torch
         import support
@@ -493,7 +492,10 @@ def test_reads_stay_inside_their_tensors():
         print("inside")
         """
     )
-    assert out.strip() == "inside"
+)
+def test_reads_stay_inside_their_tensors(ahead):
+    """Every tensor ends where unreadable memory begins: an overread kills the child process."""
+    assert ahead().strip() == "inside"
 
 
 def test_a_pointwise_convolution_of_many_tasks():

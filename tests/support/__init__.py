@@ -878,13 +878,20 @@ def assert_gradients_by_error_rule(fused: nn.Module, eager: nn.Module, x: Tensor
         eager: the same model unfused, in the same mode.
         x: the input, in the models' dtype.
     """
-    results = {"fused": gradient_errors(fused, x), "eager": gradient_errors(eager, x)}
-    assert results["fused"].keys() == results["eager"].keys()
+    assert_errors_by_rule(gradient_errors(fused, x), gradient_errors(eager, x))
+
+
+def assert_errors_by_rule(
+    ours: dict[str, tuple[torch.dtype, int, float]],
+    theirs: dict[str, tuple[torch.dtype, int, float]],
+) -> None:
+    """`assert_gradients_by_error_rule` of what `gradient_errors` returned."""
+    assert ours.keys() == theirs.keys()
     floor = 4 * torch.finfo(torch.float32).eps
     short: dict[str, list[float]] = {"fused": [], "eager": []}
     long: dict[str, tuple[float, float]] = {}  # in the order of the backward pass
-    for name, (dtype, elements, error) in results["fused"].items():
-        eager_dtype, _, eager_error = results["eager"][name]
+    for name, (dtype, elements, error) in ours.items():
+        eager_dtype, _, eager_error = theirs[name]
         assert dtype == eager_dtype, f"{name}: {dtype}, eager has {eager_dtype}"
         if name == "output":
             assert error <= max(FACTOR * eager_error, floor), (

@@ -163,9 +163,8 @@ def test_watching_begins_and_ends():
     assert not watched()
 
 
-def test_what_is_shared_is_compared_whole():
-    """Another process changes one value of each weight, in memory both have."""
-    out = run_python(
+@pytest.mark.ahead(
+    lambda: run_python(
         """
         import os, torch, fused_resnet, support
         torch.set_num_threads(1)
@@ -186,11 +185,15 @@ def test_what_is_shared_is_compared_whole():
             print(torch.equal(before, after), torch.equal(after, model(x)))
         """
     )
-    assert out.split() == ["False", "True"]
+)
+def test_what_is_shared_is_compared_whole(ahead):
+    """Another process changes one value of each weight, in memory both have."""
+    assert ahead().split() == ["False", "True"]
 
 
-def test_the_environment_watches_every_model():
-    code = """
+@pytest.mark.ahead(
+    lambda: run_python(
+        """
         import torch, fused_resnet, support
         model = fused_resnet.fuse(support.small_resnet(support.BLOCKS["basic"]))
         x = support.image_batch(1, 32)
@@ -202,8 +205,12 @@ def test_the_environment_watches_every_model():
             after = model(x)
             fused_resnet.backends.release(model.parameters())
             print(torch.equal(after, model(x)))
-        """
-    assert run_python(code, FUSED_RESNET_WATCH="Full").strip() == "True"
+        """,
+        FUSED_RESNET_WATCH="Full",
+    )
+)
+def test_the_environment_watches_every_model(ahead):
+    assert ahead().strip() == "True"
 
 
 def test_unknown_choices_are_refused(monkeypatch):
@@ -323,9 +330,8 @@ def test_threads_after_an_unseen_write():
     assert not wrong
 
 
-def test_forks_while_threads_allocate():
-    """A child may use the library, whatever lock a thread of its parent held."""
-    out = run_python(
+@pytest.mark.ahead(
+    lambda: run_python(
         """
         import os, signal, threading, time, torch, fused_resnet
         torch.set_num_threads(1)
@@ -356,13 +362,15 @@ def test_forks_while_threads_allocate():
         print(hangs, wrong)
         """
     )
-    assert out.split() == ["0", "0"]
+)
+def test_forks_while_threads_allocate(ahead):
+    """A child may use the library, whatever lock a thread of its parent held."""
+    assert ahead().split() == ["0", "0"]
 
 
 @pytest.mark.parametrize("padding", [2**31 - 1, 2**30])
-def test_an_output_larger_than_memory(padding):
-    """Refused at once; a size that overflowed was searched for without an end."""
-    out = run_python(
+@pytest.mark.ahead(
+    lambda padding: run_python(
         f"""
         import torch, fused_resnet
         one = torch.ones(1)
@@ -377,7 +385,10 @@ def test_an_output_larger_than_memory(padding):
         """,
         timeout=60,
     )
-    assert out.strip() == "refused"
+)
+def test_an_output_larger_than_memory(padding, ahead):
+    """Refused at once; a size that overflowed was searched for without an end."""
+    assert ahead().strip() == "refused"
 
 
 def test_scratch_memory_is_given_back():
@@ -399,9 +410,8 @@ def test_scratch_memory_is_given_back():
 
 
 @pytest.mark.parametrize("end", ["del", "meta"])
-def test_a_dead_models_memory_goes_back(end):
-    """The packed weights, 40 MB, return to the system with the weights."""
-    out = run_python(
+@pytest.mark.ahead(
+    lambda end: run_python(
         f"""
         import ctypes, gc, torch, fused_resnet, torchvision
         def resident():
@@ -427,14 +437,17 @@ def test_a_dead_models_memory_goes_back(end):
         print(len(fused_resnet.backends.cpu.weights.cache), packed - before, packed - resident())
         """
     )
-    entries, packed, freed = map(int, out.split())
+)
+def test_a_dead_models_memory_goes_back(end, ahead):
+    """The packed weights, 40 MB, return to the system with the weights."""
+    entries, packed, freed = map(int, ahead().split())
     assert entries == 0
     assert packed > 30
     assert freed > packed + 30, "the weights and their packed copies are about 43 MB each"
 
 
-def test_outputs_can_be_resized_without_the_pool():
-    """FUSED_RESNET_CPU_POOL=0: outputs in torch's own memory, with the same bits."""
+def resized_with_each_choice():
+    """Without the pool, with it, and what is said of another choice."""
     code = """
         import hashlib, torch, fused_resnet, support
         torch.manual_seed(0)
@@ -449,8 +462,6 @@ def test_outputs_can_be_resized_without_the_pool():
         except RuntimeError:
             print("refused")
         """
-    own, pooled = (run_python(code, FUSED_RESNET_CPU_POOL=value).split() for value in "01")
-    assert own == [pooled[0], "resized"]
     wrong = """
         import torch, fused_resnet
         try:
@@ -458,6 +469,13 @@ def test_outputs_can_be_resized_without_the_pool():
         except RuntimeError as error:
             print(error)
         """
-    assert "FUSED_RESNET_CPU_POOL is 'no', must be 0 or 1" in run_python(
-        wrong, FUSED_RESNET_CPU_POOL="no"
-    )
+    choices = ((code, "0"), (code, "1"), (wrong, "no"))
+    return [run_python(what, FUSED_RESNET_CPU_POOL=choice) for what, choice in choices]
+
+
+@pytest.mark.ahead(lambda: resized_with_each_choice())
+def test_outputs_can_be_resized_without_the_pool(ahead):
+    """FUSED_RESNET_CPU_POOL=0: outputs in torch's own memory, with the same bits."""
+    own, pooled, message = ahead()
+    assert own.split() == [pooled.split()[0], "resized"]
+    assert "FUSED_RESNET_CPU_POOL is 'no', must be 0 or 1" in message

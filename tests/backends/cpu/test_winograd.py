@@ -229,25 +229,31 @@ print(hashlib.sha256(case.fused().numpy().tobytes()).hexdigest())
 """
 
 
-@pytest.mark.skipif(not ON_VECTORS, reason="no convolution runs on vectors here")
-def test_it_can_be_left_out():
-    """With FUSED_RESNET_CPU_WINOGRAD=0 other bits, and nothing says that it runs."""
+def bits_and_explanations():
+    """With it, as ever, without it, and with a choice that there is not."""
     code = (
         _BITS
         + "import fused_resnet\nprint(fused_resnet.backends.explain('conv_bn_act', \
         device=torch.device('cpu'), dtype=torch.float32, weight_shape=case.weight.shape))"
     )
-    with_it, as_ever, without = (
-        run_python(code, FUSED_RESNET_CPU_WINOGRAD=v).split("\n") for v in ("1", "", "0")
-    )
+    wrong = "import torch, fused_resnet\ntry:\n    torch.ops.fused_resnet.tiles_for_winograd(\
+[64, 64, 3, 3], [1, 1], [1, 1], 1, False)\nexcept RuntimeError as error:\n    print(error)"
+    return [
+        run_python(what, FUSED_RESNET_CPU_WINOGRAD=choice).split("\n")
+        for what, choice in ((code, "1"), (code, ""), (code, "0"), (wrong, "no"))
+    ]
+
+
+@pytest.mark.skipif(not ON_VECTORS, reason="no convolution runs on vectors here")
+@pytest.mark.ahead(lambda: bits_and_explanations())
+def test_it_can_be_left_out(ahead):
+    """With FUSED_RESNET_CPU_WINOGRAD=0 other bits, and nothing says that it runs."""
+    with_it, as_ever, without, message = ahead()
     assert with_it[0] != without[0]
     assert with_it == as_ever
     assert "Winograd from" in with_it[1]
     assert "Winograd" not in without[1]
-    wrong = "import torch, fused_resnet\ntry:\n    torch.ops.fused_resnet.tiles_for_winograd(\
-[64, 64, 3, 3], [1, 1], [1, 1], 1, False)\nexcept RuntimeError as error:\n    print(error)"
-    message = run_python(wrong, FUSED_RESNET_CPU_WINOGRAD="no")
-    assert "FUSED_RESNET_CPU_WINOGRAD is 'no', must be 0 or 1" in message
+    assert "FUSED_RESNET_CPU_WINOGRAD is 'no', must be 0 or 1" in message[0]
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2"])
