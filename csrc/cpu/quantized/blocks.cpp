@@ -71,8 +71,9 @@ int64_t images_at_once(const Block& block, int64_t N) {
   return std::clamp<int64_t>(threads * l2_bytes() / image_bytes, 1, N);
 }
 
-void run_block(const ByteKernels& kernels, const Block& block, const ByteImages& input,
-               int64_t zero_point, const ByteImages& output) {
+// `next` is the block behind it, or null.
+void run_block(const ByteKernels& kernels, const Block& block, const Block* next,
+               const ByteImages& input, int64_t zero_point, const ByteImages& output) {
   const int64_t N = input.N, at_once = images_at_once(block, N), main = block.main();
   std::vector<std::unique_ptr<Images>> hidden;
   for (int64_t i = 0; i + 1 < main; ++i) {
@@ -94,7 +95,8 @@ void run_block(const ByteKernels& kernels, const Block& block, const ByteImages&
     int64_t source_zero = zero_point;
     for (int64_t i = 0; i + 1 < main; ++i) {
       const ByteImages target = slice_images(hidden[i]->view, 0, count);
-      run_byte_conv(kernels, make_byte_conv(block.layers[i], source, target, source_zero));
+      run_byte_conv(kernels, make_byte_conv(block.layers[i], source, target, source_zero),
+                    &block.layers[i + 1]);
       source = target;
       source_zero = 0;
     }
@@ -122,7 +124,9 @@ void run_block(const ByteKernels& kernels, const Block& block, const ByteImages&
         conv.projected = projected->view.data;
       }
     }
-    run_byte_conv(kernels, conv);
+    const bool is_end = n + at_once >= N;
+    const Block* reader = is_end ? next : &block;
+    run_byte_conv(kernels, conv, reader == nullptr ? nullptr : &reader->layers[0]);
   }
 }
 
@@ -283,7 +287,8 @@ class ByteBlocks : public PlanStep {
               : std::make_unique<Images>(
                     kOp, ByteImages{nullptr, N, last.filter.K, last.P, last.Q, 0, 0}, 0);
       next->fill_halo(0);
-      run_block(kernels_, blocks_[i], current->view, i == 0 ? zero_point_ : 0, next->view);
+      const Block* behind = i + 1 < blocks_.size() ? &blocks_[i + 1] : nullptr;
+      run_block(kernels_, blocks_[i], behind, current->view, i == 0 ? zero_point_ : 0, next->view);
       current = std::move(next);
     }
     dequantize_output(kernels_, current->view, static_cast<float>(output_step_), output);

@@ -214,6 +214,8 @@ struct ByteTask {
   int64_t begin, end;
   int64_t block_begin, block_end;
   int64_t block_ahead;  // up to which the thread is to multiply with weights later, or block_end
+  // Of the next layer's weight what the thread begins with there; null but in its last task.
+  const int8_t *later, *later_end;
 };
 
 // Elements of the floating-point tensors at both ends.

@@ -219,7 +219,7 @@ void run_task(const ByteConv& conv, const ByteTask& task) {
   const int64_t first = task.block_begin * kByteBlockK;
   const int64_t last = blocks_end < conv.filter.K ? blocks_end : conv.filter.K;
   DotPixels pixels;
-  Ahead ahead{};
+  Ahead ahead = {task.later, task.later_end, nullptr, nullptr};
   // Either some pixels take all output channels in turn, or, with weights that do not stay in the
   // cache, some channels take all pixels.
   if (conv.keeps_weight && last - first > kDotChannels) {
@@ -230,11 +230,13 @@ void run_task(const ByteConv& conv, const ByteTask& task) {
     }
     return;
   }
-  for (int64_t channel = first, taken = 0; channel < last; channel += taken, ahead = {}) {
+  for (int64_t channel = first, taken = 0; channel < last; channel += taken) {
+    ahead = {};
     DotWalk walk(conv, begin, end);
     if (!walk.next(pixels)) return;
     taken = convolve<kOffset, kShortcut>(run, pixels, channel, last, ahead);
     const int64_t next = (channel + taken) / kByteBlockK, then = next + taken / kByteBlockK;
+    ahead = {task.later, task.later_end, nullptr, nullptr};
     if (then <= task.block_ahead) ahead = run.weights_ahead<kShortcut>(next, then);
     while (walk.next(pixels)) convolve<kOffset, kShortcut>(run, pixels, channel, last, ahead);
   }

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
 #include <vector>
 
 #include "cpu/conv_layer.h"
@@ -206,7 +207,27 @@ ByteLayer make_byte_layer(const char* op, const Tensor& packed, ByteLayout layou
   return layer;
 }
 
-void run_byte_conv(const ByteKernels& kernels, ByteConv conv) {
+namespace {
+
+// What threads begin with of the next layer's weight: `bytes` of them up to `end`, each thread's
+// `part` behind the one before it.
+struct NextWeight {
+  const int8_t *data, *end;
+  int64_t bytes, part = 0;
+
+  NextWeight(const ByteConv& conv, const ByteLayer& next, int64_t threads)
+      : data(static_cast<const int8_t*>(next.packed->const_data_ptr())) {
+    const int64_t all = next.filter.vectors();
+    end = data + all;
+    bytes = std::min(all, l2_bytes() / 4);
+    // As the next layer is divided, whose input is this one's output.
+    if (all > conv.in.N * conv.P * conv.Q * conv.filter.K) part = all / threads;
+  }
+};
+
+}  // namespace
+
+void run_byte_conv(const ByteKernels& kernels, ByteConv conv, const ByteLayer* next) {
   const int64_t pieces = kernels.pieces(conv), blocks = conv.filter.blocks();
   int64_t block_bytes = conv.filter.block_bytes();
   if (conv.shortcut == ByteShortcut::projection) block_bytes += conv.projection.block_bytes();
@@ -218,7 +239,7 @@ void run_byte_conv(const ByteKernels& kernels, ByteConv conv) {
   conv.keeps_weight = bytes_div_up(blocks, threads_of_blocks) * block_bytes <= l2_bytes() / 2;
   int64_t block_tasks = threads_of_blocks;
   int64_t pixel_tasks = bytes_div_up(threads, block_tasks);
-  if (kernels.shares && threads > 1) {
+  if (kernels.shares) {
     // Some for whoever is done first. More would take weights that do not stay in the cache again.
     if (threads_of_blocks > 1) {
       block_tasks = std::max(threads_of_blocks, std::min(threads * kTasksOfThread, blocks / 2));
@@ -238,11 +259,26 @@ void run_byte_conv(const ByteKernels& kernels, ByteConv conv) {
     conv.segments = segments.data();
     conv.projection_segments = conv.doubled ? segments.data() : projection_segments.data();
   }
-  share_tasks(pixel_tasks * block_tasks, 1, [&](int64_t i, bool is_last) {
+  const int64_t tasks = pixel_tasks * block_tasks, workers = std::min(threads, tasks);
+  std::optional<NextWeight> later;
+  if (next != nullptr && kernels.shares && kernels.layout == ByteLayout::tiles) {
+    later.emplace(conv, *next, workers);
+  }
+  share_tasks(tasks, 1, [&](int64_t i, bool is_last) {
     const int64_t t = i % pixel_tasks, b = i / pixel_tasks;
-    ByteTask task = {pieces * t / pixel_tasks, pieces * (t + 1) / pixel_tasks,
-                     blocks * b / block_tasks, blocks * (b + 1) / block_tasks, 0};
-    task.block_ahead = is_last ? task.block_end : blocks;
+    ByteTask task = {pieces * t / pixel_tasks,
+                     pieces * (t + 1) / pixel_tasks,
+                     blocks * b / block_tasks,
+                     blocks * (b + 1) / block_tasks,
+                     blocks,
+                     nullptr,
+                     nullptr};
+    if (is_last) task.block_ahead = task.block_end;
+    if (is_last && later) {
+      const int64_t worker = bytes_div_up((i + 1) * workers, tasks) - 1;  // whose last it is
+      task.later = later->data + worker * later->part;
+      task.later_end = std::min(task.later + later->bytes, later->end);
+    }
     kernels.run(conv, task);
   });
 }

@@ -92,8 +92,8 @@ void check_packed(const char* op, const torch::stable::Tensor& packed, ByteLayou
 ByteConv make_byte_conv(const ByteLayer& layer, const ByteImages& in, const ByteImages& out,
                         int64_t zero_point);
 
-// Runs it on torch's threads.
-void run_byte_conv(const ByteKernels& kernels, ByteConv conv);
+// Runs it on torch's threads; `next` is what runs behind it on its output, if that is known.
+void run_byte_conv(const ByteKernels& kernels, ByteConv conv, const ByteLayer* next = nullptr);
 
 ByteFloats byte_float_type(const char* op, torch::headeronly::ScalarType dtype);
 
