@@ -19,6 +19,7 @@ or the index type, instead of a tile; those of basic_block's have the tile's pix
 those of batch norm's the elements, and where the activation's mask comes from. `narrow` are kernels
 for a residual of fewer channels than the output. `cluster` is of how many blocks; such kernels are
 empty, and left out, where there are no clusters, and their shared memory is what one round takes.
+Those of convolutions have `activations`: "plain" ones, ReLU and none, the "other" ones, or "all".
 Those of the convolution for Hopper, `hopper_conv_bn_act`, are of sm_90a alone, and their shared
 memory is what the most filters take; they have a `schedule`, and besides the others' counts
 
@@ -68,6 +69,7 @@ HOPPER = "hopper_conv_bn_act"
 HOPPER_ARCHITECTURE = "sm_90a"
 HOPPER_M, HOPPER_ROW_BYTES, HOPPER_WARPS = 128, 128, 12  # csrc/cuda/hopper/tiles.h
 SCHEDULES = ("together", "turns")
+ACTIVATIONS = ("plain", "other", "all")  # csrc/cuda/activation.cuh
 DIAGONAL_BLOCK = 16  # csrc/cuda/conv_tiles.h
 REGISTERS = 65536  # of a multiprocessor, on all of these
 MOST_LANES = 32  # csrc/cuda/batch_norm.h, as are
@@ -182,6 +184,7 @@ def description(name: str) -> tuple[dict[str, Any], int, int]:
         fields |= {"block_k": HOPPER_ROW_BYTES // size, "num_warps": HOPPER_WARPS}
         fields |= {"num_stages": stages}
         fields |= {"cluster": cluster, "schedule": SCHEDULES[turns]}
+        fields["activations"] = activations(arguments[2])
         return fields, 32 * HOPPER_WARPS, shared
     if kernel == "basic_block":
         shape = basic_block.SHAPES[int(arguments[1])]
@@ -207,7 +210,12 @@ def description(name: str) -> tuple[dict[str, Any], int, int]:
     fields |= {"products": PRODUCTS[products], "loads": LOADS[loads]}
     fields |= {"block_m": m, "block_n": n, "block_k": depth}
     fields |= {"num_warps": warps, "num_stages": stages}
-    return fields, 32 * warps, shared
+    return fields | {"activations": activations(arguments[2])}, 32 * warps, shared
+
+
+def activations(argument: str) -> str:
+    """Which ones an instance of a convolution has, by its last argument."""
+    return ACTIVATIONS[int(argument.rpartition(")")[2])]
 
 
 def batch_norm(kernel: str, arguments: list[str]) -> tuple[dict[str, Any], int, int]:
@@ -357,7 +365,7 @@ def identity(entry: dict[str, Any]) -> dict[str, Any]:
     names = (
         "kernel", "dtype", "architecture", "products", "loads", "block_m", "block_n", "block_k",
         "num_warps", "num_stages", "residual", "narrow", "elements", "index", "mask",
-        "cluster", "projects", "schedule",
+        "cluster", "projects", "schedule", "activations",
     )  # fmt: skip
     return {name: entry[name] for name in names if name in entry}
 
@@ -383,13 +391,21 @@ def _git(*arguments: str) -> str:
 
 
 def hopper_table(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What docs/hopper.md says of the convolution for Hopper, from the report's entries."""
+    """What docs/hopper.md says of the convolution for Hopper, from the report's entries.
+
+    Of the instances for ReLU and for no activation.
+    """
     lines = [
         "| filters, stages, cluster, schedule | products of a step | instructions of its loop "
         "| of the kernel | registers | stack | shared memory, KiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    own = [entry for entry in found if entry["kernel"] == HOPPER and entry["dtype"] != "bfloat16"]
+    own = [
+        entry
+        for entry in found
+        if entry["kernel"] == HOPPER
+        and (entry["dtype"] != "bfloat16" and entry["activations"] == "plain")
+    ]
     for entry in sorted(own, key=lambda entry: (entry["dtype"], -entry["block_n"])):
         tf32 = ", tf32" if entry["dtype"] == "float32" else ""
         ((product, count),) = entry["tensor_core"].items()

@@ -17,25 +17,9 @@
 
 #include <cstdint>
 
+#include "activations.h"
+
 namespace fused_resnet::cpu {
-
-// The numbers are those of fused_resnet/layers/activation.py.
-enum class Act : int64_t {
-  kNone,
-  kRelu,
-  kHardtanh,
-  kLeakyRelu,
-  kSilu,
-  kHardswish,
-  kGelu,
-  kGeluTanh,
-};
-
-// {} is none.
-struct Activation {
-  Act kind;
-  float first, second;
-};
 
 namespace {
 

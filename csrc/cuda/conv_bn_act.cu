@@ -80,8 +80,8 @@ Tensor conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tenso
                          std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, double eps,
                          std::optional<Tensor> bias, int64_t stride_h, int64_t stride_w,
                          int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w, int64_t groups,
-                         std::optional<Tensor> residual, bool relu, bool tf32,
-                         std::vector<int64_t> tile) {
+                         std::optional<Tensor> residual, int64_t act, double act_first,
+                         double act_second, bool tf32, std::vector<int64_t> tile) {
   constexpr const char* op = "conv_bn_act";
   check_rank(op, "input", input, 4);
   check_rank(op, "weight", weight, 4);
@@ -90,6 +90,7 @@ Tensor conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tenso
   check_dtype(op, "weight", weight, dtype);
   check_device(op, "weight", weight, input);
   check_eps(op, eps);
+  const Activation activation = activation_of(op, act, act_first, act_second);
   check_number(op, "groups", groups, 1, kMostGroups);
   const int64_t N = input.size(0), C = input.size(1), H = input.size(2), W = input.size(3);
   const int64_t K = weight.size(0), R = weight.size(2), S = weight.size(3);
@@ -163,7 +164,7 @@ Tensor conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tenso
       .bn_bias = parameter_of("bn_bias", bn_bias, K, input),
       .bias = parameter_of("bias", bias, K, input),
       .eps = static_cast<float>(eps),
-      .floor = relu ? 0.f : -std::numeric_limits<float>::infinity(),
+      .floor = activation.kind == Act::kRelu ? 0.f : -std::numeric_limits<float>::infinity(),
       .M = static_cast<int>(problem.M),
       .H = static_cast<int>(H),
       .W = static_cast<int>(W),
@@ -192,6 +193,7 @@ Tensor conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tenso
       .vector_output = (loads == Loads::kDiagonal ? K : problem.group_k()) % chunk == 0,
       .partials = nullptr,
       .tickets = nullptr,
+      .activation = activation,
   };
 
   const cudaStream_t stream = current_stream(input.get_device_index());

@@ -1,4 +1,4 @@
-// Convolution with batch norm, residual and ReLU in one pass:
+// Convolution with batch norm, residual and activation in one pass:
 //
 //   output[n, p, q, k] = act(scale[k] sum[n, p, q, k] + shift[k] + residual[n, p, q, k])
 //   sum[n, p, q, k] = sum over r, s, c of
@@ -29,6 +29,7 @@
 #include <bit>
 #include <utility>
 
+#include "cuda/activation.cuh"
 #include "cuda/conv_bn_act.h"
 #include "cuda/conv_tiles.h"
 #include "cuda/device/async_copy.cuh"
@@ -213,7 +214,7 @@ __device__ float sum_alone(const Conv& conv, int m, int k) {
 
 // Grid: (tiles of pixels x tiles of filters, the latter consecutive since they share pixels;
 // groups, or on the diagonal slabs of n channels; blocks that share a sum).
-template <typename T, int kIndex>
+template <typename T, int kIndex, Activations kActivations>
 __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resident)
     conv_bn_act(const Conv conv) {
   static constexpr Tile kTile = kTiles[kIndex];
@@ -529,26 +530,55 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
     device::wait_for_copies<0>();
     __syncthreads();
   }
-#pragma unroll
-  for (int j = 0; j < kTilesN; ++j) {
+  // The j-th column of the warp's tiles, whose sums are at `at`. Where all activations are plain
+  // they take two neighbouring outputs at a time, else all that the thread has of the column.
+  constexpr int kPairs = kActivations == Activations::kPlain ? 1 : kTilesM * 2;
+  const auto finish_column = [&](int j, int at, const auto& activation) {
     const int column = (warp_n * kTilesN + j) * 8 + lane % 4 * 2;
     const auto factors = device::load<float, 2>(scale + column);
     const auto terms = device::load<float, 2>(shift + column);
 #pragma unroll
-    for (int i = 0; i < kTilesM * 2; ++i) {
-      const int out_row = (warp_m * kTilesM * 2 + i) * 8 + lane / 4;
-      T* place =
-          reinterpret_cast<T*>(ring + swizzled<kOutChunks, kOutStep>(out_row, column / kElements)) +
-          column % kElements;
-      Vector<T, 2> values;
-      if (has_residual) values = device::load<T, 2>(place);
+    for (int first = 0; first < kTilesM * 2; first += kPairs) {
+      T* places[kPairs];
+      float y[kPairs * 2];
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float y = sums[i / 2][j][i % 2 * 2 + e] * factors.values[e] + terms.values[e];
-        if (has_residual) y += device::widen(values.values[e]);
-        values.values[e] = device::narrow<T>(device::at_least(conv.floor, y));
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const int i = first + pair, out_row = (warp_m * kTilesM * 2 + i) * 8 + lane / 4;
+        places[pair] = reinterpret_cast<T*>(
+                           ring + swizzled<kOutChunks, kOutStep>(out_row, column / kElements)) +
+                       column % kElements;
+        Vector<T, 2> values;
+        if (has_residual) values = device::load<T, 2>(places[pair]);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& sum = y[pair * 2 + e];
+          sum = sums[i / 2][at][i % 2 * 2 + e] * factors.values[e] + terms.values[e];
+          if (has_residual) sum += device::widen(values.values[e]);
+        }
       }
-      device::store(place, values);
+      activation(y);
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        device::store(places[pair], Vector<T, 2>{device::narrow<T>(y[pair * 2]),
+                                                 device::narrow<T>(y[pair * 2 + 1])});
+      }
+    }
+  };
+  if (kActivations == Activations::kPlain ||
+      (kActivations == Activations::kAll && is_plain(conv.activation))) {
+#pragma unroll
+    for (int j = 0; j < kTilesN; ++j) {
+      finish_column(j, j, [&](auto& values) {
+#pragma unroll
+        for (float& y : values) y = device::at_least(conv.floor, y);
+      });
+    }
+  } else {
+#pragma unroll 1
+    for (int j = 0; j < kTilesN; ++j) {
+      finish_column(j, 0, [&](auto& values) { activate(conv.activation, values); });
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i) rotate<4, kTilesN * 4>(sums[i][0]);
     }
   }
   __syncthreads();
@@ -574,14 +604,20 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
         for (int e = 0; e < kElements && k + e < k_end; ++e) {
           const float old = device::widen(source[e]);
           if (old == old) continue;
-          float y = sum_alone<T>(conv, m, k + e) * scale[k + e - k0] + shift[k + e - k0];
+          float y[] = {sum_alone<T>(conv, m, k + e) * scale[k + e - k0] + shift[k + e - k0]};
           if (conv.residual != nullptr) {
-            y += device::widen(static_cast<const T*>(conv.residual)[target + e]);
+            y[0] += device::widen(static_cast<const T*>(conv.residual)[target + e]);
           }
           if (conv.narrow.values != nullptr && has_channel(conv.narrow, k + e)) {
-            y += device::widen(pixel_of<T>(conv.narrow, m)[channel_offset<1>(conv.narrow, k + e)]);
+            y[0] +=
+                device::widen(pixel_of<T>(conv.narrow, m)[channel_offset<1>(conv.narrow, k + e)]);
           }
-          source[e] = device::narrow<T>(device::at_least(conv.floor, y));
+          if constexpr (kActivations == Activations::kPlain) {
+            y[0] = device::at_least(conv.floor, y[0]);
+          } else {
+            activate(conv.activation, y);
+          }
+          source[e] = device::narrow<T>(y[0]);
         }
         values = device::load<T, kElements>(source);
       }
@@ -607,7 +643,13 @@ void launch_conv_bn_act(const Conv& conv, int tile, int split, cudaStream_t stre
       const unsigned slabs = diagonal ? (conv.K + kTile.n - 1) / kTile.n : conv.K / conv.group_k;
       const device::Grid grid{dim3(rows * columns, slabs, split), kTile.threads(),
                               kTile.shared_bytes(), stream};
-      device::launch(conv_bn_act<T, index>, grid, conv);
+      if constexpr (!kTile.has_two_instances()) {
+        device::launch(conv_bn_act<T, index, Activations::kAll>, grid, conv);
+      } else if (is_plain(conv.activation)) {
+        device::launch(conv_bn_act<T, index, Activations::kPlain>, grid, conv);
+      } else {
+        device::launch(conv_bn_act<T, index, Activations::kOther>, grid, conv);
+      }
     }
   };
   const auto launch_at = [&]<int... kIndices>(std::integer_sequence<int, kIndices...>) {

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "activations.h"
 #include "cuda/narrow_residual.h"
 
 namespace fused_resnet {
@@ -41,6 +42,8 @@ struct Conv {
   // Of a sum that several blocks share: their parts, and for each tile how many are there.
   float* partials;
   int* tickets;
+
+  Activation activation;
 };
 
 // Runs instance kTiles[tile], `split` blocks sharing each tile's sum. T is the tensors' dtype.

@@ -36,6 +36,10 @@ struct Tile {
   // The stages, then scale and shift of every filter.
   constexpr int shared_bytes() const { return stages * stage_bytes() + n * 2 * 4; }
 
+  // Whether activations besides ReLU have an instance of their own. In one with them, ReLU's main
+  // loop would be other code, or take more registers.
+  constexpr bool has_two_instances() const { return products != Products::k16Bit || n < 64; }
+
   // Filters and channels of a block on the diagonal: two tensor-core tiles wide, which is the
   // least that one ldmatrix of four loads.
   static constexpr int kDiagonalBlock = 16;

@@ -8,18 +8,19 @@ inline constexpr const char* kCudaSchemas[] = {
     "str activation=\"relu\") -> Tensor",
 
     // Internal: fused_resnet/backends/cuda.py is the only caller. `tile` is empty, or an index into
-    // what conv_tiles lists and a split.
+    // what conv_tiles lists and a split; `act` and its parameters are those of activations.h.
     "conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tensor running_var, "
     "Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, int stride_h, int stride_w, "
-    "int pad_h, int pad_w, int dil_h, int dil_w, int groups, Tensor? residual, bool relu, "
-    "bool tf32, int[] tile) -> Tensor",
+    "int pad_h, int pad_w, int dil_h, int dil_w, int groups, Tensor? residual, int act, "
+    "float act_first, float act_second, bool tf32, int[] tile) -> Tensor",
     "conv_tiles() -> int[]",
     "conv_tiles_for(int[] problem, int[] gpu) -> int[]",
 
     // Internal likewise: csrc/cuda/hopper. `tile` is an index into what hopper_conv_tiles lists.
     "hopper_conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tensor running_var, "
     "Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, int stride_h, int stride_w, "
-    "int pad_h, int pad_w, int dil_h, int dil_w, Tensor? residual, bool relu, int tile) -> Tensor",
+    "int pad_h, int pad_w, int dil_h, int dil_w, Tensor? residual, int act, "
+    "float act_first, float act_second, int tile) -> Tensor",
     "hopper_conv_tiles() -> int[]",
 
     // Internal likewise. `tile` is an index into what basic_block_tiles lists.

@@ -7,11 +7,18 @@
 #include <optional>
 #include <vector>
 
+#include "activations.h"
 #include "checks.h"
 #include "cuda/conv_bn_act.h"
 #include "cuda/library.h"
 
 namespace fused_resnet {
+
+// An operator's three numbers that say its activation.
+inline Activation activation_of(const char* op, int64_t act, double first, double second) {
+  check_number(op, "the activation's number", act, 0, static_cast<int64_t>(Act::kGeluTanh));
+  return {static_cast<Act>(act), static_cast<float>(first), static_cast<float>(second)};
+}
 
 using torch::headeronly::MemoryFormat;
 

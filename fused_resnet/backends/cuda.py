@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import _native, tuning
-from ..layers.activation import PLAIN, apply_
+from ..layers.activation import PLAIN, apply_, numbers_of
 from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
 from ..layers.memory import contiguous_like_eager, memory_format_of
 from ..layers.quantized import Quantization, QuantizedBlock, QuantizedStem
@@ -124,8 +124,6 @@ def conv_bn_act(
     `tile` is one of `tuning.cuda_tiles.candidates` or `hopper_candidates`; None leaves the choice
     to csrc/cuda/conv_heuristics.cpp.
     """
-    if activation not in PLAIN:
-        return apply_(conv_bn_act(input, layer, residual, "none", tile), activation)
     weight, norm, bias, stride, padding, dilation, groups = layer
     if cuda_tiles.is_hopper(tile) and residual is not None and residual.size(1) < weight.size(0):
         tile = None  # which has no residual of fewer channels
@@ -138,16 +136,17 @@ def conv_bn_act(
     if not _trusts_convolution(input, layer, residual is not None, activation, tile):
         return library.conv_bn_act(input, layer, residual, activation)
     filters = _filters_of(weight, input)
+    act = numbers_of(activation)
     if tile is not None and cuda_tiles.is_hopper(tile):
         output = _hopper()(
-            input, filters, *norm, bias, *stride, *padding, *dilation, residual,
-            activation == "relu", cuda_tiles.hopper_instances()[tile],
+            input, filters, *norm, bias, *stride, *padding, *dilation, residual, *act,
+            cuda_tiles.hopper_instances()[tile],
         )  # fmt: skip
     else:
         chosen = [] if tile is None else [cuda_tiles.index(tile, input.dtype, tf32), tile.split_k]
         output = _operator()(
-            input, filters, *norm, bias, *stride, *padding, *dilation, groups, residual,
-            activation == "relu", tf32, chosen,
+            input, filters, *norm, bias, *stride, *padding, *dilation, groups, residual, *act,
+            tf32, chosen,
         )  # fmt: skip
     if filters is weight or memory_format_of(input) is torch.channels_last:
         return output
@@ -212,7 +211,12 @@ def run_basic_block(input: Tensor, first: ConvNorm, second: ConvNorm, tile: Tile
 def batch_norm_act_inference(
     input: Tensor, norm: Norm, residual: Tensor | None, activation: str
 ) -> Tensor:
-    """One launch: see csrc/cuda/batch_norm.cuh for the formulas of this and the next."""
+    """One launch: see csrc/cuda/batch_norm.cuh for the formulas of this and the next.
+
+    Activations but ReLU are torch's own, in place behind it.
+    """
+    if activation not in PLAIN:
+        return apply_(batch_norm_act_inference(input, norm, residual, "none"), activation)
     input = contiguous_like_eager(input)
     *parameters, eps = norm
     if (
@@ -639,6 +643,10 @@ class Cuda(Backend):
     def device_type(self) -> str:  # type: ignore[override]
         """Where its tensors are."""
         return "cpu" if on_host() else "cuda"
+
+    def has_activation(self, activation: str) -> bool:
+        """See `Backend.has_activation`."""
+        return True
 
     def is_default(self, device_type: str) -> bool:
         """See `Backend.is_default`."""

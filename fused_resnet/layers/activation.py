@@ -45,7 +45,7 @@ class Activation(NamedTuple):
     parameters: tuple[float, float]
 
 
-# By name: the number in csrc/cpu/activation.h, and the parameters where none are given.
+# By name: the number in csrc/activations.h, and the parameters where none are given.
 _KINDS: dict[str, tuple[int, tuple[float, ...]]] = {
     "none": (0, ()),
     "relu": (1, ()),

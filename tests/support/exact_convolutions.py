@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.testing import relative_error
+
 from . import ConvCase, ConvShape, make_conv_case
 
 
@@ -51,6 +53,19 @@ def small_integers(problem: Problem, dtype: torch.dtype, **options: Any) -> Conv
     if case.residual is not None:
         changes["residual"] = (case.residual * 2).round()
     return dataclasses.replace(case, **changes)
+
+
+def assert_rounded_once(out: Tensor, case: ConvCase) -> None:
+    """The error is that of one rounding, and of what float32 comes to before it.
+
+    For activations that nobody computes exactly.
+    """
+    expected = case.double().eager()
+    once = relative_error(expected.to(out.dtype), expected)
+    error, limit = relative_error(out, expected), 1.1 * once + 2.0**-23
+    assert error <= limit, (
+        f"{case.activation}: relative error {error:.3g}, the limit is {limit:.3g}"
+    )
 
 
 def assert_exact(out: Tensor, case: ConvCase, what: object = "") -> None:

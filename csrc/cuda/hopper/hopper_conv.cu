@@ -60,7 +60,8 @@ Tensor hopper_conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tens
                           std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
                           double eps, std::optional<Tensor> bias, int64_t stride_h,
                           int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h,
-                          int64_t dil_w, std::optional<Tensor> residual, bool relu, int64_t tile) {
+                          int64_t dil_w, std::optional<Tensor> residual, int64_t act,
+                          double act_first, double act_second, int64_t tile) {
   check_rank(kOp, "input", input, 4);
   check_rank(kOp, "weight", weight, 4);
   const ScalarType dtype = input.scalar_type();
@@ -69,6 +70,7 @@ Tensor hopper_conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tens
   check_dtype(kOp, "weight", weight, dtype);
   check_device(kOp, "weight", weight, input);
   check_eps(kOp, eps);
+  const Activation activation = activation_of(kOp, act, act_first, act_second);
   check_number(kOp, "tile", tile, 0, kHopperTileCount - 1);
   const HopperTile& shape = kHopperTiles[tile];
   const int64_t size = shape.element_bytes, chunk = 16 / size;
@@ -142,7 +144,7 @@ Tensor hopper_conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tens
       .bn_bias = parameter_of("bn_bias", bn_bias, K, input),
       .bias = parameter_of("bias", bias, K, input),
       .eps = static_cast<float>(eps),
-      .floor = relu ? 0.f : -std::numeric_limits<float>::infinity(),
+      .floor = activation.kind == Act::kRelu ? 0.f : -std::numeric_limits<float>::infinity(),
       .M = static_cast<int>(M),
       .C = static_cast<int>(C),
       .P = static_cast<int>(P),
@@ -156,6 +158,7 @@ Tensor hopper_conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tens
       .pad_w = static_cast<int>(pad_w),
       .dil_h = static_cast<int>(dil_h),
       .dil_w = static_cast<int>(dil_w),
+      .activation = activation,
   };
   int multiprocessors = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,

@@ -1,5 +1,5 @@
-// Convolution with batch norm, residual and ReLU in one pass, as csrc/cuda/conv_bn_act.cuh has it,
-// for Hopper: one group, and channels and filters in multiples of 16 bytes.
+// Convolution with batch norm, residual and activation in one pass, as conv_bn_act.cuh has it, for
+// Hopper: one group, and channels and filters in multiples of 16 bytes.
 //
 //   output[n, p, q, k] = act(scale[k] sum[n, p, q, k] + shift[k] + residual[n, p, q, k])
 //   sum[n, p, q, k] = sum over r, s, c of
@@ -18,7 +18,7 @@
 //              windows of one tap (im2col) and n filters, 128 bytes of each
 //   consumer   for each of its tiles: let the residual come into the output's place; for each step:
 //              wait until the stage is full; wgmma; give back the stage before. Then scale, shift,
-//              residual, ReLU, one rounding, in that place; TMA stores it.
+//              residual, activation, one rounding, in that place; TMA stores it.
 //
 // The loader runs ahead into the next tile, as far as the ring of stages goes, so only a consumer's
 // own work between two tiles is seen, and none where consumers take turns (Schedule). A stage is
@@ -38,6 +38,7 @@
 #include <limits>
 #include <utility>
 
+#include "cuda/activation.cuh"
 #include "cuda/device/cluster.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/mma.cuh"
@@ -54,18 +55,17 @@ namespace fused_resnet {
 constexpr int kLoaderRegisters = 40;
 constexpr int kConsumerRegisters = 232;
 
-// `pair` is two neighbouring outputs' residual, and what comes in its place.
+// Two neighbouring outputs before their activation, of which `residual` holds what is added.
 template <typename T>
-__device__ __forceinline__ void finish(device::Vector<T, 2>& pair, const float* sums,
-                                       const float* scale, const float* shift,
-                                       const HopperConv& conv) {
+__device__ __forceinline__ void add_norm(float* y, const float* sums, const float* scale,
+                                         const float* shift, const device::Vector<T, 2>& residual,
+                                         bool has_residual) {
   const auto factors = device::load<float, 2>(scale);
   const auto terms = device::load<float, 2>(shift);
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    float y = sums[e] * factors.values[e] + terms.values[e];
-    if (conv.has_residual) y += device::widen(pair.values[e]);
-    pair.values[e] = device::narrow<T>(device::at_least(conv.floor, y));
+    y[e] = sums[e] * factors.values[e] + terms.values[e];
+    if (has_residual) y[e] += device::widen(residual.values[e]);
   }
 }
 
@@ -84,7 +84,7 @@ struct RingPlace {
 
 // Grid: clusters, each of which takes every gridDim.x / cluster-th group of as many tiles; those of
 // the same pixels are consecutive.
-template <typename T, int kIndex>
+template <typename T, int kIndex, Activations kActivations>
 __global__ void __launch_bounds__(HopperTile::kThreads, 1)
     hopper_conv_bn_act(const __grid_constant__ HopperConv conv) {
 #if FUSED_RESNET_HAS_WARPGROUPS
@@ -252,50 +252,87 @@ __global__ void __launch_bounds__(HopperTile::kThreads, 1)
 
       device::wait(output_free + consumer, tile_parity);
       tile_parity ^= 1;
-#pragma unroll
-      for (int slab = 0; slab < kN / kRowElements; ++slab) {
-        if (slab >= slabs) break;
-        // Of 64 rows and 8 filters at a time, in the products' fragments: rows lane / 4 and 8
-        // further, columns lane % 4 * 2 and the next.
+      // A round is 64 rows of a slab by 32 bytes, in the products' fragments: rows lane / 4 and 8
+      // further, columns lane % 4 * 2 and the next, of every 8. Plain activations take two
+      // neighbours at a time, the others all of the thread's.
+      constexpr int kRounds = kRowBytes / 32, kSums = 16 / sizeof(T);
+      constexpr int kPairs = kActivations == Activations::kPlain ? 1 : kSums / 2;
+      const auto narrowed = [](const float* y) {
+        return device::Vector<T, 2>{device::narrow<T>(y[0]), device::narrow<T>(y[1])};
+      };
+      const auto finish = [&](int slab, int part, int round, const float* own_sums,
+                              const auto& activation) {
+        char* const rows = own_rows + slab * kSlabBytes + part * 64 * kRowBytes;
         const int k = k0 + slab * kRowElements + lane % 4 * 2;
+        if constexpr (sizeof(T) == 2) {
+          // A lane's part in ldmatrix and stmatrix: a row, and the first or second chunk of two.
+          char* const at = rows + lane % 16 * kRowBytes + ((round * 2 + lane / 16) ^ lane % 8) * 16;
+          uint32_t values[4] = {};
+          if (conv.has_residual) device::load_matrix_x4(values, at);
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          char* const rows = own_rows + slab * kSlabBytes + part * 64 * kRowBytes;
-          const float* const own_sums = sums[part] + slab * kRowElements / 2;
-          if constexpr (sizeof(T) == 2) {
-            // A lane's part in ldmatrix and stmatrix: a row, and the first or second chunk of two.
-            char* const row = rows + lane % 16 * kRowBytes;
+          for (int first = 0; first < 4; first += kPairs) {
+            float y[kPairs * 2];
 #pragma unroll
-            for (int chunk = 0; chunk < 8; chunk += 2) {
-              char* const at = row + ((chunk + lane / 16) ^ lane % 8) * 16;
-              uint32_t values[4] = {};
-              if (conv.has_residual) device::load_matrix_x4(values, at);
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                const int column = (chunk + i / 2) * 8;
-                auto pair = std::bit_cast<device::Vector<T, 2>>(values[i]);
-                finish(pair, own_sums + column / 2 + i % 2 * 2, scale + k + column,
-                       shift + k + column, conv);
-                values[i] = std::bit_cast<uint32_t>(pair);
-              }
-              device::store_matrix_x4(at, values);
+            for (int pair = 0; pair < kPairs; ++pair) {
+              const int i = first + pair, column = (round * 2 + i / 2) * 8;
+              add_norm(y + pair * 2, own_sums + i * 2, scale + k + column, shift + k + column,
+                       std::bit_cast<device::Vector<T, 2>>(values[i]), conv.has_residual);
             }
-          } else {
+            activation(y);
 #pragma unroll
-            for (int column = 0; column < kRowElements; column += 8) {
-#pragma unroll
-              for (int i = 0; i < 2; ++i) {
-                const int row = lane / 4 + i * 8, chunk = column / 4 + lane % 4 / 2;
-                T* const at =
-                    reinterpret_cast<T*>(rows + row * kRowBytes + (chunk ^ row % 8) * 16) +
-                    lane % 2 * 2;
-                device::Vector<T, 2> pair{};
-                if (conv.has_residual) pair = device::load<T, 2>(at);
-                finish(pair, own_sums + column / 2 + i * 2, scale + k + column, shift + k + column,
-                       conv);
-                device::store(at, pair);
-              }
+            for (int pair = 0; pair < kPairs; ++pair) {
+              values[first + pair] = std::bit_cast<uint32_t>(narrowed(y + pair * 2));
             }
+          }
+          device::store_matrix_x4(at, values);
+        } else {
+#pragma unroll
+          for (int first = 0; first < 2; first += kPairs) {
+            T* places[kPairs];
+            float y[kPairs * 2];
+#pragma unroll
+            for (int pair = 0; pair < kPairs; ++pair) {
+              const int i = first + pair;
+              const int row = lane / 4 + i * 8, chunk = round * 2 + lane % 4 / 2;
+              places[pair] = reinterpret_cast<T*>(rows + row * kRowBytes + (chunk ^ row % 8) * 16) +
+                             lane % 2 * 2;
+              device::Vector<T, 2> residual{};
+              if (conv.has_residual) residual = device::load<T, 2>(places[pair]);
+              add_norm(y + pair * 2, own_sums + i * 2, scale + k + round * 8, shift + k + round * 8,
+                       residual, conv.has_residual);
+            }
+            activation(y);
+#pragma unroll
+            for (int pair = 0; pair < kPairs; ++pair) {
+              device::store(places[pair], narrowed(y + pair * 2));
+            }
+          }
+        }
+      };
+      if constexpr (kActivations == Activations::kPlain) {
+#pragma unroll
+        for (int slab = 0; slab < kN / kRowElements; ++slab) {
+          if (slab >= slabs) break;
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+            for (int round = 0; round < kRounds; ++round) {
+              finish(slab, part, round, sums[part] + (slab * kRounds + round) * kSums,
+                     [&](auto& values) {
+#pragma unroll
+                       for (float& y : values) y = device::at_least(conv.floor, y);
+                     });
+            }
+          }
+        }
+      } else {
+#pragma unroll 1
+        for (int round = 0; round < slabs * kRounds; ++round) {
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            finish(round / kRounds, part, round % kRounds, sums[part],
+                   [&](auto& values) { activate(conv.activation, values); });
+            rotate<kSums, kN / 2>(sums[part]);
           }
         }
       }
@@ -331,7 +368,11 @@ void launch_hopper_conv(const HopperConv& conv, int tile, int multiprocessors,
     const device::Grid grid{dim3(clusters * kTile.cluster), HopperTile::kThreads,
                             static_cast<size_t>(kTile.shared_bytes(conv.K)), stream,
                             static_cast<unsigned>(kTile.cluster)};
-    device::launch(hopper_conv_bn_act<T, index>, grid, conv);
+    if (is_plain(conv.activation)) {
+      device::launch(hopper_conv_bn_act<T, index, Activations::kPlain>, grid, conv);
+    } else {
+      device::launch(hopper_conv_bn_act<T, index, Activations::kOther>, grid, conv);
+    }
   };
   const auto launch_if = [&](auto index) {
     if constexpr (kHopperTiles[index].element_bytes == sizeof(T)) {

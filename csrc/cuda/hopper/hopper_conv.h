@@ -20,6 +20,8 @@ struct HopperConv {
 
   int M, C, P, Q, K, R, S;
   int stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+
+  Activation activation;
 };
 
 // Runs instance kHopperTiles[tile] on as many blocks as there are multiprocessors. T is the

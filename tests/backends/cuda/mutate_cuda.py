@@ -59,6 +59,7 @@ from support import cuda_on_host  # noqa: E402  (found through the line above)
 
 REPORT = ROOT / "bench" / "results" / "static" / "cuda-mutants.json"
 CONV = "csrc/cuda/conv_bn_act.cuh"
+ACTIVATION = "csrc/cuda/activation.cuh"
 SCALE_SHIFT_ACT = "csrc/cuda/scale_shift_act.cu"
 BATCH_NORM = "csrc/cuda/batch_norm.cuh"
 BATCH_NORM_ARITHMETIC = "csrc/cuda/batch_norm_arithmetic.cuh"
@@ -112,6 +113,18 @@ SUITES = {
             "conv_bn_act_float16.cu",
             "backends/cuda/test_cuda_conv.py",
             "test_the_same_bits_in_any_order[float16-3x3-4]",
+        ),
+    ],
+    ACTIVATION: [
+        Suite(
+            "conv_bn_act_float32.cu",
+            "backends/cuda/test_cuda_conv_exact.py",
+            "rounded_once and float32-",
+        ),
+        Suite(
+            "conv_bn_act_float32.cu",
+            "ops/test_activations.py",
+            "special_values and cuda and float32",
         ),
     ],
     SCALE_SHIFT_ACT: [

@@ -16,6 +16,7 @@ from conftest import RUNNERS
 from hypothesis import strategies as st
 from ops.test_conv_bn_act import drawn_cases
 from support import (
+    OTHER_ACTIVATIONS,
     SAMPLE_SHAPES,
     STEM,
     ConvCase,
@@ -188,6 +189,57 @@ def test_every_instance_alone(instance):
         assert_within_bound(out, case.double().eager(), case.rounding_bound())
 
 
+def activated_cases() -> list:
+    """Every instance and kind of convolution it runs, with every activation besides ReLU."""
+    found = [
+        (instance, kind, activation)
+        for instance in INSTANCES
+        for kind, (loads, _) in KINDS.items()
+        if loads == instance.loads
+        for activation in OTHER_ACTIVATIONS
+    ]
+    return one_of_each(
+        [pytest.param(*one, id="-".join(map(str, one)).replace(" ", "_")) for one in found],
+        lambda instance, kind, activation: instance,
+        lambda instance, kind, activation: (instance.dtype, instance.tf32, kind),
+        lambda instance, kind, activation: (instance.dtype, instance.loads, activation),
+    )
+
+
+@pytest.mark.parametrize(("instance", "kind", "activation"), activated_cases())
+def test_other_activations(instance, kind, activation, set_seed):
+    """Behind the residual and without one, of a block's own sum and of one that blocks share."""
+    set_seed(instance.index)
+    case = case_of(
+        KINDS[kind][1], size=(7, 6), dtype=instance.dtype, activation=activation, bias=True
+    )
+    check(case, instance)
+    check(dataclasses.replace(case, residual=None), instance, split=3)
+
+
+@pytest.mark.parametrize("activation", OTHER_ACTIVATIONS)
+@pytest.mark.parametrize("kind", ["3x3", "stem", "groups of 4"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=dtype_id)
+def test_nonfinite_values_and_other_activations(dtype, kind, activation):
+    """NaN and infinities are what eager makes of them: NaN where it multiplies one by zero."""
+    loads, shape = KINDS[kind]
+    case = case_of(shape, size=(5, 6), dtype=dtype, activation=activation)
+    case.input[0, 0, 3, 3] = math.nan
+    case.input[1, -1, 1, 4] = math.inf
+    for n, value in ((0, math.nan), (1, math.inf), (0, -math.inf)):
+        case.residual[n, 1, 2, n] = value
+    expected = case.double().eager(), case.eager()
+    assert_same_nonfinite(run(case, smallest(loads, dtype).tile), *expected)
+
+
+@pytest.mark.parametrize("activation", ["silu", "leaky_relu(0.2)"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=dtype_id)
+def test_no_images_and_other_activations(dtype, activation):
+    case = case_of(KINDS["3x3"][1], dtype=dtype, activation=activation)
+    empty = dataclasses.replace(case, input=case.input[:0], residual=case.residual[:0])
+    assert run(empty).shape == (0, *case.eager().shape[1:])
+
+
 def smallest(loads: int, dtype: torch.dtype, tf32: bool = False) -> Instance:
     """The instance with the fewest outputs."""
     found = [i for i in INSTANCES if (i.loads, i.dtype, i.tf32) == (loads, dtype, tf32)]
@@ -316,12 +368,13 @@ def test_offsets_beyond_32_bits():
         assert_same_bits(run(dataclasses.replace(case, input=far)), near)
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("split", [1, 2])
-def test_host_path_converts_nothing(split):
+def test_host_path_converts_nothing(split, activation):
     """No operator of torch's runs but to allocate, unless a layout must change."""
     instance = smallest(VECTORS, torch.float16)
     tile = dataclasses.replace(instance.tile, split_k=split)
-    case = case_of(KINDS["3x3"][1], dtype=torch.float16, bias=True)
+    case = case_of(KINDS["3x3"][1], dtype=torch.float16, bias=True, activation=activation)
     case.weight = case.weight.contiguous(memory_format=torch.channels_last)
 
     def operators() -> set[str]:

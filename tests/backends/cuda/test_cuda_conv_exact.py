@@ -14,11 +14,17 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support import ConvShape, dtype_id
-from support.exact_convolutions import Problem, assert_exact, small_integers
+from support import OTHER_ACTIVATIONS, ConvShape, dtype_id
+from support.exact_convolutions import (
+    Problem,
+    assert_exact,
+    assert_rounded_once,
+    small_integers,
+)
 from support.selection import one_of_each
 
 from fused_resnet import _native, backends, reference
+from fused_resnet.layers.activation import numbers_of
 
 ON_HOST = backends.cuda.on_host()
 if backends.cuda.available() != "yes":
@@ -147,7 +153,7 @@ def run(tile, case, split=1):
         out = operators.conv_bn_act_tiled(
             placed.input, placed.weight, placed.running_mean, placed.running_var, placed.bn_weight,
             placed.bn_bias, placed.eps, placed.bias, *case.stride, *case.padding, *case.dilation,
-            case.groups, placed.residual, case.activation == "relu", tile.products == TF32,
+            case.groups, placed.residual, *numbers_of(case.activation), tile.products == TF32,
             [tile.index, split],
         )  # fmt: skip
     return out.cpu()
@@ -180,6 +186,16 @@ def test_exact(tile, problem):
         set_seed(seed)
         options = "everything" if case is full else "no options"
         assert_exact(run(tile, case, split), case, f"{options}, split {split}, seed {seed}")
+
+
+@pytest.mark.parametrize("activation", OTHER_ACTIVATIONS)
+@pytest.mark.parametrize("tile", kinds(), ids=str)
+def test_other_activations_are_rounded_once(tile, activation):
+    for problem, split in zip(list(problems(tile))[1:3], (1, 3), strict=True):
+        case = small_integers(problem, tile.dtype, activation=activation)
+        assert_rounded_once(run(tile, case, split), case)
+        bare = dataclasses.replace(case, residual=None)
+        assert_rounded_once(run(tile, bare, split), bare)
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])

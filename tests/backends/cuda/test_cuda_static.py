@@ -208,9 +208,10 @@ def test_every_architecture_has_every_kernel(architecture):
     assert names(architecture) == names(NAMES[0])
     # Four dtypes, without a residual, with one and with one of fewer channels.
     assert sum("act_channels_last" in name for name in names(architecture)) == 12
-    # Tiles of 16-bit elements twice, for float16 and bfloat16.
-    twice = sum(tile[0] == 0 for tile in conv_tiles())
-    assert len(convolutions(architecture)) == len(conv_tiles()) + twice
+    # Tiles of 16-bit elements for float16 and bfloat16; those of float32 and with few filters once
+    # with the activations that are plain, and once with the others.
+    twice = sum(products == 0 and n < 64 for products, _, _, n, *_ in conv_tiles())
+    assert len(convolutions(architecture)) == 2 * (len(conv_tiles()) + twice)
     assert len(basic_blocks(architecture)) == 2 * len(basic_block.SHAPES)
 
 

@@ -12,12 +12,25 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support import ConvShape, cuda_on_host, dtype_id, make_conv_case
-from support.exact_convolutions import Problem, assert_exact, small_integers
+from support import (
+    OTHER_ACTIVATIONS,
+    ConvShape,
+    assert_same_nonfinite,
+    cuda_on_host,
+    dtype_id,
+    make_conv_case,
+)
+from support.exact_convolutions import (
+    Problem,
+    assert_exact,
+    assert_rounded_once,
+    small_integers,
+)
 from support.selection import one_of_each
 
 from fused_resnet import _native, backends, tuning
 from fused_resnet.backends import library
+from fused_resnet.layers.activation import numbers_of
 from fused_resnet.layers.description import ConvNorm, Norm
 from fused_resnet.measure.tune import tuner
 from fused_resnet.testing import FACTOR, assert_error_rule, relative_error
@@ -108,7 +121,7 @@ def run(tile, case):
         out = operators.hopper_conv_bn_act(
             placed.input, placed.weight, placed.running_mean, placed.running_var, placed.bn_weight,
             placed.bn_bias, placed.eps, placed.bias, *case.stride, *case.padding, *case.dilation,
-            placed.residual, case.activation == "relu", tile.index,
+            placed.residual, *numbers_of(case.activation), tile.index,
         )  # fmt: skip
     return out.cpu()
 
@@ -229,6 +242,45 @@ def test_nonfinite_values(tile, number):
         assert_exact(run(tile, case), case, activation)
 
 
+def activated_cases():
+    """Every tile with every activation besides ReLU."""
+    return one_of_each(
+        [
+            pytest.param(tile, activation, id=f"{tile}-{activation}".replace(" ", "_"))
+            for tile in every_instance()
+            for activation in OTHER_ACTIVATIONS
+        ],
+        lambda tile, activation: tile,
+        lambda tile, activation: (tile.size, activation),
+    )
+
+
+@pytest.mark.parametrize(("tile", "activation"), activated_cases())
+def test_other_activations(tile, activation):
+    """Behind the residual and without one, in tiles that are full and that are not.
+
+    Sums are exact, so that the error is the epilogue's alone.
+    """
+    full = list(problems(tile))[0 if tile.n < 256 else 3]
+    for seed, problem in enumerate((full, list(problems(tile))[2])):
+        set_seed(seed)
+        case = small_integers(problem, tile.dtype, bias=True, activation=activation)
+        for residual in (case.residual, None):
+            each = dataclasses.replace(case, residual=residual)
+            assert_rounded_once(run(tile, each), each)
+
+
+@pytest.mark.parametrize("activation", OTHER_ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=dtype_id)
+def test_nonfinite_values_and_other_activations(dtype, activation):
+    """NaN and infinities are what eager makes of them: NaN where it multiplies one by zero."""
+    tile = instances(dtype.itemsize)[-1]
+    case = small_integers(list(problems(tile))[2], dtype, activation=activation)
+    for n, value in enumerate((math.nan, math.inf, -math.inf)):
+        case.residual[n, 1, 2, 1] = value
+    assert_same_nonfinite(run(tile, case), case.double().eager(), case.eager())
+
+
 @pytest.mark.parametrize("tile", instances()[:3], ids=str)
 def test_parameters_of_any_dtype(tile):
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
@@ -287,7 +339,8 @@ def check_encoded_maps(outputs):
         out = operators.hopper_conv_bn_act(
             changed.input, changed.weight, changed.running_mean, changed.running_var,
             changed.bn_weight, changed.bn_bias, changed.eps, changed.bias, *changed.stride,
-            *changed.padding, *changed.dilation, changed.residual, True, tile.index,
+            *changed.padding, *changed.dilation, changed.residual, *numbers_of("relu"),
+            tile.index,
         )  # fmt: skip
         assert_exact(out, changed)
         outputs.append(out)
