@@ -7,6 +7,7 @@ for and adds nothing to a module but its class, under a name that stays: pickles
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from . import originals
+from .layers import activation
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Unit:
     Attributes:
         conv: an `nn.Conv2d`.
         norm: an `nn.BatchNorm2d`, `FrozenBatchNorm2d` or a norm that `modules/norms.py` knows.
-        act: a module of `modules/activations.py`, `FUNCTIONAL_RELU`, or None where there is none.
+        act: a module of `modules/activations.py`, a function's name (`is_function`), or None where
+            there is none.
         between: what is applied before the shortcut and the activation, if it is there, in order.
         after: what is applied to the activation's output, if it is there, in order.
         before: what is applied to the convolution's input, if it is there, in order.
@@ -44,14 +47,42 @@ class Unit:
         """Whether it is a convolution, a norm and an activation that are children of the module."""
         names = (self.conv, self.norm, self.act)
         return not (self.between or self.after or self.before) and not any(
-            name is None or name == FUNCTIONAL_RELU or "." in name for name in names
+            name is None or "." in name for name in names
         )
 
 
+FUNCTION = "F."
+"""What the name of an activation that is a function, not a child, begins with; its text follows."""
 FUNCTIONAL_RELU = "F.relu"
-"""The name of an activation that is a function, not a child."""
-FUNCTIONAL = nn.ReLU()
-"""The module that stands for it."""
+"""The name of a ReLU that is a function."""
+
+
+@functools.cache
+def function(name: str) -> nn.Module | None:
+    """The module that stands for an activation that is a function, or None if the name is none's.
+
+    Args:
+        name: `FUNCTION` and a text of `layers/activation.py`, but "none".
+    """
+    text = name.removeprefix(FUNCTION)
+    if text == name or activation.error(text) is not None:
+        return None
+    kind, _, (first, second) = activation.read(text)
+    modules: dict[str, Callable[[], nn.Module]] = {
+        "relu": originals.ReLU,
+        "hardtanh": lambda: originals.Hardtanh(first, second),
+        "leaky_relu": lambda: originals.LeakyReLU(first),
+        "silu": originals.SiLU,
+        "hardswish": originals.Hardswish,
+        "gelu": originals.GELU,
+        "gelu_tanh": lambda: originals.GELU(approximate="tanh"),
+    }
+    return modules[kind]() if kind in modules else None
+
+
+def is_function(name: str | None) -> bool:
+    """Whether it is the name of an activation that is a function, not a child."""
+    return name is not None and name.startswith(FUNCTION) and function(name) is not None
 
 
 def _no_obstacle(module: nn.Module) -> None:
@@ -134,9 +165,9 @@ class Form:
     def _names_in(self, units: Sequence[Unit]) -> tuple[str, ...]:
         names = [name for u in units for name in (u.conv, u.norm, u.act) if name is not None]
         names += [name for pair in self.norms for name in pair] + list(self.convs)
+        names = [name for name in names if not is_function(name)]
         parents = [name[:i] for name in names for i, letter in enumerate(name) if letter == "."]
-        names = [name for name in names + parents if name not in (FUNCTIONAL_RELU, "F")]
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys(names + parents))
 
     @property
     def is_block(self) -> bool:
@@ -239,8 +270,8 @@ def part(module: nn.Module, name: str | None) -> Any:
         return children[name]
     if name is None:
         return None
-    if name == FUNCTIONAL_RELU:
-        return FUNCTIONAL
+    if is_function(name):
+        return function(name)
     found: nn.Module | None = module
     for piece in name.split("."):
         found = getattr(found, piece, None)

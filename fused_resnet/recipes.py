@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import backends, blocks, forms, originals
-from .forms import FUNCTIONAL_RELU, Form, Unit
+from .forms import Form, Unit
 from .layers import watch
 from .modules import read, run, sequences, traced, trial
 from .originals import Conv2d
@@ -42,11 +42,11 @@ class Recipe:
         name: the class's.
         branch: what is applied one after the other; a Sequential, or a class that has a recipe of
             nothing but a branch, stands for its children. Those that a module lacks, being None,
-            are left out. `FUNCTIONAL_RELU` is a ReLU that is no child. Empty: the forward pass is
-            traced.
+            are left out. An activation that is no child has a function's name, as "F.relu":
+            `forms.is_function`. Empty: the forward pass is traced.
         shortcut: of a residual block, what is applied to the block's input before it is added;
             None where it is not such a block.
-        act: what follows the add: a ReLU's name or `FUNCTIONAL_RELU`.
+        act: what follows the add: a ReLU's name or "F.relu".
         idle: what has to do nothing, such as an observer.
         cls: the class itself, where a user has registered it.
     """
@@ -142,7 +142,7 @@ def unproven(module: nn.Module) -> list[tuple[str, str]]:
 
 def _names(recipe: Recipe) -> list[str]:
     names = [*recipe.branch, recipe.shortcut, recipe.act]
-    return [name for name in names if name is not None and name != FUNCTIONAL_RELU]
+    return [name for name in names if name is not None and not forms.is_function(name)]
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -687,9 +687,10 @@ def register_form(
 
     The first computes `act(branch(x) + shortcut(x))`. Names are those of children, with dots for
     children of theirs; those that a module has set to None are left out, so one form does for
-    blocks with and without a projection. "F.relu" is a ReLU that is no child. A traced forward pass
-    is what `torch.fx` sees of it, with the children as they are: say so of a class only if what it
-    calls depends on nothing but its attributes.
+    blocks with and without a projection. "F.relu" is a ReLU that is no child; likewise "F.silu",
+    "F.leaky_relu(0.2)" and all that `functional` has. A traced forward pass is what `torch.fx` sees
+    of it, with the children as they are: say so of a class only if what it calls depends on nothing
+    but its attributes.
 
     When `fuse` first meets a module of some structure, it runs the class's forward pass and the
     form's on the same random numbers, in evaluation and in training. If they differ, the module is

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import forms
-from ..forms import FUNCTIONAL_RELU, Unit
+from ..forms import Unit
 from ..originals import Conv2d
 from . import network, norms, read, run
 from .activations import text_of
@@ -85,7 +85,7 @@ def _is_pair(conv: nn.Module | None, norm: nn.Module | None) -> bool:
 
 
 def _is_act(name: str, module: nn.Module | None) -> bool:
-    return name == FUNCTIONAL_RELU or (module is not None and text_of(module) is not None)
+    return forms.is_function(name) or (module is not None and text_of(module) is not None)
 
 
 def sequence_forward(module: nn.Module, x: Tensor) -> Tensor:

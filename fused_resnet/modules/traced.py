@@ -18,15 +18,30 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import forms
-from ..forms import FUNCTIONAL_RELU, Unit
-from ..layers import checks
+from ..forms import FUNCTION, FUNCTIONAL_RELU, Unit
+from ..layers import activation, checks
 from ..originals import Conv2d, MaxPool2d
 from . import network, norms, read
 from .activations import text_of
 from .conv_norm_act import conv_norm_act
 from .read import input_obstacle
 
-_RELUS = (F.relu, torch.relu, torch.relu_, F.relu_)
+# Activations that are functions: the name of each and of what follows the input, with its default.
+_ACTS: dict[Any, tuple[str, dict[str, Any]]] = {
+    F.relu: ("relu", {"inplace": False}),
+    F.relu_: ("relu", {}),
+    torch.relu: ("relu", {}),
+    torch.relu_: ("relu", {}),
+    F.relu6: ("relu6", {"inplace": False}),
+    F.hardtanh: ("hardtanh", {"min_val": -1.0, "max_val": 1.0, "inplace": False}),
+    F.hardtanh_: ("hardtanh", {"min_val": -1.0, "max_val": 1.0}),
+    F.leaky_relu: ("leaky_relu", {"negative_slope": 0.01, "inplace": False}),
+    F.leaky_relu_: ("leaky_relu", {"negative_slope": 0.01}),
+    F.silu: ("silu", {"inplace": False}),
+    F.hardswish: ("hardswish", {"inplace": False}),
+    F.gelu: ("gelu", {"approximate": "none"}),
+}
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 _ADDS = (operator.add, torch.add)
 
 # What may be called between a unit's modules: it writes to none of its inputs.
@@ -170,10 +185,27 @@ def _act(node: fx.Node, root: nn.Module) -> str | None:
         return str(node.target) if applies else None
     if node.op == "call_method":
         applies = node.target in ("relu", "relu_") and len(node.args) == 1 and not node.kwargs
-    else:
-        applies = node.op == "call_function" and node.target in _RELUS
-        applies = applies and not (set(node.kwargs) - {"inplace"}) and 1 <= len(node.args) <= 2
-    return FUNCTIONAL_RELU if applies else None
+        return FUNCTIONAL_RELU if applies else None
+    text = _text(node) if node.op == "call_function" else None
+    return None if text is None else FUNCTION + text
+
+
+def _text(node: fx.Node) -> str | None:
+    """The text of the activation that a function applies to its first argument, or None."""
+    name, parameters = _ACTS.get(node.target, ("", {}))
+    given = dict(zip(parameters, node.args[1:], strict=False)) | node.kwargs
+    known = given.keys() <= parameters.keys() and len(node.args) - 1 <= len(parameters)
+    if not name or not node.args or not known:
+        return None
+    values = parameters | given
+    values.pop("inplace", None)
+    if name == "gelu":
+        return _GELUS.get(values["approximate"])
+    if not all(isinstance(value, (int, float)) for value in values.values()):
+        return None
+    numbers = ", ".join(repr(float(value)) for value in values.values())
+    text = f"{name}({numbers})" if numbers else name
+    return text if activation.error(text) is None else None
 
 
 def _writes_nothing(node: fx.Node, root: nn.Module, one: Found) -> bool:
@@ -212,7 +244,7 @@ def fused_graph(graph: fx.Graph, found: list[Found]) -> fx.Graph:
         with fused.inserting_before(last):
             modules: list[fx.Node | str | None] = []
             for name in (unit.conv, unit.norm, unit.act, *(unit.after or (None,))):
-                is_child = name is not None and name != FUNCTIONAL_RELU
+                is_child = name is not None and not forms.is_function(name)
                 modules.append(fused.get_attr(str(name)) if is_child else name)
             x = copies[_input(one)]
             residual = None if one.residual is None else copies[one.residual]
@@ -241,7 +273,7 @@ def run_unit(
     maxpool: nn.MaxPool2d | None,
 ) -> Tensor:
     """`maxpool(act(norm(conv(x)) + residual))`, in one where the modules and tensors allow."""
-    module: Any = forms.FUNCTIONAL if act == FUNCTIONAL_RELU else act
+    module: Any = forms.function(act) if isinstance(act, str) else act
     held = act is not None and norms.has_act(norm)
     if (
         input_obstacle(x) is not None

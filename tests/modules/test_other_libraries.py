@@ -12,6 +12,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from support import (
     assert_gradients_by_error_rule,
@@ -474,6 +475,34 @@ def test_register_form():
     x = image_batch(2, 16)
     with torch.no_grad():
         assert_error_rule(model(x), eager(x), double_copy(eager)(x.double()))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("is_traced", [False, True])
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("F.silu", F.silu), ("F.leaky_relu(0.2)", lambda x: F.leaky_relu(x, 0.2))],
+)
+def test_forms_whose_activation_is_a_function(name, function, is_traced):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return function(self.norm(self.conv(x)))
+
+    fused_resnet.register_form(Layer, branch=() if is_traced else ("conv", "norm", name))
+    eager = randomize_(Layer()).eval()
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    (record,) = fused_resnet.report(fused)
+    assert record.fused
+    assert name not in record.reason
+    (unit,) = forms.of(fused).units_of(fused)
+    assert unit.act == name
+    x = image_batch(2, 16)
+    with torch.no_grad():
+        assert_error_rule(fused(x), eager(x), double_copy(eager)(x.double()))
 
 
 @pytest.mark.quick
