@@ -332,6 +332,8 @@ def test_aligned_paths_access_16_bytes(architecture):
     assert checked == 20
 
 
+@pytest.mark.usefixtures("listed")
+@pytest.mark.ahead(lambda: kernels(NAMES[0]))
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
 def test_the_report_is_of_these_kernels():
     """`bench/results/static/cuda.json` lists what the library holds for the first architecture."""
