@@ -6,13 +6,15 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from support import cuda_on_host, load_script
+from support import cuda_on_host, load_script, processes
 
 import fused_resnet
 from fused_resnet import _native
@@ -41,13 +43,35 @@ ARCHITECTURES = [
 def kernels(architecture: str) -> dict[str, list[str]]:
     """The instructions of every kernel, by mangled name."""
     command = [CUOBJDUMP, "-sass", "-arch", architecture, str(LIBRARY)]
-    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    environment = processes.current_environment()
+    status, listing, err = processes.run_command(command, 600, environment, processes.TESTS)
+    assert status == 0, err
     listing = cuda_resources.of_architecture(listing, architecture)
     found = {}
     for part in listing.split("Function : ")[1:]:
         name, _, body = part.partition("\n")
-        found[name.strip()] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", body)
+        # Kernels have most instructions in common.
+        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", body)
+        found[name.strip()] = [sys.intern(instruction) for instruction in instructions]
     return found
+
+
+@pytest.fixture
+def listed(ahead: Callable[[], object]) -> None:
+    """What a test looks at is there."""
+    ahead()
+
+
+def of_each_architecture(test: Callable) -> Callable:
+    """Marks a test of `kernels`, which are listed ahead."""
+    marks = (
+        pytest.mark.usefixtures("listed"),
+        pytest.mark.ahead(lambda architecture: kernels(architecture)),
+        pytest.mark.parametrize("architecture", ARCHITECTURES),
+    )
+    for mark in marks:
+        test = mark(test)
+    return test
 
 
 def opcodes(instructions: list[str], *names: str) -> list[str]:
@@ -126,7 +150,7 @@ def byte_convolutions(architecture: str) -> dict[str, ByteConvolution]:
     return found
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each_architecture
 def test_bytes_are_multiplied_on_tensor_cores(architecture):
     """As many instructions as one step of a warp's tile takes, for each sum."""
     found = byte_convolutions(architecture)
@@ -141,7 +165,7 @@ def test_bytes_are_multiplied_on_tensor_cores(architecture):
         assert len(loads) < len(matrix), name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each_architecture
 def test_bytes_are_accessed_16_at_a_time(architecture):
     """The weights always; pixels where they come in pieces of 16 bytes; outputs of each dtype."""
     for name, conv in byte_convolutions(architecture).items():
@@ -157,7 +181,7 @@ def test_bytes_are_accessed_16_at_a_time(architecture):
         assert sum(store.endswith(".128") for store in stores) == 4, name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each_architecture
 def test_bytes_round_every_operation(architecture):
     """No product is joined with a sum; each output has as many of both as its definition."""
     for name, conv in byte_convolutions(architecture).items():
@@ -169,7 +193,7 @@ def test_bytes_round_every_operation(architecture):
         assert outputs * (1 + conv.sums) <= len(sums), name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each_architecture
 def test_basic_blocks_multiply_on_tensor_cores(architecture):
     """As many instructions as two taps of a warp's rows take, four and two loads for each 8."""
     for name, (dtype, shape, instructions) in basic_blocks(architecture).items():
@@ -182,7 +206,7 @@ def test_basic_blocks_multiply_on_tensor_cores(architecture):
         assert loads == ["LDSM.16.M88.4"] * (steps * (warp_rows + 2 * 4)), name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each_architecture
 def test_basic_blocks_access_16_bytes(architecture):
     """The input once and weights before and in both loops, asynchronously; the output."""
     for name, (_, shape, instructions) in basic_blocks(architecture).items():
@@ -199,7 +223,7 @@ def test_basic_blocks_access_16_bytes(architecture):
         assert any(products[0] < i < products[-1] for i in places), name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each_architecture
 def test_every_architecture_has_every_kernel(architecture):
     def names(architecture: str) -> set[str]:
         # An anonymous namespace's name differs from compilation to compilation.
@@ -215,14 +239,14 @@ def test_every_architecture_has_every_kernel(architecture):
     assert len(basic_blocks(architecture)) == 2 * len(basic_block.SHAPES)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each_architecture
 def test_nothing_is_spilled(architecture):
     for name, instructions in kernels(architecture).items():
         local = [i for i in instructions if re.search(r"\b(LDL|STL)\b", i)]
         assert not local, f"{name}: {local[:3]}"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each_architecture
 def test_nothing_is_kept_in_local_memory(architecture):
     command = [CUOBJDUMP, "-res-usage", "-arch", architecture, str(LIBRARY)]
     usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -232,7 +256,7 @@ def test_nothing_is_kept_in_local_memory(architecture):
     assert set(bytes_used) == {("0", "0")}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each_architecture
 def test_convolutions_multiply_on_tensor_cores(architecture):
     """As many instructions as one step of a warp's tile takes: each once, all in the loop."""
     for name, conv in convolutions(architecture).items():
@@ -255,7 +279,7 @@ def test_convolutions_multiply_on_tensor_cores(architecture):
         assert len(loads) < len(matrix), name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each_architecture
 def test_convolutions_load_while_they_multiply(architecture):
     """The loop has the asynchronous copies of a later step, 16 bytes each, and waits for some."""
     for name, conv in convolutions(architecture).items():
@@ -275,7 +299,7 @@ def test_convolutions_load_while_they_multiply(architecture):
         assert opcodes(loop, "LDGDEPBAR"), name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each_architecture
 def test_convolutions_store_16_bytes(architecture):
     """One narrower store, in a loop of its own for channel counts that fill no 16 bytes."""
     for name, conv in convolutions(architecture).items():
@@ -287,7 +311,7 @@ def test_convolutions_store_16_bytes(architecture):
         assert len(narrow) == 1, name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each_architecture
 def test_aligned_paths_access_16_bytes(architecture):
     checked = 0
     for name, instructions in kernels(architecture).items():
@@ -309,6 +333,8 @@ def test_aligned_paths_access_16_bytes(architecture):
     assert checked == 20
 
 
+@pytest.mark.usefixtures("listed")
+@pytest.mark.ahead(lambda: kernels(NAMES[0]))
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
 def test_the_report_is_of_these_kernels():
     """`bench/results/static/cuda.json` lists what the library holds for the first architecture."""
@@ -335,7 +361,7 @@ def assert_every_width(name: str, instructions: list[str]) -> None:
     assert all(store.endswith((".128", ".U8")) for store in stores), name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each_architecture
 def test_batch_norm_accesses_16_bytes(architecture):
     """What the kernels of whole accesses read and write of tensors, but for values of a channel."""
     found = {
@@ -367,7 +393,7 @@ def test_batch_norm_accesses_16_bytes(architecture):
         assert not opcodes(instructions, "RED", "ATOM", "ATOMG"), name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each_architecture
 def test_batch_norm_in_clusters(architecture):
     """Every tensor asynchronously or in 16 bytes; others' sums from their blocks' shared memory."""
     found = {name: k for name, k in kernels(architecture).items() if "in_one_launch" in name}
