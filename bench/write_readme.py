@@ -36,16 +36,15 @@ HEADLINE = ("eager", "torch.compile", "OpenVINO", "ONNX Runtime", "fused")
 
 def headline(results: Path = RESULTS) -> str:
     """Latencies of whole models in inference: one device's as a table, the others' in short."""
-    paragraphs = []
-    for document in _headline_documents(results):
+    table, others = "There are no results yet.", []
+    for index, document in enumerate(_headline_documents(results)):
         cases = _headline_cases(document)
-        if paragraphs:
-            of_each = "; ".join(map(_ratios, cases))
-            paragraphs.append(f"**{where(document)}**, divided by eager's: {of_each}.")
+        if index == 0:
+            table = "\n".join([f"**{where(document)}**, ms:", "", *_table(cases, _time)])
         else:
-            table = _table(cases, _time)
-            paragraphs.append("\n".join([f"**{where(document)}**, ms:", "", *table]))
-    return "\n\n".join(paragraphs) or "There are no results yet."
+            of_each = "; ".join(map(_ratios, cases))
+            others.append(f"- **{where(document)}**, divided by eager's: {of_each}.")
+    return "\n\n".join(part for part in (table, "\n".join(others)) if part)
 
 
 def _ratios(case: Mapping[str, Any]) -> str:
