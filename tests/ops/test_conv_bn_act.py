@@ -58,9 +58,8 @@ def test_every_model_convolution(backend, shape, dtype):
     """Every distinct convolution of the supported models, on a reduced image."""
     if dtype == torch.float64 and math.prod((shape.out_channels, *shape.kernel_size)) > 8192:
         shape = ConvShape(**{**vars(shape), "out_channels": max(shape.groups, 64)})
-    on_host = backend.how == "on the host"
-    size = {7: (19, 19), 3: (5, 5) if on_host else (7, 7), 1: (6, 6)}[shape.kernel_size[0]]
-    batch = 1 if dtype == torch.float64 or on_host else 2
+    size = {7: (19, 19), 3: (7, 7), 1: (6, 6)}[shape.kernel_size[0]]
+    batch = 1 if dtype == torch.float64 else 2
     check_rule(make_conv_case(shape, dtype=dtype, size=size, batch=batch, device=backend.device))
 
 
