@@ -79,7 +79,10 @@ class VerdictError(Exception):
 
 @dataclass(frozen=True)
 class Suite:
-    """A source that compiles what a mutant changes, and the tests that run it."""
+    """A source that compiles what a mutant changes, and the tests that run it.
+
+    Those of a file are thinned as `pytest` thins them, those of a function that is named are not.
+    """
 
     source: str
     file: str
@@ -111,8 +114,8 @@ SUITES = {
         # Several blocks a sum: what one writes and another reads has to be in order.
         Suite(
             "conv_bn_act_float16.cu",
-            "backends/cuda/test_cuda_conv.py",
-            "test_the_same_bits_in_any_order[float16-3x3-4]",
+            "backends/cuda/test_cuda_conv.py::test_the_same_bits_in_any_order",
+            "[float16-3x3-4]",
         ),
     ],
     ACTIVATION: [
