@@ -2,9 +2,10 @@
 
 The interpreter keeps bfloat16 as its bits. It multiplies these as integers in `tl.dot` and cuts
 float32 off where the hardware rounds to nearest even, and in float8_e4m3fn it rounds half up and
-knows no NaN; it never rounds float32 products to TF32; and Triton 3.6 with NumPy 2.4 cannot take a
-number it has computed as a loop's bound. `repair` puts that right, so that interpreted kernels
-compute what a GPU does, up to the order of sums.
+knows no NaN; it never rounds float32 products to TF32; up to Triton 3.7 a maximum of NaN and a
+number is NaN also where a GPU takes the number; and Triton 3.6 with NumPy 2.4 cannot take a number
+it has computed as a loop's bound. `repair` puts that right, so that interpreted kernels compute
+what a GPU does, up to the order of sums.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def from_float8(bits: np.ndarray) -> np.ndarray:
 
 
 def repair() -> None:
-    """Replaces the interpreter's bfloat16 and float8 casts, dot product and conversion to `int`."""
+    """Replaces the interpreter's casts, dot product, maximum, minimum and conversion to `int`."""
     builder = interpreter.InterpreterBuilder
     if hasattr(builder, "_fused_resnet"):
         return
@@ -108,3 +109,5 @@ def repair() -> None:
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = create_fp_to_fp
     builder.create_dot = create_dot
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
