@@ -110,11 +110,16 @@ def has_kernel(
 
     That is where the backend has a kernel that does what comes before and behind it for nothing.
     """
-    backend = choose(device_type)
     # Answers are cached, where Dynamo will not follow; in its graphs the operator is right anyway.
     if torch.compiler.is_compiling():
-        return type(backend).has_kernel is not Backend.has_kernel
-    return backend.has_kernel(dtype, weight_shape, groups)
+        return _has_kernels(device_type)
+    return choose(device_type).has_kernel(dtype, weight_shape, groups)
+
+
+@torch._dynamo.assume_constant_result
+def _has_kernels(device_type: str) -> bool:
+    """For a compiler's graphs, see `hold_blocks_in_graphs`; older ones cannot read our choice."""
+    return type(choose(device_type)).has_kernel is not Backend.has_kernel
 
 
 def explain(
