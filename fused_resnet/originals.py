@@ -181,6 +181,7 @@ def replaced_activation() -> str | None:
 
 # Compilers take the answer as it is when they trace, as they take the functions themselves.
 replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+replaced_in_heads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 replaced_activation._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
