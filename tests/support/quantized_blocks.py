@@ -36,6 +36,16 @@ def images(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32
     return (4 * torch.randn(shape, generator=rng)).to(dtype)
 
 
+def laid_out_images(rng: torch.Generator, layout: str, dtype: torch.dtype) -> Tensor:
+    """(2, 6, 7, 7), "channels_last", "every other" element of a larger tensor, or "expanded"."""
+    if layout == "every other":
+        return images(rng, 2, 12, 7, 14, dtype=dtype)[:, ::2, :, ::2]
+    input = images(rng, 2, 6, 7, 7, dtype=dtype)
+    if layout == "channels_last":
+        return input.to(memory_format=torch.channels_last)
+    return input[:1].expand(2, -1, -1, -1)
+
+
 SHAPES: dict[str, Callable[[torch.Generator], tuple[Sequence[QuantizedBlock], tuple[int, ...]]]] = {
     "more channels than a step": lambda g: (
         [QuantizedBlock((conv(g, 150, 140, 1), conv(g, 140, 150, 1)), False, 0.7)],

@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 from support import assert_same_bits
-from support.quantized_blocks import SHAPES, conv, images
+from support.quantized_blocks import SHAPES, conv, images, laid_out_images
 
 import fused_resnet
 from fused_resnet import backends, reference
@@ -51,14 +51,8 @@ def test_the_same_bits(name, zero_point):
 @pytest.mark.parametrize("layout", ["channels_last", "every other", "expanded"])
 def test_inputs_of_all_kinds(dtype, layout):
     rng = torch.Generator().manual_seed(3)
-    blocks, shape = SHAPES["one block on the other"](rng)
-    input = images(rng, *shape, dtype=dtype)
-    if layout == "channels_last":
-        input = input.to(memory_format=torch.channels_last)
-    elif layout == "every other":
-        input = images(rng, 2, 12, 7, 14, dtype=dtype)[:, ::2, :, ::2]
-    else:
-        input = input[:1].expand(2, -1, -1, -1)
+    blocks, _ = SHAPES["one block on the other"](rng)
+    input = laid_out_images(rng, layout, dtype)
     check(input, blocks, Quantization(0.06, 120), device())
 
 
