@@ -133,17 +133,47 @@ FR_INLINE float relu(float x) {
   return x <= 0.0f ? 0.0f : x;
 }
 
+// ---- tiles of pixels ----------------------------------------------------------------------------
+
+// The most groups in a tile, and pixels in a group.
+struct TileShape {
+  int groups, pixels;
+};
+
+// Whether one vector holds the output channels of a group.
+bool is_narrow(const Conv& conv) {
+  return conv.expanded || group_k(conv) <= kLanes;
+}
+
+TileShape tile_shape(const Conv& conv) {
+  if (is_narrow(conv)) return {kNarrowGroups, kNarrowPixels};
+  return {kGroups, kTilePixels};
+}
+
+constexpr int64_t kLineItems = 64 / sizeof(Item);
+
+// Whether a tile's pixels, so many items apart, are too many for the only set of the first-level
+// cache that they have. With every step of the product an item is read of each pixel, and a line
+// for 16 steps, which has to stay that long. Lines 4096 bytes apart share a set, of 8 lines or, on
+// later processors, 12.
+bool share_one_set(const Conv& conv, int64_t items) {
+  const TileShape tile = tile_shape(conv);
+  return items * static_cast<int64_t>(sizeof(Item)) % 4096 == 0 && tile.groups * tile.pixels > 8;
+}
+
 // ---- gather: input rows -> slab ---------------------------------------------------------------
 
 // The slab holds the input pixels a task reads, as items [row][column][channels of the group], with
 // the padding written out as zeros, as is the partner of an odd last channel. In it every tap of
-// the filter is a constant offset, and the taps of one filter row are one run of consecutive items.
-// For expanded groups "item" is a vector: lane k of it is the input channels that meet output
+// the filter is a constant offset, and the taps of one filter row are one run of consecutive items,
+// unless there is a gap behind each pixel, by which a tile's pixels get sets of the cache of their
+// own. For expanded groups "item" is a vector: lane k of it is the input channels that meet output
 // channel k of the task's block. A prologue is applied on the way, so to every pixel a task reads
 // and to no padding.
 struct Slab {
   int64_t columns;
-  int64_t pixel, pitch;        // items in a pixel and in a row
+  int64_t pixel, pitch;        // items from a pixel and from a row to the next
+  bool has_gaps;               // whether pixels have less
   int64_t row_step, col_step;  // input pixels between neighbours in the slab
   int64_t p_step, q_step;      // slab rows and columns between neighbouring outputs
 
@@ -156,6 +186,8 @@ struct Slab {
     q_step = sample_cols ? 1 : conv.stride_w;
     columns = (conv.Q - 1) * q_step + (conv.S - 1) * conv.dil_w + 1;
     pixel = group_items(conv) * (conv.expanded ? kLanes : 1);
+    has_gaps = share_one_set(conv, q_step * pixel);
+    if (has_gaps) pixel += kLineItems;
     pitch = columns * pixel;
   }
 
@@ -356,21 +388,6 @@ void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int6
 }
 
 // ---- product and epilogue ----------------------------------------------------------------------
-
-// The most groups in a tile, and pixels in a group.
-struct TileShape {
-  int groups, pixels;
-};
-
-// Whether one vector holds the output channels of a group.
-bool is_narrow(const Conv& conv) {
-  return conv.expanded || group_k(conv) <= kLanes;
-}
-
-TileShape tile_shape(const Conv& conv) {
-  if (is_narrow(conv)) return {kNarrowGroups, kNarrowPixels};
-  return {kGroups, kTilePixels};
-}
 
 // Some groups of `pixels` output pixels, each group evenly spaced in every tensor.
 struct Tile {
@@ -638,14 +655,15 @@ Multiply<T> multiply_for(const Conv& conv, int groups, int pixels, int vectors) 
 
 // ---- a task ------------------------------------------------------------------------------------
 
-// A pointwise convolution reads its pixels where they are, if they are items as they are.
+// A pointwise convolution reads its pixels where they are, if they are items as they are and do not
+// push each other out of the cache.
 bool reads_input_in_place(const Conv& conv) {
   const bool is_gathered = kItemChannels == 1
                                ? conv.dtype == Dtype::kFloat32
                                : (group_c(conv) | conv.in.n | conv.in.h | conv.in.w) % 2 == 0;
   return is_gathered && conv.in_scale == nullptr && !conv.expanded && is_pointwise(conv) &&
          conv.stride_h == 1 && conv.stride_w == 1 && conv.pad_h == 0 && conv.pad_w == 0 &&
-         conv.in.c == 1;
+         conv.in.c == 1 && !share_one_set(conv, conv.in.w / kItemChannels);
 }
 
 // Cuts rows into groups and puts groups of equal length together, so that nearly every tile has all
@@ -852,7 +870,7 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
   product.pixel_stride =
       reads_input_in_place(conv) ? conv.in.w / kItemChannels : slab.q_step * slab.pixel;
   product.run_offset = offsets;
-  if (conv.dil_w == 1 || conv.S == 1) {
+  if (conv.S == 1 || (conv.dil_w == 1 && !slab.has_gaps)) {
     product.runs = conv.R;
     product.run_length = conv.S * group_items(conv);
     for (int64_t r = 0; r < conv.R; ++r) offsets[r] = r * conv.dil_h * slab.pitch;

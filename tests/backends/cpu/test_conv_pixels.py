@@ -32,3 +32,22 @@ def test_every_number_of_pixels(kernel_size, channels, groups):
         for height in (1, 3):
             case = make_conv_case(shape, size=(height, width), residual=True, device="cpu")
             assert_error_rule(case.fused(), case.eager(), case.double().eager())
+
+
+# Pixels, or every other one, that are 4096 bytes apart: those of a tile share a set of the cache, and
+# are gathered with a gap behind each. In float32 and, the last two, in bfloat16.
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (ConvShape(1024, 40, (1, 1)), torch.float32),
+        (ConvShape(1024, 40, (1, 1), stride=(1, 2)), torch.float32),
+        (ConvShape(2048, 66, (1, 1), groups=2), torch.float32),
+        (ConvShape(512, 40, (3, 3), stride=(2, 2), padding=(1, 1)), torch.float32),
+        (ConvShape(512, 40, (1, 3), stride=(1, 2), padding=(0, 2), dilation=(1, 2)), torch.float32),
+        (ConvShape(2048, 40, (1, 1)), torch.bfloat16),
+        (ConvShape(1024, 40, (2, 3), stride=(1, 2), padding=(0, 1)), torch.bfloat16),
+    ],
+)
+def test_pixels_that_share_a_set_of_the_cache(shape, dtype):
+    case = make_conv_case(shape, size=(5, 9), residual=True, device="cpu", dtype=dtype)
+    assert_error_rule(case.fused(), case.eager(), case.double().eager())
