@@ -7,8 +7,9 @@
 //
 // A task's output pixels are taken kDotPixels at a time, each by its own address, so that no
 // product is without an output but for the task's last few pixels, of which up to kDotFew are
-// taken kDotFew at a time. Sums go from registers to the step behind them; a projection's meet the
-// others' of these pixels and channels, which wait in the first-level cache.
+// taken kDotFew at a time. Sums of 64 channels wait in the first-level cache for the step behind
+// them, which is taken between the products of the next tile; others go there from registers. A
+// projection's sums meet the others' of their pixels and channels in that cache.
 //
 // Nothing but <stdint.h> is included: see cpu/isa.h.
 
@@ -53,11 +54,58 @@ struct Ahead {
   }
 };
 
+// Sums of the last tile, whose step is taken between the products of this one: that needs other
+// units of the processor, and would take a third as long again as the products of 64 channels.
+template <bool kOffset, ByteShortcut kShortcut>
+struct Waiting {
+  static constexpr bool kProjection = kShortcut == ByteShortcut::projection;
+  static constexpr int kVectors = kDotChannels / kLanes;
+
+  DotStep step;
+  int64_t next = 0, count = 0;  // the pixels that wait
+  const uint8_t* added[kDotPixels];
+  uint8_t* out[kDotPixels];
+  // Of the filter, and of a projection.
+  alignas(64) int32_t sums[kDotPixels * kDotChannels];
+  alignas(64) int32_t others[kProjection ? kDotPixels * kDotChannels : 1];
+  alignas(64) int32_t offsets[kOffset ? 2 * kDotChannels : 1];
+
+  FR_BYTES_INLINE void finish_next() {
+    const int64_t at = next++ * kDotChannels;
+    Ints last[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      last[v] = load_ints((kProjection ? others : sums) + at + v * kLanes);
+    }
+    finish<kOffset, kShortcut>(step, last, sums + at, added[next - 1], out[next - 1]);
+  }
+  FR_BYTES_INLINE void finish_all() {
+    while (next < count) finish_next();
+  }
+};
+
+// What is done between the products: nothing, or with every other step of them a pixel that waits.
+struct Nothing {
+  FR_BYTES_INLINE void step() {}
+};
+template <class Wait>
+struct FinishWaiting {
+  Wait& waiting;
+  int64_t steps = waiting.next < waiting.count ? 2 : INT64_MAX;
+
+  FR_BYTES_INLINE void step() {
+    if (__builtin_expect(--steps == 0, 0)) {
+      waiting.finish_next();
+      steps = waiting.next < waiting.count ? 2 : INT64_MAX;
+    }
+  }
+};
+
 // All products of some pixels and kVectors vectors of output channels, whose first weights are at
 // `weight`.
-template <int kPixels, int kVectors>
+template <int kPixels, int kVectors, class Meanwhile>
 FR_BYTES_INLINE void sum_products(const DotTaps& taps, const uint8_t* const (&in)[kDotPixels],
-                                  const int8_t* weight, Ahead& ahead,
+                                  const int8_t* weight, Ahead& ahead, Meanwhile meanwhile,
                                   Ints (&total)[kPixels][kVectors]) {
   const int64_t block_bytes = taps.block_bytes;
   int64_t pitch;
@@ -87,6 +135,7 @@ FR_BYTES_INLINE void sum_products(const DotTaps& taps, const uint8_t* const (&in
 #pragma GCC unroll 16
             for (int v = 0; v < kVectors; ++v) total[i][v] = dot(total[i][v], pixel, weights[v]);
           }
+          meanwhile.step();
         }
       }
     }
@@ -144,7 +193,8 @@ void convolve(const DotRun& run, const DotPixels& pixels, int64_t channel, Ahead
   const uint8_t* in[kDotPixels];
   for (int i = 0; i < kDotPixels; ++i) in[i] = pixels.in[i] + base;
   Ints sums[kPixels][kVectors];
-  sum_products(run.taps, in, weight_at(weight, channel, run.taps.block_bytes), ahead, sums);
+  sum_products(run.taps, in, weight_at(weight, channel, run.taps.block_bytes), ahead, Nothing(),
+               sums);
   if constexpr (kProjection) {
 #pragma GCC unroll 8
     for (int i = 0; i < kPixels; ++i) {
@@ -152,7 +202,7 @@ void convolve(const DotRun& run, const DotPixels& pixels, int64_t channel, Ahead
       for (int v = 0; v < kVectors; ++v) store_ints(first + i * kChannels + v * kLanes, sums[i][v]);
     }
     sum_products(run.projection, conv.doubled ? pixels.in : pixels.projected,
-                 weight_at(other, channel, run.projection.block_bytes), ahead, sums);
+                 weight_at(other, channel, run.projection.block_bytes), ahead, Nothing(), sums);
   }
   alignas(64) int32_t offsets[kOffset ? 2 * kChannels : 1];
   DotStep step = {weight.scale + channel,
@@ -177,6 +227,60 @@ void convolve(const DotRun& run, const DotPixels& pixels, int64_t channel, Ahead
   }
 }
 
+// kPixels of `pixels` and kDotChannels output channels, which then wait.
+template <bool kOffset, ByteShortcut kShortcut, int kPixels>
+void convolve_and_wait(const DotRun& run, const DotPixels& pixels, int64_t channel, Ahead& ahead,
+                       Waiting<kOffset, kShortcut>& waiting) {
+  using Wait = Waiting<kOffset, kShortcut>;
+  constexpr bool kProjection = Wait::kProjection;
+  constexpr int kVectors = Wait::kVectors;
+  const ByteConv& conv = run.conv;
+  const ByteWeight &weight = conv.weight, &other = conv.projection_weight;
+  Ints sums[kPixels][kVectors];
+  const auto store = [&](int32_t* to) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kPixels; ++i) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        store_ints(to + i * kDotChannels + v * kLanes, sums[i][v]);
+      }
+    }
+  };
+#pragma GCC unroll 8
+  for (int i = 0; i < kPixels; ++i) {
+    if (kShortcut == ByteShortcut::bytes) __builtin_prefetch(pixels.added[i] + channel);
+    __builtin_prefetch(pixels.out[i] + channel, 1);
+  }
+  sum_products(run.taps, pixels.in, weight_at(weight, channel, run.taps.block_bytes), ahead,
+               FinishWaiting<Wait>{waiting}, sums);
+  waiting.finish_all();
+  store(waiting.sums);
+  if constexpr (kProjection) {
+    sum_products(run.projection, conv.doubled ? pixels.in : pixels.projected,
+                 weight_at(other, channel, run.projection.block_bytes), ahead, Nothing(), sums);
+    store(waiting.others);
+  }
+  waiting.step = {weight.scale + channel,
+                  weight.shift + channel,
+                  kProjection ? other.scale + channel : nullptr,
+                  waiting.offsets,
+                  waiting.offsets + (kOffset ? kDotChannels : 0),
+                  broadcast_int(conv.added_zero_point),
+                  broadcast(conv.shortcut_scale)};
+  if constexpr (kOffset) {
+    find_offsets(weight, channel, kDotChannels, waiting.offsets);
+    if constexpr (kProjection) {
+      find_offsets(other, channel, kDotChannels, waiting.offsets + kDotChannels);
+    }
+  }
+  waiting.next = 0;
+  waiting.count = pixels.count;
+  for (int64_t i = 0; i < pixels.count; ++i) {
+    if (kShortcut == ByteShortcut::bytes) waiting.added[i] = pixels.added[i] + channel;
+    waiting.out[i] = pixels.out[i] + channel;
+  }
+}
+
 // As many of them as there are, or more.
 template <bool kOffset, ByteShortcut kShortcut, int kVectors>
 FR_BYTES_INLINE void convolve(const DotRun& run, const DotPixels& pixels, int64_t channel,
@@ -192,11 +296,15 @@ FR_BYTES_INLINE void convolve(const DotRun& run, const DotPixels& pixels, int64_
 // where a block of weights does. With groups, blocks read different input channels.
 template <bool kOffset, ByteShortcut kShortcut>
 int64_t convolve(const DotRun& run, const DotPixels& pixels, int64_t channel, int64_t end,
-                 Ahead& ahead) {
+                 Ahead& ahead, Waiting<kOffset, kShortcut>& waiting) {
   const int64_t left = end - channel;
   if constexpr (kDotChannels >= 64) {
     if (left > 48 && run.conv.filter.groups == 1) {
-      convolve<kOffset, kShortcut, 64 / kLanes>(run, pixels, channel, ahead);
+      if (pixels.count <= kDotFew) {
+        convolve_and_wait<kOffset, kShortcut, kDotFew>(run, pixels, channel, ahead, waiting);
+      } else {
+        convolve_and_wait<kOffset, kShortcut, kDotPixels>(run, pixels, channel, ahead, waiting);
+      }
       return 64;
     }
   }
@@ -219,27 +327,32 @@ void run_task(const ByteConv& conv, const ByteTask& task) {
   const int64_t first = task.block_begin * kByteBlockK;
   const int64_t last = blocks_end < conv.filter.K ? blocks_end : conv.filter.K;
   DotPixels pixels;
+  Waiting<kOffset, kShortcut> waiting;
   Ahead ahead = {task.later, task.later_end, nullptr, nullptr};
   // Either some pixels take all output channels in turn, or, with weights that do not stay in the
   // cache, some channels take all pixels.
   if (conv.keeps_weight && last - first > kDotChannels) {
     for (DotWalk walk(conv, begin, end); walk.next(pixels);) {
       for (int64_t channel = first; channel < last;) {
-        channel += convolve<kOffset, kShortcut>(run, pixels, channel, last, ahead);
+        channel += convolve<kOffset, kShortcut>(run, pixels, channel, last, ahead, waiting);
       }
     }
+    waiting.finish_all();
     return;
   }
   for (int64_t channel = first, taken = 0; channel < last; channel += taken) {
     ahead = {};
     DotWalk walk(conv, begin, end);
     if (!walk.next(pixels)) return;
-    taken = convolve<kOffset, kShortcut>(run, pixels, channel, last, ahead);
+    taken = convolve<kOffset, kShortcut>(run, pixels, channel, last, ahead, waiting);
     const int64_t next = (channel + taken) / kByteBlockK, then = next + taken / kByteBlockK;
     ahead = {task.later, task.later_end, nullptr, nullptr};
     if (then <= task.block_ahead) ahead = run.weights_ahead<kShortcut>(next, then);
-    while (walk.next(pixels)) convolve<kOffset, kShortcut>(run, pixels, channel, last, ahead);
+    while (walk.next(pixels)) {
+      convolve<kOffset, kShortcut>(run, pixels, channel, last, ahead, waiting);
+    }
   }
+  waiting.finish_all();
 }
 
 template <ByteShortcut kShortcut>
