@@ -3,8 +3,9 @@
 `pytest` runs a part of the suite and `pytest --whole` all of it. The part has every test function,
 each on every backend, and every value of every parameter; what it leaves out are combinations of
 values (`representatives`), and what is marked `whole`: further cases of a kind that it has already.
-A function marked `pairs` takes long over each test: the whole suite has every two values of its
-parameters together, not every three.
+Of a function marked `single` the part has one test, since each takes long. A function marked `pairs`
+takes long over each test, too: the whole suite has every two values of its parameters together, not
+every three.
 
 A test that takes the `backend` fixture runs once for every backend that `backends.available()` says
 "yes" to, on the device that backend computes on here: a new backend joins the suite by becoming
@@ -114,6 +115,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "single: run by `pytest` with one of its tests, on a backend that is for use"
+    )
     config.addinivalue_line(
         "markers", "pairs: run by `pytest --whole` with every two values of its parameters, not all"
     )
@@ -232,7 +236,8 @@ def representatives(items: list[pytest.Item]) -> set[pytest.Item]:
 
     They have every value of every parameter, or every case of parameters whose values are given
     together: of a product of parameters about as many tests as the longest one has values, of a
-    function with one parameter all. So has each backend that is for use. Those that stand in for a
+    function with one parameter all, and of one marked `single` one test. So has each backend that is
+    for use. Those that stand in for a
     GPU's, and take long, have every value between them; the reference, which is torch's operators,
     has a test of every function.
     """
@@ -247,6 +252,10 @@ def representatives(items: list[pytest.Item]) -> set[pytest.Item]:
         if item.get_closest_marker("whole") is not None:
             continue
         runner, name = runner_of(item), item.nodeid.partition("[")[0]
+        if item.get_closest_marker("single") is not None:
+            kinds = {("single", 0)} | ({("for use", 0)} if runner and runner.is_for_use else set())
+            functions.setdefault((name, None), {})[item] = kinds
+            continue
         apart = runner is not None and runner.is_for_use
         function = (name, runner if apart else None)
         cases = values_of(item)

@@ -70,6 +70,7 @@ def model_of(block: str, dtype: torch.dtype, device: str) -> nn.Module:
 
 @pytest.mark.lays_channels_last
 @pytest.mark.parametrize("block", list(BLOCKS))
+@pytest.mark.single
 def test_a_network_is_copied_once(backend, block):
     """The input, and nothing else from the second pass on; the first copies weights, each once."""
     model = model_of(block, torch.float16, backend.device)
@@ -123,6 +124,7 @@ def test_networks_for_small_images(backend, shortcut):
 @pytest.mark.parametrize("weights", list(FORMATS))
 @pytest.mark.parametrize("images", list(FORMATS))
 @pytest.mark.parametrize("block", list(BLOCKS))
+@pytest.mark.single
 def test_formats_are_eager_s(backend, block, images, weights):
     """Of blocks, of stages, and of what a head that may look at it is given."""
     model = model_of(block, torch.float32, backend.device).to(memory_format=FORMATS[weights])

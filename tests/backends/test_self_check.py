@@ -198,6 +198,7 @@ def test_right_kernels_are_used(runner: Runner, name: str, checked: Path) -> Non
     "name",
     ["stem", "prologue", "chain", "pair", "norms", "pool", "forward", "backward", "last backward"],
 )
+@pytest.mark.single
 def test_right_kernels_of_triton_are_used(name: str) -> None:
     """Those that only Triton's backend has."""
     from fused_resnet.backends.triton import chains, checks

@@ -104,6 +104,7 @@ def test_compile_adds_a_candidate(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "float8_e4m3fn"])
+@pytest.mark.single
 def test_quantize_adds_a_candidate(run: Run, tmp_path: Path, precision: str) -> None:
     folder = tmp_path / "images" / "class"
     folder.mkdir(parents=True)

@@ -430,6 +430,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 @pytest.mark.parametrize("kind", DOCUMENTS)
+@pytest.mark.single
 def test_mutated_files_are_read_or_refused_in_one_line(
     kind: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,7 @@ def test_layers_are_timed_side_by_side() -> None:
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("model", ["resnet18", "resnext50_32x4d"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.single
 def test_candidates_agree_on_every_kind_of_layer(model: str, dtype: str) -> None:
     """The stem with its pool, shortcuts, strides and groups, on small images."""
     found = kernels.networks.of_model(model, 1, dtype, 32)

@@ -156,6 +156,7 @@ def test_gradients_under_frozen_statistics(structure, act):
 
 @pytest.mark.parametrize("act", ["silu", "leaky relu", "relu6 in place"])
 @pytest.mark.parametrize("structure", ["sequence", "norm with its activation", "block", "network"])
+@pytest.mark.single
 def test_compilers(structure, act):
     """`torch.compile` and `torch.export` see one graph, of our operators."""
     model = fused_resnet.fuse(build(structure, act))
@@ -262,6 +263,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.single
 def test_networks(name):
     make, left = NETWORKS[name]
     torch.manual_seed(1)

@@ -241,6 +241,7 @@ def test_timm():
 
 
 @pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.single
 def test_compiled(inside):
     """A compiled region, and a compiled function that has one."""
     eager, fused = _models(lambda: cifar_resnet(8, shortcut="B"))

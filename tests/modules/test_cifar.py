@@ -238,6 +238,7 @@ def test_hooks_keep_a_block_from_fusing():
 
 
 @pytest.mark.parametrize("variant", ["A", "plain"])
+@pytest.mark.single
 def test_no_graph_breaks(variant):
     model = fused_resnet.fuse(make(variant)).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

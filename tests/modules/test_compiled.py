@@ -61,6 +61,7 @@ def test_an_aot_inductor_package_in_a_fresh_process(tmp_path):
 @pytest.mark.parametrize(
     ("block", "tracing_mode"), [("basic", "real"), ("bottleneck", "fake"), ("basic", "symbolic")]
 )
+@pytest.mark.single
 def test_make_fx(block, tracing_mode):
     """A graph of operators, ours among them, that computes the same."""
     eager = small_resnet(BLOCKS[block])

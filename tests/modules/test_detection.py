@@ -52,6 +52,7 @@ DETECTORS = ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "keypointrcnn_
 
 
 @pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.single
 def test_backbones_of_detectors(name):
     """The feature pyramids, by the error rule."""
     with torch.device("meta"):
@@ -75,6 +76,7 @@ def test_backbones_of_detectors(name):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("norm", [FrozenBatchNorm2d, torch.nn.BatchNorm2d])
 @pytest.mark.parametrize("trainable", [0, 2, 5])
+@pytest.mark.single
 def test_pyramids_with_frozen_layers(norm, trainable, mode):
     """The stages below the trainable ones get no gradient, and batch norm's statistics agree."""
     torch.manual_seed(1)
@@ -132,6 +134,7 @@ def test_a_detector_from_images_to_losses_and_boxes():
         pytest.param("deeplabv3_resnet101", marks=pytest.mark.whole),
     ],
 )
+@pytest.mark.single
 def test_segmentation(name):
     """With the auxiliary classifier, which reads a stage in the middle."""
     torch.manual_seed(1)
@@ -149,6 +152,7 @@ def test_segmentation(name):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("extractor", ["create_feature_extractor", "IntermediateLayerGetter"])
+@pytest.mark.single
 def test_gradients_through_extractors(extractor, block, mode):
     """With a dilated stage and the first two frozen."""
     dilation = {} if block == "basic" else {"replace_stride_with_dilation": [False, False, True]}

@@ -148,6 +148,7 @@ def test_norms_are_inside_convolutions_in_inference(network, inference, recorded
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("network", ["preact basic", "densenet"])
+@pytest.mark.single
 def test_norms_stay_inside_convolutions_in_a_graph(network, dtype):
     """Of whichever dtype: nothing that answers what runs is in the compiler's way."""
     model, x = fused_resnet.fuse(build(network)).to(dtype), image_batch(2, 48, dtype)
@@ -222,6 +223,7 @@ def test_what_keeps_the_stem_of_a_densenet(change, reason):
 
 
 @pytest.mark.parametrize("network", ["preact basic", "d2l", "model garden", "densenet"])
+@pytest.mark.single
 def test_gradients_by_the_error_rule(network):
     eager = build(network).train()
     assert_gradients_by_error_rule(
@@ -401,6 +403,7 @@ def test_16_bit(network, dtype):
         pytest.param("resnet-d shortcut", marks=pytest.mark.whole),
     ],
 )
+@pytest.mark.single
 def test_tracers(network):
     """torch.compile's front end in one graph, torch.export, TorchScript, fx, make_fx."""
     eager = build(network)

@@ -70,6 +70,7 @@ def packs(monkeypatch):
 
 @pytest.mark.parametrize("block", BLOCKS)
 @torch.no_grad()
+@pytest.mark.single
 def test_one_operator_for_all_blocks(block, packs):
     """One more for the stem; the bits of the fused model; another batch in the same graph."""
     model = fused_model(block, layers=2)
@@ -85,6 +86,7 @@ def test_one_operator_for_all_blocks(block, packs):
 
 
 @torch.no_grad()
+@pytest.mark.single
 def test_other_backends_have_convolutions_in_their_graphs(backend):
     """Whole blocks where the backend has them for graphs, otherwise what was there before."""
     model = fused_model("basic").to(backend.device)
@@ -158,6 +160,7 @@ def test_a_compiled_model_follows_fuse_and_unfuse():
     [("layer2", 3), ("layer1.1", 3), ("layer2.0.bn2", 2), ("maxpool", 1)],
 )
 @torch.no_grad()
+@pytest.mark.single
 def test_hooks_are_called_between_operators(where, calls):
     """What is before a hook and what is behind it are operators of their own."""
     model = fused_model(layers=2)
@@ -287,6 +290,7 @@ def trained_step(model, run, x):
 
 
 @pytest.mark.parametrize(("block", "memory"), [("basic", "normal"), ("bottleneck", "low")])
+@pytest.mark.single
 def test_training_holds_whole_blocks(block, memory):
     """The fused step's bits, and its memory: one operator a block, and one for its backward."""
     model = fused_resnet.fuse(small_resnet(BLOCKS[block], stages=2), memory=memory).train()

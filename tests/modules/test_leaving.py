@@ -45,6 +45,7 @@ def functional_names(counts):
 @pytest.mark.quick
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.single
 def test_a_decomposed_program_is_that_of_the_model_before(block, strict):
     """The same operators, as often; the same values for any batch."""
     eager = small_resnet(BLOCKS[block], stages=2)
@@ -153,6 +154,7 @@ EIGHT_BITS = {"16-bit stem": {}, "8-bit stem": {"stem": "int8"}, "float stem": {
 
 @pytest.mark.parametrize("stem", EIGHT_BITS)
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.single
 def test_eight_bits_become_stored_activations(block, stem):
     """PT2E's operators; each activation within a step of what the kernels store."""
     eager = small_resnet(BLOCKS[block], stages=2)

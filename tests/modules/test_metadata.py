@@ -76,6 +76,7 @@ INPUTS = {
 @pytest.mark.usefixtures("known")
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.single
 def test_they_run_fused_and_keep_their_class(block, kind, unfused):
     eager = small_resnet(BLOCKS[block])
     fused = fused_resnet.fuse(copy.deepcopy(eager))

@@ -52,6 +52,7 @@ def build(name, dtype=torch.float32, **arguments):
 
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.single
 def test_inference(name, dtype):
     """Fused against eager by the error rule, channels_last, on the backend a user gets."""
     eager = build(name, dtype).to(memory_format=torch.channels_last)
@@ -72,6 +73,7 @@ def statistics(model):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.single
 def test_gradients(name, dtype, mode):
     """Gradients of every parameter and of the input by the error rule."""
     eager = build(name, dtype).train(mode == "train")
@@ -92,6 +94,7 @@ def errors_of_eager(dtype):
 
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
 @pytest.mark.parametrize("layer", ["layer1.0.conv2", "layer3.0.conv1", "layer4.0.downsample.0"])
+@pytest.mark.single
 def test_the_rule_for_gradients_sees_a_fault_of_one_weight(monkeypatch, layer, dtype):
     """One part in 64 in 16 bits, whose roundings are half as large, and in 2^18 in float32."""
     eager, x = network_and_images(dtype)
@@ -113,6 +116,7 @@ def test_the_rule_for_gradients_sees_a_fault_of_one_weight(monkeypatch, layer, d
 
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.single
 def test_running_statistics(name, dtype):
     """A forward pass in train mode updates every buffer as eager does."""
     eager = build(name, dtype).train()
@@ -144,6 +148,7 @@ def test_quick_inference(backend, name, dtype):
 
 @pytest.mark.parametrize("size", [33, 75, 224])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.single
 def test_image_sizes(name, size):
     """Odd sizes reach every border case of the strided layers."""
     eager = build(name)
@@ -206,6 +211,7 @@ def build_variant(variant):
 @pytest.mark.parametrize("dtype", BF16_AND_FP32, ids=dtype_id)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.single
 def test_variants(backend, variant, mode, dtype):
     """Outputs and running statistics by the error rule; the report says what was left alone."""
     eager = build_variant(variant).to(dtype).train(mode == "train").to(backend.device)
@@ -235,6 +241,7 @@ def test_variants(backend, variant, mode, dtype):
 @pytest.mark.whole_model
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
+@pytest.mark.single
 def test_gradients_of_variants(backend, variant, mode):
     """In float64, where a wrong formula shows."""
     eager = build_variant(variant).double().train(mode == "train").to(backend.device)
@@ -243,6 +250,7 @@ def test_gradients_of_variants(backend, variant, mode):
     assert_step_in_float64(fused, eager, x, outputs=1e-11, buffers=1e-12)
 
 
+@pytest.mark.single
 def test_momentum_none_is_a_cumulative_average(backend):
     """Three different batches weigh equally, and the counter counts them."""
     eager = build_variant("momentum=None").double().train().to(backend.device)
@@ -256,6 +264,7 @@ def test_momentum_none_is_a_cumulative_average(backend):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10, msg=name)
 
 
+@pytest.mark.single
 def test_blocks_take_torchvisions_constructor_arguments(backend):
     """`ResNet(fused_resnet.Bottleneck, ...)` is the fused model."""
     for name, block in BLOCKS.items():
@@ -295,6 +304,7 @@ def test_basic_block_refuses_what_torchvisions_refuses(arguments):
 
 
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
+@pytest.mark.single
 def test_models_built_around_a_resnet(name):
     """A segmentation model takes the layers without the ResNet class; its blocks still fuse."""
     model = getattr(torchvision.models.segmentation, name)(weights=None, weights_backbone=None)

@@ -90,6 +90,7 @@ def test_in_evaluation(name, memory_format):
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("name", [*lookalikes.NETWORKS, *SEQUENCES, "regnet_y_400mf"])
+@pytest.mark.single
 def test_gradients_and_statistics(name, memory_format):
     eager = build(name).train()
     fused = fused_resnet.fuse(copy.deepcopy(eager))
@@ -145,6 +146,7 @@ def test_torchscript(name):
 
 
 @pytest.mark.parametrize("name", ["transformers ResNet", "fastai", "open_clip", "the ReLU outside"])
+@pytest.mark.single
 def test_compiled(name):
     """In one graph, which holds our operators."""
     model = fused_resnet.fuse(build(name))
@@ -377,6 +379,7 @@ class NoEps(lookalikes.DetrFrozenBatchNorm2d):
 @pytest.mark.quick
 @pytest.mark.parametrize("cls", [lookalikes.DetrFrozenBatchNorm2d, OwnEps, NoEps])
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.single
 def test_frozen_norms_of_other_libraries(cls, training):
     eager = with_norms(cls, randomize_(torchvision.models.resnet18(num_classes=10)))
     eager.train(training)
@@ -655,6 +658,7 @@ UNPROVEN = {
 
 @pytest.mark.whole_model
 @pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.single
 def test_installed_libraries(name):
     """In evaluation and in training, by the error rule."""
     library, make = INSTALLED[name]

@@ -95,6 +95,7 @@ def test_a_class_in_the_place_of_torchs(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.single
 def test_eight_bits_with_a_class_in_the_place_of_torchs(name, monkeypatch):
     """What was built before is quantized as without the replacement, stem and projections too."""
     torch.manual_seed(0)

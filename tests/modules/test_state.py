@@ -204,6 +204,7 @@ def test_updates_between_calls_quick(update):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize("change", ["half", "bfloat16", "double", "to dtype", "to format", "cpu"])
+@pytest.mark.single
 def test_conversions(change, dtype):
     """The fused model after a conversion equals a fused copy of the converted model."""
     conversions = {
@@ -232,6 +233,7 @@ def test_conversions(change, dtype):
         assert_error_rule(actual, expected, reference)
 
 
+@pytest.mark.single
 def test_mixed_precision_by_hand(backend):
     """Half-precision convolutions with float32 norms, as apex and others keep them."""
     eager = small_resnet().bfloat16().to(backend.device)
@@ -245,6 +247,7 @@ def test_mixed_precision_by_hand(backend):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.single
 def test_a_tensor_reallocated_at_the_same_address(backend, dtype):
     """A new weight where a dead one lay, with the same version: address is not identity."""
     shape = ConvShape(32, 64, (3, 3), (1, 1), (1, 1))
@@ -331,6 +334,7 @@ def test_inference_tensors_as_weights(backend):
 
 
 @pytest.mark.whole_model
+@pytest.mark.single
 def test_functional_call(backend):
     """`torch.func.functional_call` with other parameters, in turn with the model's own."""
     eager = small_resnet().to(backend.device)
@@ -352,6 +356,7 @@ def test_functional_call(backend):
             assert_same_bits(fused(x), own, "the model's own parameters")
 
 
+@pytest.mark.single
 def test_averaged_model(backend):
     """Weight averaging: copies, averages in place, recomputes the statistics."""
     from torch.optim.swa_utils import AveragedModel, update_bn
@@ -375,6 +380,7 @@ def test_averaged_model(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.single
 def test_threads_share_a_model(dtype):
     """Several threads, different images and sizes, one model: the bits a single thread gets."""
     model = fused_resnet.fuse(small_resnet(layers=2)).to(dtype)
@@ -414,6 +420,7 @@ def test_threads_meet_a_cold_model():
 
 
 @pytest.mark.parametrize("change", ["in place", "through data"])
+@pytest.mark.single
 def test_threads_after_an_update(change):
     """An update that ended before the threads started is seen by all of them, entirely."""
     model = fused_resnet.fuse(small_resnet())

@@ -99,6 +99,7 @@ def test_fuse_changes_classes_and_nothing_else(block):
 
 
 @pytest.mark.parametrize("name", EVERY_MODEL)
+@pytest.mark.single
 def test_state_dicts_of_every_model(name):
     """Equal key by key before and after, loading strictly both ways, every block fused."""
     with torch.device("meta"):
@@ -316,6 +317,7 @@ def test_deepcopy():
 
 @pytest.mark.quick
 @pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
+@pytest.mark.single
 def test_pickle(protocol):
     model = fused_resnet.fuse(small_resnet())
     x = image_batch()
@@ -371,6 +373,7 @@ def hooked_sites(model):
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("fuse_first", [True, False])
+@pytest.mark.single
 def test_forward_hooks_fire_everywhere(block, fuse_first):
     """Same modules, same order, same shapes, and outputs that follow the error rule."""
     eager = small_resnet(BLOCKS[block])

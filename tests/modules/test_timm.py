@@ -91,6 +91,7 @@ def records(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.single
 def test_models_in_evaluation(name):
     """By the error rule; every block and the stem is fused. The large ones are not as deep."""
     eager = create(name, **({} if name in ("resnet18", "resnet50") else {"layers": (1, 2, 2, 1)}))

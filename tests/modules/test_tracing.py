@@ -43,6 +43,7 @@ def fresh_compiler():
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.single
 def test_compile_fullgraph(backend, block, compiler):
     """One graph, no breaks, our operators in it, in both gradient modes."""
     eager, fused = pair(block, stages=2)
@@ -77,6 +78,7 @@ def test_compile_sees_our_operators():
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.single
 def test_compile_gradients(mode):
     """Forward and backward through AOT autograd, in float64."""
     eager, fused = pair("basic", stages=2)
@@ -119,6 +121,7 @@ def test_compile_without_fullgraph_after_an_update():
 
 @pytest.mark.quick
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.single
 def test_export(block):
     """torch.export with a dynamic batch; our operators stay in the program."""
     eager, fused = pair(block)
@@ -171,6 +174,7 @@ def test_decompositions_of_an_exported_program():
 
 
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.single
 def test_jit_trace(block):
     eager, fused = pair(block)
     x = image_batch(2, 40)
@@ -192,6 +196,7 @@ def test_jit_trace_saves_and_loads(tmp_path):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.single
 def test_jit_script(block, tmp_path):
     eager, fused = pair(block)
     types = [type(m) for m in fused.modules()]
@@ -282,6 +287,7 @@ def test_fx_with_blocks_as_leaves():
 
 
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.single
 def test_feature_extractor(block):
     eager, fused = pair(block)
     assert get_graph_node_names(fused) == get_graph_node_names(eager)
@@ -412,6 +418,7 @@ def test_double_backward_through_a_model():
 
 @pytest.mark.quick
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.single
 def test_gradient_modes(context):
     eager, fused = pair()
     x = image_batch(2, 40)

@@ -266,6 +266,7 @@ def test_second_derivatives(activation):
 
 
 @pytest.mark.parametrize("activation", ["silu", "leaky_relu(0.2)"])
+@pytest.mark.single
 def test_operators_are_operators(activation):
     """Schema, fake kernel, autograd: what compilers rely on."""
     case = make_conv_case(SHAPES[1], activation=activation)

@@ -79,6 +79,7 @@ def test_hard_values(dtype, backend_name, how, name, use_kernels):
 @pytest.mark.skipif("triton" not in RUNNER, reason=backends.available()["triton"])
 @pytest.mark.parametrize("name", HARD)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.single
 def test_statistics_of_a_convolution(dtype, name):
     """Of outputs that are the hard values, by the epilogue; partial sums folded and not."""
     if name == "subnormal_squares":
@@ -106,6 +107,7 @@ def test_statistics_of_a_convolution(dtype, name):
         for name in HARD
     ],
 )
+@pytest.mark.single
 def test_folded_statistics(monkeypatch, name):
     """More slabs than the last kernel takes: those of several as one first."""
     if name == "subnormal_squares":

@@ -219,6 +219,7 @@ def relaid(tensor: torch.Tensor) -> st.SearchStrategy[torch.Tensor]:
 
 @hypothesis.settings(max_examples=examples(400))
 @hypothesis.given(data=st.data())
+@pytest.mark.single
 def test_drawn_cases(backend, data):
     """Any geometry and layout, every element within its a-priori rounding bound."""
     case = data.draw(drawn_cases(backend.device))

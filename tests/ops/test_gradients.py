@@ -231,6 +231,7 @@ def batch_norm_gradients(
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
 @pytest.mark.parametrize("activation", ["relu", "none"])
+@pytest.mark.single
 def test_batch_norm_act(backend, training, dtype, activation):
     def ours(x, mean, var, weight, bias, z):
         return functional.batch_norm_act(
@@ -413,6 +414,7 @@ def test_small_model_in_float64(backend, block, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.single
 def test_small_model_by_the_error_rule(backend, block, mode, dtype):
     eager, x = model_and_images(backend, block, dtype)
     fused = fused_resnet.fuse(copy.deepcopy(eager))
@@ -424,6 +426,7 @@ def test_small_model_by_the_error_rule(backend, block, mode, dtype):
 @pytest.mark.quick
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.single
 def test_autocast(backend, block, training):
     """Under autocast: eager's dtypes everywhere, and errors by the rule."""
     eager, x = model_and_images(backend, block)

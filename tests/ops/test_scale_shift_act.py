@@ -128,6 +128,7 @@ LAYOUTS = ["contiguous", "channels_last", "reversed", "strided", "channel_slice"
 @pytest.mark.quick
 @pytest.mark.parametrize("activation", ["relu", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.single
 def test_error_rule(device, dtype, activation):
     for shape, layout in itertools.product(SHAPES, LAYOUTS):
         x, scale, shift, z = make(shape, dtype, device)

@@ -383,6 +383,7 @@ def test_autocast_with_a_gradient_scaler(dtype, memory):
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.single
 def test_a_network_by_the_error_rule(name, dtype, memory):
     eager = small_resnet(BLOCKS[name], layers=2).to(dtype).train()
     fused = fused_resnet.fuse(copy.deepcopy(eager), memory=memory)

@@ -352,6 +352,7 @@ def test_every_operator_has_a_rule():
 
 @pytest.mark.skipif(RUNNER is None, reason=backends.available()["triton"])
 @pytest.mark.parametrize("pool", [False, True], ids=["convolution", "stem"])
+@pytest.mark.single
 def test_operators_of_triton(pool):
     """Those that compiled graphs hold, called by a graph that somebody maps over."""
     backends.triton.lazy.graph_operators()

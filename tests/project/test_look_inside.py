@@ -39,6 +39,7 @@ def test_gradient_norms(look_inside):
 
 
 @pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.single
 def test_leaving_out_blocks(look_inside, plain):
     """One at a time, where shapes allow, and the network is whole again afterwards."""
     data = look_inside.digits()

@@ -295,6 +295,7 @@ def test_cudnn_computes_the_same_but_for_nan(
     ],
     ids=lambda problem: problem.key,
 )
+@pytest.mark.single
 def test_triton_kernels_pass_the_tuners_check(problem: ConvProblem) -> None:
     device = CUDA if torch.cuda.is_available() else CPU
     gpu = architecture.of_device(device)

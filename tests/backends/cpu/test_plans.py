@@ -552,6 +552,7 @@ def test_models_that_change_in_every_pass_are_let_be(ran):
 
 
 @pytest.mark.parametrize("unseen", [False, True])
+@pytest.mark.single
 def test_eight_bits(unseen, ran):
     model, x = copy.deepcopy(template()), image_batch(2, 32)
     fused_resnet.quantize(model, [x])

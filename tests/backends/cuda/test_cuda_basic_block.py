@@ -134,6 +134,7 @@ def test_small_images(size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.single
 def test_several_images(dtype):
     """Each with its own neighbours: none sees the next one's pixels."""
     case = case_of((9, 16), 3, dtype)
@@ -262,6 +263,7 @@ def test_large_numbers_saturate_between_the_convolutions():
 
 
 @pytest.mark.parametrize("tile", TILES, ids=TILE_ID)
+@pytest.mark.single
 def test_the_same_bits_in_any_order(tile, set_seed):
     """Threads, blocks and copies come in another order with each seed; the bits do not."""
     case = case_of((7, 15))

@@ -226,6 +226,7 @@ def check(case: Case, output_to_backward: bool) -> list[Tensor]:
 @pytest.mark.quick
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "{}x{}".format(*shape))
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.single
 def test_every_value(dtype, shape, set_seed):
     """With and without residual, activation and parameters; the mask read and computed again."""
     set_seed(shape[0])
@@ -370,6 +371,7 @@ CLUSTERED = [(2, 16), (7, 24), (1600, 8), (14339, 16), (2603, 512)]
 @pytest.mark.parametrize("in_clusters", [True], indirect=True, ids=["cluster"])
 @pytest.mark.parametrize("shape", CLUSTERED, ids=lambda shape: "{}x{}".format(*shape))
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.single
 def test_every_value_in_a_cluster(dtype, shape, set_seed, in_clusters):
     set_seed(shape[0])
     large = shape[0] * shape[1] > 500_000

@@ -179,6 +179,7 @@ CLASSES = {
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.single
 def test_error_rule(kind, dtype):
     """Against float64, at most 1.5 times eager's error, in every instance."""
     shape = CLASSES[kind]
@@ -201,6 +202,7 @@ def rounded(case, unit):
 
 
 @pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.single
 def test_error_rule_in_tf32(kind):
     """At most 1.5 times the error that rounding the operands makes, as torch's TF32 rounds them.
 

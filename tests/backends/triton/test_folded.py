@@ -149,6 +149,7 @@ def split_pair(layer: ConvNorm, x: Tensor, residual: Tensor | None) -> Tensor:
     torch.cuda.is_available(), reason="programs of a GPU come in no order that can be chosen"
 )
 @pytest.mark.parametrize("run", [split_conv, split_pair])
+@pytest.mark.single
 def test_the_last_program_adds_up_in_order(run, monkeypatch):
     """The bits of a launch that adds up, whoever is last; NaN and infinities too."""
     layer = layer_of(40, 32, 3, torch.float32)

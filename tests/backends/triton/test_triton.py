@@ -94,6 +94,7 @@ def case_of(shape, **arguments):
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda t: "x".join(map(str, dataclasses.astuple(t))))
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.single
 def test_tiles(triton, kind, tile):
     """Edges of every block size, shares of a sum, tiles beyond the tensor."""
     triton(tile)
@@ -134,6 +135,7 @@ def test_each_kernel_in_each_dtype(triton, shape, dtype):
 
 
 @pytest.mark.parametrize("split_k", [2, 5])
+@pytest.mark.single
 def test_a_split_sum_has_one_value(triton, split_k):
     """Shares are added in one order: the same bits again, and the error rule holds."""
     triton(Tile(32, 64, 32, split_k, 4, 2))
@@ -180,6 +182,7 @@ def test_stem_with_its_pool(triton, monkeypatch, rows, channels, size, dtype, ac
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("kind", [*KINDS, "stem and pool"])
+@pytest.mark.single
 def test_nonfinite_values_reach_no_other_group_or_pixel(triton, kind, value):
     """What a tile multiplies by a zero of its own making must not become NaN."""
     triton(TILES[2])
@@ -362,6 +365,7 @@ def mutation_case(name: str):
 
 @pytest.mark.skipif(RUNNER is None or RUNNER.device == "cuda", reason="for the interpreter")
 @pytest.mark.parametrize("mutation", one_of_each(MUTATIONS, lambda name: MUTATIONS[name][0]))
+@pytest.mark.single
 def test_broken_kernels_are_noticed(triton, monkeypatch, tmp_path, mutation):
     """The checks object to each wrong kernel, and do not to the right one."""
     if mutation == "relu kills NaN" and importlib.metadata.version("triton").startswith("3.6."):

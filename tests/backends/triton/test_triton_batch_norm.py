@@ -66,6 +66,7 @@ def vectors(channels, count):
 @pytest.mark.quick
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.single
 def test_statistics_far_from_zero(norms, dtype, memory_format):
     """A mean of 1e4 beside a deviation of 1 costs no digits, whatever the first value is."""
     for shape in [(7, 3, 1, 1), (2, 24, 11, 5), (3, 5, 43, 37)]:
@@ -225,6 +226,7 @@ def test_the_mask_recomputed_is_the_one_used(norms, memory_format, dtype):
         (1, 136, 4, 5),
     ],
 )
+@pytest.mark.single
 def test_masks_and_two_norms(norms, shape, dtype):
     """Kept as bits: those of the output, and gradients to the bits of those from the output.
 
@@ -403,6 +405,7 @@ def test_each_gradient_by_itself(norms, training, dtype):
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [(0, 1, 0, 0), (2, 1, 3, 2)])
+@pytest.mark.single
 def test_nonfinite(norms, place, value):
     """The statistics of a channel with such a value first or later; NaN lets gradients pass."""
     x, grad = drawn((3, 4, 43, 41), torch.float32, torch.channels_last, 2)
@@ -423,6 +426,7 @@ def test_nonfinite(norms, place, value):
 
 @pytest.mark.parametrize("projection", [True, False], ids=["projection", "identity"])
 @pytest.mark.parametrize(("name", "memory"), [("basic", "normal"), ("bottleneck", "low")])
+@pytest.mark.single
 def test_blocks(name, memory, projection):
     """One node of the graph, by the error rule; under autocast with its dtypes."""
     eager, x = make_block(BLOCKS[name], projection, torch.float32)

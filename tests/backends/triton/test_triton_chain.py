@@ -188,6 +188,7 @@ STAGES = {
         for name in STAGES
     ],
 )
+@pytest.mark.single
 def test_stages(tile, name):
     """All widths, shortcuts, strides and borders; one launch a block, and the first 1x1's."""
     stage = STAGES[name]
@@ -214,6 +215,7 @@ def test_norms_that_are_folded_in_each_tile(tile, apart, name, dtype):
 
 @pytest.mark.parametrize("block_k", [16, 64])
 @pytest.mark.parametrize("block_m", [16, 64, 256])
+@pytest.mark.single
 def test_tiles(monkeypatch, block_m, block_k):
     """Tiles larger than the tensor, slices of all its channels, one block deep."""
     tile = Tile(block_m, 64, block_k, 1, 4, 3)
@@ -453,6 +455,7 @@ def test_the_log_is_what_kernels_address(tile, monkeypatch):
         pytest.param("stage 2", marks=pytest.mark.whole),
     ],
 )
+@pytest.mark.single
 def test_pairs(monkeypatch, name, dtype, shares, split):
     """The 3x3 by itself, then both 1x1s at once, their slices shared among programs or not."""
     tile = Tile(32, 16, 32, split, 4, 2)
@@ -642,6 +645,7 @@ def fall_backs():
 
 
 @pytest.mark.parametrize("name", fall_backs())
+@pytest.mark.single
 def test_fall_back(name):
     """The same numbers but for rounding, whatever keeps blocks from running together."""
     change, chained = fall_backs()[name]
@@ -752,6 +756,7 @@ MUTATIONS = {
 
 @pytest.mark.skipif(RUNNER is None or RUNNER.device == "cuda", reason="for the interpreter")
 @pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.single
 def test_broken_kernels_are_noticed(tile, apart, monkeypatch, tmp_path, mutation):
     right, wrong = MUTATIONS[mutation]
     source = inspect.getsource(bottleneck)

@@ -80,6 +80,7 @@ def test_every_number_is_within_the_bound(name):
 
 
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.single
 def test_blocks_are_nearly_the_reference(name):
     """A number that sums in another order round to its neighbour changes some behind it."""
     rng = torch.Generator().manual_seed(len(name))
@@ -96,6 +97,7 @@ def test_blocks_are_nearly_the_reference(name):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["channels_last", "every other", "expanded"])
+@pytest.mark.single
 def test_inputs_of_all_kinds(dtype, layout):
     rng = torch.Generator().manual_seed(3)
     blocks = [in_float8(QuantizedBlock((conv(rng, 6, 6), conv(rng, 6, 6)), False, 0.9))]

@@ -41,6 +41,7 @@ def device():
 
 @pytest.mark.parametrize("zero_point", [0, 1, 77, 255])
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.single
 def test_the_same_bits(name, zero_point):
     rng = torch.Generator().manual_seed(len(name))
     blocks, shape = SHAPES[name](rng)
@@ -49,6 +50,7 @@ def test_the_same_bits(name, zero_point):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["channels_last", "every other", "expanded"])
+@pytest.mark.single
 def test_inputs_of_all_kinds(dtype, layout):
     rng = torch.Generator().manual_seed(3)
     blocks, _ = SHAPES["one block on the other"](rng)

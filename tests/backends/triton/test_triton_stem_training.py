@@ -143,6 +143,7 @@ def test_by_the_error_rule(stem, pool, dtype):
 @pytest.mark.quick
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.single
 def test_nonfinite(stem, dtype):
     """The norm of constants: single values may be NaN and infinite; the last NaN is taken."""
     x = drawn((2, 6, 11, 9), dtype)
@@ -265,6 +266,7 @@ def exact_stem(leaves, pool, grad):
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("pool", POOLS[:4], ids=str)
+@pytest.mark.single
 def test_the_gradients_of_a_stem(stem, monkeypatch, pool, dtype):
     """At least as exact as the passes it replaces; the output to their bits."""
     leaves, fused, _ = stem_of(dtype, pool)

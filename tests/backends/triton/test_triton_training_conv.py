@@ -64,6 +64,7 @@ def normalized(x, norm, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=["small", "large"])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.single
 def test_forward(convs, geometry, tile, dtype):
     """The output by the error rule; the statistics are of what is stored; the same bits twice."""
     R, stride, padding, dilation = geometry
@@ -106,6 +107,7 @@ def test_statistics_far_from_zero(convs, monkeypatch, slabs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=["small", "large"])
 @pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g[1] == 1 and g[2] <= 1], ids=str)
+@pytest.mark.single
 def test_backward_input(convs, geometry, tile, dtype):
     """With every end and with none, by the error rule; the sums are of what is stored."""
     R, _, padding, dilation = geometry
@@ -174,6 +176,7 @@ def test_nonfinite(convs, value):
 
 @pytest.mark.parametrize("projection", [True, False], ids=["projection", "identity"])
 @pytest.mark.parametrize("name", ["basic", "bottleneck"])
+@pytest.mark.single
 def test_blocks_use_them(convs, monkeypatch, name, projection):
     """All of a block's gradients by the error rule, and which functions of the backend ran."""
     block = {"basic": resnet.BasicBlock, "bottleneck": resnet.Bottleneck}[name]
@@ -229,6 +232,7 @@ def test_blocks_use_them(convs, monkeypatch, name, projection):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("projection", [True, False], ids=["projection", "identity"])
+@pytest.mark.single
 def test_blocks_without_the_first_convolution(convs, monkeypatch, projection):
     """Where it is not ours, or declines after all, the gradients are the same."""
     channels = 8 if projection else 16
