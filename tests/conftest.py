@@ -3,9 +3,8 @@
 `pytest` runs a part of the suite and `pytest --whole` all of it. The part has every test function,
 each on every backend, and every value of every parameter; what it leaves out are combinations of
 values (`representatives`), and what is marked `whole`: further cases of a kind that it has already.
-Of a function marked `single` the part has one test, since each takes long. A function marked `pairs`
-takes long over each test, too: the whole suite has every two values of its parameters together, not
-every three.
+Of a function marked `single` the part has one test, since each takes long. So does each of one
+marked `pairs`: the whole suite has every two values of its parameters together, not every three.
 
 A test that takes the `backend` fixture runs once for every backend that `backends.available()` says
 "yes" to, on the device that backend computes on here: a new backend joins the suite by becoming
@@ -236,10 +235,9 @@ def representatives(items: list[pytest.Item]) -> set[pytest.Item]:
 
     They have every value of every parameter, or every case of parameters whose values are given
     together: of a product of parameters about as many tests as the longest one has values, of a
-    function with one parameter all, and of one marked `single` one test. So has each backend that is
-    for use. Those that stand in for a
+    function with one parameter all. So has each backend that is for use. Those that stand in for a
     GPU's, and take long, have every value between them; the reference, which is torch's operators,
-    has a test of every function.
+    has a test of every function. A function marked `single` has one test, on one backend.
     """
     kept = set()
     for_use = {

@@ -432,35 +432,45 @@ def test_unflattened_modules_that_are_kept():
 
 
 def test_blocks_that_their_owner_compiled():
-    """`block.compile()` reaches the compiler it names, alone and inside the network."""
+    """`block.compile()` reaches the compiler it names, alone and inside the network.
+
+    As unfused: the compilers of some torches leave a module of torch's own, such as conv2, alone.
+    """
     eager = small_resnet()
-    fused = fused_resnet.fuse(copy.deepcopy(eager))
-    graphs, runs = [], []
+    fused, unfused = fused_resnet.fuse(copy.deepcopy(eager)), copy.deepcopy(eager)
+    graphs = {fused: 0, unfused: 0}
+    runs = []
 
-    def backend(module, inputs):
-        graphs.append({str(node.target) for node in module.graph.nodes})
+    def backend_of(model):
+        def backend(module, inputs):
+            graphs[model] += 1
 
-        def run(*arguments):
-            runs.append(len(graphs))
-            return module.forward(*arguments)
+            def run(*arguments):
+                runs.append(model)
+                return module.forward(*arguments)
 
-        return run
+            return run
+
+        return backend
 
     torch._dynamo.reset()
     x = image_batch(2, 40)
     with torch.no_grad():
         for _ in range(3):  # so that there would be a plan
             fused(x)
-        fused.layer1[0].compile(backend=backend)
+        fused.layer1[0].compile(backend=backend_of(fused))
         for _ in range(3):
             assert_error_rule(fused(x), eager(x), double_copy(eager)(x.double()))
-        assert len(graphs) == 1
+        assert graphs[fused] == 1
         assert len(runs) == 3  # and no plan went past it
-        fused.layer2.compile(backend=backend)
-        fused.layer3[0].conv2.compile(backend=backend)
+        unfused.layer1[0].compile(backend=backend_of(unfused))
+        for model in (fused, unfused):
+            model.layer2.compile(backend=backend_of(model))
+            model.layer3[0].conv2.compile(backend=backend_of(model))
         for _ in range(3):
-            assert_error_rule(fused(x), eager(x), double_copy(eager)(x.double()))
-    assert len(graphs) == 3
+            assert_error_rule(fused(x), unfused(x), double_copy(eager)(x.double()))
+    assert graphs[fused] == graphs[unfused] >= 2
+    assert runs.count(fused) == 3 + runs.count(unfused)
     reasons = {record.path: record.reason for record in fused_resnet.report(fused)}
     assert reasons["layer3.0"] == "conv2 is compiled by itself"
     assert reasons["layer1.0"] == ""

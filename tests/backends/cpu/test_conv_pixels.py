@@ -34,8 +34,8 @@ def test_every_number_of_pixels(kernel_size, channels, groups):
             assert_error_rule(case.fused(), case.eager(), case.double().eager())
 
 
-# Pixels, or every other one, that are 4096 bytes apart: those of a tile share a set of the cache, and
-# are gathered with a gap behind each. In float32 and, the last two, in bfloat16.
+# Pixels, or every other one, that are 4096 bytes apart: those of a tile share a set of the cache,
+# and are gathered with a gap behind each. In float32 and, the last two, in bfloat16.
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
