@@ -161,6 +161,24 @@ bool share_one_set(const Conv& conv, int64_t items) {
   return items * static_cast<int64_t>(sizeof(Item)) % 4096 == 0 && tile.groups * tile.pixels > 8;
 }
 
+constexpr int kShuffledTaps = 3;
+
+// Whether groups that share a vector are multiplied by multiply_shuffled(), whose sums have no
+// parts. Groups of one channel have nothing to shuffle.
+bool is_shuffled(const Conv& conv) {
+  return kLanes == 16 && kItemChannels == 1 && conv.expanded && conv.S == kShuffledTaps &&
+         group_c(conv) > 1 && conv.dil_w == 1 && conv.stride_w <= 2 && reduction(conv) <= kChunk;
+}
+
+// The channel, of the vector of inputs that a block of expanded groups meets, that a lane's output
+// meets first.
+VecInt first_source(const Conv& conv) {
+  const int64_t c_per_group = group_c(conv), k_per_group = conv.K / conv.groups;
+  VecInt source;
+  for (int k = 0; k < kLanes; ++k) source[k] = static_cast<int32_t>(k / k_per_group * c_per_group);
+  return source;
+}
+
 // ---- gather: input rows -> slab ---------------------------------------------------------------
 
 // The slab holds the input pixels a task reads, as items [row][column][channels of the group], with
@@ -185,7 +203,8 @@ struct Slab {
     p_step = sample_rows ? 1 : conv.stride_h;
     q_step = sample_cols ? 1 : conv.stride_w;
     columns = (conv.Q - 1) * q_step + (conv.S - 1) * conv.dil_w + 1;
-    pixel = group_items(conv) * (conv.expanded ? kLanes : 1);
+    pixel = conv.expanded ? kLanes : 1;
+    if (!is_shuffled(conv)) pixel *= group_items(conv);
     has_gaps = share_one_set(conv, q_step * pixel);
     if (has_gaps) pixel += kLineItems;
     pitch = columns * pixel;
@@ -294,13 +313,11 @@ void transpose_row(Channel* dst, const typename T::Storage* src, const Conv& con
 }
 
 // One pixel of a block of expanded groups: `channels` input channels, of which output channel k
-// meets k / group_k * group_c and the ones that follow.
-template <class T>
-void expand_pixel(Item* dst, const typename T::Storage* src, const Conv& conv, int64_t channels,
-                  const Affine& norm) {
-  const int64_t c_per_group = group_c(conv), k_per_group = conv.K / conv.groups;
-  VecInt source;
-  for (int k = 0; k < kLanes; ++k) source[k] = static_cast<int32_t>(k / k_per_group * c_per_group);
+// meets source[k] and the ones that follow.
+template <class T, bool kShuffled>
+FR_INLINE void expand_pixel(Item* dst, const typename T::Storage* src, const Conv& conv,
+                            int64_t channels, const VecInt& source, const Affine& norm) {
+  const int64_t c_per_group = group_c(conv);
   Vec pixel;
   if (conv.in.c == 1 && channels == kLanes) {
     pixel = T::load(src);
@@ -309,6 +326,7 @@ void expand_pixel(Item* dst, const typename T::Storage* src, const Conv& conv, i
     for (int64_t c = 0; c < channels; ++c) pixel[c] = load_one<T>(src + c * conv.in.c);
   }
   if (norm.scale != nullptr) pixel = rounded_to<T>(normalised(pixel, norm, 0));
+  if (kShuffled) return store_items(dst, pixel);
   for (int64_t c = 0; c < c_per_group; c += kItemChannels, dst += kLanes) {
     const int32_t first = static_cast<int32_t>(c);
     const Vec channel = __builtin_shuffle(pixel, source + first);
@@ -321,6 +339,16 @@ void expand_pixel(Item* dst, const typename T::Storage* src, const Conv& conv, i
           single ? VecUint{} : (VecUint)__builtin_shuffle(pixel, source + (first + 1));
       store_items(dst, (Vec)((VecUint)channel >> 16 | second));
     }
+  }
+}
+
+// The same of `count` pixels.
+template <class T, bool kShuffled>
+void expand_pixels(Item* dst, int64_t pixel, const typename T::Storage* src, int64_t src_pixel,
+                   int64_t count, const Conv& conv, int64_t channels, const Affine& norm) {
+  const VecInt source = first_source(conv);
+  for (int64_t j = 0; j < count; ++j) {
+    expand_pixel<T, kShuffled>(dst + j * pixel, src + j * src_pixel, conv, channels, source, norm);
   }
 }
 
@@ -360,10 +388,8 @@ void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int6
     const int64_t present = h + 1 == conv.H && count > conv.last_w ? conv.last_w : count;
     zero(dst, first * slab.pixel);
     if (conv.expanded) {
-      for (int64_t j = 0; j < present; ++j) {
-        expand_pixel<T>(inside + j * slab.pixel, src + j * slab.col_step * conv.in.w, conv,
-                        channels, norm);
-      }
+      const auto expand = is_shuffled(conv) ? expand_pixels<T, true> : expand_pixels<T, false>;
+      expand(inside, slab.pixel, src, slab.col_step * conv.in.w, present, conv, channels, norm);
     } else if (conv.in.c != 1) {
       transpose_row<T>(to, src, conv, present, slab.col_step);
       for (int64_t j = 0; j < present; ++j, to += next) {
@@ -402,6 +428,7 @@ struct Product {
   int64_t pixel_stride;  // items between a tile's pixels in the slab (or the input itself)
   int64_t runs, run_length;
   const int64_t* run_offset;
+  VecInt first_source;  // of shuffled groups: the channel of a vector that each lane begins with
   // What to bring into the second-level cache meanwhile: with every step of the product what lies
   // prefetch_step bytes further on; a step of 0 asks for nothing.
   const char* prefetch;
@@ -504,6 +531,67 @@ __attribute__((noinline)) void store_from_memory(float* tile, int64_t out, int64
   }
 }
 
+// What a tile's epilogue reads and writes is needed in a thousand cycles or so; by then it has
+// arrived.
+template <class T, int kG, int kM, int kV>
+FR_INLINE void ask_for_outputs(const Tile& tile, const Epilogue<T>& e) {
+  // A pixel's channels of a block are in one line where pixels begin at a line.
+  constexpr bool kTwoLines = kV * kLanes * sizeof(typename T::Storage) > 64;
+  if (!e.vectorised) return;
+  FR_FOR (g, kG)
+    FR_FOR (i, kM) {
+      const typename T::Storage* out = e.output + tile.out[g] + i * e.out_pixel;
+      __builtin_prefetch(out, 1);
+      if (kTwoLines) __builtin_prefetch(out + (kV - 1) * kLanes, 1);
+      if (e.residual) {
+        const typename T::Storage* residual = e.residual + tile.res[g] + i * e.res_pixel;
+        __builtin_prefetch(residual);
+        if (kTwoLines) __builtin_prefetch(residual + (kV - 1) * kLanes);
+      }
+    }
+}
+
+// From a tile's sums to its outputs.
+template <class T, int kG, int kM, int kV>
+FR_INLINE void finish_tile(Vec (&acc)[kG][kM][kV], const Tile& tile, const Epilogue<T>& e) {
+  if (e.bias != nullptr) {
+    FR_FOR (v, kV) {
+      const Vec bias = Float32::load(e.bias + v * kLanes);
+      FR_FOR (g, kG)
+        FR_FOR (i, kM) acc[g][i][v] += bias;
+    }
+  }
+  FR_FOR (v, kV) {
+    const Vec scale = Float32::load(e.scale + v * kLanes);
+    const Vec shift = Float32::load(e.shift + v * kLanes);
+    FR_FOR (g, kG)
+      FR_FOR (i, kM) acc[g][i][v] = acc[g][i][v] * scale + shift;
+  }
+  if (!e.in_registers()) {
+    FR_FOR (g, kG) {
+      alignas(64) float spill[kM][kV * kLanes];
+      FR_FOR (i, kM)
+        FR_FOR (v, kV) Float32::store(&spill[i][v * kLanes], acc[g][i][v]);
+      if (e.vectorised) {
+        store_from_memory<T, kM, kV>(&spill[0][0], tile.out[g], tile.res[g], e);
+      } else {
+        store_strided<T, kM>(&spill[0][0], kV * kLanes, tile.out[g], tile.res[g], e);
+      }
+    }
+    return;
+  }
+  FR_FOR (g, kG)
+    FR_FOR (i, kM) {
+      typename T::Storage* out = e.output + tile.out[g] + i * e.out_pixel;
+      FR_FOR (v, kV) {
+        Vec y = acc[g][i][v];
+        if (e.residual) y += T::load(e.residual + tile.res[g] + i * e.res_pixel + v * kLanes);
+        if (e.relu) y = relu(y);
+        T::store(out + v * kLanes, y);
+      }
+    }
+}
+
 // kG groups of kM pixels times kV vectors of output channels. With AVX-512 and kM = 7 that is 28
 // accumulators, 2 registers of weights and 1 input item broadcast to all lanes: 28 multiply-adds
 // for 16 loads, so the two multiply-add units are what limits it. With kExpanded the slab holds
@@ -511,28 +599,13 @@ __attribute__((noinline)) void store_from_memory(float* tile, int64_t out, int64
 template <class T, bool kExpanded, int kG, int kM, int kV>
 void multiply(const Product& product, const Tile& tile, const Item* weight, const Epilogue<T>& e) {
   constexpr int64_t kNext = kExpanded ? kLanes : 1;  // items between steps
-  // A pixel's channels of a block are in one line where pixels begin at a line.
-  constexpr bool kTwoLines = kV * kLanes * sizeof(typename T::Storage) > 64;
   const int64_t stride = product.pixel_stride;
   Vec acc[kG][kM][kV];
   FR_FOR (g, kG)
     FR_FOR (i, kM)
       FR_FOR (v, kV) acc[g][i][v] = Vec{};
 
-  if (e.vectorised) {
-    // They are needed in a thousand cycles or so; by then they have arrived.
-    FR_FOR (g, kG)
-      FR_FOR (i, kM) {
-        const typename T::Storage* out = e.output + tile.out[g] + i * e.out_pixel;
-        __builtin_prefetch(out, 1);
-        if (kTwoLines) __builtin_prefetch(out + (kV - 1) * kLanes, 1);
-        if (e.residual) {
-          const typename T::Storage* residual = e.residual + tile.res[g] + i * e.res_pixel;
-          __builtin_prefetch(residual);
-          if (kTwoLines) __builtin_prefetch(residual + (kV - 1) * kLanes);
-        }
-      }
-  }
+  ask_for_outputs<T, kG, kM, kV>(tile, e);
 
   // Sums of more than kChunk items' products are made of sums of so many: the error of one long
   // chain would grow with its length.
@@ -583,42 +656,43 @@ void multiply(const Product& product, const Tile& tile, const Item* weight, cons
         FR_FOR (v, kV) acc[g][i][v] += total[g][i][v];
   }
 
-  if (e.bias != nullptr) {
-    FR_FOR (v, kV) {
-      const Vec bias = Float32::load(e.bias + v * kLanes);
-      FR_FOR (g, kG)
-        FR_FOR (i, kM) acc[g][i][v] += bias;
-    }
-  }
-  FR_FOR (v, kV) {
-    const Vec scale = Float32::load(e.scale + v * kLanes);
-    const Vec shift = Float32::load(e.shift + v * kLanes);
-    FR_FOR (g, kG)
-      FR_FOR (i, kM) acc[g][i][v] = acc[g][i][v] * scale + shift;
-  }
-  if (!e.in_registers()) {
-    FR_FOR (g, kG) {
-      alignas(64) float spill[kM][kV * kLanes];
-      FR_FOR (i, kM)
-        FR_FOR (v, kV) Float32::store(&spill[i][v * kLanes], acc[g][i][v]);
-      if (e.vectorised) {
-        store_from_memory<T, kM, kV>(&spill[0][0], tile.out[g], tile.res[g], e);
-      } else {
-        store_strided<T, kM>(&spill[0][0], kV * kLanes, tile.out[g], tile.res[g], e);
-      }
-    }
-    return;
-  }
+  finish_tile<T, kG, kM, kV>(acc, tile, e);
+}
+
+// The same of groups that share a vector, by filters three taps wide. The slab has a vector of
+// input channels for each pixel, and a lane's input is fetched from its group's: 4 shuffles for
+// groups of 4 channels, each of which meets the taps of all outputs that it is under. With kM = 7
+// that is 9 loads and shuffles for 21 multiply-adds.
+template <class T, int kStride, int kG, int kM>
+void multiply_shuffled(const Product& product, const Tile& tile, const Item* weight,
+                       const Epilogue<T>& e) {
+  constexpr int kTaps = kShuffledTaps, kColumns = (kM - 1) * kStride + kTaps;
+  const int64_t channels = product.run_length, pixel = product.pixel_stride / kStride;
+  Vec acc[kG][kM][1];
   FR_FOR (g, kG)
-    FR_FOR (i, kM) {
-      typename T::Storage* out = e.output + tile.out[g] + i * e.out_pixel;
-      FR_FOR (v, kV) {
-        Vec y = acc[g][i][v];
-        if (e.residual) y += T::load(e.residual + tile.res[g] + i * e.res_pixel + v * kLanes);
-        if (e.relu) y = relu(y);
-        T::store(out + v * kLanes, y);
+    FR_FOR (i, kM) acc[g][i][0] = Vec{};
+  ask_for_outputs<T, kG, kM, 1>(tile, e);
+  for (int64_t run = 0; run < product.runs; ++run, weight += kTaps * channels * kLanes) {
+    VecInt source = product.first_source;
+    for (int64_t c = 0; c < channels; ++c, source += 1) {
+      Vec w[kTaps];
+      FR_FOR (s, kTaps) w[s] = load_items(weight + (s * channels + c) * kLanes);
+      FR_FOR (g, kG) {
+        const Item* in = tile.in[g] + product.run_offset[run];
+        FR_FOR (column, kColumns) {
+          const Vec x = __builtin_shuffle(load_items(in + column * pixel), source);
+          FR_FOR (s, kTaps) {
+            const int from = column - s;  // of the output's first column
+            if (from >= 0 && from % kStride == 0 && from / kStride < kM) {
+              Vec& sum = acc[g][from / kStride][0];
+              sum = multiply_add(sum, x, w[s]);
+            }
+          }
+        }
       }
     }
+  }
+  finish_tile<T, kG, kM, 1>(acc, tile, e);
 }
 
 template <class T>
@@ -641,8 +715,29 @@ Multiply<T> multiply_for_tile(int groups, int pixels) {
   return multiply<T, kExpanded, kG, kM, kV>;
 }
 
+template <class T, int kStride, int kG = 1, int kM = 1>
+Multiply<T> multiply_shuffled_for_tile(int groups, int pixels) {
+  if constexpr (kG < kNarrowGroups) {
+    if (groups > kG) {
+      return multiply_shuffled_for_tile<T, kStride, kG + 1, kM>(groups, pixels);
+    }
+  }
+  if constexpr (kM < kNarrowPixels) {
+    if (pixels > kM) {
+      return multiply_shuffled_for_tile<T, kStride, kG, kM + 1>(groups, pixels);
+    }
+  }
+  return multiply_shuffled<T, kStride, kG, kM>;
+}
+
 template <class T>
 Multiply<T> multiply_for(const Conv& conv, int groups, int pixels, int vectors) {
+  if constexpr (kLanes == 16 && kItemChannels == 1) {
+    if (is_shuffled(conv)) {
+      return conv.stride_w == 1 ? multiply_shuffled_for_tile<T, 1>(groups, pixels)
+                                : multiply_shuffled_for_tile<T, 2>(groups, pixels);
+    }
+  }
   if (conv.expanded) {
     return multiply_for_tile<T, true, 1, kNarrowGroups, kNarrowPixels>(groups, pixels);
   }
@@ -870,9 +965,10 @@ void multiply_tiles(const Conv& conv, const Task& task, const TileList& list, fl
   product.pixel_stride =
       reads_input_in_place(conv) ? conv.in.w / kItemChannels : slab.q_step * slab.pixel;
   product.run_offset = offsets;
-  if (conv.S == 1 || (conv.dil_w == 1 && !slab.has_gaps)) {
+  if (is_shuffled(conv)) product.first_source = first_source(conv);
+  if (conv.S == 1 || is_shuffled(conv) || (conv.dil_w == 1 && !slab.has_gaps)) {
     product.runs = conv.R;
-    product.run_length = conv.S * group_items(conv);
+    product.run_length = (is_shuffled(conv) ? 1 : conv.S) * group_items(conv);
     for (int64_t r = 0; r < conv.R; ++r) offsets[r] = r * conv.dil_h * slab.pitch;
   } else {
     product.runs = conv.R * conv.S;

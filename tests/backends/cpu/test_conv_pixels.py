@@ -51,3 +51,18 @@ def test_every_number_of_pixels(kernel_size, channels, groups):
 def test_pixels_that_share_a_set_of_the_cache(shape, dtype):
     case = make_conv_case(shape, size=(5, 9), residual=True, device="cpu", dtype=dtype)
     assert_error_rule(case.fused(), case.eager(), case.double().eager())
+
+
+# Groups that share a vector, by filters three taps wide: every one of their tiles' columns is under
+# the taps of up to three outputs. Of 2, 4 and 8 output channels, and of fewer input channels.
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize(
+    ("in_channels", "out_channels", "groups"), [(40, 40, 20), (24, 48, 12), (40, 40, 5)]
+)
+def test_groups_that_share_a_vector(in_channels, out_channels, groups, stride):
+    shape = ConvShape(
+        in_channels, out_channels, (2, 3), stride, padding=(1, 1), dilation=(2, 1), groups=groups
+    )
+    for width in (1, 2, 7, 13, 14, 15, 29):
+        case = make_conv_case(shape, size=(5, width), residual=width % 2 == 0, device="cpu")
+        assert_error_rule(case.fused(), case.eager(), case.double().eager())
