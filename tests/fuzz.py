@@ -76,6 +76,8 @@ def build_sanitized() -> dict[str, str]:
         # New memory is full of NaN, for whoever reads what was not written.
         "ASAN_OPTIONS": "abort_on_error=1:detect_leaks=0:allocator_may_return_null=1:"
         "max_allocation_size_mb=2048:alloc_dealloc_mismatch=0:detect_odr_violation=0:"
+        # What only a search for leaks needs, and short stacks of allocations, for speed.
+        "intercept_tls_get_addr=0:malloc_context_size=6:"
         "quarantine_size_mb=32:max_malloc_fill_size=1048576:malloc_fill_byte=255",
         "UBSAN_OPTIONS": "abort_on_error=1:print_stacktrace=1",
     }
