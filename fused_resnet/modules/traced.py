@@ -310,13 +310,13 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def trace(module: nn.Module) -> fx.Graph:
-    """What a module's forward pass calls, as it is now.
+def trace(module: nn.Module, left_out: dict[str, None] | None = None) -> fx.Graph:
+    """What a module's forward pass calls, as it is now, where these arguments are left out.
 
     Raises:
         Exception: it decides by values, or the like.
     """
-    return _Tracer().trace(module)
+    return _Tracer().trace(module, concrete_args=left_out or None)
 
 
 def compiled(graph: fx.Graph) -> Callable[..., Any]:
