@@ -536,10 +536,12 @@ def _act_apart(module: nn.Module, unit: Unit) -> str | None:
     if act is None or is_relu(act):
         return None
     what = f"{unit.act} is {read.described(act)}"
-    if read.uses_batch_statistics(norm):
-        return f"{what}, which runs by itself in training"
     text = text_of(act)
     backend = backends.choose(conv.weight.device.type)
+    if read.uses_batch_statistics(norm):
+        is_trained = text is not None and backend.trains_activation(text, conv.weight.dtype)
+        alone = not is_trained or read.sync_group(norm) is not None
+        return f"{what}, which runs by itself in training" if alone else None
     if text is None or backend.has_activation(text):
         return None
     return f"{what}, for which the backend {backend.name} has no kernel"

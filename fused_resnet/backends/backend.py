@@ -94,6 +94,14 @@ class Backend:
         """
         return False
 
+    def trains_activation(self, activation: str, dtype: torch.dtype) -> bool:
+        """Whether `batch_norm_act_training` and its backward apply it to tensors of a dtype.
+
+        They are then given what was added to the norm, or None, as the output that backward reads.
+        Asked for what is neither "relu" nor "none"; where not, torch's own operators do.
+        """
+        return False
+
     def release(self, tensors: Iterable[Tensor]) -> None:
         """Drops what was made of these parameters and buffers."""
 
@@ -320,9 +328,10 @@ class Backend:
             grad: of the output.
             input: the normalised tensor.
             output: what the activation returned, or its mask as bits; None where there is no
-                residual and the sign is computed again from the input.
+                residual and the sign is computed again from the input. Of an activation that the
+                backend trains, the residual.
             norm: its statistics those of the batch when training.
-            activation: "relu" or "none".
+            activation: "relu", "none" or what the backend trains.
             training: whether the statistics are functions of the input.
             need: which gradients to compute: the input's, the weight's, the bias's, the residual's.
             overwrite: whether `grad` may be overwritten, by the input's gradient.

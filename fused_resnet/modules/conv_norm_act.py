@@ -13,6 +13,7 @@ from ..layers import checks
 from ..layers.description import ConvNorm, Norm
 from ..ops import running_statistics
 from ..ops.conv_bn_act import conv_bn_act
+from ..ops.gradients import trains_activation
 from ..ops.norm_conv_bn_act import norm_conv_bn_act
 from ..ops.registration import needs_grad
 from ..originals import AnyNorm
@@ -157,14 +158,17 @@ def _norm_act(
     narrow: bool = False,
 ) -> Tensor:
     """`act(norm(x) + residual)` with batch statistics, kept as `BatchNorm2d.forward` does."""
-    if act is not None and not is_relu(act):  # whose gradient is torch's own
-        return act(_norm_act(norm, x, residual, None, narrow))
-    activation = "none" if act is None else "relu"
+    group = sync_group(norm)
+    activation = text_of(act)
+    assert activation is not None
+    if act is not None and not is_relu(act):
+        padded = narrow and residual is not None and residual.size(1) != x.size(1)
+        if padded or group is not None or not trains_activation(x, residual, activation):
+            return act(_norm_act(norm, x, residual, None, narrow))  # whose gradient is torch's own
     tracks = not norm.training or norm.track_running_stats
     running_mean = norm.running_mean if tracks else None
     running_var = norm.running_var if tracks else None
     momentum = 0.0 if norm.momentum is None else norm.momentum
-    group = sync_group(norm)
     # `Norm(...)`, which may lack statistics.
     described = tuple.__new__(Norm, (running_mean, running_var, norm.weight, norm.bias, norm.eps))
     error = checks.batch_norm_error(

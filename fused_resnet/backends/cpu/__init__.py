@@ -105,6 +105,10 @@ class Cpu(Backend):
         """See `Backend.has_activation`."""
         return True
 
+    def trains_activation(self, activation: str, dtype: torch.dtype) -> bool:
+        """See `Backend.trains_activation`."""
+        return dtype in NATIVE_DTYPES
+
     def plan_key(self, input: Tensor) -> Hashable | None:
         """See `Backend.plan_key`."""
         if input.dtype not in NATIVE_DTYPES or input.layout is not torch.strided:
