@@ -20,6 +20,7 @@ import functools
 import inspect
 import itertools
 import types
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, no_type_check
@@ -31,6 +32,7 @@ from . import backends, blocks, forms, originals
 from .forms import Form, Unit
 from .layers import watch
 from .modules import read, run, sequences, traced, trial
+from .modules.conv_norm_act import left_to_modules
 from .originals import Conv2d
 
 
@@ -50,6 +52,7 @@ class Recipe:
         act: what follows the add: a ReLU's name or "F.relu".
         idle: what has to do nothing, such as an observer.
         cls: the class itself, where a user has registered it.
+        opened: of a traced forward pass, whether Sequentials and their like are gone into.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Recipe:
     act: str | None = None
     idle: tuple[str, ...] = ()
     cls: type[nn.Module] | None = None
+    opened: bool = False
 
     @property
     def children(self) -> tuple[str, ...]:
@@ -172,7 +176,7 @@ def _form_of(module: nn.Module, recipe: Recipe) -> Form | None:
     if not all(_has(module, name) for name in _names(recipe)):
         return None
     if not recipe.branch:
-        return _traced_form(module)
+        return _traced_form(module, _sequences_in(module) if recipe.opened else None)
     if _parameter(type(module)) is None:
         return None
     _learn_orders(module)
@@ -412,20 +416,30 @@ _Way = tuple[bool, tuple[bool, ...]]
 """A mode, training or not, and which of the arguments that may be left out are given."""
 
 
-def _traced_form(module: nn.Module) -> Form | None:
+def _sequences_in(module: nn.Module) -> tuple[str, ...]:
+    """The paths of the children that apply theirs in order, and of theirs that do."""
+    found: list[str] = []
+    for name, child in module._modules.items():
+        if child is not None and read.is_container(child):
+            found += [name, *(f"{name}.{inner}" for inner in _sequences_in(child))]
+    return tuple(found)
+
+
+def _traced_form(module: nn.Module, may_be_left: tuple[str, ...] | None) -> Form | None:
     """The form of a module whose forward pass can be traced, in both modes; registered."""
     original = type(module)
     attributes = _attributes(module)
     parameters = _parameters(original)
     if parameters is None:
         return None
+    opened = may_be_left or ()
     ways: dict[_Way, fx.Graph] = {}
     units: tuple[Unit, ...] = ()
     for given in itertools.product((False, True), repeat=len(parameters) - 1):
         left_out = {
             p.name: None for p, is_given in zip(parameters[1:], given, strict=True) if not is_given
         }
-        traces = _traces(module, left_out)
+        traces = _traces(module, left_out, opened)
         if traces is None:
             continue
         for training, (graph, found) in traces.items():
@@ -436,18 +450,24 @@ def _traced_form(module: nn.Module) -> Form | None:
         return None
     sources = {way: graph.python_code("self").src for way, graph in ways.items()}
     children = tuple((name, type(child)) for name, child in module._modules.items())
-    key = (original, *sources.items(), repr(attributes), children)
+    containers = tuple(
+        (name, type(child), tuple(child._modules), type(child).forward)
+        for name in opened
+        if (child := forms.part(module, name)) is not None
+    )
+    key = (original, *sources.items(), repr(attributes), children, containers)
     if key not in _made:
         fused: Any = _fused_class(original, _traced_forward)
         fused._graphs = {way: traced.compiled(graph) for way, graph in ways.items()}
         fused._takes = set()
+        fused._is_opened = may_be_left is not None
         form = Form(
             original,
             fused,
             original.__name__,
             units=units,
             by_unit=True,
-            obstacle=_Traced(attributes, children).obstacle,
+            obstacle=_Traced(attributes, children, _Structured(containers, ())).obstacle,
         )
         form.pin()
         _made[key] = form
@@ -456,7 +476,7 @@ def _traced_form(module: nn.Module) -> Form | None:
 
 
 def _traces(
-    module: nn.Module, left_out: dict[str, None]
+    module: nn.Module, left_out: dict[str, None], opened: tuple[str, ...]
 ) -> dict[bool, tuple[fx.Graph, list[traced.Found]]] | None:
     """A module's graphs in training and evaluation, with their units; None where it has none."""
     traces = {}
@@ -464,7 +484,7 @@ def _traces(
         shadow = _shadow(module)
         vars(shadow)["training"] = training
         try:
-            graph = traced.trace(shadow, left_out)
+            graph = traced.trace(shadow, left_out, opened)
         except Exception:  # whatever a foreign forward pass may raise
             return None
         found = traced.find(graph, shadow)
@@ -474,8 +494,31 @@ def _traces(
     return traces
 
 
+_lefts: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = weakref.WeakKeyDictionary()
+_MOST_SHAPES = 64
+
+
+def _is_left(module: nn.Module, x: Any) -> bool:
+    """Whether a module runs as it is because that is faster for such an input; found once."""
+    if type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    lefts = _lefts.get(module)
+    if lefts is None:
+        lefts = _lefts[module] = {}
+    key = (type(module), x.shape, x.stride(), x.dtype, x.device, backends.chosen())
+    if key not in lefts:
+        if len(lefts) >= _MOST_SHAPES:
+            lefts.clear()
+        form = forms.of(module)
+        convs = [forms.part(module, unit.conv) for unit in form.units_of(module)]
+        lefts[key] = left_to_modules(convs, x, False)
+    return lefts[key]
+
+
 def _traced_forward(module: Any, x: Any, *others: Any) -> Any:
     cls = type(module)
+    if cls._is_opened and _is_left(module, x):
+        return cls._original.forward(module, x, *others)
     given = tuple(other is not None for other in others)
     if (
         (isinstance(x, (list, tuple)), given) not in cls._takes
@@ -514,9 +557,15 @@ def _is_simple(value: object) -> bool:
 class _Traced:
     """What a traced forward pass depends on."""
 
-    def __init__(self, attributes: dict[str, Any], children: tuple[tuple[str, type], ...]) -> None:
+    def __init__(
+        self,
+        attributes: dict[str, Any],
+        children: tuple[tuple[str, type], ...],
+        opened: _Structured,
+    ) -> None:
         self._attributes = copy.deepcopy(attributes)
         self._children = children
+        self._opened = opened
 
     def obstacle(self, module: nn.Module) -> str | None:
         """What has changed since, or None."""
@@ -530,7 +579,7 @@ class _Traced:
                 return f"{name} is {read.described(child)}"
         if len(module._modules) != len(self._children):
             return f"it has the children {list(module._modules)}"
-        return None
+        return self._opened.obstacle(module)
 
 
 def _stands_for(fused: type, cls: type) -> bool:

@@ -507,8 +507,10 @@ def _ways(module: nn.Module, form: Form, sizes: _Sizes) -> Iterator[tuple[str, s
         if not read.working_parts(module, unit.between) and (why := _act_apart(module, unit)):
             yield f"eager {unit.act}", why
         for name in (*unit.before, *unit.between, *unit.after):
-            if name != pool and read.working_parts(module, (name,)):
-                yield f"eager {name}", f"{name} is {read.described(forms.part(module, name))}"
+            part = forms.part(module, name)
+            is_fused = part is not None and forms.of_fused(forms.unsharded(type(part))) is not None
+            if name != pool and not is_fused and read.working_parts(module, (name,)):
+                yield f"eager {name}", f"{name} is {read.described(part)}"
     if reason:
         yield "eager pooling", reason
     projected = form.shortcut

@@ -24,6 +24,9 @@ from .recording import Recorder
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Of an input, a norm's weight and bias, and a residual."""
 
+Convolution = tuple[Tensor, tuple[int, ...], int]
+"""A weight, strides and a number of groups."""
+
 UnfoundNorm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
 """A `Norm` whose mean and variance may be None, of statistics that are still to be found."""
 
@@ -91,6 +94,18 @@ class Backend:
 
         See `layers/activation.py` for what there are. Every backend has "relu" and "none", and is
         asked for the others alone.
+        """
+        return False
+
+    def prefers_modules(
+        self, input: Tensor, convolutions: Sequence[Convolution], activated: bool
+    ) -> bool:
+        """Whether torch's modules, one after the other, are faster in inference than `conv_bn_act`.
+
+        Args:
+            input: (N, C, H, W).
+            convolutions: on it, one after the other, each with a norm behind it.
+            activated: whether an activation follows the last norm.
         """
         return False
 

@@ -19,9 +19,9 @@ def _block(name: str, *branch: str, shortcut: str, act: str, idle: tuple[str, ..
     add(Recipe(name, branch, shortcut, act, idle))
 
 
-def _traced(*names: str) -> None:
+def _traced(*names: str, opened: bool = False) -> None:
     for name in names:
-        add(Recipe(name))
+        add(Recipe(name, opened=opened))
 
 
 # torchvision: GoogLeNet and Inception, RegNet, networks prepared for quantization, backbones
@@ -164,8 +164,12 @@ _block(
     shortcut="downsample",
     act="act",
 )
-# EfficientNet, MobileNetV3 and their like: blocks, and the stem in front of them
-_traced("ConvBnAct", "DepthwiseSeparableConv", "EdgeResidual", "InvertedResidual")
+# EfficientNet, MobileNetV3 and their like: blocks, and the stem in front of them. Torchvision's
+# blocks of the same names are Sequentials with an add behind them.
+_traced("ConvBnAct", "EdgeResidual")
+_traced("DepthwiseSeparableConv", "InvertedResidual", opened=True)
+_traced("QuantizableInvertedResidual", "_InvertedResidual", opened=True)
+_traced("MBConv", "FusedMBConv", opened=True)
 _traced("EfficientNet", "MobileNetV3")
 _traced(
     *(

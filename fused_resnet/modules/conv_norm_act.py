@@ -5,6 +5,9 @@ Where it does not, these call the modules, which then raise what they raise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +19,7 @@ from ..ops.conv_bn_act import conv_bn_act
 from ..ops.gradients import trains_activation
 from ..ops.norm_conv_bn_act import norm_conv_bn_act
 from ..ops.registration import needs_grad
-from ..originals import AnyNorm
+from ..originals import AnyNorm, Conv2d
 from . import norms
 from .activations import is_relu, text_of
 from .buffers import momentum_of
@@ -54,6 +57,20 @@ def conv_norm_act(
     if narrow and residual is not None:
         residual = reference.pad_channels(residual, conv.out_channels)
     return _unfused_norm_act(norm, _conv(conv, x, weight), residual, act)
+
+
+def left_to_modules(convs: Sequence[Any], x: Tensor, activated: bool) -> bool:
+    """Whether convolutions, their norms and what follows run as modules because that is faster."""
+    return (
+        type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and x.dim() == 4
+        and all(type(conv) is Conv2d for conv in convs)
+        and backends.choose(x.device.type).prefers_modules(
+            x, [(conv.weight, conv.stride, conv.groups) for conv in convs], activated
+        )
+    )
 
 
 def _conv(conv: nn.Conv2d, x: Tensor, weight: Tensor | None) -> Tensor:
