@@ -95,8 +95,9 @@ def _are_better_left(input: Tensor, convolutions: Sequence[Convolution], activat
         left.append(least is not None and pixels >= least)
     if len(convolutions) == 1:
         K, C, _, _ = weight.shape
-        is_stem = not is_last and groups == 1 and C <= _COLOURS and K <= _NARROW
-        return left[0] or is_stem or (products < _FEW_OF_ONE and not activated)
+        is_stem = groups == 1 and C <= _COLOURS and K <= _NARROW
+        is_left = not is_last and (left[0] or is_stem)
+        return is_left or (products < _FEW_OF_ONE and not activated)
     # Of a filter for each channel and what is around it in NCHW, images of few pixels are left.
     strided = (
         not is_last and pixels > _FEW_PIXELS and any(groups > 1 for *_, groups in convolutions)

@@ -72,10 +72,9 @@ def is_native(dtype: torch.dtype, weight_shape: tuple[int, ...], groups: int) ->
 
 
 # Of output pixels, from which on the library's 1x1 convolution and a pass behind it are faster than
-# the native kernel that writes to NCHW; likewise of a filter for each channel, whose stride is 1.
-_PIXELS_OF_POINTWISE, _PIXELS_OF_DEPTHWISE = 28 * 28, 28 * 28
-# And the values of an output in channels_last, with strides.
-_VALUES_OF_DEPTHWISE = 150_000
+# the native kernel that writes to NCHW. Of a filter for each channel it always is; in channels_last
+# of images of so many values, which the nearer caches do not hold.
+_PIXELS_OF_POINTWISE, _VALUES_OF_DEPTHWISE = 28 * 28, 200_000
 
 
 def least_pixels_for_library(
@@ -94,10 +93,10 @@ def least_pixels_for_library(
     if dtype is not torch.float32 or TILE_ISA:
         return None
     if channels_last:
-        fits = is_depthwise and max(stride) > 1
-        return -(-_VALUES_OF_DEPTHWISE // K) if fits else None
+        per_output = K * stride[0] * stride[1]
+        return -(-_VALUES_OF_DEPTHWISE // per_output) if is_depthwise else None
     if is_depthwise:
-        return 1 if max(stride) > 1 else _PIXELS_OF_DEPTHWISE
+        return 1
     return _PIXELS_OF_POINTWISE if groups == R == S == 1 else None
 
 

@@ -27,9 +27,11 @@ LAYERS = {
     "pointwise": ((8, 16, 1, 1, 1, 28), {FIRST}),
     "pointwise of few pixels": ((8, 16, 1, 1, 1, 27), set()),
     "depthwise": ((16, 16, 3, 1, 16, 28), {FIRST}),
-    "depthwise of few pixels": ((16, 16, 3, 1, 16, 14), set()),
+    "depthwise of few pixels": ((16, 16, 3, 1, 16, 7), {FIRST}),
     "strided depthwise": ((16, 16, 3, 2, 16, 14), {FIRST}),
-    "large strided depthwise": ((64, 64, 3, 2, 64, 100), {FIRST, LAST}),
+    "large depthwise": ((64, 64, 3, 1, 64, 56), {FIRST, LAST}),
+    "large strided depthwise": ((64, 64, 3, 2, 64, 56), {FIRST, LAST}),
+    "depthwise not so large": ((64, 64, 3, 1, 64, 55), {FIRST}),
     "3x3": ((8, 16, 3, 1, 1, 28), set()),
     "of groups": ((16, 16, 3, 1, 4, 28), set()),
 }
