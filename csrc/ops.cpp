@@ -78,6 +78,15 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "Tensor? bias, Tensor mean, Tensor var, float eps, bool relu, Tensor total, Tensor dot, "
       "float count, Tensor(a!) grad_input) -> ()");
   m.def(
+      "normalize_act(Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+      "float eps, Tensor? residual, int act, float act_first, float act_second, "
+      "Tensor(a!) output) -> ()");
+  m.def(
+      "normalize_act_backward(Tensor grad, Tensor input, Tensor? residual, Tensor? weight, "
+      "Tensor? bias, Tensor mean, Tensor var, float eps, int act, float act_first, "
+      "float act_second, bool training, Tensor(a!)? grad_input, Tensor(b!) masked) -> "
+      "(Tensor grad_weight, Tensor grad_bias)");
+  m.def(
       "norm_vectors(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps) -> "
       "(Tensor scale, Tensor shift)");
   m.def(

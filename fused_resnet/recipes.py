@@ -20,6 +20,7 @@ import functools
 import inspect
 import itertools
 import types
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, no_type_check
@@ -31,6 +32,7 @@ from . import backends, blocks, forms, originals
 from .forms import Form, Unit
 from .layers import watch
 from .modules import read, run, sequences, traced, trial
+from .modules.conv_norm_act import left_to_modules
 from .originals import Conv2d
 
 
@@ -39,16 +41,18 @@ class Recipe:
     """How a class computes, in names of its children, with dots for children of theirs.
 
     Attributes:
-        name: the class's.
+        name: the class's; behind a "*" only what it ends with.
         branch: what is applied one after the other; a Sequential, or a class that has a recipe of
             nothing but a branch, stands for its children. Those that a module lacks, being None,
-            are left out. An activation that is no child has a function's name, as "F.relu":
-            `forms.is_function`. Empty: the forward pass is traced.
-        shortcut: of a residual block, what is applied to the block's input before it is added;
-            None where it is not such a block.
+            are left out; a name with a "?" behind it need not be an attribute at all. An activation
+            that is no child has a function's name, as "F.relu": `forms.is_function`. Empty: the
+            forward pass is traced.
+        shortcut: of a residual block, what is applied to the block's input before it is added, in
+            names as in `branch`; None where it is not such a block.
         act: what follows the add: a ReLU's name or "F.relu".
         idle: what has to do nothing, such as an observer.
         cls: the class itself, where a user has registered it.
+        opened: of a traced forward pass, whether Sequentials and their like are gone into.
     """
 
     name: str
@@ -57,9 +61,18 @@ class Recipe:
     act: str | None = None
     idle: tuple[str, ...] = ()
     cls: type[nn.Module] | None = None
+    opened: bool = False
 
+    @property
+    def children(self) -> tuple[str, ...]:
+        """The names in `branch` that a module may have."""
+        return tuple(name.removesuffix(_OPTIONAL) for name in self.branch)
+
+
+_OPTIONAL = "?"
 
 _by_name: dict[str, list[Recipe]] = {}
+_by_ending: list[Recipe] = []
 _by_class: dict[type, list[Recipe]] = {}
 
 _Structure = tuple[Hashable, ...]
@@ -69,16 +82,21 @@ _tried: dict[Hashable, str | None] = {}
 
 def add(recipe: Recipe) -> None:
     """Makes `found` know a recipe."""
-    if recipe.cls is None:
-        _by_name.setdefault(recipe.name, []).append(recipe)
-    else:
+    if recipe.cls is not None:
         _by_class[recipe.cls] = [recipe]
+    elif recipe.name.startswith("*"):
+        _by_ending.append(recipe)
+    else:
+        _by_name.setdefault(recipe.name, []).append(recipe)
 
 
 def of(module: nn.Module) -> list[Recipe]:
     """The recipes there are for a module's class, unfused; a user's own first."""
     cls = type(module)
-    return _by_class.get(cls, []) or _by_name.get(cls.__name__, [])
+    if cls in _by_class:
+        return _by_class[cls]
+    endings = [recipe for recipe in _by_ending if cls.__name__.endswith(recipe.name[1:])]
+    return _by_name.get(cls.__name__, []) + endings
 
 
 def found(module: nn.Module) -> Form | None:
@@ -142,7 +160,8 @@ def unproven(module: nn.Module) -> list[tuple[str, str]]:
 
 def _names(recipe: Recipe) -> list[str]:
     names = [*recipe.branch, recipe.shortcut, recipe.act]
-    return [name for name in names if name is not None and not forms.is_function(name)]
+    needed = [name for name in names if name is not None and not name.endswith(_OPTIONAL)]
+    return [name for name in needed if not forms.is_function(name)]
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -157,12 +176,12 @@ def _form_of(module: nn.Module, recipe: Recipe) -> Form | None:
     if not all(_has(module, name) for name in _names(recipe)):
         return None
     if not recipe.branch:
-        return _traced_form(module)
+        return _traced_form(module, _sequences_in(module) if recipe.opened else None)
     if _parameter(type(module)) is None:
         return None
     _learn_orders(module)
     parts: list[tuple[str, nn.Module | None]] = []
-    for name in recipe.branch:
+    for name in recipe.children:
         child = forms.part(module, name)
         parts += [(name, None)] if child is None else sequences.parts_of(child, name)
     units = sequences.units_in(parts)
@@ -174,7 +193,8 @@ def _form_of(module: nn.Module, recipe: Recipe) -> Form | None:
     if last.act is not None or recipe.act is None:
         return None
     last = Unit(last.conv, last.norm, recipe.act, last.after, (), last.before)
-    return _derived(module, (*inner, last), recipe, recipe.shortcut or "", _BLOCK)
+    shortcut = (recipe.shortcut or "").removesuffix(_OPTIONAL)
+    return _derived(module, (*inner, last), recipe, shortcut, _BLOCK)
 
 
 def _sequence_form(module: nn.Module) -> Form | None:
@@ -204,22 +224,66 @@ def _parameter(cls: type[nn.Module]) -> str | None:
     return parameters[0].name if fits else None
 
 
+def _parameters(cls: type[nn.Module]) -> list[inspect.Parameter] | None:
+    """What a class's forward pass takes, if all but the first may be left out and are None then."""
+    try:
+        _, *parameters = inspect.signature(cls.forward).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    fits = 0 < len(parameters) <= _MOST_PARAMETERS_OF_FORWARD and all(
+        parameter.kind in kinds for parameter in parameters
+    )
+    return parameters if fits and all(p.default is None for p in parameters[1:]) else None
+
+
+_MOST_PARAMETERS_OF_FORWARD = 4
+
+
 def _fused_class(original: type[nn.Module], way: Callable[..., Any]) -> type[nn.Module]:
-    """A class derived from another whose forward pass, with the same argument, goes another way."""
-    name = _parameter(original) or "input"
-    # The argument may be given by its name.
-    code = _template.__code__.replace(co_varnames=("self", name))
-    forward = types.FunctionType(code, _template.__globals__, "forward")
+    """A class derived from another whose forward pass, of the same arguments, goes another way."""
     own = {
         "__module__": __name__,
         "__doc__": f"`{original.__name__}`, made by `fused_resnet.fuse`.",
-        "forward": forward,
         "_unfused_forward": blocks.named_copy(original.forward, "_unfused_forward"),
         "_run": staticmethod(way),
         "_original": original,
         "__reduce_ex__": _reduce,
     }
+    parameters = _parameters(original) or []
+    if len(parameters) > 1 or not _is_of_tensor(parameters):
+        own["forward"] = _forward_of_several(parameters)
+        own["__prepare_scriptable__"] = _prepare_scriptable
+    else:
+        # The argument may be given by its name.
+        name = _parameter(original) or "input"
+        code = _template.__code__.replace(co_varnames=("self", name))
+        own["forward"] = types.FunctionType(code, _template.__globals__, "forward")
     return type(original.__name__, (blocks.Fused, original), own)
+
+
+def _is_of_tensor(parameters: Sequence[inspect.Parameter]) -> bool:
+    """Whether TorchScript may take the only argument for a tensor, as it does without a type."""
+    known = (inspect.Parameter.empty, Tensor, "Tensor", "torch.Tensor", Any, "Any")
+    return all(parameter.annotation in known for parameter in parameters)
+
+
+def _forward_of_several(parameters: Sequence[inspect.Parameter]) -> Callable[..., Any]:
+    """A forward pass whose arguments have these names, and are None where they are left out."""
+    first, *others = (parameter.name for parameter in parameters)
+    heads = ", ".join(["self", first, *(f"{name}=None" for name in others)])
+    source = f"def forward({heads}):\n    return self._run(self, {', '.join([first, *others])})\n"
+    namespace: dict[str, Any] = {}
+    exec(compile(source, "<fused forward>", "exec"), namespace)
+    forward: Callable[..., Any] = namespace["forward"]
+    return forward
+
+
+def _prepare_scriptable(self: Any) -> Any:
+    """What TorchScript compiles, which reads the source of a forward pass: the unfused module."""
+    shadow = self._original.__new__(self._original)
+    shadow.__dict__.update(self.__dict__)
+    return shadow
 
 
 def _reduce(self: Any, protocol: int) -> Any:
@@ -335,8 +399,8 @@ def _learn_orders(module: nn.Module) -> None:
         for recipe in of(child):
             is_order = recipe.branch and recipe.shortcut is None and recipe.act is None
             fits = is_order and all(_has(child, name) for name in recipe.branch)
-            if fits and _applies(child, recipe.branch):
-                forms.in_order[cls] = recipe.branch
+            if fits and _applies(child, recipe.children):
+                forms.in_order[cls] = recipe.children
                 break
         else:
             _unordered.add(cls)
@@ -348,40 +412,62 @@ _unordered: set[type] = set()
 # Traced forward passes ----------------------------------------------------------------------------
 
 
-def _traced_form(module: nn.Module) -> Form | None:
+_Way = tuple[bool, tuple[bool, ...]]
+"""A mode, training or not, and which of the arguments that may be left out are given."""
+
+
+def _sequences_in(module: nn.Module) -> tuple[str, ...]:
+    """The paths of the children that apply theirs in order, and of theirs that do."""
+    found: list[str] = []
+    for name, child in module._modules.items():
+        if child is not None and read.is_container(child):
+            found += [name, *(f"{name}.{inner}" for inner in _sequences_in(child))]
+    return tuple(found)
+
+
+def _traced_form(module: nn.Module, may_be_left: tuple[str, ...] | None) -> Form | None:
     """The form of a module whose forward pass can be traced, in both modes; registered."""
     original = type(module)
     attributes = _attributes(module)
-    if _parameter(original) is None:
+    parameters = _parameters(original)
+    if parameters is None:
         return None
-    ways: dict[bool, fx.Graph] = {}
+    opened = may_be_left or ()
+    ways: dict[_Way, fx.Graph] = {}
     units: tuple[Unit, ...] = ()
-    for training in (True, False):
-        shadow = _shadow(module)
-        vars(shadow)["training"] = training
-        try:
-            graph = traced.trace(shadow)
-        except Exception:  # whatever a foreign forward pass may raise
-            return None
-        found = traced.find(graph, shadow)
-        if not found:
-            return None
-        units = tuple(one.unit for one in found)
-        ways[training] = traced.fused_graph(graph, found)
-    sources = {mode: graph.python_code("self").src for mode, graph in ways.items()}
+    for given in itertools.product((False, True), repeat=len(parameters) - 1):
+        left_out = {
+            p.name: None for p, is_given in zip(parameters[1:], given, strict=True) if not is_given
+        }
+        traces = _traces(module, left_out, opened)
+        if traces is None:
+            continue
+        for training, (graph, found) in traces.items():
+            own = tuple(one.unit for one in found)
+            units = own if len(own) > len(units) else units
+            ways[training, given] = traced.fused_graph(graph, found)
+    if not ways:
+        return None
+    sources = {way: graph.python_code("self").src for way, graph in ways.items()}
     children = tuple((name, type(child)) for name, child in module._modules.items())
-    key = (original, *sources.values(), repr(attributes), children)
+    containers = tuple(
+        (name, type(child), tuple(child._modules), type(child).forward)
+        for name in opened
+        if (child := forms.part(module, name)) is not None
+    )
+    key = (original, *sources.items(), repr(attributes), children, containers)
     if key not in _made:
-        compiled = {mode: traced.compiled(graph) for mode, graph in ways.items()}
-        fused = _fused_class(original, _traced_forward)
-        fused._graphs = compiled  # type: ignore[attr-defined]
+        fused: Any = _fused_class(original, _traced_forward)
+        fused._graphs = {way: traced.compiled(graph) for way, graph in ways.items()}
+        fused._takes = set()
+        fused._is_opened = may_be_left is not None
         form = Form(
             original,
             fused,
             original.__name__,
             units=units,
             by_unit=True,
-            obstacle=_Traced(attributes, children).obstacle,
+            obstacle=_Traced(attributes, children, _Structured(containers, ())).obstacle,
         )
         form.pin()
         _made[key] = form
@@ -389,10 +475,60 @@ def _traced_form(module: nn.Module) -> Form | None:
     return _made[key]
 
 
-def _traced_forward(module: Any, x: Any) -> Any:
-    if read.obstacle(module) is not None or isinstance(x, fx.Proxy):
+def _traces(
+    module: nn.Module, left_out: dict[str, None], opened: tuple[str, ...]
+) -> dict[bool, tuple[fx.Graph, list[traced.Found]]] | None:
+    """A module's graphs in training and evaluation, with their units; None where it has none."""
+    traces = {}
+    for training in (True, False):
+        shadow = _shadow(module)
+        vars(shadow)["training"] = training
+        try:
+            graph = traced.trace(shadow, left_out, opened)
+        except Exception:  # whatever a foreign forward pass may raise
+            return None
+        found = traced.find(graph, shadow)
+        if not found:
+            return None
+        traces[training] = graph, found
+    return traces
+
+
+_lefts: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = weakref.WeakKeyDictionary()
+_MOST_SHAPES = 64
+
+
+def _is_left(module: nn.Module, x: Any) -> bool:
+    """Whether a module runs as it is because that is faster for such an input; found once."""
+    if type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    lefts = _lefts.get(module)
+    if lefts is None:
+        lefts = _lefts[module] = {}
+    key = (type(module), x.shape, x.stride(), x.dtype, x.device, backends.chosen())
+    if key not in lefts:
+        if len(lefts) >= _MOST_SHAPES:
+            lefts.clear()
+        form = forms.of(module)
+        convs = [forms.part(module, unit.conv) for unit in form.units_of(module)]
+        lefts[key] = left_to_modules(convs, x, False)
+    return lefts[key]
+
+
+def _traced_forward(module: Any, x: Any, *others: Any) -> Any:
+    cls = type(module)
+    if cls._is_opened and _is_left(module, x):
+        return cls._original.forward(module, x, *others)
+    given = tuple(other is not None for other in others)
+    if (
+        (isinstance(x, (list, tuple)), given) not in cls._takes
+        or read.obstacle(module) is not None
+        or any(isinstance(value, fx.Proxy) for value in (x, *others))
+    ):
+        if any(given):
+            return cls._original.forward(module, x, *others)
         return run.run_unfused(module, x)
-    return type(module)._graphs[module.training](module, x)
+    return cls._graphs[module.training, given](module, x, *others)
 
 
 _SIMPLE = (int, float, str, bool, type(None), torch.dtype, type, types.FunctionType)
@@ -421,9 +557,15 @@ def _is_simple(value: object) -> bool:
 class _Traced:
     """What a traced forward pass depends on."""
 
-    def __init__(self, attributes: dict[str, Any], children: tuple[tuple[str, type], ...]) -> None:
+    def __init__(
+        self,
+        attributes: dict[str, Any],
+        children: tuple[tuple[str, type], ...],
+        opened: _Structured,
+    ) -> None:
         self._attributes = copy.deepcopy(attributes)
         self._children = children
+        self._opened = opened
 
     def obstacle(self, module: nn.Module) -> str | None:
         """What has changed since, or None."""
@@ -437,7 +579,7 @@ class _Traced:
                 return f"{name} is {read.described(child)}"
         if len(module._modules) != len(self._children):
             return f"it has the children {list(module._modules)}"
-        return None
+        return self._opened.obstacle(module)
 
 
 def _stands_for(fused: type, cls: type) -> bool:
@@ -579,11 +721,73 @@ _MOST_PARAMETERS = 3_000_000
 def _differs_in_some_mode(module: nn.Module, form: Form) -> str | None:
     with trial.quietly(), backends.use_backend("reference"):
         copy = trial.replica(module)
-        first: Any = forms.part(copy, form.units_of(copy)[0].conv)
-        x = trial.random((2, first.in_channels, 9, 9))
-        for training in (False, True):
-            if (reason := _differs(copy.train(training), form, x, training)) is not None:
-                return reason
+        takes = getattr(form.fused, "_takes", None)
+        if takes is None:
+            return _differs_on(copy, form, (trial.random((2, _channels(copy, form), 9, 9)),))
+        return _differs_on_whatever_it_takes(copy, form, takes)
+
+
+def _channels(module: nn.Module, form: Form) -> int:
+    """Of the input of a form's first convolution."""
+    first: nn.Conv2d = forms.part(module, form.units_of(module)[0].conv)
+    return first.in_channels
+
+
+def _differs_on_whatever_it_takes(
+    copy: nn.Module, form: Form, takes: set[tuple[bool, tuple[bool, ...]]]
+) -> str | None:
+    """Of a traced form, which is run for those arguments alone with which it has been tried.
+
+    None if there are some, which `takes` then has: whether the first one is a list of tensors, and
+    which of the others are given.
+    """
+    reasons: list[str | None] = []
+    errors: list[Exception] = []
+    channels, graphs = _channels(copy, form), form.fused._graphs  # type: ignore[attr-defined]
+    x = trial.random((2, channels, 9, 9))
+    firsts: list[tuple[bool, Any]] = [(False, x)]
+    if channels > 1:
+        outside = forms.part(copy, form.units_of(copy)[-1].conv).out_channels
+        part = outside if outside < channels else channels // 2
+        firsts.append((True, list(x.split((part, channels - part), 1))))
+    for is_list, first in firsts:
+        other = trial.random(_output_shape(copy, form, first))
+        for given in dict.fromkeys(given for _, given in graphs):
+            try:
+                values = (first, *(other if is_given else None for is_given in given))
+                reasons.append(_differs_on(copy, form, values, takes))
+            except Exception as error:  # whatever a foreign class may raise
+                takes.discard((is_list, given))
+                errors.append(error)
+    if takes:
+        return None
+    if not reasons:
+        raise errors[0]
+    return reasons[0]
+
+
+def _output_shape(copy: nn.Module, form: Form, first: Any) -> Sequence[int]:
+    """Of a form's last convolution's norm, whatever happens behind it."""
+    seen: list[Sequence[int]] = [(2, _channels(copy, form), 9, 9)]
+    norm: nn.Module = forms.part(copy, form.units_of(copy)[-1].norm)
+    handle = norm.register_forward_hook(lambda _, inputs, out: seen.append(out.shape))
+    with contextlib.suppress(Exception):
+        trial.twin(copy)(first)  # whose hooks are copies
+    handle.remove()
+    return seen[-1]
+
+
+def _differs_on(
+    copy: nn.Module, form: Form, values: Sequence[Any], takes: set[Any] | None = None
+) -> str | None:
+    if takes is not None:  # for which the form runs while it is tried
+        key = isinstance(values[0], list), tuple(value is not None for value in values[1:])
+        takes.add(key)
+    for training in (False, True):
+        if (reason := _differs(copy.train(training), form, values, training)) is not None:
+            if takes is not None:
+                takes.discard(key)
+            return reason
     return None
 
 
@@ -618,13 +822,13 @@ def _with_stubs(module: nn.Module, path: str, names: Sequence[str]) -> nn.Module
     return shadow
 
 
-def _differs(copy: nn.Module, form: Form, x: Tensor, training: bool) -> str | None:
+def _differs(copy: nn.Module, form: Form, values: Sequence[Any], training: bool) -> str | None:
     unfused, fused = trial.twin(copy), trial.twin(copy)
     fused.__class__ = form.fused
     results = []
     for one in (unfused, fused):
         torch.manual_seed(1)
-        results.append(one(x.clone()))
+        results.append(one(*map(_cloned, values)))
     if reason := read.obstacle(fused):
         return reason
     mode = "training" if training else "evaluation"
@@ -635,6 +839,12 @@ def _differs(copy: nn.Module, form: Form, x: Tensor, training: bool) -> str | No
     if not error <= trial.TOLERANCE:
         return f"its form computes something else: in {mode} buffers differ by {error:.2g}"
     return None
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, list):
+        return [one.clone() for one in value]
+    return None if value is None else value.clone()
 
 
 def _applies(module: nn.Module, names: tuple[str, ...]) -> bool:
@@ -687,7 +897,8 @@ def register_form(
 
     The first computes `act(branch(x) + shortcut(x))`. Names are those of children, with dots for
     children of theirs; those that a module has set to None are left out, so one form does for
-    blocks with and without a projection. "F.relu" is a ReLU that is no child; likewise "F.silu",
+    blocks with and without a projection. A "?" behind a name says that a module need not have the
+    attribute at all. "F.relu" is a ReLU that is no child; likewise "F.silu",
     "F.leaky_relu(0.2)" and all that `functional` has. A traced forward pass is what `torch.fx` sees
     of it, with the children as they are: say so of a class only if what it calls depends on nothing
     but its attributes.

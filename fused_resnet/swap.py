@@ -64,6 +64,8 @@ class Report(Sequence[Record]):
             used there, whatever the records say, each with what the check found.
         unproven: classes of modules that have convolutions and norms among their children, where
             nothing says whether their forward pass applies one to the other; `register_form` does.
+        other_norms: classes of norms over groups of channels, in modules that have no record:
+            what they belong to stays as it is.
     """
 
     def __init__(
@@ -71,10 +73,12 @@ class Report(Sequence[Record]):
         records: Sequence[Record],
         not_used: Sequence[str] = (),
         unproven: Sequence[str] = (),
+        other_norms: Sequence[str] = (),
     ) -> None:
         self._records = tuple(records)
         self.not_used = tuple(not_used)
         self.unproven = tuple(unproven)
+        self.other_norms = tuple(other_norms)
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -94,6 +98,7 @@ class Report(Sequence[Record]):
 
     def __str__(self) -> str:
         hints = [f"not fused, see fused_resnet.register_form: {text}" for text in self.unproven]
+        hints += [f"not fused, for it is no batch norm: {text}" for text in self.other_norms]
         if not self._records:
             first = "nothing to fuse: the model has no residual block of a class that is known"
             return "\n".join([first, *hints])
@@ -236,7 +241,7 @@ def _parts_inside(module: nn.Module, form: Form) -> Iterator[nn.Module]:
         part = forms.part(module, name)
         if part is not None:
             yield part
-    shortcut = None if form.shortcut is None else getattr(module, form.shortcut)
+    shortcut = None if form.shortcut is None else getattr(module, form.shortcut, None)
     if isinstance(shortcut, nn.Module):
         yield from shortcut.modules()
 
@@ -301,7 +306,7 @@ def report(model: nn.Module, input: Tensor | None = None) -> Report:
     families.load()
     sizes = _input_sizes(model, input)
     is_quantized = any(_ranges(module) is not None for module in modules)
-    records, unproven = [], _Unproven()
+    records, unproven, other_norms = [], _Unproven(), _OtherNorms()
     for path, module, form in _modules_with_forms(model):
         reason = recipes.refusal(module) if form is None else None
         form = form or forms.found(module)
@@ -311,6 +316,7 @@ def report(model: nn.Module, input: Tensor | None = None) -> Report:
             records.append(_record_of(path, module, form, is_quantized, sizes))
         else:
             unproven.look(path, module)
+            other_norms.look(path, module)
     return Report(
         records,
         [
@@ -319,6 +325,7 @@ def report(model: nn.Module, input: Tensor | None = None) -> Report:
             for family, verdict in backends.self_check.failed(device).items()
         ],
         unproven.texts(),
+        other_norms.texts(),
     )
 
 
@@ -339,9 +346,28 @@ class _Unproven:
         found = []
         for (cls, pairs), paths in self._paths.items():
             names = ", ".join(f"{conv} and {norm}" for conv, norm in pairs)
-            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            found.append(f"{cls.__name__} ({paths[0]}{more}): {names}")
+            found.append(f"{cls.__name__} ({_first_of(paths)}): {names}")
         return found
+
+
+class _OtherNorms:
+    """Norms over groups of channels, by class."""
+
+    def __init__(self) -> None:
+        self._paths: dict[type, list[str]] = {}
+
+    def look(self, path: str, module: nn.Module) -> None:
+        """At one module."""
+        if isinstance(module, nn.GroupNorm):
+            self._paths.setdefault(type(module), []).append(path or "(model)")
+
+    def texts(self) -> list[str]:
+        """One for each class."""
+        return [f"{cls.__name__} ({_first_of(paths)})" for cls, paths in self._paths.items()]
+
+
+def _first_of(paths: Sequence[str]) -> str:
+    return f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else paths[0]
 
 
 def _modules(model: nn.Module, name: str) -> list[nn.Module]:
@@ -481,8 +507,10 @@ def _ways(module: nn.Module, form: Form, sizes: _Sizes) -> Iterator[tuple[str, s
         if not read.working_parts(module, unit.between) and (why := _act_apart(module, unit)):
             yield f"eager {unit.act}", why
         for name in (*unit.before, *unit.between, *unit.after):
-            if name != pool and read.working_parts(module, (name,)):
-                yield f"eager {name}", f"{name} is {read.described(forms.part(module, name))}"
+            part = forms.part(module, name)
+            is_fused = part is not None and forms.of_fused(forms.unsharded(type(part))) is not None
+            if name != pool and not is_fused and read.working_parts(module, (name,)):
+                yield f"eager {name}", f"{name} is {read.described(part)}"
     if reason:
         yield "eager pooling", reason
     projected = form.shortcut
@@ -510,10 +538,12 @@ def _act_apart(module: nn.Module, unit: Unit) -> str | None:
     if act is None or is_relu(act):
         return None
     what = f"{unit.act} is {read.described(act)}"
-    if read.uses_batch_statistics(norm):
-        return f"{what}, which runs by itself in training"
     text = text_of(act)
     backend = backends.choose(conv.weight.device.type)
+    if read.uses_batch_statistics(norm):
+        is_trained = text is not None and backend.trains_activation(text, conv.weight.dtype)
+        alone = not is_trained or read.sync_group(norm) is not None
+        return f"{what}, which runs by itself in training" if alone else None
     if text is None or backend.has_activation(text):
         return None
     return f"{what}, for which the backend {backend.name} has no kernel"

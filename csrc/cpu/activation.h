@@ -11,6 +11,15 @@
 // NaN stays NaN. Where eager's formula is infinity times zero, so is this one, and NaN: the last
 // four at -infinity.
 //
+// And the derivatives, as torch has them:
+//
+//   hardtanh     0 where x <= first or x >= second, else 1
+//   leaky_relu   x > 0 ? 1 : first
+//   silu         S + x S (1 - S), with S = 1 / (1 + exp(-x))
+//   hardswish    x <= -3 ? 0 : x < 3 ? x / 3 + 1/2 : 1
+//   gelu         Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi)
+//   gelu_tanh    S + x S (1 - S) t', with t = 2 sqrt(2 / pi) (x + 0.044715 x^3), S of t
+//
 // No standard header beyond <cstdint> is included and everything with a body is in an anonymous
 // namespace or static, because the including files are compiled for different instruction sets.
 #pragma once
@@ -74,7 +83,8 @@ struct ActivationVectors {
 
   FR_ACTIVATION Vec hardswish(Vec x) { return x * (clamped(x + 3.0f, 0.0f, 6.0f) * 0.16666667f); }
 
-  FR_ACTIVATION Vec gelu(Vec x) {
+  // Phi(x).
+  FR_ACTIVATION Vec normal_distribution(Vec x) {
     const Vec z = x * 0.707106781f;
     const Vec magnitude = clamped(z < 0.0f ? -z : z, 0.0f, 10.0f);
     const Vec square = magnitude * magnitude;
@@ -100,15 +110,49 @@ struct ActivationVectors {
     const Vec tail = 0.5f * exponential(g - square);
     const Vec central = 0.5f + 0.5f * (z * p);
     const Vec outer = z < 0.0f ? tail : 1.0f - tail;
-    return x * (magnitude > 0.92f ? outer : central);
+    return magnitude > 0.92f ? outer : central;
   }
+
+  FR_ACTIVATION Vec gelu(Vec x) { return x * normal_distribution(x); }
 
   FR_ACTIVATION Vec gelu_tanh(Vec x) {
     const Vec inner = x * (1.59576912f + 0.0713548162f * (x * x));
     return x / (1.0f + exponential(-inner));
   }
 
+  // (x S(t))' where t' is the derivative of t.
+  FR_ACTIVATION Vec logistic_derivative(Vec x, Vec t, Vec derivative) {
+    const Vec s = 1.0f / (1.0f + exponential(-t));
+    return s * (1.0f + x * (1.0f - s) * derivative);
+  }
+
+  FR_ACTIVATION Vec silu_derivative(Vec x) { return logistic_derivative(x, x, Vec{} + 1.0f); }
+
+  FR_ACTIVATION Vec hardswish_derivative(Vec x) {
+    const Vec inner = x < 3.0f ? x * 0.33333333f + 0.5f : Vec{} + 1.0f;
+    return x <= -3.0f ? Vec{} : inner;
+  }
+
+  FR_ACTIVATION Vec gelu_derivative(Vec x) {
+    const Vec density = 0.39894228f * exponential(-0.5f * (x * x));
+    return normal_distribution(x) + x * density;
+  }
+
+  FR_ACTIVATION Vec gelu_tanh_derivative(Vec x) {
+    const Vec square = x * x;
+    return logistic_derivative(x, x * (1.59576912f + 0.0713548162f * square),
+                               1.59576912f + 0.214064449f * square);
+  }
+
 #undef FR_ACTIVATION
+
+  template <class F>
+  static void each_pair(const float* values, float* grads, int64_t count, const F& f) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      Vec* at = reinterpret_cast<Vec*>(grads + i);
+      *at = f(*reinterpret_cast<const Vec*>(values + i), *at);
+    }
+  }
 
   template <class F>
   static void each(float* values, int64_t count, const F& f) {
@@ -146,6 +190,46 @@ __attribute__((noinline)) void activate(const Activation& activation, float* val
       return V::each(values, count, [](Vec x) { return V::gelu_tanh(x); });
   }
 }
+
+// Multiplies `grads` by the activation's derivative at `values`, else as `activate`.
+template <int kBytes>
+__attribute__((noinline)) void multiply_by_derivative(const Activation& activation,
+                                                      const float* values, float* grads,
+                                                      int64_t count) {
+  using V = ActivationVectors<kBytes>;
+  using Vec = typename V::Vec;
+  const float first = activation.first, second = activation.second;
+  switch (activation.kind) {
+    case Act::kNone:
+      return;
+    case Act::kRelu:
+      return V::each_pair(values, grads, count, [](Vec x, Vec g) { return x <= 0.0f ? Vec{} : g; });
+    case Act::kHardtanh:
+      return V::each_pair(values, grads, count, [=](Vec x, Vec g) {
+        const Vec below = x >= second ? Vec{} : g;
+        return x <= first ? Vec{} : below;
+      });
+    case Act::kLeakyRelu:
+      return V::each_pair(values, grads, count,
+                          [=](Vec x, Vec g) { return x > 0.0f ? g : g * first; });
+    case Act::kSilu:
+      return V::each_pair(values, grads, count,
+                          [](Vec x, Vec g) { return g * V::silu_derivative(x); });
+    case Act::kHardswish:
+      return V::each_pair(values, grads, count,
+                          [](Vec x, Vec g) { return g * V::hardswish_derivative(x); });
+    case Act::kGelu:
+      return V::each_pair(values, grads, count,
+                          [](Vec x, Vec g) { return g * V::gelu_derivative(x); });
+    case Act::kGeluTanh:
+      return V::each_pair(values, grads, count,
+                          [](Vec x, Vec g) { return g * V::gelu_tanh_derivative(x); });
+  }
+}
+
+// Of kernels whose vectors have so many floats.
+template <int64_t kWidth>
+constexpr int kBytesOfActivation = kWidth == 1 ? 16 : static_cast<int>(4 * kWidth);
 
 }  // namespace
 }  // namespace fused_resnet::cpu

@@ -281,6 +281,7 @@ struct Backward {
   char *grad_input, *masked;
   const void *mean = nullptr, *scale = nullptr, *shift = nullptr;
   bool stream = false;
+  Activation act = {};
 
   template <typename P>
   void set_parameters(const NormVectors<P>& vectors) {
@@ -309,7 +310,8 @@ GradientMatrix matrix_at(const Backward& b, int64_t first, int64_t rows, int64_t
           shift,
           rows,
           columns,
-          b.stream};
+          b.stream,
+          b.act};
 }
 
 // One channel's parameters, each repeated for the columns of a run.
@@ -530,6 +532,41 @@ std::tuple<Tensor, Tensor> batch_norm_act_backward(
   return input.scalar_type() == ScalarType::Double ? run(double()) : run(float());
 }
 
+Activation activation_of(int64_t kind, double first, double second) {
+  FR_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Act::kGeluTanh),
+           "batch_norm_act: activation is ", kind, ", must be one of those in activations.h");
+  return {static_cast<Act>(kind), static_cast<float>(first), static_cast<float>(second)};
+}
+
+// output = act(batch norm of input + residual), with any activation; of float64 ReLU or none.
+void normalize_act(Tensor input, Tensor mean, Tensor var, std::optional<Tensor> weight,
+                   std::optional<Tensor> bias, double eps, std::optional<Tensor> residual,
+                   int64_t act, double first, double second, Tensor output) {
+  const auto [scale, shift] = norm_vectors(mean, var, weight, bias, eps);
+  scale_shift_act_into(input, scale, shift, residual, activation_of(act, first, second), output);
+}
+
+// As batch_norm_act_backward, with any activation and what was added before it, which lies as the
+// input does; not of float64. `masked` is written, and may be `grad` or `grad_input`.
+std::tuple<Tensor, Tensor> normalize_act_backward(
+    Tensor grad, Tensor input, std::optional<Tensor> residual, std::optional<Tensor> weight,
+    std::optional<Tensor> bias, Tensor mean, Tensor var, double eps, int64_t act, double first,
+    double second, bool training, std::optional<Tensor> grad_input, Tensor masked) {
+  constexpr const char* name = "normalize_act_backward";
+  FR_CHECK(input.scalar_type() != ScalarType::Double, name, ": input is float64");
+  Backward b = backward_of(name, grad, input, residual, false, grad_input, masked);
+  b.mask = Mask::derivative;
+  b.act = activation_of(act, first, second);
+  b.output = residual ? static_cast<const char*>(residual->const_data_ptr()) : nullptr;
+  const NormVectors<float> vectors(mean, var, weight, bias, eps);
+  Sums sums = sums_of(b, vectors);
+  if (grad_input) input_gradient_of(b, vectors, training ? &sums : nullptr);
+  for (int64_t c = 0; c < b.layout.channels; ++c) {
+    sums.dot[c] *= static_cast<double>(vectors.invstd[c]);
+  }
+  return {per_channel<float>(sums.dot), per_channel<float>(sums.total)};
+}
+
 // The first pass alone: the sums of g and of g * (input - mean).
 std::tuple<Tensor, Tensor> batch_norm_act_backward_sums(Tensor grad, Tensor input,
                                                         std::optional<Tensor> output,
@@ -582,6 +619,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m)
   m.impl("batch_norm_act_backward_sums", TORCH_BOX(&batch_norm_act_backward_sums));
   m.impl("batch_norm_act_backward_input", TORCH_BOX(&batch_norm_act_backward_input));
   m.impl("norm_vectors", TORCH_BOX(&norm_vectors));
+  m.impl("normalize_act", TORCH_BOX(&normalize_act));
+  m.impl("normalize_act_backward", TORCH_BOX(&normalize_act_backward));
   m.impl("pool_empty_like", TORCH_BOX(&pool_empty_like));
 }
 

@@ -6,13 +6,17 @@
 
 #include <stdint.h>
 
+#include "cpu/activation.h"
 #include "cpu/vectors.h"
 
 namespace fused_resnet {
 
 // Where the gradient passes the activation: everywhere, or where its output is not <= 0, which is
 // computed again as input * scale + shift, or read, or told by bits (ScaleShiftActRow's `passed`).
-enum class Mask { everywhere, recomputed, output, bits };
+// Or the gradient is multiplied by the derivative of the activation at input * scale + shift +
+// output, where what is called the output is a residual and may be null; for gradient_sums alone,
+// which then writes g.
+enum class Mask { everywhere, recomputed, output, bits, derivative };
 
 // Parameters, `sum` and `dot` are float, double for float64. `output` is read for Mask::output
 // only, `bits` for Mask::bits, whose `columns` are a multiple of kMaskedAtOnce.
@@ -21,7 +25,8 @@ struct GradientMatrix {
   const uint8_t* bits;
   const void *mean, *scale, *shift;
   int64_t rows, columns;
-  bool stream;  // whether what is written goes past the caches, if it lies on a line's border
+  bool stream;     // whether what is written goes past the caches, if it lies on a line's border
+  Activation act;  // for Mask::derivative
 };
 
 // `columns` rounded up to whole vectors of 16, the longest vector's values. Static: files that
@@ -488,8 +493,49 @@ void gradient_sums_loop(const GradientMatrix& matrix, void* masked_out, void* su
   }
 }
 
+// As many values at once as stay in the nearest cache, as float.
+constexpr int64_t kDerivedAtOnce = 512;
+
+template <class V>
+void derivative_sums(const GradientMatrix& matrix, void* masked_out, void* sum_out, void* dot_out) {
+  GradientRow<V> row(matrix);
+  auto* masked = static_cast<typename V::Element*>(masked_out);
+  auto *sum = static_cast<float*>(sum_out), *dot = static_cast<float*>(dot_out);
+  alignas(64) float values[kDerivedAtOnce] = {}, grads[kDerivedAtOnce] = {};
+  for (int64_t r = 0; r < matrix.rows; ++r, row.advance(matrix.columns), masked += matrix.columns) {
+    for (int64_t first = 0; first < matrix.columns; first += kDerivedAtOnce) {
+      const int64_t left = matrix.columns - first;
+      const int64_t count = left < kDerivedAtOnce ? left : kDerivedAtOnce;
+      for_each_vector<V>(count, [&](int64_t i, auto... rest) {
+        const int64_t at = first + i;
+        auto y = V::multiply_add(V::load(row.input + at, rest...),
+                                 V::load_parameter(row.scale + at, rest...),
+                                 V::load_parameter(row.shift + at, rest...));
+        if (row.output) y = V::add(y, V::load(row.output + at, rest...));
+        V::store_parameter(values + i, y, rest...);
+        V::store_parameter(grads + i, V::load(row.grad + at, rest...), rest...);
+      });
+      cpu::multiply_by_derivative<cpu::kBytesOfActivation<V::width>>(matrix.act, values, grads,
+                                                                     (count + 15) / 16 * 16);
+      for_each_vector<V>(count, [&](int64_t i, auto... rest) {
+        const int64_t at = first + i;
+        const auto g = V::load_parameter(grads + i, rest...);
+        const auto deviation =
+            V::load(row.input + at, rest...) - V::load_parameter(row.mean + at, rest...);
+        V::store(masked + at, g, rest...);
+        V::store_parameter(sum + at, V::load_parameter(sum + at, rest...) + g, rest...);
+        V::store_parameter(
+            dot + at, V::multiply_add(g, deviation, V::load_parameter(dot + at, rest...)), rest...);
+      });
+    }
+  }
+}
+
 template <class V>
 void gradient_sums(const GradientMatrix& matrix, Mask mask, void* masked, void* sum, void* dot) {
+  if constexpr (sizeof(typename V::Parameter) == sizeof(float)) {
+    if (mask == Mask::derivative) return derivative_sums<V>(matrix, masked, sum, dot);
+  }
   using Loop = void (*)(const GradientMatrix&, void*, void*, void*);
 #define FR_LOOPS(mask)                                                                         \
   {                                                                                            \

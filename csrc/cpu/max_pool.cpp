@@ -95,8 +95,8 @@ void run_rows(const Problem& problem, int64_t image, int64_t h_begin, int64_t h_
         const int64_t pixel = problem.C * problem.element_size;
         for (int64_t w = 0; w < problem.W; ++w) {
           problem.kernels.scale_shift_act(input + w * pixel, problem.scale, problem.shift, nullptr,
-                                          activation + w * pixel, problem.C, false, true, false,
-                                          nullptr);
+                                          activation + w * pixel, problem.C, false,
+                                          {Act::kRelu, 0, 0}, false, nullptr);
         }
       }
       values[r] = activation;

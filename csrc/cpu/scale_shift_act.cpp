@@ -110,7 +110,7 @@ struct Problem {
   ResidualChannels residual_channels;
   const Tensor& output;
   std::vector<Loop> loops;  // outermost first, never empty
-  bool relu;
+  Activation act;
   bool stream;
   uint8_t* passed;
 };
@@ -169,7 +169,7 @@ void run_range(const Problem& problem, ScaleShiftActRow kernel, int64_t begin, i
       }
       kernel(input_row.at(input_offset + column * inner.input, count),
              scale + first * parameter_size, shift + first * parameter_size, residual,
-             output + position * element_size, count, !inner.is_channel, problem.relu,
+             output + position * element_size, count, !inner.is_channel, problem.act,
              problem.stream, problem.passed ? problem.passed + position / 8 : nullptr);
       column += count;
       position += count;
@@ -228,7 +228,7 @@ void run(Problem problem, const Tensor& scale, const Tensor& shift) {
 
 // Into `output`, which it returns.
 Tensor finish(const Tensor& input, const Tensor& scale, const Tensor& shift,
-              const std::optional<Tensor>& residual, bool relu, Tensor output,
+              const std::optional<Tensor>& residual, const Activation& act, Tensor output,
               std::optional<Tensor>* passed) {
   if (output.numel() == 0) return output;
   Problem problem{input,
@@ -238,10 +238,10 @@ Tensor finish(const Tensor& input, const Tensor& scale, const Tensor& shift,
                   {input.size(1), residual},
                   output,
                   make_loops(input, residual, output),
-                  relu,
-                  cpu::exceeds_caches(output),
+                  act,
+                  cpu::exceeds_caches(output) && output.const_data_ptr() != input.const_data_ptr(),
                   nullptr};
-  if (passed && relu && problem.loops.back().size % kMaskedAtOnce == 0) {
+  if (passed && cpu::is_relu(act) && problem.loops.back().size % kMaskedAtOnce == 0) {
     *passed = cpu::pool_tensor({output.numel() / 8}, {1}, ScalarType::Byte);
     problem.passed = (*passed)->mutable_data_ptr<uint8_t>();
   }
@@ -259,12 +259,23 @@ Tensor cpu::scale_shift_act(const Tensor& input, const Tensor& scale, const Tens
                             const std::optional<Tensor>& residual, const std::string& activation,
                             std::optional<Tensor>* passed) {
   const bool relu = check_scale_shift_act(input, scale, shift, residual, activation);
+  const Activation act{relu ? Act::kRelu : Act::kNone, 0, 0};
   if (input.numel() == 0 || !is_non_overlapping_and_dense(input)) {
-    return finish(input, scale, shift, residual, relu, empty_output(input), nullptr);
+    return finish(input, scale, shift, residual, act, empty_output(input), nullptr);
   }
-  return finish(input, scale, shift, residual, relu,
+  return finish(input, scale, shift, residual, act,
                 pool_tensor(input.sizes().vec(), input.strides().vec(), input.scalar_type()),
                 passed);
+}
+
+void cpu::scale_shift_act_into(const Tensor& input, const Tensor& scale, const Tensor& shift,
+                               const std::optional<Tensor>& residual, const Activation& act,
+                               const Tensor& output) {
+  check_scale_shift_act(input, scale, shift, residual, "none");
+  check_alike("scale_shift_act", "output", output, input);
+  FR_CHECK(!is_other(act) || input.scalar_type() != ScalarType::Double,
+           "scale_shift_act: of float64 there is no activation but relu");
+  finish(input, scale, shift, residual, act, output, nullptr);
 }
 
 namespace {

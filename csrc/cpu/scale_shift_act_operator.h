@@ -6,6 +6,8 @@
 #include <optional>
 #include <string>
 
+#include "activations.h"
+
 namespace fused_resnet::cpu {
 
 // See fused_resnet/reference.py, `scale_shift_act`. The output lies in the pool's memory, and so
@@ -18,5 +20,12 @@ torch::stable::Tensor scale_shift_act(const torch::stable::Tensor& input,
                                       const std::optional<torch::stable::Tensor>& residual,
                                       const std::string& activation,
                                       std::optional<torch::stable::Tensor>* passed = nullptr);
+
+// The same with any activation, of float64 with ReLU or none, into `output`, which is dense, lies
+// as the input does and may be the input.
+void scale_shift_act_into(const torch::stable::Tensor& input, const torch::stable::Tensor& scale,
+                          const torch::stable::Tensor& shift,
+                          const std::optional<torch::stable::Tensor>& residual,
+                          const Activation& act, const torch::stable::Tensor& output);
 
 }  // namespace fused_resnet::cpu

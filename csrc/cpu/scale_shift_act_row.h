@@ -6,6 +6,7 @@
 
 #include <stdint.h>
 
+#include "cpu/activation.h"
 #include "cpu/vectors.h"
 
 namespace fused_resnet {
@@ -13,11 +14,12 @@ namespace fused_resnet {
 // output[i] = act(input[i] * scale[c] + shift[c] + residual[i]) for i < n, where c is i, or 0 when
 // `one_channel`. All rows are dense; `residual` may be null. `scale` and `shift` are float, double
 // for the float64 kernel. With `stream` the output goes past the caches, if it lies on a line's
-// border. Where `passed` is given, n is a multiple of kMaskedAtOnce, `relu` set, and a bit is
-// written for each value, the first one's the lowest: whether the ReLU let it pass.
+// border. Where `passed` is given, n is a multiple of kMaskedAtOnce, `act` ReLU, and a bit is
+// written for each value, the first one's the lowest: whether the ReLU let it pass. The float64
+// kernel has no activations but ReLU. `output` may be `input`, without `stream`.
 using ScaleShiftActRow = void (*)(const void* input, const void* scale, const void* shift,
                                   const void* residual, void* output, int64_t n, bool one_channel,
-                                  bool relu, bool stream, uint8_t* passed);
+                                  const Activation& act, bool stream, uint8_t* passed);
 
 struct ScaleShiftActRows {
   ScaleShiftActRow float16, bfloat16, float32, float64;
@@ -72,10 +74,47 @@ void scale_shift_act_loop(const typename V::Element* input, const typename V::Pa
   }
 }
 
+// As many values at once as stay in the nearest cache, as float.
+constexpr int64_t kActivatedAtOnce = 512;
+
+template <class V>
+void other_act_row(const void* input, const void* scale_in, const void* shift_in,
+                   const void* residual_in, void* output, int64_t n, bool one_channel,
+                   const Activation& act) {
+  const auto* x = static_cast<const typename V::Element*>(input);
+  const auto* residual = static_cast<const typename V::Element*>(residual_in);
+  const auto *scale = static_cast<const float*>(scale_in),
+             *shift = static_cast<const float*>(shift_in);
+  auto* out = static_cast<typename V::Element*>(output);
+  const auto first_scale = V::broadcast(*scale), first_shift = V::broadcast(*shift);
+  alignas(64) float values[kActivatedAtOnce] = {};
+  for (int64_t first = 0; first < n; first += kActivatedAtOnce) {
+    const int64_t count = n - first < kActivatedAtOnce ? n - first : kActivatedAtOnce;
+    for_each_vector<V>(count, [&](int64_t i, auto... rest) {
+      const int64_t at = first + i;
+      auto y = V::multiply_add(V::load(x + at, rest...),
+                               one_channel ? first_scale : V::load_parameter(scale + at, rest...),
+                               one_channel ? first_shift : V::load_parameter(shift + at, rest...));
+      if (residual) y = V::add(y, V::load(residual + at, rest...));
+      V::store_parameter(values + i, y, rest...);
+    });
+    cpu::activate<cpu::kBytesOfActivation<V::width>>(act, values, (count + 15) / 16 * 16);
+    for_each_vector<V>(count, [&](int64_t i, auto... rest) {
+      V::store(out + first + i, V::load_parameter(values + i, rest...), rest...);
+    });
+  }
+}
+
 template <class V>
 void scale_shift_act_row(const void* input, const void* scale, const void* shift,
-                         const void* residual, void* output, int64_t n, bool one_channel, bool relu,
-                         bool stream, uint8_t* passed) {
+                         const void* residual, void* output, int64_t n, bool one_channel,
+                         const Activation& act, bool stream, uint8_t* passed) {
+  if constexpr (sizeof(typename V::Parameter) == sizeof(float)) {
+    if (cpu::is_other(act)) {
+      return other_act_row<V>(input, scale, shift, residual, output, n, one_channel, act);
+    }
+  }
+  const bool relu = cpu::is_relu(act);
   using Loop = void (*)(const typename V::Element*, const typename V::Parameter*,
                         const typename V::Parameter*, const typename V::Element*,
                         typename V::Element*, int64_t, uint8_t*);

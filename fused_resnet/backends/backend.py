@@ -24,6 +24,9 @@ from .recording import Recorder
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Of an input, a norm's weight and bias, and a residual."""
 
+Convolution = tuple[Tensor, tuple[int, ...], int]
+"""A weight, strides and a number of groups."""
+
 UnfoundNorm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
 """A `Norm` whose mean and variance may be None, of statistics that are still to be found."""
 
@@ -91,6 +94,26 @@ class Backend:
 
         See `layers/activation.py` for what there are. Every backend has "relu" and "none", and is
         asked for the others alone.
+        """
+        return False
+
+    def prefers_modules(
+        self, input: Tensor, convolutions: Sequence[Convolution], activated: bool
+    ) -> bool:
+        """Whether torch's modules, one after the other, are faster in inference than `conv_bn_act`.
+
+        Args:
+            input: (N, C, H, W).
+            convolutions: on it, one after the other, each with a norm behind it.
+            activated: whether an activation follows the last norm.
+        """
+        return False
+
+    def trains_activation(self, activation: str, dtype: torch.dtype) -> bool:
+        """Whether `batch_norm_act_training` and its backward apply it to tensors of a dtype.
+
+        They are then given what was added to the norm, or None, as the output that backward reads.
+        Asked for what is neither "relu" nor "none"; where not, torch's own operators do.
         """
         return False
 
@@ -320,9 +343,10 @@ class Backend:
             grad: of the output.
             input: the normalised tensor.
             output: what the activation returned, or its mask as bits; None where there is no
-                residual and the sign is computed again from the input.
+                residual and the sign is computed again from the input. Of an activation that the
+                backend trains, the residual.
             norm: its statistics those of the batch when training.
-            activation: "relu" or "none".
+            activation: "relu", "none" or what the backend trains.
             training: whether the statistics are functions of the input.
             need: which gradients to compute: the input's, the weight's, the bias's, the residual's.
             overwrite: whether `grad` may be overwritten, by the input's gradient.

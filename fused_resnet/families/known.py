@@ -19,9 +19,9 @@ def _block(name: str, *branch: str, shortcut: str, act: str, idle: tuple[str, ..
     add(Recipe(name, branch, shortcut, act, idle))
 
 
-def _traced(*names: str) -> None:
+def _traced(*names: str, opened: bool = False) -> None:
     for name in names:
-        add(Recipe(name))
+        add(Recipe(name, opened=opened))
 
 
 # torchvision: GoogLeNet and Inception, RegNet, networks prepared for quantization, backbones
@@ -44,17 +44,18 @@ _block(
 )
 _traced("QuantizableResNet", "IntermediateLayerGetter")
 
-# transformers: ResNet, RegNet, and the ResNet of RT-DETR, which D-FINE and others share
-for _prefix in ("ResNet", "RegNet", "RTDetrResNet"):
-    _order(f"{_prefix}ConvLayer", "convolution", "normalization", "activation")
-    _order(f"{_prefix}ShortCut", "convolution", "normalization")
-_order("ResNetEmbeddings", "embedder", "pooler")
-_order("RTDetrResNetEmbeddings", "embedder", "pooler")
-for _name in (
-    *("ResNetBasicLayer", "ResNetBottleNeckLayer", "RegNetXLayer", "RegNetYLayer"),
-    *("RTDetrResNetBasicLayer", "RTDetrResNetBottleNeckLayer"),
-):
+# transformers, which copies a class under the name of each model that has it: ResNet, RegNet, the
+# ResNet of RT-DETR, and the encoders of RT-DETR and its kin
+for _name in ("ResNetConvLayer", "RegNetConvLayer"):
+    _order(f"*{_name}", "convolution", "normalization", "activation")
+for _name in ("ResNetShortCut", "RegNetShortCut"):
+    _order(f"*{_name}", "convolution", "normalization")
+_order("*ResNetEmbeddings", "embedder", "pooler")
+for _name in ("*ResNetBasicLayer", "*ResNetBottleNeckLayer", "RegNetXLayer", "RegNetYLayer"):
     _block(_name, "layer", shortcut="shortcut", act="activation")
+_order("HGNetV2ConvLayer", "convolution", "normalization", "activation", "lab")
+_order("*ConvNormLayer", "conv", "norm", "activation")
+_block("*RepVggBlock", "conv1", shortcut="conv2", act="activation")
 
 # open_clip, CLIP: the pooling before a convolution stands for its stride
 _block(
@@ -82,6 +83,49 @@ _block(
 )
 for _name in ("SEBottleneck", "SEResNetBottleneck", "SEResNeXtBottleneck"):
     _block(_name, "conv1", "conv2", "conv3", "se_layer", shortcut="project", act="act")
+
+# lightly
+_block(
+    "BasicBlock",
+    *("conv1", "bn1", FUNCTIONAL_RELU, "conv2", "bn2"),
+    shortcut="shortcut",
+    act=FUNCTIONAL_RELU,
+)
+_block(
+    "Bottleneck",
+    *("conv1", "bn1", FUNCTIONAL_RELU, "conv2", "bn2", FUNCTIONAL_RELU, "conv3", "bn3"),
+    shortcut="shortcut",
+    act=FUNCTIONAL_RELU,
+)
+
+# pretrainedmodels; the SENets of timm and segmentation_models_pytorch are these
+for _name in ("SEBottleneck", "SEResNetBottleneck", "SEResNeXtBottleneck"):
+    _block(
+        _name,
+        *("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3", "se_module"),
+        shortcut="downsample",
+        act="relu",
+    )
+_traced("SEResNetBlock", "FBResNet")
+for _name, _branch in (
+    ("BasicBlock", ("conv1", "bn1", "relu", "conv2", "bn2")),
+    ("Bottleneck", ("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3")),
+):
+    _block(_name, *_branch, shortcut="downsample", act="relu")
+
+# pytorchcv, whose layers have only the attributes that they use
+_order("ConvBlock", "pad?", "conv", "bn?", "activ?")
+_order("ResBlock", "conv1", "conv2")
+for _name in ("ResBottleneck", "ResNeXtBottleneck", "SENetBottleneck", "DLABottleneck"):
+    _order(_name, "conv1", "conv2", "conv3")
+_order("RegNetBottleneck", "conv1", "conv2", "se?", "conv3")
+_order("ResADownBlock", "pool", "conv")
+_order("ResInitBlock", "conv", "pool")
+_order("PreResInitBlock", "conv", "bn", "activ", "pool")
+_order("SEInitBlock", "conv1", "conv2", "conv3", "pool")
+_order("DLAInitBlock", "conv1", "conv2", "conv3")
+for _name in ("ResUnit", "ResNeXtUnit", "SENetUnit", "SEResUnit", "SEResNeXtUnit", "RegNetUnit"):
+    _block(_name, "body", "se?", shortcut="identity_conv?", act="activ")
 
 # fastai: xresnet
 _block("ResBlock", "convpath", shortcut="idpath", act="act")
@@ -120,13 +164,23 @@ _block(
     shortcut="downsample",
     act="act",
 )
-# EfficientNet, MobileNetV3 and their like: blocks, and the stem in front of them
-_traced("ConvBnAct", "DepthwiseSeparableConv", "EdgeResidual", "InvertedResidual")
+# EfficientNet, MobileNetV3 and their like: blocks, and the stem in front of them. Torchvision's
+# blocks of the same names are Sequentials with an add behind them.
+_traced("ConvBnAct", "EdgeResidual")
+_traced("DepthwiseSeparableConv", "InvertedResidual", opened=True)
+_traced("QuantizableInvertedResidual", "_InvertedResidual", opened=True)
+_traced("MBConv", "FusedMBConv", opened=True)
 _traced("EfficientNet", "MobileNetV3")
 _traced(
     *(
         "ResNestBottleneck",
+        "SplitAttn",
+        "SeparableConv2d",
+        "SeparableConvNormAct",
         "Bottle2neck",
+        "DlaBasic",
+        "DlaBottleneck",
+        "DlaBottle2neck",
         "DlaRoot",
         "DenseLayer",
         "PreActBottleneck",

@@ -165,6 +165,23 @@ def apply_(input: Tensor, text: str) -> Tensor:
     return _IN_PLACE[name](input)
 
 
+def derived(grad: Tensor, input: Tensor, text: str) -> Tensor:
+    """`grad` times the derivative at `input`, by torch's operators, to be differentiated again."""
+    if torch.is_grad_enabled():  # not all of these operators can be
+        at = input if input.requires_grad else input.detach().requires_grad_()
+        (derived,) = torch.autograd.grad(applied(at, text), at, grad, create_graph=True)
+        return derived
+    name, _, (first, second) = _checked(text)
+    aten = torch.ops.aten
+    if name == "hardtanh":
+        return aten.hardtanh_backward(grad, input, first, second)
+    if name == "leaky_relu":
+        return aten.leaky_relu_backward(grad, input, first, False)
+    if name == "gelu_tanh":
+        return aten.gelu_backward(grad, input, approximate="tanh")
+    return _DERIVATIVES[name](grad, input)
+
+
 def _checked(text: str) -> Activation:
     try:
         return read(text)
@@ -191,6 +208,11 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": F.hardswish,
     "gelu": F.gelu,
     "gelu_tanh": _gelu_tanh,
+}
+_DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": torch.ops.aten.silu_backward,
+    "hardswish": torch.ops.aten.hardswish_backward,
+    "gelu": torch.ops.aten.gelu_backward,
 }
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "none": _unchanged,

@@ -5,6 +5,9 @@ Where it does not, these call the modules, which then raise what they raise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +16,10 @@ from ..layers import checks
 from ..layers.description import ConvNorm, Norm
 from ..ops import running_statistics
 from ..ops.conv_bn_act import conv_bn_act
+from ..ops.gradients import trains_activation
 from ..ops.norm_conv_bn_act import norm_conv_bn_act
 from ..ops.registration import needs_grad
-from ..originals import AnyNorm
+from ..originals import AnyNorm, Conv2d
 from . import norms
 from .activations import is_relu, text_of
 from .buffers import momentum_of
@@ -53,6 +57,20 @@ def conv_norm_act(
     if narrow and residual is not None:
         residual = reference.pad_channels(residual, conv.out_channels)
     return _unfused_norm_act(norm, _conv(conv, x, weight), residual, act)
+
+
+def left_to_modules(convs: Sequence[Any], x: Tensor, activated: bool) -> bool:
+    """Whether convolutions, their norms and what follows run as modules because that is faster."""
+    return (
+        type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and x.dim() == 4
+        and all(type(conv) is Conv2d for conv in convs)
+        and backends.choose(x.device.type).prefers_modules(
+            x, [(conv.weight, conv.stride, conv.groups) for conv in convs], activated
+        )
+    )
 
 
 def _conv(conv: nn.Conv2d, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -157,14 +175,17 @@ def _norm_act(
     narrow: bool = False,
 ) -> Tensor:
     """`act(norm(x) + residual)` with batch statistics, kept as `BatchNorm2d.forward` does."""
-    if act is not None and not is_relu(act):  # whose gradient is torch's own
-        return act(_norm_act(norm, x, residual, None, narrow))
-    activation = "none" if act is None else "relu"
+    group = sync_group(norm)
+    activation = text_of(act)
+    assert activation is not None
+    if act is not None and not is_relu(act):
+        padded = narrow and residual is not None and residual.size(1) != x.size(1)
+        if padded or group is not None or not trains_activation(x, residual, activation):
+            return act(_norm_act(norm, x, residual, None, narrow))  # whose gradient is torch's own
     tracks = not norm.training or norm.track_running_stats
     running_mean = norm.running_mean if tracks else None
     running_var = norm.running_var if tracks else None
     momentum = 0.0 if norm.momentum is None else norm.momentum
-    group = sync_group(norm)
     # `Norm(...)`, which may lack statistics.
     described = tuple.__new__(Norm, (running_mean, running_var, norm.weight, norm.bias, norm.eps))
     error = checks.batch_norm_error(

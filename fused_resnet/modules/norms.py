@@ -48,6 +48,7 @@ _verdicts: dict[type, Known | None] = {}
 # What the instances of a class may differ in.
 _ATTRIBUTES = {"training", "eps", "n", "num_features", "momentum", "affine", "track_running_stats"}
 _ATTRIBUTES |= set(vars(nn.Module()))
+_ATTRIBUTES |= {"_is_hf_initialized"}  # with which transformers marks every module of a model
 
 
 def known(norm: nn.Module | None) -> Known | None:

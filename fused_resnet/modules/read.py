@@ -80,7 +80,7 @@ def conv_norm(module: nn.Module, unit: Unit) -> tuple[nn.Conv2d, Any]:
 
 def shortcut(block: nn.Module, form: Form) -> Any:
     """A residual block's projection, or None where its shortcut is its input."""
-    child = getattr(block, form.shortcut or "")
+    child = getattr(block, form.shortcut or "", None)
     return None if isinstance(child, nn.Module) and passes_through(child) else child
 
 
@@ -229,7 +229,7 @@ def plain_block(
     if downsample is None or (type(downsample) is Identity and passes_through(downsample)):
         # Whoever assigned something else than a module has it among the other attributes.
         name = form.shortcut
-        if downsample is None and name is not None and getattr(block, name) is not None:
+        if downsample is None and name is not None and getattr(block, name, None) is not None:
             return None
         return _new(Block, (layers, False, 0, training and block.memory == "low"))
     if may_pad and type(downsample) is cifar.PaddedShortcut:

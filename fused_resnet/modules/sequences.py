@@ -19,6 +19,7 @@ from ..forms import Unit
 from ..originals import Conv2d
 from . import network, norms, read, run
 from .activations import text_of
+from .conv_norm_act import left_to_modules
 
 Parts = Sequence[tuple[str, "nn.Module | None"]]
 """Modules in the order in which they are applied, by name; None where there is none."""
@@ -94,7 +95,10 @@ def sequence_forward(module: nn.Module, x: Tensor) -> Tensor:
         return run.run_unfused(module, x)
     form = forms.of(module)
     for unit in form.units_of(module) if form is not None else ():
-        if read.unit_obstacle(module, unit) is None:
+        left = not unit.before and left_to_modules(
+            (forms.part(module, unit.conv),), x, unit.act is not None
+        )
+        if not left and read.unit_obstacle(module, unit) is None:
             x = unit_forward(module, unit, x)
         else:
             x = _unfused_unit(module, unit, x)

@@ -9,7 +9,7 @@ carry hooks, is looked at in every call, as everywhere.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..layers import activation, checks
 from ..originals import Conv2d, MaxPool2d
 from . import network, norms, read
 from .activations import text_of
-from .conv_norm_act import conv_norm_act
+from .conv_norm_act import conv_norm_act, left_to_modules
 from .read import input_obstacle
 
 # Activations that are functions: the name of each and of what follows the input, with its default.
@@ -119,8 +119,12 @@ def _longest(
     candidates = [Found(chain, unit, None)]
     reader = _only_reader(chain[-1])
     if not held and reader is not None and reader not in taken:
-        residual = _added(reader, chain[-1])
+        idle = _idle_before_add(reader, root)
+        residual = _added(*(idle or (reader, chain[-1])))
         if residual is not None:
+            if idle is not None:
+                chain, reader = (*chain, reader), idle[0]
+                unit = Unit(unit.conv, unit.norm, None, between=(str(chain[-1].target),))
             chain = (*chain, reader)
             candidates.append(Found(chain, unit, residual))
             reader = _only_reader(reader)
@@ -129,7 +133,7 @@ def _longest(
     name = None if held or reader is None else _act(reader, root)
     if reader is not None and name is not None:
         chain = (*chain, reader)
-        unit = Unit(unit.conv, unit.norm, name)
+        unit = Unit(unit.conv, unit.norm, name, unit.between)
         candidates.append(Found(chain, unit, residual))
         reader = _only_reader(reader)
     if reader is not None and unit.act is not None and residual is None:
@@ -143,6 +147,14 @@ def _longest(
         if all(_writes_nothing(node, root, one) for node in others):
             return one
     return None
+
+
+def _idle_before_add(node: fx.Node, root: nn.Module) -> tuple[fx.Node, fx.Node] | None:
+    """The only reader of what may do nothing, such as stochastic depth in evaluation, and that."""
+    module = _module(node, root)
+    reader = _only_reader(node)
+    may_be_idle = module is not None and type(module) in forms.idle and _takes_one(node)
+    return (reader, node) if may_be_idle and reader is not None else None
 
 
 def _module(node: fx.Node, root: nn.Module) -> nn.Module | None:
@@ -243,7 +255,11 @@ def fused_graph(graph: fx.Graph, found: list[Found]) -> fx.Graph:
         unit, last = one.unit, nodes[-1]
         with fused.inserting_before(last):
             modules: list[fx.Node | str | None] = []
-            for name in (unit.conv, unit.norm, unit.act, *(unit.after or (None,))):
+            for name in (
+                *(unit.conv, unit.norm, unit.act),
+                *(unit.after or (None,)),
+                *(unit.between or (None,)),
+            ):
                 is_child = name is not None and not forms.is_function(name)
                 modules.append(fused.get_attr(str(name)) if is_child else name)
             x = copies[_input(one)]
@@ -271,16 +287,20 @@ def run_unit(
     norm: nn.Module,
     act: nn.Module | str | None,
     maxpool: nn.MaxPool2d | None,
+    between: nn.Module | None = None,
 ) -> Tensor:
-    """`maxpool(act(norm(conv(x)) + residual))`, in one where the modules and tensors allow."""
+    """`maxpool(act(between(norm(conv(x))) + residual))`, in one where modules and tensors allow."""
     module: Any = forms.function(act) if isinstance(act, str) else act
     held = act is not None and norms.has_act(norm)
     if (
-        input_obstacle(x) is not None
+        (residual is None and left_to_modules((conv,), x, act is not None))
+        or input_obstacle(x) is not None
         or read.obstacle_of_unit(conv, norm, module) is not None
         or not (residual is None or _fits(conv, norm, x, residual))
+        or not (between is None or read.passes_through(between))
     ):
         x = norm(conv(x))
+        x = x if between is None else between(x)
         if residual is not None:
             x = x + residual
         x = x if module is None or held else module(x)
@@ -304,25 +324,55 @@ def _fits(conv: nn.Conv2d, norm: nn.Module, x: Tensor, residual: Tensor) -> bool
 
 
 class _Tracer(fx.Tracer):
-    """Calls of children stay calls."""
+    """Calls of children stay calls, but for those of what has been gone into by name."""
+
+    def __init__(self, opened: Collection[str]) -> None:
+        super().__init__()
+        self._opened = opened
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+        return module_qualified_name not in self._opened
 
 
-def trace(module: nn.Module) -> fx.Graph:
-    """What a module's forward pass calls, as it is now.
+def trace(
+    module: nn.Module, left_out: dict[str, None] | None = None, opened: Collection[str] = ()
+) -> fx.Graph:
+    """What a module's forward pass calls, as it is now, where these arguments are left out.
+
+    Of the descendants that are `opened`, what they call.
 
     Raises:
         Exception: it decides by values, or the like.
     """
-    return _Tracer().trace(module)
+    return _Tracer(opened).trace(module, concrete_args=left_out or None)
 
 
 def compiled(graph: fx.Graph) -> Callable[..., Any]:
     """A graph as a function of the module and its inputs."""
     code = graph.python_code(root_module="self")
-    namespace = dict(code.globals)
-    exec(compile(code.src, "<fused graph>", "exec"), namespace)  # as fx does
+    namespace, source = dict(code.globals), code.src
+    # Looked up where modules keep them, as by `forms.part`: attributes of attributes take longer
+    # than all else that is asked about a unit.
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            names = str(node.target).split(".")
+            source = source.replace(f" = {_attribute(names)}\n", f" = _part(self, {names})\n")
+    namespace["_part"] = _part
+    exec(compile(source, "<fused graph>", "exec"), namespace)  # as fx does
     forward: Callable[..., Any] = namespace["forward"]
     return forward
+
+
+def _attribute(names: list[str]) -> str:
+    """How fx writes a child of a child of `self`."""
+    text = "self"
+    for name in names:
+        text = f"{text}.{name}" if name.isidentifier() else f'getattr({text}, "{name}")'
+    return text
+
+
+def _part(module: Any, names: list[str]) -> Any:
+    for name in names:
+        children = module._modules
+        module = children[name] if name in children else getattr(module, name)
+    return module

@@ -1,9 +1,10 @@
 """Activations of operators: which a backend applies itself, and how all are differentiated.
 
 Backends apply ReLU. Others are applied by those that say so (`Backend.has_activation`) and, in
-place, behind the others. Where gradients are recorded, operators have ReLU alone: its gradient can
-be told from the output, that of others from what they are applied to, which torch's own operators
-then keep.
+place, behind the others. Where gradients are recorded, operators of inference have ReLU alone: its
+gradient can be told from the output, that of others from what they are applied to, which torch's
+own operators then keep. Batch norm with the batch's statistics has those that the backend trains
+(`Backend.trains_activation`), and computes again what they were applied to.
 """
 
 from __future__ import annotations

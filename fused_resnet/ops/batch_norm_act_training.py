@@ -13,7 +13,13 @@ from ..layers.activation import PLAIN, applied, apply_
 from ..layers.description import Norm
 from ..layers.memory import contiguous_like_eager
 from . import operator_checks
-from .gradients import accumulation_dtype, has_norm_kernel, middle_channels, norm_act_backward
+from .gradients import (
+    accumulation_dtype,
+    has_norm_kernel,
+    middle_channels,
+    norm_act_backward,
+    trains_activation,
+)
 from .registration import (
     Operator,
     autocast_residual,
@@ -32,6 +38,7 @@ library.define(
     "Tensor? residual, str activation) -> (Tensor output, Tensor mean, Tensor var)"
 )
 _cast = autocast_residual(4)
+_operator: Callable[..., Any] = torch.ops.fused_resnet.batch_norm_act_training
 
 
 def batch_norm_act_training(
@@ -52,7 +59,7 @@ def batch_norm_act_training(
         The output, and the batch's mean (C,) and biased variance (C,), which are not
         differentiable: float64 for a float64 input, float32 for any other.
     """
-    if activation not in PLAIN:
+    if activation not in PLAIN and not trains_activation(input, residual, activation):
         arguments = (input, weight, bias, eps, residual, "none")
         output, mean, var = batch_norm_act_training(*arguments, keep)
         return applied(output, activation), mean, var
@@ -73,7 +80,7 @@ def batch_norm_act_training(
 def _kernel(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     backend = backends.choose(input.device.type)
     weight, bias, eps, residual, activation = arguments
-    if activation in PLAIN:
+    if activation in PLAIN or trains_activation(input, residual, activation):
         return backend.batch_norm_act_training(input, *arguments)
     output, mean, var = backend.batch_norm_act_training(input, weight, bias, eps, residual, "none")
     return apply_(output, activation), mean, var
@@ -108,9 +115,13 @@ def forward_keeping_mask(
     Returns:
         The output, mean and variance, and the activation's mask as `norm_act_backward` wants it:
         None where it is computed again; bits where the backend has a kernel that keeps them; else
-        the output, which whatever takes it keeps too.
+        the output, which whatever takes it keeps too. Of other activations than ReLU the residual.
     """
     arguments = (input, weight, bias, eps, residual, activation)
+    if activation not in PLAIN:
+        plain = nothing_intercepts(input, weight, bias, residual)
+        output, mean, var = (_kernel if plain else _operator)(*arguments)
+        return output, mean, var, residual
     if not nothing_intercepts(input, weight, bias, residual):
         output, mean, var = batch_norm_act_training(*arguments)
         return output, mean, var, output if activation == "relu" else None
@@ -163,7 +174,7 @@ class _BatchNormActTraining(torch.autograd.Function):
 
 def _without_keep(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *others, activation = arguments
-    if activation in PLAIN:
+    if activation in PLAIN or trains_activation(others[0], others[4], activation):
         return _BatchNormActTraining.apply(*arguments, None)
     output, mean, var = _BatchNormActTraining.apply(*others, "none", None)
     return applied(output, activation), mean, var

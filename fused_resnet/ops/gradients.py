@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..layers.activation import PLAIN, derived
 from ..layers.convolution import conv2d, conv2d_backward
 from ..layers.description import ConvNorm, Norm
 from ..layers.memory import contiguous_like_eager, unpacked
-from .registration import is_plain
+from .registration import has_foreign, is_plain, transforms_active
 
 aten = torch.ops.aten
 
@@ -26,14 +27,31 @@ def act_backward(
 ) -> Tensor:
     """The gradient before the activation; NaN in the output lets the gradient pass, as in torch.
 
-    `output` may be its mask as bits, of values that lie in memory as those of `like`, else `grad`.
+    Of other activations than ReLU `output` is what they were applied to. It may be its mask as
+    bits, of values that lie in memory as those of `like`, else `grad`.
     """
     if activation == "none":
         return grad
     assert output is not None
+    if activation not in PLAIN:
+        return derived(grad, output, activation)
     if output.dtype is torch.uint8:
         return torch.where(unpacked(output, grad if like is None else like).bool(), grad, 0)
     return aten.threshold_backward(grad, output.detach(), 0)
+
+
+def trains_activation(input: Tensor, residual: Tensor | None, activation: str) -> bool:
+    """Whether the backend of an input's device trains an activation other than ReLU and none.
+
+    See `Backend.trains_activation`. Not in compilers' graphs and transforms: they know torch's own.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not transforms_active()
+        and not has_foreign(input, residual)
+        and (residual is None or residual.size(1) == input.size(1))
+        and backends.choose(input.device.type).trains_activation(activation, input.dtype)
+    )
 
 
 def norm_backward(
@@ -106,9 +124,10 @@ def norm_act_backward(
         input: the normalised tensor; may be None where neither `training` nor `need[1]` is set and
             `output` is given.
         output: may be None where there was no residual, and is then computed again where needed;
-            or the bits that a backend kept in its place, in the memory order of `input`.
+            or the bits that a backend kept in its place, in the memory order of `input`. Of other
+            activations than these, what was added to the norm, or None.
         norm: its statistics those of the batch when training.
-        activation: "relu" or "none".
+        activation: "relu", "none", or, in training, what the backend trains.
         training: whether the statistics are functions of the input.
         need: which gradients to compute.
         overwrite: whether `grad` may be overwritten.
@@ -128,6 +147,12 @@ def norm_act_backward(
             grad, input, output, norm, activation, training, need, overwrite
         )
     else:
+        if activation not in PLAIN:
+            assert input is not None
+            weight, bias, eps = norm[2:]
+            # Of the batch's own statistics, so that it can be differentiated again.
+            added = torch.batch_norm(input, weight, bias, None, None, True, 0.0, eps, False)
+            output = added if output is None else added + output
         if activation == "relu" and output is None:
             assert input is not None
             output = torch.ops.fused_resnet.batch_norm_act_inference(

@@ -14,9 +14,12 @@ from support import assert_gradients_by_error_rule, assert_same_bits, double_cop
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.efficientnet import MBConv, MBConvConfig
+from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock
 
 import fused_resnet
+from fused_resnet.backends.cpu import Cpu
 from fused_resnet.testing import assert_error_rule, randomize_
 
 # The first is the one that meets every structure: it is far from a ReLU everywhere.
@@ -33,6 +36,12 @@ ACTIVATIONS = {
     "gelu of tanh": lambda: nn.GELU(approximate="tanh"),
 }
 ACTIVATION = pytest.mark.parametrize("act", ACTIVATIONS)
+
+
+@pytest.fixture(autouse=True)
+def fused_however_small(monkeypatch):
+    """Convolutions of few products run fused too, whichever is faster."""
+    monkeypatch.setattr(Cpu, "prefers_modules", staticmethod(lambda *arguments: False))
 
 
 def basic_block(act):
@@ -128,13 +137,14 @@ def no_activation_is_left(fused):
 @ACTIVATION
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_gradients_and_statistics(structure, act):
-    """In training the activation runs by itself, and the report says so."""
+    """In training the activation is applied with its norm."""
     eager = build(structure, act).train()
     fused = fused_resnet.fuse(copy.deepcopy(eager))
     report = fused_resnet.report(fused)
     assert all(record.fused for record in report), report
-    assert any("runs by itself in training" in record.reason for record in report), report
+    assert not any(record.reason for record in report), report
     x = image_batch(4, 33)
+    assert activations_called(copy.deepcopy(fused), x) == 0
     assert_gradients_by_error_rule(copy.deepcopy(fused), copy.deepcopy(eager), x)
     exact = double_copy(eager)
     for model, values in ((eager, x), (fused, x), (exact, x.double())):
@@ -144,6 +154,13 @@ def test_gradients_and_statistics(structure, act):
     ):
         if mine.is_floating_point():
             assert_error_rule(mine, its, reference, what=key)
+
+
+def test_what_has_no_kernel_in_training_is_reported():
+    model = fused_resnet.fuse(build("sequence", "silu")).train()
+    with fused_resnet.use_backend("reference"):
+        (record,) = fused_resnet.report(model)
+    assert "2 is a SiLU, which runs by itself in training" in record.reason
 
 
 @pytest.mark.parametrize("act", ["silu in place", "leaky relu"])
@@ -243,6 +260,79 @@ def test_no_block_of_these_runs_in_eight_bits():
 
 def tv(name):
     return lambda: getattr(torchvision.models, name)(num_classes=10)
+
+
+def inverted(name):
+    """One block of a network of torchvision's or timm's, with its shortcut, of 24 channels."""
+    if name == "mobilenet_v2":
+        return InvertedResidual(24, 24, 1, 4)
+    if name == "mnasnet":
+        return torchvision.models.mnasnet._InvertedResidual(24, 24, 3, 1, 4)
+    if name == "efficientnet":
+        config = MBConvConfig(4, 3, 1, 24, 24, 1)
+        return MBConv(config, 0.5, nn.BatchNorm2d)
+    if name == "quantization":
+        return torchvision.models.quantization.mobilenetv2.QuantizableInvertedResidual(24, 24, 1, 4)
+    block = timm.models._efficientnet_blocks.InvertedResidual
+    return block(24, 24, exp_ratio=4.0, drop_path_rate=0.5 if name == "timm drop path" else 0.0)
+
+
+INVERTED = ["mobilenet_v2", "mnasnet", "efficientnet", "quantization", "timm", "timm drop path"]
+
+
+def adds_called(model, x):
+    with Called() as called, torch.no_grad():
+        model(x)
+    return called.counts["add"]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", INVERTED)
+def test_a_shortcut_without_activation_is_added_by_the_convolution(name):
+    torch.manual_seed(0)
+    eager = randomize_(inverted(name), seed=1).eval()
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    report = fused_resnet.report(fused)
+    assert [record.path for record in report if record.fused] == [""], report
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        x = torch.randn(2, 24, 9, 9).to(memory_format=memory_format)
+        assert adds_called(eager, x) == 1
+        assert adds_called(fused, x) == 0
+        with torch.no_grad():
+            assert_error_rule(fused(x), eager(x), double_copy(eager)(x.double()))
+    assert_gradients_by_error_rule(copy.deepcopy(fused), copy.deepcopy(eager), x)
+    results = []
+    for model in (fused.train(), eager.train(), double_copy(eager).train()):
+        torch.manual_seed(4)  # for the images that stochastic depth drops
+        with torch.no_grad():
+            results.append([model(x.to(next(model.parameters()).dtype)), *model.buffers()])
+    for mine, its, exact in zip(*results, strict=True):
+        if mine.is_floating_point():
+            assert_error_rule(mine, its, exact)
+
+
+@pytest.mark.quick
+def test_hooks_and_changes_inside_a_block_that_was_gone_into():
+    """Sequentials that the fused pass goes around, and what may be idle in front of the add."""
+    torch.manual_seed(0)
+    eager = randomize_(inverted("mobilenet_v2"), seed=1).eval()
+    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    x, seen = torch.randn(1, 24, 9, 9), []
+    with torch.no_grad():
+        for path in ("conv", "conv.0", "conv.0.1", "conv.3"):
+            handle = fused.get_submodule(path).register_forward_hook(lambda *_: seen.append(1))
+            torch.testing.assert_close(fused(x), eager(x), rtol=1e-4, atol=1e-5)
+            handle.remove()
+        assert len(seen) == 4
+        for model in (fused, eager):
+            model.conv.append(nn.Sigmoid())
+        assert "conv has the children" in fused_resnet.report(fused)[0].reason
+        assert_same_bits(fused(x), eager(x))
+        block = randomize_(inverted("timm"), seed=1).eval()
+        fused = fused_resnet.fuse(copy.deepcopy(block))
+        block.drop_path = nn.Sigmoid()
+        fused.drop_path = nn.Sigmoid()
+        torch.testing.assert_close(fused(x), block(x), rtol=1e-4, atol=1e-5)
 
 
 def of_timm(name, **arguments):

@@ -108,6 +108,76 @@ def test_gradients_and_statistics(name, memory_format):
             assert torch.equal(mine, its), key
 
 
+def fused_convolutions(model):
+    """Those that a record's units have, and its shortcut's."""
+    found = set()
+    for path, module in model.named_modules():
+        form = forms.of_fused(type(module))
+        if form is not None:
+            found |= {f"{path}.{unit.conv}" for unit in form.units_of(module)}
+            shortcut = getattr(module, form.shortcut or "", None)
+            found |= {
+                f"{path}.{form.shortcut}.{name}".rstrip(".")
+                for name, child in (shortcut.named_modules() if shortcut is not None else ())
+                if isinstance(child, nn.Conv2d)
+            }
+    return found
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        "transformers RT-DETR's encoder": 3,
+        "pytorchcv": 8,
+        "lightly, pretrainedmodels": 9,
+        "timm DLA": 13,
+        "timm DenseNet": 3,
+    }.items(),
+)
+def test_how_many_convolutions(name, expected):
+    """All that have a norm behind them, in blocks whose forward pass is not just of a tensor."""
+    assert len(fused_convolutions(fused_resnet.fuse(build(name)))) == expected
+
+
+@pytest.mark.quick
+def test_a_block_of_several_arguments():
+    """Whichever are given, by name too; those with which it was not tried run unfused."""
+    torch.manual_seed(0)
+    for inside, stride in ((16, 1), (8, 2)):
+        block = randomize_(lookalikes.DlaBasic(inside, 16, stride), seed=1).eval()
+        fused = fused_resnet.fuse(copy.deepcopy(block))
+        exact = double_copy(block)
+        x, shortcut = torch.randn(2, inside, 8, 8), torch.randn(2, 16, 8 // stride, 8 // stride)
+        calls = [(x, shortcut), (x, shortcut, [x])] + [(x,), (x, None, [x])] * (stride == 1)
+        with torch.no_grad():
+            for given in calls:
+                wide = [t.double() if isinstance(t, torch.Tensor) else None for t in given]
+                assert_error_rule(fused(*given), block(*given), exact(*wide))
+            assert_same_bits(fused(x, shortcut=shortcut), fused(x, shortcut))
+            with pytest.raises(TypeError):
+                fused(x, shortcut, None, None)
+            if stride == 2:
+                with pytest.raises(RuntimeError, match="must match the size"):
+                    fused(x)
+            scripted = torch.jit.script(fused)
+            torch.testing.assert_close(scripted(x, shortcut), block(x, shortcut))
+        assert isinstance(pickle.loads(pickle.dumps(fused)), type(fused))
+
+
+@pytest.mark.quick
+def test_a_block_of_a_list():
+    """What runs fused for a list, with which it was tried, runs as it is for a tensor."""
+    layer = randomize_(lookalikes.DenseLayer(16), seed=1).eval()
+    fused = fused_resnet.fuse(copy.deepcopy(layer))
+    assert type(fused) is not type(layer)
+    x = torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        exact = double_copy(layer)(x.double())
+        for given in (x, [x], [x[:, :5], x[:, 5:]], (x[:, :5], x[:, 5:])):
+            assert_error_rule(fused(given), layer(given), exact)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("name", [*lookalikes.NETWORKS, *SEQUENCES, "mobilenet_v2"])
 def test_what_stays(name):
@@ -301,6 +371,24 @@ def test_a_block_of_another_structure_is_listed():
     assert "register_form: Bottleneck (0): conv1 and bn1" in str(report)
 
 
+@pytest.mark.quick
+def test_other_norms_are_listed():
+    """The report names norms over groups of channels, once a class, where nothing else does."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)
+
+        def forward(self, x):
+            return self.norm(self.conv(x))
+
+    report = fused_resnet.report(fused_resnet.fuse(nn.Sequential(Layer(), Layer())))
+    assert report.other_norms == ("GroupNorm (0.norm and 1 more)",)
+    assert "not fused, for it is no batch norm: GroupNorm (0.norm and 1 more)" in str(report)
+    assert fused_resnet.report(build("fastai")).other_norms == ()
+
+
 def test_trials_leave_nothing_behind():
     """Neither random numbers nor modes, hooks, buffers nor the model's memory are touched."""
     model = build("transformers ResNet").train()
@@ -376,8 +464,16 @@ class NoEps(lookalikes.DetrFrozenBatchNorm2d):
         return x * scale.reshape(1, -1, 1, 1) + bias.reshape(1, -1, 1, 1)
 
 
+class Marked(lookalikes.DetrFrozenBatchNorm2d):
+    """In a model of transformers, which leaves a mark on every module."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self._is_hf_initialized = True
+
+
 @pytest.mark.quick
-@pytest.mark.parametrize("cls", [lookalikes.DetrFrozenBatchNorm2d, OwnEps, NoEps])
+@pytest.mark.parametrize("cls", [lookalikes.DetrFrozenBatchNorm2d, OwnEps, NoEps, Marked])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.single
 def test_frozen_norms_of_other_libraries(cls, training):
@@ -570,6 +666,47 @@ def transformers_model(name, config, **arguments):
     return getattr(transformers, name)(getattr(transformers, config)(**arguments))
 
 
+SMALL = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 64], "depths": [2, 2, 1, 1]}
+HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_layers": 1}
+HEADS |= {"encoder_layers": 1, "d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+
+
+def transformers_detr(kind):
+    """With a ResNet of transformers', whose norms it replaces by frozen ones of its own."""
+    transformers = pytest.importorskip("transformers")
+    backbone = transformers.ResNetConfig(out_features=["stage4"], **SMALL)
+    return transformers_model(
+        f"{kind}Model", f"{kind}Config", backbone_config=backbone, use_timm_backbone=False,
+        use_pretrained_backbone=False, backbone=None, **HEADS,
+    )  # fmt: skip
+
+
+def transformers_rtdetr():
+    transformers = pytest.importorskip("transformers")
+    stages = ["stage2", "stage3", "stage4"]
+    heads = {name: value for name, value in HEADS.items() if name != "encoder_layers"}
+    return transformers_model(
+        "RTDetrV2Model", "RTDetrV2Config", encoder_in_channels=[32, 64, 64], encoder_hidden_dim=32,
+        backbone_config=transformers.RTDetrResNetConfig(out_features=stages, **SMALL),
+        decoder_in_channels=[32, 32, 32], num_queries=10, num_labels=5, **heads,
+    )  # fmt: skip
+
+
+def transformers_maskformer():
+    transformers = pytest.importorskip("transformers")
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    return transformers_model(
+        "MaskFormerModel", "MaskFormerConfig", fpn_feature_size=32, mask_feature_size=32,
+        backbone_config=transformers.ResNetConfig(out_features=stages, **SMALL),
+        decoder_config=transformers.DetrConfig(num_queries=5, **HEADS),
+    )  # fmt: skip
+
+
+def pytorchcv_model(name, **arguments):
+    provider = importlib.import_module("pytorchcv.model_provider")
+    return provider.get_model(name, **arguments)
+
+
 INSTALLED = {
     "transformers bottleneck": ("transformers", lambda: transformers_resnet("bottleneck")),
     "transformers v1": ("transformers", lambda: transformers_resnet("bottleneck", True)),
@@ -589,6 +726,12 @@ INSTALLED = {
             )
         ),
     ),
+    "transformers RT-DETRv2": ("transformers", transformers_rtdetr),
+    "transformers DETR": ("transformers", lambda: transformers_detr("Detr")),
+    "transformers Table Transformer": (
+        "transformers", lambda: transformers_detr("TableTransformer"),
+    ),
+    "transformers MaskFormer": ("transformers", transformers_maskformer),
     "open_clip": (
         "open_clip",
         lambda: importlib.import_module("open_clip.modified_resnet").ModifiedResNet(
@@ -616,6 +759,22 @@ INSTALLED = {
     "fastai xresnet18": (
         "fastai",
         lambda: importlib.import_module("fastai.vision.models.xresnet").xresnet18(n_out=10),
+    ),
+    "monai DenseNet121": (
+        "monai",
+        lambda: importlib.import_module("monai.networks.nets").DenseNet121(
+            spatial_dims=2, in_channels=3, out_channels=10
+        ),
+    ),
+    "pytorchcv resnet20": ("pytorchcv", lambda: pytorchcv_model("resnet20_cifar10")),
+    "pytorchcv seresnet20": ("pytorchcv", lambda: pytorchcv_model("seresnet20_cifar10")),
+    "lightly": (
+        "lightly",
+        lambda: importlib.import_module("lightly.models").ResNetGenerator("resnet-18"),
+    ),
+    "pretrainedmodels": (
+        "pretrainedmodels",
+        lambda: importlib.import_module("pretrainedmodels").se_resnet50(pretrained=None).layer0,
     ),
     "segmentation_models_pytorch": (
         "segmentation_models_pytorch",
@@ -648,34 +807,52 @@ def tensors(value):
     return [t for one in values for t in tensors(one)] if not isinstance(value, (str, int)) else []
 
 
-# What forward passes with several arguments, or that look at shapes, are not known of.
+# Forward passes that take what is no image.
 UNPROVEN = {
-    "timm dla34": {"DlaBasic"},
-    "timm resnest14d": {"SplitAttn"},
     "timm skresnet18": {"SelectiveKernelAttn"},
 }
+
+
+POOLED_NORMS = {"timm skresnet18", "timm resnest14d"}
+SMALL_IMAGES = {"pytorchcv resnet20", "pytorchcv seresnet20", "lightly"}
 
 
 @pytest.mark.whole_model
 @pytest.mark.parametrize("name", INSTALLED)
 @pytest.mark.single
 def test_installed_libraries(name):
-    """In evaluation and in training, by the error rule."""
+    """In evaluation and in training by the error rule; gradients in float64."""
     library, make = INSTALLED[name]
     pytest.importorskip(library)
     torch.manual_seed(1)
     eager = randomize_(make(), seed=2).eval()
-    fused = fused_resnet.fuse(copy.deepcopy(eager))
+    for module in eager.modules():
+        for chance in ("p", "drop_prob", "dropout"):
+            if isinstance(getattr(module, chance, None), float):
+                setattr(module, chance, 0.0)
+    fused = fused_resnet.fuse(copy.deepcopy(eager).eval())
     report = fused_resnet.report(fused)
     assert any(record.fused for record in report), report
     assert {text.partition(" ")[0] for text in report.unproven} == UNPROVEN.get(name, set())
-    x = image_batch(2, 64)
-    with torch.no_grad():
-        results = [
-            tensors(m(v)) for m, v in ((fused, x), (eager, x), (double_copy(eager), x.double()))
-        ]
-        for mine, its, exact in zip(*results, strict=True):
-            assert_error_rule(mine, its, exact)
+    # Of two values a norm behind a global pool makes a sign.
+    x = image_batch(2 + 6 * (name in POOLED_NORMS), 32 if name in SMALL_IMAGES else 64)
+    exact = double_copy(eager)
+    for training in (False, True):
+        results = []
+        for model, values in ((fused, x), (eager, x), (exact, x.double())):
+            torch.manual_seed(3)
+            with torch.no_grad():
+                results.append([*tensors(model.train(training)(values)), *model.buffers()])
+        for mine, its, reference in zip(*results, strict=True):
+            if mine.is_floating_point():
+                assert_error_rule(mine, its, reference)
+    gradients = []
+    for model in (fused_resnet.fuse(copy.deepcopy(exact).train()), exact):
+        torch.manual_seed(3)
+        sum((out * out).sum() for out in tensors(model(x.double())) if out.requires_grad).backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*gradients)
+    assert gradients[0]
 
 
 @pytest.mark.quick

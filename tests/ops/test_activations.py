@@ -232,6 +232,105 @@ def test_batch_norm_act(backend, activation, training):
         assert_error_rule(fused, eager, exact, what=activation)
 
 
+def trained(x, residual, parameters, activation, run):
+    """Output, gradients and statistics of a step, whose gradient is made of the output's shape."""
+    leaves = [t.detach().clone().requires_grad_() for t in parameters]
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    if residual is not None:
+        residual = residual.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    mean, var = torch.zeros_like(leaves[0]), torch.ones_like(leaves[0])
+    out = run(x, residual, (mean, var, *leaves), activation)
+    cotangent = torch.linspace(-2, 1, out.numel()).view(out.shape).to(out)
+    wanted = [x, *leaves] + ([] if residual is None else [residual])
+    return [out, mean, var, *torch.autograd.grad(out, wanted, cotangent)]
+
+
+def fused_step(x, residual, norm, activation):
+    return functional.batch_norm_act(x, *norm, True, residual=residual, activation=activation)
+
+
+def eager_step(x, residual, norm, activation):
+    out = F.batch_norm(x, *norm, True)
+    return ACTIVATIONS[activation](out if residual is None else out + residual)
+
+
+# In the first a row has more values than the kernels take at once.
+SIZES = [*zip(FORMATS * 2, [(600, 3), (70, 5), (33, 4), (48, 9)], strict=True)]
+
+
+@DTYPE
+@ACTIVATION
+def test_trained_values(activation, dtype, monkeypatch):
+    """By the CPU's own kernels, in both layouts, of rows longer than they take at once and not."""
+    ran = []
+    operators = backends.cpu.norm.operators
+    native = operators.normalize_act_backward
+    monkeypatch.setattr(
+        operators, "normalize_act_backward", lambda *args: ran.append(1) or native(*args)
+    )
+    generator = torch.Generator().manual_seed(0)
+    for memory_format, (channels, size) in SIZES:
+        shape = (3, channels, size, size)
+        x, residual = (
+            torch.randn(shape, generator=generator).to(dtype).to(memory_format=memory_format)
+            for _ in range(2)
+        )
+        parameters = [torch.rand(channels, generator=generator) + 0.5 for _ in range(2)]
+        wide = [t.double() for t in parameters]
+        for added in (None, residual):
+            with unchanged(x=x, residual=residual):
+                fused = trained(x, added, parameters, activation, fused_step)
+            eager = trained(x, added, parameters, activation, eager_step)
+            exact_added = None if added is None else added.double()
+            exact = trained(x.double(), exact_added, wide, activation, eager_step)
+            assert fused[0].stride() == eager[0].stride()
+            for mine, its, reference in zip(fused, eager, exact, strict=True):
+                assert_error_rule(mine, its, reference, what=activation)
+    assert len(ran) == 8
+
+
+@ACTIVATION
+def test_derivatives_of_trained_values(activation):
+    """What torch has for them, or nearer to float64, at limits, infinities and subnormals."""
+    values = special_values(torch.float32)
+    x = torch.cat([values, torch.tensor([0.2, 0.25, 0.75, -0.25, -1.0])]).view(1, 1, -1)
+    ones, grad, out = torch.ones(1), torch.full_like(x, 3.0), torch.empty_like(x)
+    torch.ops.fused_resnet.normalize_act_backward(
+        grad, x, None, None, None, 0 * ones, ones, 2.0**-30,
+        *activations.numbers_of(activation), False, None, out,
+    )  # fmt: skip
+    exact = activations.derived(grad.double(), x.double(), activation)
+    theirs = activations.derived(grad, x, activation)
+    eps = torch.finfo(torch.float32).eps
+    # hardswish's is a difference that vanishes at -1.5.
+    least = 0.1 if activation == "hardswish" else 1e-6
+    bound = torch.maximum(1.5 * (theirs - exact).abs(), 32 * eps * exact.abs().clamp(min=least))
+    # A NaN's own gradient is a NaN or not in torch too, by where it lies.
+    is_finite = exact.isfinite() & (x.double().abs() < 1e30)
+    assert ((out - exact).abs() <= bound)[is_finite].all(), (activation, out, exact)
+    assert is_finite.sum() > 40
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "hardtanh(-0.25, 0.75)"])
+def test_second_derivatives_in_training(activation):
+    """Of what a kernel ran forward: backward is torch's own then, of the batch's statistics."""
+    x = torch.randn(3, 4, 5, 5)
+    results = []
+    for run, dtype in (
+        (fused_step, torch.float32),
+        (eager_step, torch.float32),
+        (eager_step, torch.float64),
+    ):
+        leaves = [x.to(dtype, copy=True), *torch.linspace(0.5, 1.5, 8, dtype=dtype).view(2, 4)]
+        leaves = [t.detach().clone().requires_grad_() for t in leaves]
+        norm = (torch.zeros(4, dtype=dtype), torch.ones(4, dtype=dtype), *leaves[1:])
+        out = run(leaves[0], leaves[0] * 2, norm, activation)
+        grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        results.append([*grads, *torch.autograd.grad(grads[0].square().sum(), leaves)])
+    for mine, its, exact in zip(*results, strict=True):
+        assert_error_rule(mine, its, exact, what=activation)
+
+
 @ACTIVATION
 def test_gradients(backend, activation):
     """Of everything that has one, under the statistics of inference."""
@@ -340,4 +439,4 @@ def test_other_instruction_sets(isa, ahead):
     ahead()
 
 
-CPU_CASES = "cpu and (values or residual or max_pool or before or border)"
+CPU_CASES = "cpu and (values or residual or max_pool or before or border) or trained_values"

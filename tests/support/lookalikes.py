@@ -315,6 +315,206 @@ class BasicConv2d(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
+# transformers' RT-DETR, beside the backbone -------------------------------------------------------
+
+
+class RTDetrV2ConvNormLayer(nn.Module):
+    def __init__(self, inside: int, outside: int, kernel: int, act: type[nn.Module] = nn.Identity):
+        super().__init__()
+        self.conv = nn.Conv2d(inside, outside, kernel, padding=kernel // 2, bias=False)
+        self.norm = nn.BatchNorm2d(outside)
+        self.activation = act()
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        return self.activation(self.norm(self.conv(hidden_state)))
+
+
+class RTDetrV2RepVggBlock(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = RTDetrV2ConvNormLayer(channels, channels, 3)
+        self.conv2 = RTDetrV2ConvNormLayer(channels, channels, 1)
+        self.activation = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.conv1(x) + self.conv2(x))
+
+
+# pytorchcv ----------------------------------------------------------------------------------------
+
+
+class ConvBlock(nn.Module):
+    """Without attributes for what it does not do."""
+
+    def __init__(self, inside: int, outside: int, kernel: int, stride: int = 1, act: bool = True):
+        super().__init__()
+        self.use_pad, self.activate = kernel == 3, act
+        if self.use_pad:
+            self.pad = nn.ZeroPad2d((1, 1, 1, 1))
+        self.conv = nn.Conv2d(inside, outside, kernel, stride, bias=False)
+        self.bn = nn.BatchNorm2d(outside)
+        if act:
+            self.activ = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use_pad:
+            x = self.pad(x)
+        x = self.bn(self.conv(x))
+        return self.activ(x) if self.activate else x
+
+
+class ResBottleneck(nn.Module):
+    def __init__(self, inside: int, outside: int, stride: int):
+        super().__init__()
+        self.conv1 = ConvBlock(inside, outside // 4, 1)
+        self.conv2 = ConvBlock(outside // 4, outside // 4, 3, stride)
+        self.conv3 = ConvBlock(outside // 4, outside, 1, act=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv3(self.conv2(self.conv1(x)))
+
+
+class ResUnit(nn.Module):
+    def __init__(self, inside: int, outside: int, stride: int = 1):
+        super().__init__()
+        self.resize_identity = inside != outside or stride != 1
+        self.body = ResBottleneck(inside, outside, stride)
+        if self.resize_identity:
+            self.identity_conv = ConvBlock(inside, outside, 1, stride, act=False)
+        self.activ = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = self.identity_conv(x) if self.resize_identity else x
+        return self.activ(self.body(x) + identity)
+
+
+# lightly and pretrainedmodels ---------------------------------------------------------------------
+
+
+class BasicBlock(nn.Module):
+    """lightly's."""
+
+    def __init__(self, inside: int, outside: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outside)
+        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outside)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inside != outside:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        out += self.shortcut(x)
+        return F.relu(out)
+
+
+class SEResNetBottleneck(nn.Module):
+    """pretrainedmodels'."""
+
+    def __init__(self, inside: int, planes: int):
+        super().__init__()
+        outside = planes * 4
+        self.conv1 = nn.Conv2d(inside, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, outside, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outside)
+        self.relu = nn.ReLU(inplace=True)
+        self.se_module = RegNetSELayer(outside)
+        self.downsample = nn.Sequential(
+            nn.Conv2d(inside, outside, 1, bias=False), nn.BatchNorm2d(outside)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(self.se_module(out) + self.downsample(x))
+
+
+# timm: forward passes of several arguments, and of a list -----------------------------------------
+
+
+class DlaBasic(nn.Module):
+    def __init__(self, inside: int, outside: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outside)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outside)
+
+    def forward(
+        self, x: Tensor, shortcut: Tensor | None = None, children: list[Tensor] | None = None
+    ) -> Tensor:
+        if shortcut is None:
+            shortcut = x
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += shortcut
+        return self.relu(out)
+
+
+class DlaRoot(nn.Module):
+    def __init__(self, inside: int, outside: int, shortcut: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(inside, outside, 1, bias=False)
+        self.bn = nn.BatchNorm2d(outside)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = shortcut
+
+    def forward(self, x_children: list[Tensor]) -> Tensor:
+        x = self.bn(self.conv(torch.cat(x_children, 1)))
+        if self.shortcut:
+            x += x_children[0]
+        return self.relu(x)
+
+
+class DlaTree(nn.Module):
+    def __init__(self, inside: int, outside: int, shortcut: bool):
+        super().__init__()
+        self.downsample = nn.MaxPool2d(2, 2)
+        self.project = nn.Sequential(
+            nn.Conv2d(inside, outside, 1, bias=False), nn.BatchNorm2d(outside)
+        )
+        self.tree1 = DlaBasic(inside, outside, 2)
+        self.tree2 = DlaBasic(outside, outside)
+        self.root = DlaRoot(2 * outside + inside, outside, shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bottom = self.downsample(x)
+        x1 = self.tree1(x, self.project(bottom))
+        return self.root([self.tree2(x1, None, [bottom]), x1, bottom])
+
+
+class DenseLayer(nn.Module):
+    def __init__(self, inside: int):
+        super().__init__()
+        self.norm1, self.relu1 = nn.BatchNorm2d(inside), nn.ReLU()
+        self.conv1 = nn.Conv2d(inside, 32, 1, bias=False)
+        self.norm2, self.relu2 = nn.BatchNorm2d(32), nn.ReLU()
+        self.conv2 = nn.Conv2d(32, 8, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        x = torch.cat([x] if isinstance(x, Tensor) else x, 1)
+        return self.conv2(self.relu2(self.norm2(self.conv1(self.relu1(self.norm1(x))))))
+
+
+class DenseBlock(nn.ModuleDict):
+    def __init__(self, inside: int):
+        super().__init__({f"{i}": DenseLayer(inside + 8 * i) for i in range(2)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self.values():
+            features.append(layer(features))
+        return torch.cat(features, 1)
+
+
 # Networks of 3-channel images.
 NETWORKS = {
     "transformers ResNet": lambda: nn.Sequential(
@@ -345,5 +545,21 @@ NETWORKS = {
     "googlenet": lambda: nn.Sequential(
         BasicConv2d(3, 16, kernel_size=7, stride=2, padding=3), nn.MaxPool2d(3, 2),
         BasicConv2d(16, 24, kernel_size=1),
+    ),
+    "transformers RT-DETR's encoder": lambda: nn.Sequential(
+        RTDetrV2ConvNormLayer(3, 16, 3, nn.SiLU), RTDetrV2RepVggBlock(16)
+    ),
+    "pytorchcv": lambda: nn.Sequential(
+        ConvBlock(3, 16, 3, 2), ResUnit(16, 16), ResUnit(16, 32, 2)
+    ),
+    "lightly, pretrainedmodels": lambda: nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2), BasicBlock(16, 24, 2), BasicBlock(24, 24),
+        SEResNetBottleneck(24, 8),
+    ),
+    "timm DLA": lambda: nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), DlaTree(16, 24, False), DlaTree(24, 32, True)
+    ),
+    "timm DenseNet": lambda: nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), DenseBlock(16)
     ),
 }  # fmt: skip

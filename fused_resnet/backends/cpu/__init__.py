@@ -23,6 +23,7 @@ from .inference import (
     conv_bn_act_max_pool,
     norm_conv_bn_act,
     pool_linear,
+    prefers_modules,
     residual_blocks,
 )
 from .isa import ISA, NATIVE_DTYPES, TILE_ISA, explain, has_kernel
@@ -105,6 +106,10 @@ class Cpu(Backend):
         """See `Backend.has_activation`."""
         return True
 
+    def trains_activation(self, activation: str, dtype: torch.dtype) -> bool:
+        """See `Backend.trains_activation`."""
+        return dtype in NATIVE_DTYPES
+
     def plan_key(self, input: Tensor) -> Hashable | None:
         """See `Backend.plan_key`."""
         if input.dtype not in NATIVE_DTYPES or input.layout is not torch.strided:
@@ -128,6 +133,7 @@ class Cpu(Backend):
     release = staticmethod(release)
     conv_bn_act = staticmethod(conv_bn_act)
     norm_conv_bn_act = staticmethod(norm_conv_bn_act)
+    prefers_modules = staticmethod(prefers_modules)
     conv_bn_act_max_pool = staticmethod(conv_bn_act_max_pool)
     batch_norm_act_inference = staticmethod(batch_norm_act_inference)
     residual_blocks = staticmethod(residual_blocks)

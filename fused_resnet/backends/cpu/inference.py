@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +14,18 @@ from ...layers import counting
 from ...layers.activation import numbers_of
 from ...layers.convolution import conv2d
 from ...layers.description import Block, ConvNorm, Norm, Pool
+from ...layers.memory import memory_format_of
+from ..backend import Convolution
 from . import operators, precision, weights
-from .isa import ISA, LARGEST_POOL, NATIVE_DTYPES, TILE_ISA, is_native
-from .norm import batch_norm_act_inference
+from .isa import (
+    ISA,
+    LARGEST_POOL,
+    NATIVE_DTYPES,
+    TILE_ISA,
+    is_native,
+    least_pixels_for_library,
+)
+from .norm import batch_norm_act_inference, batch_norm_act_inference_
 
 # The images for which `pool_linear` is faster than torch's operators.
 MOST_IMAGES = 16
@@ -27,12 +37,72 @@ _ABSENT = torch.empty(0, device="cpu")
 
 def conv_bn_act(input: Tensor, layer: ConvNorm, residual: Tensor | None, activation: str) -> Tensor:
     """One pass: see csrc/cpu/conv.h for the formula and the memory traffic."""
-    if not is_native(input.dtype, layer.weight.shape, layer.groups):
-        weight, norm, bias, stride, padding, dilation, groups = layer
+    weight, norm, bias, stride, padding, dilation, groups = layer
+    if not is_native(input.dtype, weight.shape, groups):
         out = conv2d(input, weight, bias, stride, padding, dilation, groups)
         return batch_norm_act_inference(out, norm, residual, activation)
+    if _leaves_to_library(input, layer):
+        out = conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return batch_norm_act_inference_(out, norm, residual, activation)
     act = numbers_of(activation)
     return _convolve(operators.conv_bn_act_packed, (input,), layer, residual, *act, ())
+
+
+def _leaves_to_library(input: Tensor, layer: ConvNorm) -> bool:
+    """Whether torch's convolution is faster for a layer that the native kernel could run, too."""
+    weight, _, _, stride, _, _, groups = layer
+    if not (groups > 1 or weight.size(2) == 1):  # for which `least_pixels_for_library` has none
+        return False
+    is_last = torch.channels_last in (memory_format_of(input), memory_format_of(weight))
+    least = least_pixels_for_library(input.dtype, weight.shape, stride, groups, is_last)
+    return least is not None and math.prod(layer.output_shape(input.shape)[2:]) >= least
+
+
+_preferred: dict[tuple[Any, ...], bool] = {}
+_MOST_PREFERRED = 4096
+# Products of one convolution, and of several, that take no longer than to find out that they can be
+# fused.
+_FEW_OF_ONE, _FEW_OF_SEVERAL = 2_000_000, 5_000_000
+_FEW_PIXELS = 64
+# Channels of images, and of the outputs of narrow networks' first convolutions.
+_COLOURS, _NARROW = 4, 32
+
+
+def prefers_modules(input: Tensor, convolutions: Sequence[Convolution], activated: bool) -> bool:
+    """See `Backend.prefers_modules`: what is left to the library, and small convolutions."""
+    layers = tuple(
+        (weight.shape, weight.stride(), stride, groups) for weight, stride, groups in convolutions
+    )
+    key = (input.shape, input.stride(), input.dtype, layers, activated)
+    found = _preferred.get(key)
+    if found is None:
+        if len(_preferred) >= _MOST_PREFERRED:
+            _preferred.clear()
+        found = _preferred[key] = _are_better_left(input, convolutions, activated)
+    return found
+
+
+def _are_better_left(input: Tensor, convolutions: Sequence[Convolution], activated: bool) -> bool:
+    if input.dtype is not torch.float32 or TILE_ISA:
+        return False
+    tensors = (input, *(weight for weight, _, _ in convolutions))
+    is_last = torch.channels_last in map(memory_format_of, tensors)
+    pixels, products, left = input.size(2) * input.size(3), 0, []
+    for weight, stride, groups in convolutions:
+        pixels //= stride[0] * stride[1]
+        products += input.size(0) * pixels * weight.numel()
+        least = least_pixels_for_library(input.dtype, weight.shape, stride, groups, is_last)
+        left.append(least is not None and pixels >= least)
+    if len(convolutions) == 1:
+        K, C, _, _ = weight.shape
+        is_stem = groups == 1 and C <= _COLOURS and K <= _NARROW
+        is_left = not is_last and (left[0] or is_stem)
+        return is_left or (products < _FEW_OF_ONE and not activated)
+    # Of a filter for each channel and what is around it in NCHW, images of few pixels are left.
+    strided = (
+        not is_last and pixels > _FEW_PIXELS and any(groups > 1 for *_, groups in convolutions)
+    )
+    return products < _FEW_OF_SEVERAL or strided
 
 
 def norm_conv_bn_act(

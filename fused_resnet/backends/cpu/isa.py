@@ -71,6 +71,35 @@ def is_native(dtype: torch.dtype, weight_shape: tuple[int, ...], groups: int) ->
     return groups == 1 or group_k % lanes == 0 or shares_a_vector
 
 
+# Of output pixels, from which on the library's 1x1 convolution and a pass behind it are faster than
+# the native kernel that writes to NCHW. Of a filter for each channel it always is; in channels_last
+# of images of so many values, which the nearer caches do not hold.
+_PIXELS_OF_POINTWISE, _VALUES_OF_DEPTHWISE = 28 * 28, 200_000
+
+
+def least_pixels_for_library(
+    dtype: torch.dtype,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> int | None:
+    """From how many output pixels of an image on the library's convolution is the faster one.
+
+    Measured in float32 on vectors; None where the native one is, for all that is known.
+    """
+    K, group_c, R, S = weight_shape
+    is_depthwise = groups == K > 1 and group_c == 1
+    if dtype is not torch.float32 or TILE_ISA:
+        return None
+    if channels_last:
+        per_output = K * stride[0] * stride[1]
+        return -(-_VALUES_OF_DEPTHWISE // per_output) if is_depthwise else None
+    if is_depthwise:
+        return 1
+    return _PIXELS_OF_POINTWISE if groups == R == S == 1 else None
+
+
 def explain(
     operator: str,
     *,
@@ -97,7 +126,11 @@ def explain(
         if dtype in (torch.float32, torch.float16):
             isa = _isa_in_parts(dtype, weight_shape, geometry, input_shape[:1], outputs, isa)
         if not (pooled and groups > 1):
-            return f"cpu: native {before}convolution ({isa})"
+            native = f"cpu: native {before}convolution ({isa})"
+            if pooled or before:
+                return native
+            kind = (dtype, weight_shape, stride, groups)
+            return native + _library_instead(kind, outputs)
     if operator == "quantized_residual_blocks":
         fastest, *_ = operators.quantized_kernels().split(",")
         return f"cpu: whole blocks in eight bits ({fastest})"
@@ -107,6 +140,20 @@ def explain(
     if operator == "batch_norm_act_training":
         return "cpu: native statistics + scale_shift_act"
     return "cpu: " + library.explain(operator)
+
+
+def _library_instead(
+    kind: tuple[torch.dtype, Sequence[int], Sequence[int], int], outputs: Sequence[int]
+) -> str:
+    """Where the library's convolution is used in the native one's place, of `outputs` or any."""
+    found = []
+    for channels_last, layout in ((True, "channels_last"), (False, "NCHW")):
+        least = least_pixels_for_library(*kind, channels_last)
+        if least is None or (outputs and math.prod(outputs) < least):
+            continue
+        sizes = "" if outputs or least <= 1 else f" from {least} output pixels on"
+        found.append(f"; in {layout}{sizes} the library's + normalize_act")
+    return "".join(found)
 
 
 def _isa_in_parts(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...layers.activation import PLAIN, apply_
+from ...layers.activation import PLAIN, apply_, numbers_of
 from ...layers.description import Norm, Sums
 from ...layers.memory import contiguous_like_eager
 from .. import library
@@ -21,12 +21,35 @@ from .isa import LARGEST_POOL
 def batch_norm_act_inference(
     input: Tensor, norm: Norm, residual: Tensor | None, activation: str
 ) -> Tensor:
-    """Everything in one pass, but for activations other than ReLU, which are another in place."""
-    scale, shift = operators.norm_vectors(*in_accumulation_dtype(input, *norm[:4]), norm.eps)
+    """Everything in one pass; in float64 activations other than ReLU are another, in place."""
     input = contiguous_like_eager(input)
-    if activation not in PLAIN:
+    if activation in PLAIN or _is_activated_apart(input):
+        scale, shift = operators.norm_vectors(*in_accumulation_dtype(input, *norm[:4]), norm.eps)
+        if activation in PLAIN:
+            return scale_shift_act(input, scale, shift, residual, activation)
         return apply_(scale_shift_act(input, scale, shift, residual, "none"), activation)
-    return scale_shift_act(input, scale, shift, residual, activation)
+    return _normalized(input, norm, residual, activation, operators.pool_empty_like(input))
+
+
+def batch_norm_act_inference_(
+    input: Tensor, norm: Norm, residual: Tensor | None, activation: str
+) -> Tensor:
+    """`batch_norm_act_inference` in place, of a dense tensor of the caller's own."""
+    if _is_activated_apart(input):
+        return batch_norm_act_inference(input, norm, residual, activation)
+    return _normalized(input, norm, residual, activation, input)
+
+
+def _is_activated_apart(input: Tensor) -> bool:
+    return input.dtype is torch.float64 or input.numel() == 0
+
+
+def _normalized(
+    input: Tensor, norm: Norm, residual: Tensor | None, activation: str, output: Tensor
+) -> Tensor:
+    vectors = in_accumulation_dtype(input, *norm[:4])
+    operators.normalize_act(input, *vectors, norm.eps, residual, *numbers_of(activation), output)
+    return output
 
 
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +101,13 @@ def _train(
     input = contiguous_like_eager(input)
     if input.numel() == 0:
         mean, var = library.batch_statistics(input)
-        return scale_shift_act(input, mean, var, residual, activation), mean, var, None
+        out = scale_shift_act(input, mean, var, residual, "none")  # of which there is nothing
+        return out, mean, var, None
+    if activation not in PLAIN:
+        mean, var = operators.batch_statistics(input)
+        norm = Norm(mean, var, weight, bias, eps)
+        output = operators.pool_empty_like(input)
+        return _normalized(input, norm, residual, activation, output), mean, var, None
     weight, bias = in_accumulation_dtype(input, weight, bias)
     return operators.train_batch_norm_act(input, weight, bias, eps, residual, activation, keep_mask)
 
@@ -97,6 +126,22 @@ def batch_norm_act_backward(
     relu = activation == "relu"
     need_input, need_weight, need_bias, need_residual = need
     grad, input, output, copied = _lying_alike(grad, input, output)
+    if activation not in PLAIN:
+        masked = grad if overwrite or copied else operators.pool_empty_like(input)
+        grad_input = None
+        if need_input:  # which takes the place of the residual's, unless that is needed
+            grad_input = operators.pool_empty_like(input) if need_residual else masked
+        *parameters, mean, var, eps = _parameters(input, norm)
+        grad_weight, grad_bias = operators.normalize_act_backward(
+            grad, input, output, *parameters, mean, var, eps, *numbers_of(activation), training,
+            grad_input, masked,
+        )  # fmt: skip
+        return (
+            grad_input,
+            grad_weight if need_weight else None,
+            grad_bias if need_bias else None,
+            masked if need_residual else None,
+        )
     if copied:
         overwrite = relu or not need_residual  # whose gradient may be `grad` itself
     masked = operators.pool_empty_like(input) if need_residual and relu else None
