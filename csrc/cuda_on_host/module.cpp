@@ -22,6 +22,17 @@ PYBIND11_MODULE(fused_resnet_on_host, m) {
       "set_processors", [](int count) { on_host::settings.processors = count; },
       "How many multiprocessors the kernels' launchers are told of.");
   m.def(
+      "set_at_once",
+      [](unsigned blocks, unsigned accesses_a_turn) {
+        on_host::settings.at_once = blocks;
+        on_host::settings.accesses_a_turn = accesses_a_turn;
+      },
+      "How many blocks (or clusters) run at once, and of how many accesses to global memory others "
+      "run before one; 0 for what is drawn from the seed.");
+  m.def(
+      "order_global_accesses", [](bool does) { on_host::settings.orders_global_accesses = does; },
+      "Whether accesses of several blocks that nothing orders are faults.");
+  m.def(
       "guard",
       [](const std::string& where) {
         on_host::guard_tensors(where == "end"     ? on_host::Guard::kEnd
