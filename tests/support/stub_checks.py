@@ -34,7 +34,7 @@ from triton.compiler import compiler
 
 import fused_resnet
 from fused_resnet import tuning
-from fused_resnet.backends import arranged, triton
+from fused_resnet.backends import arranged, launch_plans, triton
 from fused_resnet.backends.triton import (
     bottleneck,
     chains,
@@ -217,16 +217,16 @@ def check_launches_are_triton_s_own() -> None:
 
 def check_a_wrong_plan_would_be_seen() -> None:
     """Parts of the workspace that lie upon each other do not pass for Triton's own launches."""
-    lay_out = triton_plans._lay_out
+    lay_out = launch_plans.lay_out
 
-    def together(parts: Any) -> int:
+    def together(parts: Any) -> tuple[int, int]:
         lay_out(parts)
         for part in parts:
             part.at = 0
-        return max(part.size for part in parts)
+        return max(part.size for part in parts), 0
 
     its, *called = triton_s_own()
-    with _set(triton_plans, "_lay_out", together):
+    with _set(launch_plans, "lay_out", together):
         settled()
 
     def compared() -> None:

@@ -16,6 +16,7 @@ from support import ConvShape, cuda_on_host, dtype_id
 from support.exact_convolutions import Problem, assert_exact, small_integers
 
 from fused_resnet import _native, backends
+from fused_resnet.backends import cuda
 from fused_resnet.layers.activation import numbers_of
 from fused_resnet.testing import assert_error_rule
 from fused_resnet.tuning import cluster_norm
@@ -108,3 +109,17 @@ def test_clusters_of_hopper(seeds):
         )  # fmt: skip
         assert_exact(out, case, seed)
     module.set_processors(4)
+
+
+def test_stems(seeds):
+    """Blocks share nothing but what they read."""
+    shape = ConvShape(3, 8, (7, 7), (2, 2), (3, 3))
+    case = small_integers(Problem("", shape, (21, 24)), torch.float16, residual=False)
+    arguments = (
+        case.input, case.weight, case.running_mean, case.running_var, case.bn_weight, case.bn_bias,
+        case.eps, None, True,
+    )  # fmt: skip
+    run = cuda._stem("stem_max_pool")
+    results = [run(*arguments, rows_each) for rows_each, _ in zip((1, 2, 5), seeds, strict=False)]
+    expected = torch.max_pool2d(case.eager(), 3, 2, 1)
+    assert all(torch.equal(result, expected) for result in results)

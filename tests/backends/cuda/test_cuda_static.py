@@ -312,6 +312,31 @@ def test_convolutions_store_16_bytes(architecture):
 
 
 @of_each_architecture
+def test_the_stem_multiplies_and_loads(architecture):
+    """Of a turn's 11 steps the three of two tap rows, which are a loop, and the last two."""
+    found = {n: k for n, k in kernels(architecture).items() if "stem_max_pool" in n}
+    assert len(found) == 2
+    for name, instructions in found.items():
+        opcode = "HMMA.16816.F32" + (".BF16" if "bfloat16" in name else "")
+        # Two rows of pixels by eight of filters in each of three and two steps.
+        assert opcodes(instructions, "HMMA") == [opcode] * (5 * 2 * 8), name
+        assert opcodes(instructions, "LDSM") == ["LDSM.16.M88.4"] * (5 * 4), name
+        products = [i for i, x in enumerate(instructions) if "HMMA" in x]
+        turn = instructions[products[0] : products[-1]]
+        # Operands of pixels are words as they lie, four lanes' of each of 9 chunks. The last
+        # products are among what follows them.
+        words = [x for x in opcodes(instructions, "LDS") if x == "LDS"]
+        assert len(words) >= 4 * 9, (name, len(words))
+        assert not opcodes(turn, "LDG"), name
+        assert len(turn) < 7 * len(products), (name, len(turn))
+        copies = opcodes(instructions, "LDGSTS")
+        # Before the first turn, and in each.
+        assert copies == ["LDGSTS.E.BYPASS.128"] * len(copies), name
+        assert len(copies) >= 2, name
+        assert opcodes(instructions, "STG") == ["STG.E.128"], name
+
+
+@of_each_architecture
 def test_aligned_paths_access_16_bytes(architecture):
     checked = 0
     for name, instructions in kernels(architecture).items():
