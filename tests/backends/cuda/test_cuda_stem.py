@@ -138,6 +138,11 @@ def test_nonfinite_values(size):
         case.input[1, 2, 0, size[1] - 1] = math.nan
         case.input[1, 0, size[0] - 1, 0] = -math.inf
         assert_exact(case)
+    # The number before a window and the two behind it, which are loaded with it.
+    for number, w in ((2, 2), (0, 6), (1, 6), (0, 8)):
+        case = small_integers(problem, torch.float16, residual=False)
+        case.input[0, number, 4, w] = math.nan
+        assert_exact(case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
