@@ -300,6 +300,33 @@ def test_convolutions_load_while_they_multiply(architecture):
 
 
 @of_each_architecture
+def test_convolutions_begin_to_multiply_behind_the_barrier(architecture):
+    """Operands are loaded first, the first products follow, and copies come between products.
+
+    Each warp's own 16 bytes a lane, then what rounds them in float32. On the diagonal a block's
+    first operands are all that there are in a chunk, so that its copies come first.
+    """
+    checked = 0
+    for name, conv in convolutions(architecture).items():
+        if conv.products == 2 or conv.loads == 2:
+            continue
+        products = [i for i, x in enumerate(conv.instructions) if "HMMA" in x]
+        loads = [i for i, x in enumerate(conv.instructions) if "LDSM" in x]
+        barrier = max(
+            i for i, x in enumerate(conv.instructions) if "BAR.SYNC" in x and i < products[0]
+        )
+        assert loads[0] - barrier <= 16, (name, loads[0] - barrier)
+        # 8 loads of a warp's 64 x 64, and 4 instructions for each in float32.
+        limit = 64 if conv.dtype == "f" else 24
+        assert products[0] - barrier <= limit, (name, products[0] - barrier)
+        copies = [i for i, x in enumerate(conv.instructions) if "LDGSTS" in x or "LDG" in x]
+        assert not [i for i in copies if barrier < i < products[0]], name
+        assert [i for i in copies if products[0] < i < products[-1]], name
+        checked += 1
+    assert checked
+
+
+@of_each_architecture
 def test_convolutions_store_16_bytes(architecture):
     """One narrower store, in a loop of its own for channel counts that fill no 16 bytes."""
     for name, conv in convolutions(architecture).items():
