@@ -75,6 +75,8 @@ REGISTERS = 65536  # of a multiprocessor, on all of these
 MOST_LANES = 32  # csrc/cuda/batch_norm.h, as are
 MASKS = ("everywhere", "recomputed", "output", "bits")
 RESIDUALS = ("none", "whole", "narrow")  # csrc/cuda/scale_shift_act.cu
+# csrc/cuda/stem.h
+STEM_PIXELS, STEM_FILTERS, STEM_WARPS, STEM_SHARED_BYTES = 224, 64, 7, 89344
 ELEMENTWISE_THREADS = 256  # of scale_shift_act and of batch norm
 DRIVERS_BYTES = 1024  # of every block's shared memory
 
@@ -175,6 +177,12 @@ def description(name: str) -> tuple[dict[str, Any], int, int]:
     if kernel in ("byte_conv", "pool_bytes", "store_bytes"):
         return byte_kernel(kernel, arguments)
     fields: dict[str, Any] = {"kernel": kernel, "dtype": DTYPES[arguments[0]]}
+    if kernel == "max_pool":
+        return fields | {"elements": int(arguments[1])}, ELEMENTWISE_THREADS, 0
+    if kernel == "stem_max_pool":
+        fields |= {"products": PRODUCTS[0], "block_m": STEM_PIXELS, "block_n": STEM_FILTERS}
+        fields |= {"num_warps": STEM_WARPS}
+        return fields, 32 * STEM_WARPS, STEM_SHARED_BYTES
     if kernel.startswith("batch_norm"):
         own_fields, threads, shared = batch_norm(kernel, arguments[1:])
         return fields | own_fields, threads, shared

@@ -108,8 +108,8 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   // Plans of launches: internal, see csrc/launch_plan.cpp and
   // fused_resnet/backends/triton/plans.py.
   m.def(
-      "make_launch_plan(Tensor input, Tensor[] parameters, int[] launches, int workspace_bytes, "
-      "int[] output_sizes, int[] output_strides) -> int");
+      "make_launch_plan(Tensor input, Tensor[] parameters, int[] fixed, int[] launches, "
+      "int[] workspace, int[] output_sizes, int[] output_strides) -> int");
   m.def("run_launch_plan(int plan, Tensor input, int stream) -> Tensor?");
   m.def("free_launch_plan(int plan) -> ()");
 

@@ -47,6 +47,7 @@ struct BasicBlockLayer {
   const void* weight;  // (K, R, S, C), dense
   Parameter running_mean, running_var, bn_weight, bn_bias, bias;
   float eps;
+  int unused = 0;  // see NarrowResidual
 };
 
 // Sizes and strides in elements.
@@ -57,6 +58,27 @@ struct BasicBlock {
   int H, W;
   int tiles_h, tiles_w;  // of an image
   int64_t input_n, input_h, input_w;
+};
+
+template <>
+struct Addresses<BasicBlock> {
+  static constexpr bool kKnown = true;
+  static constexpr std::initializer_list<size_t> kOffsets{
+      offsetof(BasicBlock, input),
+      offsetof(BasicBlock, output),
+      offsetof(BasicBlock, layers[0].weight),
+      offsetof(BasicBlock, layers[0].running_mean.values),
+      offsetof(BasicBlock, layers[0].running_var.values),
+      offsetof(BasicBlock, layers[0].bn_weight.values),
+      offsetof(BasicBlock, layers[0].bn_bias.values),
+      offsetof(BasicBlock, layers[0].bias.values),
+      offsetof(BasicBlock, layers[1].weight),
+      offsetof(BasicBlock, layers[1].running_mean.values),
+      offsetof(BasicBlock, layers[1].running_var.values),
+      offsetof(BasicBlock, layers[1].bn_weight.values),
+      offsetof(BasicBlock, layers[1].bn_bias.values),
+      offsetof(BasicBlock, layers[1].bias.values),
+  };
 };
 
 }  // namespace fused_resnet

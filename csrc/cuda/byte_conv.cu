@@ -361,8 +361,7 @@ Tensor byte_blocks(Tensor input, std::vector<Tensor> tensors, std::vector<int64_
   const DeviceGuard guard(input.get_device_index());
   const bool channels_last = is_channels_last(input);
   Tensor output = empty({N, C, H, W}, {H * W * C, 1, W * C, C}, input.scalar_type(), input);
-  const auto in_format = [&] { return channels_last ? output : torch::stable::contiguous(output); };
-  if (output.numel() == 0) return in_format();
+  if (output.numel() == 0) return in_format(output, channels_last);
   const cudaStream_t stream = current_stream(input.get_device_index());
   const int wanted = static_cast<int>(tile);
   ByteImages images = store(input, step, zero_point, false, input.size(1), stream);
@@ -390,7 +389,7 @@ Tensor byte_blocks(Tensor input, std::vector<Tensor> tensors, std::vector<int64_
     }
     images = values;
   }
-  return in_format();
+  return in_format(output, channels_last);
 }
 
 // A stem's `low` convolution is the second half of `tensors`, in sixteen bits.
@@ -429,8 +428,7 @@ Tensor byte_stem(Tensor input, std::vector<Tensor> tensors, std::vector<int64_t>
   const DeviceGuard guard(input.get_device_index());
   const bool channels_last = is_channels_last(input);
   Tensor output = empty({N, K, P, Q}, {P * Q * K, 1, Q * K, K}, input.scalar_type(), input);
-  const auto in_format = [&] { return channels_last ? output : torch::stable::contiguous(output); };
-  if (output.numel() == 0) return in_format();
+  if (output.numel() == 0) return in_format(output, channels_last);
   const cudaStream_t stream = current_stream(input.get_device_index());
   const ByteImages images = store(input, step, zero_point, words, pixel_bytes, stream);
   const bool pools = pool != std::vector<int64_t>{1, 1, 1, 1, 0, 0};
@@ -439,7 +437,7 @@ Tensor byte_stem(Tensor input, std::vector<Tensor> tensors, std::vector<int64_t>
   if (!pools) {
     const End end{output.mutable_data_ptr(), output_type(input.scalar_type()), output_step};
     convolve(main, images, N, shortcut, end, static_cast<int>(tile), stream);
-    return in_format();
+    return in_format(output, channels_last);
   }
   Tensor made = bytes_of(N * main.P * main.Q * K, input);
   const End end{made.mutable_data_ptr(), ByteOutput::kBytes, 1};
@@ -469,7 +467,7 @@ Tensor byte_stem(Tensor input, std::vector<Tensor> tensors, std::vector<int64_t>
                             kElementwiseThreads, 0, stream};
     device::launch(whole ? pool_bytes<T, kChannels> : pool_bytes<T, 1>, grid, windows);
   });
-  return in_format();
+  return in_format(output, channels_last);
 }
 
 // Seven numbers for every instance, by index: piece, m, n, depth, warps, stages, and whether it

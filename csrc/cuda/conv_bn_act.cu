@@ -1,16 +1,15 @@
 // The operator conv_bn_act_tiled: what conv_bn_act.cuh computes, on tensors. With channels_last
-// tensors it allocates the output, launches once and converts nothing; a shared sum takes one more
-// allocation and a memset of a few bytes. Tensors that the chosen instance cannot load as they lie
+// tensors it allocates the output, launches once and converts nothing; a shared sum takes two more
+// allocations and a memset of a few bytes. Tensors that the chosen instance cannot load as they lie
 // are copied first.
 #include "cuda/conv_bn_act.h"
 
-#include <array>
 #include <limits>
-#include <mutex>
 #include <optional>
 #include <vector>
 
 #include "cuda/conv_heuristics.h"
+#include "cuda/gpu_of.h"
 #include "cuda/library.h"
 #include "cuda/narrow_residual_of.h"
 #include "cuda/tensors.h"
@@ -31,32 +30,6 @@ double window_span(const Tensor& tensor, int64_t channels, int64_t rows, int64_t
     return static_cast<double>(count - 1) * static_cast<double>(tensor.stride(dim));
   };
   return span(1, channels) + span(2, rows) + span(3, columns);
-}
-
-// Asked of the driver once a device.
-Gpu gpu_of(int device) {
-  static std::mutex mutex;
-  static std::array<std::optional<Gpu>, 64> known;
-  const std::lock_guard lock(mutex);
-  std::optional<Gpu>& gpu = known.at(std::max(0, device));
-  if (!gpu) {
-    gpu.emplace();
-    const auto ask = [&](int& value, cudaDeviceAttr attribute) {
-      STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, std::max(0, device)));
-    };
-    ask(gpu->multiprocessors, cudaDevAttrMultiProcessorCount);
-    ask(gpu->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    ask(gpu->shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    int clock, memory_clock, bits;
-    ask(clock, cudaDevAttrClockRate);
-    ask(memory_clock, cudaDevAttrMemoryClockRate);
-    ask(bits, cudaDevAttrGlobalMemoryBusWidth);
-    // Two transfers a cycle, of which nine in ten are reached. Some drivers report no clock: then
-    // it is what an A100 and an H100 have.
-    const double bytes = clock > 0 ? 0.9 * 2.0 * memory_clock * (bits / 8) / clock : 0;
-    gpu->memory_bytes_per_cycle = bytes >= 1 ? static_cast<int>(bytes) : 12 * gpu->multiprocessors;
-  }
-  return *gpu;
 }
 
 // The instance asked for, {} or {index, split}, if it can run the problem.
@@ -111,8 +84,7 @@ Tensor conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tenso
   const DeviceGuard guard(input.get_device_index());
   Tensor output = empty({N, K, P, Q}, {P * Q * K, 1, Q * K, K}, dtype, input);
   const bool channels_last = is_channels_last(input) || is_channels_last(weight);
-  const auto in_format = [&] { return channels_last ? output : torch::stable::contiguous(output); };
-  if (output.numel() == 0) return in_format();
+  if (output.numel() == 0) return in_format(output, channels_last);
 
   const Products products = dtype != ScalarType::Float ? Products::k16Bit
                             : tf32                     ? Products::kTf32
@@ -197,16 +169,17 @@ Tensor conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tenso
   };
 
   const cudaStream_t stream = current_stream(input.get_device_index());
-  std::optional<Tensor> workspace;
+  std::optional<Tensor> tickets, partials;
   if (choice.split > 1) {
     const Tile& shape = kTiles[choice.tile];
     const int64_t tiles = tiles_of(problem, shape);
-    const int64_t tickets = (tiles + 31) / 32 * 32;  // the partial sums begin a cache line
-    const int64_t partials = tiles * choice.split * shape.m * shape.n;
-    workspace = empty({tickets + partials}, {1}, ScalarType::Float, input);
-    conv.tickets = static_cast<int*>(workspace->mutable_data_ptr());
-    conv.partials = static_cast<float*>(workspace->mutable_data_ptr()) + tickets;
-    STD_CUDA_CHECK(cudaMemsetAsync(conv.tickets, 0, tiles * sizeof(int), stream));
+    tickets = empty({tiles}, {1}, ScalarType::Int, input);
+    partials = empty({tiles * choice.split * shape.m * shape.n}, {1}, ScalarType::Float, input);
+    conv.tickets = static_cast<int*>(tickets->mutable_data_ptr());
+    conv.partials = static_cast<float*>(partials->mutable_data_ptr());
+    const int64_t bytes = tiles * static_cast<int64_t>(sizeof(int));
+    if (recording != nullptr) recording->add_clearing(conv.tickets, bytes);
+    STD_CUDA_CHECK(cudaMemsetAsync(conv.tickets, 0, bytes, stream));
   }
   switch (dtype) {
     case ScalarType::Half:
@@ -218,7 +191,7 @@ Tensor conv_bn_act_tiled(Tensor input, Tensor weight, Tensor running_mean, Tenso
     default:
       launch_conv_bn_act<float>(conv, choice.tile, choice.split, stream);
   }
-  return in_format();
+  return in_format(output, channels_last);
 }
 
 // Seven numbers for every instance, by index: products, loads, m, n, depth in elements, warps,

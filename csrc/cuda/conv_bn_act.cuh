@@ -101,10 +101,12 @@ __device__ __forceinline__ Window<T> window_of(const Conv& conv, int m, int chan
   return {static_cast<const T*>(conv.input) + offset, h, w};
 }
 
-// One step of the sum: the warp's rows of A by its rows of B, both in one stage.
-template <typename T, int kIndex, int kTilesM, int kTilesN>
+// One step of the sum: the warp's rows of A by its rows of B, both in one stage. `meanwhile` is
+// called once the first chunks' operands are on their way, between the first products and the rest.
+template <typename T, int kIndex, int kTilesM, int kTilesN, typename Meanwhile>
 __device__ __forceinline__ void multiply(float (&sums)[kTilesM][kTilesN][4], const char* pixels,
-                                         const char* filters, int warp_m, int warp_n, int lane) {
+                                         const char* filters, int warp_m, int warp_n, int lane,
+                                         const Meanwhile& meanwhile) {
   static constexpr Tile kTile = kTiles[kIndex];
   constexpr int kChunks = kTile.depth_bytes / 16;
   constexpr int kFilterChunks = kTile.filter_bytes() / 16;
@@ -117,6 +119,7 @@ __device__ __forceinline__ void multiply(float (&sums)[kTilesM][kTilesN][4], con
     if constexpr (kTile.products == Products::kIeee) {
       // The thread has the outputs it would have of an mma: rows g and g + 8, columns 2t, 2t + 1.
       constexpr int N = device::kElementsIn16Bytes<float>;
+      if (chunk == 0) meanwhile();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         Vector<float, N> a[kTilesM][2];
@@ -168,6 +171,7 @@ __device__ __forceinline__ void multiply(float (&sums)[kTilesM][kTilesN][4], con
         if (!meets(pair)) continue;
         uint32_t b[4];
         device::load_matrix_x4(b, filters + b_offset + pair * 16 * kFilterChunks * 16);
+        if (chunk == 0 && pair == (kDiagonal ? 0 : kTilesN / 2 - 1)) meanwhile();
         convert(b);
         const uint32_t columns[2][2] = {{b[0], b[1]}, {b[2], b[3]}};
 #pragma unroll
@@ -452,9 +456,9 @@ __global__ void __launch_bounds__(kTiles[kIndex].threads(), kTiles[kIndex].resid
   for (int step = 0; step < steps; ++step) {
     device::wait_for_copies<kStages - 2>();
     __syncthreads();  // this step is there for all, and all are done with the one before
-    load(step + kStages - 1);
     const char* const a = ring + stage * kStageBytes;
-    multiply<T, kIndex>(sums, a, a + kTile.m * kTile.depth_bytes, warp_m, warp_n, lane);
+    multiply<T, kIndex>(sums, a, a + kTile.m * kTile.depth_bytes, warp_m, warp_n, lane,
+                        [&] { load(step + kStages - 1); });
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
 

@@ -13,6 +13,8 @@
 #include <iterator>
 #include <utility>
 
+#include "cuda/stem.h"
+
 namespace fused_resnet {
 namespace {
 
@@ -129,6 +131,57 @@ void for_each_choice(const ConvProblem& problem, const Gpu& gpu, const Visit& vi
   }
 }
 
+// A block's turn multiplies two rows of the convolution. Beside what an mma takes, a warp loads its
+// operand of pixels word by word and masks two words of three, and pools: 9 loads, 32 maxima and
+// a store for 8 numbers.
+constexpr double kStemWordInstructions = 5.0 / 3;
+constexpr double kPoolInstructions = 60;
+constexpr int kStemRows[] = {56, 28, 14, 8, 4, 2, 1};
+
+double stem_cycles(const StemProblem& problem, const Gpu& gpu, int rows_each) {
+  using Tile = StemTile;
+  const auto halved = [](int64_t size) { return (size - 1) / 2 + 1; };
+  const int64_t P = halved(problem.H), Q = halved(problem.W);
+  const int64_t pooled_P = halved(P), pooled_Q = halved(Q);
+  const int64_t blocks = problem.N * Tile::strips(pooled_Q) * ceil_div(pooled_P, rows_each) *
+                         ceil_div(problem.K, Tile::kFilters);
+  const int64_t resident = std::min<int64_t>(
+      Tile::kResident, gpu.shared_per_multiprocessor / (Tile::shared_bytes() + kSharedPerBlock));
+  const int64_t busiest = ceil_div(blocks, gpu.multiprocessors);
+  const int64_t waves = ceil_div(busiest, std::max<int64_t>(1, resident));
+  // One turn more than there are pooled rows, but at the image's top.
+  const int64_t turns = rows_each + (rows_each < pooled_P);
+
+  constexpr double kPixels = 2.0 * Tile::kColumns;
+  constexpr double kProducts = kPixels * Tile::kFilters * Tile::kDepth;
+  constexpr double kEfficiency = 1 / (1 + 16.0 / kPixels + 16.0 / Tile::kFilters);
+  const double arithmetic =
+      1.0 * busiest * turns * kProducts / (rate(Products::k16Bit) * kEfficiency);
+
+  constexpr double kWords = kPixels * Tile::kDepth / 2;
+  constexpr double kPooled = Tile::kColumns / 2.0 * Tile::kFilters / 8;
+  constexpr double kInstructions =
+      kMmaInstructions * kProducts / (16 * 8 * 16) + kStemWordInstructions * kWords / 32 +
+      kOutputInstructions * kPixels * Tile::kFilters / 32 + kPoolInstructions * kPooled / 32 +
+      kCopyInstructions * 4.0 * Tile::kRowBytes / (32 * 16) + kStepInstructions * Tile::kWarps;
+  const double issue = busiest * turns * kInstructions / kIssuedPerCycle;
+
+  const double all = gpu.multiprocessors * kSharedBytesPerCycle;
+  const double share = std::min<int64_t>(blocks, gpu.multiprocessors) * kBytesPerCycle;
+  const double weights = 2.0 * Tile::kFilters * Tile::kTaps * Tile::kTaps * Tile::kChannels;
+  const double output = 2.0 * problem.N * pooled_P * pooled_Q * problem.K;
+  const double cache =
+      (blocks * (4.0 * Tile::kRowBytes * turns + weights) + output) / std::min(share, all);
+  const double input = 2.0 * problem.N * problem.H * problem.W * Tile::kChannels;
+  const double memory = (input + output) / gpu.memory_bytes_per_cycle;
+  const double waiting = 1.0 * waves * turns * kLatency;
+  const double terms[] = {arithmetic, cache, memory, issue, waiting};
+  double sum = 0.9 * *std::max_element(std::begin(terms), std::end(terms));
+  for (const double term : terms) sum += 0.1 * term;
+  // The weights are loaded, then stored, before the first turn.
+  return sum + (resident == 1 ? waves : std::min<int64_t>(waves, 2)) * 3 * kLatency;
+}
+
 }  // namespace
 
 Loads loads_for(const ConvProblem& problem) {
@@ -178,6 +231,15 @@ ConvChoice choose_conv(const ConvProblem& problem, const Gpu& gpu) {
     best = choice;
     least = time;
   });
+  return best;
+}
+
+StemChoice choose_stem(const StemProblem& problem, const Gpu& gpu) {
+  StemChoice best{1, 0};
+  for (const int rows : kStemRows) {
+    const double cycles = stem_cycles(problem, gpu, rows);
+    if (best.cycles == 0 || cycles < best.cycles) best = {rows, cycles};
+  }
   return best;
 }
 

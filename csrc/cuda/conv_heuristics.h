@@ -49,4 +49,17 @@ std::vector<ConvChoice> conv_choices(const ConvProblem& problem, const Gpu& gpu)
 // The first of them; tile -1 where there is none.
 ConvChoice choose_conv(const ConvProblem& problem, const Gpu& gpu);
 
+// A stem with its pool, as far as the choice depends on it.
+struct StemProblem {
+  int64_t N, H, W, K;
+};
+
+struct StemChoice {
+  int rows_each;  // pooled rows of a block
+  double cycles;
+};
+
+// How many pooled rows a block is best given, and how many cycles that takes.
+StemChoice choose_stem(const StemProblem& problem, const Gpu& gpu);
+
 }  // namespace fused_resnet

@@ -16,6 +16,7 @@ struct NarrowResidual {
   // a multiple of their size, wherever the output's channel is a multiple of it; and of those
   // either all are the residual's or none is.
   int width;
+  int unused = 0;  // no byte of it is undefined, so that what kernels are given can be compared
 };
 
 }  // namespace fused_resnet

@@ -30,6 +30,14 @@ inline constexpr const char* kCudaSchemas[] = {
     "Tensor? bias2, int tile) -> Tensor",
     "basic_block_tiles() -> int[]",
 
+    // Internal likewise, of csrc/cuda/stem.cu: a network's first convolution and its max-pool; and
+    // a max-pool by itself, of kernel size, stride and padding.
+    "stem_max_pool(Tensor input, Tensor weight, Tensor running_mean, Tensor running_var, "
+    "Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, bool relu, int rows_each) -> "
+    "Tensor",
+    "stem_rows_each(int[] problem, int[] gpu) -> int[]",
+    "max_pool_channels_last(Tensor input, int[] pool) -> Tensor",
+
     // Internal likewise, of csrc/cuda/byte_conv.cu: a convolution is four tensors (packed weight,
     // sums of its filters, scale, shift) and eleven numbers. `tile` is an index into what
     // byte_conv_tiles lists, for the convolutions that it can run, or -1.
@@ -39,6 +47,15 @@ inline constexpr const char* kCudaSchemas[] = {
     "byte_stem(Tensor input, Tensor[] tensors, int[] numbers, int[] pool, float step, "
     "int zero_point, float output_step, int tile) -> Tensor",
     "byte_conv_tiles() -> int[]",
+
+    // Internal likewise: csrc/cuda/launch_plan.cu.
+    "begin_cuda_recording() -> ()",
+    "end_cuda_recording() -> int[]",
+    "make_cuda_plan(Tensor input, Tensor[] parameters, int[] fixed, int[] launches, "
+    "int[] workspace, int[] output_sizes, int[] output_strides) -> int",
+    "run_cuda_plan(int plan, Tensor input) -> Tensor?",
+    "free_cuda_plan(int plan) -> ()",
+    "driver_function(int function) -> int",
 
     // Internal too: see csrc/cuda/batch_norm.cu.
     "batch_norm_statistics(Tensor input) -> (Tensor mean, Tensor var)",

@@ -11,6 +11,7 @@
 #include "checks.h"
 #include "cuda/conv_bn_act.h"
 #include "cuda/library.h"
+#include "cuda/recording.h"
 
 namespace fused_resnet {
 
@@ -47,6 +48,7 @@ inline bool is_dense_channels_last(const Tensor& tensor) {
 
 // A dense channels_last copy, which begins at an aligned address.
 inline Tensor aligned_copy(const Tensor& tensor) {
+  leave_no_plan();
   const Tensor copy = torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
   return is_aligned(copy) && copy.const_data_ptr() != tensor.const_data_ptr()
              ? copy
@@ -62,7 +64,18 @@ inline Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                   strides.data(), shim_dtype, device_type,
                                                   like.get_device_index(), &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  if (recording != nullptr) {
+    recording->add_memory(tensor.const_data_ptr(), tensor.numel() * tensor.element_size());
+  }
+  return tensor;
+}
+
+// An output that was made channels_last, in the format that it is to have.
+inline Tensor in_format(const Tensor& output, bool channels_last) {
+  if (channels_last) return output;
+  leave_no_plan();
+  return torch::stable::contiguous(output);
 }
 
 // A parameter of K numbers, copied if they are not next to each other.
@@ -72,7 +85,10 @@ inline Parameter parameter_of(const char* name, std::optional<Tensor>& tensor, i
   FR_CHECK(tensor->dim() == 1 && tensor->size(0) == K, "conv_bn_act: ", name, " must have ", K,
            " elements");
   check_device("conv_bn_act", name, *tensor, input);
-  if (!tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
+  if (!tensor->is_contiguous()) {
+    leave_no_plan();
+    tensor = torch::stable::contiguous(*tensor);
+  }
   switch (tensor->scalar_type()) {
     case ScalarType::Float:
       return {tensor->const_data_ptr(), Parameter::Type::kFloat32};

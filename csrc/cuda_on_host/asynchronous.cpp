@@ -32,10 +32,10 @@ void round_to_tf32(char* chunk) {
 
 // --- clusters ---------------------------------------------------------------------------------
 
-void Cluster::prepare(const GridShape& shape, void (*function)(void*), void* argument) {
+void Cluster::prepare(const GridShape& shape, void (*function)(void*), void* argument, Grid* grid) {
   blocks_.resize(shape.cluster);
   threads_ = shape.threads;
-  global_accesses_.begin_grid();
+  grid_ = grid;
   for (unsigned rank = 0; rank < shape.cluster; ++rank) {
     if (!blocks_[rank]) blocks_[rank] = std::make_unique<Block>();
     blocks_[rank]->prepare(shape, function, argument);
@@ -47,7 +47,7 @@ void Cluster::keep_order() {
   if (!order_.is_kept()) order_.begin(blocks_.size(), threads_, kMostMbarriers);
 }
 
-void Cluster::run(uint64_t number, Random& random) {
+void Cluster::begin(uint64_t number, Random& random) {
   order_.end();
   loads_.clear();
   random_ = Random(random.next());
@@ -57,51 +57,53 @@ void Cluster::run(uint64_t number, Random& random) {
     const uint64_t b = number * blocks_.size() + rank;
     blocks_[rank]->begin(index_of(b), b, random.next());
   }
-  const auto all = [&](auto&& is) { return std::all_of(blocks_.begin(), blocks_.end(), is); };
-  std::vector<Block*> ready;
-  for (;;) {
-    if (!loads_.empty() && pace_ == Pace::kAtAnyTime && random_.below(4) == 0) {
-      finish(random_.below(loads_.size()));
-    }
-    ready.clear();
+}
+
+bool Cluster::go_on() {
+  if (!loads_.empty() && pace_ == Pace::kAtAnyTime && random_.below(4) == 0) {
+    finish(random_.below(loads_.size()));
+  }
+  unsigned count = 0;
+  for (const auto& block : blocks_) count += block->can_go_on();
+  if (count > 0) {
+    uint64_t chosen = random_.below(count);
     for (const auto& block : blocks_) {
-      if (block->can_go_on()) ready.push_back(block.get());
-    }
-    if (!ready.empty()) {
-      ready[random_.below(ready.size())]->resume();
-      continue;
-    }
-    if (!loads_.empty()) {
-      finish(random_.below(loads_.size()));
-      continue;
-    }
-    const Block* ended = nullptr;
-    const Block* waiting = nullptr;
-    for (const auto& block : blocks_) {
-      if (block->has_ended()) {
-        ended = block.get();
-      } else if (block->is_at_cluster_barrier()) {
-        waiting = block.get();
+      if (block->can_go_on() && chosen-- == 0) {
+        block->resume();
+        break;
       }
     }
-    if (!all([](const auto& b) { return b->has_ended() || b->is_at_cluster_barrier(); })) {
+    return true;
+  }
+  if (!loads_.empty()) {
+    finish(random_.below(loads_.size()));
+    return true;
+  }
+  const Block* ended = nullptr;
+  const Block* waiting = nullptr;
+  for (const auto& block : blocks_) {
+    if (block->has_ended()) {
+      ended = block.get();
+    } else if (block->is_at_cluster_barrier()) {
+      waiting = block.get();
+    } else {
       throw_error(describe_deadlock());
     }
-    if (ended && waiting) waiting->fail_at_cluster_barrier(*ended);
-    if (waiting && order_.is_kept()) {
-      View joined(order_.size());
-      const unsigned threads = threads_ * blocks_.size();
-      for (unsigned t = 0; t < threads; ++t) order_.release(t, joined);
-      for (unsigned t = 0; t < threads; ++t) order_.acquire(t, joined);
-    }
-    if (waiting) {
-      std::vector<GlobalAccesses::Time> times;
-      for (const auto& block : blocks_) times.push_back({block->number(), 0, block->barriers()});
-      global_accesses_.join(times);
-    }
-    for (const auto& block : blocks_) block->open_cluster_barrier();
-    if (ended) return;
   }
+  if (ended && waiting) waiting->fail_at_cluster_barrier(*ended);
+  if (waiting && order_.is_kept()) {
+    View joined(order_.size());
+    const unsigned threads = threads_ * blocks_.size();
+    for (unsigned t = 0; t < threads; ++t) order_.release(t, joined);
+    for (unsigned t = 0; t < threads; ++t) order_.acquire(t, joined);
+  }
+  if (waiting) {
+    std::vector<GlobalAccesses::Time> times;
+    for (const auto& block : blocks_) times.push_back({block->number(), 0, block->barriers()});
+    global_accesses().join(times);
+  }
+  for (const auto& block : blocks_) block->open_cluster_barrier();
+  return ended == nullptr;
 }
 
 // Nobody can go on: what is wrong, if that can be seen, and who waits for what.

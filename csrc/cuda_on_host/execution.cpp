@@ -39,6 +39,7 @@ constexpr unsigned kMostThreads = 1024;
 constexpr size_t kMostSharedBytes = 227 << 10;  // compute capability 9.0
 constexpr size_t kSharedAlignment = 128;
 constexpr unsigned kMostBlocksOfCluster = 8;
+constexpr unsigned kMostTurns = 10;       // of a block before another's, their logarithm
 constexpr unsigned kRegisters = 1 << 16;  // of a block that has its multiprocessor alone
 
 const char* name(Operation operation) {
@@ -542,8 +543,16 @@ void Block::check_global_bounds(const char* begin, size_t bytes, const Origin& o
   }
 }
 
+void Block::let_others_run() {
+  if (!cluster_->interrupts_access()) return;
+  Thread* from = current;
+  switch_fiber(from->fiber, host_);
+}
+
 void Block::check_global(const char* begin, size_t bytes, bool writes, const Origin& origin) {
+  let_others_run();
   check_global_bounds(begin, bytes, origin);
+  if (!settings.orders_global_accesses) return;
   GlobalAccesses& accesses = cluster_->global_accesses();
   if (const auto* store = accesses.unordered(begin, bytes, global_time())) {
     fail_at(std::string("race: a ") + (writes ? "write to" : "read of") +
@@ -679,7 +688,8 @@ char* Block::spare_stack_end() {
 
 void run_grid(const GridShape& shape, void (*thread)(void*), void* argument) {
   if (running) throw_error("a kernel starts a kernel");
-  static thread_local Cluster cluster;
+  static thread_local std::vector<std::unique_ptr<Cluster>> clusters;
+  static thread_local Grid grid;
   static std::mutex one_grid_at_a_time;
   const std::lock_guard lock(one_grid_at_a_time);
   const SignalStack stack;
@@ -695,15 +705,42 @@ void run_grid(const GridShape& shape, void (*thread)(void*), void* argument) {
     throw_error("clusters of " + std::to_string(shape.cluster) + " blocks in a grid of " +
                 std::to_string(shape.blocks.x));
   }
-  cluster.prepare(shape, thread, argument);
   count /= shape.cluster;
   blockDim = dim3(shape.threads);
   gridDim = shape.blocks;
+  grid.accesses.begin_grid();
   Random random(settings.seed);
   const uint64_t first = random.below(count);
   const bool backwards = random.below(2);
-  for (uint64_t i = 0; i < count; ++i) {
-    cluster.run((first + (backwards ? count - i : i)) % count, random);
+  // Half of the seeds run one block after the other, which finds what depends on their order alone.
+  const unsigned drawn = std::array<unsigned, 4>{1, 1, 2, 4}[random.below(4)];
+  const unsigned drawn_turn = random.below(2) ? 16 : 128;
+  const uint64_t at_once = std::min<uint64_t>(settings.at_once ? settings.at_once : drawn, count);
+  const unsigned turn = settings.accesses_a_turn ? settings.accesses_a_turn : drawn_turn;
+  grid.accesses_a_turn = at_once > 1 ? turn : 0;
+  while (clusters.size() < at_once) clusters.push_back(std::make_unique<Cluster>());
+  std::vector<Cluster*> active, free;
+  for (uint64_t i = 0; i < at_once; ++i) {
+    clusters[i]->prepare(shape, thread, argument, &grid);
+    free.push_back(clusters[i].get());
+  }
+  // One is ahead of the others for a while: up to so many turns.
+  uint64_t chosen = 0, turns = 0;
+  for (uint64_t begun = 0; begun < count || !active.empty();) {
+    for (; begun < count && !free.empty(); ++begun) {
+      free.back()->begin((first + (backwards ? count - begun : begun)) % count, random);
+      active.push_back(free.back());
+      free.pop_back();
+    }
+    if (turns-- == 0 || chosen >= active.size()) {
+      chosen = active.size() > 1 ? random.below(active.size()) : 0;
+      turns = random.below(uint64_t{1} << random.below(kMostTurns));
+    }
+    if (!active[chosen]->go_on()) {
+      free.push_back(active[chosen]);
+      active.erase(active.begin() + static_cast<ptrdiff_t>(chosen));
+      turns = 0;
+    }
   }
 }
 
@@ -891,6 +928,7 @@ void fence_global_memory() {
 }
 
 void check_atomic(const void* address, size_t bytes, Place place) {
+  block().let_others_run();
   block().check_alignment(address, bytes, place);
   block().write_atomically(address, bytes);
 }

@@ -4,8 +4,10 @@
 // A CUDA thread is a fiber. A block's fibers run one at a time, each until it has to wait for
 // others: at a barrier, or in an operation of its warp, which the last lane to come carries out for
 // all. Which fiber goes on is drawn from a seed, so a missing barrier shows as a difference between
-// seeds where it does not show as a wrong result. Blocks of a cluster take turns at its barriers,
-// and at any time once an mbarrier is there.
+// seeds where it does not show as a wrong result. Blocks run one after the other, in an order drawn
+// likewise, or with half of the seeds several at once: these take turns at accesses to global
+// memory, so that what a block reads may be half written. Blocks of a cluster take turns at its
+// barriers, and at any time once an mbarrier is there.
 //
 // What Hopper does asynchronously, TMA's copies and a warpgroup's products, is done by turns at
 // once, at some time or as late as can be: until then the target holds NaN. Accesses that no

@@ -23,6 +23,12 @@ namespace fused_resnet::on_host {
 struct Settings {
   uint64_t seed = 0;
   int processors = 4;  // few, so that the kernels' loops over what a grid does not cover run
+  // Blocks, or clusters of them, that run at the same time, and of how many accesses to global
+  // memory others run before one; 0 for what is drawn from the seed.
+  unsigned at_once = 0, accesses_a_turn = 0;
+  // Whether accesses of several blocks that nothing orders are faults. Without, what they do to the
+  // results shows.
+  bool orders_global_accesses = true;
 };
 extern Settings settings;
 
@@ -216,20 +222,32 @@ struct Mbarrier {
 
 class Block;
 
-// The blocks that run at the same time.
+// What the blocks of a grid have in common.
+struct Grid {
+  GlobalAccesses accesses;
+  // Of how many accesses to global memory other clusters run before one; 0 for none.
+  unsigned accesses_a_turn = 0;
+};
+
+// Blocks that can reach each other's shared memory; one by itself where a grid has no clusters.
 class Cluster {
  public:
-  void prepare(const GridShape& shape, void (*function)(void*), void* argument);
-  // Runs a cluster to its end. Throws a Fault.
-  void run(uint64_t number, Random& random);
+  void prepare(const GridShape& shape, void (*function)(void*), void* argument, Grid* grid);
+  void begin(uint64_t number, Random& random);
+  // Lets one of its blocks go on, or a copy end, or a barrier open; whether there is more to do.
+  // Throws a Fault.
+  bool go_on();
   const std::vector<std::unique_ptr<Block>>& blocks() const { return blocks_; }
 
   // Keeps an order from now on.
   void keep_order();
   Order& order() { return order_; }
-  GlobalAccesses& global_accesses() { return global_accesses_; }
-  // Whether others get their turn before the thread goes on.
+  GlobalAccesses& global_accesses() { return grid_->accesses; }
+  // Whether others get their turn before the thread goes on; and before it accesses global memory.
   bool interrupts() { return order_.is_kept() && random_.below(16) == 0; }
+  bool interrupts_access() {
+    return grid_->accesses_a_turn != 0 && random_.below(grid_->accesses_a_turn) == 0;
+  }
   uint32_t address() const { return address_; }
 
   // A load of TMA's into one block.
@@ -253,14 +271,14 @@ class Cluster {
   std::vector<std::unique_ptr<Block>> blocks_;
   unsigned threads_ = 0;  // of a block
   Order order_;
-  GlobalAccesses global_accesses_;  // of the grid
+  Grid* grid_ = nullptr;
   Random random_;
   Pace pace_ = Pace::kAtOnce;
   uint32_t address_ = 0;
   std::vector<Load> loads_;
 };
 
-// The blocks of a grid run in one of these, one after the other, or in one for each of a cluster.
+// The blocks of a grid run in some of these, in each one after the other.
 class Block {
  public:
   Block();
@@ -335,6 +353,8 @@ class Block {
 
   void start_copy(const Copy& copy, const Origin& origin);
   void finish_copy(const Copy& copy);
+  // Other blocks may run before the thread accesses global memory.
+  void let_others_run();
   void write_atomically(const void* address, size_t bytes);
   void fence_global_memory();
   GlobalAccesses::Time global_time() const { return {number_, current->index, barriers_}; }

@@ -1,5 +1,5 @@
 // Who stored to each word of global memory last, to find accesses of several blocks that nothing
-// orders. Blocks run one after another here, so a missing fence never shows in a result.
+// orders. Stores are seen by all at once here, so a missing fence never shows in a result.
 //
 // As the PTX memory model has it: a store is ordered before what another block does if a barrier
 // (or the same thread) brings it to a fence, behind which the same thread does an atomic operation,

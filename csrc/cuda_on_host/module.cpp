@@ -4,6 +4,7 @@
 
 #include "cuda/schemas.h"
 #include "cuda_on_host/execution_state.h"
+#include "cuda_on_host/launches.h"
 #include "cuda_on_host/memory.h"
 #include "cuda_on_host/tensor_map.h"
 
@@ -21,6 +22,39 @@ PYBIND11_MODULE(fused_resnet_on_host, m) {
   m.def(
       "set_processors", [](int count) { on_host::settings.processors = count; },
       "How many multiprocessors the kernels' launchers are told of.");
+  m.def(
+      "set_at_once",
+      [](unsigned blocks, unsigned accesses_a_turn) {
+        on_host::settings.at_once = blocks;
+        on_host::settings.accesses_a_turn = accesses_a_turn;
+      },
+      "How many blocks (or clusters) run at once, and of how many accesses to global memory others "
+      "run before one; 0 for what is drawn from the seed.");
+  m.def(
+      "order_global_accesses", [](bool does) { on_host::settings.orders_global_accesses = does; },
+      "Whether accesses of several blocks that nothing orders are faults.");
+  m.def(
+      "run_kernels", [](bool does) { on_host::runs_kernels = does; },
+      "Whether launches run; where they do not, what is left is the time of the host.");
+  m.def(
+      "log_launches", [](bool does) { on_host::logs_launches = does; },
+      "Whether launches are kept for `launches`.");
+  m.def(
+      "launches",
+      [] {
+        pybind11::list all;
+        for (const on_host::Launch& launch : std::exchange(on_host::launches, {})) {
+          const auto& [function, shape, parameters] = launch;
+          pybind11::list bytes;
+          for (const std::string& each : parameters) bytes.append(pybind11::bytes(each));
+          all.append(pybind11::make_tuple(
+              reinterpret_cast<uintptr_t>(function),
+              pybind11::make_tuple(shape.blocks.x, shape.blocks.y, shape.blocks.z), shape.threads,
+              shape.shared_bytes, shape.cluster, bytes));
+        }
+        return all;
+      },
+      "Those since the last call: function, grid, threads, shared bytes, cluster, parameters.");
   m.def(
       "guard",
       [](const std::string& where) {

@@ -7,7 +7,7 @@ they get here. To add a backend, derive from `Backend` and `register` an instanc
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -142,6 +142,9 @@ class Backend:
             parameters: all other tensors that the pass may read.
         """
         return None
+
+    def prepare(self, run: Callable[[], object]) -> None:
+        """Does what would make the first of many passes slow; `run` is that pass."""
 
     def arranged(self, input: Tensor) -> Tensor:
         """The input of a network or a block, (N, C, H, W), copied if it is not channels_last.

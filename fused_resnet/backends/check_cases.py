@@ -243,6 +243,19 @@ def convolution_and_pool(
     return Case(lambda: [run(input, layer, activation, pool)], by_library)
 
 
+def max_pool(
+    channels: int, dtype: torch.dtype, device: torch.device, run: Callable[..., Tensor]
+) -> Case:
+    """A max-pool by itself, whose windows overlap and reach beyond the image."""
+    input = _Draw(dtype, device).images(2, channels, 9, 12)
+    pool = Pool((3, 3), (2, 2), (1, 1))
+
+    def by_library(cast: _Cast) -> list[Tensor]:
+        return [torch.max_pool2d(cast(input), *pool)]
+
+    return Case(lambda: [run(input, [*itertools.chain(*pool)])], by_library)
+
+
 def chain(
     problem: ChainProblem,
     device: torch.device,

@@ -26,9 +26,11 @@ from ..layers.memory import contiguous_like_eager, memory_format_of
 from ..layers.quantized import Quantization, QuantizedBlock, QuantizedStem
 from ..tuning import architecture, basic_block, cuda_tiles
 from ..tuning.choice import BASIC_BLOCK, Tile
+from ..tuning.estimate import USUAL_POOL
 from ..tuning.problem import BasicBlockProblem, ConvProblem
-from . import arranged, check_cases, cuda_quantized, library, self_check
+from . import arranged, check_cases, cuda_plans, cuda_quantized, library, recording, self_check
 from .backend import Backend, Gradients, UnfoundNorm
+from .recording import Recorder
 from .self_check import Case, Family
 
 __all__ = [
@@ -55,6 +57,8 @@ _LEAST_CAPABILITY = (8, 0)
 # Limits of the kernel's grid and of its 32-bit pixel numbers (csrc/cuda/conv_bn_act.cu).
 _MOST_GROUPS = 65535
 _MOST_PIXELS = 2**31 - 2**16
+# Of a stem's rows and columns (csrc/cuda/stem.cu).
+_LONGEST_STEM = 2**24
 # Of batch norm's, whose channels are numbered in 32 bits (csrc/cuda/batch_norm.cu).
 _MOST_CHANNELS = 2**31 - 1 - 2**16
 # And of pixels, which a residual of fewer channels has numbered so.
@@ -86,6 +90,8 @@ def run_on_host() -> None:
     _operator.cache_clear()
     _basic_block.cache_clear()
     _batch_norm.cache_clear()
+    _stem.cache_clear()
+    cuda_plans.forget_operators()
     _hopper.cache_clear()
     cuda_quantized.forget_operators()
     cuda_tiles.instances.cache_clear()
@@ -102,7 +108,7 @@ def explain(operator: str, *, dtype: torch.dtype, **_: object) -> str:
         return before if before == behind else f"{before} + {behind.rpartition(': ')[2]}"
     backend = "cuda (on the host)" if on_host() else "cuda"
     if operator.startswith("conv_bn_act") and dtype in _DTYPES:
-        pool = " + library pooling" if operator == "conv_bn_act_max_pool" else ""
+        pool = " + max-pool" if operator == "conv_bn_act_max_pool" else ""
         return f"{backend}: implicit GEMM{pool}"
     if operator in ("quantized_residual_blocks", "quantized_stem") and dtype in _DTYPES:
         return f"{backend}: implicit GEMM in eight bits"
@@ -161,12 +167,79 @@ def _filters_of(weight: Tensor, input: Tensor) -> Tensor:
         or memory_format_of(weight) is torch.channels_last
     ):
         return weight
-    return arranged.channels_last(weight)
+    rows = arranged.rows_of(weight)
+    if (seen_by := recording.active()) is not None:
+        seen_by.add_rows(weight, rows)
+    return rows.permute(0, 3, 1, 2)
+
+
+def usual_stem(
+    input: Tensor, layer: ConvNorm, activation: str, pool: Pool, rows_each: int = 0
+) -> Tensor | None:
+    """A stem with its pool in one launch: see csrc/cuda/stem.cuh for formula and memory traffic.
+
+    Args:
+        input: (N, 3, H, W), on this backend's device.
+        layer: 7 x 7, stride 2; see `_is_usual_stem` for all that it must be.
+        activation: "relu" or "none".
+        pool: 3 x 3, stride 2.
+        rows_each: how many pooled rows a block computes; 0 leaves it to
+            csrc/cuda/conv_heuristics.cpp.
+
+    Returns:
+        (N, K, pooled P, pooled Q) in the memory format `conv2d` would give it; None where this is
+        no such stem, or the kernel is not trusted.
+    """
+    weight, norm, bias, *geometry = layer
+    if (
+        not _is_usual_stem(input, weight, geometry, activation, pool)
+        or not _can_run(input, weight, *norm[:4], bias, padding=layer.padding, groups=1)
+        or not _trusts_stem(input, weight)
+    ):
+        return None
+    output = _stem("stem_max_pool")(input, weight, *norm, bias, activation == "relu", rows_each)
+    last = torch.channels_last
+    if memory_format_of(input) is last or memory_format_of(weight) is last:
+        return output
+    return output.contiguous()
 
 
 def conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: Pool) -> Tensor:
-    """`conv_bn_act`, then the library's pooling."""
-    return torch.max_pool2d(conv_bn_act(input, layer, None, activation), *pool)
+    """`usual_stem`; any other is `conv_bn_act`, and a pool by itself.
+
+    That is the library's where its input does not lie as a convolution of this backend leaves it.
+    """
+    if (output := usual_stem(input, layer, activation, pool)) is not None:
+        return output
+    unpooled = conv_bn_act(input, layer, None, activation)
+    if (
+        not unpooled.numel()
+        or unpooled.dtype not in _DTYPES
+        or not unpooled.is_contiguous(memory_format=torch.channels_last)
+        or not _trusts_pool(unpooled)
+    ):
+        return torch.max_pool2d(unpooled, *pool)
+    return _stem("max_pool_channels_last")(unpooled, list(itertools.chain(*pool)))
+
+
+def _is_usual_stem(
+    input: Tensor, weight: Tensor, geometry: Sequence[Any], activation: str, pool: Pool
+) -> bool:
+    """Whether csrc/cuda/stem.cuh has a kernel for it, which pools what it has activated."""
+    return (
+        input.dtype in (torch.float16, torch.bfloat16)
+        and input.numel() > 0
+        and weight.shape[1:] == (3, 7, 7)
+        and weight.size(0) % 8 == 0
+        and tuple(map(_pair, geometry)) == ((2, 2), (3, 3), (1, 1), 1)
+        and tuple(map(_pair, pool)) == ((3, 3), (2, 2), (1, 1))
+        and activation in PLAIN
+        and max(input.shape[2:]) <= _LONGEST_STEM
+    )
+
+
+def _pair(value: Any) -> Any:
+    return value if isinstance(value, int) else tuple(value)
 
 
 def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
@@ -566,6 +639,51 @@ def trusts_basic_block(problem: BasicBlockProblem, tile: Tile, device: torch.dev
     return self_check.trusts(call, device, lambda: family, case)
 
 
+def _trusts_stem(input: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel of the usual stem may run."""
+    device = input.device
+    if type(input) not in (Tensor, Parameter):
+        return True
+    # Rows in pieces of 16 bytes, or number by number.
+    K, whole = weight.size(0), input.size(3) % 8 == 0 and input.stride(1) == 1
+
+    def case() -> Case:
+        size = (37, 16 if whole else 19)
+        small = ConvProblem(
+            2, 3, *size, K, 7, 7, (2, 2), (3, 3), (1, 1), 1, _name_of(input.dtype), False,
+            USUAL_POOL,
+        )  # fmt: skip
+
+        def run(x: Tensor, layer: ConvNorm, activation: str, pool: Pool) -> Tensor:
+            output = usual_stem(x, layer, activation, pool)
+            assert output is not None
+            return output
+
+        return check_cases.convolution_and_pool(small, "relu", device, run)
+
+    call = ("stem", K, input.dtype, whole, device)
+    kind = "" if whole else ", number by number"
+    family = Family(Cuda.name, f"stem and its pool, {K} filters{kind}", _name_of(input.dtype))
+    return self_check.trusts(call, device, lambda: family, case)
+
+
+def _trusts_pool(input: Tensor) -> bool:
+    """Whether the kernel of a max-pool by itself may run."""
+    device = input.device
+    if type(input) not in (Tensor, Parameter):
+        return True
+    wide = input.size(1) * input.element_size() % 16 == 0
+    kind = "" if wide else ", channel by channel"
+    family = Family(Cuda.name, f"max-pool{kind}", _name_of(input.dtype))
+    call = ("max-pool", input.dtype, wide, device)
+
+    def case() -> Case:
+        channels = 24 if wide else 5
+        return check_cases.max_pool(channels, input.dtype, device, _stem("max_pool_channels_last"))
+
+    return self_check.trusts(call, device, lambda: family, case)
+
+
 def _trusts_norm(function: Callable[..., Any], input: Tensor) -> bool:
     """Whether one of this file's functions for norms may run its kernels."""
     device, name = input.device, function.__name__
@@ -611,10 +729,36 @@ def _basic_block() -> Any:
 
 
 @functools.cache
+def _stem(name: str) -> Any:
+    """An operator of csrc/cuda/stem.cu."""
+    assert _native.cuda_operators is not None
+    return getattr(_native.cuda_operators, name).default
+
+
+@functools.cache
 def _batch_norm(name: str) -> Any:
     """The operator `batch_norm_` and so on of csrc/cuda/batch_norm.cu or batch_norm_cluster.cu."""
     assert _native.cuda_operators is not None
     return getattr(_native.cuda_operators, f"batch_norm_{name}").default
+
+
+plans_on_host = False
+"""Whether passes become plans where kernels run on the host, which tests ask for."""
+
+
+def plan_key(input: Tensor) -> Hashable | None:
+    """See `Backend.plan_key`."""
+    if not input.numel() or not (plans_on_host if on_host() else input.device.type == "cuda"):
+        return None
+    return tuning.generation(), library.precision(input), input.data_ptr() % 16 == 0
+
+
+def recorder(input: Tensor, parameters: Sequence[Tensor]) -> Recorder | None:
+    """See `Backend.recorder`."""
+    # Whether kernels compute the same is not to be found out in a graph.
+    if input.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
+    return cuda_plans.Recorder(input, parameters)
 
 
 def graph_key(input: Tensor) -> Hashable | None:
@@ -683,6 +827,8 @@ class Cuda(Backend):
         return super().quantized_stem(input, stem, stored, output)
 
     available = staticmethod(available)
+    plan_key = staticmethod(plan_key)
+    recorder = staticmethod(recorder)
     graph_key = staticmethod(graph_key)
     explain = staticmethod(explain)
     release = staticmethod(arranged.release)

@@ -44,6 +44,9 @@ class Recorder(TorchDispatchMode):
         self._input, self._parameters = input, list(parameters)
         self._obstacle: str | None = None  # why there can be no plan
 
+    def add_rows(self, weight: Tensor, rows: Tensor) -> None:
+        """Takes note of what the pass reads instead of a weight: see `arranged.py`."""
+
     @abc.abstractmethod
     def plan(self, output: Tensor) -> Plan | str:
         """A plan of what was seen, whose result was `output`; or why there can be none."""
@@ -51,9 +54,15 @@ class Recorder(TorchDispatchMode):
 
 def only_recorded() -> bool:
     """Whether the one dispatch mode that is active is a `Recorder`."""
+    return active() is not None
+
+
+def active() -> Recorder | None:
+    """The `Recorder` that is the one dispatch mode that is active, if it is."""
     if torch._C._len_torch_dispatch_stack() != 1:
-        return False
-    return isinstance(torch._C._get_dispatch_stack_at(0), Recorder)
+        return None
+    mode = torch._C._get_dispatch_stack_at(0)
+    return mode if isinstance(mode, Recorder) else None
 
 
 def address_of(tensors: Sequence[Tensor]) -> dict[int, int | None]:

@@ -118,6 +118,7 @@ _known: dict[tuple[torch.device, Family], Verdict] = {}
 _warned: set[tuple[torch.device, str, str]] = set()
 _unwritable: str | None = None
 _checking: ContextVar[bool] = ContextVar("fused_resnet_checking", default=False)
+_postponed: ContextVar[bool] = ContextVar("fused_resnet_check_postponed", default=False)
 # None until the first use, as in `layers/watch.py`.
 _from_environment: str | None = None
 
@@ -196,12 +197,24 @@ def trusts(
         return found
     if _checking.get():
         return True
+    if _postponed.get():
+        return family().backend == "triton"
     if len(settled) >= _MOST_SETTLED:
         settled.clear()
     if not applies(device):
         settled[call] = True
         return True
     return _decided(call, device, family(), case, let_through)
+
+
+@contextlib.contextmanager
+def postponed() -> Iterator[None]:
+    """Checks nothing in a pass whose kernels of Triton are not launched; others are not used."""
+    token = _postponed.set(True)
+    try:
+        yield
+    finally:
+        _postponed.reset(token)
 
 
 def _decided(

@@ -10,6 +10,7 @@ address is for the plan to see: it reads them in every run, or says that it is o
 from __future__ import annotations
 
 import collections
+import functools
 import os
 import warnings
 import weakref
@@ -54,6 +55,8 @@ _MOST_PLANS = 16
 _MOST_CHANGES = 8
 
 _of_models: weakref.WeakKeyDictionary[nn.Module, _Plans] = weakref.WeakKeyDictionary()
+# For what a backend has prepared a model, whatever has changed since.
+_prepared: weakref.WeakKeyDictionary[nn.Module, set[Hashable]] = weakref.WeakKeyDictionary()
 
 
 # None until the first use, as in `layers/watch.py`.
@@ -348,6 +351,13 @@ def _recorded(
     recorder = backend.recorder(x, tensors)
     if recorder is None:
         return compute(model, x)
+    prepared = _prepared.setdefault(model, set())
+    if key not in prepared:
+        if len(prepared) >= _MOST_PLANS:
+            prepared.clear()
+        prepared.add(key)
+        with counting.collected():
+            backend.prepare(functools.partial(compute, model, x))
     with counting.collected() as plans.marked[key], recorder:
         out = compute(model, x)
     plan = recorder.plan(out)

@@ -291,7 +291,7 @@ def predicted_launch(
 ) -> float:
     """Seconds for one launch of the kernel; see this module's docstring.
 
-    Of a pair, for what follows its 3x3, with the second launch of slices that are shared.
+    Of a pair, for what follows its 3x3, with the adding up of slices that are shared.
     """
     pixels = problem.N * problem.P * problem.Q
     if pixels == 0:
@@ -355,7 +355,8 @@ def predicted_launch(
         exposed = waves * (2 * latency + stored / (estimate.L2_BYTES_PER_CYCLE * gpu.clock))
     seconds = max(terms) + hidden + exposed + estimate.launch(in_row)
     if split > 1:
-        seconds += estimate.predicted_second_pass(pixels * problem.next_width, split, gpu, in_row)
+        sums = (pixels * problem.next_width, programs // split, split)
+        seconds += estimate.predicted_sharing(sums, gpu, in_row)
     return seconds
 
 

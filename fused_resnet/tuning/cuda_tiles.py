@@ -35,12 +35,7 @@ def candidates(problem: ConvProblem, architecture: Architecture) -> list[Tile]:
     taps = problem.R * problem.S
     numbers = _native.cuda_operators.conv_tiles_for(
         [pixels, problem.C, problem.K, taps, problem.groups, products],
-        [
-            architecture.multiprocessors,
-            architecture.shared_per_block,
-            architecture.shared_per_multiprocessor,
-            max(1, int(architecture.copy_bandwidth / architecture.clock)),
-        ],
+        _numbers_of(architecture),
     )
     shapes = {index: shape for shape, index in instances(products).items()}
     found = []
@@ -48,6 +43,24 @@ def candidates(problem: ConvProblem, architecture: Architecture) -> list[Tile]:
         m, n, k, warps, stages = shapes[index]
         found.append(Tile(m, n, k, split, warps, stages))
     return found
+
+
+def _numbers_of(architecture: Architecture) -> list[int]:
+    """A GPU as csrc/cuda/conv_heuristics.h knows one."""
+    return [
+        architecture.multiprocessors,
+        architecture.shared_per_block,
+        architecture.shared_per_multiprocessor,
+        max(1, int(architecture.copy_bandwidth / architecture.clock)),
+    ]
+
+
+def predicted_stem(problem: ConvProblem, architecture: Architecture) -> float:
+    """Seconds that csrc/cuda/conv_heuristics.cpp predicts for the usual stem and its pool."""
+    assert _native.cuda_operators is not None
+    size = [problem.N, problem.H, problem.W, problem.K]
+    _, cycles = _native.cuda_operators.stem_rows_each(size, _numbers_of(architecture))
+    return cycles / architecture.clock
 
 
 # What TMA's maps and the kernel's shared memory allow (csrc/cuda/hopper/hopper_conv.cu).

@@ -22,8 +22,8 @@ The kernel takes as long as the slowest of
 plus a tenth of the others (nothing overlaps perfectly), plus filling the pipeline and storing, once
 a wave, plus a launch. Where a multiprocessor holds one program at a time, nothing runs while that
 fills its pipeline, and while it stores: both are added in every wave. Sharing a sum among `split_k`
-programs shortens the walk and fills more multiprocessors, and costs float32 partial sums written
-and read once more, and a second launch.
+programs shortens the walk and fills more multiprocessors, and costs float32 partial sums, which all
+programs write and the last one of each tile reads (`predicted_sharing`).
 
 This is the roofline model (Williams, Waterman, Patterson, CACM 52(4), 2009) with Little's law for
 latency and wave quantisation (NVIDIA, Matrix Multiplication Background User's Guide). Its constants
@@ -265,7 +265,9 @@ def predicted(
     terms = (arithmetic, memory, cache, issue, latency)
     seconds = max(terms) + IMPERFECT * (sum(terms) - max(terms)) + exposed + launch(in_row)
     if tile.split_k > 1:
-        seconds += predicted_second_pass(M * problem.K, tile.split_k, architecture, in_row)
+        draws = problem.element_size == 2
+        shared = (M * problem.K, tiles, tile.split_k)
+        seconds += predicted_sharing(shared, architecture, in_row, draws)
     return seconds
 
 
@@ -305,15 +307,36 @@ def issue_time(gpu: Architecture, programs: int, each: float) -> float:
     return _ceil(programs, gpu.multiprocessors) * each / (_ISSUED_PER_CYCLE * gpu.clock)
 
 
-def predicted_second_pass(
-    outputs: int, shares: int, architecture: Architecture, in_row: bool = False
+def predicted_sharing(
+    sums: tuple[int, int, int],
+    architecture: Architecture,
+    in_row: bool = False,
+    draws: bool = True,
 ) -> float:
-    """Seconds for the partial sums of so many outputs: written, read, and the launch that reads."""
-    partial = 2 * 4 * outputs * shares
-    in_cache = partial <= architecture.l2_bytes / 2
-    speed = l2_bandwidth(architecture, architecture.multiprocessors)
-    seconds = partial / (speed if in_cache else architecture.copy_bandwidth)
-    return seconds + launch(in_row) + 2 * (CACHE_LATENCY if in_row else LATENCY)
+    """Seconds that it costs to share sums.
+
+    All programs write their parts. Of those that share a tile the last, which a ticket tells so,
+    reads all of these and goes on alone: as few multiprocessors read as there are tiles, after two
+    ways through L2, to draw and to have the first part. Where no tickets are drawn, as in float32,
+    a launch of its own reads them.
+
+    Args:
+        sums: how many outputs there are, in how many tiles, and how many programs share one.
+        architecture: the GPU.
+        in_row: see `predicted`.
+        draws: whether tickets are drawn, as all launches of a network in 16 bits do.
+    """
+    outputs, tiles, shares = sums
+    partial = 4 * outputs * shares
+    readers = tiles if draws else architecture.multiprocessors
+    if 2 * partial <= architecture.l2_bytes / 2:
+        written = partial / l2_bandwidth(architecture, tiles * shares)
+        moved = written + partial / l2_bandwidth(architecture, readers)
+    else:
+        moved = 2 * partial / architecture.copy_bandwidth
+    if draws:
+        return moved + 2 * CACHE_LATENCY
+    return moved + launch(in_row) + 2 * (CACHE_LATENCY if in_row else LATENCY)
 
 
 def predicted_library(problem: ConvProblem, architecture: Architecture) -> float:

@@ -81,7 +81,8 @@ def test_what_is_written_of_small_batches_is_computed() -> None:
     gpu = ARCHITECTURES["H100"]
     assert predict.small_batch_table(gpu) in text
     one = predict.predicted_network("resnet50", 1, gpu)["microseconds"]
-    assert one["chain"] < 0.7 * one["fused"]
+    # Both add up shared sums without a launch of their own.
+    assert one["chain"] < 0.75 * one["fused"]
     many = predict.predicted_network("resnet50", 256, gpu)["microseconds"]
     # The chains' weights come through L2, and its bandwidth bounds what they gain.
     assert many["fused"] / many["chain"] >= 1.15

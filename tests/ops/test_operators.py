@@ -78,7 +78,7 @@ ELSEWHERE = {
 # Those that stand for a backend's kernels in a compiler's graph: tested in test_triton.py.
 IN_GRAPHS = {"triton_conv_bn_act", "triton_conv_bn_act_max_pool"}
 # The CUDA backend's own: tested in test_cuda_conv.py, test_cuda_batch_norm.py,
-# test_cuda_basic_block.py and test_cuda_quantized.py.
+# test_cuda_basic_block.py, test_cuda_quantized.py, test_cuda_stem.py and test_cuda_plans.py.
 CUDA = {
     "basic_block_tiled",
     "basic_block_tiles",
@@ -89,14 +89,23 @@ CUDA = {
     "batch_norm_input_gradient",
     "batch_norm_normalize",
     "batch_norm_statistics",
+    "begin_cuda_recording",
     "byte_blocks",
     "byte_conv_tiles",
     "byte_stem",
     "conv_bn_act_tiled",
     "conv_tiles",
     "conv_tiles_for",
+    "driver_function",
+    "end_cuda_recording",
+    "free_cuda_plan",
     "hopper_conv_bn_act",
     "hopper_conv_tiles",
+    "make_cuda_plan",
+    "max_pool_channels_last",
+    "run_cuda_plan",
+    "stem_max_pool",
+    "stem_rows_each",
 }
 # Those without tensors.
 QUERIES = {

@@ -49,6 +49,35 @@ void stub_fail(int status) { fail_with = (CUresult)status; }
 uint64_t stub_runtime_launches(void) { return runtime_launches; }
 const char* stub_kernel_name(uint64_t function) { return ((const Kernel*)function)->name; }
 
+// Of a library whose kernels are looked at: how many words of eight bytes each parameter has.
+static Kernel own[64];
+static const void* own_functions[64];
+static unsigned own_count;
+int stub_takes(const void* function, uint32_t count, const uint32_t* words)
+{
+  if (own_count == 64) return 0;
+  own_functions[own_count] = function;
+  own[own_count].count = count;
+  memcpy(own[own_count].sizes, words, count * sizeof(uint32_t));
+  ++own_count;
+  return 1;
+}
+static const Kernel* own_kernel(const void* function)
+{
+  for (unsigned i = 0; i < own_count; ++i)
+    if (own_functions[i] == function) return &own[i];
+  return NULL;
+}
+static int keep_words(Launch* launch, const Kernel* kernel, void** parameters)
+{
+  for (uint32_t p = 0; p < kernel->count; ++p) {
+    if (launch->parameter_count + kernel->sizes[p] > MOST_PARAMETERS) return 0;
+    memcpy(&launch->parameters[launch->parameter_count], parameters[p], 8ul * kernel->sizes[p]);
+    launch->parameter_count += kernel->sizes[p];
+  }
+  return 1;
+}
+
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction f, void** parameters, void** extra)
 {
   (void)extra;
@@ -74,6 +103,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction f, void** par
     int values = config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION ? 3 : 1;
     memcpy(&launch->attributes[i][1], &config->attrs[i].value, (size_t)values * sizeof(int32_t));
   }
+  if (kernel >= own && kernel < own + own_count)
+    return keep_words(launch, kernel, parameters) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
   launch->parameter_count = kernel->count;
   // As many bytes as the kernel was compiled to take, so a value of another size is read wrongly.
   for (uint32_t i = 0; i < kernel->count; ++i)
@@ -202,6 +233,16 @@ CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdev
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+// Of kernels that `stub_takes` was told of.
+cudaError_t cudaGetFuncBySymbol(cudaFunction_t* handle, const void* f)
+{
+  *handle = (cudaFunction_t)own_kernel(f);
+  return *handle ? cudaSuccess : cudaErrorInvalidDeviceFunction;
+}
+cudaError_t cudaFuncSetAttribute(const void* f, enum cudaFuncAttribute attribute, int value)
+{
+  return (void)f, (void)attribute, (void)value, cudaSuccess;
+}
 cudaError_t cudaGetLastError(void) { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError(void) { return cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDA_VERSION, cudaSuccess; }
@@ -264,9 +305,11 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t n, enum cudaMemcpyKind
 {
   return (void)k, memcpy(to, from, n), cudaSuccess;
 }
+static uint64_t clearings;
+uint64_t stub_clearings(void) { return clearings; }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t n, cudaStream_t s)
 {
-  return (void)s, memset(to, value, n), cudaSuccess;
+  return (void)s, ++clearings, memset(to, value, n), cudaSuccess;
 }
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes* attributes, const void* pointer)
 {
@@ -390,7 +433,19 @@ CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status)
 cudaError_t cudaLaunchKernel(
     const void* f, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t stream)
 {
-  (void)f, (void)grid, (void)block, (void)arguments, (void)shared, (void)stream;
+  const Kernel* kernel = own_kernel(f);
+  if (kernel) {
+    uint64_t at = __atomic_fetch_add(&launch_count, 1, __ATOMIC_SEQ_CST);
+    if (!recording || at >= MOST_LAUNCHES) return cudaSuccess;
+    Launch* launch = &launches[at];
+    memset(launch, 0, sizeof(*launch));
+    launch->function = (uint64_t)f;
+    launch->stream = (uint64_t)stream;
+    memcpy(launch->grid, &grid, sizeof(launch->grid));
+    memcpy(launch->block, &block, sizeof(launch->block));
+    launch->shared = (uint32_t)shared;
+    return keep_words(launch, kernel, arguments) ? cudaSuccess : cudaErrorInvalidValue;
+  }
   ++runtime_launches;
   return cudaSuccess;
 }

@@ -14,15 +14,19 @@ import importlib.util
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+import fused_resnet
+
 _SOURCE = Path(__file__).with_name("cuda_stub.c")
 _NAME = "libcuda.so.1"
-_COUNTERS = ("launch_count", "runtime_launches", "graph_launches", "captures", "freed_graphs")
+_COUNTERS = (
+    "launch_count", "runtime_launches", "graph_launches", "captures", "freed_graphs", "clearings",
+)  # fmt: skip
 
 
 def missing() -> str | None:
@@ -72,6 +76,44 @@ def environment(folder: Path, others: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def objects() -> list[Path]:
+    """What the build of the CUDA kernels that is tested here has left of their files; or nothing.
+
+    The library itself has a runtime of its own, which nothing can stand in for. Linked without it,
+    these call the stub's.
+    """
+    root = Path(fused_resnet.__file__).parents[1]
+    sources = {p.name for p in (root / "csrc" / "cuda").rglob("*") if p.suffix in (".cu", ".cpp")}
+    found = [p for p in root.glob("build/temp*/fused_resnet._cuda/**/*.o") if p.stem in sources]
+    built = Path(fused_resnet.__file__).with_name("_cuda.abi3.so")
+    if len(found) != len(sources) or not built.is_file():
+        return []
+    return [] if max(p.stat().st_mtime for p in found) > built.stat().st_mtime + 60 else found
+
+
+def package(folder: Path, parts: Sequence[Path]) -> None:
+    """Makes a package `fused_resnet` in a folder, like this one but for its CUDA library.
+
+    It is linked of parts, if there are any; without, there is none.
+
+    Raises:
+        RuntimeError: it does not link.
+    """
+    own, torch_libraries = Path(fused_resnet.__file__).parent, Path(torch.__file__).parent / "lib"
+    made = folder / "fused_resnet"
+    made.mkdir()
+    for path in own.iterdir():
+        if path.name not in ("_cuda.abi3.so", "__pycache__"):
+            (made / path.name).symlink_to(path)
+    if not parts:
+        return
+    command = ["g++", "-shared", *parts, "-o", made / "_cuda.abi3.so", f"-L{torch_libraries}"]
+    command += ["-ltorch_cuda", "-ltorch_cpu"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        raise RuntimeError(run.stderr)
+
+
 def _locations(package: str) -> list[str]:
     spec = importlib.util.find_spec(package)
     return [] if spec is None else list(spec.submodule_search_locations or ())
@@ -109,13 +151,7 @@ class Stub:
     def __init__(self) -> None:
         self.library = ctypes.CDLL(_NAME)
         self.library.stub_launches.restype = ctypes.POINTER(_Record)
-        for name in (
-            "launch_count",
-            "runtime_launches",
-            "graph_launches",
-            "captures",
-            "freed_graphs",
-        ):
+        for name in _COUNTERS:
             getattr(self.library, f"stub_{name}").restype = ctypes.c_uint64
 
     def reset(self, record: bool = True) -> None:
@@ -141,6 +177,20 @@ class Stub:
             )
             for record in records[: self.library.stub_launch_count()]
         ]
+
+    def take(self, function: int, words: Sequence[int]) -> None:
+        """Keeps launches of a kernel through the runtime, too.
+
+        Args:
+            function: its address on the host.
+            words: of eight bytes, of each of its parameters.
+        """
+        sizes = (ctypes.c_uint32 * len(words))(*words)
+        assert self.library.stub_takes(ctypes.c_void_p(function), len(words), sizes)
+
+    def clearings(self) -> int:
+        """How often memory was set."""
+        return self.library.stub_clearings()
 
     def runtime_launches(self) -> int:
         """How many of torch's own kernels were launched."""

@@ -10,7 +10,9 @@ import contextlib
 import copy
 import functools
 import gc
+import io
 import json
+import re
 import sys
 import threading
 import time
@@ -29,13 +31,15 @@ from cuda_stub import Launch, Stub
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck, ResNet
+from triton import compiler as triton_compiler
 from triton import knobs
 from triton.compiler import compiler
 
 import fused_resnet
 from fused_resnet import tuning
-from fused_resnet.backends import arranged, triton
+from fused_resnet.backends import arranged, launch_plans, triton
 from fused_resnet.backends.triton import (
+    ahead,
     bottleneck,
     chains,
     conv_kernels,
@@ -217,16 +221,16 @@ def check_launches_are_triton_s_own() -> None:
 
 def check_a_wrong_plan_would_be_seen() -> None:
     """Parts of the workspace that lie upon each other do not pass for Triton's own launches."""
-    lay_out = triton_plans._lay_out
+    lay_out = launch_plans.lay_out
 
-    def together(parts: Any) -> int:
+    def together(parts: Any) -> tuple[int, int]:
         lay_out(parts)
         for part in parts:
             part.at = 0
-        return max(part.size for part in parts)
+        return max(part.size for part in parts), 0
 
     its, *called = triton_s_own()
-    with _set(triton_plans, "_lay_out", together):
+    with _set(launch_plans, "lay_out", together):
         settled()
 
     def compared() -> None:
@@ -544,8 +548,8 @@ def check_launches_of_whole_networks() -> None:
         (few, none), (many, sums) = counts[name, True], counts[name, False]
         assert none == 0, counts
         assert few == many - sums + 1, counts
-    assert counts["resnet50", False] == (65, 21), counts
-    assert counts["resnet50", True] == (45, 0), counts
+    assert counts["resnet50", False] == (74, 28), counts
+    assert counts["resnet50", True] == (47, 0), counts
 
 
 @torch.no_grad()
@@ -1074,6 +1078,48 @@ def check_timer_queues_in_one_step() -> None:
     assert seen["uncaptured"] == [False, True] + [False] * 6, seen
     assert len(cycles) == 5
     assert min(cycles) > 0
+
+
+# ---- The first pass ----
+
+
+@torch.no_grad()
+def check_first_passes_compile_side_by_side() -> None:
+    """In threads, all of it before the pass; with a line where it takes long, which is the last."""
+    by_thread: list[tuple[str, int]] = []
+    kernels = (conv_kernels.conv_kernel, bottleneck.bottleneck_kernel)
+    fresh = make_model()
+
+    def watched(source: Any, *arguments: Any, **keywords: Any) -> Any:
+        by_thread.append((source.fn.fn.__name__, threading.get_ident()))
+        return compiler.compile(source, *arguments, **keywords)
+
+    with contextlib.ExitStack() as stack:
+        # Where kernels take it from that know of no compiled ones.
+        stack.enter_context(_set(triton_compiler, "compile", watched))
+        for kernel in kernels:
+            kernel.device_caches.clear()
+        stack.enter_context(_set(ahead, "PATIENCE", 0.0))
+        said = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stub.reset()
+        with launch.logged(run=False) as log:
+            network._resnet_features(fresh, x)
+        fresh(x)
+        launched, compiled = len(stub.launches()), list(by_thread)
+        assert len({name for name, _ in compiled}) == len(kernels), compiled
+        assert threading.get_ident() not in {thread for _, thread in compiled}
+        # The pass, and the plan's first run.
+        assert launched == 2 * len(log), (launched, len(log))
+        assert re.fullmatch(
+            r"fused_resnet: compiling \d+ Triton kernels for this GPU, kept for later: \d+ s\n",
+            said.getvalue(),
+        ), said.getvalue()
+        assert planned(lambda: fresh(x))
+        assert by_thread == compiled
+        plans.forget(fresh)
+        fresh(x)
+        assert by_thread == compiled, "something was compiled again"
+        assert said.getvalue().count("\n") == 1
 
 
 # ---- Kernels that ask for more than there is ----

@@ -200,3 +200,16 @@ def test_library_is_preferred_for_exact_float32_alone() -> None:
     assert not estimate.prefers_library(dataclasses.replace(heavy, dtype="tfloat32"), H100)
     light = dataclasses.replace(heavy, C=64, R=1, S=1, padding=(0, 0), residual=True)
     assert not estimate.prefers_library(light, H100)
+
+
+def test_sharing_costs_what_is_moved_and_no_launch() -> None:
+    """But in float32, where no tickets are drawn; and as few read as there are tiles."""
+    outputs, shares = 2**18, 8
+    drawn = [estimate.predicted_sharing((outputs, tiles, shares), H100) for tiles in (8, 64, 132)]
+    assert drawn == sorted(drawn, reverse=True)
+    parts = 4 * outputs * shares
+    alone = parts / (8 * estimate.L2_BYTES_PER_CYCLE * H100.clock)  # of eight multiprocessors
+    assert alone < drawn[0] < 2 * alone + 2 * estimate.CACHE_LATENCY
+    launched = estimate.predicted_sharing((outputs, 132, shares), H100, draws=False)
+    apart = estimate.LAUNCH + 2 * (estimate.LATENCY - estimate.CACHE_LATENCY)
+    assert launched - drawn[2] == pytest.approx(apart)

@@ -4,9 +4,11 @@
 #include <tuple>
 
 #include "cuda/library.h"
+#include "cuda/recording.h"
 
 #ifdef FUSED_RESNET_ON_HOST
 #include "cuda_on_host/execution.h"
+#include "cuda_on_host/launches.h"
 #else
 #include <mutex>
 #include <set>
@@ -25,12 +27,10 @@ struct Grid {
 
 #ifdef FUSED_RESNET_ON_HOST
 
-// Runs the kernel to its end.
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
-  const std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
-  auto thread = [&] { std::apply(kernel, values); };
-  on_host::run_grid({grid.blocks, grid.threads, grid.shared_bytes, grid.cluster}, thread);
+// Runs a kernel that `launch` has run before, with parameters at these addresses, to its end.
+inline void start(const void* function, const Grid& grid, void** parameters) {
+  on_host::start(function, {grid.blocks, grid.threads, grid.shared_bytes, grid.cluster},
+                 parameters);
 }
 
 #else
@@ -52,27 +52,48 @@ inline void ask_for_shared_memory(const void* kernel) {
   raised.insert({kernel, device});
 }
 
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  if (grid.shared_bytes > 0) ask_for_shared_memory(function);
-  std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
-  const auto start = [&](auto&... value) {
-    void* pointers[] = {&value...};
-    if (grid.cluster == 1) {
-      return cudaLaunchKernel(function, grid.blocks, grid.threads, pointers, grid.shared_bytes,
-                              grid.stream);
-    }
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {grid.cluster, 1, 1};
-    const cudaLaunchConfig_t config{grid.blocks, dim3(grid.threads), grid.shared_bytes,
-                                    grid.stream, &attribute,         1};
-    return cudaLaunchKernelExC(&config, function, pointers);
-  };
-  STD_CUDA_CHECK(std::apply(start, values));
+// Starts a kernel with parameters at these addresses. What it may use of shared memory `launch` has
+// asked for.
+inline void start(const void* function, const Grid& grid, void** parameters) {
+  if (grid.cluster == 1) {
+    STD_CUDA_CHECK(cudaLaunchKernel(function, grid.blocks, grid.threads, parameters,
+                                    grid.shared_bytes, grid.stream));
+    return;
+  }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {grid.cluster, 1, 1};
+  const cudaLaunchConfig_t config{grid.blocks, dim3(grid.threads), grid.shared_bytes,
+                                  grid.stream, &attribute,         1};
+  STD_CUDA_CHECK(cudaLaunchKernelExC(&config, function, parameters));
 }
 
 #endif
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+#ifdef FUSED_RESNET_ON_HOST
+  on_host::remember(kernel);
+#else
+  if (grid.shared_bytes > 0) ask_for_shared_memory(function);
+#endif
+  std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
+  std::apply(
+      [&](auto&... value) {
+        if (recording != nullptr) {
+          recording->add_launch(function,
+                                {{grid.blocks.x, grid.blocks.y, grid.blocks.z},
+                                 grid.threads,
+                                 grid.shared_bytes,
+                                 grid.cluster},
+                                {{&value, sizeof(value), Addresses<Parameters>::kOffsets,
+                                  Addresses<Parameters>::kKnown}...});
+        }
+        const void* pointers[] = {&value...};
+        start(function, grid, const_cast<void**>(pointers));
+      },
+      values);
+}
 
 }  // namespace fused_resnet::device

@@ -103,8 +103,7 @@ Tensor hopper_conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tens
   check_gpu(input.get_device_index());
   Tensor output = empty({N, K, P, Q}, {P * Q * K, 1, Q * K, K}, dtype, input);
   const bool channels_last = is_channels_last(input) || is_channels_last(weight);
-  const auto in_format = [&] { return channels_last ? output : torch::stable::contiguous(output); };
-  if (output.numel() == 0) return in_format();
+  if (output.numel() == 0) return in_format(output, channels_last);
   input = in_nhwc(input);
   weight = in_nhwc(weight);
   if (residual) residual = in_nhwc(*residual);
@@ -171,7 +170,7 @@ Tensor hopper_conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tens
   } else {
     launch_hopper_conv<float>(conv, tile, multiprocessors, stream);
   }
-  return in_format();
+  return in_format(output, channels_last);
 }
 
 // Six numbers for every instance, by index: the bytes of an element, n, stages, cluster, whether

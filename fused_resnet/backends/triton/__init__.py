@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -264,6 +264,13 @@ class Triton(Backend):
         from . import plans
 
         return plans.Recorder(input, parameters)
+
+    def prepare(self, run: Callable[[], object]) -> None:
+        """See `Backend.prepare`."""
+        launchers()
+        from . import ahead
+
+        ahead.compile_ahead(run)
 
     available = staticmethod(available)
     in_graphs = staticmethod(in_graphs)

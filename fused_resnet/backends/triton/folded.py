@@ -280,10 +280,11 @@ def _described(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _are_current(rows: Rows, tensors: Sequence[Tensor], addresses: Sequence[int]) -> bool:
-    """Whether rows still say where tensors begin; then they are about to be read."""
-    if [*map(Tensor.data_ptr, tensors)] != addresses:
-        return False
+def _is_read(rows: Rows) -> bool:
+    """Keeps rows for what is about to read them.
+
+    That tensors still begin where they say, the plan itself sees to: `launch_plans.Kept`.
+    """
     rows.stay_for_this_stream()
     return True
 
@@ -321,10 +322,8 @@ def _rows_of(input: Tensor, layers: Sequence[ConvNorm]) -> Rows | None:
     else:
         rows.stay_for_this_stream()
     if (seen_by := launch.recorder.get()) is not None:
-        addresses = [address for address, *_ in described]
-        is_current = functools.partial(_are_current, rows, tensors, addresses)
         keep = functools.partial(kept.keep, rows.values)
-        seen_by.add_kept(rows.values, is_current, tensors, keep)
+        seen_by.add_kept(rows.values, functools.partial(_is_read, rows), tensors, keep)
     return rows
 
 

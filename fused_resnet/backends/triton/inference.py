@@ -98,17 +98,37 @@ def _prologue_tile(problem: ConvProblem, device: torch.device) -> Tile | None:
 
 
 def conv_bn_act_max_pool(input: Tensor, layer: ConvNorm, activation: str, pool: Pool) -> Tensor:
-    """One launch for a stem with its usual pool, else the convolution and the library's pool."""
+    """One launch for a stem with its usual pool, else the convolution and the library's pool.
+
+    The usual stem is the CUDA backend's, where that is built: predicted to take a third of the time
+    of the kernel here, which has no way to load overlapping windows from shared memory.
+    """
     weight, norm, bias, stride, padding, dilation, groups = layer
     if can_run(input, weight, *norm[:4], bias):
         windows = tuple(itertools.chain(*pool))
         problem = problem_of(input, weight, stride, padding, dilation, groups, False, windows)
         # It applies the activation to maxima, which is the same of none that falls anywhere.
         if kernel_for(problem) == "stem_pool" and activation in PLAIN:
+            if (output := _in_cuda(input, layer, activation, pool, problem)) is not None:
+                return output
             run = functools.partial(_run_with_pool, input, layer, activation, pool, problem)
             return run_chosen(problem, input.device, problems.choose(problem, input.device), run)
         return torch.max_pool2d(conv_bn_act(input, layer, None, activation), *pool)
     return library.conv_bn_act_max_pool(input, layer, activation, pool)
+
+
+def _in_cuda(
+    input: Tensor, layer: ConvNorm, activation: str, pool: Pool, problem: ConvProblem
+) -> Tensor | None:
+    """The usual stem on the CUDA backend's kernel; None where there is none, or a table is better.
+
+    A table says what was measured, of the kernels that `tune` times.
+    """
+    if input.device.type != "cuda" or is_traced(input) or cuda.available() != "yes":
+        return None
+    if problems.choose(problem, input.device).source != ESTIMATE:
+        return None
+    return cuda.usual_stem(input, layer, activation, pool)
 
 
 def _run_with_pool(

@@ -94,6 +94,23 @@ recorder: ContextVar[Any] = ContextVar("fused_resnet_recorder", default=None)
 """Who is told of each launch, right after it: see `plans.Recorder`."""
 
 
+Wanted = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
+"""A launch that did not happen: kernel, grid, arguments and constants."""
+
+_collected: ContextVar[list[Wanted] | None] = ContextVar("fused_resnet_collected", default=None)
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[list[Wanted]]:
+    """Collects the launches of this thread or task, none of which happens."""
+    wanted: list[Wanted] = []
+    token = _collected.set(wanted)
+    try:
+        yield wanted
+    finally:
+        _collected.reset(token)
+
+
 open_row: ContextVar[list[int] | None] = ContextVar("fused_resnet_row", default=None)
 """How many launches the row that is open here has had, if one is: see `in_a_row`."""
 
@@ -213,6 +230,9 @@ def launch_kernel(
     ):
         return
     constants |= dependence(input, kernel)
+    if (wanted := _collected.get()) is not None:
+        wanted.append((kernel, grid, arguments, constants))
+        return
     if type(input) not in (Tensor, Parameter):
         # In graphs a kernel is called with all of its arguments.
         for name, parameter in inspect.signature(kernel.fn).parameters.items():

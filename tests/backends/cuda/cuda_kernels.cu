@@ -457,17 +457,19 @@ enum class Handover {
   kNoFenceBefore,
   kLateFence,
   kNoFenceBehind,
-  kFenceBehindBarrier
+  kFenceBehindBarrier,
+  kEarlyTicket,
+  kNoTicket
 };
 
 __device__ unsigned tickets = 0;
 
 template <Handover kKind>
 __device__ __forceinline__ float taken_over(float value, float* output) {
-  output[this_element()] = value;
+  if (kKind != Handover::kEarlyTicket) output[this_element()] = value;  // handover
   if (kKind != Handover::kNoBarrierBefore) __syncthreads();
-  bool is_last = false;
-  if (threadIdx.x == 0) {
+  bool is_last = kKind == Handover::kNoTicket && blockIdx.x == 1;
+  if (kKind != Handover::kNoTicket && threadIdx.x == 0) {
     if (kKind != Handover::kNoFenceBefore && kKind != Handover::kLateFence) __threadfence();
     is_last = atomicAdd(&tickets, 1u) % 2 == 1;
     if (kKind == Handover::kLateFence) __threadfence();
@@ -476,6 +478,7 @@ __device__ __forceinline__ float taken_over(float value, float* output) {
     }
   }
   is_last = __syncthreads_or(is_last) != 0;
+  if (kKind == Handover::kEarlyTicket) output[this_element()] = value;  // handover
   if (kKind == Handover::kFenceBehindBarrier && threadIdx.x == 0) __threadfence();
   return is_last ? output[element_of_other_block()] : value;  // handover
 }
@@ -484,8 +487,11 @@ template <Handover kKind>
 __device__ __forceinline__ void hand_over(const float* input, float* output) {
   const float value = input[this_element()];
   const float taken = taken_over<kKind>(value, output);
-  // Whoever took over puts the other's there again.
-  if (taken != value) output[element_of_other_block()] = taken;  // handover
+  // Whoever took over puts the other's there again. What was no number then shows in its own.
+  if (taken != value) {
+    output[element_of_other_block()] = taken;  // handover
+    output[this_element()] = value + 0.f * taken;
+  }
 }
 
 #define HANDOVER(name, kind)                                              \
@@ -499,6 +505,9 @@ HANDOVER(handover_without_fence, kNoFenceBefore)
 HANDOVER(handover_fenced_late, kLateFence)
 HANDOVER(handover_without_second_fence, kNoFenceBehind)
 HANDOVER(handover_fenced_behind_barrier, kFenceBehindBarrier)
+// A ticket that says what has not been stored yet; and one block that takes the other to be done.
+HANDOVER(handover_with_early_ticket, kEarlyTicket)
+HANDOVER(handover_without_ticket, kNoTicket)
 
 // Blocks that run side by side may store in any order.
 template <bool kWrong>
@@ -662,6 +671,8 @@ const std::map<std::string, std::array<Copying, 2>> kCopying = {
     BOTH(handover_fenced_late),
     BOTH(handover_without_second_fence),
     BOTH(handover_fenced_behind_barrier),
+    BOTH(handover_with_early_ticket),
+    BOTH(handover_without_ticket),
     BOTH(stored_by_two_blocks),
     BOTH(cluster_reads_global),
     BOTH(cluster_missing_barrier),

@@ -5,6 +5,7 @@ The kernels are in cuda_kernels.cu.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
@@ -287,6 +288,8 @@ MISTAKES = [
     ("handover_fenced_late", "race", (0, 1), ALL),
     ("handover_without_second_fence", "race", (0, 1), ALL),
     ("handover_fenced_behind_barrier", "race", (0, 1), range(1, THREADS)),
+    ("handover_with_early_ticket", "race", (0, 1), ALL),
+    ("handover_without_ticket", "race", (0, 1), ALL),
     ("stored_by_two_blocks", "race", (0, 1), ALL),
     ("cluster_reads_global", "race", (0, 1), ALL),
     ("cluster_missing_barrier", "race", (0, 1), ALL),
@@ -347,6 +350,84 @@ def test_mistakes_are_found(kernel, kind, blocks, threads):
         assert int(found["block"]) in blocks
         assert int(found["thread"]) in threads
         assert int(found["line"]) in lines
+
+
+@pytest.fixture
+def at_once():
+    """How many blocks run at once, and of how many accesses others run before one."""
+    yield module.set_at_once
+    module.set_at_once(0, 0)
+    module.order_global_accesses(True)
+
+
+HANDOVERS = [mistake[0] for mistake in MISTAKES if mistake[0].startswith("handover")]
+# Stores are seen at once here: a fence that is missing leaves results right in any order.
+UNFENCED = {name for name in HANDOVERS if "fence" in name}
+
+
+@pytest.mark.parametrize("kernel", [*HANDOVERS, "stored_by_two_blocks", "cluster_reads_global"])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_unordered_accesses_are_found_however_blocks_run(blocks, kernel, at_once):
+    """One after the other and in turns, by what orders them alone."""
+    at_once(blocks, 2)
+    for seed in range(6):
+        module.set_seed(seed)
+        x, out = copying_tensors(0)
+        operators.test_copy(kernel, x, out, False)
+        assert torch.equal(out, x)
+        with pytest.raises(RuntimeError, match="cuda_on_host: race: "):
+            operators.test_copy(kernel, x, out, True)
+        _draw_both_tickets()
+
+
+def _draw_both_tickets():
+    """A kernel that was stopped may have drawn one; the next one's first must be even."""
+    with contextlib.suppress(RuntimeError):
+        operators.test_copy("handover_without_barrier", *copying_tensors(0), False)
+
+
+def differs(kernel, seed):
+    """Whether a handover that is wrong gives other results, where nobody looks at the order."""
+    module.set_seed(seed)
+    x, out = copying_tensors(0)
+    out.fill_(torch.nan)
+    operators.test_copy(kernel, x, out, True)
+    return not torch.equal(out, x)
+
+
+@pytest.mark.parametrize("kernel", HANDOVERS)
+def test_blocks_that_take_turns_read_what_is_not_yet_written(kernel, at_once):
+    """A ticket drawn before the store, and none at all, give wrong results; right ones never do.
+
+    One block after the other, each of them done before the next begins, a ticket that is drawn too
+    early does no harm.
+    """
+    module.order_global_accesses(False)
+    at_once(2, 2)
+    wrong = [differs(kernel, seed) for seed in range(30)]
+    assert any(wrong) == (kernel not in UNFENCED), (kernel, sum(wrong))
+    for seed in range(10):
+        module.set_seed(seed)
+        x, out = copying_tensors(0)
+        operators.test_copy(kernel, x, out, False)
+        assert torch.equal(out, x)
+    at_once(1, 0)
+    if kernel == "handover_with_early_ticket":
+        assert not any(differs(kernel, seed) for seed in range(10))
+
+
+@pytest.mark.parametrize(("blocks", "turn"), [(1, 0), (2, 16), (7, 3)])
+def test_any_number_of_blocks_at_once(blocks, turn, at_once):
+    """All blocks run, each once, and each knows which it is."""
+    at_once(blocks, turn)
+    x = torch.randn(10 * THREADS)
+    for kernel in ("missing_barrier", "cluster_reused_early"):
+        for seed in SEEDS:
+            module.set_seed(seed)
+            out, before = torch.empty_like(x), module.statistics()["blocks"]
+            operators.test_copy(kernel, x, out, False)
+            assert torch.equal(out, x)
+            assert module.statistics()["blocks"] - before == 10
 
 
 def test_grids_are_of_whole_clusters():

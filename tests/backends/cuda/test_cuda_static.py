@@ -300,6 +300,33 @@ def test_convolutions_load_while_they_multiply(architecture):
 
 
 @of_each_architecture
+def test_convolutions_begin_to_multiply_behind_the_barrier(architecture):
+    """Operands are loaded first, the first products follow, and copies come between products.
+
+    Each warp's own 16 bytes a lane, then what rounds them in float32. On the diagonal a block's
+    first operands are all that there are in a chunk, so that its copies come first.
+    """
+    checked = 0
+    for name, conv in convolutions(architecture).items():
+        if conv.products == 2 or conv.loads == 2:
+            continue
+        products = [i for i, x in enumerate(conv.instructions) if "HMMA" in x]
+        loads = [i for i, x in enumerate(conv.instructions) if "LDSM" in x]
+        barrier = max(
+            i for i, x in enumerate(conv.instructions) if "BAR.SYNC" in x and i < products[0]
+        )
+        assert loads[0] - barrier <= 16, (name, loads[0] - barrier)
+        # 8 loads of a warp's 64 x 64, and 4 instructions for each in float32.
+        limit = 64 if conv.dtype == "f" else 24
+        assert products[0] - barrier <= limit, (name, products[0] - barrier)
+        copies = [i for i, x in enumerate(conv.instructions) if "LDGSTS" in x or "LDG" in x]
+        assert not [i for i in copies if barrier < i < products[0]], name
+        assert [i for i in copies if products[0] < i < products[-1]], name
+        checked += 1
+    assert checked
+
+
+@of_each_architecture
 def test_convolutions_store_16_bytes(architecture):
     """One narrower store, in a loop of its own for channel counts that fill no 16 bytes."""
     for name, conv in convolutions(architecture).items():
@@ -309,6 +336,31 @@ def test_convolutions_store_16_bytes(architecture):
         parts = conv.m * conv.n // (4 * 32 * conv.warps)
         assert len(stores) - len(narrow) == parts + 1, name
         assert len(narrow) == 1, name
+
+
+@of_each_architecture
+def test_the_stem_multiplies_and_loads(architecture):
+    """Of a turn's 11 steps the three of two tap rows, which are a loop, and the last two."""
+    found = {n: k for n, k in kernels(architecture).items() if "stem_max_pool" in n}
+    assert len(found) == 2
+    for name, instructions in found.items():
+        opcode = "HMMA.16816.F32" + (".BF16" if "bfloat16" in name else "")
+        # Two rows of pixels by eight of filters in each of three and two steps.
+        assert opcodes(instructions, "HMMA") == [opcode] * (5 * 2 * 8), name
+        assert opcodes(instructions, "LDSM") == ["LDSM.16.M88.4"] * (5 * 4), name
+        products = [i for i, x in enumerate(instructions) if "HMMA" in x]
+        turn = instructions[products[0] : products[-1]]
+        # Operands of pixels are words as they lie, four lanes' of each of 9 chunks. The last
+        # products are among what follows them.
+        words = [x for x in opcodes(instructions, "LDS") if x == "LDS"]
+        assert len(words) >= 4 * 9, (name, len(words))
+        assert not opcodes(turn, "LDG"), name
+        assert len(turn) < 7 * len(products), (name, len(turn))
+        copies = opcodes(instructions, "LDGSTS")
+        # Before the first turn, and in each.
+        assert copies == ["LDGSTS.E.BYPASS.128"] * len(copies), name
+        assert len(copies) >= 2, name
+        assert opcodes(instructions, "STG") == ["STG.E.128"], name
 
 
 @of_each_architecture

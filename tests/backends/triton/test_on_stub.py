@@ -12,12 +12,13 @@ import functools
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from support import cuda_stub, processes
+from torch import Tensor
 
 from fused_resnet.modules import plans
 
@@ -35,7 +36,10 @@ def outcomes() -> dict[str, str | None]:
         pytest.skip(reason)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        # Kernels of csrc/cuda have a runtime of their own, which finds no driver here.
+        cuda_stub.package(folder, [])
         environment = cuda_stub.environment(folder, processes.current_environment())
+        environment["PYTHONPATH"] = str(folder)
         command = [sys.executable, _CHECKS, folder / "results.json"]
         status, _, err = processes.run_command(command, 600, environment, folder)
         assert status == 0, err[-4000:]
@@ -52,19 +56,41 @@ def test_on_a_stub(ahead: Callable[[], dict[str, str | None]], name: str) -> Non
 def test_operators_say_what_is_wrong() -> None:
     operators = torch.ops.fused_resnet
     x = torch.zeros(1, 3, 4, 4)
+
+    def make(launches: list[int], parameters: Sequence[Tensor] = (), fixed: Sequence[int] = ()):
+        return operators.make_launch_plan(x, parameters, fixed, launches, [0, 0], [2, 3], [3, 1])
+
     with pytest.raises(ValueError, match="launches end after 2 numbers"):
-        operators.make_launch_plan(x, [], [1, 1], 0, [1], [1])
+        make([1, 1])
     with pytest.raises(ValueError, match="no tensor 4 among 1 parameters"):
-        operators.make_launch_plan(x, [x], [1, 1, 1, 1, 32, 0, 0, 1, 4, 0], 0, [1], [1])
+        make([1, 1, 1, 1, 32, 0, 0, 1, 1, 4, 0], [x])
     with pytest.raises(ValueError, match="has 0 for a size, must be positive"):
-        operators.make_launch_plan(x, [], [1, 0, 1, 1, 32, 0, 0, 0], 0, [1], [1])
+        make([1, 0, 1, 1, 32, 0, 0, 0])
+    with pytest.raises(ValueError, match="no parameter 1 among 1"):
+        make([], [x], [1])
+    with pytest.raises(ValueError, match="workspace must be bytes, and 0 of them cleared"):
+        operators.make_launch_plan(x, [], [], [], [8, 8], [1], [1])
     with pytest.raises(ValueError, match="there is no plan -1"):
         operators.run_launch_plan(-1, x, 0)
-    plan = operators.make_launch_plan(x, [], [], 0, [2, 3], [3, 1])
+    plan = make([])
     assert operators.run_launch_plan(plan, x.half(), 0) is None
+    assert operators.run_launch_plan(plan, x, 0).stride() == (3, 1)
     operators.free_launch_plan(plan)
     with pytest.raises(ValueError, match="there is no plan"):
         operators.run_launch_plan(plan, x, 0)
+
+
+def test_parameters_that_must_stay_where_they_are() -> None:
+    """Of those that a kernel finds by an address in memory; others may move."""
+    operators = torch.ops.fused_resnet
+    x, fixed, free = (torch.zeros(1, 3, 4, 4) for _ in range(3))
+    plan = operators.make_launch_plan(x, [free, fixed], [1], [], [0, 0], [1], [1])
+    free.data = free.data.clone()
+    assert operators.run_launch_plan(plan, x, 0) is not None
+    before, fixed.data = fixed.data, fixed.data.clone()
+    assert operators.run_launch_plan(plan, x, 0) is None
+    fixed.data = before
+    assert operators.run_launch_plan(plan, x, 0) is not None
 
 
 def test_the_variable_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
