@@ -51,7 +51,7 @@ def conv_bn_act(input: Tensor, layer: ConvNorm, residual: Tensor | None, activat
 def _leaves_to_library(input: Tensor, layer: ConvNorm) -> bool:
     """Whether torch's convolution is faster for a layer that the native kernel could run, too."""
     weight, _, _, stride, _, _, groups = layer
-    if not (groups > 1 or weight.size(2) == 1):  # for which `least_pixels_for_library` has none
+    if groups == 1:  # for which `least_pixels_for_library` has none
         return False
     is_last = torch.channels_last in (memory_format_of(input), memory_format_of(weight))
     least = least_pixels_for_library(input.dtype, weight.shape, stride, groups, is_last)

@@ -71,10 +71,10 @@ def is_native(dtype: torch.dtype, weight_shape: tuple[int, ...], groups: int) ->
     return groups == 1 or group_k % lanes == 0 or shares_a_vector
 
 
-# Of output pixels, from which on the library's 1x1 convolution and a pass behind it are faster than
-# the native kernel that writes to NCHW. Of a filter for each channel it always is; in channels_last
-# of images of so many values, which the nearer caches do not hold.
-_PIXELS_OF_POINTWISE, _VALUES_OF_DEPTHWISE = 28 * 28, 200_000
+# The values of an image in channels_last, which the nearer caches do not hold: from then on the
+# library's convolution of a filter for each channel and a pass behind it are faster than the native
+# kernel. In NCHW they always are.
+_VALUES_OF_DEPTHWISE = 200_000
 
 
 def least_pixels_for_library(
@@ -88,16 +88,11 @@ def least_pixels_for_library(
 
     Measured in float32 on vectors; None where the native one is, for all that is known.
     """
-    K, group_c, R, S = weight_shape
+    K, group_c, _, _ = weight_shape
     is_depthwise = groups == K > 1 and group_c == 1
-    if dtype is not torch.float32 or TILE_ISA:
+    if dtype is not torch.float32 or TILE_ISA or not is_depthwise:
         return None
-    if channels_last:
-        per_output = K * stride[0] * stride[1]
-        return -(-_VALUES_OF_DEPTHWISE // per_output) if is_depthwise else None
-    if is_depthwise:
-        return 1
-    return _PIXELS_OF_POINTWISE if groups == R == S == 1 else None
+    return -(-_VALUES_OF_DEPTHWISE // (K * stride[0] * stride[1])) if channels_last else 1
 
 
 def explain(
