@@ -27,7 +27,11 @@ if not backends.cuda.on_host():
 operators = _native.cuda_operators
 module = cuda_on_host.load()
 # Blocks (or clusters), and of how many accesses others run before one.
-TURNS = [(2, 2), (4, 16), (9, 3)]
+TURNS = [
+    pytest.param((2, 2), marks=pytest.mark.whole),
+    (4, 4),
+    pytest.param((9, 3), marks=pytest.mark.whole),
+]
 
 
 @pytest.fixture(params=TURNS, ids=lambda turns: "{} blocks, {}".format(*turns))

@@ -99,7 +99,7 @@ def case_of(
 
 CASES = [
     pytest.param(Bottleneck, torch.float16, LAST, id="bottleneck"),
-    pytest.param(BasicBlock, torch.bfloat16, LAST, id="basic_block"),
+    pytest.param(BasicBlock, torch.bfloat16, LAST, id="basic_block", marks=pytest.mark.whole),
     pytest.param(BasicBlock, torch.float32, LAST, id="float32"),
     pytest.param(BasicBlock, torch.float16, torch.contiguous_format, id="contiguous"),
 ]
@@ -255,9 +255,12 @@ def test_passes_in_which_kernels_are_checked(monkeypatch, tmp_path):
     monkeypatch.setattr(self_check, "everywhere", True)
     monkeypatch.setattr(self_check, "_known", {})
     monkeypatch.setattr(self_check, "settled", {})
-    model, x = case_of(BasicBlock)
+    model, x = make_model(BasicBlock, torch.float16, LAST), draw(torch.float16, LAST)
+    model.layer2 = nn.Sequential().eval()
+    planned(model, x)
     assert self_check._known, "nothing was checked"
     assert all(verdict.passed for verdict in self_check._known.values())
+    assert isinstance(plan_of(model), cuda_plans.Plan), plan_of(model)
     assert plan_of(model).launch_count == len(launches_of(lambda: ordinary(model, x)))
 
 
