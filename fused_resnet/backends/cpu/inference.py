@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from .isa import (
     NATIVE_DTYPES,
     TILE_ISA,
     is_native,
-    least_pixels_for_library,
+    prefers_library,
 )
 from .norm import batch_norm_act_inference, batch_norm_act_inference_
 
@@ -50,12 +49,12 @@ def conv_bn_act(input: Tensor, layer: ConvNorm, residual: Tensor | None, activat
 
 def _leaves_to_library(input: Tensor, layer: ConvNorm) -> bool:
     """Whether torch's convolution is faster for a layer that the native kernel could run, too."""
-    weight, _, _, stride, _, _, groups = layer
-    if groups == 1:  # for which `least_pixels_for_library` has none
-        return False
-    is_last = torch.channels_last in (memory_format_of(input), memory_format_of(weight))
-    least = least_pixels_for_library(input.dtype, weight.shape, stride, groups, is_last)
-    return least is not None and math.prod(layer.output_shape(input.shape)[2:]) >= least
+    weight, groups = layer.weight, layer.groups
+    return prefers_library(input.dtype, weight.shape, groups) and not _is_last(input, weight)
+
+
+def _is_last(*tensors: Tensor) -> bool:
+    return torch.channels_last in map(memory_format_of, tensors)
 
 
 _preferred: dict[tuple[Any, ...], bool] = {}
@@ -69,7 +68,7 @@ _COLOURS, _NARROW = 4, 32
 
 
 def prefers_modules(input: Tensor, convolutions: Sequence[Convolution], activated: bool) -> bool:
-    """See `Backend.prefers_modules`: what is left to the library, and small convolutions."""
+    """See `Backend.prefers_modules`: in NCHW small convolutions, and those of the library."""
     layers = tuple(
         (weight.shape, weight.stride(), stride, groups) for weight, stride, groups in convolutions
     )
@@ -85,23 +84,20 @@ def prefers_modules(input: Tensor, convolutions: Sequence[Convolution], activate
 def _are_better_left(input: Tensor, convolutions: Sequence[Convolution], activated: bool) -> bool:
     if input.dtype is not torch.float32 or TILE_ISA:
         return False
-    tensors = (input, *(weight for weight, _, _ in convolutions))
-    is_last = torch.channels_last in map(memory_format_of, tensors)
-    pixels, products, left = input.size(2) * input.size(3), 0, []
-    for weight, stride, groups in convolutions:
+    if _is_last(input, *(weight for weight, _, _ in convolutions)):
+        return False
+    pixels, products = input.size(2) * input.size(3), 0
+    for weight, stride, _ in convolutions:
         pixels //= stride[0] * stride[1]
         products += input.size(0) * pixels * weight.numel()
-        least = least_pixels_for_library(input.dtype, weight.shape, stride, groups, is_last)
-        left.append(least is not None and pixels >= least)
     if len(convolutions) == 1:
         K, C, _, _ = weight.shape
+        ((_, _, groups),) = convolutions
         is_stem = groups == 1 and C <= _COLOURS and K <= _NARROW
-        is_left = not is_last and (left[0] or is_stem)
+        is_left = is_stem or prefers_library(input.dtype, weight.shape, groups)
         return is_left or (products < _FEW_OF_ONE and not activated)
-    # Of a filter for each channel and what is around it in NCHW, images of few pixels are left.
-    strided = (
-        not is_last and pixels > _FEW_PIXELS and any(groups > 1 for *_, groups in convolutions)
-    )
+    # Of a filter for each channel and what is around it, images of few pixels are not left.
+    strided = pixels > _FEW_PIXELS and any(groups > 1 for *_, groups in convolutions)
     return products < _FEW_OF_SEVERAL or strided
 
 

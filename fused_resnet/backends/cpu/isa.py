@@ -71,28 +71,13 @@ def is_native(dtype: torch.dtype, weight_shape: tuple[int, ...], groups: int) ->
     return groups == 1 or group_k % lanes == 0 or shares_a_vector
 
 
-# The values of an image in channels_last, which the nearer caches do not hold: from then on the
-# library's convolution of a filter for each channel and a pass behind it are faster than the native
-# kernel. In NCHW they always are.
-_VALUES_OF_DEPTHWISE = 200_000
+def prefers_library(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> bool:
+    """Whether the library's convolution and a pass behind it are faster in NCHW, as measured.
 
-
-def least_pixels_for_library(
-    dtype: torch.dtype,
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    groups: int,
-    channels_last: bool,
-) -> int | None:
-    """From how many output pixels of an image on the library's convolution is the faster one.
-
-    Measured in float32 on vectors; None where the native one is, for all that is known.
+    They are for a filter for each channel, in float32 on vectors. In channels_last none is.
     """
-    K, group_c, _, _ = weight_shape
-    is_depthwise = groups == K > 1 and group_c == 1
-    if dtype is not torch.float32 or TILE_ISA or not is_depthwise:
-        return None
-    return -(-_VALUES_OF_DEPTHWISE // (K * stride[0] * stride[1])) if channels_last else 1
+    is_depthwise = groups == weight_shape[0] > 1 and weight_shape[1] == 1
+    return dtype is torch.float32 and not TILE_ISA and is_depthwise
 
 
 def explain(
@@ -124,8 +109,8 @@ def explain(
             native = f"cpu: native {before}convolution ({isa})"
             if pooled or before:
                 return native
-            kind = (dtype, weight_shape, stride, groups)
-            return native + _library_instead(kind, outputs)
+            instead = "; in NCHW the library's + normalize_act"
+            return native + instead * prefers_library(dtype, weight_shape, groups)
     if operator == "quantized_residual_blocks":
         fastest, *_ = operators.quantized_kernels().split(",")
         return f"cpu: whole blocks in eight bits ({fastest})"
@@ -135,20 +120,6 @@ def explain(
     if operator == "batch_norm_act_training":
         return "cpu: native statistics + scale_shift_act"
     return "cpu: " + library.explain(operator)
-
-
-def _library_instead(
-    kind: tuple[torch.dtype, Sequence[int], Sequence[int], int], outputs: Sequence[int]
-) -> str:
-    """Where the library's convolution is used in the native one's place, of `outputs` or any."""
-    found = []
-    for channels_last, layout in ((True, "channels_last"), (False, "NCHW")):
-        least = least_pixels_for_library(*kind, channels_last)
-        if least is None or (outputs and math.prod(outputs) < least):
-            continue
-        sizes = "" if outputs or least <= 1 else f" from {least} output pixels on"
-        found.append(f"; in {layout}{sizes} the library's + normalize_act")
-    return "".join(found)
 
 
 def _isa_in_parts(
