@@ -300,12 +300,12 @@ FR_INLINE void normalise_pixel(Channel* dst, const typename Source::Storage* src
   for (int64_t i = c; i < channels; ++i) dst[i] = result[i - c];
 }
 
-// Channels that are not adjacent in memory: pixels of one channel are read along the row.
+// Channels that are not adjacent in memory: pixels of one channel are read along the row. Those of
+// the slab are `next` channels apart.
 template <class T>
-void transpose_row(Channel* dst, const typename T::Storage* src, const Conv& conv, int64_t count,
-                   int64_t col_step) {
-  const int64_t channels = group_c(conv), next = group_items(conv) * kItemChannels;
-  const int64_t step = col_step * conv.in.w;
+void transpose_row(Channel* dst, int64_t next, const typename T::Storage* src, const Conv& conv,
+                   int64_t count, int64_t col_step) {
+  const int64_t channels = group_c(conv), step = col_step * conv.in.w;
   for (int64_t c = 0; c < channels; ++c) {
     const typename T::Storage* pixel = src + c * conv.in.c;
     for (int64_t j = 0; j < count; ++j) gather_one<T>(dst + j * next + c, pixel + j * step);
@@ -391,7 +391,7 @@ void gather(const Conv& conv, const Slab& slab, int64_t n, int64_t p_begin, int6
       const auto expand = is_shuffled(conv) ? expand_pixels<T, true> : expand_pixels<T, false>;
       expand(inside, slab.pixel, src, slab.col_step * conv.in.w, present, conv, channels, norm);
     } else if (conv.in.c != 1) {
-      transpose_row<T>(to, src, conv, present, slab.col_step);
+      transpose_row<T>(to, next, src, conv, present, slab.col_step);
       for (int64_t j = 0; j < present; ++j, to += next) {
         if (norm.scale != nullptr) normalise_pixel<Gathered, T>(to, to, channels, norm);
         finish_pixel(to, channels);

@@ -48,8 +48,11 @@ def test_every_number_of_pixels(kernel_size, channels, groups):
         (ConvShape(1024, 40, (2, 3), stride=(1, 2), padding=(0, 1)), torch.bfloat16),
     ],
 )
-def test_pixels_that_share_a_set_of_the_cache(shape, dtype):
-    case = make_conv_case(shape, size=(5, 9), residual=True, device="cpu", dtype=dtype)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_pixels_that_share_a_set_of_the_cache(shape, dtype, memory_format):
+    case = make_conv_case(
+        shape, size=(5, 9), residual=True, device="cpu", dtype=dtype, memory_format=memory_format
+    )
     assert_error_rule(case.fused(), case.eager(), case.double().eager())
 
 
