@@ -569,7 +569,12 @@ class _Traced:
 
     def obstacle(self, module: nn.Module) -> str | None:
         """What has changed since, or None."""
-        if _attributes(module) != self._attributes:
+        if torch.compiler.is_compiling():
+            # Some torches' compilers cannot list a module's attributes: those there were, then.
+            same = all(getattr(module, k, None) == v for k, v in self._attributes.items())
+        else:
+            same = _attributes(module) == self._attributes
+        if not same:
             return "its attributes are not what they were when it was fused"
         for (name, child), (known, cls) in zip(
             module._modules.items(), self._children, strict=False
