@@ -69,6 +69,8 @@ _COLOURS, _NARROW = 4, 32
 
 def prefers_modules(input: Tensor, convolutions: Sequence[Convolution], activated: bool) -> bool:
     """See `Backend.prefers_modules`: in NCHW small convolutions, and those of the library."""
+    if input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
+        return False
     layers = tuple(
         (weight.shape, weight.stride(), stride, groups) for weight, stride, groups in convolutions
     )
