@@ -1304,6 +1304,23 @@ def _batch_norm_act_backward_input(rng: random.Random) -> list[Any]:
     return [*parts, *_vectors(2, x.size(1), _accumulated(x)), 30.0, x.clone()]
 
 
+# The activations' numbers, of which there are eight, and what they take.
+def _act(rng: random.Random) -> list[Any]:
+    return [rng.randrange(8), rng.uniform(-1.0, 1.0), rng.uniform(0.0, 6.0)]
+
+
+def _normalize_act(rng: random.Random) -> list[Any]:
+    x, C = _norm_input(rng)
+    weight, bias, mean, var = _vectors(4, C, _accumulated(x))
+    residual = x.clone() if rng.random() < 0.5 else None
+    return [x, mean, var, weight, bias, 1e-5, residual, *_act(rng), x.clone()]
+
+
+def _normalize_act_backward(rng: random.Random) -> list[Any]:
+    (grad, *parts, eps, _), x = _backward_parts(rng)
+    return [grad, *parts, eps, *_act(rng), rng.random() < 0.5, x.clone(), x.clone()]
+
+
 def _train_batch_norm_act(rng: random.Random) -> list[Any]:
     return [*_batch_norm_act_training(rng), rng.random() < 0.5]
 
@@ -1419,6 +1436,8 @@ OPERATORS: dict[str, Callable[[random.Random], list[Any]]] = {
     "norm_conv_bn_act": _norm_conv_bn_act,
     "norm_conv_bn_act_packed": _norm_conv_bn_act_packed,
     "norm_vectors": _norm_vectors,
+    "normalize_act": _normalize_act,
+    "normalize_act_backward": _normalize_act_backward,
     "pack_conv_weight": lambda rng: [_convolution(rng)["weight"], 1],
     "pack_quantized_conv": _pack_quantized_conv,
     "pool_empty_like": lambda rng: [_norm_input(rng)[0]],

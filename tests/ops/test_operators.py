@@ -47,6 +47,8 @@ INTERNAL = {
     "max_pool_gradient",
     "norm_conv_bn_act_packed",
     "norm_vectors",
+    "normalize_act",
+    "normalize_act_backward",
     "pack_conv_weight",
     "pack_quantized_conv",
     "pool_empty_like",
@@ -465,6 +467,7 @@ def run_all_that_the_cpu_has():
     model.train()(image_batch(4, 40)).sum().backward()
     train_on_shared_statistics()
     train_a_convolution()
+    train_with_another_activation()
 
 
 @pytest.mark.parametrize("name", sorted(INTERNAL - ELSEWHERE))
@@ -477,6 +480,13 @@ def test_internal_operators_keep_to_their_schemas(internal_calls, name):
     operator = getattr(torch.ops.fused_resnet, name).default
     for arguments in internal_calls[name]:
         torch.library.opcheck(operator, arguments, test_utils=["test_schema"])
+
+
+def train_with_another_activation():
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    layer = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.SiLU())
+    layer = fused_resnet.fuse(layer.train())
+    layer(x).sum().backward()
 
 
 def train_on_shared_statistics():
