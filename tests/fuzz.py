@@ -1309,16 +1309,26 @@ def _act(rng: random.Random) -> list[Any]:
     return [rng.randrange(8), rng.uniform(-1.0, 1.0), rng.uniform(0.0, 6.0)]
 
 
+def _without_float64(arguments: list[Any]) -> list[Any]:
+    import torch
+
+    return [
+        a.float() if isinstance(a, torch.Tensor) and a.dtype is torch.float64 else a
+        for a in arguments
+    ]
+
+
 def _normalize_act(rng: random.Random) -> list[Any]:
     x, C = _norm_input(rng)
     weight, bias, mean, var = _vectors(4, C, _accumulated(x))
     residual = x.clone() if rng.random() < 0.5 else None
-    return [x, mean, var, weight, bias, 1e-5, residual, *_act(rng), x.clone()]
+    arguments = [x, mean, var, weight, bias, 1e-5, residual, *_act(rng), x.clone()]
+    return _without_float64(arguments)
 
 
 def _normalize_act_backward(rng: random.Random) -> list[Any]:
-    (grad, *parts, eps, _), x = _backward_parts(rng)
-    return [grad, *parts, eps, *_act(rng), rng.random() < 0.5, x.clone(), x.clone()]
+    (*parts, _), x = _backward_parts(rng)
+    return _without_float64([*parts, *_act(rng), rng.random() < 0.5, x.clone(), x.clone()])
 
 
 def _train_batch_norm_act(rng: random.Random) -> list[Any]:
