@@ -86,7 +86,7 @@ def objects() -> list[Path]:
     sources = {p.name for p in (root / "csrc" / "cuda").rglob("*") if p.suffix in (".cu", ".cpp")}
     found = [p for p in root.glob("build/temp*/fused_resnet._cuda/**/*.o") if p.stem in sources]
     built = Path(fused_resnet.__file__).with_name("_cuda.abi3.so")
-    if len(found) != len(sources) or not built.is_file():
+    if not found or len(found) != len(sources) or not built.is_file():
         return []
     return [] if max(p.stat().st_mtime for p in found) > built.stat().st_mtime + 60 else found
 
