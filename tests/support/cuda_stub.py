@@ -9,11 +9,15 @@ real ones there; only no kernel runs, so that values mean nothing.
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import importlib.util
+import json
 import shutil
 import subprocess
+import sys
 import sysconfig
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -74,6 +78,36 @@ def environment(folder: Path, others: Mapping[str, str]) -> dict[str, str]:
         # Its kernels compute nothing.
         "FUSED_RESNET_SELF_CHECK": "0",
     }
+
+
+def names_of(checks: str) -> list[str]:
+    """The checks in a file of this folder, which are its functions `check_...`."""
+    tree = ast.parse(Path(__file__).with_name(checks).read_text())
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return [name for name in functions if name.startswith("check_")]
+
+
+def outcomes_of(checks: str, parts: Sequence[Path], seconds: float) -> dict[str, str | None]:
+    """Runs such a file in a process on the stub: what each check found wrong, or None.
+
+    Args:
+        checks: the file's name.
+        parts: of the CUDA library: see `package`.
+        seconds: which it may take.
+    """
+    from support import processes  # which a process on the stub, that imports this file, lacks
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        package(folder, parts)
+        variables = environment(folder, processes.current_environment())
+        variables["PYTHONPATH"] = str(folder)
+        results = folder / "results.json"
+        command = [sys.executable, Path(__file__).with_name(checks), results]
+        status, out, err = processes.run_command(command, seconds, variables, folder)
+        assert status == 0, err[-4000:]
+        print(out)
+        return json.loads(results.read_text())
 
 
 def objects() -> list[Path]:

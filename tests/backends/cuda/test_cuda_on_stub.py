@@ -7,23 +7,13 @@ is tested where kernels run on the host: test_cuda_plans.py.
 
 from __future__ import annotations
 
-import ast
 import functools
-import json
-import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from support import cuda_stub, processes
+from support import cuda_stub
 
-_CHECKS = Path(cuda_stub.__file__).with_name("stub_cuda_checks.py")
-_NAMES = [
-    node.name
-    for node in ast.parse(_CHECKS.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
-]
+_CHECKS = "stub_cuda_checks.py"
 
 
 @functools.cache
@@ -32,19 +22,10 @@ def outcomes() -> dict[str, str | None]:
         pytest.skip(reason)
     if not (parts := cuda_stub.objects()):
         pytest.skip("the CUDA kernels were not built here")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        cuda_stub.package(folder, parts)
-        environment = cuda_stub.environment(folder, processes.current_environment())
-        environment["PYTHONPATH"] = str(folder)
-        command = [sys.executable, _CHECKS, folder / "results.json"]
-        status, out, err = processes.run_command(command, 300, environment, folder)
-        assert status == 0, err[-4000:]
-        print(out)
-        return json.loads((folder / "results.json").read_text())
+    return cuda_stub.outcomes_of(_CHECKS, parts, 300)
 
 
-@pytest.mark.parametrize("name", _NAMES)
+@pytest.mark.parametrize("name", cuda_stub.names_of(_CHECKS))
 @pytest.mark.ahead(lambda: outcomes())
 def test_on_a_stub(ahead: Callable[[], dict[str, str | None]], name: str) -> None:
     outcome = ahead()

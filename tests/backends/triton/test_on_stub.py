@@ -7,46 +7,28 @@ no kernel runs, and what is launched is compared.
 
 from __future__ import annotations
 
-import ast
 import functools
-import json
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
-from support import cuda_stub, processes
+from support import cuda_stub
 from torch import Tensor
 
 from fused_resnet.modules import plans
 
-_CHECKS = Path(cuda_stub.__file__).with_name("stub_checks.py")
-_NAMES = [
-    node.name
-    for node in ast.parse(_CHECKS.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
-]
+_CHECKS = "stub_checks.py"
 
 
 @functools.cache
 def outcomes() -> dict[str, str | None]:
     if (reason := cuda_stub.missing()) is not None:
         pytest.skip(reason)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        # Kernels of csrc/cuda have a runtime of their own, which finds no driver here.
-        cuda_stub.package(folder, [])
-        environment = cuda_stub.environment(folder, processes.current_environment())
-        environment["PYTHONPATH"] = str(folder)
-        command = [sys.executable, _CHECKS, folder / "results.json"]
-        status, _, err = processes.run_command(command, 600, environment, folder)
-        assert status == 0, err[-4000:]
-        return json.loads((folder / "results.json").read_text())
+    # Kernels of csrc/cuda have a runtime of their own, which finds no driver here.
+    return cuda_stub.outcomes_of(_CHECKS, [], 600)
 
 
-@pytest.mark.parametrize("name", _NAMES)
+@pytest.mark.parametrize("name", cuda_stub.names_of(_CHECKS))
 @pytest.mark.ahead(lambda: outcomes())
 def test_on_a_stub(ahead: Callable[[], dict[str, str | None]], name: str) -> None:
     outcome = ahead()
