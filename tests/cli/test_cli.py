@@ -92,9 +92,14 @@ def test_bfloat16_error_is_that_of_bfloat16(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compile_adds_a_candidate(run: Run, tmp_path: Path) -> None:
+def test_compile_adds_a_candidate(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_model.py").write_text(OWN_MODEL)
+    monkeypatch.chdir(tmp_path)
     written = tmp_path / "results.json"
-    code, out, err = run(*quick("--compile", "--json", written))
+    rest = ("--rounds", 2, "--threads", 1, "--no-memory", "--json", written)
+    code, out, err = run("compare", "own_model:one_block", "--compile", *rest)
     assert code == 0, err
     candidates = json.loads(written.read_text())["cases"][0]["candidates"]
     assert [one["name"] for one in candidates] == ["eager", "torch.compile", "fused"]
@@ -309,6 +314,11 @@ class Wrapped(torch.nn.Module):
 
 def build():
     return Wrapped()
+
+def one_block():
+    head = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 3)
+    stem = torch.nn.Conv2d(3, 8, 7, 4)
+    return torch.nn.Sequential(stem, resnet.BasicBlock(8, 8), *head)
 """
 
 

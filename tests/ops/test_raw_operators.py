@@ -500,7 +500,7 @@ def test_the_fuzzer_sees_what_goes_wrong(tmp_path, monkeypatch):
         )
     )
     monkeypatch.setattr(fuzz, "__file__", str(script))
-    done = run_fuzzer("--calls", "6", "--timeout", "5", "--isa", "avx2")
+    done = run_fuzzer("--calls", "6", "--timeout", "3", "--isa", "avx2")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "6 calls, 3 findings" in done.stdout
     for call, what in ((1, "SIGSEGV"), (2, "hangs"), (4, "raises KeyError")):
