@@ -53,6 +53,9 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
   m.def(
       "quantized_stem_packed(Tensor input, Tensor packed, Tensor? packed_low, int[] numbers, "
       "int[] pool, float step, int zero_point, float output_step, str kernels) -> Tensor");
+  m.def(
+      "quantized_pool_linear(Tensor input, Tensor weight, Tensor scale, Tensor bias, float step, "
+      "float pooled_step, str kernels) -> Tensor");
   m.def("quantized_kernels() -> str");
   m.def(
       "quantized_copies_match(Tensor[] weights, Tensor[] quantized, Tensor[] steps, "

@@ -21,7 +21,7 @@ from torchvision.models import resnet
 from . import backends, forms
 from .forms import Form, Unit
 from .layers import quantized_copies, watch
-from .layers.ranges import BlockRanges, StemRanges
+from .layers.ranges import BlockRanges, HeadRanges, StemRanges
 from .models import cifar
 from .modules import graphs, plans
 from .modules.network import cifar_resnet_forward, resnet_forward
@@ -83,11 +83,14 @@ class Network(Fused):
 
     Attributes:
         cuda_graphs: whether its inference passes on a GPU become CUDA graphs; `fuse` sets it.
-        may_quantize_stem: whether its first convolution can run in eight or sixteen bits.
+        may_quantize_stem: whether its first convolution can run in eight or sixteen bits, and its
+            classifier in eight.
+        head_quantization: the ranges of its classifier; `quantize` sets it.
     """
 
     cuda_graphs = False
     may_quantize_stem = False
+    head_quantization: HeadRanges | Watcher | None = None
 
 
 class BasicBlock(Fused, resnet.BasicBlock):

@@ -543,7 +543,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
-_SETTINGS = ("memory", "watch", "quantization")
+_SETTINGS = ("memory", "watch", "quantization", "head_quantization")
 
 
 def _is_simple(value: object) -> bool:

@@ -22,9 +22,11 @@ from .layers.quantized import (
     Quantization,
     QuantizedBlock,
     QuantizedConv,
+    QuantizedLinear,
     QuantizedStem,
     float32,
     interleaved,
+    pool_factor,
     word_parts,
 )
 
@@ -426,6 +428,32 @@ def quantized_residual_blocks(
         steps = scaled(values, last) + last.shift.view(per_channel) + shortcut
         values, zero_point = _bytes(steps, 0, output), 0
     return dequantize(values, output, input.dtype)
+
+
+def quantized_pool_linear(
+    input: Tensor, linear: QuantizedLinear, stored: Quantization, pooled: Quantization
+) -> Tensor:
+    """A network's classifier in eight bits.
+
+    With q the input's bytes, all sums exact, each float32 operation rounded on its own:
+
+        means = clamp(round(sum over pixels of q * pool_factor), 0, 255),
+        out   = (sum over channels of means * weight) * scale + bias.
+
+    Args:
+        input: (N, C, H, W), float32, float16 or bfloat16, of 1 to `LARGEST_POOL` pixels an image.
+        linear: see `layers/quantized.py`.
+        stored: how `input` is quantized; its zero point is 0.
+        pooled: how the means are; its zero point is 0.
+
+    Returns:
+        (N, K) in the dtype of `input`.
+    """
+    pixels = input.shape[2] * input.shape[3]
+    sums = quantize(input, stored).sum((2, 3), dtype=torch.int64).float()
+    means = (sums * pool_factor(stored, pooled, pixels)).round().clamp(0, LARGEST)
+    products = means.double() @ linear.weight.double().t()  # exact: below 2^53
+    return (products.float() * linear.scale + linear.bias).to(input.dtype)
 
 
 def float8_residual_blocks(

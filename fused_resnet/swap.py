@@ -17,7 +17,7 @@ from .forms import Form, Unit
 from .layers import checks
 from .layers import watch as watching
 from .layers.quantized import EIGHT_BITS, FLOAT8
-from .layers.ranges import BlockRanges, StemRanges
+from .layers.ranges import BlockRanges, HeadRanges, StemRanges
 from .modules import fake_quantized, graphs, plans, quantized, read, sequences
 from .modules.activations import is_relu, text_of
 from .modules.conv_norm_act import has_kernel
@@ -122,11 +122,13 @@ class Report(Sequence[Record]):
         fused = sum(record.fused for record in self._records)
         first = f"{fused} of {len(rows)} modules run fused"
         if in_eight_bits:
-            first += (
-                f", {in_eight_bits} in eight bits; all else, the classifier too, in floating point"
-            )
+            classifier = "" if self._has_classifier() else ", the classifier too,"
+            first += f", {in_eight_bits} in eight bits; all else{classifier} in floating point"
         found = [f"not used, for it differs from the library: {text}" for text in self.not_used]
         return "\n".join([first, *lines, *found, *hints])
+
+    def _has_classifier(self) -> bool:
+        return any(r.kind == "classifier" and r.precision in EIGHT_BITS for r in self._records)
 
 
 def _precision(record: Record) -> str:
@@ -268,7 +270,7 @@ def unfuse_one(module: nn.Module) -> None:
     form = forms.of_fused(forms.unsharded(type(module)))
     if form is not None:
         blocks.release(module)
-        for setting in ("memory", "cuda_graphs", "quantization"):
+        for setting in ("memory", "cuda_graphs", "quantization", "head_quantization"):
             vars(module).pop(setting, None)
         plans.forget(module)
         watching.set_watch(module, "sample")
@@ -314,6 +316,8 @@ def report(model: nn.Module, input: Tensor | None = None) -> Report:
             records.append(Record(path, type(module).__name__, False, "eager", reason))
         elif form is not None:
             records.append(_record_of(path, module, form, is_quantized, sizes))
+            if (head := _head_record(path, module, form)) is not None:
+                records.append(head)
         else:
             unproven.look(path, module)
             other_norms.look(path, module)
@@ -446,6 +450,26 @@ def _record_of(
     reason = "; ".join(filter(None, [record.reason, reason]))
     sqnr_db = None if kept is None else kept.sqnr_db
     return dataclasses.replace(record, reason=reason, precision=dtype, sqnr_db=sqnr_db)
+
+
+def _head_record(path: str, module: nn.Module, form: Form) -> Record | None:
+    """Of a network whose classifier was calibrated, what became of it."""
+    kept = module.head_quantization if quantized.has_stem(module) else None
+    if not isinstance(kept, HeadRanges):
+        return None
+    reason = kept.reason or read.obstacle(module)
+    reason = reason or ("it is in training mode" if module.training else None)
+    head = quantized.head_of(module)
+    if head is None:
+        reason = reason or "it is not as it was calibrated"
+    weight: Any = getattr(module.fc, "weight", None) if head is None else head.weight
+    path = f"{path}.fc" if path else "fc"
+    if reason:
+        dtype = "" if weight is None else str(weight.dtype).removeprefix("torch.")
+        reason = f"in floating point: {reason}"
+        return Record(path, "classifier", False, "eager", reason, dtype, kept.sqnr_db)
+    how = backends.explain("quantized_pool_linear", device=weight.device, dtype=weight.dtype)
+    return Record(path, "classifier", True, how, "", "int8", kept.sqnr_db)
 
 
 def _record(path: str, module: nn.Module, form: Form, sizes: _Sizes) -> Record:

@@ -792,6 +792,7 @@ class Quantized:
         expected = getattr(reference, self.name)(*self.arguments)
         call = {
             "quantized_residual_blocks": cpu.run_quantized_blocks,
+            "quantized_pool_linear": cpu.run_quantized_head,
             "quantized_stem": cpu.run_quantized_stem,
         }[self.name]
         output = call(*self.arguments, self.kernels)
@@ -815,7 +816,8 @@ def draw_quantized(rng: random.Random) -> Quantized:
     import torch
 
     kernels = rng.choice(torch.ops.fused_resnet.quantized_kernels().split(","))
-    return _quantized_stem(rng, kernels) if rng.random() < 0.3 else _quantized_blocks(rng, kernels)
+    draw = rng.choices((_quantized_stem, _quantized_head, _quantized_blocks), (3, 1, 6))[0]
+    return draw(rng, kernels)
 
 
 def _byte_conv(rng: random.Random, C: int, K: int, filter: Any, groups: int, geometry: Any) -> Any:
@@ -905,6 +907,20 @@ def _quantized_stem(rng: random.Random, kernels: str) -> Quantized:
     x = _float_images(rng, rng.choice((0, 1, 2)), C, H, W)
     stem = quantized_stem(layer, pool, bits, input, output)
     return Quantized("quantized_stem", kernels, (x, stem, input, output), True)
+
+
+def _quantized_head(rng: random.Random, kernels: str) -> Quantized:
+    import torch
+
+    from fused_resnet.layers.quantized import Quantization, quantized_linear
+
+    C, K = rng.choice((1, 3, 16, 63, 64, 65, 260, 600)), rng.choice((1, 5, 16, 33))
+    H, W = (rng.choice((1, 2, 5, 7, 16)) for _ in range(2))
+    x = _float_images(rng, rng.choice((0, 1, 2, 8, 9)), C, H, W)
+    stored, pooled = Quantization(2.0**-5), Quantization(rng.choice((2.0**-7, 0.013, 1e-30)))
+    bias = torch.randn(K) if rng.random() < 0.7 else None
+    linear = quantized_linear(torch.randn(K, C), bias, pooled)
+    return Quantized("quantized_pool_linear", kernels, (x, linear, stored, pooled), True)
 
 
 # ---- registered operators ------------------------------------------------------------------------
@@ -1418,6 +1434,22 @@ def _quantized_stem_packed(rng: random.Random) -> list[Any]:
     return [x, packed, low, numbers, [3, 3, 2, 2, 1, 1], 0.1, 128, 0.1, kernels]
 
 
+def _quantized_pool_linear(rng: random.Random) -> list[Any]:
+    import torch
+
+    x = _image(rng, 2, 16, 5, 7, dtype=_dtype(rng))
+    weight = torch.randint(-127, 128, (9, 16), dtype=torch.int8)
+    return [x, weight, *_vectors(2, 9), 0.1, 0.05, _kernels(rng)]
+
+
+def _pool_linear_int8(rng: random.Random) -> list[Any]:
+    import torch
+
+    x = _image(rng, 2, 16, 5, 7, dtype=_dtype(rng))
+    bias = torch.randn(9) if rng.random() < 0.7 else None
+    return [x, torch.randn(9, 16).to(_dtype(rng)), bias, 0.1, 0.05]
+
+
 def _quantized_copies_match(rng: random.Random) -> list[Any]:
     import torch
 
@@ -1452,7 +1484,9 @@ OPERATORS: dict[str, Callable[[random.Random], list[Any]]] = {
     "pack_quantized_conv": _pack_quantized_conv,
     "pool_empty_like": lambda rng: [_norm_input(rng)[0]],
     "pool_linear": _pool_linear,
+    "pool_linear_int8": _pool_linear_int8,
     "quantized_copies_match": _quantized_copies_match,
+    "quantized_pool_linear": _quantized_pool_linear,
     "quantized_residual_blocks_packed": _quantized_residual_blocks_packed,
     "quantized_stem_packed": _quantized_stem_packed,
     "residual_blocks": _residual_blocks,

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import reference
 from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
 from ..layers.memory import memory_format_of
-from ..layers.quantized import Quantization, QuantizedBlock, QuantizedStem
+from ..layers.quantized import Quantization, QuantizedBlock, QuantizedLinear, QuantizedStem
 from . import library
 from .recording import Recorder
 
@@ -228,6 +228,12 @@ class Backend:
     ) -> Tensor:
         """See `reference.quantized_stem`: the same bits."""
         return reference.quantized_stem(input, stem, stored, output)
+
+    def quantized_pool_linear(
+        self, input: Tensor, linear: QuantizedLinear, stored: Quantization, pooled: Quantization
+    ) -> Tensor:
+        """See `reference.quantized_pool_linear`: the same bits."""
+        return reference.quantized_pool_linear(input, linear, stored, pooled)
 
     def pool_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """A network's head in one call, or None where that is not covered: `ops.pool_linear`."""

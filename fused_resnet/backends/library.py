@@ -230,4 +230,5 @@ def explain(operator: str) -> str:
         "quantized_residual_blocks": "int8 by torch's operators",
         "float8_residual_blocks": "float8_e4m3fn by torch's operators",
         "quantized_stem": "integers by torch's operators",
+        "quantized_pool_linear": "int8 by torch's operators",
     }[operator]

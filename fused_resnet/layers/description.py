@@ -168,6 +168,18 @@ class Stem(NamedTuple):
     bits: int
 
 
+class Head(NamedTuple):
+    """A network's classifier, a linear layer behind the mean over an image's pixels.
+
+    Attributes:
+        weight: (K, C).
+        bias: (K,) or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
 class TrainedBlock(NamedTuple):
     """A `Block` in training, where tensors go by themselves: see there."""
 

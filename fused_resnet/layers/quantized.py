@@ -36,6 +36,9 @@ WORD_ZERO_POINT = 128
 LARGEST_REDUCTION = (2**31 - 1) // (LARGEST * 128)
 """Products in a sum that cannot leave 32 bits."""
 
+LARGEST_POOL = (2**31 - 1) // LARGEST
+"""Bytes in a sum that cannot."""
+
 
 FLOAT8 = "float8_e4m3fn"
 """The other dtype beside "int8": one sign, four exponent and three mantissa bits, no infinity."""
@@ -128,15 +131,29 @@ class QuantizedStem(NamedTuple):
         return (self.conv,) if self.low is None else (self.conv, self.low)
 
 
+class QuantizedLinear(NamedTuple):
+    """A classifier in eight bits: a linear layer behind a mean over pixels.
+
+    Attributes:
+        weight: (K, C), int8, contiguous.
+        scale: (K,), float32: from a sum of products to a logit.
+        bias: (K,), float32, added to that.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
 def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (K, C, R, S) in eight bits, and each filter's step (K,), float64.
+    """A weight (K, C, R, S) or (K, C) in eight bits, and each filter's step (K,), float64.
 
     A filter of zeros has step 1; one with a value that is not finite has a step that is not.
     """
     values = weight.detach().double()
     largest = values.abs().flatten(1).amax(1)
     step = torch.where(largest == 0, 1.0, largest / LARGEST_WEIGHT)
-    steps = values / step.view(-1, 1, 1, 1)
+    steps = values / step.view(-1, *[1] * (weight.dim() - 1))
     return steps.round().clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT).to(torch.int8), step
 
 
@@ -219,6 +236,25 @@ def quantized_stem(
         conv(upper, lower, 256, torch.zeros_like(shift)),
         pool,
     )
+
+
+def quantized_linear(weight: Tensor, bias: Tensor | None, pooled: Quantization) -> QuantizedLinear:
+    """A classifier in eight bits.
+
+    Args:
+        weight: (K, C), finite.
+        bias: (K,), finite, or None.
+        pooled: how it reads the means over an image's pixels; its zero point is 0.
+    """
+    values, step = quantized_weight(weight)
+    scale = (step * pooled.step).float()
+    added = torch.zeros_like(scale) if bias is None else bias.detach().float()
+    return QuantizedLinear(values.contiguous(), scale, added)
+
+
+def pool_factor(stored: Quantization, pooled: Quantization, pixels: int) -> float:
+    """From the sum of an image's bytes to steps of their mean, a float32 number."""
+    return float32(stored.step / (pixels * pooled.step))
 
 
 def word_parts(words: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import watch
-from .description import Block, Stem
+from .description import Block, Head, Stem
 from .prepared import WeightCache, version_of
 from .quantized import (
     FLOAT8,
     Quantization,
     QuantizedBlock,
+    QuantizedLinear,
     QuantizedStem,
     quantized_block,
+    quantized_linear,
     quantized_stem,
     quantized_weight,
 )
@@ -37,9 +39,12 @@ _serials = itertools.count()
 Source: TypeAlias = tuple[weakref.ref[torch.UntypedStorage], int | None]
 
 
+_Made = TypeVar("_Made", QuantizedBlock, QuantizedLinear)
+
+
 @dataclass(frozen=True)
-class Copy:
-    """A block in eight bits, and what tells that it is still the one.
+class Copy(Generic[_Made]):
+    """A block or a classifier in eight bits, and what tells that it is still the one.
 
     Attributes:
         block: the copy.
@@ -51,13 +56,16 @@ class Copy:
         serial: of this copy alone.
     """
 
-    block: QuantizedBlock
+    block: _Made
     is_finite: bool
     sources: tuple[Source | None, ...]
     steps: tuple[Tensor, ...]
     vectors: tuple[Tensor, ...] | None
     values: tuple[Tensor, ...]
     serial: int = field(default_factory=lambda: next(_serials))
+
+
+BlockCopy: TypeAlias = Copy[QuantizedBlock]
 
 
 class StemCopy(NamedTuple):
@@ -78,11 +86,12 @@ class StemCopy(NamedTuple):
 
 _cache = WeightCache()
 _stems = WeightCache()
+_heads = WeightCache()
 
 
 def copies_of(
     blocks: Sequence[Block], ranges: Sequence[Sequence[Quantization]], dtype: str = "int8"
-) -> list[Copy]:
+) -> list[BlockCopy]:
     """The blocks in eight bits.
 
     Args:
@@ -102,10 +111,10 @@ def copies_of(
 
 
 def release(tensors: Iterable[Tensor]) -> None:
-    """Drops the copies of blocks whose first weight is among these, and of such stems."""
+    """Drops the copies of what has its first weight among these."""
     tensors = list(tensors)
-    _cache.release(tensors)
-    _stems.release(tensors)
+    for cache in (_cache, _stems, _heads):
+        cache.release(tensors)
 
 
 def copy_of_stem(stem: Stem, stored: Quantization, output: Quantization) -> StemCopy:
@@ -137,6 +146,27 @@ def copy_of_stem(stem: Stem, stored: Quantization, output: Quantization) -> Stem
     return copy
 
 
+def copy_of_head(head: Head, pooled: Quantization) -> Copy[QuantizedLinear]:
+    """A classifier in eight bits, looked at in every call as blocks are.
+
+    Args:
+        head: its parameters.
+        pooled: see `quantized.quantized_linear`.
+    """
+    layout = (pooled, head.weight.shape)
+    entry = _heads.find(head.weight, layout)
+    if entry is not None:
+        kept: Copy[QuantizedLinear] = entry.copy
+        if _are_sources(_tensors([head]), kept.sources) and _same_values([head], [kept]):
+            return kept
+    copy, version = _copied(
+        head, lambda: quantized_linear(head.weight, head.bias, pooled), whole=False
+    )
+    if version is not None:
+        _heads.put(head.weight, version, copy, layout)
+    return copy
+
+
 def _have_values(tensors: Sequence[Tensor | None], values: Sequence[Tensor]) -> bool:
     if not values:
         return True
@@ -157,11 +187,11 @@ def _layout(block: Block, ranges: Sequence[Quantization], dtype: str) -> tuple[A
     return tuple(ranges), block.has_projection, settings, dtype
 
 
-def _find(block: Block, ranges: Sequence[Quantization], dtype: str) -> Copy | None:
+def _find(block: Block, ranges: Sequence[Quantization], dtype: str) -> BlockCopy | None:
     entry = _cache.find(block.layers[0].weight, _layout(block, ranges, dtype))
     if entry is None:
         return None
-    copy: Copy = entry.copy
+    copy: BlockCopy = entry.copy
     return copy if _are_sources(_tensors([block]), copy.sources) else None
 
 
@@ -184,48 +214,74 @@ def _sources(
     )
 
 
-def _made(block: Block, ranges: Sequence[Quantization], dtype: str) -> Copy:
-    tensors = list(_tensors([block]))
-    weights = [layer.weight for layer in block.layers]
+def _made(block: Block, ranges: Sequence[Quantization], dtype: str) -> BlockCopy:
+    copy, version = _copied(
+        block,
+        lambda: quantized_block(block.layers, block.has_projection, ranges, dtype),
+        whole=dtype == FLOAT8,
+    )
+    if version is not None:
+        _cache.put(block.layers[0].weight, version, copy, _layout(block, ranges, dtype))
+    return copy
+
+
+def _copied(
+    block: Block | Head, make: Callable[[], _Made], *, whole: bool
+) -> tuple[Copy[_Made], int | None]:
+    """A copy, and its first weight's version, or None where it cannot be kept."""
+    tensors, weights = list(_tensors([block])), _weights(block)
     # Before the values, which another thread may change.
     versions = [None if tensor is None else version_of(tensor) for tensor in tensors]
-    whole = dtype == FLOAT8 or any(
-        watch.is_watched(w) or w.untyped_storage().is_shared() for w in weights
-    )
+    whole |= any(watch.is_watched(w) or w.untyped_storage().is_shared() for w in weights)
     # Copies made in inference mode would have no version, by which backends know them again.
     with torch.inference_mode(False), torch.no_grad():
         compared = all(weight.device.type == "cpu" for weight in weights)
         vectors = tuple(v.detach().clone() for v in _vectors(block)) if compared else None
         values = tuple(w.detach().clone() for w in weights) if whole and compared else ()
         steps = tuple(quantized_weight(weight)[1] for weight in weights)
-        made = quantized_block(block.layers, block.has_projection, ranges, dtype)
+        made = make()
         is_finite = weights[0].is_meta or _is_finite(made)
     copy = Copy(made, is_finite, _sources(tensors, versions), steps, vectors, values)
-    if all(t is None or v is not None for t, v in zip(tensors, versions, strict=True)):
-        _cache.put(weights[0], versions[0], copy, _layout(block, ranges, dtype))
-    return copy
+    is_kept = all(t is None or v is not None for t, v in zip(tensors, versions, strict=True))
+    return copy, versions[0] if is_kept else None
 
 
-def _is_finite(block: QuantizedBlock | QuantizedStem) -> bool:
-    vectors = [vector for conv in block.convs for vector in (conv.scale, conv.shift)]
+def _is_finite(block: QuantizedBlock | QuantizedStem | QuantizedLinear) -> bool:
+    if isinstance(block, QuantizedLinear):
+        vectors = [block.scale, block.bias]
+    else:
+        vectors = [vector for conv in block.convs for vector in (conv.scale, conv.shift)]
     return bool(torch.cat(vectors).isfinite().all())
 
 
-def _tensors(blocks: Sequence[Block | Stem]) -> Iterator[Tensor | None]:
+def _tensors(blocks: Sequence[Block | Stem | Head]) -> Iterator[Tensor | None]:
     """Every layer's weight, mean, var, scale and shift of the norm, and bias."""
     for block in blocks:
+        if isinstance(block, Head):
+            yield from block
+            continue
         for layer in block.layers:
             yield layer.weight
             yield from layer.norm[:4]
             yield layer.bias
 
 
-def _vectors(block: Block) -> list[Tensor]:
+def _weights(block: Block | Head) -> list[Tensor]:
+    return [block.weight] if isinstance(block, Head) else [layer.weight for layer in block.layers]
+
+
+def _quantized_weights(made: QuantizedBlock | QuantizedLinear) -> list[Tensor]:
+    return [part.weight for part in ([made] if isinstance(made, QuantizedLinear) else made.convs)]
+
+
+def _vectors(block: Block | Head) -> list[Tensor]:
     """Every layer's norm and bias, as far as they are there."""
+    if isinstance(block, Head):
+        return [] if block.bias is None else [block.bias]
     return [v for layer in block.layers for v in (*layer.norm[:4], layer.bias) if v is not None]
 
 
-def _same_values(blocks: Sequence[Block], copies: Sequence[Copy]) -> bool:
+def _same_values(blocks: Sequence[Block | Head], copies: Sequence[Copy[Any]]) -> bool:
     weights: list[Tensor] = []
     quantized: list[Tensor] = []
     steps: list[Tensor] = []
@@ -237,13 +293,13 @@ def _same_values(blocks: Sequence[Block], copies: Sequence[Copy]) -> bool:
         vectors += _vectors(block)
         kept += copy.vectors
         if copy.values:
-            vectors += [layer.weight.detach().reshape(-1) for layer in block.layers]
+            vectors += [weight.detach().reshape(-1) for weight in _weights(block)]
             kept += [weight.reshape(-1) for weight in copy.values]
         else:
-            weights += [layer.weight for layer in block.layers]
-            quantized += [conv.weight for conv in copy.block.convs]
+            weights += _weights(block)
+            quantized += _quantized_weights(copy.block)
             steps += copy.steps
-    if not vectors:
+    if not vectors and not weights:
         return True
     with torch.no_grad():
         return torch.ops.fused_resnet.quantized_copies_match(

@@ -60,6 +60,25 @@ class StemRanges(NamedTuple):
     reason: str
 
 
+class HeadRanges(NamedTuple):
+    """How a network's classifier runs in eight bits, as plain data.
+
+    Attributes:
+        path: the network's in the model that was calibrated, for messages.
+        shape: of the linear layer's weight.
+        ranges: of its input and of the mean over an image's pixels; empty where it was not
+            calibrated.
+        sqnr_db: see `BlockRanges`.
+        reason: see `BlockRanges`.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    ranges: tuple[Quantization, ...]
+    sqnr_db: float | None
+    reason: str
+
+
 def words_of(low: float, high: float) -> Quantization | None:
     """Sixteen bits for numbers between two finite ones: `max(-low, high) / 32639` is the step.
 

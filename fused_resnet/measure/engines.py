@@ -70,14 +70,19 @@ def fused(
 
 
 def in_eight_bits(
-    model: torch.nn.Module, input: torch.Tensor, case: Case, stem: str | None = None
+    model: torch.nn.Module,
+    input: torch.Tensor,
+    case: Case,
+    stem: str | None = None,
+    classifier: str = "float",
 ) -> Call:
     """The model after `quantize`, calibrated as the case says; of one without blocks, `fused`."""
     if case.train:
         raise NotImplementedError("runs inference only")
     if any(quantized.is_quantizable(module) for module in swap.fuse(model).modules()):
         batches = (part.to(input) for part in _calibration_batches(case))
-        quantize(model, batches, dtype=case.quantize or "int8", stem=stem)
+        dtype = case.quantize or "int8"
+        quantize(model, batches, dtype=dtype, stem=stem, classifier=classifier)
     return fused(model, input, case)
 
 
@@ -310,6 +315,7 @@ ENGINES: dict[str, Engine] = {
     "OpenVINO": openvino,
     "ONNX Runtime": onnx_runtime,
     "fused, int8 with its stem": functools.partial(in_eight_bits, stem="int8"),
+    "fused, int8 throughout": functools.partial(in_eight_bits, stem="int8", classifier="int8"),
     "OpenVINO, int8": functools.partial(openvino, eight_bits=True),
     "ONNX Runtime, int8": functools.partial(onnx_runtime, eight_bits=True),
 }
@@ -325,7 +331,8 @@ _ON_GPU = (
     "torch.compile, max-autotune",
 )  # fmt: skip
 _EIGHT_BITS_ON_CPU = (
-    "eager", "fused", INT8, "fused, int8 with its stem", "OpenVINO, int8", "ONNX Runtime, int8"
+    "eager", "fused", INT8, "fused, int8 with its stem", "fused, int8 throughout",
+    "OpenVINO, int8", "ONNX Runtime, int8",
 )  # fmt: skip
 _EIGHT_BITS_ON_GPU = ("eager", "fused", INT8)
 _INFERENCE_ONLY = {

@@ -108,6 +108,7 @@ def _may_arrange(model: nn.Module, x: Tensor, parts: Sequence[nn.Module]) -> boo
         and not torch.is_grad_enabled()
         and nothing_intercepts(x)
         and model.quantization is None
+        and model.head_quantization is None
         and not quantized.any_has_ranges(parts)
     )
 
@@ -125,13 +126,13 @@ def _planned(
     if plans.include_heads(x) and head_obstacle(avgpool, fc) is None:
 
         def whole(model: Any, x: Tensor) -> Tensor:
-            return head(model.avgpool, model.fc, features(model, x))
+            return network_head(model, features(model, x))
 
         return plans.planned(model, [*parts, avgpool, fc], x, whole, whole=True)
     out = plans.planned(model, parts, x, features)
     if head_obstacle(avgpool, fc) is not None and _lies_otherwise(model, x, parts, out):
         out = out.contiguous()
-    return head(avgpool, fc, out)
+    return network_head(model, out)
 
 
 def _lies_otherwise(model: nn.Module, x: Tensor, parts: Sequence[nn.Module], out: Tensor) -> bool:
@@ -257,6 +258,21 @@ def _joined_parts(blocks: list[nn.Module], parts: list[quantized.Part], x: Tenso
     for block in blocks:
         x = block(x)
     return x
+
+
+def network_head(network: nn.Module, x: Tensor) -> Tensor:
+    """A network's pool and linear layer, as its ranges say."""
+    if network.head_quantization is not None:
+        out = quantized.head_output(network, x)
+        if out is not None:
+            return out
+    return float_head(network, x)
+
+
+def float_head(network: nn.Module, x: Tensor) -> Tensor:
+    """A network's pool and linear layer in floating point."""
+    children: dict[str, Any] = network._modules
+    return head(children["avgpool"], children["fc"], x)
 
 
 def head(avgpool: nn.AdaptiveAvgPool2d, fc: nn.Linear, x: Tensor) -> Tensor:

@@ -43,6 +43,9 @@ from .read import HOOKS, input_obstacle
 
 VARIABLE = "FUSED_RESNET_PLANS"
 
+# What a network keeps besides its children that says what they run in.
+_RANGES = ("quantization", "head_quantization")
+
 _PLAIN = frozenset(
     {Conv2d, BatchNorm2d, FrozenBatchNorm2d, MaxPool2d, ReLU, Sequential, Identity,
      PaddedShortcut, pooling.AdaptiveAvgPool2d, linear.Linear, dropout.Dropout, flatten.Flatten}
@@ -295,7 +298,7 @@ def planned(
         plans = _of_models[model] = _Plans(model, parts)
     elif not (
         plans.modules.are_same(parts)
-        and vars(model).get("quantization") is plans.state.get("quantization")
+        and all(vars(model).get(name) is plans.state.get(name) for name in _RANGES)
     ):
         changes = plans.changes + 1
         if changes > _MOST_CHANGES:

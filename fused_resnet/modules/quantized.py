@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from .. import forms
 from ..layers import checks
-from ..layers.description import Block, Pool, Stem
+from ..layers.description import Block, Head, Pool, Stem
 from ..layers.quantized import FLOAT8, LARGEST_REDUCTION, Quantization
-from ..layers.ranges import BlockRanges, StemRanges
+from ..layers.ranges import BlockRanges, HeadRanges, StemRanges
 from ..ops.conv_bn_act_max_pool_int8 import conv_bn_act_max_pool_int8
+from ..ops.pool_linear_int8 import pool_linear_int8
 from ..ops.residual_blocks_float8 import residual_blocks_float8
 from ..ops.residual_blocks_int8 import DTYPES, residual_blocks_int8
 from ..originals import Conv2d, MaxPool2d, Sequential
@@ -25,7 +26,7 @@ from . import read
 from .activations import is_relu
 
 Watcher: TypeAlias = Callable[[nn.Module, Tensor], "Tensor | None"]
-"""Runs a block or a stem that is being calibrated; None where it has to run as it did."""
+"""Runs a block, stem or classifier that is being calibrated; None where it runs as it did."""
 
 Part: TypeAlias = tuple[BlockRanges, Block]
 
@@ -37,7 +38,7 @@ def is_quantizable(module: nn.Module) -> bool:
 
 
 def has_stem(module: nn.Module) -> bool:
-    """Whether a module is a fused network whose first convolution may have ranges."""
+    """Whether a module is a fused network whose stem and classifier may have ranges."""
     form = forms.of_fused(type(module))
     return form is not None and form.kind == "stem" and getattr(module, "may_quantize_stem", False)
 
@@ -96,6 +97,34 @@ def stem_of(network: nn.Module, bits: int, x: Tensor | None = None) -> Stem | No
         if checks.pool_error(name, alike, layer, pool) is not None:
             return None
     return Stem((layer,), pool, bits)
+
+
+def head_output(network: nn.Module, x: Tensor) -> Tensor | None:
+    """What a classifier with ranges computes, or None where it runs in floating point.
+
+    Raises:
+        ValueError: its linear layer is not the one it was calibrated with.
+    """
+    kept: Any = network.head_quantization
+    if not isinstance(kept, HeadRanges):
+        return kept(network, x)
+    if kept.reason or network.training or (head := head_of(network)) is None:
+        return None
+    if head.weight.shape != kept.shape:
+        raise ValueError(
+            f"quantized classifier of {kept.path!r}: the linear layer has a weight of shape "
+            f"{tuple(head.weight.shape)}, was calibrated with {kept.shape}"
+        )
+    return pool_linear_int8(x, head, *kept.ranges)
+
+
+def head_of(network: nn.Module) -> Head | None:
+    """A network's classifier as it would run in eight bits, or None where it cannot."""
+    children: dict[str, Any] = network._modules
+    avgpool, fc = children["avgpool"], children["fc"]
+    if read.head_obstacle(avgpool, fc) is not None:
+        return None
+    return Head(fc.weight, fc.bias) if 0 < fc.weight.shape[1] <= LARGEST_REDUCTION else None
 
 
 def any_has_ranges(stages: Sequence[nn.Module]) -> bool:

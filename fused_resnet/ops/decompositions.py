@@ -134,6 +134,12 @@ class _Stored:
         stored_values = self._operators.quantize_per_tensor.default(values.float(), *how)
         return self._operators.dequantize_per_tensor.default(stored_values, *how)
 
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Of such values by a weight in eight bits."""
+        values, step = quantized_weight(weight)
+        bias = None if bias is None else bias.float()
+        return F.linear(input, self._weight(values, step), bias)
+
     def conv_norm(self, input: Tensor, layer: ConvNorm) -> Tensor:
         """The convolution of such values by a weight in eight bits, and its norm.
 
@@ -142,11 +148,15 @@ class _Stored:
         weight, step = quantized_weight(layer.weight)
         scale, shift = norm_vectors(layer)
         weight = weight * scale.sign().view(-1, 1, 1, 1).to(torch.int8)
-        step = torch.where(scale == 0, step, step * scale.abs()).float()
+        step = torch.where(scale == 0, step, step * scale.abs())
+        return torch.conv2d(input, self._weight(weight, step), shift.float(), *layer[3:])
+
+    def _weight(self, values: Tensor, step: Tensor) -> Tensor:
         zero_points = torch.zeros_like(step, dtype=torch.int64)
         how = (0, -LARGEST_WEIGHT, LARGEST_WEIGHT, torch.int8)
-        weight = self._operators.dequantize_per_channel.default(weight, step, zero_points, *how)
-        return torch.conv2d(input, weight, shift.float(), *layer[3:])
+        return self._operators.dequantize_per_channel.default(
+            values, step.float(), zero_points, *how
+        )
 
 
 def _residual_blocks_int8(
@@ -192,6 +202,15 @@ def _conv_bn_act_max_pool_int8(input: Tensor, *arguments: Any) -> Tensor:
     return _max_pool(out, pool).to(input.dtype)
 
 
+def _pool_linear_int8(
+    input: Tensor, weight: Tensor, bias: Tensor | None, step: float, pooled_step: float
+) -> Tensor:
+    stored = _Stored()
+    means = F.adaptive_avg_pool2d(stored.activation(input, Quantization(step)), 1).flatten(1)
+    means = stored.activation(means, Quantization(pooled_step))
+    return stored.linear(means, weight, bias).to(input.dtype)
+
+
 def _residual_blocks_float8(
     input: Tensor,
     tensors: Sequence[Tensor | None],
@@ -224,6 +243,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "conv_bn_act_max_pool": _conv_bn_act_max_pool,
     "conv_bn_act_max_pool_int8": _conv_bn_act_max_pool_int8,
     "norm_conv_bn_act": _norm_conv_bn_act,
+    "pool_linear_int8": _pool_linear_int8,
     "quantized_residual_blocks": _quantized_residual_blocks,
     "residual_blocks": _residual_blocks,
     "residual_blocks_float8": _residual_blocks_float8,

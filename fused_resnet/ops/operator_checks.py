@@ -82,6 +82,45 @@ def conv_bn_act_max_pool_int8(input: Tensor, *arguments: Any) -> Error:
     return None
 
 
+def pool_linear_int8(
+    input: Tensor, weight: Tensor, bias: Tensor | None, step: float, pooled_step: float
+) -> Error:
+    """See `ops.pool_linear_int8`."""
+    name = "pool_linear_int8"
+    for what, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in _INT8_INPUTS:
+            return TypeError(
+                f"{name}: {what} has dtype {tensor.dtype}, must be one of float32, float16, "
+                "bfloat16"
+            )
+        if tensor.device != input.device:
+            return ValueError(f"{name}: {what} is on {tensor.device}, input is on {input.device}")
+    if input.dim() != 4 or weight.dim() != 2 or weight.shape[1] != input.shape[1]:
+        return ValueError(
+            f"{name}: input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}, must "
+            "be (N, C, H, W) and (K, C)"
+        )
+    K, C = weight.shape
+    if K == 0 or not 0 < C <= quantized.LARGEST_REDUCTION:
+        return ValueError(
+            f"{name}: weight has shape {(K, C)}, must have filters of 1 to "
+            f"{quantized.LARGEST_REDUCTION} values for sums of 32 bits"
+        )
+    if bias is not None and bias.shape != (K,):
+        return ValueError(f"{name}: bias has shape {tuple(bias.shape)}, must have {(K,)}")
+    if not 0 < input.shape[2] * input.shape[3] <= quantized.LARGEST_POOL:
+        return ValueError(
+            f"{name}: input has shape {tuple(input.shape)}, must have 1 to "
+            f"{quantized.LARGEST_POOL} pixels an image"
+        )
+    for what, value in (("step", step), ("pooled_step", pooled_step)):
+        if not (math.isfinite(value) and value > 0):
+            return ValueError(f"{name}: {what} is {value}, must be finite and above zero")
+    return None
+
+
 def batch_norm_act_inference(
     input: Tensor,
     running_mean: Tensor,

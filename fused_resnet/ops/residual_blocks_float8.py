@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import backends, reference
 from ..layers.description import Block, described_blocks, flattened_blocks, tensors_of
 from ..layers.quantized import FLOAT8, Quantization
-from ..layers.quantized_copies import Copy, copies_of
+from ..layers.quantized_copies import BlockCopy, copies_of
 from . import operator_checks
 from .registration import (
     autocast_tensor,
@@ -66,7 +66,9 @@ def residual_blocks_float8(
     return _run(input.detach(), copies, ranges)
 
 
-def _run(input: Tensor, copies: Sequence[Copy], ranges: Sequence[Sequence[Quantization]]) -> Tensor:
+def _run(
+    input: Tensor, copies: Sequence[BlockCopy], ranges: Sequence[Sequence[Quantization]]
+) -> Tensor:
     arguments = (input, [copy.block for copy in copies], ranges[0][0], ranges[-1][-1])
     if has_foreign(input):
         return reference.float8_residual_blocks(*arguments)

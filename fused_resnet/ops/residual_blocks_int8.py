@@ -16,7 +16,7 @@ from torch import Tensor
 from ..layers import checks
 from ..layers.description import Block, described_blocks, flattened_blocks, tensors_of
 from ..layers.quantized import LARGEST_REDUCTION, Quantization
-from ..layers.quantized_copies import Copy, copies_of
+from ..layers.quantized_copies import BlockCopy, copies_of
 from . import operator_checks
 from .quantized import quantized_residual_blocks
 from .registration import (
@@ -92,7 +92,7 @@ def are_covered(input: Tensor, blocks: Sequence[Block]) -> bool:
     return read.dtype in DTYPES and checks.blocks_fit(read, blocks)
 
 
-def fit(input: Tensor, blocks: Sequence[Block], copies: Sequence[Copy]) -> bool:
+def fit(input: Tensor, blocks: Sequence[Block], copies: Sequence[BlockCopy]) -> bool:
     """`checks.blocks_fit`, remembered by the copies' serials."""
     key = (input.shape, input.dtype, input.device, *(copy.serial for copy in copies))
     if key in _fitting:
@@ -105,7 +105,9 @@ def fit(input: Tensor, blocks: Sequence[Block], copies: Sequence[Copy]) -> bool:
     return True
 
 
-def _run(input: Tensor, copies: Sequence[Copy], ranges: Sequence[Sequence[Quantization]]) -> Tensor:
+def _run(
+    input: Tensor, copies: Sequence[BlockCopy], ranges: Sequence[Sequence[Quantization]]
+) -> Tensor:
     made = [copy.block for copy in copies]
     return quantized_residual_blocks(input, made, ranges[0][0], ranges[-1][-1])
 

@@ -14,21 +14,28 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import forms
 from ..layers.description import Block
 from ..layers.quantized import FLOAT8, Quantization
-from ..layers.quantized_copies import copies_of, copy_of_stem
-from ..layers.ranges import BlockRanges, StemRanges, words_of
+from ..layers.quantized_copies import copies_of, copy_of_head, copy_of_stem
+from ..layers.ranges import BlockRanges, HeadRanges, StemRanges, words_of
 from ..modules import quantized, read, run
-from ..modules.network import float_stem
+from ..modules.network import float_head, float_stem
 from ..ops.conv_bn_act_max_pool_int8 import conv_bn_act_max_pool_int8
+from ..ops.pool_linear_int8 import pool_linear_int8
+from ..ops.residual_blocks_int8 import DTYPES
 from .observers import MinMaxObserver
 
 NOISE_IMAGES = 64
 """Of the first batches, how many images the noise is measured on."""
+
+HEAD = "head_quantization"
+"""Where a network keeps the ranges of its classifier."""
 
 NOT_FINITE = "a weight, or what its norm and steps make of it, is not finite"
 
@@ -76,26 +83,51 @@ class _Stem:
         self.readers: set[str] = set()
 
 
+class _Head:
+    """What is seen of a network's classifier.
+
+    Attributes:
+        path: the network's.
+        observer: of the mean over an image's pixels.
+        writers: the paths of the blocks whose output it has read; None for anything else.
+    """
+
+    def __init__(self, path: str, network: nn.Module, observer: MinMaxObserver) -> None:
+        self.path = path
+        self.network = network
+        self.observer = observer
+        self.writers: set[str | None] = set()
+
+
+class Settings(NamedTuple):
+    """How what is seen will be stored.
+
+    Attributes:
+        make: a new observer.
+        stem_bits: of networks' first convolutions; 0 for floating point.
+        has_head: whether classifiers are to run in eight bits.
+        dtype: of the blocks: "int8" or "float8_e4m3fn".
+    """
+
+    make: Callable[[], MinMaxObserver]
+    stem_bits: int
+    has_head: bool
+    dtype: str
+
+
 class Calibration:
     """What is seen of the blocks of a model.
 
     Args:
         model: with fused blocks, in inference mode.
-        make: a new observer.
-        stem_bits: of networks' first convolutions; 0 for floating point.
-        dtype: of the blocks: "int8" or "float8_e4m3fn".
+        settings: see `Settings`.
 
     Attributes:
         sites: of each fused residual block, in the order of `named_modules`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        make: Callable[[], MinMaxObserver],
-        stem_bits: int,
-        dtype: str = "int8",
-    ) -> None:
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        make, stem_bits, has_head, dtype = settings
         self._model = model
         self._dtype = dtype
         self.sites = [
@@ -111,6 +143,11 @@ class Calibration:
             for path, module in model.named_modules()
             if stem_bits and quantized.has_stem(module)
         ]
+        self._heads = [
+            _Head(path, module, make())
+            for path, module in model.named_modules()
+            if has_head and quantized.has_stem(module)
+        ]
         self._written: list[tuple[weakref.ref[Tensor], int, _Sites | _Stem]] = []
 
     def observe(self, batch: Tensor) -> None:
@@ -119,6 +156,7 @@ class Calibration:
         with (
             _watched([sites.block for sites in self.sites], self._observed),
             _watched([stem.network for stem in self._stems], self._stem_observed),
+            _watched([head.network for head in self._heads], self._head_observed, HEAD),
         ):
             self._model(batch)
 
@@ -128,6 +166,14 @@ class Calibration:
         out = float_stem(network, x)
         self._written.append((weakref.ref(out), out._version, stem))
         return out
+
+    def _head_observed(self, network: nn.Module, x: Tensor) -> Tensor:
+        (head,) = (head for head in self._heads if head.network is network)
+        writer = self._writer(x)
+        head.writers.add(writer.path if isinstance(writer, _Sites) else None)
+        if x.dim() == 4 and x.numel() > 0:
+            head.observer.update(F.adaptive_avg_pool2d(x, 1))
+        return float_head(network, x)
 
     def _observed(self, block: nn.Module, x: Tensor) -> Tensor | None:
         sites = self._of[id(block)]
@@ -202,6 +248,48 @@ class Calibration:
             return left(NOT_FINITE)
         return StemRanges(stem.path, shape, bits, ranges, None, "")
 
+    def head_ranges(self, blocks: dict[str, BlockRanges]) -> dict[str, HeadRanges]:
+        """The ranges of each classifier, or why it has none, by its network's path.
+
+        Args:
+            blocks: the blocks' ranges.
+
+        Raises:
+            ValueError: a mean over pixels was NaN or infinite.
+        """
+        return {head.path: self._head_ranges_of(head, blocks) for head in self._heads}
+
+    def _head_ranges_of(self, head: _Head, blocks: dict[str, BlockRanges]) -> HeadRanges:
+        described = quantized.head_of(head.network)
+        shape = () if described is None else tuple(described.weight.shape)
+
+        def left(reason: str) -> HeadRanges:
+            return HeadRanges(head.path, shape, (), None, reason)
+
+        if described is None:
+            return left("it has more to it than a mean over all pixels and a linear layer")
+        if described.weight.dtype not in DTYPES:
+            return left(f"its weight has dtype {described.weight.dtype}")
+        if head.observer.count == 0:
+            return left("no calibration batch ran it")
+        if not head.observer.is_finite:
+            raise ValueError(
+                f"quantize: the input of the classifier of {head.path!r} has a value that is NaN "
+                "or infinite in the calibration batches"
+            )
+        read = [blocks[path] for path in head.writers if path is not None]
+        if len(read) != len(head.writers) or len(read) != 1 or read[0].reason:
+            return left("what it reads is not the output of one block in eight bits")
+        pooled = head.observer.quantization()
+        if pooled is None:
+            return left("its input is zero in all calibration batches")
+        ranges = (read[0].ranges[-1], pooled)
+        if any(stored.zero_point for stored in ranges):
+            return left("its input has values below zero")
+        if not copy_of_head(described, pooled).is_finite:
+            return left("a weight or bias of it is not finite")
+        return HeadRanges(head.path, shape, ranges, None, "")
+
     def _ranges_of(self, sites: _Sites) -> BlockRanges:
         shapes = quantized.shapes_of(sites.block)
         observers = [*sites.observers]
@@ -257,17 +345,23 @@ class _Power:
         self.noise += (stored.double() - expected).square().sum().item()
 
 
-def measure_noise(
-    model: nn.Module,
-    ranges: dict[str, BlockRanges],
-    stems: dict[str, StemRanges],
-    batches: Iterable[Tensor],
-) -> tuple[dict[str, BlockRanges], dict[str, StemRanges]]:
+class Found(NamedTuple):
+    """What calibration has come to, each by its path, a stem or classifier by its network's."""
+
+    blocks: dict[str, BlockRanges]
+    stems: dict[str, StemRanges]
+    heads: dict[str, HeadRanges]
+
+
+def measure_noise(model: nn.Module, found: Found, batches: Iterable[Tensor]) -> Found:
     """The ranges with each block's signal-to-quantization-noise ratio on these batches.
 
     Of each block on the activations of the model in floating point, `sum y^2 / sum (y' - y)^2`, y
-    its output in floating point and y' in eight bits, its input included. So of stems.
+    its output in floating point and y' in eight bits, its input included. So of stems, and of
+    classifiers.
     """
+    ranges, stems, heads = found
+    powers = {path: _Power() for path in heads}
     sites = {
         id(module): (path, _Power())
         for path, module in model.named_modules()
@@ -300,15 +394,31 @@ def measure_noise(
         power.see(out, stored)
         return out
 
+    paths = {id(model.get_submodule(path)): path for path in heads}
+
+    def head_measured(network: nn.Module, x: Tensor) -> Tensor:
+        path = paths[id(network)]
+        kept, described = heads[path], quantized.head_of(network)
+        out = float_head(network, x)
+        if not kept.reason and described is not None:
+            stored = pool_linear_int8(x, described, *kept.ranges)
+            if stored is not None:
+                powers[path].see(out, stored)
+        return out
+
     blocks = [module for module in model.modules() if quantized.is_quantizable(module)]
-    networks = [model.get_submodule(path) for path in stems]
-    with _watched(blocks, measured), _watched(networks, stem_measured):
+    with (
+        _watched(blocks, measured),
+        _watched([model.get_submodule(path) for path in stems], stem_measured),
+        _watched([model.get_submodule(path) for path in heads], head_measured, HEAD),
+    ):
         for batch in batches:
             model(batch)
-    found = {path: power.decibels() for path, power in sites.values()}
-    return (
-        {path: kept._replace(sqnr_db=found[path]) for path, kept in ranges.items()},
-        {path: kept._replace(sqnr_db=found[path]) for path, kept in stems.items()},
+    decibels = {path: power.decibels() for path, power in sites.values()}
+    return Found(
+        {path: kept._replace(sqnr_db=decibels[path]) for path, kept in ranges.items()},
+        {path: kept._replace(sqnr_db=decibels[path]) for path, kept in stems.items()},
+        {path: kept._replace(sqnr_db=powers[path].decibels()) for path, kept in heads.items()},
     )
 
 
@@ -337,14 +447,17 @@ def _in_float(block: nn.Module, x: Tensor, see: Callable[[int, Tensor], None]) -
 
 
 @contextlib.contextmanager
-def _watched(blocks: Sequence[nn.Module], watcher: quantized.Watcher) -> Iterator[None]:
-    before = [vars(block).get("quantization") for block in blocks]
+def _watched(
+    modules: Sequence[nn.Module], watcher: quantized.Watcher, name: str = "quantization"
+) -> Iterator[None]:
+    """With `watcher` in the place of the ranges that the modules have under this name."""
+    before = [vars(module).get(name) for module in modules]
     try:
-        for block in blocks:
-            vars(block)["quantization"] = watcher
+        for module in modules:
+            vars(module)[name] = watcher
         yield
     finally:
-        for block, kept in zip(blocks, before, strict=True):
-            vars(block).pop("quantization")
+        for module, kept in zip(modules, before, strict=True):
+            vars(module).pop(name)
             if kept is not None:
-                vars(block)["quantization"] = kept
+                vars(module)[name] = kept

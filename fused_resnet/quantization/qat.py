@@ -9,7 +9,7 @@ from ..layers.quantized import LARGEST
 from ..layers.ranges import BlockRanges
 from ..modules import fake_quantized, quantized
 from ..modules.fake_quantized import FakeQuantization, MovingRange
-from .quantize import NO_BLOCK, checked_dtype, drop_stems, in_inference_mode, restored_on_error
+from .quantize import NO_BLOCK, checked_dtype, drop_ends, in_inference_mode, restored_on_error
 
 
 def prepare_qat(
@@ -65,7 +65,7 @@ def prepare_qat(
         for (_, block), kept in zip(found, together, strict=True):
             vars(block)["quantization"] = kept
             blocks.release(block)
-        drop_stems(model)  # whose ranges end where a block's begin, which training moves
+        drop_ends(model)  # whose ranges meet those of blocks, which training moves
     return model
 
 

@@ -13,15 +13,25 @@ from torch import Tensor, nn
 
 from .. import blocks, forms, swap
 from ..layers.quantized import EIGHT_BITS, FLOAT8
-from ..layers.ranges import BlockRanges, StemRanges
+from ..layers.ranges import BlockRanges, HeadRanges, StemRanges
 from ..modules import fake_quantized, quantized
 from . import pt2e, qdq
-from .calibrate import NOISE_IMAGES, NOT_FINITE, Calibration, is_foldable, measure_noise
+from .calibrate import (
+    HEAD,
+    NOISE_IMAGES,
+    NOT_FINITE,
+    Calibration,
+    Found,
+    Settings,
+    is_foldable,
+    measure_noise,
+)
 from .observers import OBSERVERS, MinMaxObserver, PercentileObserver
 
 STEMS = {"int16": 16, "int8": 8, "float": 0}
+CLASSIFIERS = ("float", "int8")
 
-_Ranges = TypeVar("_Ranges", BlockRanges, StemRanges)
+_Ranges = TypeVar("_Ranges", BlockRanges, StemRanges, HeadRanges)
 
 
 def quantize(
@@ -31,6 +41,7 @@ def quantize(
     scales: Any = None,
     dtype: str = "int8",
     stem: str | None = None,
+    classifier: str = "float",
     observer: str = "minmax",
     percentile: float = 99.99,
     min_sqnr_db: float = 10.0,
@@ -45,10 +56,10 @@ def quantize(
     The ranges stay with copies and pickles of the model; `quantization_state` gives them alone.
 
     A quantized block runs in eight bits while it is in inference mode and nothing keeps it from
-    running fused; its output then has no gradient. In training mode it runs in floating point. The
-    classifier and what else is no residual block stay in floating point, as do blocks with a
-    shortcut that pads channels, attention, or hooks inside; `report` names them. So do the first
-    convolutions of networks other than torchvision's ResNets and this package's for small images.
+    running fused; its output then has no gradient. In training mode it runs in floating point. What
+    is no residual block stays in floating point, as do blocks with a shortcut that pads channels,
+    attention, or hooks inside; `report` names them. So do the first convolutions and classifiers of
+    networks other than torchvision's ResNets and this package's for small images.
 
     A model that is quantized already is calibrated anew. One that was trained after `prepare_qat`
     has ranges, and needs no batches, and so do the `scales` of a model that others quantized.
@@ -70,6 +81,9 @@ def quantize(
             "int16" on the CPU and "float" on a GPU, where the CUDA backend alone has kernels for
             the others. "float" as well where ranges are those of training or `scales`, and beside
             "float8_e4m3fn", which refuses the others.
+        classifier: what a network's mean over pixels and linear layer run in: "float", as they are,
+            or "int8", in integers, where what they read is a block in eight bits; the logits are
+            floating-point numbers either way. "int8" needs `batches`, without `scales`.
         observer: how ranges are chosen: "minmax", "percentile", "mse" or "histogram".
         percentile: of "percentile", the share of values to cover at either end, in percent.
         min_sqnr_db: blocks whose output in eight bits has a lower signal-to-noise ratio than this,
@@ -90,6 +104,15 @@ def quantize(
     make = _observer(dtype, observer, percentile)
     if stem is not None and stem not in STEMS:
         raise ValueError(f"quantize: stem is {stem!r}, must be one of {', '.join(STEMS)}")
+    if classifier not in CLASSIFIERS:
+        raise ValueError(
+            f"quantize: classifier is {classifier!r}, must be one of {', '.join(CLASSIFIERS)}"
+        )
+    if classifier != "float" and (dtype == FLOAT8 or scales is not None or batches is None):
+        raise ValueError(
+            f"quantize: classifier is {classifier!r}, must be 'float' with dtype {FLOAT8!r}, with "
+            "scales, and with the ranges that training leaves"
+        )
     if dtype == FLOAT8:
         if stem not in (None, "float"):
             raise ValueError(f"quantize: stem is {stem!r}, must be 'float' with dtype {dtype!r}")
@@ -109,24 +132,26 @@ def quantize(
             "(input, target) pairs"
         )
     with restored_on_error(model):
-        stems: dict[str, StemRanges] = {}
         if batches is None and scales is None:
-            ranges = _trained(model)
+            found = Found(_trained(model), {}, {})
         else:
             swap.fuse_remaining(model)
             dequantize(model)
             bits = STEMS[default_stem(model) if stem is None else stem]
-            calibration = (make, bits, dtype)
-            ranges, stems = _found(model, calibration, scales, batches, progress)
-        ranges = {path: _unless_noisy(kept, min_sqnr_db) for path, kept in ranges.items()}
-        stems = {path: _unless_noisy(kept, min_sqnr_db) for path, kept in stems.items()}
-        if all(kept.reason for kept in ranges.values()):
-            path, kept = next(iter(ranges.items()))
+            settings = Settings(make, bits, classifier == "int8", dtype)
+            found = _found(model, settings, scales, batches, progress)
+        found = Found(
+            _without_noisy(found.blocks, min_sqnr_db),
+            _without_noisy(found.stems, min_sqnr_db),
+            _without_noisy(found.heads, min_sqnr_db),
+        )
+        if all(kept.reason for kept in found.blocks.values()):
+            path, kept = next(iter(found.blocks.items()))
             raise ValueError(
                 f"quantize: no residual block of the model can run in eight bits; {path!r}: "
                 f"{kept.reason}"
             )
-        set_ranges(model, ranges, stems)
+        set_ranges(model, found)
     return model
 
 
@@ -153,30 +178,37 @@ def dequantize(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if not (quantized.is_quantizable(module) or quantized.has_stem(module)):
             continue
-        if vars(module).pop("quantization", None) is not None:
-            blocks.release(module)
+        _drop(module)
     return model
 
 
-def set_ranges(
-    model: nn.Module, ranges: dict[str, BlockRanges], stems: dict[str, StemRanges]
-) -> None:
-    """Gives each fused residual block, and each network's stem, the ranges of its path.
+def set_ranges(model: nn.Module, found: Found) -> None:
+    """Gives each fused residual block, stem and classifier the ranges of its path.
 
-    Other stems lose theirs: they belong to the ranges that the blocks had.
+    Other stems and classifiers lose theirs: they belong to the ranges that the blocks had.
     """
-    drop_stems(model)
-    for path, kept in (*stems.items(), *ranges.items()):
+    drop_ends(model)
+    for path, kept in (*found.stems.items(), *found.blocks.items()):
         block = model.get_submodule(path)
         vars(block)["quantization"] = kept
         blocks.release(block)
+    for path, head in found.heads.items():
+        network = model.get_submodule(path)
+        vars(network)[HEAD] = head
+        blocks.release(network)
 
 
-def drop_stems(model: nn.Module) -> None:
-    """Makes the first convolutions of a model's networks run in floating point."""
+def drop_ends(model: nn.Module) -> None:
+    """Makes the first convolutions and classifiers of a model's networks run in floating point."""
     for module in model.modules():
-        if quantized.has_stem(module) and vars(module).pop("quantization", None) is not None:
-            blocks.release(module)
+        if quantized.has_stem(module):
+            _drop(module)
+
+
+def _drop(module: nn.Module) -> None:
+    kept = [vars(module).pop(name, None) for name in ("quantization", HEAD)]
+    if any(ranges is not None for ranges in kept):
+        blocks.release(module)
 
 
 def checked_dtype(name: str, dtype: str, dtypes: Sequence[str] = EIGHT_BITS) -> None:
@@ -198,6 +230,10 @@ def _observer(dtype: str, observer: str, percentile: float) -> Callable[[], MinM
     return OBSERVERS[observer]
 
 
+def _without_noisy(found: dict[str, _Ranges], limit: float) -> dict[str, _Ranges]:
+    return {path: _unless_noisy(kept, limit) for path, kept in found.items()}
+
+
 def _unless_noisy(kept: _Ranges, limit: float) -> _Ranges:
     if kept.reason or kept.sqnr_db is None or kept.sqnr_db >= limit:
         return kept
@@ -206,19 +242,16 @@ def _unless_noisy(kept: _Ranges, limit: float) -> _Ranges:
 
 def _found(
     model: nn.Module,
-    settings: tuple[Callable[[], MinMaxObserver], int, str],
+    settings: Settings,
     scales: Any,
     batches: Iterable[Any] | None,
     progress: bool,
-) -> tuple[dict[str, BlockRanges], dict[str, StemRanges]]:
-    """The ranges of `scales`, or else after all batches, with the noise on the first images.
-
-    `settings` are those of `Calibration`.
-    """
+) -> Found:
+    """The ranges of `scales`, or else after all batches, with the noise on the first images."""
     if not any(map(quantized.is_quantizable, model.modules())):
         raise ValueError(NO_BLOCK.format("quantize"))
     with in_inference_mode(model):
-        calibration = None if scales is not None else Calibration(model, *settings)
+        calibration = None if scales is not None else Calibration(model, settings)
         first: list[Tensor] = []
         for input in [] if batches is None else _inputs(model, batches, progress):
             missing = NOISE_IMAGES - sum(len(images) for images in first)
@@ -228,14 +261,14 @@ def _found(
                 calibration.observe(input)
         if batches is not None and not first:
             raise ValueError("quantize: batches has no batch")
-        stems: dict[str, StemRanges] = {}
         if calibration is not None:
             ranges = calibration.ranges()
-            stems = calibration.stem_ranges(ranges)
+            stems, heads = calibration.stem_ranges(ranges), calibration.head_ranges(ranges)
+            found = Found(ranges, stems, heads)
         else:
             read = qdq if qdq.is_onnx(scales) else pt2e
-            ranges = _foldable(model, read.ranges_of(model, scales))
-        return measure_noise(model, ranges, stems, first) if first else (ranges, stems)
+            found = Found(_foldable(model, read.ranges_of(model, scales)), {}, {})
+        return measure_noise(model, found, first) if first else found
 
 
 def _foldable(model: nn.Module, ranges: dict[str, BlockRanges]) -> dict[str, BlockRanges]:
@@ -324,8 +357,9 @@ def in_inference_mode(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
     """Classes and ranges as they were, if there is an exception."""
+    names = ("quantization", HEAD)
     before = [
-        (m, forms.of_fused(type(m)) is not None, vars(m).get("quantization"))
+        (m, forms.of_fused(type(m)) is not None, {n: vars(m)[n] for n in names if n in vars(m)})
         for m in model.modules()
     ]
     try:
@@ -334,6 +368,6 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         for module, was_fused, kept in before:
             if not was_fused and forms.of_fused(type(module)) is not None:
                 swap.unfuse_one(module)
-            elif kept is not None:
-                vars(module)["quantization"] = kept
+            else:
+                vars(module).update(kept)
         raise

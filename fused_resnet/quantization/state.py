@@ -13,8 +13,9 @@ from torch import nn
 
 from .. import files, forms, swap
 from ..layers.quantized import EIGHT_BITS, FLOAT8, LARGEST, WORD_ZERO_POINT, Quantization, float32
-from ..layers.ranges import BlockRanges, StemRanges
+from ..layers.ranges import BlockRanges, HeadRanges, StemRanges
 from ..modules import quantized
+from .calibrate import Found
 from .quantize import dequantize, restored_on_error, set_ranges, trained_ranges
 
 SCHEMA = "fused_resnet.quantization/1"
@@ -32,7 +33,8 @@ def quantization_state(model: nn.Module) -> dict[str, Any]:
         points are 0), each block with the shapes of
         its `weights`, its `ranges` as pairs of a step and a zero point (input, inner activations,
         output), `sqnr_db` or None, and the `reason` why it stays in floating point or "". Where
-        networks' stems have ranges, also `"stems": {path: stem}`, each with `bits` besides.
+        networks' stems have ranges, also `"stems": {path: stem}`, each with `bits` besides, and
+        where classifiers have, `"classifiers": {path: classifier}`.
 
     Raises:
         TypeError: `model` is not a module.
@@ -64,6 +66,13 @@ def quantization_state(model: nn.Module) -> dict[str, Any]:
         state["stems"] = {
             path: {"bits": ranges.bits, **_as_data(ranges)} for path, ranges in stems.items()
         }
+    heads = {
+        path: module.head_quantization
+        for path, module in model.named_modules()
+        if quantized.has_stem(module) and isinstance(module.head_quantization, HeadRanges)
+    }
+    if heads:
+        state["classifiers"] = {path: _as_data(ranges) for path, ranges in heads.items()}
     return state
 
 
@@ -117,8 +126,11 @@ def load_quantization_state(
     if dtype not in EIGHT_BITS:
         expected = " or ".join(map(repr, EIGHT_BITS))
         raise ValueError(f"{name}: state has dtype {dtype!r}, must be {expected}")
-    if dtype == FLOAT8 and state.get("stems"):
-        raise ValueError(f"{name}: state has dtype {dtype!r}, and stems, which are of integers")
+    for ends in ("stems", "classifiers"):
+        if dtype == FLOAT8 and state.get(ends):
+            raise ValueError(
+                f"{name}: state has dtype {dtype!r}, and {ends}, which are of integers"
+            )
     with restored_on_error(model):
         swap.fuse_remaining(model)
         ranges = _matched(model, state.get("blocks"))
@@ -129,14 +141,15 @@ def load_quantization_state(
                     f"{name}: block {path!r} of the state has a zero point, in {dtype!r}"
                 )
         stems = _matched_stems(model, state.get("stems", {}))
+        heads = _matched_heads(model, state.get("classifiers", {}))
         dequantize(model)
-        set_ranges(model, ranges, stems)
+        set_ranges(model, Found(ranges, stems, heads))
     return model
 
 
-def _as_data(kept: BlockRanges | StemRanges) -> dict[str, Any]:
+def _as_data(kept: BlockRanges | StemRanges | HeadRanges) -> dict[str, Any]:
     decibels = kept.sqnr_db
-    shapes = (kept.shape,) if isinstance(kept, StemRanges) else kept.shapes
+    shapes = kept.shapes if isinstance(kept, BlockRanges) else (kept.shape,)
     return {
         "weights": [list(shape) for shape in shapes],
         "ranges": [[stored.step, stored.zero_point] for stored in kept.ranges],
@@ -219,6 +232,37 @@ def _matched_stems(model: nn.Module, stems: Any) -> dict[str, StemRanges]:
                 f"{', '.join(map(_described, kept.shapes)) or 'none'}"
             )
         found[path] = StemRanges(path, shape, bits, kept.ranges, kept.sqnr_db, kept.reason)
+    return found
+
+
+def _matched_heads(model: nn.Module, heads: Any) -> dict[str, HeadRanges]:
+    """The state's classifiers, which are of the model, by their networks' paths."""
+    name = "load_quantization_state"
+    if not isinstance(heads, Mapping):
+        raise ValueError(f"{name}: classifiers of the state are a {type(heads).__name__}")
+    own = {path: module for path, module in model.named_modules() if quantized.has_stem(module)}
+    found = {}
+    for path, data in heads.items():
+        if path not in own:
+            raise ValueError(
+                f"{name}: the state has the classifier of a network {path!r}, which the model has "
+                "not"
+            )
+        kept = _from_data(path, data, "classifier")
+        if not kept.reason and (
+            len(kept.ranges) != 2 or any(stored.zero_point for stored in kept.ranges)
+        ):
+            raise ValueError(
+                f"{name}: classifier {path!r} of the state is damaged: ranges are {data['ranges']}"
+            )
+        head = quantized.head_of(own[path])
+        shape = () if head is None else tuple(head.weight.shape)
+        if kept.shapes != (shape,) and not kept.reason:
+            raise ValueError(
+                f"{name}: classifier {path!r} has {_described(shape)}, in the state "
+                f"{', '.join(map(_described, kept.shapes)) or 'none'}"
+            )
+        found[path] = HeadRanges(path, shape, kept.ranges, kept.sqnr_db, kept.reason)
     return found
 
 

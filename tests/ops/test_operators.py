@@ -55,6 +55,7 @@ INTERNAL = {
     "pool_linear",
     "quantized_copies_match",
     "quantized_kernels",
+    "quantized_pool_linear",
     "quantized_residual_blocks_packed",
     "quantized_stem_packed",
     "residual_blocks_packed",
@@ -289,6 +290,14 @@ def training_samples(name, device, dtype):
         yield (grad, *leading, parameters, kept, need, *description)
 
 
+def head_samples(device, dtype):
+    dtype = torch.float32 if dtype == torch.float64 else dtype
+    for bias in (True, False):
+        x = torch.randn(2, 6, 5, 4, device=device).to(dtype)
+        weight = torch.randn(7, 6, device=device).to(dtype)
+        yield (x, weight, torch.randn(7, device=device).to(dtype) if bias else None, 0.02, 0.01)
+
+
 def scale_shift_samples(device, dtype):
     parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     for residual, activation in itertools.product([True, False], ["relu", "none"]):
@@ -319,6 +328,8 @@ def samples(name, device, dtype):
         return ((*sample[:-1],) for sample in int8_samples(device, dtype))  # without zero points
     if name == "conv_bn_act_max_pool_int8":
         return stem_samples(device, dtype)
+    if name == "pool_linear_int8":
+        return head_samples(device, dtype)
     if name == "quantized_residual_blocks":
         return quantized_samples(device, dtype)
     if name == "scale_shift_act":
@@ -459,7 +470,8 @@ def run_all_that_the_cpu_has():
         watched = fused_resnet.fuse(small_resnet(layers=2), watch="full").eval()
         watched(watched_input := image_batch(2, 40))
         watched(watched_input)
-        fused_resnet.quantize(model, [image_batch(2, 40)])(image_batch(2, 40))
+        images = [image_batch(2, 40)]
+        fused_resnet.quantize(model, images, classifier="int8")(image_batch(2, 40))
         fused_resnet.dequantize(model)
         backends.cpu.explain("quantized_residual_blocks", dtype=torch.float32)
         make_conv_case(ConvShape(16, 24, (3, 3))).fused()

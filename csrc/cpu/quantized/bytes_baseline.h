@@ -60,6 +60,15 @@ inline void store_words(uint16_t* p, Ints x) {
   *p = static_cast<uint16_t>(x);
 }
 
+// Of four unsigned and four signed bytes.
+inline Ints dot(Ints sum, Ints pixels, Ints weights) {
+  uint8_t x[4];
+  int8_t w[4];
+  memcpy(x, &pixels, 4);
+  memcpy(w, &weights, 4);
+  return sum + x[0] * w[0] + x[1] * w[1] + x[2] * w[2] + x[3] * w[3];
+}
+
 // Rounded, clamped to 0 and 255, and stored as bytes; NaN becomes 0.
 template <int kVectors>
 inline void store_rounded(uint8_t* p, const Floats (&x)[kVectors]) {

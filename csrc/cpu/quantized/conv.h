@@ -1,4 +1,5 @@
-// What the convolutions of bytes (tile_run.inl, dot.inl, lists.inl) and those who call them share.
+// What the convolutions of bytes (tile_run.inl, dot.inl, lists.inl), a linear layer of bytes
+// (linear.inl) and those who call them share.
 //
 // With q the input's bytes, z its zero point, w the weight, all sums exact in 32 bits,
 //
@@ -236,6 +237,12 @@ struct ByteKernels {
   // source * step
   void (*dequantize)(ByteFloats type, const uint8_t* source, int64_t count, float step,
                      void* target);
+  // sums[n] = sum over i < count of inputs[n * pitch + i] * weights[i]. What an input has up to a
+  // multiple of kByteChunk may hold anything.
+  void (*multiply_row)(const uint8_t* inputs, int64_t images, int64_t pitch, const int8_t* weights,
+                       int64_t count, int32_t* sums);
+  // sums[i] += source[i]
+  void (*add_bytes)(const uint8_t* source, int64_t count, int32_t* sums);
   ByteLayout layout = ByteLayout::tiles;  // of the weights that `run` takes
   bool shares = true;  // whether small tasks cost it nothing, so that threads share a layer's
 };

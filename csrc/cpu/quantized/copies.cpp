@@ -46,13 +46,27 @@ bool rounds_to(double value, double step, int8_t byte) {
   return std::nearbyint(value / step) == static_cast<double>(byte);
 }
 
+// Where the values of a weight are, a linear layer's (K, C) or a convolution's (K, C, R, S).
+struct WeightPlaces {
+  int64_t sizes[4] = {1, 1, 1, 1}, strides[4] = {};
+
+  explicit WeightPlaces(const Tensor& weight) {
+    for (int64_t i = 0; i < weight.dim(); ++i) {
+      sizes[i] = weight.size(i);
+      strides[i] = weight.stride(i);
+    }
+  }
+  int64_t place(int64_t k, int64_t c, int64_t r, int64_t s) const {
+    return k * strides[0] + c * strides[1] + r * strides[2] + s * strides[3];
+  }
+};
+
 void check_weight(const Tensor& weight, const Tensor& bytes, const Tensor& step) {
-  check_rank(kOp, "a weight", weight, 4);
-  check_rank(kOp, "an eight-bit weight", bytes, 4);
+  FR_CHECK(weight.dim() == 2 || weight.dim() == 4, kOp, ": a weight has shape ",
+           shape_string(weight), ", must have two or four dimensions");
   check_floating(kOp, "a weight", weight, false);
-  const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
-  FR_CHECK(bytes.scalar_type() == ScalarType::Char && bytes.size(0) == K && bytes.size(1) == C &&
-               bytes.size(2) == R && bytes.size(3) == S,
+  const int64_t K = weight.size(0);
+  FR_CHECK(bytes.scalar_type() == ScalarType::Char && bytes.sizes().vec() == weight.sizes().vec(),
            kOp, ": an eight-bit weight must be int8 ", shape_string(weight));
   FR_CHECK(step.scalar_type() == ScalarType::Double && step.dim() == 1 && step.size(0) == K &&
                step.stride(0) == 1,
@@ -60,9 +74,9 @@ void check_weight(const Tensor& weight, const Tensor& bytes, const Tensor& step)
 }
 
 bool sample_matches(const Tensor& weight, const Tensor& bytes, const Tensor& step, uint64_t call) {
-  const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
   if (weight.numel() == 0) return true;
-  const Strides from = strides_of(weight), to = strides_of(bytes);
+  const WeightPlaces from(weight), to(bytes);
+  const auto [K, C, R, S] = from.sizes;
   const int64_t item = static_cast<int64_t>(weight.element_size());
   const char* source = static_cast<const char*>(weight.const_data_ptr());
   const int8_t* target = static_cast<const int8_t*>(bytes.const_data_ptr());
@@ -79,8 +93,8 @@ bool sample_matches(const Tensor& weight, const Tensor& bytes, const Tensor& ste
     };
     const int64_t k = part(44, 20, K), c = part(24, 20, C), r = part(14, 10, R), s = part(4, 10, S);
     filters[i] = k;
-    places[i] = k * from.n + c * from.c + r * from.h + s * from.w;
-    bytes_places[i] = k * to.n + c * to.c + r * to.h + s * to.w;
+    places[i] = from.place(k, c, r, s);
+    bytes_places[i] = to.place(k, c, r, s);
     __builtin_prefetch(source + places[i] * item);
     __builtin_prefetch(target + bytes_places[i]);
   }

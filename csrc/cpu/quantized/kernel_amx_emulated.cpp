@@ -6,8 +6,19 @@
 #include "cpu/quantized/tile_run.inl"
 //
 #include "cpu/quantized/ends.inl"
+//
+#include "cpu/quantized/linear.inl"
 
 namespace fused_resnet::cpu {
 const ByteKernels kBytesAmxEmulated = {
-    "amx_emulated", pieces, run, quantize, quantize_words, dequantize, ByteLayout::tiles, false};
+    .name = "amx_emulated",
+    .pieces = pieces,
+    .run = run,
+    .quantize = quantize,
+    .quantize_words = quantize_words,
+    .dequantize = dequantize,
+    .multiply_row = multiply_row,
+    .add_bytes = add_bytes,
+    .shares = false,
+};
 }

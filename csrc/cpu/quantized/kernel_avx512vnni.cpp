@@ -18,10 +18,20 @@ FR_BYTES_INLINE Ints dot(Ints sums, Ints pixels, Ints weights) {
 #include "cpu/quantized/dot.inl"
 //
 #include "cpu/quantized/ends.inl"
+//
+#include "cpu/quantized/linear.inl"
 
 namespace fused_resnet::cpu {
-const ByteKernels kBytesAvx512Vnni = {"avx512 vnni", pieces,         run,
-                                      quantize,      quantize_words, dequantize};
+const ByteKernels kBytesAvx512Vnni = {
+    .name = "avx512 vnni",
+    .pieces = pieces,
+    .run = run,
+    .quantize = quantize,
+    .quantize_words = quantize_words,
+    .dequantize = dequantize,
+    .multiply_row = multiply_row,
+    .add_bytes = add_bytes,
+};
 }
 
 #endif

@@ -19,9 +19,20 @@ FR_BYTES_INLINE Ints dot(Ints sums, Ints pixels, Ints weights) {
 #include "cpu/quantized/dot.inl"
 //
 #include "cpu/quantized/ends.inl"
+//
+#include "cpu/quantized/linear.inl"
 
 namespace fused_resnet::cpu {
-const ByteKernels kBytesAvxVnni = {"avx vnni", pieces, run, quantize, quantize_words, dequantize};
+const ByteKernels kBytesAvxVnni = {
+    .name = "avx vnni",
+    .pieces = pieces,
+    .run = run,
+    .quantize = quantize,
+    .quantize_words = quantize_words,
+    .dequantize = dequantize,
+    .multiply_row = multiply_row,
+    .add_bytes = add_bytes,
+};
 }
 
 #endif

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ...layers.quantized import Quantization, QuantizedBlock, QuantizedStem
+from ...layers.quantized import Quantization, QuantizedBlock, QuantizedLinear, QuantizedStem
 from ..backend import Backend
 from ..recording import Recorder
 from . import operators, plans, precision, weights
@@ -38,7 +38,7 @@ from .norm import (
     max_pool_backward,
 )
 from .precision import tile_products
-from .quantized import run_quantized_blocks, run_quantized_stem
+from .quantized import run_quantized_blocks, run_quantized_head, run_quantized_stem
 from .training_conv import (
     conv_batch_norm_statistics,
     conv_input_gradient,
@@ -168,3 +168,9 @@ class Cpu(Backend):
     ) -> Tensor:
         """In one call: see csrc/cpu/quantized/stem.cpp."""
         return run_quantized_stem(input, stem, stored, output)
+
+    def quantized_pool_linear(
+        self, input: Tensor, linear: QuantizedLinear, stored: Quantization, pooled: Quantization
+    ) -> Tensor:
+        """In one call: see csrc/cpu/quantized/head.cpp."""
+        return run_quantized_head(input, linear, stored, pooled)

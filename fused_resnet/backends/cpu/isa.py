@@ -114,6 +114,9 @@ def explain(
     if operator == "quantized_residual_blocks":
         fastest, *_ = operators.quantized_kernels().split(",")
         return f"cpu: whole blocks in eight bits ({fastest})"
+    if operator == "quantized_pool_linear":
+        fastest, *_ = operators.quantized_kernels().split(",")
+        return f"cpu: pooling + linear layer in eight bits ({fastest})"
     if operator == "quantized_stem":
         fastest, *_ = operators.quantized_kernels().split(",")
         return f"cpu: convolution in integers + pooling ({fastest})"

@@ -27,6 +27,7 @@ max_pool_gradient = _operators.max_pool_gradient.default
 quantized_kernels = _operators.quantized_kernels.default
 pack_quantized_conv = _operators.pack_quantized_conv.default
 quantized_residual_blocks_packed = _operators.quantized_residual_blocks_packed.default
+quantized_pool_linear = _operators.quantized_pool_linear.default
 quantized_stem_packed = _operators.quantized_stem_packed.default
 normalize_act = _operators.normalize_act.default._op
 normalize_act_backward = _operators.normalize_act_backward.default._op

@@ -26,6 +26,7 @@ _RECORDED = frozenset(
         _operators.residual_blocks_packed.default,
         _operators.quantized_copies_match.default,
         _operators.quantized_residual_blocks_packed.default,
+        _operators.quantized_pool_linear.default,
         _operators.quantized_stem_packed.default,
         _operators.pool_linear.default,
     }

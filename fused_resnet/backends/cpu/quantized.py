@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ...layers.prepared import WeightCache, version_of
-from ...layers.quantized import Quantization, QuantizedBlock, QuantizedConv, QuantizedStem
+from ...layers.quantized import (
+    Quantization,
+    QuantizedBlock,
+    QuantizedConv,
+    QuantizedLinear,
+    QuantizedStem,
+)
 from . import operators
 
 # What a pixel's bytes are a multiple of, kBytePixel in csrc/cpu/quantized/conv.h.
@@ -75,6 +81,25 @@ def run_quantized_stem(
     return operators.quantized_stem_packed(
         input, packed, packed_low, numbers, pooling, *stored, output.step, kernels
     )
+
+
+def run_quantized_head(
+    input: Tensor,
+    linear: QuantizedLinear,
+    stored: Quantization,
+    pooled: Quantization,
+    kernels: str = "",
+) -> Tensor:
+    """`reference.quantized_pool_linear`.
+
+    Args:
+        input: see there.
+        linear: see there.
+        stored: see there.
+        pooled: see there.
+        kernels: see `run_quantized_blocks`.
+    """
+    return operators.quantized_pool_linear(input, *linear, stored.step, pooled.step, kernels)
 
 
 def _packed(conv: QuantizedConv, unit: int, kernels: str) -> Tensor:

@@ -15,6 +15,7 @@ from fused_resnet.layers.quantized import (
     Quantization,
     QuantizedBlock,
     QuantizedConv,
+    quantized_linear,
     quantized_stem,
 )
 from fused_resnet.layers.ranges import float32
@@ -315,6 +316,72 @@ def test_a_stem_takes_images_in_groups():
     finally:
         torch.set_num_threads(before)
     assert cpu.run_quantized_stem(x[:0], made, input, output).shape == (0, 64, 40, 40)
+
+
+HEADS = {
+    "one chunk": (64, 20, (2, 64, 7, 7)),
+    "resnet's": (2048, 33, (1, 2048, 7, 7)),
+    "tails": (293, 5, (3, 293, 3, 5)),
+    "many images": (100, 17, (19, 100, 2, 2)),
+    "one pixel": (5, 1, (2, 5, 1, 1)),
+    "many pixels": (3, 2, (1, 3, 300, 300)),
+}
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", HEADS)
+def test_head_bits(shape, dtype, kernels):
+    torch.manual_seed(10)
+    C, K, size = HEADS[shape]
+    x = (torch.randn(size) * 3).to(dtype)  # beyond the range, too
+    x[0, :, 0, 0] = torch.tensor([math.nan, math.inf, -math.inf]).to(dtype)[torch.arange(C) % 3]
+    stored, pooled = Quantization(0.03125), Quantization(float32(1.1 / 255))
+    made = quantized_linear(torch.randn(K, C), torch.randn(K) if K > 1 else None, pooled)
+    expected = reference.quantized_pool_linear(x, made, stored, pooled)
+    assert expected.isfinite().all()
+    swapped = x.transpose(2, 3).contiguous().transpose(2, 3)
+    apart = torch.stack([x, x], -1)[..., 0]
+    for laid in (x, x.contiguous(memory_format=torch.channels_last), swapped, apart):
+        out = cpu.run_quantized_head(laid, made, stored, pooled, kernels)
+        assert out.dtype is dtype
+        assert_same_bits(out, expected)
+
+
+def head(**changes):
+    vector = torch.zeros(4)
+    arguments = {
+        "input": torch.zeros(1, 3, 5, 5),
+        "weight": torch.zeros(4, 3, dtype=torch.int8),
+        "scale": vector,
+        "bias": vector,
+        "step": 0.1,
+        "pooled_step": 0.1,
+        "kernels": "",
+    } | changes
+    return torch.ops.fused_resnet.quantized_pool_linear(*arguments.values())
+
+
+BAD_HEADS = {
+    "input has": {"input": torch.zeros(2, 3, 5)},
+    "float32, float16 or bfloat16": {"input": torch.zeros(1, 3, 5, 5, dtype=torch.float64)},
+    "input features, input has 4": {"input": torch.zeros(1, 4, 5, 5)},
+    "must have 1 to": {"input": torch.zeros(1, 3, 0, 5)},
+    "weight must be int8 and contiguous": {"weight": torch.zeros(4, 3)},
+    "weight must be int8 and": {"weight": torch.zeros(3, 4, dtype=torch.int8).t()},
+    "scale has shape": {"scale": torch.zeros(3)},
+    "bias must be dense": {"bias": torch.zeros(4, 2)[:, 0]},
+    "a step is": {"pooled_step": math.inf},
+    "there are no kernels": {"kernels": "abacus"},
+}
+
+
+@pytest.mark.parametrize("match", BAD_HEADS)
+def test_bad_heads(match):
+    assert head().shape == (1, 4)
+    assert head(input=torch.zeros(0, 3, 5, 5)).shape == (0, 4)
+    with pytest.raises((ValueError, RuntimeError), match=match):
+        head(**BAD_HEADS[match])
 
 
 def packed_stem(**changes):
