@@ -89,7 +89,9 @@ def pool_linear_int8(
     name = "pool_linear_int8"
     for what, tensor in (("input", input), ("weight", weight), ("bias", bias)):
         if tensor is None:
-            continue
+            if what == "bias":
+                continue
+            return TypeError(f"{name}: {what} is None, must be a tensor")
         if tensor.dtype not in _INT8_INPUTS:
             return TypeError(
                 f"{name}: {what} has dtype {tensor.dtype}, must be one of float32, float16, "

@@ -11,6 +11,13 @@ namespace {
 
 constexpr int64_t kLinearBytes = 4 * kLanes;  // of a vector
 
+// From any address, which a row of weights may begin at.
+FR_BYTES_INLINE Ints load_fours(const void* p) {
+  Ints x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
+
 FR_BYTES_INLINE int32_t sum_of_lanes(Ints x) {
   alignas(64) int32_t lanes[kLanes];
   store_ints(lanes, x);
@@ -26,10 +33,10 @@ FR_BYTES_INLINE void multiply_some(const uint8_t* inputs, int64_t pitch, const i
   Ints total[kImages];
   for (int n = 0; n < kImages; ++n) total[n] = broadcast_int(0);
   const auto step = [&](int64_t at, const int8_t* four) {
-    const Ints w = load_ints(reinterpret_cast<const int32_t*>(four));
+    const Ints w = load_fours(four);
 #pragma GCC unroll 8
     for (int n = 0; n < kImages; ++n) {
-      const Ints x = load_ints(reinterpret_cast<const int32_t*>(inputs + n * pitch + at));
+      const Ints x = load_fours(inputs + n * pitch + at);
       total[n] = dot(total[n], x, w);
     }
   };
