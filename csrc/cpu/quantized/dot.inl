@@ -25,6 +25,9 @@ constexpr int kDotFew = kDotPixels < 3 ? 1 : kDotPixels / 3;
 struct DotTaps {
   int64_t R, S, run_h, run_w, steps;
   int64_t block_bytes;  // from a block of 32 output channels' weights to the next one's
+  // The bytes of a pixel, where those of the next tile come next in memory and no tap was there
+  // before, or 0.
+  int64_t next_pixel;
 };
 
 // Where the weights of a vector of output channels are, from those of the first.
@@ -33,24 +36,29 @@ FR_BYTES_INLINE int64_t weights_of(int64_t vector, int64_t block_bytes) {
   return k / kByteBlockK * block_bytes + k % kByteBlockK / 16 * kByteTile + k % 16 * 4;
 }
 
+// Lines to ask for ahead: those of a step are `pitch` bytes apart.
+struct Lines {
+  const void* at;
+  int64_t pitch;
+};
+
 // Weights of the next output channels, the filter's and a projection's, which lie in a slower
 // cache: each step asks for a line of them, as long as there are some.
 struct Ahead {
   const int8_t *at, *end;
   const int8_t *other, *other_end;
 
-  // The lines for so many steps: where they begin, and how far apart they are. Where none are left,
-  // it is `otherwise` again and again.
-  FR_BYTES_INLINE const int8_t* take(int64_t steps, const int8_t* otherwise, int64_t& pitch) {
+  // The lines for so many steps; where none are left, `otherwise`.
+  FR_BYTES_INLINE Lines take(int64_t steps, Lines otherwise) {
     if (at >= end) {
       at = other;
       end = other_end;
       other = other_end = nullptr;
     }
-    const int8_t* const first = at;
-    pitch = at < end ? 64 : 0;
-    at += steps * pitch;
-    return pitch != 0 ? first : otherwise;
+    if (at >= end) return otherwise;
+    const Lines lines = {at, 64};
+    at += steps * 64;
+    return lines;
   }
 };
 
@@ -108,8 +116,10 @@ FR_BYTES_INLINE void sum_products(const DotTaps& taps, const uint8_t* const (&in
                                   const int8_t* weight, Ahead& ahead, Meanwhile meanwhile,
                                   Ints (&total)[kPixels][kVectors]) {
   const int64_t block_bytes = taps.block_bytes;
-  int64_t pitch;
-  const int8_t* asked = ahead.take(taps.R * taps.S * taps.steps, weight, pitch);
+  // A step asks for half a line of the next tile's pixels, which is more than its share.
+  const Lines pixels = {in[kPixels - 1] + taps.next_pixel, taps.next_pixel == 0 ? 0 : 32};
+  const Lines lines = ahead.take(taps.R * taps.S * taps.steps, pixels);
+  const char* asked = static_cast<const char*>(lines.at);
 #pragma GCC unroll 8
   for (int i = 0; i < kPixels; ++i) {
 #pragma GCC unroll 16
@@ -123,7 +133,7 @@ FR_BYTES_INLINE void sum_products(const DotTaps& taps, const uint8_t* const (&in
         const int8_t* const end = four + (left < 16 ? left : 16) * 64;
         for (; four != end; four += 64, at += 4) {
           __builtin_prefetch(asked, 0, 2);
-          asked += pitch;
+          asked += lines.pitch;
           Ints weights[kVectors];
           for (int v = 0; v < kVectors; ++v) {
             weights[v] =
@@ -155,10 +165,14 @@ struct DotRun {
             c.dil_h * c.in.pitch() * pixel,
             c.dil_w * pixel,
             filter.steps(),
-            filter.block_bytes()};
+            filter.block_bytes(),
+            0};
+    // A last convolution's pixels have just been written, and are read for many output channels.
+    const bool is_pointwise = filter.R == 1 && filter.S == 1 && c.stride_h == 1 && c.stride_w == 1;
+    if (is_pointwise && c.shortcut == ByteShortcut::none) taps.next_pixel = pixel;
     projection = taps;
     if (!c.doubled) {
-      projection = {1, 1, 0, 0, c.projection.steps(), c.projection.block_bytes()};
+      projection = {1, 1, 0, 0, c.projection.steps(), c.projection.block_bytes(), 0};
     }
   }
 
