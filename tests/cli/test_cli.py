@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pytest
 import torch
 import torchvision
 from rich.console import Console
-from support import Run
+from support import Run, processes
 from support.results_schema import check_document
 
 from fused_resnet import backends
@@ -487,17 +487,21 @@ def test_interrupt_before_timing_is_one_line(run: Run, monkeypatch: pytest.Monke
     assert "Traceback" not in err
 
 
-def test_environment_variable_naming_no_backend(tmp_path: Path) -> None:
-    process = subprocess.run(
-        [sys.executable, "-m", "fused_resnet.cli", *map(str, quick())],
-        env={**os.environ, "FUSED_RESNET_BACKEND": "magic"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 2
-    assert process.stderr.count("\n") == 1
-    assert "FUSED_RESNET_BACKEND is 'magic'" in process.stderr
+def with_a_wrong_backend() -> tuple[int, str, str]:
+    command = [sys.executable, "-m", "fused_resnet.cli", *map(str, quick())]
+    environment = {**processes.current_environment(), "FUSED_RESNET_BACKEND": "magic"}
+    with tempfile.TemporaryDirectory() as folder:
+        return processes.run_command(command, 120, environment, Path(folder))
+
+
+@pytest.mark.ahead(lambda: with_a_wrong_backend())
+def test_environment_variable_naming_no_backend(
+    ahead: Callable[[], tuple[int, str, str]],
+) -> None:
+    status, _, errors = ahead()
+    assert status == 2
+    assert errors.count("\n") == 1
+    assert "FUSED_RESNET_BACKEND is 'magic'" in errors
 
 
 def test_wrong_and_failing_engines_are_shown() -> None:

@@ -1,6 +1,7 @@
 """Artefacts of compilers: packages in fresh processes, graphs of operators, CUDA graphs."""
 
 import copy
+import tempfile
 
 import pytest
 import torch
@@ -48,14 +49,25 @@ def test_an_exported_program_in_a_fresh_process(tmp_path):
     assert run_python(CHECK.format(tensors=tensors, load=load)) == "2\n"
 
 
-def test_an_aot_inductor_package_in_a_fresh_process(tmp_path):
+def packaged():
+    """What a process prints that checks the package which another one has compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = f"{folder}/model.pt2"
+        compile_it = f"""
+            import pathlib, torch
+            from modules.test_compiled import saved_program
+            program, _ = saved_program(pathlib.Path({folder!r}), "basic")
+            torch._inductor.aoti_compile_and_package(program, package_path={package!r})
+        """
+        run_python(compile_it)
+        load = f"torch._inductor.aoti_load_package({package!r})"
+        return run_python(CHECK.format(tensors=f"{folder}/tensors.pt", load=load))
+
+
+@pytest.mark.ahead(lambda: packaged())
+def test_an_aot_inductor_package_in_a_fresh_process(ahead):
     """Its C++ calls our operators through the dispatcher, where importing the package put them."""
-    program, tensors = saved_program(tmp_path, "basic")
-    package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "model.pt2")
-    )
-    load = f"torch._inductor.aoti_load_package({package!r})"
-    assert run_python(CHECK.format(tensors=tensors, load=load)) == "2\n"
+    assert ahead() == "2\n"
 
 
 @pytest.mark.parametrize(

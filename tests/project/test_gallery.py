@@ -8,22 +8,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support import load_script, processes
+from support import processes, run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 
 
-def run(capsys, monkeypatch, name, **options):
+def printed(name, **options):
     """What an example prints, called with these options; the others are its own."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    load_script(EXAMPLES / f"{name}.py").main(**options)
-    return capsys.readouterr().out
-
-
-@pytest.fixture
-def example(capsys, monkeypatch):
-    return lambda name, **options: run(capsys, monkeypatch, name, **options)
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(EXAMPLES)!r})
+        import {name}, torch
+        torch.set_num_threads(2)
+        {name}.main(**{options!r})
+    """
+    return run_python(code)
 
 
 def figures(text, pattern):
@@ -31,8 +31,11 @@ def figures(text, pattern):
     return [float(found) for found in re.findall(pattern, text)]
 
 
-def test_detection_backbone(example):
-    out = example("detection_backbone", backbone="resnet18", height=64, width=96, rounds=1)
+@pytest.mark.ahead(
+    lambda: printed("detection_backbone", backbone="resnet18", height=64, width=96, rounds=1)
+)
+def test_detection_backbone(ahead):
+    out = ahead()
     assert re.search(r"[1-9]\d* of \d+ modules run fused", out)
     own, theirs = figures(out, r": error ([\d.e+-]+),"), figures(out, r"eager's ([\d.e+-]+)")
     assert len(own) == 5
@@ -40,15 +43,19 @@ def test_detection_backbone(example):
     assert len(figures(out, r": (\d+) ms an image")) == 2
 
 
-def test_segmentation_encoder(example):
-    out = example("segmentation_encoder", steps=25, batch=4, size=64)
+@pytest.mark.ahead(lambda: printed("segmentation_encoder", steps=25, batch=4, size=64))
+def test_segmentation_encoder(ahead):
+    out = ahead()
     (before,), (after,) = figures(out, r"before: ([\d.]+)"), figures(out, r"after:  ([\d.]+)")
     assert after > before + 0.2
 
 
-def test_fine_tuning_with_frozen_statistics(example):
+@pytest.mark.ahead(
+    lambda: printed("fine_tune_frozen_statistics", depth=8, steps=60, small_steps=100)
+)
+def test_fine_tuning_with_frozen_statistics(ahead):
     pytest.importorskip("sklearn", reason="scikit-learn, which has the images, is not installed")
-    out = example("fine_tune_frozen_statistics", depth=8, steps=60, small_steps=100)
+    out = ahead()
     accuracies = figures(out, r": ([\d.]+)%")
     assert len(accuracies) == 3
     assert accuracies[0] > 90
@@ -56,23 +63,26 @@ def test_fine_tuning_with_frozen_statistics(example):
     assert out.index("statistics changed") < out.index("statistics kept")
 
 
-def test_feature_extraction(example):
-    out = example("feature_extraction", batch=1, size=64, rounds=1)
+@pytest.mark.ahead(lambda: printed("feature_extraction", batch=1, size=64, rounds=1))
+def test_feature_extraction(ahead):
+    out = ahead()
     assert "9 of 9 modules run fused" in out
     own, theirs = figures(out, r", error ([\d.e+-]+),"), figures(out, r"eager's ([\d.e+-]+)")
     assert len(own) == 4
     assert all(mine <= 1.5 * eager for mine, eager in zip(own, theirs, strict=True))
 
 
-def test_deployment_by_aot_inductor(example):
-    out = example("deploy_aot_inductor", model="cifar", batch=3)
+@pytest.mark.ahead(lambda: printed("deploy_aot_inductor", model="cifar", batch=3))
+def test_deployment_by_aot_inductor(ahead):
+    out = ahead()
     (difference,) = figures(out, r"difference ([\d.e+-]+)")
     assert difference < 1e-5
     assert figures(out, r"package: ([\d.]+) MiB")[0] > 0
 
 
-def test_embedding_service(example):
-    out = example("embedding_service", clients=4, seconds=1.0, most=4, size=64)
+@pytest.mark.ahead(lambda: printed("embedding_service", clients=4, seconds=1.0, most=4, size=64))
+def test_embedding_service(ahead):
+    out = ahead()
     assert [line.split(":")[0] for line in out.splitlines()] == ["eager", "fused"]
     assert all(rate > 0 for rate in figures(out, r"([\d.]+) images/s"))
     assert all(1 <= images <= 4 for images in figures(out, r"([\d.]+) images a batch"))
