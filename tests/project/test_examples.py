@@ -115,7 +115,8 @@ def test_quantizing_on_digits(quantize_digits):
     result = call(quantize_digits, *arguments)
     assert result.exit_code == 0, result.output
     rows = re.findall(r"│ ([a-z0-9, ]+?) +│ +([0-9.]+) % │ +([0-9.]+) %", result.output)
-    assert [name for name, *_ in rows] == ["float32", "eight bits", "trained on"]
+    names = ["float32", "eight bits", "classifier too", "trained on"]
+    assert [name for name, *_ in rows] == names
     for _, top_1, agreement in rows:
         assert float(top_1) > 90
         assert float(agreement) > 95
