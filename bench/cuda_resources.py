@@ -20,19 +20,22 @@ those of batch norm's the elements, and where the activation's mask comes from. 
 for a residual of fewer channels than the output. `cluster` is of how many blocks; such kernels are
 empty, and left out, where there are no clusters, and their shared memory is what one round takes.
 Those of convolutions have `activations`: "plain" ones, ReLU and none, the "other" ones, or "all".
-Those of the convolution for Hopper, `hopper_conv_bn_act`, are of sm_90a alone, and their shared
-memory is what the most filters take; they have a `schedule`, and besides the others' counts
+Those of the kernels for Hopper, `hopper_conv_bn_act` and `hopper_bottleneck`, are of sm_90a alone,
+and their shared memory is what the most filters take. Those of the convolution have a `schedule`,
+those of the Bottleneck chain `width`, and as `next_width` the most channels that may follow; and
+besides the others' counts
 
     "loop_instructions": 57,
     "asynchronous": {"HGMMA": 4, "UTMALDG.3D.MULTICAST": 1, "UTMASTG.2D": 1, "STSM": 16, ...}
 
 the instructions of the smallest loop that has all products, which each warp that multiplies goes
-through for 128 bytes of one tap's channels, and those of Hopper's own.
+through for 128 bytes of one tap's channels, and those of Hopper's own. The chain has three such
+loops, of which `loop_instructions` is a list: of the window, of a slice, and of what follows.
 `commit` is the checkout's, with a plus where csrc differs from it.
 
     python bench/cuda_resources.py
 
-A table of the convolution for Hopper goes to docs/hopper.md too, between its markers.
+Tables of the kernels for Hopper go to docs/hopper.md too, between its markers.
 """
 
 from __future__ import annotations
@@ -65,7 +68,10 @@ LIBRARY = Path(fused_resnet.__file__).parent / "_cuda.abi3.so"
 DTYPES = {"__half": "float16", "__nv_bfloat16": "bfloat16", "float": "float32", "double": "float64"}
 PRODUCTS = ("tensor cores", "tensor cores, tf32", "multiply-adds")
 LOADS = ("vectors", "elements", "diagonal")
-HOPPER = "hopper_conv_bn_act"
+CHAIN_BEGIN = "<!-- machine code of the chain: written by bench/cuda_resources.py -->"
+CHAIN_END = "<!-- end of machine code of the chain -->"
+HOPPER, HOPPER_CHAIN = "hopper_conv_bn_act", "hopper_bottleneck"
+HOPPER_KERNELS = (HOPPER, HOPPER_CHAIN)
 HOPPER_ARCHITECTURE = "sm_90a"
 HOPPER_M, HOPPER_ROW_BYTES, HOPPER_WARPS = 128, 128, 12  # csrc/cuda/hopper/tiles.h
 SCHEDULES = ("together", "turns")
@@ -169,6 +175,14 @@ def hopper_tiles() -> list[list[int]]:
     return [numbers[at : at + 6] for at in range(0, len(numbers), 6)]
 
 
+@cache
+def chain_tiles() -> list[list[int]]:
+    """The rows of csrc/cuda/hopper/bottleneck_tiles.h, as their operator lists them."""
+    assert _native.cuda_operators is not None, _native.cuda_status
+    numbers = _native.cuda_operators.hopper_bottleneck_tiles()
+    return [numbers[at : at + 6] for at in range(0, len(numbers), 6)]
+
+
 def description(name: str) -> tuple[dict[str, Any], int, int]:
     """A kernel's own fields by its demangled name; its threads and dynamic shared memory."""
     match = re.search(r"(\w+)(?:<(.*?)>)?\(", name)
@@ -193,6 +207,12 @@ def description(name: str) -> tuple[dict[str, Any], int, int]:
         fields |= {"num_stages": stages}
         fields |= {"cluster": cluster, "schedule": SCHEDULES[turns]}
         fields["activations"] = activations(arguments[2])
+        return fields, 32 * HOPPER_WARPS, shared
+    if kernel == HOPPER_CHAIN:
+        width, following, columns, stages, cluster, shared = chain_tiles()[int(arguments[1])]
+        fields |= {"products": PRODUCTS[0], "width": width, "next_width": following}
+        fields |= {"block_m": HOPPER_M, "block_n": columns, "block_k": HOPPER_ROW_BYTES // 2}
+        fields |= {"num_warps": HOPPER_WARPS, "num_stages": stages, "cluster": cluster}
         return fields, 32 * HOPPER_WARPS, shared
     if kernel == "basic_block":
         shape = basic_block.SHAPES[int(arguments[1])]
@@ -295,7 +315,7 @@ def instructions(listing: str) -> dict[str, Any]:
     }
 
 
-def hopper_instructions(listing: str) -> dict[str, Any]:
+def hopper_instructions(listing: str, kernel: str = HOPPER) -> dict[str, Any]:
     """Counts of what only Hopper's kernels have."""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", listing)
     own = ("HGMMA", "WARPGROUP", "UTMALDG", "UTMASTG", "SYNCS", "STSM", "LDSM", "USETMAXREG")
@@ -308,13 +328,25 @@ def hopper_instructions(listing: str) -> dict[str, Any]:
                 name.split(".")[0] if name.startswith(("HGMMA", "SYNCS", "STSM", "LDSM")) else name
             )
             counts[short] += 1
-    return {"loop_instructions": loop_length(found), "asynchronous": dict(sorted(counts.items()))}
+    lengths = loop_lengths(found) if kernel == HOPPER_CHAIN else loop_length(found)
+    return {"loop_instructions": lengths, "asynchronous": dict(sorted(counts.items()))}
 
 
-def loop_length(code: Sequence[tuple[str, str]]) -> int:
-    """How many instructions the smallest loop around all products has, of (address, text)."""
+def loop_lengths(code: Sequence[tuple[str, str]]) -> list[int]:
+    """The same of each four products in a row."""
+    products = [at for at, (_, text) in enumerate(code) if "HGMMA" in text]
+    return [loop_length(code, products[i : i + 4]) for i in range(0, len(products), 4)]
+
+
+def loop_length(code: Sequence[tuple[str, str]], around: Sequence[int] = ()) -> int:
+    """How many instructions the smallest loop around all products has, of (address, text).
+
+    Or around those that are where `around` says.
+    """
     addresses = [int(address, 16) for address, _ in code]
     products = [at for at, (_, text) in zip(addresses, code, strict=True) if "HGMMA" in text]
+    if around:
+        products = [addresses[at] for at in around]
     loops = []
     for at, (_, text) in zip(addresses, code, strict=True):
         target = re.match(r"BRA\b.*?(0x[0-9a-f]+)", text)
@@ -342,7 +374,8 @@ def entries(architecture: str, library: Path = LIBRARY) -> list[dict[str, Any]]:
         fields, threads, shared = description(demangled(mangled))
         if "cluster" in fields and architecture in WITHOUT_CLUSTERS:
             continue
-        if fields["kernel"] == HOPPER and architecture != HOPPER_ARCHITECTURE:
+        is_hopper = fields["kernel"] in HOPPER_KERNELS
+        if is_hopper and architecture != HOPPER_ARCHITECTURE:
             continue
         limits = LIMITS[architecture]
         # From 9.0 on the compiler counts the driver's, where a kernel has any of its own.
@@ -363,7 +396,7 @@ def entries(architecture: str, library: Path = LIBRARY) -> list[dict[str, Any]]:
                 "occupancy": round(blocks * threads / limits.threads, 4),
             }
             | instructions(bodies[mangled])
-            | (hopper_instructions(bodies[mangled]) if fields["kernel"] == HOPPER else {})
+            | (hopper_instructions(bodies[mangled], fields["kernel"]) if is_hopper else {})
         )
     return sorted(found, key=lambda entry: json.dumps(identity(entry)))
 
@@ -373,7 +406,7 @@ def identity(entry: dict[str, Any]) -> dict[str, Any]:
     names = (
         "kernel", "dtype", "architecture", "products", "loads", "block_m", "block_n", "block_k",
         "num_warps", "num_stages", "residual", "narrow", "elements", "index", "mask",
-        "cluster", "projects", "schedule", "activations",
+        "cluster", "projects", "schedule", "activations", "width", "next_width",
     )  # fmt: skip
     return {name: entry[name] for name in names if name in entry}
 
@@ -427,12 +460,41 @@ def hopper_table(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def chain_table(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What docs/hopper.md says of the Bottleneck chain, from the report's entries."""
+    lines = [
+        "| width, next, slice, stages, cluster | products of a step: window, slice, next "
+        "| instructions of their loops | of the kernel | registers | stack | shared memory, KiB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    own = [e for e in found if e["kernel"] == HOPPER_CHAIN and e["dtype"] == "float16"]
+    for entry in sorted(own, key=lambda e: (e["width"], e["next_width"], e["cluster"])):
+        sizes = (entry["width"], entry["block_n"], entry["next_width"])
+        cells = [
+            ", ".join(
+                str(entry[name])
+                for name in ("width", "next_width", "block_n", "num_stages", "cluster")
+            ),
+            "4 `HGMMA.64x{}x16.F32`, {}, {}".format(*sizes),
+            ", ".join(map(str, entry["loop_instructions"])), entry["instructions"],
+            entry["registers"], entry["stack_bytes"], f"{entry['shared_bytes'] / 1024:.0f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
 def write_hopper_page(found: Sequence[Mapping[str, Any]], page: Path = HOPPER_PAGE) -> None:
-    before, begin, rest = page.read_text().partition(HOPPER_BEGIN)
-    _, end, behind = rest.partition(HOPPER_END)
-    assert end, f"{page} has no markers"
-    table = "\n".join(hopper_table(found))
-    page.write_text(f"{before}{begin}\n{table}\n{end}{behind}")
+    """Writes both tables between their markers."""
+    text = page.read_text()
+    for first, last, lines in (
+        (HOPPER_BEGIN, HOPPER_END, hopper_table(found)),
+        (CHAIN_BEGIN, CHAIN_END, chain_table(found)),
+    ):
+        before, begin, rest = text.partition(first)
+        _, end, behind = rest.partition(last)
+        assert end, f"{page} has no {first}"
+        text = before + begin + "\n" + "\n".join(lines) + "\n" + end + behind
+    page.write_text(text)
 
 
 def main() -> None:

@@ -404,7 +404,7 @@ def compile_network(name: str, batch: int) -> None:
 def tests(found: Findings, where: str) -> None:
     """Hopper's instructions one by one, the suite's exact convolutions, and Triton's kernels."""
     names = ("test_hopper_on_host", "test_hopper_conv", "test_cuda_stem", "test_cuda_conv_exact")
-    names += ("test_triton",)
+    names += ("test_hopper_bottleneck", "test_triton")
     files = [file for name in names for file in ROOT.glob(f"tests/**/{name}.py")]
     process = subprocess.Popen(
         python(

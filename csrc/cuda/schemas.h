@@ -23,6 +23,18 @@ inline constexpr const char* kCudaSchemas[] = {
     "float act_first, float act_second, int tile) -> Tensor",
     "hopper_conv_tiles() -> int[]",
 
+    // Internal likewise. `tile` is an index into what hopper_bottleneck_tiles lists; without
+    // next_weight the second output has no channels.
+    "hopper_bottleneck(Tensor input, Tensor shortcut, Tensor weight, Tensor running_mean, "
+    "Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? bias, "
+    "int stride_h, int stride_w, int pad_h, int pad_w, int dil_h, int dil_w, "
+    "Tensor expand_weight, Tensor expand_running_mean, Tensor expand_running_var, "
+    "Tensor? expand_bn_weight, Tensor? expand_bn_bias, float expand_eps, Tensor? expand_bias, "
+    "Tensor? next_weight, Tensor? next_running_mean, Tensor? next_running_var, "
+    "Tensor? next_bn_weight, Tensor? next_bn_bias, float next_eps, Tensor? next_bias, int tile) -> "
+    "(Tensor output, Tensor next)",
+    "hopper_bottleneck_tiles() -> int[]",
+
     // Internal likewise. `tile` is an index into what basic_block_tiles lists.
     "basic_block_tiled(Tensor input, Tensor weight1, Tensor running_mean1, Tensor running_var1, "
     "Tensor? bn_weight1, Tensor? bn_bias1, float eps1, Tensor? bias1, Tensor weight2, "

@@ -1,10 +1,11 @@
 """The CUDA backend: kernels written in C++ (csrc/cuda), on a GPU.
 
 Convolutions of float16, bfloat16 and float32 run on one implicit GEMM with everything after them in
-its epilogue; of BasicBlocks with 64 channels both run in one launch, where that is faster. Batch
-norm of the same dtypes has kernels of its own for channels_last, forward and backward, in training
-and in inference. What these do not cover goes to the library. The tests run the same kernels on the
-CPU (csrc/cuda_on_host).
+its epilogue; of BasicBlocks with 64 channels both run in one launch, where that is faster, and of
+Bottlenecks on Hopper all from the second on, where `tune` found that it is. Batch norm of the same
+dtypes has kernels of its own for channels_last, forward and backward, in training and inference.
+What these do not cover goes to the library. The tests run the same kernels on the CPU
+(csrc/cuda_on_host).
 """
 
 from __future__ import annotations
@@ -28,7 +29,16 @@ from ..tuning import architecture, basic_block, cuda_tiles
 from ..tuning.choice import BASIC_BLOCK, Tile
 from ..tuning.estimate import USUAL_POOL
 from ..tuning.problem import BasicBlockProblem, ConvProblem
-from . import arranged, check_cases, cuda_plans, cuda_quantized, library, recording, self_check
+from . import (
+    arranged,
+    check_cases,
+    cuda_plans,
+    cuda_quantized,
+    hopper_chains,
+    library,
+    recording,
+    self_check,
+)
 from .backend import Backend, Gradients, UnfoundNorm
 from .recording import Recorder
 from .self_check import Case, Family
@@ -96,6 +106,7 @@ def run_on_host() -> None:
     cuda_quantized.forget_operators()
     cuda_tiles.instances.cache_clear()
     cuda_tiles.hopper_instances.cache_clear()
+    hopper_chains.forget_operators()
 
 
 def explain(operator: str, *, dtype: torch.dtype, **_: object) -> str:
@@ -245,13 +256,15 @@ def _pair(value: Any) -> Any:
 def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
     """A BasicBlock in one launch, where `tuning` says so; see `ops.residual_blocks`.
 
+    Bottlenecks: see `hopper_chains.py`.
+
     Returns:
         None for all that `tuning.basic_block.problem_of` has no problem for, and where two launches
-        are faster.
+        are faster; of Bottlenecks where a table has chosen no chain.
     """
     problem = basic_block.problem_of(input, blocks)
     if problem is None:
-        return None
+        return hopper_chains.residual_blocks(input, blocks, conv_bn_act)
     tile: Tile | None
     if on_host():
         tile = basic_block.tiles(problem, architecture.of_device(input.device))[0]

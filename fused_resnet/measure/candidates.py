@@ -20,7 +20,7 @@ from ..backends import library, triton
 from ..backends.triton import eligible
 from ..layers.description import ConvNorm, Norm
 from ..tuning import architecture, chain, choose
-from ..tuning.choice import CHAINED
+from ..tuning.choice import CHAINED, HOPPER_CHAINS
 from ..tuning.problem import ChainProblem, ConvProblem
 from . import norms
 from .errors import InvalidArgumentError
@@ -149,7 +149,7 @@ def one_kernel(arguments: tuple[Any, ...], problem: ChainProblem) -> Call:
     if device.type != "cuda" and not eligible.interpreted():
         raise NotImplementedError("runs on a GPU only")
     choice = choose(problem, device)
-    if choice.kernel not in CHAINED:
+    if choice.kernel not in CHAINED + HOPPER_CHAINS:
         gpu = architecture.of_device(device)
         chains = [one for one in chain.candidates(problem, gpu) if one.kernel in CHAINED]
         if not chains:

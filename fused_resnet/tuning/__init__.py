@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from . import architecture, basic_block, chain, cuda_tiles, estimate, table
-from .choice import CONVOLUTIONS, ESTIMATE, MEASURED, SHIPPED, Choice, Tile
+from .choice import CONVOLUTIONS, ESTIMATE, HOPPER_CHAINS, MEASURED, SHIPPED, Choice, Tile
 from .problem import BasicBlockProblem, ChainProblem, ConvProblem, Problem
 
 __all__ = [
@@ -168,6 +168,9 @@ def _measured(gpu: str) -> dict[Problem, table.Entry]:
 
 def _can_run(problem: Problem, gpu: architecture.Architecture, entry: table.Entry) -> bool:
     if isinstance(problem, ChainProblem):
+        if entry.kernel in HOPPER_CHAINS:
+            choice = Choice(entry.kernel, entry.tile, MEASURED)
+            return choice in cuda_tiles.hopper_chains(problem, gpu)
         return chain.can_run(problem, gpu, entry.kernel, entry.tile)
     if isinstance(problem, BasicBlockProblem):
         return basic_block.can_run(problem, gpu, entry.kernel, entry.tile)

@@ -12,7 +12,8 @@ class Tile:
     A program (a block) computes `block_m` output pixels by `block_n` output channels, `block_k`
     products deep at a time, `split_k` programs sharing one such tile's sum. A chain's program
     computes all channels of its pixels, of the block's output `block_n` at a time; in a pair,
-    `split_k` programs share these.
+    `split_k` programs share these. Where clusters load for each other, `block_m` pixels are a
+    cluster's.
     """
 
     block_m: int
@@ -38,6 +39,8 @@ CHAIN, CHAIN_WITHOUT_NEXT = "chain", "chain without next"
 PAIR = "pair"
 CONVOLUTIONS = "convolutions"
 CHAINED = (CHAIN, CHAIN_WITHOUT_NEXT, PAIR)
+HOPPER_CHAIN, HOPPER_CHAIN_WITHOUT_NEXT = "hopper chain", "hopper chain without next"
+HOPPER_CHAINS = (HOPPER_CHAIN, HOPPER_CHAIN_WITHOUT_NEXT)
 CHAIN_KERNELS = (*CHAINED, CONVOLUTIONS)
 BASIC_BLOCK = "basic block"
 BASIC_BLOCK_KERNELS = (BASIC_BLOCK, CONVOLUTIONS)
@@ -54,9 +57,10 @@ class Choice:
         kernel: of a convolution "triton" or "cuda"; "library", the library's convolution and then
             `scale_shift_act`; or the library's fused operator of that name. Of a `ChainProblem`
             "chain"; "chain without next", the same but for the next block's convolution; "pair",
-            the 3x3 by itself and all else in one launch; or "convolutions", each as it was chosen
-            for itself. Of a `BasicBlockProblem` "basic block", CUDA's kernel of both convolutions,
-            or "convolutions".
+            the 3x3 by itself and all else in one launch; "hopper chain" and "hopper chain without
+            next", CUDA's kernel of the first two for that GPU, a projection by itself; or
+            "convolutions", each as it was chosen for itself. Of a `BasicBlockProblem` "basic
+            block", CUDA's kernel of both convolutions, or "convolutions".
         tile: of the Triton or CUDA kernel, the chain or the block; None for the others.
         source: "measured on this machine", "shipped table" or "estimate".
     """

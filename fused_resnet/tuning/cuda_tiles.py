@@ -4,8 +4,9 @@ They are a `Tile` here, as Triton's are; which of them can run a problem, and th
 likely to be fast in, is csrc/cuda/conv_heuristics.cpp's to say.
 
 Those of the convolution for Hopper (csrc/cuda/hopper/tiles.h) are tiles too, told from the others
-by their warps: `block_m` pixels are a cluster's. No GPU has measured them, so nothing but a table
-that `tune` wrote on such a GPU names one.
+by their warps: `block_m` pixels are a cluster's. Those of its Bottleneck chain
+(csrc/cuda/hopper/bottleneck_tiles.h) are each for some channels. No GPU has measured any of them,
+so nothing but a table that `tune` wrote on such a GPU names one.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 
 from .. import _native
 from .architecture import Architecture
-from .choice import Tile
-from .problem import ConvProblem
+from .choice import HOPPER_CHAIN, HOPPER_CHAIN_WITHOUT_NEXT, MEASURED, Choice, Tile
+from .problem import ChainProblem, ConvProblem
 
 # In the order of Products in csrc/cuda/conv_tiles.h.
 _PRODUCTS = {"float16": 0, "bfloat16": 0, "tfloat32": 1, "float32": 2}
@@ -68,6 +69,7 @@ _HOPPER = (9, 0)
 _HOPPER_M, _HOPPER_ROW_BYTES, _HOPPER_WARPS = 128, 128, 12
 _HOPPER_DTYPES = ("float16", "bfloat16", "tfloat32")
 _MOST_FILTERS, _MOST_STRIDE, _MOST_OFFSET, _FARTHEST_CORNER = 2048, 8, 255, 127
+_MOST_CHAIN_OUTPUTS, _MOST_PIXELS = 1024, 2**31 - 2**16
 
 
 def hopper_candidates(problem: ConvProblem, architecture: Architecture) -> list[Tile]:
@@ -75,11 +77,6 @@ def hopper_candidates(problem: ConvProblem, architecture: Architecture) -> list[
 
     None on another GPU, in float32 proper, and for what TMA cannot address.
     """
-    offsets = [
-        dilation * (taps - 1)
-        for dilation, taps in zip(problem.dilation, (problem.R, problem.S), strict=True)
-    ]
-    corners = zip(problem.padding, offsets, strict=True)
     if (
         _native.cuda_operators is None
         or architecture.capability != _HOPPER
@@ -89,9 +86,7 @@ def hopper_candidates(problem: ConvProblem, architecture: Architecture) -> list[
         or problem.C * problem.element_size % 16
         or problem.K * problem.element_size % 16
         or problem.K > _MOST_FILTERS
-        or max(problem.stride) > _MOST_STRIDE
-        or max(offsets) > _MOST_OFFSET
-        or any(max(pad, offset - pad - 1) > _FARTHEST_CORNER for pad, offset in corners)
+        or not _has_windows(problem)
     ):
         return []
     pixels = problem.N * problem.P * problem.Q
@@ -102,6 +97,64 @@ def hopper_candidates(problem: ConvProblem, architecture: Architecture) -> list[
 
     depth = _HOPPER_ROW_BYTES // problem.element_size
     return sorted((t for t in hopper_instances() if t.block_k == depth), key=computed)
+
+
+def _has_windows(problem: ConvProblem) -> bool:
+    """Whether TMA can address what a convolution's filters see."""
+    offsets = [
+        dilation * (taps - 1)
+        for dilation, taps in zip(problem.dilation, (problem.R, problem.S), strict=True)
+    ]
+    corners = zip(problem.padding, offsets, strict=True)
+    return (
+        max(problem.stride) <= _MOST_STRIDE
+        and max(offsets) <= _MOST_OFFSET
+        and all(max(pad, offset - pad - 1) <= _FARTHEST_CORNER for pad, offset in corners)
+    )
+
+
+def hopper_chains(problem: ChainProblem, architecture: Architecture) -> list[Choice]:
+    """Every way to run a block by the Bottleneck chain for Hopper, with what follows it first."""
+    kernels = [(HOPPER_CHAIN, problem)]
+    if problem.next_width:
+        kernels.append((HOPPER_CHAIN_WITHOUT_NEXT, problem.without_next()))
+    return [
+        Choice(kernel, tile, MEASURED)
+        for kernel, part in kernels
+        for tile in hopper_chain_tiles(part, architecture)
+    ]
+
+
+def hopper_chain_tiles(problem: ChainProblem, architecture: Architecture) -> list[Tile]:
+    """The chain's tiles for a block; none on another GPU and for what TMA cannot address."""
+    if (
+        _native.cuda_operators is None
+        or architecture.capability != _HOPPER
+        or problem.K > _MOST_CHAIN_OUTPUTS
+        or problem.N * problem.P * problem.Q > _MOST_PIXELS
+        or not _has_windows(problem.convolution)
+    ):
+        return []
+    tiles = hopper_chain_instances(problem.width, problem.next_width)
+    return [tile for tile in tiles if problem.K % tile.block_n == 0]
+
+
+@functools.cache
+def hopper_chain_instances(width: int, next_width: int) -> dict[Tile, int]:
+    """Indices of the instances in csrc/cuda/hopper/bottleneck_tiles.h for a block's channels.
+
+    Of those that differ in nothing but the most channels that may follow, the one with the fewest.
+    """
+    assert _native.cuda_operators is not None
+    numbers = _native.cuda_operators.hopper_bottleneck_tiles()
+    found: dict[Tile, tuple[int, int]] = {}
+    for place, at in enumerate(range(0, len(numbers), 6)):
+        channels, most, columns, stages, cluster = numbers[at : at + 5]
+        if channels != width or most < next_width:
+            continue
+        tile = Tile(_HOPPER_M * cluster, columns, _HOPPER_ROW_BYTES // 2, 1, _HOPPER_WARPS, stages)
+        found[tile] = min(found.get(tile, (most, place)), (most, place))
+    return {tile: place for tile, (_, place) in found.items()}
 
 
 def is_hopper(tile: Tile | None) -> bool:

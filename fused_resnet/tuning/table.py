@@ -36,7 +36,16 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from .choice import BASIC_BLOCK, BASIC_BLOCK_KERNELS, CHAIN_KERNELS, CHAINED, KERNELS, TILED, Tile
+from .choice import (
+    BASIC_BLOCK,
+    BASIC_BLOCK_KERNELS,
+    CHAIN_KERNELS,
+    CHAINED,
+    HOPPER_CHAINS,
+    KERNELS,
+    TILED,
+    Tile,
+)
 from .problem import BasicBlockProblem, ChainProblem, Problem, parse_problem
 
 FORMAT = "fused_resnet.tuning/1"
@@ -239,7 +248,7 @@ def _entry(fields: Any, problem: Problem) -> Entry:
     kernels: tuple[str, ...] = KERNELS
     tiled: tuple[str, ...] = TILED
     if isinstance(problem, ChainProblem):
-        kernels, tiled = CHAIN_KERNELS, CHAINED
+        kernels, tiled = CHAIN_KERNELS + HOPPER_CHAINS, CHAINED + HOPPER_CHAINS
     elif isinstance(problem, BasicBlockProblem):
         kernels, tiled = BASIC_BLOCK_KERNELS, (BASIC_BLOCK,)
     if entry.kernel not in kernels:

@@ -81,7 +81,8 @@ ELSEWHERE = {
 # Those that stand for a backend's kernels in a compiler's graph: tested in test_triton.py.
 IN_GRAPHS = {"triton_conv_bn_act", "triton_conv_bn_act_max_pool"}
 # The CUDA backend's own: tested in test_cuda_conv.py, test_cuda_batch_norm.py,
-# test_cuda_basic_block.py, test_cuda_quantized.py, test_cuda_stem.py and test_cuda_plans.py.
+# test_cuda_basic_block.py, test_cuda_quantized.py, test_cuda_stem.py, test_cuda_plans.py,
+# test_hopper_conv.py and test_hopper_bottleneck.py.
 CUDA = {
     "basic_block_tiled",
     "basic_block_tiles",
@@ -102,6 +103,8 @@ CUDA = {
     "driver_function",
     "end_cuda_recording",
     "free_cuda_plan",
+    "hopper_bottleneck",
+    "hopper_bottleneck_tiles",
     "hopper_conv_bn_act",
     "hopper_conv_tiles",
     "make_cuda_plan",

@@ -7,7 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include "cuda/hopper/map_cache.h"
+#include "cuda/hopper/operands.h"
 #include "cuda/hopper/tiles.h"
 #include "cuda/library.h"
 #include "cuda/tensors.h"
@@ -17,33 +17,6 @@ namespace fused_resnet {
 namespace {
 
 constexpr const char* kOp = "hopper_conv_bn_act";
-constexpr int64_t kMostPixels = (int64_t{1} << 31) - (1 << 16);  // tiles may reach beyond M
-// Of im2col maps of four dimensions.
-constexpr int64_t kMostStride = 8, kMostOffset = 255, kLeastCorner = -128, kMostCorner = 127;
-
-// Of one axis: where the first taps of the windows lie, as an im2col map says it.
-struct Corners {
-  Corners(const char* axis, int64_t taps, int64_t stride, int64_t padding, int64_t dilation)
-      : lower(-padding), upper(padding - dilation * (taps - 1)) {
-    FR_CHECK(stride <= kMostStride && dilation * (taps - 1) <= kMostOffset &&
-                 lower >= kLeastCorner && upper >= kLeastCorner && padding <= kMostCorner,
-             kOp, ": ", axis, " has ", taps, " taps, stride ", stride, ", padding ", padding,
-             " and dilation ", dilation, ", which TMA cannot address");
-  }
-  int64_t lower, upper;
-};
-
-void check_gpu(int device) {
-  int major = 0, minor = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  FR_CHECK(major == 9 && minor == 0, kOp, ": needs compute capability 9.0, the GPU has ", major,
-           ".", minor);
-}
-
-Tensor in_nhwc(const Tensor& tensor) {
-  return is_dense_channels_last(tensor) && is_aligned(tensor) ? tensor : aligned_copy(tensor);
-}
 
 // What is multiplied is of another kind than what is added, for float32.
 device::TensorElement operand_of(ScalarType dtype) {
@@ -85,7 +58,7 @@ Tensor hopper_conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tens
            ", at most ", HopperTile::kMostFilters, " filters");
   const int64_t P = FilterAxis(kOp, H, R, stride_h, pad_h, dil_h).outputs;
   const int64_t Q = FilterAxis(kOp, W, S, stride_w, pad_w, dil_w).outputs;
-  const Corners h("h", R, stride_h, pad_h, dil_h), w("w", S, stride_w, pad_w, dil_w);
+  const Corners h(kOp, "h", R, stride_h, pad_h, dil_h), w(kOp, "w", S, stride_w, pad_w, dil_w);
   const int64_t M = checked_product(kOp, "the output", {N, P, Q});
   FR_CHECK(M <= kMostPixels, kOp, ": the output has ", M, " pixels, must have at most ",
            kMostPixels);
@@ -100,7 +73,7 @@ Tensor hopper_conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tens
   }
 
   const DeviceGuard guard(input.get_device_index());
-  check_gpu(input.get_device_index());
+  check_hopper(kOp, input.get_device_index());
   Tensor output = empty({N, K, P, Q}, {P * Q * K, 1, Q * K, K}, dtype, input);
   const bool channels_last = is_channels_last(input) || is_channels_last(weight);
   if (output.numel() == 0) return in_format(output, channels_last);
@@ -109,31 +82,13 @@ Tensor hopper_conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tens
   if (residual) residual = in_nhwc(*residual);
 
   const device::TensorElement operand = operand_of(dtype);
-  const int row = shape.row_elements();
-  constexpr auto kSwizzle = device::Swizzle::k128Bytes;
   const auto rows_of_pixels = [&](const void* pixels) {
-    return cached_map_of(device::Tiles{{pixels, output_of(dtype), 2, {K, M}, {K * size}},
-                                       {row, shape.rows_of_consumer()},
-                                       kSwizzle});
+    return rows_of(pixels, output_of(dtype), size, K, M, shape.rows_of_consumer());
   };
   std::optional<Tensor> mean = running_mean, var = running_var;
   const HopperConv conv{
-      .input =
-          cached_map_of(device::Im2col{{input.const_data_ptr(),
-                                        operand,
-                                        4,
-                                        {C, W, H, N},
-                                        {C * size, W * C * size, H * W * C * size}},
-                                       {static_cast<int>(w.lower), static_cast<int>(h.lower)},
-                                       {static_cast<int>(w.upper), static_cast<int>(h.upper)},
-                                       {static_cast<int>(stride_w), static_cast<int>(stride_h)},
-                                       row,
-                                       HopperTile::kM,
-                                       kSwizzle}),
-      .weight = cached_map_of(device::Tiles{
-          {weight.const_data_ptr(), operand, 3, {C, R * S, K}, {C * size, R * S * C * size}},
-          {row, 1, shape.n / shape.cluster},
-          kSwizzle}),
+      .input = windows_of(input, operand, h, w, HopperTile::kM),
+      .weight = filters_of(weight, operand, shape.n / shape.cluster),
       .residual = rows_of_pixels(residual ? residual->const_data_ptr() : output.const_data_ptr()),
       .output = rows_of_pixels(output.mutable_data_ptr()),
       .has_residual = residual.has_value(),
@@ -159,9 +114,7 @@ Tensor hopper_conv_bn_act(Tensor input, Tensor weight, Tensor running_mean, Tens
       .dil_w = static_cast<int>(dil_w),
       .activation = activation,
   };
-  int multiprocessors = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
-                                        input.get_device_index()));
+  const int multiprocessors = multiprocessors_of(input.get_device_index());
   const cudaStream_t stream = current_stream(input.get_device_index());
   if (dtype == ScalarType::Half) {
     launch_hopper_conv<__half>(conv, tile, multiprocessors, stream);

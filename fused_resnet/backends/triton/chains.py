@@ -17,8 +17,17 @@ from torch import Tensor
 from ... import tuning
 from ...layers.memory import lies_channels_last
 from ...tuning import chain
-from ...tuning.choice import CHAIN, CHAIN_WITHOUT_NEXT, CHAINED, PAIR, Choice, Tile
+from ...tuning.choice import (
+    CHAIN,
+    CHAIN_WITHOUT_NEXT,
+    CHAINED,
+    HOPPER_CHAINS,
+    PAIR,
+    Choice,
+    Tile,
+)
 from ...tuning.problem import ChainProblem
+from .. import hopper_chains
 from ..self_check import settled
 from . import bottleneck, checks, folded, launch
 from .inference import conv_bn_act
@@ -49,7 +58,8 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
     if problems is None:
         return None
     choices = [None if one is None else choose(one, input.device) for one in problems]
-    chained = any(choice is not None and choice.kernel in CHAINED for choice in choices)
+    kernels = CHAINED + HOPPER_CHAINS
+    chained = any(choice is not None and choice.kernel in kernels for choice in choices)
     overlaps = has_chain and _overlaps(input)
     if not chained and not overlaps and len(blocks) == 1:
         return None
@@ -121,6 +131,10 @@ def run(
     wide, expand, projection, following = layers
     assert wide is not None
     assert expand is not None
+    if choice.kernel in HOPPER_CHAINS:
+        chained = hopper_chains.run(reduced, x, layers, problem, choice, conv_bn_act)
+        if chained is not None:
+            return chained
     where = (launch.open_row.get() is None, folded.current.get() is None)
     if choice.kernel not in CHAINED or not (
         settled.get((problem, choice, where, reduced.device))

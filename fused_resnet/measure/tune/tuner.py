@@ -5,8 +5,9 @@ convolution with `scale_shift_act`, and cuDNN's fused operators. What would run 
 the library are always among them and are timed to the end, so a choice is never slower than not
 tuning.
 
-Of a chain they are its tiles, with and without the next block's convolution, and its convolutions
-one by one, each as it is chosen by then; these take the library's place. Of a BasicBlock they are
+Of a chain they are its tiles, with and without the next block's convolution, those of CUDA's chain
+for Hopper, and its convolutions one by one, each as it is chosen by then; these take the library's
+place. Of a BasicBlock they are
 CUDA's tiles and its convolutions one by one.
 
 Every candidate is checked before it is timed: its error against float64 obeys the error rule of
@@ -35,7 +36,14 @@ from torch import Tensor
 from ...backends import cuda, cudnn, library
 from ...tuning import basic_block, chain, cuda_tiles, estimate, reload, table, untuned
 from ...tuning.architecture import Architecture
-from ...tuning.choice import BASIC_BLOCK, CHAIN_KERNELS, CONVOLUTIONS, MEASURED, Choice
+from ...tuning.choice import (
+    BASIC_BLOCK,
+    CHAIN_KERNELS,
+    CONVOLUTIONS,
+    HOPPER_CHAINS,
+    MEASURED,
+    Choice,
+)
 from ...tuning.problem import BasicBlockProblem, ChainProblem, ConvProblem, Problem
 from ..errors import first_line
 from .cases import Case, ChainCase, Run, case_of, check, described, pooled, precision
@@ -109,14 +117,11 @@ def candidates(
     """
     if not isinstance(problem, ConvProblem):
         kind = basic_block if isinstance(problem, BasicBlockProblem) else chain
-        return [
-            replace(untuned(problem, architecture), source=MEASURED),
-            *(
-                choice
-                for choice in kind.candidates(problem, architecture)
-                if str(choice) != str(untuned(problem, architecture))
-            ),
-        ]
+        ways = kind.candidates(problem, architecture)
+        if isinstance(problem, ChainProblem) and device.type == "cuda":
+            ways = ways + cuda_tiles.hopper_chains(problem, architecture)
+        first = replace(untuned(problem, architecture), source=MEASURED)
+        return [first, *(choice for choice in ways if str(choice) != str(first))]
     tiles = sorted(
         estimate.candidates(problem, architecture),
         key=lambda tile: estimate.predicted(problem, architecture, tile),
@@ -266,7 +271,7 @@ def run_of(choice: Choice) -> Run:
             return (cuda.run_basic_block(x, first, second, tile),)
 
         return run
-    if choice.kernel in CHAIN_KERNELS:
+    if choice.kernel in CHAIN_KERNELS + HOPPER_CHAINS:
         return lambda arguments, problem: _run_chain(arguments, problem, choice)
     if choice.kernel == "cuda":
         return lambda arguments, problem: cuda.conv_bn_act(*described(arguments), choice.tile)

@@ -67,6 +67,7 @@ BATCH_NORM_CLUSTER = "csrc/cuda/batch_norm_cluster.cuh"
 BASIC_BLOCK = "csrc/cuda/basic_block.cuh"
 BYTE_CONV = "csrc/cuda/byte_conv.cuh"
 HOPPER_CONV = "csrc/cuda/hopper/hopper_conv.cuh"
+HOPPER_BOTTLENECK = "csrc/cuda/hopper/hopper_bottleneck.cuh"
 NARROW_RESIDUAL = "csrc/cuda/narrow_residual.cuh"
 TIME_LIMIT = 45  # seconds of computing for the tests of one mutant; unbroken, a third of it
 PATIENCE = 180  # seconds after which tests that computed nothing meanwhile will not end
@@ -165,6 +166,14 @@ SUITES = {
             "tf32 and not the_backend",
         ),
     ],
+    HOPPER_BOTTLENECK: [
+        Suite(
+            "hopper/hopper_bottleneck_float16.cu",
+            "backends/cuda/test_hopper_bottleneck.py",
+            "not bfloat16 and not error_rule and not tune and not table and not refuse "
+            "and not choice and not takes_none and not other_blocks and not gradients",
+        ),
+    ],
     BYTE_CONV: [
         Suite("byte_conv.cu", "backends/cuda/test_cuda_quantized.py", "not refuse and not module"),
     ],
@@ -178,7 +187,7 @@ SUITES = {
 }
 
 # Sources that share a table of instances, by how their names begin.
-FAMILIES = ("conv_", "hopper_conv")
+FAMILIES = ("conv_", "hopper_conv", "hopper_bottleneck")
 
 KEY = ("file", "line", "occurrence", "mutant")  # of an entry
 
@@ -464,7 +473,7 @@ def few_instances() -> Path:
 
     Of the convolutions, for each way to multiply and load and each length of a row of shared memory
     the smallest; of batch norm, those for float32; of Hopper's convolution, one of each schedule,
-    one of these in clusters, and one for float32.
+    one of these in clusters, and one for float32; of its chain, one alone and one in clusters.
     """
     folder = Path(tempfile.mkdtemp(prefix="cuda-mutants-"))
     atexit.register(_remove, folder, os.getpid())
@@ -487,6 +496,9 @@ def few_instances() -> Path:
         line for line in text.splitlines() if ", Schedule::k" not in line or kept_tiles.search(line)
     ]
     (folder / "cuda" / "hopper" / "tiles.h").write_text("\n".join(rows) + "\n")
+    text = (ROOT / "csrc" / "cuda" / "hopper" / "bottleneck_tiles.h").read_text()
+    left_out = re.compile(r"^ +\{(?!64, 64, 128, 5, 1|64, 128, 128, 5, 2)[\d, ]+\},\n", re.MULTILINE)
+    (folder / "cuda" / "hopper" / "bottleneck_tiles.h").write_text(left_out.sub("", text))
     operands = (ROOT / "csrc" / "cuda" / "batch_norm_operands.cuh").read_text()
     left_out = re.compile(r"return run\(__(half|nv_bfloat16)\(\)\);")
     assert len(left_out.findall(operands)) == 2

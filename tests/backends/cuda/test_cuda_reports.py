@@ -133,12 +133,35 @@ def test_every_instance_for_hopper_is_listed():
     assert listed == expected
 
 
+@pytest.mark.skipif(_native.cuda_operators is None, reason="no CUDA kernels to list tiles")
+def test_every_instance_of_hoppers_chain_is_listed():
+    """In both 16-bit dtypes, for compute capability 9.0a alone, within its budget."""
+    expected = Counter()
+    for row in cuda_resources.chain_tiles():
+        expected.update((dtype, *row) for dtype in ("float16", "bfloat16"))
+    listed = Counter()
+    for entry in STATIC["entries"]:
+        if entry["kernel"] != cuda_resources.HOPPER_CHAIN:
+            continue
+        assert entry["architecture"] == "sm_90a"
+        names = ("width", "next_width", "block_n", "num_stages", "cluster", "shared_bytes")
+        listed[(entry["dtype"], *(entry[name] for name in names))] += 1
+        assert entry["blocks_per_multiprocessor"] == 1
+        assert (entry["registers"], entry["threads"]) == (168, 384)
+        # Of 128 bytes of depth of a window, of a slice and of what follows, for 64 rows.
+        assert sum(entry["tensor_core"].values()) == 3 * 4
+        assert len(entry["loop_instructions"]) == 3
+    assert listed == expected
+
+
 def test_what_the_page_of_hopper_says():
-    """The table of the machine code, and the model's instructions of a step."""
+    """The tables of the machine code, and the model's instructions of a step."""
     page = cuda_resources.HOPPER_PAGE.read_text()
     _, _, rest = page.partition(cuda_resources.HOPPER_BEGIN)
     table, _, _ = rest.partition(cuda_resources.HOPPER_END)
     assert table.strip().splitlines() == cuda_resources.hopper_table(STATIC["entries"])
+    table = page.partition(cuda_resources.CHAIN_BEGIN)[2].partition(cuda_resources.CHAIN_END)[0]
+    assert table.strip().splitlines() == cuda_resources.chain_table(STATIC["entries"])
     loops = {
         entry["cluster"]: entry["loop_instructions"]
         for entry in STATIC["entries"]

@@ -7,12 +7,12 @@ import json
 import re
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support import cuda_on_host, load_script, processes
+from support import load_script, machine_code
+from support.machine_code import opcodes
 
 from fused_resnet import _native
 
@@ -63,43 +63,20 @@ def tiles():
 def compiled(dtype: str) -> tuple[str, list[Kernel]]:
     """What the compiler said, and every instance."""
     source = ROOT / "csrc" / "cuda" / "hopper" / f"hopper_conv_{dtype}.cu"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "conv.cubin"
-        said = ran(
-            "nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-DUSE_CUDA", "--expt-relaxed-constexpr",
-            "-DTORCH_TARGET_VERSION=0x020b000000000000", "-arch=sm_90a", "-Xptxas=-v", "-cubin",
-            f"-I{ROOT / 'csrc'}", "-isystem", cuda_on_host.TORCH / "include", source, "-o", cubin,
-        )[1]  # fmt: skip
-        listing = ran(CUOBJDUMP, "-sass", cubin)[0]
+    said, parts = machine_code.compiled_for_hopper(source, CUOBJDUMP)
     found = {}
-    for part in listing.split("Function : ")[1:]:
-        name, _, body = part.partition("\n")
+    for name, body, instructions in parts:
         index, activations = re.search(
             r"hopper_conv_bn_act\w*?Li(\d+)ELNS_11ActivationsE(\d)E", name
         ).groups()
         index, is_plain = int(index), activations == "0"
-        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", body)
-        found[index, is_plain] = Kernel(*tiles()[index], is_plain, name.strip(), body, instructions)
+        found[index, is_plain] = Kernel(*tiles()[index], is_plain, name, body, instructions)
     size = 4 if dtype == "float32" else 2
     assert sorted({index for index, _ in found}) == [
         i for i, tile in enumerate(tiles()) if tile[0] == size
     ]
     assert {(index, not is_plain) for index, is_plain in found} == found.keys()
     return said, list(found.values())
-
-
-def ran(*command: str | Path) -> tuple[str, str]:
-    """What a command says on its output and on its error output."""
-    environment = processes.current_environment()
-    status, out, err = processes.run_command(command, 600, environment, processes.TESTS)
-    assert status == 0, err
-    return out, err
-
-
-def opcodes(instructions, *names):
-    """The instructions with one of these names, without predicate and operands."""
-    found = (re.sub(r"^@\S+\s+", "", instruction).split()[0] for instruction in instructions)
-    return [opcode for opcode in found if opcode.partition(".")[0] in names]
 
 
 def test_the_compiler_has_nothing_to_say(dtype, ahead):
