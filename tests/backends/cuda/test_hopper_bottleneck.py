@@ -550,11 +550,11 @@ BACKENDS = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_backends_run_what_a_table_says(backend, dtype, launches, monkeypatch):
+def test_backends_run_what_a_table_says(kind, dtype, launches, monkeypatch):
     """A fused network of Bottlenecks: a launch a block, and the error rule."""
-    if backend == "triton":
+    if kind == "triton":
         from fused_resnet.backends.triton import chains
 
         monkeypatch.setattr(
@@ -564,7 +564,7 @@ def test_backends_run_what_a_table_says(backend, dtype, launches, monkeypatch):
     x = torch.randn(1, 64, 9, 7, generator=torch.Generator().manual_seed(0))
     x = x.to(DEVICE, dtype, memory_format=LAST)
     fused = fused_resnet.fuse(copy.deepcopy(eager))
-    with torch.inference_mode(), backends.use_backend(backend):
+    with torch.inference_mode(), backends.use_backend(kind):
         out = fused(x)
         expected = copy.deepcopy(eager).double()(x.double())
         assert_error_rule(out, eager(x), expected)
@@ -579,12 +579,12 @@ def test_backends_run_what_a_table_says(backend, dtype, launches, monkeypatch):
     assert out.is_contiguous(memory_format=LAST)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_default_takes_none(backend, monkeypatch):
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_the_default_takes_none(kind, monkeypatch):
     monkeypatch.setattr(hopper_chains, "bottleneck", lambda *_: pytest.fail("not measured"))
     eager = stage()
     x = torch.randn(1, 64, 5, 6, device=DEVICE).half().to(memory_format=LAST)
-    with torch.inference_mode(), backends.use_backend(backend):
+    with torch.inference_mode(), backends.use_backend(kind):
         fused_resnet.fuse(copy.deepcopy(eager))(x)
 
 
