@@ -497,7 +497,9 @@ def few_instances() -> Path:
     ]
     (folder / "cuda" / "hopper" / "tiles.h").write_text("\n".join(rows) + "\n")
     text = (ROOT / "csrc" / "cuda" / "hopper" / "bottleneck_tiles.h").read_text()
-    left_out = re.compile(r"^ +\{(?!64, 64, 128, 5, 1|64, 128, 128, 5, 2)[\d, ]+\},\n", re.MULTILINE)
+    left_out = re.compile(
+        r"^ +\{(?!64, 64, 128, 5, 1|64, 128, 128, 5, 2)[\d, ]+\},\n", re.MULTILINE
+    )
     (folder / "cuda" / "hopper" / "bottleneck_tiles.h").write_text(left_out.sub("", text))
     operands = (ROOT / "csrc" / "cuda" / "batch_norm_operands.cuh").read_text()
     left_out = re.compile(r"return run\(__(half|nv_bfloat16)\(\)\);")
