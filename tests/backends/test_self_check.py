@@ -23,7 +23,14 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import fused_resnet
 from fused_resnet import backends, functional, reference
-from fused_resnet.backends import check_cases, cuda, cuda_quantized, library, self_check
+from fused_resnet.backends import (
+    check_cases,
+    cuda,
+    cuda_quantized,
+    hopper_chains,
+    library,
+    self_check,
+)
 from fused_resnet.backends.self_check import Case, Family, Verdict
 from fused_resnet.layers.description import ConvNorm, Norm, Pool
 from fused_resnet.layers.quantized import (
@@ -34,7 +41,14 @@ from fused_resnet.layers.quantized import (
 )
 from fused_resnet.modules import network
 from fused_resnet.testing import randomize_
-from fused_resnet.tuning import ChainProblem, Choice, ConvProblem, Tile
+from fused_resnet.tuning import (
+    ChainProblem,
+    Choice,
+    ConvProblem,
+    Tile,
+    architecture,
+    cuda_tiles,
+)
 from fused_resnet.tuning.choice import PAIR
 from fused_resnet.tuning.problem import BasicBlockProblem
 
@@ -375,6 +389,35 @@ def test_right_basic_blocks_are_used() -> None:
     tile = backends.cuda.basic_block.tiles(problem, backends.cuda.architecture.of_device(CPU))[-1]
     assert cuda.trusts_basic_block(problem, tile, CPU)
     assert [verdict.passed for verdict in found().values()] == [True]
+
+
+@CUDA
+@pytest.mark.parametrize(("width", "next_width"), [(64, 128), (128, 0)])
+def test_right_chains_for_hopper_are_used(
+    monkeypatch: pytest.MonkeyPatch, width: int, next_width: int
+) -> None:
+    """And wrong ones are not: a step in one channel of the output, or of what follows."""
+    projection = (width, 9, 9, 1, 1)
+    problem = ChainProblem(
+        2, width, 9, 9, 4 * width, (1, 1), (1, 1), (1, 1), "float16", projection, next_width
+    )
+    tiles = cuda_tiles.hopper_chain_tiles(problem, architecture.of_device(CPU))
+    assert tiles
+    assert all(hopper_chains.trusts(problem, tile, CPU) for tile in tiles)
+    assert {verdict.passed for verdict in found().values()} == {True}
+    assert len(found()) == len(tiles)
+    operator = hopper_chains._operator()
+    for part in range(2 if next_width else 1):
+        self_check.forget()
+
+        def wrong(*arguments: Any, part: int = part) -> list[Tensor]:
+            outs = [out.clone() for out in operator(*arguments)]
+            outs[part][:, 3, :, 2] += 0.5
+            return outs
+
+        monkeypatch.setattr(hopper_chains, "_operator", lambda wrong=wrong: wrong)
+        with pytest.warns(UserWarning, match=f"bottleneck of width {width}.*relative error"):
+            assert not hopper_chains.trusts(problem, tiles[0], CPU)
 
 
 @CUDA
