@@ -16,10 +16,10 @@ from support import ConvShape, cuda_on_host, dtype_id
 from support.exact_convolutions import Problem, assert_exact, small_integers
 
 from fused_resnet import _native, backends
-from fused_resnet.backends import cuda
+from fused_resnet.backends import check_cases, cuda, hopper_chains
 from fused_resnet.layers.activation import numbers_of
 from fused_resnet.testing import assert_error_rule
-from fused_resnet.tuning import cluster_norm
+from fused_resnet.tuning import ChainProblem, cluster_norm, cuda_tiles
 
 if not backends.cuda.on_host():
     pytest.skip("runs CUDA kernels on the host", allow_module_level=True)
@@ -113,6 +113,31 @@ def test_clusters_of_hopper(seeds):
         )  # fmt: skip
         assert_exact(out, case, seed)
     module.set_processors(4)
+
+
+def test_chains_of_hopper(seeds):
+    """The same of the Bottleneck chain, of which clusters take another tile after their first."""
+    problem = ChainProblem(1, 64, 40, 20, 128, (1, 1), (1, 1), (1, 1), "float16", None, 64)
+    tile = max(cuda_tiles.hopper_chain_instances(64, 64), key=lambda tile: tile.block_m)
+    assert tile.block_m == 2 * 128
+
+    def run(reduced, x, layers):
+        window, expand, _, following = layers
+        return hopper_chains.bottleneck(reduced, x, (window, expand, following), tile)
+
+    def library(dtype):
+        return case.library(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) else x)
+
+    case = check_cases.chain(problem, torch.device("cpu"), run)
+    module.set_processors(6)
+    first, *others = (case.kernel() for _ in itertools.islice(seeds, 3))
+    module.set_processors(4)
+    for out, eager, expected in zip(
+        first, library(torch.float16), library(torch.float64), strict=True
+    ):
+        assert_error_rule(out, eager, expected)
+    for other in others:
+        assert all(map(torch.equal, first, other))
 
 
 def test_stems(seeds):
