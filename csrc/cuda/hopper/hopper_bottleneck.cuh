@@ -60,8 +60,8 @@ __device__ __forceinline__ void fold_norm(const BottleneckNorm& norm, int channe
   }
 }
 
-// relu(scale sums + shift), plus what lies there already where kAdds, of 16 rows of a warp and
-// kColumns columns in slabs of 64.
+// relu(scale sums + shift), where kAdds of that plus what lies there already: a warp's 16 rows and
+// kColumns columns, in slabs of 64.
 template <typename T, int kColumns, bool kAdds>
 __device__ __forceinline__ void write_rows(char* rows, int slab_bytes, const float* sums,
                                            const float* scale, const float* shift) {
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(BottleneckTile::kThreads, 1)
       release(last_stage);
     };
 
-    if (is_first && first < tiles) prepare(first, 0);
+    if (is_first) prepare(first, 0);  // there are no more clusters than tiles
     for (int tile = first; tile < tiles; tile += clusters) {
       {
         float sums[kWidth / 2] = {};

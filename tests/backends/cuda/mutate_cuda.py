@@ -298,6 +298,26 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
         "const float deviation = sqrtf(read(layer.running_var, k, 0.f) + layer.eps);",
     ): "equivalent: the variance is never left out, so nothing stands for it",
     (
+        "(read(norm.bias, k, 0.f) - read(norm.running_mean, k, 0.f)) * scale[k]",
+        "(read(norm.bias, k, 0.f) - read(norm.running_mean, k, 1.f)) * scale[k]",
+    ): "equivalent: the mean is never left out, so nothing stands for it",
+    (
+        "const float deviation = exists ? sqrtf(read(norm.running_var, k, 1.f) + norm.eps) : 1.f;",
+        "const float deviation = exists ? sqrtf(read(norm.running_var, k, 0.f) + norm.eps) : 1.f;",
+    ): "equivalent: the variance is never left out, so nothing stands for it",
+    (
+        ": 0.f;",
+        ": 1.f;",
+    ): "equivalent: outputs beyond the last filter are not stored",
+    (
+        "const int tiles = (block.M + kM * kCluster - 1) / (kM * kCluster);",
+        "const int tiles = (block.M + kM * kCluster) / (kM * kCluster);",
+    ): "performance: a tile behind the last pixel, of which nothing is stored",
+    (
+        "__syncwarp();",
+        ";",
+    ): "convergence: a warp's threads arrive one by one on the host, those that loop later",
+    (
         "return (i + 1) * kWarps <= rows || warp + i * kWarps < rows;",
         "return (i + 1) * kWarps < rows || warp + i * kWarps < rows;",
     ): "equivalent: the second comparison alone is right, the first is for the compiler to see",
