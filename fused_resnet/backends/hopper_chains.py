@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import _native, tuning
 from ..layers.memory import lies_channels_last
@@ -38,11 +39,14 @@ def residual_blocks(input: Tensor, blocks: Sequence[Block], convolve: Convolve) 
     Returns:
         None where it chose it for none.
     """
-    if architecture.of_device(input.device).capability != _CAPABILITY or not any(
-        map(chain.has_chain, blocks)
+    if (
+        type(input) not in (Tensor, Parameter)
+        or architecture.of_device(input.device).capability != _CAPABILITY
+        or not any(map(chain.has_chain, blocks))
     ):
         return None
-    problems = chain.problems_of(input, blocks)
+    with _disable_current_modes():  # nothing that a plan of this pass would have to do
+        problems = chain.problems_of(input, blocks)
     if problems is None:
         return None
     choices = [None if one is None else tuning.choose(one, input.device) for one in problems]
