@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -74,8 +75,14 @@ def test_the_compiler_has_nothing_to_say(dtype, ahead):
     assert REGISTERS * 384 >= 40 * 128 + 232 * 256
     for kernel in kernels:
         assert not opcodes(kernel.instructions, "LDL", "STL")
-        registers = [i.split()[-1] for i in kernel.instructions if "USETMAXREG" in i]
-        assert sorted(map(lambda r: int(r, 0), registers)) == [40, 232]
+        code = kernel.instructions
+        places = [i for i, x in enumerate(code) if "USETMAXREG" in x]
+        parts = [code[begin:end] for begin, end in itertools.pairwise([*places, None])]
+        budgets = {int(part[0].split()[-1], 0): part for part in parts}
+        assert sorted(budgets) == [40, 232]
+        for budget, part in budgets.items():
+            named = (int(r) for x in part for r in re.findall(r"\bR(\d+)\b", x))
+            assert max(named) < budget
 
 
 def test_the_loops_only_multiply_and_wait(dtype, ahead):
