@@ -7,8 +7,7 @@ tuning.
 
 Of a chain they are its tiles, with and without the next block's convolution, those of CUDA's chain
 for Hopper, and its convolutions one by one, each as it is chosen by then; these take the library's
-place. Of a BasicBlock they are
-CUDA's tiles and its convolutions one by one.
+place. Of a BasicBlock they are CUDA's tiles and its convolutions one by one.
 
 Every candidate is checked before it is timed: its error against float64 obeys the error rule of
 `testing.py`, and NaN in the input and the residual reaches every output it should and no other
