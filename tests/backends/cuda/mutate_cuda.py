@@ -68,6 +68,7 @@ BASIC_BLOCK = "csrc/cuda/basic_block.cuh"
 BYTE_CONV = "csrc/cuda/byte_conv.cuh"
 HOPPER_CONV = "csrc/cuda/hopper/hopper_conv.cuh"
 HOPPER_BOTTLENECK = "csrc/cuda/hopper/hopper_bottleneck.cuh"
+HOPPER_PIPELINE = "csrc/cuda/hopper/pipeline.cuh"
 NARROW_RESIDUAL = "csrc/cuda/narrow_residual.cuh"
 TIME_LIMIT = 45  # seconds of computing for the tests of one mutant; unbroken, a third of it
 PATIENCE = 180  # seconds after which tests that computed nothing meanwhile will not end
@@ -98,6 +99,13 @@ OF_BATCH_NORM = [
         "and not explained and not converts and not schemas and not cluster",
     ),
 ]
+
+OF_HOPPERS_CHAIN = Suite(
+    "hopper/hopper_bottleneck_float16.cu",
+    "backends/cuda/test_hopper_bottleneck.py",
+    "not bfloat16 and not error_rule and not tune and not table and not refuse "
+    "and not choice and not takes_none and not other_blocks and not gradients",
+)
 
 # Another only for what those before compile to the same code, and for survivors judged again.
 SUITES = {
@@ -166,14 +174,8 @@ SUITES = {
             "tf32 and not the_backend",
         ),
     ],
-    HOPPER_BOTTLENECK: [
-        Suite(
-            "hopper/hopper_bottleneck_float16.cu",
-            "backends/cuda/test_hopper_bottleneck.py",
-            "not bfloat16 and not error_rule and not tune and not table and not refuse "
-            "and not choice and not takes_none and not other_blocks and not gradients",
-        ),
-    ],
+    HOPPER_BOTTLENECK: [OF_HOPPERS_CHAIN],
+    HOPPER_PIPELINE: [OF_HOPPERS_CHAIN],
     BYTE_CONV: [
         Suite("byte_conv.cu", "backends/cuda/test_cuda_quantized.py", "not refuse and not module"),
     ],
@@ -309,6 +311,10 @@ EXPLANATIONS: dict[tuple[str, str], str] = {
         ": 0.f;",
         ": 1.f;",
     ): "equivalent: outputs beyond the last filter are not stored",
+    (
+        "if (has_residual) y[e] += device::widen(residual.values[e]);",
+        "if (true) y[e] += device::widen(residual.values[e]);",
+    ): "equivalent: without a residual zeros are added",
     (
         "const int tiles = (block.M + kM * kCluster - 1) / (kM * kCluster);",
         "const int tiles = (block.M + kM * kCluster) / (kM * kCluster);",
