@@ -18,7 +18,7 @@ from ..ops import running_statistics
 from ..ops.conv_bn_act import conv_bn_act
 from ..ops.gradients import trains_activation
 from ..ops.norm_conv_bn_act import norm_conv_bn_act
-from ..ops.registration import needs_grad
+from ..ops.registration import is_exporting, needs_grad
 from ..originals import AnyNorm, Conv2d
 from . import norms
 from .activations import is_relu, text_of
@@ -196,7 +196,7 @@ def _norm_act(
         or x.dim() != 4
         or (group is not None and torch.compiler.is_compiling())
         # Whoever exports a model to train it looks for torch's own norms.
-        or torch.compiler.is_exporting()
+        or is_exporting()
         or not (narrow or residual is None or residual.shape == x.shape)
     ):
         if narrow and residual is not None:

@@ -30,6 +30,15 @@ _PLAIN_TYPES = frozenset({Tensor, Parameter, type(None)})
 _TRACING_TYPES = (Tensor, Parameter, type(None), FakeTensor, FunctionalTensor)
 
 
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting()`, which to the compiler of torch 2.11 is always True.
+
+    What it returns elsewhere, and in graphs of later versions, is this flag.
+    """
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
 def nothing_intercepts(*tensors: Tensor | None) -> bool:
     """Whether the dispatcher would do no more than call autograd and the kernel."""
     return not torch._C._is_any_autocast_enabled() and is_plain(*tensors)

@@ -51,6 +51,8 @@ class DotWalk {
       if (i < pixels.count) continue;
       pixels.in[i] = pixels.in[i - 1];
       pixels.projected[i] = pixels.projected[i - 1];
+      pixels.added[i] = pixels.added[i - 1];
+      pixels.out[i] = pixels.out[i - 1];
     }
     return true;
   }

@@ -20,6 +20,7 @@ from .. import operator_checks
 from ..gradients import accumulation_dtype
 from ..registration import (
     has_foreign,
+    is_exporting,
     library,
     needs_grad,
     register_fake,
@@ -60,7 +61,7 @@ def holds_training_in_graphs(*tensors: Tensor | None) -> bool:
     assert first is not None
     return (
         torch.compiler.is_dynamo_compiling()
-        and not torch.compiler.is_exporting()
+        and not is_exporting()
         and not has_foreign(*tensors)
         and backends.hold_blocks_in_graphs(first.device.type)
     )
