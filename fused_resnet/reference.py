@@ -39,6 +39,23 @@ def pad_channels(residual: Tensor, channels: int) -> Tensor:
     return F.pad(residual, (*[0, 0] * (residual.dim() - 2), added // 2, added - added // 2))
 
 
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm`, and the operator behind it with an eps of 0, which torch 2.11 refuses."""
+    if eps > 0:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    parameters = (weight, bias, running_mean, running_var)
+    return torch.batch_norm(input, *parameters, training, momentum, eps, False)
+
+
 def add_act(input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     """`activation(input + pad_channels(residual))`; see `layers/activation.py` for what there are.
 
@@ -94,7 +111,7 @@ def conv_bn_act(
     Shapes and dtypes are those of `functional.conv_bn_act`.
     """
     out = conv2d(input, weight, bias, stride, padding, dilation, groups)
-    out = F.batch_norm(out, running_mean, running_var, bn_weight, bn_bias, eps=eps)
+    out = batch_norm(out, running_mean, running_var, bn_weight, bn_bias, eps=eps)
     return add_act(out, residual, activation)
 
 
@@ -123,7 +140,7 @@ def norm_conv_bn_act(
         zeros of the convolution's padding are beside it, not beside `input`.
     """
     norm = (in_mean, in_var, in_weight, in_bias)
-    normalised = torch.relu(F.batch_norm(input, *norm, eps=in_eps))
+    normalised = torch.relu(batch_norm(input, *norm, eps=in_eps))
     return conv_bn_act(normalised, *arguments)
 
 
@@ -179,7 +196,7 @@ def batch_norm_act(
     activation: str = "relu",
 ) -> Tensor:
     """`activation(F.batch_norm(input, ...) + residual)`; updates the statistics when training."""
-    out = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    out = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return add_act(out, residual, activation)
 
 
@@ -226,7 +243,7 @@ def batch_norm_act_training(
     # Without any, a 16-bit input's statistics would be rounded to 16 bits.
     affine = weight if weight is not None else bias
     scratch = input.new_zeros(input.size(1), dtype=dtype if affine is None else affine.dtype)
-    out = F.batch_norm(input, scratch, scratch.clone(), weight, bias, True, 0.0, eps)
+    out = batch_norm(input, scratch, scratch.clone(), weight, bias, True, 0.0, eps)
     return add_act(out, residual, activation), mean.flatten(), var
 
 

@@ -218,16 +218,10 @@ class ConvCase:
             self.dilation,
             self.groups,
         )
-        out = F.batch_norm(
-            out,
-            self.running_mean,
-            self.running_var,
-            self.bn_weight,
-            self.bn_bias,
-            False,
-            0.0,
-            self.eps,
-        )
+        # The operator behind `F.batch_norm`, which in torch 2.11 refuses an eps of 0.
+        parameters = (self.bn_weight, self.bn_bias, self.running_mean, self.running_var)
+        cudnn = torch.backends.cudnn.enabled
+        out = torch.batch_norm(out, *parameters, False, 0.0, self.eps, cudnn)
         if self.residual is not None:
             out += self.residual
         out = ACTIVATIONS[self.activation](out)
