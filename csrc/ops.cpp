@@ -62,6 +62,10 @@ STABLE_TORCH_LIBRARY(fused_resnet, m)
       "Tensor[] vectors, Tensor[] copies) -> bool");
 
   m.def("pool_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "squeeze_excitation(Tensor input, Tensor reduce_weight, Tensor? reduce_bias, "
+      "Tensor expand_weight, Tensor? expand_bias, int act, float act_first, float act_second, "
+      "int gate) -> Tensor");
 
   // The CPU backend's training: internal too, see csrc/cpu/batch_norm.cpp.
   m.def("batch_statistics(Tensor input) -> (Tensor mean, Tensor var)");

@@ -45,6 +45,8 @@ MaxPool2d = _defined(pooling.MaxPool2d, pooling, "MaxPool2d")
 Sequential = _defined(container.Sequential, container, "Sequential")
 AdaptiveAvgPool2d = _defined(pooling.AdaptiveAvgPool2d, pooling, "AdaptiveAvgPool2d")
 Linear = _defined(linear.Linear, linear, "Linear")
+Sigmoid = _defined(activation.Sigmoid, activation, "Sigmoid")
+Hardsigmoid = _defined(activation.Hardsigmoid, activation, "Hardsigmoid")
 Identity = _defined(linear.Identity, linear, "Identity")
 
 AnyNorm: TypeAlias = nn.BatchNorm2d | misc.FrozenBatchNorm2d
@@ -138,9 +140,29 @@ def _now_of_activations() -> tuple[Any, ...]:
     )
 
 
+_WHERE_IN_GATES: tuple[tuple[Any, str], ...] = (
+    (Sigmoid, "forward"),
+    (Hardsigmoid, "forward"),
+    (AdaptiveAvgPool2d, "forward"),
+    (F, "hardsigmoid"),
+    (F, "adaptive_avg_pool2d"),
+)
+
+
+def _now_in_gates() -> tuple[Any, ...]:
+    return (
+        Sigmoid.forward,
+        Hardsigmoid.forward,
+        AdaptiveAvgPool2d.forward,
+        F.hardsigmoid,
+        F.adaptive_avg_pool2d,
+    )
+
+
 _known: tuple[Any, ...] = ()
 _known_in_heads: tuple[Any, ...] = ()
 _known_of_activations: tuple[Any, ...] = ()
+_known_in_gates: tuple[Any, ...] = ()
 
 
 def replaced() -> str | None:
@@ -179,9 +201,22 @@ def replaced_activation() -> str | None:
     return which
 
 
+def replaced_in_gates() -> str | None:
+    """`replaced`, of what squeezes and excites."""
+    global _known_in_gates
+    now = _now_in_gates()
+    if now == _known_in_gates:
+        return None
+    which = _which(_WHERE_IN_GATES, now)
+    if which is None:
+        _known_in_gates = now
+    return which
+
+
 # Compilers take the answer as it is when they trace, as they take the functions themselves.
 replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 replaced_in_heads._dynamo_marked_constant = True  # type: ignore[attr-defined]
+replaced_in_gates._dynamo_marked_constant = True  # type: ignore[attr-defined]
 replaced_activation._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

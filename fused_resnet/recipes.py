@@ -445,7 +445,7 @@ def _traced_form(module: nn.Module, may_be_left: tuple[str, ...] | None) -> Form
         for training, (graph, found) in traces.items():
             own = tuple(one.unit for one in found)
             units = own if len(own) > len(units) else units
-            ways[training, given] = traced.fused_graph(graph, found)
+            ways[training, given] = traced.fused_graph(graph, found, module)
     if not ways:
         return None
     sources = {way: graph.python_code("self").src for way, graph in ways.items()}

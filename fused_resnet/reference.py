@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .layers.activation import applied
 from .layers.convolution import conv2d
+from .layers.description import GATES, SqueezeExcitation
 from .layers.quantized import (
     LARGEST,
     LARGEST_FLOAT8,
@@ -180,6 +181,15 @@ def conv_bn_act_max_pool(
         activation,
     )
     return F.max_pool2d(out, tuple(pool_kernel_size), tuple(pool_stride), tuple(pool_padding))
+
+
+def squeeze_excitation(input: Tensor, layers: SqueezeExcitation) -> Tensor:
+    """The input (N, C, H, W) with each image's channels times their factors: see the layers."""
+    factors = F.conv2d(input.mean((2, 3), keepdim=True), layers.reduce, layers.reduce_bias)
+    factors = applied(factors, layers.activation)
+    factors = F.conv2d(factors, layers.expand, layers.expand_bias)
+    gate = torch.sigmoid if layers.gate == GATES[0] else F.hardsigmoid
+    return input * gate(factors)
 
 
 def batch_norm_act(

@@ -56,7 +56,7 @@ Tensor convolve(Conv conv, const Tensor& input, const ConvLayer& layer, const In
   return output;
 }
 
-// A convolution with neither residual nor prologue, in a plan.
+// A convolution without a prologue, in a plan.
 class ConvStep : public PlanStep {
  public:
   ConvStep(PlanRecording& recording, const ConvLayer& layer, const Tensor& input,
@@ -74,6 +74,9 @@ class ConvStep : public PlanStep {
   Tensor run(const Tensor& input) const override {
     return convolve(prepared_.conv, input, layer_, nullptr, std::nullopt, act_, max_pool_);
   }
+  Tensor run_adding(const Tensor& input, const Tensor& residual) const override {
+    return convolve(prepared_.conv, input, layer_, nullptr, residual, act_, max_pool_);
+  }
 
  private:
   const ConvLayer layer_;
@@ -90,9 +93,9 @@ std::optional<Tensor> run(const Tensor& input, const ConvLayer& layer, const Inp
                                input.scalar_type());
   if (!prepared.is_current) return std::nullopt;
   Tensor output = convolve(prepared.conv, input, layer, input_norm, residual, act, max_pool);
-  if (PlanRecording* recording = plan_recording(); recording && !residual && !input_norm) {
+  if (PlanRecording* recording = plan_recording(); recording && !input_norm) {
     recording->add(input, output,
-                   std::make_unique<ConvStep>(*recording, layer, input, act, max_pool));
+                   std::make_unique<ConvStep>(*recording, layer, input, act, max_pool), residual);
   }
   return output;
 }

@@ -22,6 +22,10 @@
 
 namespace fused_resnet::cpu {
 
+Tensor PlanStep::run_adding(const Tensor&, const Tensor&) const {
+  FR_CHECK(false, "run_cpu_plan: a step without a residual has been given one");
+}
+
 TensorForm::TensorForm(const Tensor& tensor)
     : data(tensor.const_data_ptr()),
       dtype(static_cast<int32_t>(tensor.scalar_type())),
@@ -62,14 +66,25 @@ Tensor PlanRecording::lent_and_copied(const Tensor& weight) {
   return result;
 }
 
-void PlanRecording::add(const Tensor& input, const Tensor& output, std::unique_ptr<PlanStep> step) {
-  const TensorForm form(input);
-  if (!input_) {
-    input_ = form;
-  } else if (!output_ || TensorForm(*output_) != form) {
-    obstacle_ = "a call reads something else than the output of the one before";
+std::optional<size_t> PlanRecording::value_of(const TensorForm& form) const {
+  // The last one: where memory is used again, what was there before is gone. Nothing but these
+  // calls makes tensors in a pass that becomes a plan.
+  const auto found = std::find(values_.rbegin(), values_.rend(), form);
+  if (found == values_.rend()) return std::nullopt;
+  return static_cast<size_t>(values_.rend() - found) - 1;
+}
+
+void PlanRecording::add(const Tensor& input, const Tensor& output, std::unique_ptr<PlanStep> step,
+                        const std::optional<Tensor>& residual) {
+  if (values_.empty()) values_.emplace_back(input);
+  const std::optional<size_t> read = value_of(TensorForm(input));
+  std::optional<size_t> added;
+  if (residual) added = value_of(TensorForm(*residual));
+  if (!read || (residual && !added)) {
+    obstacle_ = "a call reads something else than the input and outputs of the ones before";
   }
-  output_ = output;  // with a share in its memory, so that no other output is there
+  values_.emplace_back(output);
+  calls_.push_back({step.get(), read.value_or(0), added});
   steps_.push_back(std::move(step));
 }
 
@@ -140,10 +155,16 @@ void prefetch(const void* object) {
 class InferencePlan {
  public:
   explicit InferencePlan(std::unique_ptr<PlanRecording> recording)
-      : steps_(std::move(recording->steps_)), input_(*recording->input_) {
+      : steps_(std::move(recording->steps_)),
+        calls_(std::move(recording->calls_)),
+        last_reader_(calls_.size() + 1, 0),
+        input_(recording->values_.front()) {
     for (const auto& step : steps_) {
       for (int64_t i = 0; i < step->checks(); ++i) checks_.push_back({step.get(), i});
-      if (!step->only_checks()) working_.push_back(step.get());
+    }
+    for (size_t i = 0; i < calls_.size(); ++i) {
+      last_reader_[calls_[i].input] = i;
+      if (calls_[i].residual) last_reader_[*calls_[i].residual] = i;
     }
   }
 
@@ -159,9 +180,9 @@ class InferencePlan {
                                                       const std::vector<Tensor>& parameters,
                                                       const Objects& objects,
                                                       std::vector<int64_t>& copied) {
-    if (!recording->obstacle_.empty() || !recording->input_ || !recording->output_ ||
-        *recording->input_ != TensorForm(input) ||
-        TensorForm(*recording->output_) != TensorForm(output)) {
+    if (!recording->obstacle_.empty() || recording->calls_.empty() ||
+        recording->values_.front() != TensorForm(input) ||
+        recording->values_.back() != TensorForm(output)) {
       return nullptr;
     }
     const std::optional<ObjectLayout> layout = layout_of(objects);
@@ -200,19 +221,25 @@ class InferencePlan {
     if (!fits(input) || !parameters_are_as_they_were() || !copies_are_current()) {
       return std::nullopt;
     }
-    std::optional<Tensor> value;
-    for (size_t i = 0; i < working_.size(); ++i) {
-      const Tensor& from = value ? *value : input;
-      if (i + 1 < working_.size()) {
-        if (std::optional<Tensor> both = working_[i + 1]->run_behind(*working_[i], from)) {
-          value = std::move(both);
+    std::vector<std::optional<Tensor>> values(calls_.size() + 1);
+    values[0] = input;
+    for (size_t i = 0; i < calls_.size(); ++i) {
+      if (i + 1 < calls_.size() && reads_alone(i + 1)) {
+        const Tensor& from = *values[calls_[i].input];
+        if (auto both = calls_[i + 1].step->run_behind(*calls_[i].step, from)) {
+          values[i + 2] = std::move(both);
           ++i;
           continue;
         }
       }
-      value = working_[i]->run(from);
+      const PlanCall& call = calls_[i];
+      const Tensor& from = *values[call.input];
+      values[i + 1] = call.residual ? call.step->run_adding(from, *values[*call.residual])
+                                    : call.step->run(from);
+      if (last_reader_[call.input] == i) values[call.input].reset();
+      if (call.residual && last_reader_[*call.residual] == i) values[*call.residual].reset();
     }
-    return value;
+    return std::move(values.back());
   }
 
  private:
@@ -230,6 +257,12 @@ class InferencePlan {
     const auto type = found(objects.types), tensor = found(objects.cdatas);
     if (!type || !tensor) return std::nullopt;
     return ObjectLayout{*type, *tensor};
+  }
+
+  // Whether a call reads the output of the one before, which nothing else does, and nothing else.
+  bool reads_alone(size_t i) const {
+    return calls_[i].input == i && last_reader_[i] == i && !calls_[i].residual &&
+           !calls_[i - 1].residual;
   }
 
   bool fits(const Tensor& input) const {
@@ -267,7 +300,8 @@ class InferencePlan {
   };
 
   std::vector<std::unique_ptr<PlanStep>> steps_;
-  std::vector<const PlanStep*> working_;  // of these, those that do more than check
+  std::vector<PlanCall> calls_;
+  std::vector<size_t> last_reader_;  // of each value, the call
   std::vector<Check> checks_;
   std::vector<Parameter> parameters_;
   ObjectLayout layout_;

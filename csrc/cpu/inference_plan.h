@@ -33,10 +33,11 @@ class PlanStep {
     return true;
   }
 
-  // Whether its checks are all there is to it.
-  virtual bool only_checks() const { return false; }
   // From several threads at a time.
   virtual torch::stable::Tensor run(const torch::stable::Tensor& input) const = 0;
+  // Likewise, of a step that was recorded with a residual, which has no other way to run.
+  virtual torch::stable::Tensor run_adding(const torch::stable::Tensor& input,
+                                           const torch::stable::Tensor& residual) const;
   // What `before` and then this one make of an input, where they need no tensor between them.
   virtual std::optional<torch::stable::Tensor> run_behind(
       const PlanStep& before, const torch::stable::Tensor& input) const {
@@ -56,6 +57,14 @@ struct TensorForm {
   std::vector<int64_t> sizes, strides;
 };
 
+// A step that computes, and which values it reads: 0 is the pass's input, i the output of call
+// i - 1.
+struct PlanCall {
+  const PlanStep* step;
+  size_t input;
+  std::optional<size_t> residual;
+};
+
 class PlanRecording {
  public:
   // A parameter for a step to keep: its memory, without a share in it. A plan runs only while the
@@ -65,20 +74,26 @@ class PlanRecording {
   // Likewise, where the step keeps a copy of its values that it compares only samples of.
   torch::stable::Tensor lent_and_copied(const torch::stable::Tensor& weight);
 
-  // A call that made `output` of `input`.
+  // A call that made `output` of `input`, and of a residual if there is one: the pass's input, or
+  // outputs of calls before it.
   void add(const torch::stable::Tensor& input, const torch::stable::Tensor& output,
-           std::unique_ptr<PlanStep> step);
+           std::unique_ptr<PlanStep> step,
+           const std::optional<torch::stable::Tensor>& residual = std::nullopt);
   // A call that only compared.
   void add_check(std::unique_ptr<PlanStep> step);
 
  private:
   friend class InferencePlan;
 
+  // Which value a tensor is.
+  std::optional<size_t> value_of(const TensorForm& form) const;
+
   std::vector<std::unique_ptr<PlanStep>> steps_;
+  std::vector<PlanCall> calls_;
   std::vector<TensorForm> lent_;
   std::vector<bool> is_copied_;
-  std::optional<TensorForm> input_;
-  std::optional<torch::stable::Tensor> output_;
+  // The pass's input and each call's output.
+  std::vector<TensorForm> values_;
   std::string obstacle_;
 };
 

@@ -19,12 +19,12 @@
 #include "cpu/conv_layer.h"
 #include "cpu/inference_plan.h"
 #include "cpu/isa.h"
+#include "cpu/pool_linear.h"
 #include "cpu/pool_linear_rows.h"
 
 namespace fused_resnet::cpu {
-namespace {
 
-const PoolLinearRows& rows_for(Dtype dtype) {
+const PoolLinearRows& pool_linear_rows_for(Dtype dtype) {
   const PoolLinearKernels* kernels = nullptr;
 #if defined(__x86_64__)
   if (cpu_isa() == Isa::avx2) kernels = &pool_linear_avx2;
@@ -41,12 +41,10 @@ const PoolLinearRows& rows_for(Dtype dtype) {
   }
 }
 
+namespace {
+
 // Channels whose mean a task takes: two lines of the cache.
 constexpr int64_t kChannels = 64;
-
-// Of an image: as many as float32 counts. One that is expanded can have any number of pixels in no
-// memory at all, and would be summed up for days.
-constexpr int64_t kMostPixels = int64_t{1} << 24;
 
 Tensor pool_and_multiply(const Tensor& input, const Tensor& weight,
                          const std::optional<Tensor>& bias) {
@@ -55,15 +53,15 @@ Tensor pool_and_multiply(const Tensor& input, const Tensor& weight,
   check_rank(op, "weight", weight, 2);
   const ScalarType dtype = input.scalar_type();
   check_dtype(op, "weight", weight, dtype);
-  const PoolLinearRows& rows = rows_for(kernel_dtype(dtype));
+  const PoolLinearRows& rows = pool_linear_rows_for(kernel_dtype(dtype));
   const Strides in = strides_of(input);
   const int64_t N = input.size(0), C = input.size(1), K = weight.size(0);
   const int64_t item = static_cast<int64_t>(input.element_size());
   const PooledImage image{input.size(2), input.size(3), in.c, in.h, in.w};
   FR_CHECK(image.H > 0 && image.W > 0, op, ": input has shape ", shape_string(input),
            ", must have pixels");
-  FR_CHECK(image.H <= kMostPixels / image.W, op, ": input has shape ", shape_string(input),
-           ", must have at most ", kMostPixels, " pixels an image");
+  FR_CHECK(image.H <= kMostPooledPixels / image.W, op, ": input has shape ", shape_string(input),
+           ", must have at most ", kMostPooledPixels, " pixels an image");
   FR_CHECK(in.c == 1 || in.w == 1, op, ": input has neither channels nor pixels side by side");
   FR_CHECK(weight.size(1) == C, op, ": weight has ", weight.size(1), " input features, input has ",
            C, " channels");

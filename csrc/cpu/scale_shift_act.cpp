@@ -33,7 +33,9 @@ const ScaleShiftActRows& rows_for(Isa isa) {
   return scale_shift_act_baseline;
 }
 
-ScaleShiftActRow row_for(ScalarType dtype) {
+}  // namespace
+
+ScaleShiftActRow cpu::scale_shift_act_row(ScalarType dtype) {
   const ScaleShiftActRows& rows = rows_for(cpu_isa());
   switch (dtype) {
     case ScalarType::Half:
@@ -46,6 +48,8 @@ ScaleShiftActRow row_for(ScalarType dtype) {
       return rows.float32;
   }
 }
+
+namespace {
 
 // A row of a strided operand as dense memory: the row itself, or a copy in `buffer`.
 class Row {
@@ -220,7 +224,7 @@ void run(Problem problem, const Tensor& scale, const Tensor& shift) {
   // No two threads write to one line, or to one byte of a mask.
   const int64_t size = problem.output.numel(), unit = kGrainSize / 64;
   // Not in the parallel region: not every torch hands on the text of an error thrown there.
-  const ScaleShiftActRow kernel = row_for(problem.input.scalar_type());
+  const ScaleShiftActRow kernel = cpu::scale_shift_act_row(problem.input.scalar_type());
   torch::stable::parallel_for(0, (size + unit - 1) / unit, 64, [&](int64_t begin, int64_t end) {
     run_range(problem, kernel, begin * unit, std::min(end * unit, size));
   });

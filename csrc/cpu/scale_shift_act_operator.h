@@ -2,13 +2,18 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
 #include <string>
 
 #include "activations.h"
+#include "cpu/scale_shift_act_row.h"
 
 namespace fused_resnet::cpu {
+
+// This processor's loop.
+ScaleShiftActRow scale_shift_act_row(torch::headeronly::ScalarType dtype);
 
 // See fused_resnet/reference.py, `scale_shift_act`. The output lies in the pool's memory, and so
 // does what `passed`, if it is not null, is set to where the kernel keeps ReLU's mask: for each

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..layers.description import Block, ConvNorm, Norm, Pool, Sums
+from ..layers.description import Block, ConvNorm, Norm, Pool, SqueezeExcitation, Sums
 from ..layers.memory import memory_format_of
 from ..layers.quantized import Quantization, QuantizedBlock, QuantizedLinear, QuantizedStem
 from . import library
@@ -130,6 +130,13 @@ class Backend:
         """Whether a plan includes the pool and the linear layer at a network's end."""
         return False
 
+    def runs_chains(self, input: Tensor) -> bool:
+        """Whether blocks of small convolutions, one after the other, are best run channels_last.
+
+        In inference: an input that lies otherwise is copied, and so is what comes out.
+        """
+        return False
+
     def graph_key(self, input: Tensor) -> Hashable | None:
         """What a CUDA graph of a pass depends on, likewise, the current stream included."""
         return None
@@ -237,6 +244,10 @@ class Backend:
 
     def pool_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """A network's head in one call, or None where that is not covered: `ops.pool_linear`."""
+        return None
+
+    def squeeze_excitation(self, input: Tensor, layers: SqueezeExcitation) -> Tensor | None:
+        """In one call, or None where that is not covered: `ops.squeeze_excitation`."""
         return None
 
     # Training, forward.

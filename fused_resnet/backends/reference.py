@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from ..layers.description import ConvNorm, Norm, Pool
+from ..layers.description import ConvNorm, Norm, Pool, SqueezeExcitation
 from .backend import Backend
 
 
@@ -37,6 +37,10 @@ class Reference(Backend):
         """See `reference.conv_bn_act_max_pool`."""
         arguments = (*layer.flat(), activation, *pool)
         return reference.conv_bn_act_max_pool(input, *arguments)
+
+    def squeeze_excitation(self, input: Tensor, layers: SqueezeExcitation) -> Tensor:
+        """See `reference.squeeze_excitation`."""
+        return reference.squeeze_excitation(input, layers)
 
     def batch_norm_act_inference(
         self, input: Tensor, norm: Norm, residual: Tensor | None, activation: str

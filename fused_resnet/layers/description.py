@@ -92,6 +92,32 @@ class Pool(NamedTuple):
     padding: tuple[int, ...] | list[int]
 
 
+class SqueezeExcitation(NamedTuple):
+    """Factors for an image's channels: `gate(expand(activation(reduce(mean of the pixels))))`.
+
+    Hu et al., "Squeeze-and-Excitation Networks", section 3.
+
+    Attributes:
+        reduce: (R, C, 1, 1), a convolution's weight.
+        reduce_bias: (R,) or None.
+        expand: (C, R, 1, 1), likewise.
+        expand_bias: (C,) or None.
+        activation: see `layers/activation.py`.
+        gate: one of `GATES`.
+    """
+
+    reduce: Tensor
+    reduce_bias: Tensor | None
+    expand: Tensor
+    expand_bias: Tensor | None
+    activation: str
+    gate: str
+
+
+GATES = ("sigmoid", "hardsigmoid")
+"""In the order of csrc/cpu/squeeze_excitation.cpp."""
+
+
 class Sums(NamedTuple):
     """What batch norm's backward needs of a batch, g its gradient behind the activation.
 

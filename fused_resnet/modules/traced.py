@@ -21,7 +21,7 @@ from .. import forms
 from ..forms import FUNCTION, FUNCTIONAL_RELU, Unit
 from ..layers import activation, checks
 from ..originals import Conv2d, MaxPool2d
-from . import network, norms, read
+from . import network, norms, read, squeeze_excitation
 from .activations import text_of
 from .conv_norm_act import conv_norm_act, left_to_modules
 from .read import input_obstacle
@@ -238,8 +238,10 @@ def _writes_nothing(node: fx.Node, root: nn.Module, one: Found) -> bool:
     return isinstance(module, _PURE_MODULES) or norms.is_frozen(module)
 
 
-def fused_graph(graph: fx.Graph, found: list[Found]) -> fx.Graph:
+def fused_graph(graph: fx.Graph, found: list[Found], root: nn.Module | None = None) -> fx.Graph:
     """A copy of a graph with one call for each unit.
+
+    And, where the modules' `root` is given, for what may be squeeze-and-excitation.
 
     Raises:
         RuntimeError: it is not a graph that can be copied.
@@ -270,6 +272,13 @@ def fused_graph(graph: fx.Graph, found: list[Found]) -> fx.Graph:
             if copied is last:
                 copies[key] = call
         for node in reversed(nodes):
+            fused.erase_node(node)
+    for node in list(fused.nodes) if root is not None else ():
+        if squeeze_excitation.may_be(_module(node, root)) and _takes_one(node):
+            with fused.inserting_before(node):
+                module = fused.get_attr(str(node.target))
+                call = fused.call_function(squeeze_excitation.run, (node.args[0], module))
+            node.replace_all_uses_with(call)
             fused.erase_node(node)
     return fused
 

@@ -25,6 +25,8 @@ from .inference import (
     pool_linear,
     prefers_modules,
     residual_blocks,
+    runs_chains,
+    squeeze_excitation,
 )
 from .isa import ISA, NATIVE_DTYPES, TILE_ISA, explain, has_kernel
 from .norm import (
@@ -68,6 +70,7 @@ __all__ = [
     "pool_linear",
     "release",
     "residual_blocks",
+    "squeeze_excitation",
     "tile_products",
 ]
 
@@ -138,6 +141,8 @@ class Cpu(Backend):
     batch_norm_act_inference = staticmethod(batch_norm_act_inference)
     residual_blocks = staticmethod(residual_blocks)
     pool_linear = staticmethod(pool_linear)
+    squeeze_excitation = staticmethod(squeeze_excitation)
+    runs_chains = staticmethod(runs_chains)
     batch_norm_act_training = staticmethod(batch_norm_act_training)
     batch_norm_act_training_keeping_mask = staticmethod(batch_norm_act_training_keeping_mask)
     batch_statistics = staticmethod(batch_statistics)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...layers import counting
 from ...layers.activation import numbers_of
 from ...layers.convolution import conv2d
-from ...layers.description import Block, ConvNorm, Norm, Pool
+from ...layers.description import GATES, Block, ConvNorm, Norm, Pool, SqueezeExcitation
 from ...layers.memory import memory_format_of
 from ..backend import Convolution
 from . import operators, precision, weights
@@ -28,7 +28,7 @@ from .norm import batch_norm_act_inference, batch_norm_act_inference_
 
 # The images for which `pool_linear` is faster than torch's operators.
 MOST_IMAGES = 16
-# And their pixels, kMostPixels in csrc/cpu/pool_linear.cpp.
+# And their pixels, kMostPooledPixels in csrc/cpu/pool_linear.h.
 _MOST_PIXELS = 2**24
 # Stands for a tensor that is not there, in a list of tensors.
 _ABSENT = torch.empty(0, device="cpu")
@@ -221,3 +221,50 @@ def pool_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | 
     if counting.is_wanted():
         counting.mark_linear(input, weight)
     return operators.pool_linear(input, weight, bias)
+
+
+def squeeze_excitation(input: Tensor, layers: SqueezeExcitation) -> Tensor | None:
+    """See csrc/cpu/squeeze_excitation.cpp, and `ops.squeeze_excitation`."""
+    if not ISA or input.dtype not in NATIVE_DTYPES or not input.numel():
+        return None
+    _, C, H, W = input.shape
+    reduce, reduce_bias, expand, expand_bias, activation, gate = layers
+    R = reduce.size(0)
+    # What does not go together is left to torch's operators, which say what.
+    if (
+        reduce.shape != (R, C, 1, 1)
+        or expand.shape != (C, R, 1, 1)
+        or R == 0
+        or H * W > _MOST_PIXELS
+        or (C > 1 and reduce.stride(1) != 1)
+        or (R > 1 and expand.stride(1) != 1)
+        or not (input.is_contiguous() or _is_last(input))
+    ):
+        return None
+    for tensor, channels in ((reduce, R), (expand, C), (reduce_bias, R), (expand_bias, C)):
+        if tensor is None:
+            continue
+        if tensor.dtype is not input.dtype or tensor.device != input.device:
+            return None
+        if tensor.dim() == 1 and (tensor.size(0) != channels or not tensor.is_contiguous()):
+            return None
+    if counting.is_wanted():
+        shape = (input.size(0), C, 1, 1)
+        geometry = ((1, 1), (0, 0), (1, 1), 1)
+        counting.mark(
+            [
+                counting.convolution(shape, reduce.shape, *geometry),
+                counting.convolution((input.size(0), R, 1, 1), expand.shape, *geometry),
+            ]
+        )
+    act = numbers_of(activation)
+    return operators.squeeze_excitation(
+        input, reduce, reduce_bias, expand, expand_bias, *act, GATES.index(gate)
+    )
+
+
+def runs_chains(input: Tensor) -> bool:
+    """See `Backend.runs_chains`: of NCHW where that has been measured."""
+    if not ISA or input.dtype not in NATIVE_DTYPES:
+        return False
+    return _is_last(input) or (input.dtype is torch.float32 and not TILE_ISA)

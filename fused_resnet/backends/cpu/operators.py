@@ -13,6 +13,7 @@ conv_bn_act_packed = _operators.conv_bn_act_packed.default._op
 norm_conv_bn_act_packed = _operators.norm_conv_bn_act_packed.default
 residual_blocks_packed = _operators.residual_blocks_packed.default._op
 pool_linear = _operators.pool_linear.default
+squeeze_excitation = _operators.squeeze_excitation.default._op
 pack_conv_weight = _operators.pack_conv_weight.default
 conv_weight_is_packed = _operators.conv_weight_is_packed.default
 batch_statistics = _operators.batch_statistics.default._op

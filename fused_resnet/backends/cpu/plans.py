@@ -29,6 +29,7 @@ _RECORDED = frozenset(
         _operators.quantized_pool_linear.default,
         _operators.quantized_stem_packed.default,
         _operators.pool_linear.default,
+        _operators.squeeze_excitation.default,
     }
 )
 _VIEWS = frozenset({torch.ops.aten.alias.default, torch.ops.aten.detach.default})
