@@ -170,6 +170,11 @@ class Form:
         return tuple(dict.fromkeys(names + parents))
 
     @property
+    def has_layers(self) -> bool:
+        """Whether it is more than the modules that its own calls."""
+        return bool(self.units or self.norms or self.convs)
+
+    @property
     def is_block(self) -> bool:
         """Whether it is nothing but its units and, in the last of them, the shortcut."""
         return self.shortcut is not None and not self.norms and not self.convs

@@ -31,9 +31,9 @@ from torch import Tensor, fx, nn
 from . import backends, blocks, forms, originals
 from .forms import Form, Unit
 from .layers import watch
-from .modules import read, run, sequences, traced, trial
+from .modules import chains, read, run, sequences, traced, trial
 from .modules.conv_norm_act import left_to_modules
-from .originals import Conv2d
+from .originals import Conv2d, Sequential
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,36 @@ def found(module: nn.Module) -> Form | None:
         if form is not None and _refusal(module, form, recipe) is None:
             return form
     if originals.applies_in_order(type(module)):
-        return _sequence_form(module)
+        return _sequence_form(module) or chain(module)
     return None
+
+
+def chain(module: nn.Module) -> Form | None:
+    """The form of an `nn.Sequential` of fused blocks of many small convolutions, or None."""
+    children = module._modules.values()
+    if type(module) is not Sequential or not any(map(_is_link, children)):
+        return None
+    if not all(_is_link(child) or _may_be_between(child) for child in children):
+        return None
+    if _CHAIN not in _made:
+        fused = _fused_class(Sequential, chains.chain_forward)
+        _made[_CHAIN] = Form(Sequential, fused, "Sequential", units=())
+        forms.register_fused(_made[_CHAIN])
+    return _made[_CHAIN]
+
+
+_CHAIN = "chain"
+
+
+def _is_link(child: nn.Module | None) -> bool:
+    cls: Any = type(child)
+    is_chain = getattr(cls, "_run", None) is chains.chain_forward
+    return forms.of_fused(cls) is not None and (is_chain or getattr(cls, "_is_opened", False))
+
+
+def _may_be_between(child: nn.Module | None) -> bool:
+    cls: Any = type(child)
+    return cls in forms.idle or getattr(cls, "_run", None) is sequences.sequence_forward
 
 
 def refusal(module: nn.Module) -> str | None:

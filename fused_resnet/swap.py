@@ -218,6 +218,10 @@ def _fuse_all(model: nn.Module) -> None:
             continue
         if read.structure_obstacle(module, form) is None or read.is_lazy(module):
             _assign_class(module, form.fused)
+    for module in reversed(list(model.modules())):  # those inside of others first
+        form = recipes.chain(module)
+        if form is not None:
+            _assign_class(module, form.fused)
 
 
 def _modules_with_forms(model: nn.Module) -> Iterator[tuple[str, nn.Module, Form | None]]:
@@ -314,6 +318,8 @@ def report(model: nn.Module, input: Tensor | None = None) -> Report:
         form = form or forms.found(module)
         if reason is not None:
             records.append(Record(path, type(module).__name__, False, "eager", reason))
+        elif form is not None and not form.has_layers:
+            continue
         elif form is not None:
             records.append(_record_of(path, module, form, is_quantized, sizes))
             if (head := _head_record(path, module, form)) is not None:

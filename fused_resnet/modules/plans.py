@@ -38,7 +38,8 @@ from ..originals import (
     ReLU,
     Sequential,
 )
-from . import guard
+from . import guard, norms, read, squeeze_excitation
+from .activations import text_of
 from .read import HOOKS, input_obstacle
 
 VARIABLE = "FUSED_RESNET_PLANS"
@@ -50,6 +51,9 @@ _PLAIN = frozenset(
     {Conv2d, BatchNorm2d, FrozenBatchNorm2d, MaxPool2d, ReLU, Sequential, Identity,
      PaddedShortcut, pooling.AdaptiveAvgPool2d, linear.Linear, dropout.Dropout, flatten.Flatten}
 )  # fmt: skip
+_GATES = frozenset({originals.Sigmoid, originals.Hardsigmoid})
+# What a class runs when a module of it is called; `_scale` is a squeeze-and-excitation's.
+_METHODS = ("__call__", "forward", "_scale")
 # Attributes with which a module is called in a way of its own.
 _OWN_CALLS = ("forward", "_conv_forward", "_compiled_call_impl")
 # Shapes of a model that have a plan at a time; the oldest goes first.
@@ -123,17 +127,26 @@ class Modules:
         self._parents = parents
         self._children = [dict(state["_modules"]) for state in parents]
         self._forms = [form for cls in set(self._types) if (form := forms.of_fused(cls))]
+        # What other classes run, which they may be given anew.
+        self._others = [
+            cls for cls in set(self._types) if cls not in _PLAIN and forms.of_fused(cls) is None
+        ]
+        self._methods = self._methods_now()
         self._guard = guard.guard_of(modules, HOOKS)
         self._guards_left = _MOST_CHANGES
 
-    def are_plain(self, eight_bits: bool = False) -> bool:
+    def are_plain(self, eight_bits: bool = False, others: bool = False) -> bool:
         """Whether calling them does nothing but compute, in a way that states and types settle.
 
         Args:
             eight_bits: whether that includes blocks that have been calibrated.
+            others: whether that includes what chains are made of: see `chains.py`.
         """
         return (
-            all(cls in _PLAIN or _is_block(cls) for cls in self._types)
+            all(
+                cls in _PLAIN or _is_block(cls) or (others and _computes(module))
+                for cls, module in zip(self._types, self._modules, strict=True)
+            )
             and not any(state["training"] for state in self._states)
             and all(
                 eight_bits and isinstance(state["quantization"], BlockRanges)
@@ -149,6 +162,8 @@ class Modules:
         if len(parts) != len(self.parts) or not all(map(is_, parts, self.parts)):
             return False
         if any(form.replaced() for form in self._forms):
+            return False
+        if self._others and self._methods_now() != self._methods:
             return False
         if self._guard is not None and self._guard.holds():
             return True
@@ -176,6 +191,13 @@ class Modules:
     def _have_no_hooks(self) -> bool:
         return not any(map(getitem, self._hook_states, self._hook_names))
 
+    def _methods_now(self) -> list[Any]:
+        return [
+            originals.replaced_activation(),
+            originals.replaced_in_gates(),
+            *[getattr(cls, name, None) for cls in self._others for name in _METHODS],
+        ]
+
     def _now(self) -> list[Tensor | None]:
         return [*map(getitem, map(getitem, self._tensor_states, self._kinds), self._names)]
 
@@ -185,11 +207,29 @@ def _is_block(cls: type) -> bool:
     return form is not None and form.is_block
 
 
+def _computes(module: nn.Module) -> bool:
+    """Whether a module is what chains are made of, and holds nothing that can change in place."""
+    cls = type(module)
+    form = forms.of_fused(cls)
+    known = (
+        (form is not None and (form.by_unit or not form.has_layers))
+        or cls in _GATES
+        or cls in forms.idle
+        or text_of(module) is not None
+        or read.is_container(module)
+        or norms.has_act(module)
+        or squeeze_excitation.may_be(module)
+    )
+    public = [value for name, value in vars(module).items() if not name.startswith("_")]
+    return known and not any(isinstance(value, (list, dict, set)) for value in public)
+
+
 class _Plans:
     """The plans of a model, by what they depend on; or why a pass cannot become one."""
 
-    def __init__(self, model: nn.Module, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, parts: Sequence[nn.Module], others: bool) -> None:
         self.modules = Modules(parts)
+        self.others = others
         # What `again` looks at, for which these must be plans of the whole model.
         self.type = type(model)
         self.state = dict(vars(model))
@@ -270,6 +310,7 @@ def planned(
     x: Tensor,
     compute: Callable[[nn.Module, Tensor], Tensor],
     whole: bool = False,
+    others: bool = False,
 ) -> Tensor:
     """`compute(model, x)`, in one call from the second time on where the backend can plan it.
 
@@ -279,6 +320,7 @@ def planned(
         x: (N, C, H, W).
         compute: what to run.
         whole: whether that is all of the model, so that later passes may begin with `again`.
+        others: see `Modules.are_plain`.
 
     Returns:
         What `compute` returns.
@@ -295,7 +337,7 @@ def planned(
     if plans is None:
         if not enabled() or not all(isinstance(part, nn.Module) for part in parts):
             return compute(model, x)
-        plans = _of_models[model] = _Plans(model, parts)
+        plans = _of_models[model] = _Plans(model, parts, others)
     elif not (
         plans.modules.are_same(parts)
         and all(vars(model).get(name) is plans.state.get(name) for name in _RANGES)
@@ -303,7 +345,7 @@ def planned(
         changes = plans.changes + 1
         if changes > _MOST_CHANGES:
             return compute(model, x)
-        plans = _of_models[model] = _Plans(model, parts)
+        plans = _of_models[model] = _Plans(model, parts, others)
         plans.changes = changes
     else:
         plans.changes = 0
@@ -348,7 +390,8 @@ def _recorded(
     """An ordinary pass, of which a plan is made if that is possible."""
     tensors = plans.modules.tensors
     backend = backends.choose(x.device.type)
-    if not plans.modules.are_plain(backend.plans_eight_bits) or not nothing_intercepts(*tensors):
+    is_plain = plans.modules.are_plain(backend.plans_eight_bits, plans.others)
+    if not is_plain or not nothing_intercepts(*tensors):
         plans.put(key, "it is more than inference by torch's own modules")
         return compute(model, x)
     recorder = backend.recorder(x, tensors)
