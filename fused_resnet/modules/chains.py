@@ -25,7 +25,7 @@ def chain_forward(module: nn.Module, x: Any) -> Any:
     if not _runs_as_one(module, x):
         return _in_order(module, x)
     laid = x if _last_anyway(module, x) else backends.choose(x.device.type).arranged(x)
-    children = tuple(module._modules.values())
+    children = [child for child in module._modules.values() if child is not None]
     out = plans.planned(module, children, laid, _in_order, others=True)
     return out if laid is x else out.contiguous()
 
@@ -57,9 +57,7 @@ def _last_anyway(module: nn.Module, x: Tensor) -> bool:
 def _in_order(module: nn.Module, x: Any) -> Any:
     for child in module._modules.values():
         assert child is not None
-        is_chain = getattr(type(child), "_run", None) is chain_forward
-        if is_chain and read.call_obstacle(child) is None:
-            x = _in_order(child, x)
-        else:
-            x = child(x)
+        goes_on = getattr(type(child), "_run", None) is chain_forward
+        goes_on = goes_on and read.call_obstacle(child) is None
+        x = _in_order(child, x) if goes_on else child(x)
     return x

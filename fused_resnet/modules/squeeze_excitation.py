@@ -51,13 +51,12 @@ def layers_of(module: nn.Module) -> SqueezeExcitation | None:
         or any(type(one) is not AdaptiveAvgPool2d or one.output_size != 1 for one in means)
     ):
         return None
+    of_reduce, of_expand = reduce._parameters, expand._parameters
     try:
-        tensors = [
-            conv._parameters[name] for conv in (reduce, expand) for name in ("weight", "bias")
-        ]
+        weights = of_reduce["weight"], of_reduce["bias"], of_expand["weight"], of_expand["bias"]
     except KeyError:  # the parameters of nn.DataParallel's replicas are plain attributes
         return None
-    return SqueezeExcitation(*tensors, activation, _GATES[type(gate)])
+    return SqueezeExcitation(*weights, activation, _GATES[type(gate)])
 
 
 def _is_linear(conv: Any) -> bool:

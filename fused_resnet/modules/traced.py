@@ -273,14 +273,19 @@ def fused_graph(graph: fx.Graph, found: list[Found], root: nn.Module | None = No
                 copies[key] = call
         for node in reversed(nodes):
             fused.erase_node(node)
-    for node in list(fused.nodes) if root is not None else ():
+    if root is not None:
+        _call_squeeze_excitation(fused, root)
+    return fused
+
+
+def _call_squeeze_excitation(fused: fx.Graph, root: nn.Module) -> None:
+    for node in list(fused.nodes):
         if squeeze_excitation.may_be(_module(node, root)) and _takes_one(node):
             with fused.inserting_before(node):
                 module = fused.get_attr(str(node.target))
                 call = fused.call_function(squeeze_excitation.run, (node.args[0], module))
             node.replace_all_uses_with(call)
             fused.erase_node(node)
-    return fused
 
 
 def _input(one: Found) -> fx.Node:

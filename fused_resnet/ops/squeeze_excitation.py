@@ -1,4 +1,4 @@
-"""`squeeze_excitation`: factors for an image's channels, in one call where the backend has a kernel.
+"""`squeeze_excitation`: factors for channels, in one call where the backend has a kernel.
 
 It is for plain inference only. To autograd, compilers, autocast and dispatch modes they are torch's
 own operators.
