@@ -33,6 +33,7 @@ from .forms import Form, Unit
 from .layers import watch
 from .modules import chains, read, run, sequences, traced, trial
 from .modules.conv_norm_act import left_to_modules
+from .ops.registration import transforms_active
 from .originals import Conv2d, Sequential
 
 
@@ -528,7 +529,12 @@ _MOST_SHAPES = 64
 
 def _is_left(module: nn.Module, x: Any) -> bool:
     """Whether a module runs as it is because that is faster for such an input; found once."""
-    if type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if (
+        type(x) is not Tensor
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or transforms_active()
+    ):
         return False
     lefts = _lefts.get(module)
     if lefts is None:

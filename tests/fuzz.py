@@ -1442,6 +1442,16 @@ def _quantized_pool_linear(rng: random.Random) -> list[Any]:
     return [x, weight, *_vectors(2, 9), 0.1, 0.05, _kernels(rng)]
 
 
+def _squeeze_excitation(rng: random.Random) -> list[Any]:
+    import torch
+
+    dtype, C, R = _dtype(rng), rng.choice((3, 24, 40)), rng.choice((1, 8, 17))
+    reduce = [torch.randn(R, C, 1, 1).to(dtype), *_vectors(1, R, dtype)]
+    expand = [torch.randn(C, R, 1, 1).to(dtype), None]
+    x = _image(rng, 3, C, 5, 7, dtype=dtype)
+    return [x, *reduce, *expand, rng.randint(0, 7), 0.1, 0.5, rng.randint(0, 1)]
+
+
 def _pool_linear_int8(rng: random.Random) -> list[Any]:
     import torch
 
@@ -1491,6 +1501,7 @@ OPERATORS: dict[str, Callable[[random.Random], list[Any]]] = {
     "quantized_stem_packed": _quantized_stem_packed,
     "residual_blocks": _residual_blocks,
     "residual_blocks_packed": _residual_blocks_packed,
+    "squeeze_excitation": _squeeze_excitation,
     "scale_shift_act": _scale_shift_act,
     "stem_training": _stem_training,
     "stem_training_backward": _stem_training_backward,

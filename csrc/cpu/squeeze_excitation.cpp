@@ -199,7 +199,9 @@ Tensor run(const Tensor& input, const Layers& layers) {
     default:
       excite<float>(rows, mean, N, layers, reduced, scale);
   }
-  Tensor output = empty_activation(N, C, image.H, image.W, dtype, last);
+  // Of one pixel torch's product with the factors is contiguous.
+  const bool lies_last = last && image.H * image.W > 1;
+  Tensor output = empty_activation(N, C, image.H, image.W, dtype, lies_last);
   multiply(input, scale, output);
   return output;
 }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import backends, originals
+from .. import backends
 from ..layers.memory import memory_format_of
 from ..ops.registration import nothing_intercepts
 from ..originals import Conv2d
@@ -40,8 +40,6 @@ def _runs_as_one(module: nn.Module, x: Tensor) -> bool:
         and not backends.only_recorded()  # around more than this
         and plans.enabled()
         and backends.choose(x.device.type).runs_chains(x)
-        and originals.replaced_activation() is None
-        and originals.replaced_in_gates() is None
     )
 
 

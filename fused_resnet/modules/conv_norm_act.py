@@ -18,7 +18,7 @@ from ..ops import running_statistics
 from ..ops.conv_bn_act import conv_bn_act
 from ..ops.gradients import trains_activation
 from ..ops.norm_conv_bn_act import norm_conv_bn_act
-from ..ops.registration import is_exporting, needs_grad
+from ..ops.registration import is_exporting, needs_grad, transforms_active
 from ..originals import AnyNorm, Conv2d
 from . import norms
 from .activations import is_relu, text_of
@@ -64,6 +64,7 @@ def left_to_modules(convs: Sequence[Any], x: Tensor, activated: bool) -> bool:
     return (
         type(x) is Tensor
         and not torch.is_grad_enabled()
+        and not transforms_active()  # whose tensors do not say how they lie
         and not torch.compiler.is_compiling()
         and x.dim() == 4
         and all(type(conv) is Conv2d for conv in convs)

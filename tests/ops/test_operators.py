@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 import fused_resnet
 from fused_resnet import backends
-from fused_resnet.layers.description import Norm, Sums
+from fused_resnet.layers.description import Norm, SqueezeExcitation, Sums
 
 NAMESPACE = "fused_resnet"
 # Native operators that only a backend calls, on plain tensors, below autograd and tracing.
@@ -61,6 +61,7 @@ INTERNAL = {
     "residual_blocks_packed",
     "run_cpu_plan",
     "run_launch_plan",
+    "squeeze_excitation",
     "train_batch_norm_act",
 }
 # Those of them that no backend's function calls: tested in test_on_stub.py, test_copies.py and
@@ -478,6 +479,9 @@ def run_all_that_the_cpu_has():
         fused_resnet.dequantize(model)
         backends.cpu.explain("quantized_residual_blocks", dtype=torch.float32)
         make_conv_case(ConvShape(16, 24, (3, 3))).fused()
+        weights = (torch.randn(4, 8, 1, 1), None, torch.randn(8, 4, 1, 1), torch.randn(8))
+        factors = SqueezeExcitation(*weights, "silu", "sigmoid")
+        backends.cpu.squeeze_excitation(torch.randn(2, 8, 5, 5), factors)
         make_norm_conv_case(ConvShape(16, 24, (3, 3))).fused()
     model.train()(image_batch(4, 40)).sum().backward()
     train_on_shared_statistics()

@@ -227,7 +227,7 @@ def squeeze_excitation(input: Tensor, layers: SqueezeExcitation) -> Tensor | Non
     """See csrc/cpu/squeeze_excitation.cpp, and `ops.squeeze_excitation`."""
     if not ISA or input.dtype not in NATIVE_DTYPES or not input.numel():
         return None
-    _, C, H, W = input.shape
+    N, C, H, W = input.shape
     reduce, reduce_bias, expand, expand_bias, activation, gate = layers
     R = reduce.size(0)
     # What does not go together is left to torch's operators, which say what.
@@ -241,22 +241,19 @@ def squeeze_excitation(input: Tensor, layers: SqueezeExcitation) -> Tensor | Non
         or not (input.is_contiguous() or _is_last(input))
     ):
         return None
-    for tensor, channels in ((reduce, R), (expand, C), (reduce_bias, R), (expand_bias, C)):
-        if tensor is None:
-            continue
-        if tensor.dtype is not input.dtype or tensor.device != input.device:
+    for bias, channels in ((reduce_bias, R), (expand_bias, C)):
+        if bias is not None and not (bias.shape == (channels,) and bias.is_contiguous()):
             return None
-        if tensor.dim() == 1 and (tensor.size(0) != channels or not tensor.is_contiguous()):
+    for tensor in (reduce, expand, reduce_bias, expand_bias):
+        if tensor is not None and (
+            tensor.dtype is not input.dtype or tensor.device != input.device
+        ):
             return None
     if counting.is_wanted():
-        shape = (input.size(0), C, 1, 1)
         geometry = ((1, 1), (0, 0), (1, 1), 1)
-        counting.mark(
-            [
-                counting.convolution(shape, reduce.shape, *geometry),
-                counting.convolution((input.size(0), R, 1, 1), expand.shape, *geometry),
-            ]
-        )
+        reduced = counting.convolution((N, C, 1, 1), reduce.shape, *geometry)
+        expanded = counting.convolution((N, R, 1, 1), expand.shape, *geometry)
+        counting.mark([reduced, expanded])
     act = numbers_of(activation)
     return operators.squeeze_excitation(
         input, reduce, reduce_bias, expand, expand_bias, *act, GATES.index(gate)
