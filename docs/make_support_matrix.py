@@ -115,8 +115,9 @@ def _other_libraries() -> str:
         "Convolutions that run with the norm behind them, of all, and the time of an inference "
         f"pass by eager's:\nfloat32, batch 1, {size} x {size} pixels, one thread of an "
         f"{measured['processor']}, torch {measured['torch']}, commit {measured['commit']},\n"
-        f"{measured['date']}, by `bench/other_libraries.py`, in one run that other work may have "
-        "disturbed.\nHow these are known is in [other_networks.md](other_networks.md).\n\n"
+        f"{measured['date']}, by `bench/other_libraries.py`, the last of the runs, which "
+        "other work may have disturbed.\n"
+        "How these are known is in [other_networks.md](other_networks.md).\n\n"
         + _table(["library", "model", "fused", "time"], rows)
     )
 
