@@ -90,7 +90,8 @@ class Recorder(recording.Recorder):
             self._numbers += numbers
             return result
         result = func(*args, **(kwargs or {}))
-        if func in queries() or func in _VIEWS or self._obstacle is not None:
+        takes_none = func in queries() or func in _VIEWS or recording.only_frees(func)
+        if takes_none or self._obstacle is not None:
             return result
         if (
             func in _COPIES

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ class Plan(abc.ABC):
 
         None where input or parameters are not like those that it was made with.
         """
+
+
+def only_frees(func: Any) -> bool:
+    """Whether an operator gives back what nobody has any more: garbage is found in a pass, too."""
+    return str(func).startswith("fused_resnet.free_")
 
 
 class Recorder(TorchDispatchMode):

@@ -66,7 +66,8 @@ class Recorder(recording.Recorder):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator, and keeps in mind whether it takes part in plans."""
-        if func not in _RECORDED and func not in _VIEWS and self._obstacle is None:
+        takes_part = func in _RECORDED or func in _VIEWS or recording.only_frees(func)
+        if not takes_part and self._obstacle is None:
             self._obstacle = f"it calls {func}"
         return func(*args, **(kwargs or {}))
 

@@ -107,7 +107,12 @@ class Recorder(recording.Recorder):
             storage = result.untyped_storage()
             # Where memory was freed and comes again, what is addressed is the later one.
             self._memory.parts[storage.data_ptr()] = Part(storage.nbytes())
-        elif func not in _VIEWS and func not in cuda_plans.queries() and self._obstacle is None:
+        elif (
+            func not in _VIEWS
+            and func not in cuda_plans.queries()
+            and not recording.only_frees(func)
+            and self._obstacle is None
+        ):
             self._obstacle = f"it calls {func}"
         return result
 

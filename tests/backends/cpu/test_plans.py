@@ -575,3 +575,23 @@ def test_eight_bits(unseen, ran):
         before = settle(model, x, ran)
     fused_resnet.dequantize(model)
     torch.testing.assert_close(settle(model, x, ran), as_eager(model, x), rtol=1e-3, atol=1e-3)
+
+
+def test_garbage_that_is_collected_in_a_pass_is_no_obstacle(ran, monkeypatch):
+    """A model that is gone takes its plan and guard with it whenever garbage is looked for."""
+    operators = torch.ops.fused_resnet
+    record = cpu.plans.Recorder.__enter__
+
+    def collect(self):
+        entered = record(self)
+        operators.free_module_guard(2**40)  # nobody's
+        operators.free_cpu_plan(2**40)
+        return entered
+
+    monkeypatch.setattr(cpu.plans.Recorder, "__enter__", collect)
+    model = fused_resnet.fuse(small_resnet())
+    x = image_batch(2, 32)
+    with torch.no_grad():
+        for _ in range(4):
+            model(x)
+    assert ran
