@@ -10,7 +10,8 @@ from fused_resnet.ops.squeeze_excitation import squeeze_excitation
 from fused_resnet.testing import assert_error_rule
 
 NATIVE = pytest.mark.skipif(
-    not torch.ops.fused_resnet.conv_isa(), reason="no native kernels on this processor"
+    not torch.ops.fused_resnet.conv_isa(),
+    reason="no native kernels, or left out by FUSED_RESNET_CPU_ISA",
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # N, C, R, H, W: rows that fill vectors and that don't, more images than are multiplied at once.

@@ -635,7 +635,9 @@ def test_empty_batches_and_gradients_go_around_it(launches):
     assert not launches
 
 
-@pytest.mark.skipif(backends.available()["triton"] != "yes", reason="tune runs chains by Triton")
+@pytest.mark.skipif(
+    backends.available()["triton"] != "yes", reason="tune runs chains by Triton: not available"
+)
 def test_the_tuner_accepts_it():
     """Its checks, NaN among them, on every kind of candidate; and what they say to a wrong one."""
     case = tuned.make_chain_case(BLOCK, torch.device(DEVICE))
